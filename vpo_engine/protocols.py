@@ -1,0 +1,136 @@
+"""The few small contracts by which models, rewards, references and objectives meet in ``online_vpo.py``.
+
+Shape letters: P prompts (pairs), N candidates per prompt, B rows (any flattening of them), L text tokens,
+D text channels, C latent channels, T latent frames, H x W latent rows and columns, F video frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """Encoded prompts.
+
+    embeddings: [B, L, D], float. Rows of padding are whatever the encoder gave; the mask decides.
+    mask: [B, L], bool, True where a token counts.
+    """
+
+    embeddings: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return self.embeddings.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> TextEmbedding:
+        return TextEmbedding(self.embeddings[index], self.mask[index])
+
+    def repeat_interleave(self, count: int) -> TextEmbedding:
+        """Each row ``count`` times in a row: [B, ...] -> [B * count, ...]."""
+        return TextEmbedding(
+            self.embeddings.repeat_interleave(count, dim=0), self.mask.repeat_interleave(count, dim=0)
+        )
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEmbedding:
+        return TextEmbedding(self.embeddings.to(device, dtype), self.mask.to(device))
+
+    @staticmethod
+    def cat(parts: Sequence[TextEmbedding]) -> TextEmbedding:
+        return TextEmbedding(
+            torch.cat([part.embeddings for part in parts]), torch.cat([part.mask for part in parts])
+        )
+
+
+class Network(Protocol):
+    """What predicts: the trained module itself, or a reference store standing in for it."""
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor: ...
+
+
+class VideoModel(Protocol):
+    """A text-to-video model: everything the algorithm needs to know about the family it trains."""
+
+    network: nn.Module
+    """The policy: the only module that is trained."""
+    latent_shape: tuple[int, int, int, int]
+    """(C, T, H, W) of one sample."""
+    num_frames: int
+    fps: int
+
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Text embeddings of prompts, [len(prompts), L, D]."""
+        ...
+
+    def predict(
+        self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding, guidance: float = 1.0
+    ) -> Tensor:
+        """The quantity the model is trained on (here the velocity), [B, C, T, H, W].
+
+        latents [B, C, T, H, W] at time t [B] (in the schedule's units). ``guidance`` other than 1 gives the
+        classifier-free guided prediction, both branches in one pass.
+        """
+        ...
+
+    def draw_timesteps(self, u: Tensor) -> Tensor:
+        """Uniform numbers in (0, 1), any shape, to training times of the schedule's distribution."""
+        ...
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t, the clean latents [B, ...] noised to time t [B]."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What ``predict`` should have said at (x_t, t), [B, ...]."""
+        ...
+
+    def sample(
+        self, network: Network, noise: Tensor, text: TextEmbedding, *, steps: int, guidance: float
+    ) -> Tensor:
+        """Integrate from noise [B, C, T, H, W] to clean latents, one batched loop, without gradients."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, T, H, W] to video, uint8 [B, F, Hpx, Wpx, 3], without gradients."""
+        ...
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy in the layout that its own project loads."""
+        ...
+
+
+class Reward(Protocol):
+    """A scorer of finished videos. Deterministic; raises rather than returning a number it cannot stand by."""
+
+    dimensions: tuple[str, ...]
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """uint8 videos [B, F, H, W, 3] and their B prompts to {dimension: float32 [B]}; higher is better."""
+        ...
+
+
+class ReferenceStore(Protocol):
+    """How the frozen reference is stored."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the stored reference."""
+        ...
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        """The reference network's forward, with the policy network's signature. Never builds a graph."""
+        ...
+
+    def refresh(self, policy: nn.Module) -> None:
+        """reference <- policy."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
