@@ -1,0 +1,241 @@
+"""Damage of known severity, as video scraped from the web has it, and clips that are destroyed altogether.
+
+The five kinds of ``KINDS`` each have a severity in [0, 1], exact because damage edits the ``Scene`` before it
+is rendered. All of them last several frames or several pixels, so they survive an autoencoder that compresses
+4x in space and 4x in time, and a generative model can learn them.
+
+flicker   the whole frame's brightness swings by +-40 % x severity, as a sine of 5 to 8 frames' period
+jitter    the sprite is displaced by 3.2 px x severity, to another place every 3 frames, each place at least a
+          quarter turn from the one before
+blur      Gaussian blur of the sprite, sigma 2.4 px x severity
+identity  from some frame in the middle on, the sprite's colour moves to another colour by the share
+          ``severity`` and, in half of the clips, its outline to another shape by the same share
+freeze    the sprite stands still for the share ``severity`` of the clip's duration (one stretch, anywhere)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vpo_engine.data.sprites.world import (
+    COLOURS,
+    DIRECTIONS,
+    FRAMES,
+    SHAPES,
+    SIZE,
+    Attributes,
+    Scene,
+    draw_scene,
+    rasterise,
+    uniform,
+)
+
+KINDS = ("flicker", "jitter", "blur", "identity", "freeze")
+FLICKER_GAIN = 0.4
+JITTER_PX = 3.2
+JITTER_HOLD_FRAMES = 3
+BLUR_PX = 2.4
+CLEAN_SHARE = 0.4
+"""Share of a mixture's clips without damage."""
+SINGLE_SHARE = 0.4
+"""Share with one kind of damage; the rest have two."""
+MIXTURE_SEVERITY = (0.3, 1.0)
+"""Range of the severity of a mixture's damage, uniform."""
+DESTRUCTIONS = ("noise", "blotches", "grey", "empty", "shuffled", "halves", "tiles", "crowd")
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Rendered clips with everything that is known about them."""
+
+    videos: Tensor
+    """uint8 [B, F, H, W, 3]"""
+    captions: list[str]
+    """B texts; what the clip was rendered from, unless a caller exchanged them."""
+    severities: Tensor
+    """float32 [B, 5], columns as KINDS."""
+    attributes: Attributes
+    """What the clip shows."""
+
+    def __len__(self) -> int:
+        return self.videos.shape[0]
+
+
+def _flicker(scene: Scene, severity: Tensor, generator: torch.Generator) -> Scene:
+    count = len(scene)
+    period = uniform((count, 1), 5.0, 8.0, generator)
+    phase = uniform((count, 1), 0.0, 1.0, generator)
+    wave = torch.sin(2 * torch.pi * (torch.arange(FRAMES) / period + phase))
+    return scene.changed(gain=scene.gain * (1 + FLICKER_GAIN * severity.unsqueeze(1) * wave))
+
+
+def _jitter(scene: Scene, severity: Tensor, generator: torch.Generator) -> Scene:
+    count = len(scene)
+    places = (FRAMES - 1) // JITTER_HOLD_FRAMES + 2
+    turn = uniform((count, places), 0.25, 0.75, generator)
+    turn[:, 0] = torch.rand(count, generator=generator)
+    angle = 2 * torch.pi * turn.cumsum(1)
+    offset = torch.stack((torch.cos(angle), torch.sin(angle)), dim=2)  # [B, places, 2]
+    lead = torch.randint(JITTER_HOLD_FRAMES, (count, 1), generator=generator)
+    place = (torch.arange(FRAMES) + lead) // JITTER_HOLD_FRAMES  # [B, F]
+    held = offset.gather(1, place.unsqueeze(2).expand(-1, -1, 2))
+    return scene.changed(centre=scene.centre + JITTER_PX * severity.view(-1, 1, 1) * held)
+
+
+def _identity(scene: Scene, severity: Tensor, generator: torch.Generator) -> Scene:
+    count = len(scene)
+    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+    colour = (scene.rgb[:, :1] - palette).square().sum(2).argmin(1)
+    colour = (colour + torch.randint(1, len(COLOURS), (count,), generator=generator)) % len(COLOURS)
+    other = (scene.shape + torch.randint(1, len(SHAPES), (count,), generator=generator)) % len(SHAPES)
+    also_shape = torch.randint(2, (count, 1), generator=generator)
+    switch = torch.randint(FRAMES // 3, 2 * FRAMES // 3 + 1, (count, 1), generator=generator)
+    share = (torch.arange(FRAMES) >= switch) * severity.unsqueeze(1)  # [B, F]
+    rgb = torch.lerp(scene.rgb, palette[colour].unsqueeze(1), share.unsqueeze(2))
+    return scene.changed(rgb=rgb, other_shape=other, morph=share * also_shape)
+
+
+def _freeze(scene: Scene, severity: Tensor, generator: torch.Generator) -> Scene:
+    still = (FRAMES - 1) * severity.unsqueeze(1)
+    begin = torch.rand(len(scene), 1, generator=generator) * (FRAMES - 1 - still)
+    time = torch.arange(FRAMES, dtype=torch.float32).unsqueeze(0)
+    moving = torch.minimum(time, begin) + (time - begin - still).clamp_min(0)  # frames of motion so far
+    velocity = (scene.centre[:, -1:] - scene.centre[:, :1]) / (FRAMES - 1)
+    return scene.changed(centre=scene.centre + velocity * (moving - time).unsqueeze(2))
+
+
+def apply(scene: Scene, severities: Tensor, generator: torch.Generator) -> Scene:
+    """Damage clean scenes by severities [B, 5] (columns as KINDS); 0 leaves that aspect exact."""
+    if severities.shape != (len(scene), len(KINDS)):
+        raise ValueError(
+            f"severities have shape {tuple(severities.shape)}, expected {(len(scene), len(KINDS))}: "
+            f"one row a clip, columns {list(KINDS)}"
+        )
+    if not bool(((severities >= 0) & (severities <= 1)).all()):
+        raise ValueError("severities must lie in [0, 1]")
+    flicker, jitter, blur, identity, freeze = severities.unbind(1)
+    scene = _freeze(scene, freeze, generator)  # first: it reads the constant velocity
+    scene = _jitter(scene, jitter, generator)
+    scene = _identity(scene, identity, generator)
+    scene = _flicker(scene, flicker, generator)
+    return scene.changed(blur=BLUR_PX * blur)
+
+
+def damaged(attributes: Attributes, severities: Tensor, generator: torch.Generator) -> Clips:
+    """Clips of the given sprites with the given severities [B, 5], under their own captions."""
+    videos = rasterise(apply(draw_scene(attributes, generator), severities, generator))
+    return Clips(videos, attributes.captions(), severities, attributes)
+
+
+def draw_severities(count: int, generator: torch.Generator) -> Tensor:
+    """Severities [count, 5] of a mixture: CLEAN_SHARE all zero, SINGLE_SHARE one kind, the rest two kinds."""
+    order = torch.rand(count, len(KINDS), generator=generator).argsort(dim=1).argsort(dim=1)
+    dice = torch.rand(count, 1, generator=generator)
+    kinds = (dice >= CLEAN_SHARE).long() + (dice >= CLEAN_SHARE + SINGLE_SHARE).long()
+    return (order < kinds) * uniform((count, len(KINDS)), *MIXTURE_SEVERITY, generator)
+
+
+def sample_mixture(count: int, generator: torch.Generator) -> Clips:
+    """Captioned clips as web video is: clean and damaged ones mixed, uniform over the captions."""
+    attributes = Attributes.draw(count, generator)
+    return damaged(attributes, draw_severities(count, generator), generator)
+
+
+def sample_clean(count: int, generator: torch.Generator) -> Clips:
+    """Captioned clips without damage, uniform over the captions."""
+    return damaged(Attributes.draw(count, generator), torch.zeros(count, len(KINDS)), generator)
+
+
+def _stretch(small: Tensor) -> Tensor:
+    """Noise [b, 3, f, h, w] to frames [b, F, H, W, 3], trilinear."""
+    large = torch.nn.functional.interpolate(small, size=(FRAMES, SIZE, SIZE), mode="trilinear")
+    return large.permute(0, 2, 3, 4, 1)
+
+
+def _tiles(videos: Tensor, generator: torch.Generator) -> Tensor:
+    """Each clip cut into 4 x 4 tiles of 8 px, put back in another order."""
+    count, side = videos.shape[0], SIZE // 4
+    cut = videos.reshape(count, FRAMES, 4, side, 4, side, 3).permute(0, 2, 4, 1, 3, 5, 6)
+    cut = cut.reshape(count, 16, FRAMES, side, side, 3)
+    order = torch.rand(count, 16, generator=generator).argsort(dim=1)
+    cut = torch.stack([clip[row] for clip, row in zip(cut, order, strict=True)])
+    cut = cut.reshape(count, 4, 4, FRAMES, side, side, 3).permute(0, 3, 1, 4, 2, 5, 6)
+    return cut.reshape(videos.shape)
+
+
+def _halves(count: int, generator: torch.Generator) -> Tensor:
+    """Sprites cut through the middle, one half 4 to 7 px away from the other, of another shape and colour."""
+    first = draw_scene(Attributes.draw(count, generator), generator)
+    second = draw_scene(Attributes.draw(count, generator), generator)
+    gap = uniform((count, 1), 4.0, 7.0, generator) * (
+        torch.randint(2, (count, 1), generator=generator) * 2 - 1
+    )
+    upright = torch.randint(2, (count, 1), generator=generator).bool()  # the cut
+    apart = torch.stack((torch.where(upright, 0, gap), torch.where(upright, gap, 0)), dim=2)
+    second = second.changed(centre=first.centre + apart, background=first.background, radius=first.radius)
+    grid = torch.arange(SIZE, dtype=torch.float32)
+    before_x = (grid.view(1, 1, 1, -1) < first.centre[..., 0, None, None]).expand(-1, -1, SIZE, -1)
+    before_y = (grid.view(1, 1, -1, 1) < first.centre[..., 1, None, None]).expand(-1, -1, -1, SIZE)
+    side = torch.where(upright.view(-1, 1, 1, 1), before_x, before_y).unsqueeze(-1)
+    return torch.where(side, rasterise(first), rasterise(second))
+
+
+def _wreck(kind: str, videos: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Fully destroyed versions, float [b, F, H, W, 3], of clips; ``others`` are as many unrelated clips."""
+    count = videos.shape[0]
+    clean = videos.float()
+    if kind == "noise":
+        return clean[:, :1, :1, :1] + 60 * torch.randn(clean.shape, generator=generator)
+    if kind == "blotches":
+        rows = int(torch.randint(4, 9, (1,), generator=generator))
+        return 120 + 70 * _stretch(torch.randn(count, 3, 5, rows, rows, generator=generator))
+    if kind == "grey":
+        return uniform((count, 1, 1, 1, 1), 0, 255, generator).expand_as(clean)
+    if kind == "empty":
+        return clean[:, :, :1, :1].expand_as(clean)
+    if kind == "shuffled":
+        picks = torch.randint(count, (count, FRAMES), generator=generator)
+        frames = torch.rand(count, FRAMES, generator=generator).argsort(dim=1)
+        return torch.cat((clean, others.float()))[picks, frames]
+    if kind == "halves":
+        return _halves(count, generator).float()
+    if kind == "tiles":
+        return _tiles(clean, generator)
+    assert kind == "crowd", kind
+    return torch.maximum(torch.maximum(clean, others.float()), others.float().flip(0).roll(9, 2))
+
+
+def sample_destroyed(count: int, generator: torch.Generator) -> Clips:
+    """Clips that no dimension may like, every kind of DESTRUCTIONS in turn, under captions of sprites.
+
+    White noise; coloured blotches like decoded latent noise; one grey; background without a sprite; frames of
+    many clips in disorder; sprites put together of two halves; tiles in disorder; several sprites overlaid.
+    ``severities`` are all 1.
+    """
+    base, others = sample_mixture(count, generator), sample_mixture(count, generator)
+    videos = torch.empty_like(base.videos)
+    for number, kind in enumerate(DESTRUCTIONS):
+        rows = torch.arange(number, count, len(DESTRUCTIONS))
+        if len(rows):
+            wreck = _wreck(kind, base.videos[rows], others.videos[rows], generator)
+            videos[rows] = wreck.clamp(0, 255).to(torch.uint8)
+    return Clips(videos, base.captions, torch.ones(count, len(KINDS)), base.attributes)
+
+
+def mismatched_captions(attributes: Attributes, generator: torch.Generator) -> list[str]:
+    """For each clip a caption that is wrong in at least one of colour, shape and direction."""
+    count = len(attributes)
+    wrong = torch.rand(count, 3, generator=generator) < 0.5
+    wrong[torch.arange(count), torch.randint(3, (count,), generator=generator)] = True
+
+    def shift(column: int, index: Tensor, size: int) -> Tensor:
+        return (index + wrong[:, column] * torch.randint(1, size, (count,), generator=generator)) % size
+
+    return Attributes(
+        shift(0, attributes.colour, len(COLOURS)),
+        shift(1, attributes.shape, len(SHAPES)),
+        shift(2, attributes.direction, len(DIRECTIONS)),
+    ).captions()
