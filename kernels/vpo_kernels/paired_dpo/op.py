@@ -8,7 +8,6 @@ from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vpo_kernels.paired_dpo import reference
 from vpo_kernels.paired_dpo.reference import PairedDPOLoss, Reduction, Sextet
@@ -55,6 +54,23 @@ def _choose_backend(name: str) -> Backend:
     return _LOADERS[name]()
 
 
+class _Gradient(torch.autograd.Function):
+    """The first derivative, as a function of its own: asking for a second one is an error, not zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, policy: Tensor, target: Tensor, coefficient: Tensor, mask: Tensor | None, backend: Backend
+    ) -> Tensor:
+        return backend.gradient(policy, target, coefficient, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "paired_dpo_loss has no second derivative; differentiate without create_graph=True, or write the "
+            "loss out in torch (vpo_kernels/paired_dpo/reference.py has the formula)"
+        )
+
+
 class _PairedDPO(torch.autograd.Function):
     """Saves the policy predictions, the targets and one number per pair; no elementwise temporaries."""
 
@@ -83,15 +99,14 @@ class _PairedDPO(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         policy_winner, policy_loser, target_winner, target_loser, coefficient, mask = ctx.saved_tensors
         coefficient = coefficient * grad_loss
         winner = loser = None
         if ctx.needs_input_grad[0]:
-            winner = ctx.backend.gradient(policy_winner, target_winner, coefficient, mask)
+            winner = _Gradient.apply(policy_winner, target_winner, coefficient, mask, ctx.backend)
         if ctx.needs_input_grad[1]:
-            loser = ctx.backend.gradient(policy_loser, target_loser, -coefficient, mask)
+            loser = _Gradient.apply(policy_loser, target_loser, -coefficient, mask, ctx.backend)
         return winner, loser, *[None] * 7
 
 
