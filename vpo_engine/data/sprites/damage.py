@@ -44,7 +44,7 @@ SINGLE_SHARE = 0.4
 """Share with one kind of damage; the rest have two."""
 MIXTURE_SEVERITY = (0.3, 1.0)
 """Range of the severity of a mixture's damage, uniform."""
-DESTRUCTIONS = ("noise", "blotches", "grey", "empty", "shuffled", "halves", "tiles", "crowd")
+DESTRUCTIONS = ("noise", "blotches", "grey", "empty", "shuffled", "halves", "tiles", "crowd", "fragments")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def sample_clean(count: int, generator: torch.Generator) -> Clips:
 
 
 def _stretch(small: Tensor) -> Tensor:
-    """Noise [b, 3, f, h, w] to frames [b, F, H, W, 3], trilinear."""
+    """Noise [b, c, f, h, w] to frames [b, F, H, W, c], trilinear."""
     large = torch.nn.functional.interpolate(small, size=(FRAMES, SIZE, SIZE), mode="trilinear")
     return large.permute(0, 2, 3, 4, 1)
 
@@ -204,15 +204,19 @@ def _wreck(kind: str, videos: Tensor, others: Tensor, generator: torch.Generator
         return _halves(count, generator).float()
     if kind == "tiles":
         return _tiles(clean, generator)
-    assert kind == "crowd", kind
-    return torch.maximum(torch.maximum(clean, others.float()), others.float().flip(0).roll(9, 2))
+    if kind == "crowd":
+        return torch.maximum(torch.maximum(clean, others.float()), others.float().flip(0).roll(9, 2))
+    assert kind == "fragments", kind
+    shown = _stretch(torch.randn(count, 1, 5, 10, 10, generator=generator)) > 0.2
+    return torch.where(shown, clean, clean[:, :, :1, :1])
 
 
 def sample_destroyed(count: int, generator: torch.Generator) -> Clips:
     """Clips that no dimension may like, every kind of DESTRUCTIONS in turn, under captions of sprites.
 
     White noise; coloured blotches like decoded latent noise; one grey; background without a sprite; frames of
-    many clips in disorder; sprites put together of two halves; tiles in disorder; several sprites overlaid.
+    many clips in disorder; sprites put together of two halves; tiles in disorder; several sprites overlaid;
+    sprites of which pieces are missing.
     ``severities`` are all 1.
     """
     base, others = sample_mixture(count, generator), sample_mixture(count, generator)

@@ -97,6 +97,9 @@ class Attributes:
     def __getitem__(self, index: slice | Tensor) -> Attributes:
         return Attributes(self.colour[index], self.shape[index], self.direction[index])
 
+    def to(self, device: torch.device | str) -> Attributes:
+        return Attributes(self.colour.to(device), self.shape.to(device), self.direction.to(device))
+
     def captions(self) -> list[str]:
         colours, directions = list(COLOURS), list(DIRECTIONS)
         rows = zip(self.colour.tolist(), self.shape.tolist(), self.direction.tolist(), strict=True)
