@@ -1,0 +1,103 @@
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.log import NullLog, RunLog, read_metrics
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory.create_at(tmp_path / "run", "{}")
+
+
+def test_rows_come_back_and_reach_the_disk_at_once(run):
+    log = RunLog(run)
+    log.write(1, "train", {"loss": math.log(2), "pairs": 4, "reward/selected": -1.5})
+    assert read_metrics(run.metrics) == [
+        {"step": 1, "kind": "train", "loss": math.log(2), "pairs": 4, "reward/selected": -1.5}
+    ]
+    log.write(1, "eval", {"held_out/pixels/jitter": 1e-30})
+    assert read_metrics(run.metrics)[1] == {"step": 1, "kind": "eval", "held_out/pixels/jitter": 1e-30}
+    log.close()
+
+
+def test_tensorboard_gets_the_same_numbers(run):
+    with RunLog(run) as log:
+        for step in (1, 2, 3):
+            log.write(step, "train", {"loss": step / 4, "reward/selected": float(step)})
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "reward/selected"}
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 0.25),
+        (2, 0.5),
+        (3, 0.75),
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_refused(run, value):
+    with RunLog(run) as log:
+        with pytest.raises(
+            ValueError, match=r"metric 'grad_norm' of the train row at step 7 is -?(nan|inf); only"
+        ):
+            log.write(7, "train", {"loss": 1.0, "grad_norm": value})
+        with pytest.raises(ValueError, match="'grad_norm'"):
+            NullLog().write(7, "train", {"grad_norm": value})
+    assert read_metrics(run.metrics) == []
+
+
+def test_resuming_drops_later_rows_and_leaves_no_duplicates(run):
+    with RunLog(run) as log:
+        for step in range(1, 6):
+            log.write(step, "train", {"loss": float(step)})
+            log.write(step, "eval", {"held_out/reward/selected": float(step)})
+    with RunLog(run) as log:
+        log.resume(3)
+        for step in (4, 5):
+            log.write(step, "train", {"loss": -float(step)})
+    train = [(row["step"], row["loss"]) for row in read_metrics(run.metrics) if row["kind"] == "train"]
+    assert train == [(1, 1.0), (2, 2.0), (3, 3.0), (4, -4.0), (5, -5.0)]
+    assert [row["step"] for row in read_metrics(run.metrics) if row["kind"] == "eval"] == [1, 2, 3]
+    assert not list(run.root.glob(".*"))
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == [1.0, 2.0, 3.0, -4.0, -5.0]
+
+
+def test_resuming_from_before_the_first_step(run):
+    with RunLog(run) as log:
+        log.write(1, "train", {"loss": 1.0})
+        log.resume(0)
+    assert read_metrics(run.metrics) == []
+
+
+def test_an_unfinished_last_line_is_left_out_and_removed_on_resume(run, caplog):
+    with RunLog(run) as log:
+        log.write(1, "train", {"loss": 1.0})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 2, "kind": "tr')
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1]
+    assert "the last line was not finished" in caplog.text
+    with RunLog(run) as log:
+        log.resume(1)
+        log.write(2, "train", {"loss": 2.0})
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [("{oops}", "line 2 is not JSON"), ("[1]", "line 2 is not a metrics row: it must be an object")],
+)
+def test_a_damaged_line_is_named(run, line, text):
+    good = json.dumps({"step": 1, "kind": "train"})
+    run.metrics.write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(ValueError, match=text):
+        read_metrics(run.metrics)
+
+
+def test_an_absent_file_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []

@@ -1,0 +1,289 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint is written into a hidden folder beside its final place, every file synced to disk, the manifest
+(size and SHA-256 of every file) last, and then renamed. What an interruption leaves is hidden or has no
+manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_POLICY = "policy"
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+_UNFINISHED = ".unfinished"
+_REPLACED = ".replaced"
+
+_logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved. Earlier ones are as they were."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What ``save_checkpoint`` was given, read back and verified; tensors are on the CPU."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    policy: Path
+    """The folder that ``write_policy`` wrote; absent if there was none."""
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    write_policy: Callable[[Path], None] | None,
+    keep: int,
+) -> Path:
+    """Save ``folder/step_<step>`` atomically and return it.
+
+    tensors: {group: {name: tensor}}, written as ``<group>.safetensors``; any shape, dtype, layout and device.
+    state: JSON data, written as ``state.json``; ValueError if it does not come back from JSON unchanged.
+    write_policy: writes the policy into the folder it is given.
+    keep: the number of newest checkpoints kept, this one counted. Older ones are deleted once this one is in
+    place, and so are those of later steps: they belong to a run that was resumed from before them.
+
+    CheckpointError when the disk is full; whatever was being written is then removed.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}: the checkpoint just saved has to stay")
+    state_text = _json_text(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    _settle_interrupted(folder)
+    final = folder / checkpoint_name(step)
+    unfinished = folder / f".{final.name}{_UNFINISHED}"
+    try:
+        unfinished.mkdir()
+        for group, members in tensors.items():
+            save_file(_storable(members), unfinished / f"{group}.safetensors")
+        if write_policy is not None:
+            (unfinished / _POLICY).mkdir()
+            write_policy(unfinished / _POLICY)
+        (unfinished / _STATE).write_text(state_text, encoding="utf-8")
+        _write_manifest(unfinished, step)
+        _put_in_place(unfinished, final)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if _disk_is_full(error):
+            raise CheckpointError(_disk_full_text(final, tensors)) from error
+        raise
+    _delete_superseded(folder, step, keep)
+    return final
+
+
+def newest_complete(folder: Path, *, before: int | None = None) -> Path | None:
+    """The complete checkpoint of the highest step (below ``before``), or None.
+
+    Complete: the manifest is there and every file has the size it names (hashes are checked when loading).
+    Incomplete ones are skipped with a warning that says what is wrong with them.
+    """
+    if not folder.is_dir():
+        return None
+    _settle_interrupted(folder, remove=False)
+    for step, path in sorted(_saved(folder).items(), reverse=True):
+        if before is not None and step >= before:
+            continue
+        try:
+            _check_sizes(path, _read_manifest(path))
+        except ValueError as error:
+            _logger.warning("skipping an incomplete checkpoint: %s", error)
+        else:
+            return path
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, checking every file against the manifest's size and SHA-256 first.
+
+    A missing, truncated or altered file is a ValueError that names it and the checkpoint to use instead.
+    """
+    try:
+        manifest = _read_manifest(path)
+        _check_sizes(path, manifest)
+        for name, entry in manifest["files"].items():
+            actual = _sha256(path / name)
+            if actual != entry["sha256"]:
+                raise ValueError(
+                    f"'{path / name}' was altered after it was saved: its SHA-256 is {actual}, "
+                    f"the manifest says {entry['sha256']}"
+                )
+    except ValueError as error:
+        raise ValueError(f"{error}. {_remedy(path)}") from error
+    tensors = {
+        name.removesuffix(".safetensors"): load_file(path / name)
+        for name in manifest["files"]
+        if name.endswith(".safetensors") and "/" not in name
+    }
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return Checkpoint(manifest["step"], tensors, state, path / _POLICY)
+
+
+def _json_text(state: Mapping[str, Any]) -> str:
+    for key, value in state.items():
+        try:
+            same = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"state['{key}'] cannot be written as JSON: {error}") from error
+        if not same:
+            raise ValueError(
+                f"state['{key}'] would come back from JSON changed; use lists, not tuples, and string keys"
+            )
+    return json.dumps(state, allow_nan=False, indent=1)
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values as contiguous CPU tensors, none sharing memory, as the file format requires."""
+    seen: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().to("cpu").contiguous()
+        storage = plain.untyped_storage()
+        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
+            plain = plain.clone(memory_format=torch.contiguous_format)
+        seen.add(plain.untyped_storage().data_ptr())
+        result[name] = plain
+    return result
+
+
+def _write_manifest(root: Path, step: int) -> None:
+    mode = (root / _STATE).stat().st_mode
+    files = {}
+    for path in sorted(item for item in root.rglob("*") if item.is_file()):
+        # The safetensors writer makes files that only their owner may read; follow the umask like the others.
+        path.chmod(mode)
+        _sync(path)
+        files[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = root / _MANIFEST
+    manifest.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+    _sync(manifest)
+    for folder in [root, *(item for item in root.rglob("*") if item.is_dir())]:
+        _sync(folder)
+
+
+def _put_in_place(unfinished: Path, final: Path) -> None:
+    """Rename into place. A checkpoint already there steps aside first: a folder cannot be renamed over."""
+    replaced = final.with_name(f".{final.name}{_REPLACED}")
+    if final.exists():
+        final.rename(replaced)
+    unfinished.rename(final)
+    _sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _settle_interrupted(folder: Path, *, remove: bool = True) -> None:
+    """After an interrupted save: bring back what was to be replaced, delete what was not finished."""
+    for path in folder.glob(f".step_*{_REPLACED}"):
+        final = folder / path.name[1:].removesuffix(_REPLACED)
+        if not final.exists():
+            path.rename(final)
+        elif remove:
+            shutil.rmtree(path)
+    if remove:
+        for path in folder.glob(f".step_*{_UNFINISHED}"):
+            shutil.rmtree(path)
+
+
+def _delete_superseded(folder: Path, step: int, keep: int) -> None:
+    saved = _saved(folder)
+    complete = [s for s in sorted(saved, reverse=True) if s <= step and (saved[s] / _MANIFEST).is_file()]
+    for other, path in saved.items():
+        if other not in complete[:keep]:
+            # The manifest goes first: half a deletion then reads as incomplete.
+            (path / _MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+
+
+def _saved(folder: Path) -> dict[int, Path]:
+    matches = ((_STEP_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ValueError(f"there is no checkpoint at '{path}'")
+    manifest = path / _MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"'{path}' has no {_MANIFEST}: its saving was interrupted")
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{manifest}' is not readable ({error})") from error
+    if not isinstance(content, dict) or not {"step", "files"} <= content.keys():
+        raise ValueError(f"'{manifest}' is not a checkpoint's manifest: it needs 'step' and 'files'")
+    return content
+
+
+def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"'{file}' is missing; the manifest says {entry['bytes']} bytes")
+        actual = file.stat().st_size
+        if actual != entry["bytes"]:
+            raise ValueError(f"'{file}' has {actual} bytes, the manifest says {entry['bytes']}")
+
+
+def _remedy(path: Path) -> str:
+    match = _STEP_NAME.fullmatch(path.name)
+    earlier = newest_complete(path.parent, before=int(match[1])) if match else None
+    if earlier is None:
+        return "There is no earlier complete checkpoint: start the run again"
+    return f"Use the earlier checkpoint '{earlier}'"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # The safetensors writer wraps the system's error into text of its own.
+    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
+
+
+def _disk_full_text(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
+    needed = sum(tensor.nbytes for members in tensors.values() for tensor in members.values())
+    free = shutil.disk_usage(final.parent).free
+    return (
+        f"the disk is full: could not save checkpoint '{final}' ({needed} bytes needed beside the policy, "
+        f"{free} bytes free). Earlier checkpoints are untouched. Free some space, keep fewer checkpoints, "
+        "or put the run directory on another disk"
+    )

@@ -1,0 +1,118 @@
+"""The run directory: where everything about one run is written, and nothing else is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+CONFIG_NAME = "config.yaml"
+"""The file whose presence makes a folder a run directory."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run, as laid out in docs/architecture.md ("What a run directory holds")."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, label: str, config_yaml: str, *, parent: Path = Path("runs")) -> RunDirectory:
+        """Make ``parent/<label>-<date>-<time>``, with ``-2``, ``-3``, ... appended if that name is taken."""
+        stem = f"{_slug(label)}-{datetime.now():%Y%m%d-%H%M%S}"
+        parent.mkdir(parents=True, exist_ok=True)
+        name, attempt = stem, 1
+        while True:
+            try:
+                (parent / name).mkdir()
+            except FileExistsError:
+                attempt += 1
+                name = f"{stem}-{attempt}"
+            else:
+                return cls.create_at(parent / name, config_yaml)
+
+    @classmethod
+    def create_at(cls, root: Path, config_yaml: str) -> RunDirectory:
+        """Make a run directory at exactly ``root``, which must be absent or empty (ValueError otherwise)."""
+        if root.exists():
+            _refuse_occupied(root)
+        root.mkdir(parents=True, exist_ok=True)
+        run = cls(root)
+        for folder in (run.checkpoints, run.pairs_gallery, run.tensorboard):
+            folder.mkdir(parents=True, exist_ok=True)
+        run.config.write_text(config_yaml, encoding="utf-8")
+        return run
+
+    @classmethod
+    def open(cls, root: Path) -> RunDirectory:
+        """The existing run at ``root``; ValueError if there is none."""
+        if not root.is_dir():
+            raise ValueError(f"there is no run directory at '{root}'; check the path or start a new run")
+        if not (root / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"'{root}' is not a run directory: no {CONFIG_NAME} in it; give the folder that a run wrote"
+            )
+        return cls(root)
+
+    @property
+    def name(self) -> str:
+        return self.root.resolve().name
+
+    @property
+    def config(self) -> Path:
+        return self.root / CONFIG_NAME
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def held_out_gallery(self) -> Path:
+        return self.root / "gallery" / "held_out.safetensors"
+
+    @property
+    def pairs_gallery(self) -> Path:
+        return self.root / "gallery" / "pairs"
+
+    def pairs_file(self, step: int) -> Path:
+        return self.pairs_gallery / f"step_{step:08d}.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+def _slug(label: str) -> str:
+    """Letters, digits, dots and dashes only, so that a name is the same on every file system."""
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")
+    if not slug:
+        raise ValueError(f"a run's label needs a letter or a digit, got {label!r}")
+    return slug
+
+
+def _refuse_occupied(root: Path) -> None:
+    if not root.is_dir():
+        raise ValueError(f"cannot start a run at '{root}': a file of that name exists; choose another name")
+    if not any(root.iterdir()):
+        return
+    if (root / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"'{root}' already holds a run; resume it, or choose another directory for a new one"
+        )
+    raise ValueError(
+        f"cannot start a run at '{root}': the directory is not empty and was not made by a run; "
+        "choose another, or an empty one"
+    )

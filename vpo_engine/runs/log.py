@@ -1,0 +1,135 @@
+"""Numbers of a run: ``metrics.jsonl`` and, the same, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from vpo_engine.runs.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Kind = Literal["train", "eval"]
+Row = dict[str, int | float | str]
+
+_logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Writes metric rows; each is on disk (flushed to the system) when ``write`` returns.
+
+    One process of a run makes one; the others use ``NullLog``.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
+        self._board: SummaryWriter | None = None
+        self._purge_step: int | None = None
+
+    def write(self, step: int, kind: Kind, metrics: Mapping[str, float]) -> None:
+        """Append one row. A number that is not finite is a ValueError naming it, and nothing is written."""
+        row = _checked_row(step, kind, metrics)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        board = self._tensorboard()
+        for name in metrics:
+            board.add_scalar(name if "/" in name else f"{kind}/{name}", row[name], step)
+        board.flush()
+
+    def resume(self, step: int) -> None:
+        """Forget every row of a step after ``step``: the resumed run will write them again.
+
+        The file is replaced atomically; TensorBoard is told to hide its own events from ``step + 1`` on.
+        """
+        rows = [row for row in read_metrics(self._run.metrics) if int(row["step"]) <= step]
+        self.close()
+        replacement = self._run.metrics.with_name(f".{self._run.metrics.name}.tmp")
+        with replacement.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.replace(self._run.metrics)
+        self._file = self._run.metrics.open("a", encoding="utf-8", buffering=1)
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tensorboard(self) -> SummaryWriter:
+        """Made at the first row: importing it takes seconds, and resuming has to come before."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._purge_step)
+        return self._board
+
+
+class NullLog:
+    """The log of every process but the first: takes the same calls, checks the numbers, writes nothing."""
+
+    def write(self, step: int, kind: Kind, metrics: Mapping[str, float]) -> None:
+        _checked_row(step, kind, metrics)
+
+    def resume(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Every row of a ``metrics.jsonl``, in file order; an absent file has none.
+
+    A last line without its newline is one whose writing was interrupted, and is left out with a warning. Any
+    other unreadable line is a ValueError naming file and line.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    if lines.pop():
+        _logger.warning("'%s': the last line was not finished when the run stopped; left out", path)
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{path}' line {number} is not JSON ({error}); remove or repair it") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "kind" not in row:
+            raise ValueError(
+                f"'{path}' line {number} is not a metrics row: it must be an object with an integer 'step' "
+                "and a 'kind'; remove or repair it"
+            )
+        rows.append(row)
+    return rows
+
+
+def _checked_row(step: int, kind: Kind, metrics: Mapping[str, float]) -> Row:
+    row: Row = {"step": step, "kind": kind}
+    for name, value in metrics.items():
+        assert name not in row, f"a metric cannot be called '{name}'"
+        number = value if isinstance(value, int) else float(value)
+        if not math.isfinite(number):
+            raise ValueError(
+                f"metric '{name}' of the {kind} row at step {step} is {number}; only finite numbers are "
+                "logged. Stop at the cause, or leave out a metric that has no value at this step"
+            )
+        row[name] = number
+    return row
