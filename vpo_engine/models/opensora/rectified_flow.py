@@ -1,0 +1,184 @@
+"""Rectified flow as Open-Sora 1.2 trains and samples with it.
+
+Times run from 0 (clean) to ``num_timesteps`` (noise): x_t = (1 - t / 1000) * x0 + (t / 1000) * noise, and the
+network predicts the velocity x0 - noise. Sources: opensora/schedulers/rf of hpcaitech/Open-Sora, tag v1.2.0.
+Shape letters: B samples, C x T x H x W latent channels, frames, rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Predict = Callable[..., Tensor]
+"""(z [B, C, T, H, W], t [B]) -> velocity [B, C, T, H, W]; with a frame mask, (z, t, x_mask bool [B, T])."""
+
+BASE_PIXELS = 512 * 512
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """The schedule. Heights and widths are pixels, frame counts are video frames.
+
+    num_timesteps: the time of pure noise.
+    use_timestep_transform: shift times towards noise for large and long videos (the released recipe does).
+    transform_scale: extra factor of that shift.
+    geometry_dtype: in which the shift's ratio is computed. The released scripts carried sizes in the model's dtype,
+    so bfloat16 repeats their times to the digit.
+    """
+
+    num_timesteps: int = 1000
+    use_timestep_transform: bool = True
+    transform_scale: float = 1.0
+    geometry_dtype: torch.dtype = torch.float32
+
+    def timestep_transform(self, t: Tensor, height: float, width: float, num_frames: int) -> Tensor:
+        """Times of a 512 x 512 image to the equally noisy-looking times of this geometry, any shape.
+
+        With r = sqrt(height * width / 512^2) * sqrt(frames) * transform_scale, where frames is 1 for an image and
+        floor(num_frames / 17) * 5 otherwise: u -> r * u / (1 + (r - 1) * u), u = t / num_timesteps.
+        """
+        if num_frames != 1 and num_frames < 17:
+            raise ValueError(
+                f"num_frames={num_frames}: the timestep transform counts latent frames in chunks of 17 video frames, "
+                "so it needs 1 or at least 17; turn use_timestep_transform off for shorter clips"
+            )
+        size = torch.tensor([height, width, num_frames], dtype=self.geometry_dtype)
+        latent_frames = size[2] if num_frames == 1 else size[2] // 17 * 5
+        ratio = (size[0] * size[1] / BASE_PIXELS).sqrt() * latent_frames.sqrt() * self.transform_scale
+        excess = float(ratio - 1)
+        u = t / self.num_timesteps
+        return float(ratio) * u / (1 + excess * u) * self.num_timesteps
+
+    def draw_timesteps(self, u: Tensor, height: float, width: float, num_frames: int) -> Tensor:
+        """Uniform numbers in (0, 1), any shape, to training times: logit-normal(0, 1), then the transform."""
+        return self.timesteps_from_normal(torch.special.ndtri(u), height, width, num_frames)
+
+    def timesteps_from_normal(self, z: Tensor, height: float, width: float, num_frames: int) -> Tensor:
+        """Standard normal numbers, any shape, to training times: what the published sampler makes of its draws."""
+        t = torch.sigmoid(z) * self.num_timesteps
+        return self.timestep_transform(t, height, width, num_frames) if self.use_timestep_transform else t
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of latents [B, ...] at times t [B], in the widest of the dtypes."""
+        kept = (1 - t / self.num_timesteps).view(-1, *[1] * (latents.dim() - 1))
+        return kept * latents + (1 - kept) * noise
+
+    def target(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The velocity that the network should predict at any time."""
+        return latents - noise
+
+    def sampling_timesteps(
+        self, steps: int, height: float, width: float, num_frames: int
+    ) -> tuple[Tensor, Tensor]:
+        """Times [steps] at which the network is asked, and the step lengths [steps] that follow, both float32, CPU.
+
+        Step i adds velocity * length[i]; the lengths sum to times[0] / num_timesteps.
+        """
+        if steps < 1:
+            raise ValueError(f"steps={steps}: sampling needs at least 1 step")
+        t = torch.tensor([(1.0 - i / steps) * self.num_timesteps for i in range(steps)])
+        if self.use_timestep_transform:
+            t = self.timestep_transform(t, height, width, num_frames)
+        return t, (t - torch.cat([t[1:], t.new_zeros(1)])) / self.num_timesteps
+
+    @torch.no_grad()
+    def sample(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        *,
+        steps: int,
+        height: float,
+        width: float,
+        num_frames: int,
+        frame_mask: Tensor | None = None,
+        draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> Tensor:
+        """Integrate noise [B, C, T, H, W] to latents by Euler steps, float32 or better.
+
+        frame_mask [B, T] conditions on frames already in ``noise``: 0 keeps a clean frame, 1 generates it, and a
+        fraction lets it take part from that fraction of the noise on: when it joins, it is noised to the time reached.
+        ``predict`` then gets the frames that take part as a third argument. ``draw_noise`` is asked for fresh noise
+        like z at every step of such a run, needed or not, as the published loop does.
+        """
+        times, lengths = self.sampling_timesteps(steps, height, width, num_frames)
+        z = noise if noise.dtype == torch.float64 else noise.float()
+        joined = None if frame_mask is None else frame_mask == 1
+        for time, length in zip(times.tolist(), lengths.tolist(), strict=True):
+            t = torch.full((z.shape[0],), time, device=z.device)
+            if frame_mask is None:
+                z = z + predict(z, t) * length
+                continue
+            active = frame_mask * self.num_timesteps >= time
+            joining = (active & ~joined)[:, None, :, None, None]
+            held = z
+            z = torch.where(joining, self.add_noise(held, draw_noise(held), t), held)
+            moved = z + predict(z, t, active) * length
+            z = torch.where(active[:, None, :, None, None], moved, held)
+            joined = active
+        return z
+
+    def training_loss(
+        self, predict: Predict, latents: Tensor, noise: Tensor, t: Tensor, frame_mask: Tensor | None = None
+    ) -> Tensor:
+        """Squared velocity error of each sample, float32 [B], mean over what is generated.
+
+        latents, noise: [B, C, T, H, W]; t: [B]. frame_mask bool [B, T]: frames with False are fed clean and do not
+        count; ``predict`` gets it as a third argument.
+        """
+        x_t = self.add_noise(latents, noise, t)
+        if frame_mask is None:
+            velocity = predict(x_t, t)
+        else:
+            x_t = torch.where(frame_mask[:, None, :, None, None], x_t, latents)
+            velocity = predict(x_t, t, frame_mask)
+        error = (velocity - self.target(latents, noise)).float().square()
+        if frame_mask is None:
+            return error.flatten(1).mean(1)
+        by_frame = error.mean(dim=(1, 3, 4))
+        return (by_frame * frame_mask).sum(1) / frame_mask.sum(1)
+
+
+def guided_velocity(
+    network: Callable[..., Tensor],
+    z: Tensor,
+    t: Tensor,
+    text: Tensor,
+    text_mask: Tensor | None,
+    null_embedding: Tensor,
+    guidance: float,
+    x_mask: Tensor | None = None,
+    **geometry: Any,
+) -> Tensor:
+    """Classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B rows: [prompts, nulls].
+
+    text [B, L, D], text_mask [B, L], null_embedding [max length, D]: as in the published sampler, a null row uses its
+    prompt's mask. guidance 1 is the plain conditional prediction, from B rows. ``geometry`` (fps, height, width)
+    goes to the network as it is. The network's further channels are not used, so they get no gradient.
+    """
+    channels = z.shape[1]
+    if guidance == 1.0:
+        return network(z, t, text[:, None], text_mask, x_mask, **geometry)[:, :channels]
+    length = text.shape[1]
+    if null_embedding.shape[0] < length:
+        raise ValueError(
+            f"text has {length} tokens, but the null caption only {null_embedding.shape[0]}; "
+            "encode prompts with at most the model's model_max_length tokens"
+        )
+    null = null_embedding[:length].to(text.dtype).expand_as(text)
+    both_masks = None if x_mask is None else x_mask.repeat(2, 1)
+    out = network(
+        torch.cat([z, z]),
+        torch.cat([t, t]),
+        torch.cat([text, null])[:, None],
+        text_mask,
+        both_masks,
+        **geometry,
+    )
+    prompted, unprompted = out[:, :channels].chunk(2)
+    return unprompted + guidance * (prompted - unprompted)

@@ -1,0 +1,285 @@
+"""STDiT3, the diffusion transformer of Open-Sora 1.2, with the published configuration and key names.
+
+Behaviour follows opensora/models/stdit/stdit3.py of hpcaitech/Open-Sora, tag v1.2.0. Shape letters: B samples,
+T x H x W latent frames, rows and columns, S patches of a frame, C hidden channels, L text tokens, D text channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vpo_engine.models.opensora.blocks import Block, FinalLayer, rotary_tables
+from vpo_engine.models.opensora.embeddings import (
+    CaptionEmbedder,
+    PatchEmbedder,
+    ScalarEmbedder,
+    position_embedding,
+)
+
+_IGNORED_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "enable_flash_attn",
+        "enable_layernorm_kernel",
+        "enable_sequence_parallelism",
+        "input_size",
+        "only_train_temporal",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+"""Published keys that choose how the original runs, not what it computes."""
+
+_POSITION_CACHE_ENTRIES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class STDiT3Config:
+    """The keys of the published config.json that define the function; defaults are the published class's.
+
+    ``class_dropout_prob`` is a record for whoever pretrains: nothing here applies it (see ``CaptionEmbedder.drop``).
+    ``freeze_y_embedder`` keeps the caption projection out of training, as in the released recipe.
+    """
+
+    input_sq_size: int = 512
+    in_channels: int = 4
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    pred_sigma: bool = True
+    drop_path: float = 0.0
+    caption_channels: int = 4096
+    model_max_length: int = 300
+    qk_norm: bool = True
+    freeze_y_embedder: bool = False
+    skip_y_embedder: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        required = {"drop_path": 0.0, "qk_norm": True, "skip_y_embedder": False}
+        for name, value in required.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"STDiT3 config: {name}={getattr(self, name)!r} is not supported; every published STDiT3 "
+                    f"has {name}={value!r}"
+                )
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+            raise ValueError(f"STDiT3 config: patch_size={self.patch_size} must be (1, rows, columns)")
+        if self.hidden_size % (2 * self.num_heads) or self.hidden_size % 4:
+            raise ValueError(
+                f"STDiT3 config: hidden_size={self.hidden_size} must be divisible by 4 and give each of "
+                f"num_heads={self.num_heads} an even number of channels"
+            )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> STDiT3Config:
+        """From the contents of config.json; an unknown key, or another model's file, is a ValueError."""
+        if config.get("model_type", "STDiT3") != "STDiT3":
+            raise ValueError(f"config.json says model_type={config['model_type']!r}, expected 'STDiT3'")
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in config.items() if key not in _IGNORED_KEYS | {"model_type"}}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"STDiT3 config: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``from_dict`` and the published loader take."""
+        values = asdict(self)
+        values["patch_size"] = list(self.patch_size)
+        return {"architectures": ["STDiT3"], "model_type": "STDiT3", **values}
+
+
+class STDiT3(nn.Module):
+    """Space-time diffusion transformer: pairs of a spatial and a temporal block over patches of a latent video.
+
+    Dropout of any kind is absent in every mode, so train() and eval() compute the same function.
+    ``gradient_checkpointing``: keep only each block's input for the backward pass and recompute the rest.
+    """
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.settings = config
+        self.gradient_checkpointing = False
+        channels, patch = config.hidden_size, config.patch_size
+        self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
+        head_channels = channels // config.num_heads
+        frequencies = 1.0 / 10000 ** (torch.arange(0, head_channels, 2).float() / head_channels)
+        self.rope = nn.ParameterDict({"freqs": nn.Parameter(frequencies, requires_grad=False)})
+        self.x_embedder = PatchEmbedder(config.in_channels, channels, patch[1:])
+        self.t_embedder = ScalarEmbedder(channels)
+        self.fps_embedder = ScalarEmbedder(channels)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
+        self.y_embedder = CaptionEmbedder(config.caption_channels, channels, config.model_max_length)
+        shape = (channels, config.num_heads, int(channels * config.mlp_ratio))
+        self.spatial_blocks = nn.ModuleList(Block(*shape, temporal=False) for _ in range(config.depth))
+        self.temporal_blocks = nn.ModuleList(Block(*shape, temporal=True) for _ in range(config.depth))
+        self.final_layer = FinalLayer(channels, patch[1] * patch[2] * self.out_channels)
+        self._positions: dict[tuple[object, ...], Tensor] = {}
+        self._initialise()
+        if config.freeze_y_embedder:
+            self.y_embedder.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> STDiT3:
+        """From the contents of a published config.json, freshly initialised."""
+        return cls(STDiT3Config.from_dict(config))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``from_config`` would take."""
+        return self.settings.to_dict()
+
+    @property
+    def num_trainable(self) -> int:
+        """Parameters that an optimizer would see."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; the time is rounded to it on entry, as the published model does."""
+        return self.x_embedder.proj.weight.dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        x_mask: Tensor | None = None,
+        *,
+        fps: Tensor | float,
+        height: Tensor | float,
+        width: Tensor | float,
+    ) -> Tensor:
+        """Predict from noisy latents: float32 (float64 for a float64 model), [B, out_channels, T, H, W].
+
+        x: [B, in_channels, T, H, W]. The first in_channels of the prediction are the velocity.
+        timestep: [B], 0 (clean) to 1000 (noise).
+        y: [B, 1, L, D], encoder states. mask: [rows, L], non-zero where a token counts; None = all do. With fewer
+        rows than y it is tiled, so that the null captions of a guided batch use their prompts' masks.
+        x_mask: bool [B, T], False where a frame is a clean condition; None = none is.
+        fps: [B] or one number. height, width: pixels of the whole batch, numbers or vectors whose first element counts
+        (numbers spare a device synchronisation).
+        """
+        self._check(x, timestep, y)
+        dtype = self.dtype
+        frames, rows, columns = x.shape[-3:]
+        patch_rows, patch_columns = self.settings.patch_size[1:]
+        x = F.pad(x.to(dtype), (0, -columns % patch_columns, 0, -rows % patch_rows))
+        grid = (x.shape[-2] // patch_rows, x.shape[-1] // patch_columns)
+
+        time, time_blocks, clean_time = self._embed_time(timestep.to(dtype), fps, x_mask)
+        text, text_mask = self._embed_text(y.to(dtype), mask)
+        tokens = self.x_embedder(x)
+        tokens = tokens + self._position(grid, _number(height), _number(width), tokens)
+        rope = rotary_tables(self.rope["freqs"], frames, tokens.dtype)
+        for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
+            for block in pair:
+                tokens = self._run(block, tokens, text, text_mask, time_blocks, rope)
+        patches = self.final_layer(tokens, time, clean_time, x_mask)
+        out = self._unpatchify(patches, grid)[..., :rows, :columns]
+        return out if out.dtype == torch.float64 else out.float()
+
+    def _check(self, x: Tensor, timestep: Tensor, y: Tensor) -> None:
+        channels, depth = self.settings.in_channels, self.settings.caption_channels
+        if x.dim() != 5 or x.shape[1] != channels:
+            raise ValueError(f"x is {list(x.shape)}, expected latents [B, {channels}, T, H, W]")
+        if timestep.shape != x.shape[:1]:
+            raise ValueError(f"timestep is {list(timestep.shape)}, expected one per sample: [{x.shape[0]}]")
+        if y.dim() != 4 or y.shape[0] != x.shape[0] or y.shape[1] != 1 or y.shape[3] != depth:
+            raise ValueError(f"y is {list(y.shape)}, expected text states [{x.shape[0]}, 1, L, {depth}]")
+
+    def _embed_time(
+        self, timestep: Tensor, fps: Tensor | float, x_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Time [B, C], block modulations [B, 1 or T, 6, C], time of clean frames [B, C] (None without x_mask)."""
+        rates = torch.as_tensor(fps, device=timestep.device, dtype=timestep.dtype).expand(timestep.shape)
+        rate = self.fps_embedder(rates, timestep.dtype)
+        time = self.t_embedder(timestep, timestep.dtype) + rate
+        blocks = self.t_block(time)[:, None]
+        clean_time = None
+        if x_mask is not None:
+            clean_time = self.t_embedder(torch.zeros_like(timestep), timestep.dtype) + rate
+            blocks = torch.where(x_mask[:, :, None], blocks, self.t_block(clean_time)[:, None])
+        return time, blocks.unflatten(-1, (6, -1)), clean_time
+
+    def _embed_text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Text [B, L', C] without columns that no row uses, and the mask bool [B, L'] if any of it is left."""
+        y = y.squeeze(1)
+        if mask is None:
+            return self.y_embedder(y), None
+        counts = mask.to("cpu", torch.bool)
+        if mask.dim() != 2 or y.shape[0] % mask.shape[0] or mask.shape[1] != y.shape[1]:
+            raise ValueError(
+                f"mask is {list(mask.shape)}, expected [rows, {y.shape[1]}] with rows dividing {y.shape[0]}"
+            )
+        if not bool(counts.any(dim=1).all()):
+            empty = int((~counts.any(dim=1)).nonzero()[0, 0])
+            raise ValueError(
+                f"mask row {empty} has no valid text token; encode at least the end-of-text token"
+            )
+        used = counts.any(dim=0)
+        length = int(used.sum())
+        if length < used.numel():
+            columns = used.nonzero()[:, 0]
+            counts = counts[:, columns]
+            y = y[:, :length] if bool(used[:length].all()) else y[:, columns.to(y.device)]
+        text = self.y_embedder(y)
+        if bool(counts.all()):
+            return text, None
+        return text, counts.to(y.device).repeat(y.shape[0] // mask.shape[0], 1)
+
+    def _position(self, grid: tuple[int, int], height: float, width: float, like: Tensor) -> Tensor:
+        """The cached position embedding [S, C] of a grid at a pixel size."""
+        scale = (height * width) ** 0.5 / self.settings.input_sq_size
+        key = (*grid, scale, like.dtype, like.device)
+        if key not in self._positions:
+            if len(self._positions) >= _POSITION_CACHE_ENTRIES:
+                self._positions.clear()
+            with torch.inference_mode(False):
+                self._positions[key] = position_embedding(*grid, self.settings.hidden_size, scale, like)
+        return self._positions[key]
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, T, S, rows * columns * channels] to [B, channels, T, H, W]."""
+        patch_rows, patch_columns = self.settings.patch_size[1:]
+        split = patches.unflatten(-1, (patch_rows, patch_columns, self.out_channels)).unflatten(2, grid)
+        return split.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """The published initialisation: Xavier, and temporal blocks and frame rate start without effect."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
+        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+        for block in self.temporal_blocks:
+            for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)
+
+
+def _number(value: Tensor | float) -> float:
+    """A number, or the first element of a vector of them."""
+    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
