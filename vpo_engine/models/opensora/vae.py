@@ -1,0 +1,309 @@
+"""The Open-Sora 1.2 VAE: an image autoencoder frame by frame, then a causal temporal one over its latents.
+
+Numbers, chunking and noise order follow ``opensora/models/vae/vae.py`` of Open-Sora v1.2.0; state-dict keys are
+the published ones (``scale``, ``shift``, ``spatial_vae.module.*``, ``temporal_vae.*``). Nothing here stops
+gradients: callers that want none say ``torch.no_grad()``.
+
+Shape letters: B clips, F frames of H x W pixels, C latent channels, T latent frames of h x w.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from vpo_engine.models.opensora.vae_temporal import Posterior, TemporalConfig, TemporalVAE
+
+SPATIAL_SCALING = 0.18215
+"""The published factor, in force although the spatial part's own config says 0.13025."""
+
+SPATIAL_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers": {
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 512,
+        "scaling_factor": 0.13025,
+    }
+}
+"""AutoencoderKL arguments by the hub id that a published config names. Never downloaded."""
+
+TEMPORAL_ARCHITECTURES: dict[str, TemporalConfig] = {"VAE_Temporal_SD": TemporalConfig()}
+
+
+class SpatialVAE(nn.Module):
+    """diffusers' AutoencoderKL over frames, ``micro_batch_size`` frames at a time (None: all at once)."""
+
+    def __init__(self, config: Mapping[str, Any], micro_batch_size: int | None):
+        super().__init__()
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(
+                f"micro_batch_size is {micro_batch_size}; it counts frames: 1 or more, or None for all"
+            )
+        self.module = AutoencoderKL(**config)
+        self.micro_batch_size = micro_batch_size
+        self.latent_channels = int(self.module.config.latent_channels)
+        self.factor = 2 ** (len(self.module.config.block_out_channels) - 1)
+
+    def micro_batches(self, frames: int) -> list[int]:
+        """Sizes of the micro-batches that ``frames`` frames are cut into."""
+        size = self.micro_batch_size or frames
+        return [min(size, frames - start) for start in range(0, frames, size)]
+
+    def posterior(self, video: Tensor) -> Posterior:
+        """[B, 3, F, H, W] -> posterior over [B * F, C, h, w], frames of a clip next to each other."""
+        frames = video.transpose(1, 2).flatten(0, 1)
+        parts = [
+            self.module.encode(part).latent_dist for part in frames.split(self.micro_batches(len(frames)))
+        ]
+        return Posterior(_cat([part.mean for part in parts]), _cat([part.logvar for part in parts]))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, F, h, w] -> [B, 3, F, H, W]."""
+        frames = latents.transpose(1, 2).flatten(0, 1)
+        pixels = _cat(
+            [self.module.decode(part).sample for part in frames.split(self.micro_batches(len(frames)))]
+        )
+        return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
+
+
+class OpenSoraVAE(nn.Module):
+    """Video [B, 3, F, H, W] in [-1, 1] <-> normalised latents [B, C, T, h, w].
+
+    Time is cut into chunks of ``micro_frame_size`` frames that know nothing of each other.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        spatial_config: Mapping[str, Any],
+        temporal_config: TemporalConfig,
+        *,
+        scale: Sequence[float],
+        shift: Sequence[float],
+        micro_frame_size: int = 17,
+        micro_batch_size: int | None = 4,
+        spatial_scaling: float = SPATIAL_SCALING,
+    ):
+        super().__init__()
+        self.spatial_vae = SpatialVAE(spatial_config, micro_batch_size)
+        self.temporal_vae = TemporalVAE(temporal_config)
+        self.latent_channels = temporal_config.embed_dim
+        if self.spatial_vae.latent_channels != temporal_config.in_out_channels:
+            raise ValueError(
+                f"the spatial part makes {self.spatial_vae.latent_channels} latent channels and the temporal "
+                f"part takes in_out_channels={temporal_config.in_out_channels}; they must be equal"
+            )
+        for name, values in (("scale", scale), ("shift", shift)):
+            if len(values) != self.latent_channels:
+                raise ValueError(
+                    f"{name} has {len(values)} values for embed_dim={self.latent_channels} latent channels; "
+                    "give one per channel"
+                )
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1, 1))
+        if micro_frame_size < 1:
+            raise ValueError(f"micro_frame_size is {micro_frame_size}; a chunk needs 1 frame or more")
+        self.micro_frame_size = micro_frame_size
+        self.spatial_scaling = spatial_scaling
+        self.config: dict[str, Any] = {}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> OpenSoraVAE:
+        """Build from a published ``config.json``, or from one with explicit architectures.
+
+        Read: ``scale``, ``shift``, ``micro_frame_size`` (17), ``vae_2d.micro_batch_size`` or
+        ``micro_batch_size`` (4; None: all frames at once), ``spatial_scaling`` (0.18215), and the
+        architectures: ``spatial_config`` (AutoencoderKL arguments) or the hub id in ``vae_2d.from_pretrained``;
+        ``temporal_config`` or the name in ``vae_temporal.type``.
+        """
+        missing = [key for key in ("scale", "shift") if key not in config]
+        if missing:
+            raise ValueError(f"the VAE config lacks {missing}; is it the config.json of an Open-Sora VAE?")
+        vae_2d = config.get("vae_2d", {})
+        vae = cls(
+            _spatial_architecture(config),
+            _temporal_architecture(config),
+            scale=config["scale"],
+            shift=config["shift"],
+            micro_frame_size=config.get("micro_frame_size", 17),
+            micro_batch_size=config.get("micro_batch_size", vae_2d.get("micro_batch_size", 4)),
+            spatial_scaling=config.get("spatial_scaling", SPATIAL_SCALING),
+        )
+        vae.config = copy.deepcopy(dict(config))
+        return vae
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent pixel along one axis: 8 as published."""
+        return self.spatial_vae.factor
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame within a chunk: 4 as published."""
+        return self.temporal_vae.config.factor
+
+    def chunks(self, num_frames: int) -> list[int]:
+        """Frame counts of the chunks that ``num_frames`` frames are cut into."""
+        if num_frames < 1:
+            raise ValueError(f"num_frames is {num_frames}; a video needs 1 frame or more")
+        full, rest = divmod(num_frames, self.micro_frame_size)
+        return [self.micro_frame_size] * full + ([rest] if rest else [])
+
+    def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T, h, w) of a clip of num_frames x height x width pixels; pixels beyond the last full cell are lost."""
+        frames = sum(self.temporal_vae.latent_frames(chunk) for chunk in self.chunks(num_frames))
+        if min(height, width) < self.spatial_factor:
+            raise ValueError(
+                f"{height} x {width} pixels are less than one latent cell; "
+                f"height and width must be at least {self.spatial_factor}"
+            )
+        return frames, height // self.spatial_factor, width // self.spatial_factor
+
+    def encode(
+        self,
+        x: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        sample: bool = True,
+        noise: Iterator[Tensor] | None = None,
+    ) -> Tensor:
+        """Video [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, h, w].
+
+        Both posteriors are sampled, as published; ``sample=False`` takes both means. Noise is drawn first for the
+        spatial part, once per micro-batch of frames, then once per chunk of the temporal part; ``noise`` gives
+        those tensors, in that order, in place of draws.
+        """
+        if x.ndim != 5 or x.shape[1] != 3:
+            raise ValueError(f"the video has shape {tuple(x.shape)}; expected [B, 3, F, H, W]")
+        self.latent_size(*x.shape[2:])
+        draw = _NoiseSource(generator, noise) if sample else None
+        posterior = self.spatial_vae.posterior(x.to(self.scale.dtype))
+        frames = posterior.mean
+        if draw is not None:
+            micro_batches = posterior.mean.split(self.spatial_vae.micro_batches(len(frames)))
+            frames = posterior.sample(_cat([draw(part) for part in micro_batches]))
+        x_z = frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2) * self.spatial_scaling
+        chunks = [self.temporal_vae.posterior(part) for part in x_z.split(self.chunks(x.shape[2]), dim=2)]
+        z = [part.mean if draw is None else part.sample(draw(part.mean)) for part in chunks]
+        return (_cat(z, dim=2) - self.shift) / self.scale
+
+    def spatial_posterior(self, x: Tensor) -> Posterior:
+        """Video [B, 3, F, H, W] to the posterior over unscaled spatial latents, [B, C, F, h, w]."""
+        posterior = self.spatial_vae.posterior(x.to(self.scale.dtype))
+        clips = (x.shape[0], x.shape[2])
+        return Posterior(
+            posterior.mean.unflatten(0, clips).transpose(1, 2),
+            posterior.logvar.unflatten(0, clips).transpose(1, 2),
+        )
+
+    def temporal_posterior(self, x_z: Tensor) -> Posterior:
+        """Scaled spatial latents [B, C, F, h, w] to the posterior over unnormalised latents, [B, C, T, h, w]."""
+        chunks = [self.temporal_vae.posterior(part) for part in x_z.split(self.chunks(x_z.shape[2]), dim=2)]
+        return Posterior(
+            _cat([part.mean for part in chunks], dim=2), _cat([part.logvar for part in chunks], dim=2)
+        )
+
+    def decode_temporal(self, z: Tensor, num_frames: int) -> Tensor:
+        """Unnormalised latents [B, C, T, h, w] to scaled spatial latents [B, C, num_frames, h, w]."""
+        frames = self.chunks(num_frames)
+        latents = [self.temporal_vae.latent_frames(chunk) for chunk in frames]
+        if z.ndim != 5 or z.shape[1] != self.latent_channels or z.shape[2] != sum(latents):
+            raise ValueError(
+                f"the latents have shape {tuple(z.shape)}; {num_frames} frames need "
+                f"[B, {self.latent_channels}, {sum(latents)}, h, w]"
+            )
+        parts = z.split(latents, dim=2)
+        return _cat(
+            [self.temporal_vae.decode(part, chunk) for part, chunk in zip(parts, frames, strict=True)], dim=2
+        )
+
+    def decode_spatial(self, x_z: Tensor) -> Tensor:
+        """Scaled spatial latents [B, C, F, h, w] to video [B, 3, F, H, W]."""
+        return self.spatial_vae.decode(x_z / self.spatial_scaling)
+
+    def decode(self, z: Tensor, num_frames: int) -> Tensor:
+        """Normalised latents [B, C, T, h, w] to video [B, 3, num_frames, H, W], about in [-1, 1], not clamped."""
+        z = z.to(self.scale.dtype)
+        return self.decode_spatial(self.decode_temporal(z * self.scale + self.shift, num_frames))
+
+
+class _NoiseSource:
+    """Posterior noise in the order of the calls: drawn, or taken from a recording."""
+
+    def __init__(self, generator: torch.Generator | None, recorded: Iterator[Tensor] | None):
+        self.generator = generator
+        self.recorded = recorded
+
+    def __call__(self, like: Tensor) -> Tensor:
+        if self.recorded is not None:
+            noise = next(self.recorded)
+            if noise.shape != like.shape:
+                raise ValueError(
+                    f"recorded noise has shape {tuple(noise.shape)}; expected {tuple(like.shape)}"
+                )
+            return noise.to(like.device, like.dtype)
+        device = like.device if self.generator is None else self.generator.device
+        return torch.randn(like.shape, generator=self.generator, device=device, dtype=like.dtype).to(
+            like.device
+        )
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """Video [B, 3, F, H, W] in [-1, 1] to uint8 [B, F, H, W, 3]: clamp, to [0, 255], add 0.5, truncate.
+
+    A value that is not finite is an error: as a byte it would look like an ordinary pixel.
+    """
+    if not torch.isfinite(video).all():
+        bad = int((~torch.isfinite(video)).sum())
+        raise ValueError(
+            f"the decoded video has {bad} of {video.numel()} values that are not finite; check the latents and "
+            "the VAE's weights and dtype"
+        )
+    pixels = video.float().clamp(-1.0, 1.0).add_(1.0).mul_(127.5).add_(0.5)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
+def _spatial_architecture(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "spatial_config" in config:
+        return config["spatial_config"]
+    name = config.get("vae_2d", {}).get("from_pretrained")
+    if name not in SPATIAL_ARCHITECTURES:
+        raise ValueError(
+            f"vae_2d.from_pretrained is {name!r}, an architecture not known here "
+            f"(known: {', '.join(SPATIAL_ARCHITECTURES)}); give it as 'spatial_config', AutoencoderKL arguments"
+        )
+    return SPATIAL_ARCHITECTURES[name]
+
+
+def _temporal_architecture(config: Mapping[str, Any]) -> TemporalConfig:
+    if "temporal_config" in config:
+        known = [field.name for field in fields(TemporalConfig)]
+        unknown = sorted(set(config["temporal_config"]) - set(known))
+        if unknown:
+            raise ValueError(f"temporal_config has unknown keys {unknown}; known: {', '.join(known)}")
+        return TemporalConfig(**config["temporal_config"])
+    name = config.get("vae_temporal", {}).get("type")
+    if name not in TEMPORAL_ARCHITECTURES:
+        raise ValueError(
+            f"vae_temporal.type is {name!r}, an architecture not known here "
+            f"(known: {', '.join(TEMPORAL_ARCHITECTURES)}); give its sizes as 'temporal_config'"
+        )
+    return TEMPORAL_ARCHITECTURES[name]
