@@ -1,0 +1,309 @@
+"""What a run changed on held-out clips, with bounds, and the text that says so.
+
+Every comparison is paired: clip i before and clip i after share prompt and noise, so the difference's spread
+is the spread of what training did, not of the clips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONFIDENCE = 0.95
+
+BETTER: dict[str, int] = {
+    "jitter": -1,
+    "colour_change": -1,
+    "flicker": -1,
+    "blank_rate": -1,
+    "displacement": +1,
+    "displacement_absolute": +1,
+}
+"""Pixel measures of which more (+1) or less (-1) is better. Rewards and judges: more. Others: neither."""
+
+_PREFIX = "held_out/"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of after - before over n paired clips, with two-sided 95 % bounds (Student's t, n - 1 degrees)."""
+
+    mean: float
+    low: float
+    high: float
+    before: float
+    after: float
+    n: int
+
+
+def paired_difference(before: Tensor, after: Tensor) -> Difference:
+    """Compare per-clip values [M], M >= 2, in float64. ValueError for other shapes and non-finite values."""
+    if before.dim() != 1 or before.shape != after.shape or len(before) < 2:
+        raise ValueError(
+            f"a paired comparison needs two vectors of the same length, at least 2, got {list(before.shape)} "
+            f"and {list(after.shape)}"
+        )
+    for name, values in (("before", before), ("after", after)):
+        if not torch.isfinite(values).all():
+            clip = int((~torch.isfinite(values)).nonzero()[0])
+            raise ValueError(f"the value {name} training of clip {clip} is {values[clip].item()}, not finite")
+    before, after = before.double(), after.double()
+    mean, half = _mean_and_half_width((after - before).tolist())
+    return Difference(mean, mean - half, mean + half, before.mean().item(), after.mean().item(), len(before))
+
+
+def summarise(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], timings: Mapping[str, float]
+) -> dict[str, Any]:
+    """The content of ``summary.json``.
+
+    before, after: {measure: [M]}, the same measures, named ``reward/...``, ``judge/...``, ``pixels/...`` (a
+    leading ``held_out/`` is dropped). timings: {stage: seconds of the whole run}.
+
+    {"clips", "confidence", "measures": {name: {"before", "after", "difference", "low", "high", "relative"}},
+    "timings"}; ``relative`` is the difference as a share of the base, for pixel measures with a base above 0.
+    """
+    if before.keys() != after.keys():
+        odd = sorted(before.keys() ^ after.keys())
+        raise ValueError(f"measures must be the same before and after; only on one side: {', '.join(odd)}")
+    if not before:
+        raise ValueError("there is no held-out measure to summarise")
+    measures: dict[str, dict[str, float]] = {}
+    clips: set[int] = set()
+    for name in before:
+        try:
+            found = paired_difference(before[name], after[name])
+        except ValueError as error:
+            raise ValueError(f"measure '{name}': {error}") from error
+        clips.add(found.n)
+        measures[name.removeprefix(_PREFIX)] = {
+            "before": found.before,
+            "after": found.after,
+            "difference": found.mean,
+            "low": found.low,
+            "high": found.high,
+        }
+    if len(clips) > 1:
+        raise ValueError(f"every measure must cover the same clips, got numbers of clips {sorted(clips)}")
+    for name, numbers in measures.items():
+        if name.startswith("pixels/") and numbers["before"] > 0:
+            numbers["relative"] = numbers["difference"] / numbers["before"]
+    return {
+        "clips": clips.pop(),
+        "confidence": CONFIDENCE,
+        "measures": measures,
+        "timings": {name: float(seconds) for name, seconds in timings.items()},
+    }
+
+
+def direction(measure: str) -> int:
+    """+1: more is better; -1: less is; 0: neither."""
+    kind, _, name = measure.partition("/")
+    return 1 if kind in ("reward", "judge") else BETTER.get(name, 0)
+
+
+def change(measure: str, numbers: Mapping[str, float]) -> str:
+    """better or worse if the bounds exclude zero (changed if neither direction is better), else unclear."""
+    if numbers["low"] <= 0 <= numbers["high"]:
+        return "unclear"
+    sign = direction(measure) * (1 if numbers["low"] > 0 else -1)
+    return {1: "better", -1: "worse", 0: "changed"}[sign]
+
+
+def number_texts(numbers: Mapping[str, float]) -> tuple[str, str, str, str]:
+    """base, final, difference and [low, high], with the digits that the width of the bounds warrants."""
+    width = numbers["high"] - numbers["low"]
+    places = min(8, max(3, 1 - math.floor(math.log10(width)))) if width > 0 else 3
+    return (
+        f"{numbers['before']:.{places}f}",
+        f"{numbers['after']:.{places}f}",
+        f"{numbers['difference']:+.{places}f}",
+        f"[{numbers['low']:+.{places}f}, {numbers['high']:+.{places}f}]",
+    )
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """What held-out reward and judge say together, in a few words."""
+    found = {
+        kind: change(f"{kind}/selected", summary["measures"][f"{kind}/selected"])
+        for kind in ("reward", "judge")
+        if f"{kind}/selected" in summary["measures"]
+    }
+    words = {"better": "is better", "worse": "is worse", "unclear": "shows no clear change"}
+    if not found:
+        return "Held-out reward was not measured"
+    if len(set(found.values())) == 2:
+        return f"Held-out reward {words[found['reward']]}, the judge {words[found['judge']]}"
+    who = "Held-out reward and judge" if len(found) == 2 else f"Held-out {next(iter(found))}"
+    plural = {"better": "are better", "worse": "are worse", "unclear": "show no clear change"}
+    return f"{who} {(plural if len(found) == 2 else words)[next(iter(found.values()))]}"
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """One paragraph in plain words."""
+    measures = summary["measures"]
+    parts = []
+    for name, label in (("reward/selected", "Held-out reward"), ("judge/selected", "Judge")):
+        if name in measures:
+            words = {"better": "improved", "worse": "got worse", "unclear": "no clear change"}
+            numbers = measures[name]
+            bounds = (
+                f"{numbers['difference']:+.3f}, 95 % bounds {numbers['low']:+.3f} to {numbers['high']:+.3f}"
+            )
+            parts.append(f"{label}: {words[change(name, numbers)]} ({bounds}).")
+    for name, label in (("pixels/jitter", "Jitter"), ("pixels/colour_change", "Colour change")):
+        if name in measures and "relative" in measures[name]:
+            doubt = "" if change(name, measures[name]) != "unclear" else " (bounds include zero)"
+            parts.append(f"{label} {measures[name]['relative']:+.0%}{doubt}.".replace("%", " %"))
+    motion = measures.get("pixels/displacement")
+    if motion is not None and motion["before"] > 0:
+        parts.append(f"Displacement {motion['after'] / motion['before']:.2f} of the base's.")
+    return " ".join(parts) if parts else "No held-out reward was measured."
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The table that a run prints at its end: a line per measure, then timings and the verdict."""
+    rows = [("measure", "base", "final", "difference", "95 % bounds", "relative", "")]
+    for name, numbers in summary["measures"].items():
+        relative = f"{100 * numbers['relative']:+.1f} %" if "relative" in numbers else ""
+        rows.append((name, *number_texts(numbers), relative, change(name, numbers)))
+    heading = f"{summary['clips']} held-out clips, the same prompts and noise before and after"
+    lines = [heading, "", *_aligned(rows), ""]
+    if summary["timings"]:
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary["timings"].items())
+        lines += [f"Time: {times}", ""]
+    return "\n".join([*lines, verdict(summary)])
+
+
+def summarise_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Runs that differ in their seed only, as one result. The unit is the run, not the clip.
+
+    {"seeds": S, "measures": {name: {"before", "after", "difference": means over seeds, "sd": of the
+    difference over seeds (n - 1), "low", "high": 95 % bounds over seeds, "improved": seeds whose own bounds
+    say better, "each": [difference per seed]}}}. With one seed, ``sd`` and the bounds are absent.
+    """
+    if not summaries:
+        raise ValueError("there is no summary to combine; give one per seed")
+    names = list(summaries[0]["measures"])
+    for summary in summaries[1:]:
+        if list(summary["measures"]) != names:
+            odd = sorted(set(summary["measures"]) ^ set(names))
+            raise ValueError(f"every seed must have the same measures in the same order; differing: {odd}")
+    measures = {name: _over_seeds(name, [s["measures"][name] for s in summaries]) for name in names}
+    return {"seeds": len(summaries), "measures": measures}
+
+
+def format_seeds(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """Results of ``summarise_seeds`` side by side, e.g. {"online": ..., "offline": ...}: mean change ± sd."""
+    if not groups:
+        raise ValueError("there is no group of seeds to print")
+    names = list(dict.fromkeys(name for group in groups.values() for name in group["measures"]))
+    heads = [
+        f"{label} ({group['seeds']} seed{'s' if group['seeds'] > 1 else ''})"
+        for label, group in groups.items()
+    ]
+    rows = [("measure", *heads)]
+    for name in names:
+        cells = []
+        for group in groups.values():
+            numbers = group["measures"].get(name)
+            if numbers is None:
+                cells.append("-")
+                continue
+            spread = f" ± {numbers['sd']:.3f}" if "sd" in numbers else ""
+            cells.append(f"{numbers['difference']:+.3f}{spread}  {numbers['improved']}/{group['seeds']}")
+        rows.append((name, *cells))
+    note = (
+        "Mean change over seeds ± standard deviation over seeds; how many seeds improved on their own bounds."
+    )
+    return "\n".join([note, "", *_aligned(rows)])
+
+
+def student_t_quantile(probability: float, degrees: int) -> float:
+    """x with P(T <= x) = probability for Student's t with ``degrees`` >= 1 degrees of freedom.
+
+    Bisection on the distribution function, which is a regularised incomplete beta function (Abramowitz and
+    Stegun 26.7.1); good to about 1e-10 relative.
+    """
+    if not 0 < probability < 1 or degrees < 1:
+        raise ValueError(f"need 0 < probability < 1 and degrees >= 1, got {probability} and {degrees}")
+    if probability < 0.5:
+        return -student_t_quantile(1 - probability, degrees)
+    low, high = 0.0, 1.0
+    while _student_t_cdf(high, degrees) < probability:
+        low, high = high, 2 * high
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _student_t_cdf(middle, degrees) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _student_t_cdf(x: float, degrees: int) -> float:
+    """For x >= 0."""
+    if x == 0:
+        return 0.5
+    return 1 - 0.5 * _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + x * x))
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """I_x(a, b) by its continued fraction (Abramowitz and Stegun 26.5.8), evaluated by Lentz."""
+    if x in (0.0, 1.0):
+        return x
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _incomplete_beta(b, a, 1 - x)
+    scale = math.exp(
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    )
+    tiny = 1e-300
+    numerator, denominator = 1.0, 1 / ((1 - (a + b) * x / (a + 1)) or tiny)
+    fraction = denominator
+    for m in range(1, 1000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for coefficient in (even, odd):
+            denominator = 1 / ((1 + coefficient * denominator) or tiny)
+            numerator = (1 + coefficient / numerator) or tiny
+            fraction *= numerator * denominator
+        if abs(numerator * denominator - 1) < 1e-15:
+            return scale * fraction / a
+    raise AssertionError(f"incomplete beta did not converge at a={a}, b={b}, x={x}")
+
+
+def _mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of at least two values and the half width of its confidence interval."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    return mean, student_t_quantile((1 + CONFIDENCE) / 2, n - 1) * sd / math.sqrt(n)
+
+
+def _over_seeds(name: str, numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    each = [entry["difference"] for entry in numbers]
+    result: dict[str, Any] = {
+        key: math.fsum(entry[key] for entry in numbers) / len(numbers)
+        for key in ("before", "after", "difference")
+    }
+    if len(each) > 1:
+        mean, half = _mean_and_half_width(each)
+        sd = math.sqrt(math.fsum((value - mean) ** 2 for value in each) / (len(each) - 1))
+        result |= {"sd": sd, "low": mean - half, "high": mean + half}
+    improved = sum(change(name, entry) == "better" for entry in numbers)
+    return result | {"improved": improved, "each": each}
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first and last column left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first = row[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        lines.append("  ".join([first, *rest, row[-1]]).rstrip())
+    return lines

@@ -1,0 +1,137 @@
+"""Clips worth looking at, kept lossless: safetensors with the captions and scores in the metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+Scores = list[dict[str, float]]
+
+_KEY = "gallery"
+
+
+@dataclass(frozen=True)
+class HeldOutGallery:
+    """The same prompts and noise, sampled by the base policy and by the trained one."""
+
+    before: Tensor
+    """uint8 [M, F, H, W, 3]."""
+    after: Tensor
+    """uint8 [M, F, H, W, 3]."""
+    prompts: list[str]
+    before_scores: Scores
+    """M times {dimension: score}."""
+    after_scores: Scores
+    fps: int
+    settings: str
+    """How they were sampled, in words."""
+
+
+@dataclass(frozen=True)
+class PairGallery:
+    """Pairs that one training step learned from."""
+
+    winner: Tensor
+    """uint8 [p, F, H, W, 3]."""
+    loser: Tensor
+    """uint8 [p, F, H, W, 3]."""
+    prompts: list[str]
+    winner_scores: Scores
+    loser_scores: Scores
+    gap: list[float]
+    fps: int
+
+
+def write_held_out(path: Path, gallery: HeldOutGallery) -> None:
+    details = {
+        "prompts": gallery.prompts,
+        "before": gallery.before_scores,
+        "after": gallery.after_scores,
+        "fps": gallery.fps,
+        "settings": gallery.settings,
+    }
+    _write(path, {"before": gallery.before, "after": gallery.after}, details)
+
+
+def read_held_out(path: Path) -> HeldOutGallery:
+    clips, details = _read(path, ("before", "after"))
+    return HeldOutGallery(
+        clips["before"],
+        clips["after"],
+        details["prompts"],
+        details["before"],
+        details["after"],
+        details["fps"],
+        details["settings"],
+    )
+
+
+def write_pairs(path: Path, gallery: PairGallery) -> None:
+    details = {
+        "prompts": gallery.prompts,
+        "winner": gallery.winner_scores,
+        "loser": gallery.loser_scores,
+        "gap": gallery.gap,
+        "fps": gallery.fps,
+    }
+    _write(path, {"winner": gallery.winner, "loser": gallery.loser}, details)
+
+
+def read_pairs(path: Path) -> PairGallery:
+    clips, details = _read(path, ("winner", "loser"))
+    return PairGallery(
+        clips["winner"],
+        clips["loser"],
+        details["prompts"],
+        details["winner"],
+        details["loser"],
+        details["gap"],
+        details["fps"],
+    )
+
+
+def pair_gaps(path: Path) -> list[float]:
+    """The gaps of a pair gallery, without reading its clips."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {})[_KEY])["gap"]
+
+
+def _write(path: Path, clips: dict[str, Tensor], details: dict[str, Any]) -> None:
+    _check(str(path), clips, details)
+    content = {name: clip.detach().cpu().contiguous() for name, clip in clips.items()}
+    metadata = {_KEY: json.dumps(details, allow_nan=False)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_bytes(safetensors.torch.save(content, metadata))
+    unfinished.replace(path)
+
+
+def _read(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if _KEY not in metadata or set(file.keys()) != set(names):
+            raise ValueError(f"'{path}' is not a gallery of {' and '.join(names)} clips")
+        clips = {name: file.get_tensor(name) for name in names}
+    details = json.loads(metadata[_KEY])
+    _check(str(path), clips, details)
+    return clips, details
+
+
+def _check(where: str, clips: dict[str, Tensor], details: dict[str, Any]) -> None:
+    """Every clip tensor is uint8 [M, F, H, W, 3], and every list of the details has M entries."""
+    shapes = {tuple(clip.shape) for clip in clips.values()}
+    shape = shapes.pop()
+    if shapes or len(shape) != 5 or shape[4] != 3 or any(c.dtype != torch.uint8 for c in clips.values()):
+        found = ", ".join(f"{name} {clip.dtype} {list(clip.shape)}" for name, clip in clips.items())
+        raise ValueError(f"gallery '{where}' needs uint8 clips [M, F, H, W, 3] of one shape, got {found}")
+    for name, values in details.items():
+        if isinstance(values, list) and len(values) != shape[0]:
+            raise ValueError(f"gallery '{where}' has {shape[0]} clips but {len(values)} entries of '{name}'")
