@@ -1,0 +1,383 @@
+"""VideoScore v1 and v1.1: five regressed quality dimensions of a generated video and its prompt.
+
+The model (TIGER-AI-Lab/VideoScore, arXiv 2406.15252) is Idefics2 with a linear head of five outputs on the
+last token. Its trunk is transformers' ``Idefics2Model``; sampling of frames, resizing, the question and the
+head are here. Raw outputs are the scores: trained on 1..4, neither clamped nor squashed. They depend on the
+frames and the prompt only, never on fps. Checkpoints: TIGER-Lab/VideoScore (16 frames) and
+TIGER-Lab/VideoScore-v1.1 (48).
+
+Letters: B videos, F frames of a video, f frames that are scored, L text tokens, D text channels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import Idefics2Config, Idefics2Model
+
+DIMENSIONS = (
+    "visual_quality",
+    "temporal_consistency",
+    "dynamic_degree",
+    "text_alignment",
+    "factual_consistency",
+)
+"""In the order of the model's outputs."""
+
+QUESTION = (
+    "\nSuppose you are an expert in judging and evaluating the quality of AI-generated videos,\n"
+    "please watch the following frames of a given video and see the text prompt for generating the video,\n"
+    "then give scores from 5 different dimensions:\n"
+    "(1) visual quality: the quality of the video in terms of clearness, resolution, brightness, and color\n"
+    "(2) temporal consistency, both the consistency of objects or humans and the smoothness of motion"
+    " or movements\n"
+    "(3) dynamic degree, the degree of dynamic changes\n"
+    "(4) text-to-video alignment, the alignment between the text prompt and the video content\n"
+    "(5) factual consistency, the consistency of the video content with the common-sense and factual"
+    " knowledge\n"
+    "\nfor each dimension, output a float number from 1.0 to 4.0,\n"
+    "the higher the number is, the better the video performs in that sub-score, \n"
+    "the lowest 1.0 means Bad, the highest 4.0 means Perfect/Real (the video is like a real video)\n"
+    "Here is an output example:\n"
+    "visual quality: 3.2\n"
+    "temporal consistency: 2.7\n"
+    "dynamic degree: 4.0\n"
+    "text-to-video alignment: 2.3\n"
+    "factual consistency: 1.8\n"
+    '\nFor this video, the text prompt is "{text_prompt}",\n'
+    "all the frames of video are as follows:\n"
+)
+"""The text the model was trained with, byte for byte (VideoScore, examples/run_videoscore.py)."""
+
+IMAGE, IMAGE_BOUNDARY = "<image>", "<fake_token_around_image>"
+REMEDY = "VideoScore needs a whole local copy of TIGER-Lab/VideoScore or TIGER-Lab/VideoScore-v1.1"
+
+
+def frame_indices(num_frames: int, max_frames: int) -> list[int]:
+    """Which of ``num_frames`` frames are scored: all, or ``max_frames`` at equal steps from 0, rounded down.
+
+    The steps are ``num_frames / max_frames``, so the last frame is left out when there are more than
+    ``max_frames`` (run_videoscore.py; the authors' benchmark script samples differently).
+    """
+    if num_frames <= max_frames:
+        return list(range(num_frames))
+    step = num_frames / max_frames
+    return [int(index * step) for index in range(max_frames)]
+
+
+def question(prompt: str, num_frames: int) -> str:
+    """The model's whole input text with one image placeholder per frame, before placeholders are expanded."""
+    return QUESTION.format(text_prompt=prompt) + f"{IMAGE} " * num_frames
+
+
+@dataclass(frozen=True)
+class FrameProcessor:
+    """Idefics2's resize and normalisation, equal to transformers' PIL processor without image splitting."""
+
+    shortest_edge: int
+    longest_edge: int
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after the resize.
+
+        The longer side is capped at ``longest_edge`` with the aspect kept; then each side is raised to
+        ``shortest_edge`` on its own, so that small clips lose their aspect ratio (240 x 426 -> 378 x 426).
+        """
+        aspect = width / height
+        if width >= height and width > self.longest_edge:
+            height, width = int(self.longest_edge / aspect), self.longest_edge
+        elif height > width and height > self.longest_edge:
+            height, width = self.longest_edge, int(self.longest_edge * aspect)
+        return max(height, self.shortest_edge), max(width, self.shortest_edge)
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """RGB frames, uint8 [f, H, W, 3] on the CPU, to float32 [f, 3, h, w] in -1..1."""
+        height, width = self.output_size(frames.shape[1], frames.shape[2])
+        resized = [
+            np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
+            for frame in frames.contiguous().numpy()
+        ]
+        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
+        return pixels.float().div_(255).sub_(0.5).div_(0.5)
+
+
+class VideoScoreNetwork(nn.Module):
+    """``Idefics2Model`` and the head; the state dict has the published key names.
+
+    The head is kept and applied in float32 whatever the trunk's type: bfloat16 outputs between 2 and 4 come
+    in steps of 1/64, and candidates of one prompt would often tie.
+    """
+
+    def __init__(self, config: Idefics2Config) -> None:
+        super().__init__()
+        self.model = Idefics2Model(config)
+        self.score = nn.Linear(config.text_config.hidden_size, len(DIMENSIONS), dtype=torch.float32)
+
+    def forward(self, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor) -> Tensor:
+        """Ids int64 [B, L], right-padded after ``lengths`` [B], and pixels [B, f, 3, h, w] to float32 [B, 5].
+
+        Every frame counts, a flat grey one too; ``Idefics2Model.forward`` takes a frame of normalised zeros
+        for padding and drops it. Pixels that do not fill a patch are left out at the right and at the bottom.
+        """
+        trunk = self.model
+        patch = trunk.config.vision_config.patch_size
+        images = pixel_values.flatten(0, 1).to(trunk.dtype)
+        rows, columns = images.shape[2] // patch, images.shape[3] // patch
+        whole = torch.ones(len(images), rows, columns, dtype=torch.bool, device=images.device)
+        seen = trunk.vision_model(pixel_values=images, patch_attention_mask=whole).last_hidden_state
+        seen = trunk.connector(seen, attention_mask=whole.flatten(1))  # [B f, latents, D]
+        embeddings = trunk.text_model.embed_tokens(input_ids)  # [B, L, D]
+        places = input_ids == trunk.config.image_token_id
+        assert int(places.sum()) == seen.shape[0] * seen.shape[1], (places.sum(), seen.shape)
+        embeddings = embeddings.masked_scatter(places.unsqueeze(-1), seen.to(embeddings.dtype))
+        mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths.unsqueeze(1)
+        hidden = trunk.text_model(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False)
+        last = hidden.last_hidden_state[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+        return self.score(last.float())
+
+
+class VideoScore:
+    """VideoScore as a ``Reward``. Its weights take no gradient; ``logits`` passes one to the pixels."""
+
+    dimensions = DIMENSIONS
+
+    def __init__(
+        self,
+        network: VideoScoreNetwork,
+        tokenizer: Tokenizer,
+        processor: FrameProcessor,
+        *,
+        max_frames: int = 16,
+        batch_size: int = 4,
+    ) -> None:
+        """``max_frames``: 16 for VideoScore, 48 for v1.1. ``batch_size``: videos per forward."""
+        for name, value in (("max_frames", max_frames), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer, self.processor = tokenizer, processor
+        self.max_frames, self.batch_size = max_frames, batch_size
+        self._special = [
+            token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
+        ]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        max_frames: int = 16,
+        batch_size: int = 4,
+    ) -> VideoScore:
+        """Load a local folder in the published layout; nothing is downloaded.
+
+        Read are config.json, preprocessor_config.json, tokenizer.json and model.safetensors, or the shards
+        that model.safetensors.index.json names. ``dtype`` is the trunk's. FileNotFoundError for a missing
+        file, ValueError for files of another model.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder at {folder}; {REMEDY}")
+        config = _read_config(folder)
+        processor = _read_processor(folder)
+        tokenizer = _read_tokenizer(folder, config)
+        network = _read_network(folder, config, dtype, torch.device(device))
+        return cls(network, tokenizer, processor, max_frames=max_frames, batch_size=batch_size)
+
+    @torch.no_grad()
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """uint8 videos [B, F, H, W, 3] and B prompts to {dimension: float32 [B]}, on the CPU.
+
+        Videos come at their own size. Deterministic. One frame is scored, as by the authors' code, although
+        its motion says nothing. ValueError for a wrong shape or type, for a prompt without text or with a
+        special token of the tokenizer (such as "<image>") in it, and for a score that is not finite.
+        """
+        _check_videos(videos, prompts)
+        parts = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            parts.append(self.logits(self.preprocess(videos[rows]), prompts[rows]).cpu())
+        logits = torch.cat(parts)
+        if not bool(logits.isfinite().all()):
+            row, column = (int(index) for index in (~logits.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"VideoScore gave {DIMENSIONS[column]} = {logits[row, column].item()} for video {row} "
+                f"({prompts[row]!r}); its weights are damaged or overflow {self.network.model.dtype}: "
+                "load them anew, or with dtype=torch.bfloat16 or torch.float32"
+            )
+        return dict(zip(DIMENSIONS, logits.unbind(1), strict=True))
+
+    def preprocess(self, videos: Tensor) -> Tensor:
+        """uint8 [B, F, H, W, 3] to the frames that are scored, float32 [B, f, 3, h, w] on the CPU."""
+        frames = videos[:, frame_indices(videos.shape[1], self.max_frames)].cpu()
+        return self.processor(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+    def logits(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Pixels as of ``preprocess`` [B, f, 3, h, w], of one size, and B prompts to scores, float32 [B, 5].
+
+        Differentiable in the pixels. ValueError for a special token in a prompt.
+        """
+        device = self.network.score.weight.device
+        ids = [self.encode(prompt, pixel_values.shape[1]) for prompt in prompts]
+        lengths = torch.tensor([len(row) for row in ids], device=device)
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        return self.network(padded, lengths, pixel_values.to(device))
+
+    def encode(self, prompt: str, num_frames: int) -> Tensor:
+        """Ids, int64 [L], of the question with every placeholder expanded and one start token in front."""
+        for token in self._special:
+            if token in prompt:
+                raise ValueError(
+                    f"prompt {prompt!r} contains {token!r}, which VideoScore's tokenizer reads as a special "
+                    "token; remove it from the prompt"
+                )
+        config = self.network.model.config
+        slots = IMAGE_BOUNDARY + IMAGE * config.perceiver_config.resampler_n_latents + IMAGE_BOUNDARY
+        ids = self.tokenizer.encode(question(prompt, num_frames).replace(IMAGE, slots)).ids
+        start = config.text_config.bos_token_id
+        return torch.tensor(ids if ids[0] == start else [start, *ids])
+
+
+def _check_videos(videos: Tensor, prompts: Sequence[str]) -> None:
+    if videos.dtype != torch.uint8:
+        raise ValueError(f"videos are {videos.dtype}, expected torch.uint8 levels 0..255")
+    if videos.ndim != 5 or videos.shape[4] != 3 or 0 in videos.shape:
+        raise ValueError(
+            f"videos have shape {tuple(videos.shape)}, expected [B, F, H, W, 3] with at least one video, "
+            "frame and pixel; videos of different sizes go in separate calls"
+        )
+    if len(prompts) != videos.shape[0]:
+        raise ValueError(f"{len(prompts)} prompts for {videos.shape[0]} videos; give one prompt a video")
+    for row, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise ValueError(f"prompt {row} is {prompt!r}, expected text: VideoScore judges the video by it")
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"no {name} in {folder}; {REMEDY}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {REMEDY}") from error
+
+
+def _read_config(folder: Path) -> Idefics2Config:
+    fields = _read_json(folder, "config.json")
+    kind = fields.get("model_type")
+    if kind != "idefics2":
+        raise ValueError(f"{folder / 'config.json'} has model_type {kind!r}, expected 'idefics2'; {REMEDY}")
+    return Idefics2Config.from_dict(fields)
+
+
+def _read_processor(folder: Path) -> FrameProcessor:
+    name = "preprocessor_config.json"
+    fields = _read_json(folder, name)
+    expected = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": int(Image.Resampling.BILINEAR)}
+    for key, value in expected.items():
+        if fields.get(key, value) != value:
+            raise ValueError(f"{folder / name} has {key} {fields[key]}, expected {value}; {REMEDY}")
+    size = fields.get("size", {})
+    if not {"shortest_edge", "longest_edge"} <= set(size):
+        raise ValueError(
+            f"{folder / name} has size {size}, expected shortest_edge and longest_edge; {REMEDY}"
+        )
+    return FrameProcessor(size["shortest_edge"], size["longest_edge"])
+
+
+def _read_tokenizer(folder: Path, config: Idefics2Config) -> Tokenizer:
+    """The tokenizer exactly as tokenizer.json has it: transformers' Llama class loses the start token."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer.json in {folder}; {REMEDY}")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    found, expected = tokenizer.token_to_id(IMAGE), config.image_token_id
+    if found != expected or tokenizer.token_to_id(IMAGE_BOUNDARY) is None:
+        raise ValueError(f"{path} gives {IMAGE} the id {found}, but config.json has {expected}; {REMEDY}")
+    rows = config.text_config.vocab_size
+    if tokenizer.get_vocab_size() > rows:
+        raise ValueError(
+            f"{path} has {tokenizer.get_vocab_size()} tokens for the model's {rows} embeddings; {REMEDY}"
+        )
+    return tokenizer
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(folder, index.name)["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no weight file {name} in {folder} (safetensors only); {REMEDY}")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def _opened(path: Path, device: torch.device) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as archive:
+            yield archive
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
+
+
+def _check_weights(network: nn.Module, files: Sequence[Path]) -> None:
+    """ValueError unless the files hold exactly the network's weights; reads their headers only."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with _opened(path, torch.device("cpu")) as archive:
+            for key in archive.keys():  # noqa: SIM118
+                found[key] = tuple(archive.get_slice(key).get_shape())
+    expected = {key: tuple(weight.shape) for key, weight in network.state_dict().items()}
+    faults = [f"missing {key}" for key in expected if key not in found]
+    faults += [f"unexpected {key}" for key in found if key not in expected]
+    faults += [
+        f"{key} is {list(found[key])}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    if faults:
+        listed = "; ".join(sorted(faults, key=lambda fault: "score" not in fault)[:4])
+        raise ValueError(
+            f"{files[0].parent} is not a VideoScore checkpoint, {len(faults)} weights disagree: {listed}; "
+            f"{REMEDY}"
+        )
+
+
+def _read_network(
+    folder: Path, config: Idefics2Config, dtype: torch.dtype, device: torch.device
+) -> VideoScoreNetwork:
+    """The network, its weights read straight onto the device: the trunk in ``dtype``, the head in float32."""
+    files = _weight_files(folder)
+    with torch.device("meta"):
+        network = VideoScoreNetwork(config)
+    _check_weights(network, files)
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        with _opened(path, device) as archive:
+            for key in archive.keys():  # noqa: SIM118
+                kept = torch.float32 if key.startswith("score.") else dtype
+                weights[key] = archive.get_tensor(key).to(kept, copy=True)  # out of the mapped file, aligned
+    network.load_state_dict(weights, strict=True, assign=True)
+    rotary = network.model.text_model.rotary_emb  # its frequencies are computed, not stored
+    network.model.text_model.rotary_emb = type(rotary)(config.text_config).to(device)
+    assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
+    return network
