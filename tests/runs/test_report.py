@@ -1,0 +1,266 @@
+import base64
+import io
+import itertools
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from fake_run import CONFIG, clip, make_run
+from PIL import Image
+
+from vpo_engine.runs.charts import Chart, Series, format_number, line_chart, nice_ticks, running_mean
+from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.log import RunLog
+from vpo_engine.runs.report import main, write_report
+from vpo_engine.runs.strips import make_strip
+
+ATTACK = '<script>alert(1)</script> a "red" square & <img src=x onerror=alert(2)>'
+VOID = {"meta", "img", "input", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest; keeps the text, the tags and every attribute that could load something."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
+        self.attributes: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+        self.loads += [value for name, value in attrs if name in ("src", "href", "data", "poster", "srcset")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["style"], ["script"]):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "sprites-7")
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    return Page(write_report(finished).read_text(encoding="utf-8"))
+
+
+def test_the_page_has_every_part(page, finished):
+    for text in (
+        "sprites-7",
+        "Held-out reward and judge are better",
+        "Before and after",
+        "All 16 clips of the held-out gallery",
+        "Curves",
+        "Winner and loser gaps",
+        "Tie rate",
+        "Gradient norm",
+        "Damage",
+        "What it learned from",
+        "Of the 16 training pairs that were saved",
+        "Where the time went",
+        "pixels/colour_change",
+        "refresh_every: 10",
+    ):
+        assert text in page.text, text
+    assert page.tags.count("canvas") == 2 * 16 + 2 * 8
+    assert page.tags.count("svg") >= 12
+    assert "nan" not in re.sub(r"\w*nan\w+|\w+nan\w*", "", page.text)
+
+
+def test_the_page_is_self_contained_and_small(page, finished):
+    assert page.loads
+    assert all(url.startswith("data:image/") for url in page.loads)
+    source = finished.report.read_text(encoding="utf-8")
+    assert "http:" not in source
+    assert "https:" not in source
+    assert "url(" not in source
+    assert len(source) < 4_000_000
+
+
+def test_a_prompt_is_text_and_never_markup(tmp_path):
+    run = make_run(tmp_path / "run", prompts=[ATTACK], steps=12, gallery=2)
+    source = write_report(run).read_text(encoding="utf-8")
+    page = Page(source)
+    assert ATTACK in page.text
+    assert page.tags.count("script") == 1
+    assert not [name for name in page.attributes if name.startswith("on")]
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', source)
+    assert policy is not None
+    assert "default-src 'none'" in policy[1]
+    assert "script-src 'sha256-" in policy[1]
+
+
+def test_hostile_names_and_configuration_are_escaped(tmp_path):
+    run = RunDirectory.create_at(tmp_path / "run <b>&", f"name: '{ATTACK}'\n")
+    with RunLog(run) as log:
+        log.write(0, "eval", {"held_out/pixels/<script>": 1.0})
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "run <b>&" in page.text
+    assert ATTACK in page.text
+    assert page.tags.count("script") == 1
+
+
+def test_an_empty_run_says_what_is_missing(tmp_path):
+    run = RunDirectory.create_at(tmp_path / "run", CONFIG)
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    for text in (
+        "Not started yet",
+        "No held-out gallery was saved yet",
+        "No metrics were logged yet",
+        "No training pairs were saved yet",
+        "No stage timings were logged yet",
+        "There is no summary yet",
+    ):
+        assert text in page.text, text
+
+
+def test_a_run_in_its_middle(tmp_path):
+    run = RunDirectory.create_at(tmp_path / "run", CONFIG)
+    with RunLog(run) as log:
+        log.write(1, "train", {"loss": 0.69, "tie_rate": 1.0, "seconds/rollout": 2.0, "seconds/step": 3.0})
+        log.write(2, "train", {"tie_rate": 1.0, "seconds/rollout": 2.0, "seconds/step": 3.0})
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "2 of 48 steps so far" in page.text
+    assert "Loss" in page.text
+    assert "rollout" in page.text
+    assert "33.3 %" in page.text, "what no stage accounts for"
+
+
+def test_pairs_of_few_files_are_not_shown_twice(tmp_path):
+    run = make_run(tmp_path / "run", steps=12, gallery=2)
+    for path in sorted(run.pairs_gallery.iterdir())[1:]:
+        path.unlink()
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "the 4 with the widest gap between loser and winner." in page.text
+    assert page.tags.count("canvas") == 2 * 2 + 2 * 4
+
+
+def test_the_command(finished, capsys, tmp_path):
+    main([str(finished.root)])
+    assert capsys.readouterr().out.strip() == str(finished.report)
+    with pytest.raises(SystemExit, match="error: there is no run directory at"):
+        main([str(tmp_path / "absent")])
+    with pytest.raises(SystemExit, match="usage: "):
+        main([])
+
+
+def unpack(strip):
+    data = base64.b64decode(strip.url.split(",")[1])
+    sheet = torch.frombuffer(
+        bytearray(Image.open(io.BytesIO(data)).convert("RGB").tobytes()), dtype=torch.uint8
+    )
+    sheet = sheet.view(-1, strip.columns * strip.width, 3)
+    frames = []
+    for index in range(strip.frames):
+        x, y = index % strip.columns * strip.width, index // strip.columns * strip.height
+        frames.append(sheet[y : y + strip.height, x : x + strip.width])
+    return torch.stack(frames), len(data)
+
+
+@pytest.mark.parametrize(("frames", "side"), [(1, 8), (5, 9), (17, 32), (13, 64)])
+def test_small_clips_keep_every_pixel(frames, side):
+    video = clip(torch.Generator().manual_seed(0), 1.0, frames=frames, side=side)
+    strip = make_strip(video, 200_000)
+    assert strip.exact
+    assert torch.equal(unpack(strip)[0], video)
+
+
+def test_large_clips_are_reduced_to_their_budget():
+    video = clip(torch.Generator().manual_seed(0), 1.0, frames=24, side=320)
+    strip = make_strip(video, 60_000)
+    shown, size = unpack(strip)
+    assert not strip.exact
+    assert size <= 60_000
+    assert shown.shape[0] == 24
+    assert 60 <= strip.width == strip.height < 320
+    # The picture is still the same one: compare coarse means.
+    coarse = [
+        torch.nn.functional.adaptive_avg_pool2d(v.float().permute(0, 3, 1, 2), 6) for v in (shown, video)
+    ]
+    assert (coarse[0] - coarse[1]).abs().mean() < 4
+
+
+def test_noise_larger_than_any_budget_still_fits():
+    video = torch.randint(
+        0, 256, (16, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    shown, size = unpack(make_strip(video, 20_000))
+    assert size <= 20_000
+    assert len(shown) == 16
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 1), (0.4, 0.8), (-0.01, 0.015), (3, 3), (0, 0), (-5, -5), (1e-9, 3e-9), (0, 1e7), (97, 103)],
+)
+def test_ticks_are_few_round_and_cover_the_data(low, high):
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low
+    assert ticks[-1] >= high
+    assert 2 <= len(ticks) <= 8
+    steps = [b - a for a, b in itertools.pairwise(ticks)]
+    assert all(step == pytest.approx(steps[0], rel=1e-6) for step in steps)
+
+
+def test_a_running_mean_follows_a_line_exactly():
+    points = [(float(x), 2.0 * x + 1) for x in range(30)]
+    assert running_mean(points, 7) == [(x, pytest.approx(y)) for x, y in points]
+    assert running_mean([(0.0, 0.0), (1.0, 3.0), (2.0, 0.0)], 3)[1] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.5, "0.5"),
+        (4.567, "4.57"),
+        (-0.0062, "-0.0062"),
+        (2e-5, "2e-5"),
+        (1234.5, "1234"),
+        (100, "100"),
+        (1.5e7, "1.5e7"),
+    ],
+)
+def test_numbers_are_short(value, text):
+    assert format_number(value) == text
+
+
+def test_percentages_keep_the_digits_that_tell_ticks_apart():
+    assert [format_number(v, percent=True) for v in (0.95, 0.975, 1.0)] == [
+        "95\N{NO-BREAK SPACE}%",
+        "97.5\N{NO-BREAK SPACE}%",
+        "100\N{NO-BREAK SPACE}%",
+    ]
+
+
+def test_a_chart_stays_within_its_frame():
+    points = [(float(x), math.sin(x) * 10**6) for x in range(200)]
+    for series in (points, points[:1], [(5.0, 0.0)] * 3):
+        svg = line_chart(
+            Chart("t", [Series("s", series, 1, noisy=True)], baseline=(0.0, "zero"), marks=(5.0,))
+        )
+        for pair in re.findall(r"(-?[\d.]+),(-?[\d.]+)", " ".join(re.findall(r'points="([^"]*)"', svg))):
+            assert 0 <= float(pair[0]) <= 300
+            assert 0 <= float(pair[1]) <= 190
+
+
+def test_a_chart_without_points_is_left_out():
+    assert line_chart(Chart("t", [Series("s", [], 1)])) == ""

@@ -1,0 +1,217 @@
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from vpo_engine.metrics.summary import (
+    format_seeds,
+    format_summary,
+    headline,
+    paired_difference,
+    student_t_quantile,
+    summarise,
+    summarise_seeds,
+    verdict,
+)
+
+# Two-sided 95 % and 99 % points of Student's t, as printed (Abramowitz and Stegun, table 26.10).
+T_TABLE = [
+    (1, 0.975, 12.706),
+    (2, 0.975, 4.303),
+    (3, 0.975, 3.182),
+    (5, 0.975, 2.571),
+    (10, 0.975, 2.228),
+    (15, 0.975, 2.131),
+    (30, 0.975, 2.042),
+    (60, 0.975, 2.000),
+    (120, 0.975, 1.980),
+    (1, 0.995, 63.657),
+    (4, 0.995, 4.604),
+    (20, 0.995, 2.845),
+]
+
+
+@pytest.mark.parametrize(("degrees", "probability", "expected"), T_TABLE)
+def test_t_quantiles_are_those_of_the_printed_table(degrees, probability, expected):
+    assert student_t_quantile(probability, degrees) == pytest.approx(expected, abs=6e-4)
+    assert student_t_quantile(1 - probability, degrees) == pytest.approx(-expected, abs=6e-4)
+
+
+def test_t_quantiles_in_closed_form():
+    for p in (0.5, 0.6, 0.9, 0.975, 0.9995):
+        assert student_t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9, abs=1e-9)
+        two = (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+        assert student_t_quantile(p, 2) == pytest.approx(two, rel=1e-9, abs=1e-9)
+    assert student_t_quantile(0.975, 10**6) == pytest.approx(1.959966, abs=2e-6)
+    with pytest.raises(ValueError, match="0 < probability < 1"):
+        student_t_quantile(1.0, 3)
+
+
+def test_a_paired_difference_by_hand():
+    # Differences 1, 2, 3: mean 2, standard deviation 1, half width 4.302653 / sqrt(3).
+    found = paired_difference(torch.tensor([10.0, 20.0, 30.0]), torch.tensor([11.0, 22.0, 33.0]))
+    half = 4.302652729911275 / math.sqrt(3)
+    assert (found.mean, found.before, found.after, found.n) == (2.0, 20.0, 22.0, 3)
+    assert found.low == pytest.approx(2 - half, rel=1e-9)
+    assert found.high == pytest.approx(2 + half, rel=1e-9)
+
+
+def test_pairing_ignores_what_clips_have_in_common():
+    clips = 1e3 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    found = paired_difference(clips, clips + 0.5)
+    assert found.low == pytest.approx(0.5, abs=1e-4)
+    assert found.high == pytest.approx(0.5, abs=1e-4)
+
+
+def test_bounds_cover_the_truth_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(1)
+    covered = 0
+    for _ in range(500):
+        found = paired_difference(torch.zeros(6), 0.3 + torch.randn(6, generator=generator))
+        covered += found.low <= 0.3 <= found.high
+    # Binomial with p = 0.95: three standard deviations are 0.029.
+    assert 0.921 <= covered / 500 <= 0.979
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        (torch.zeros(3), torch.zeros(4), r"same length, at least 2, got \[3\] and \[4\]"),
+        (torch.zeros(1), torch.zeros(1), r"at least 2, got \[1\]"),
+        (torch.zeros(2, 2), torch.zeros(2, 2), "two vectors"),
+        (
+            torch.zeros(2),
+            torch.tensor([0.0, math.nan]),
+            "the value after training of clip 1 is nan, not finite",
+        ),
+        (
+            torch.tensor([math.inf, 0.0]),
+            torch.zeros(2),
+            "the value before training of clip 0 is inf, not finite",
+        ),
+    ],
+)
+def test_what_cannot_be_compared(before, after, text):
+    with pytest.raises(ValueError, match=text):
+        paired_difference(before, after)
+
+
+def measures(shift: float, seed: int = 0, clips: int = 32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(level, sd):
+        return level + sd * torch.randn(clips, generator=generator)
+
+    before = {
+        "held_out/reward/selected": noisy(4.5, 0.1),
+        "judge/selected": noisy(4.4, 0.1),
+        "pixels/jitter": noisy(1.5, 0.1),
+        "pixels/colour_change": noisy(0.2, 0.01),
+        "pixels/displacement": noisy(8.0, 0.1),
+        "pixels/blank_rate": torch.zeros(clips),
+    }
+    scale = {"jitter": -1.8, "colour_change": -0.2, "displacement": 0.0, "blank_rate": 0.0}
+    after = {
+        name: value + shift * scale.get(name.split("/")[-1], 1.0) + noisy(0, 1e-3)
+        for name, value in before.items()
+    }
+    return before, after | {"pixels/blank_rate": torch.zeros(clips)}
+
+
+def test_the_summary_is_json_with_the_promised_keys():
+    summary = json.loads(json.dumps(summarise(*measures(0.3), {"rollout": 84.5}), allow_nan=False))
+    assert summary["clips"] == 32
+    assert summary["timings"] == {"rollout": 84.5}
+    assert list(summary["measures"])[:2] == ["reward/selected", "judge/selected"]
+    reward = summary["measures"]["reward/selected"]
+    assert set(reward) == {"before", "after", "difference", "low", "high"}
+    assert reward["after"] - reward["before"] == pytest.approx(reward["difference"])
+    jitter = summary["measures"]["pixels/jitter"]
+    assert jitter["relative"] == pytest.approx(jitter["difference"] / jitter["before"])
+    assert "relative" not in summary["measures"]["pixels/blank_rate"], "a base of zero has no percentage"
+
+
+def test_the_table_is_aligned_and_ends_with_the_verdict():
+    text = format_summary(summarise(*measures(0.3), {"rollout": 84.5, "update": 70.2}))
+    lines = text.splitlines()
+    assert lines[0] == "32 held-out clips, the same prompts and noise before and after"
+    table = lines[2:9]
+    assert len({line.index("]") for line in table[1:]}) == 1
+    assert table[0].split() == ["measure", "base", "final", "difference", "95", "%", "bounds", "relative"]
+    assert table[1].split()[0] == "reward/selected"
+    assert table[1].endswith("better")
+    assert "-36" in table[3]
+    assert table[6].endswith("unclear")
+    assert "Time: rollout 84.5 s, update 70.2 s" in lines
+    assert lines[-1].startswith("Held-out reward: improved (+0.300, 95 % bounds +0.")
+    assert "Jitter -36 %. Colour change -30 %. Displacement 1.00 of the base's." in lines[-1]
+
+
+def test_verdicts_go_by_the_bounds():
+    summary = summarise(*measures(0.3), {})
+    assert headline(summary) == "Held-out reward and judge are better"
+    worse = summarise(*measures(-0.3), {})
+    assert headline(worse) == "Held-out reward and judge are worse"
+    assert "Held-out reward: got worse (-0.300" in verdict(worse)
+    assert "Jitter +36 %." in verdict(worse)
+    summary["measures"]["judge/selected"] |= {"low": -0.1}
+    assert headline(summary) == "Held-out reward is better, the judge shows no clear change"
+    assert "Judge: no clear change" in verdict(summary)
+    del summary["measures"]["judge/selected"]
+    assert headline(summary) == "Held-out reward is better"
+    assert headline({"measures": {}}) == "Held-out reward was not measured"
+    assert verdict({"measures": {}}) == "No held-out reward was measured."
+
+
+def test_a_doubtful_percentage_says_so():
+    summary = summarise(*measures(0.3), {})
+    summary["measures"]["pixels/jitter"] |= {"high": 0.1}
+    assert "Jitter -36 % (bounds include zero)." in verdict(summary)
+
+
+def test_what_cannot_be_summarised():
+    before, after = measures(0.3)
+    with pytest.raises(ValueError, match="only on one side: extra"):
+        summarise(before, after | {"extra": torch.zeros(32)}, {})
+    with pytest.raises(ValueError, match="there is no held-out measure"):
+        summarise({}, {}, {})
+    with pytest.raises(
+        ValueError, match="measure 'pixels/jitter': the value after training of clip 0 is nan"
+    ):
+        summarise(before, after | {"pixels/jitter": torch.full((32,), math.nan)}, {})
+    short = {"pixels/jitter": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"the same clips, got numbers of clips \[3, 32\]"):
+        summarise(before | short, after | short, {})
+
+
+def test_seeds_are_the_unit_when_seeds_are_compared():
+    shifts = [0.1, 0.2, 0.3]
+    groups = [summarise(*measures(shift, seed), {}) for seed, shift in enumerate(shifts)]
+    random.Random(0).shuffle(groups)
+    combined = summarise_seeds(groups)
+    reward = combined["measures"]["reward/selected"]
+    assert combined["seeds"] == 3
+    assert reward["difference"] == pytest.approx(0.2, abs=1e-3)
+    assert reward["sd"] == pytest.approx(0.1, abs=1e-3)
+    assert reward["low"] == pytest.approx(0.2 - 4.302653 * 0.1 / math.sqrt(3), abs=2e-3)
+    assert reward["improved"] == 3
+    assert len(reward["each"]) == 3
+    one = summarise_seeds(groups[:1])
+    assert "sd" not in one["measures"]["reward/selected"]
+    lines = format_seeds({"online": combined, "offline": one}).splitlines()
+    assert lines[2].split() == ["measure", "online", "(3", "seeds)", "offline", "(1", "seed)"]
+    assert "+0.200 ± 0.100  3/3" in lines[3]
+
+
+def test_seeds_with_different_measures():
+    summary = summarise(*measures(0.3), {})
+    other = json.loads(json.dumps(summary))
+    del other["measures"]["judge/selected"]
+    with pytest.raises(ValueError, match=r"differing: \['judge/selected'\]"):
+        summarise_seeds([summary, other])
+    with pytest.raises(ValueError, match="there is no summary to combine"):
+        summarise_seeds([])
+    with pytest.raises(ValueError, match="no group of seeds"):
+        format_seeds({})

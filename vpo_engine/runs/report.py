@@ -1,0 +1,140 @@
+"""``report.html``: one self-contained page about a run, finished or not.
+
+python -m vpo_engine.runs.report RUN_DIRECTORY
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vpo_engine.metrics.summary import headline, verdict
+from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.report_clips import held_out_section, pairs_section
+from vpo_engine.runs.report_numbers import (
+    DIMENSIONS,
+    Rows,
+    Summary,
+    chart_section,
+    summary_section,
+    tiles,
+    time_section,
+)
+
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def write_report(run: RunDirectory) -> Path:
+    """Write ``report.html`` from whatever the run directory holds so far, and return its path.
+
+    The page loads nothing: styles, script and clips are inside. What is not there yet is said in its place.
+    """
+    config = _read_config(run)
+    summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.is_file() else None
+    rows = Rows(read_metrics(run.metrics))
+    dimensions = _trained_dimensions(config)
+    sections = [
+        _header(run, config, summary, rows),
+        held_out_section(run, dimensions),
+        chart_section(rows),
+        pairs_section(run, dimensions),
+        time_section(rows),
+        summary_section(summary),
+        _config_section(run),
+    ]
+    unfinished = run.report.with_name(f".{run.report.name}.tmp")
+    unfinished.write_text(_page(run.name, "\n".join(sections)), encoding="utf-8")
+    return unfinished.replace(run.report)
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) != 1:
+        raise SystemExit("usage: python -m vpo_engine.runs.report RUN_DIRECTORY")
+    try:
+        path = write_report(RunDirectory.open(Path(arguments[0])))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(path)
+
+
+def _page(title: str, body: str) -> str:
+    """The policy allows the page's own script and inlined images, nothing from elsewhere."""
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>\n{style}</style></head>\n"
+        f"<body><main>\n{body}\n</main><script>{script}</script></body></html>\n"
+    )
+
+
+def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, rows: Rows) -> str:
+    planned = config.get("steps")
+    if summary is not None:
+        title, text = headline(summary), verdict(summary)
+    elif rows.steps:
+        of = f" of {planned}" if planned else ""
+        title, text = "Not finished yet", f"{rows.steps}{of} steps so far; the verdict comes at the end."
+    else:
+        title, text = "Not started yet", "No step was logged."
+    facts = [f"{rows.steps} steps"]
+    for keys, label in (
+        (("pairs_per_step",), "pairs per step"),
+        (("rollout", "candidates"), "candidates per prompt"),
+        (("objective", "beta"), "beta"),
+        (("reference", "refresh_every"), "K"),
+        (("optimizer", "lr"), "learning rate"),
+        (("seed",), "seed"),
+    ):
+        value = _lookup(config, keys)
+        if value is not None:
+            facts.append(f"{value} {label}" if "per" in label else f"{label} {value}")
+    return (
+        f'<header><p class="eyebrow">Online video preference optimization, run <b>{escape(run.name)}</b></p>'
+        f'<h1>{escape(title)}</h1><p class="verdict">{escape(text.replace(" %", NO_BREAK + "%"))}</p>'
+        f'<p class="facts">{escape(", ".join(facts))}</p>{tiles(summary, rows)}</header>'
+    )
+
+
+def _config_section(run: RunDirectory) -> str:
+    text = escape(run.config.read_text(encoding="utf-8"))
+    return (
+        f"<section><h2>Configuration</h2><details><summary>{escape(run.config.name)}, as resolved</summary>"
+        f"<pre>{text}</pre></details></section>"
+    )
+
+
+def _read_config(run: RunDirectory) -> dict[str, Any]:
+    content = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def _lookup(config: dict[str, Any], keys: Sequence[str]) -> Any:
+    value: Any = config
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _trained_dimensions(config: dict[str, Any]) -> Sequence[str]:
+    chosen = _lookup(config, ("reward", "dimensions"))
+    return (
+        DIMENSIONS if not isinstance(chosen, list) or "global" in chosen else [str(name) for name in chosen]
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,158 @@
+"""The report's sections of clips that play: before and after, best and worst pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from torch import Tensor
+
+from vpo_engine.runs.charts import dumbbell
+from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, pair_gaps, read_held_out, read_pairs
+from vpo_engine.runs.strips import make_strip
+
+_MAX_HELD_OUT = 16
+_MAX_PAIRS = 4
+"""Of the widest, and of the narrowest gaps."""
+_HELD_OUT_BYTES = 4_500_000
+_PAIR_BYTES = 1_500_000
+"""Of images, before base64 makes them a third larger: the page stays below 10 MB."""
+
+
+@dataclass(frozen=True)
+class _Card:
+    prompt: str
+    meta: str
+    clips: tuple[Tensor, Tensor]
+    scores: tuple[dict[str, float], dict[str, float]]
+
+
+def held_out_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
+    """Held-out clips by the base and by the trained policy. dimensions: those whose mean was trained on."""
+    if not run.held_out_gallery.is_file():
+        return missing("Before and after", "No held-out gallery was saved yet; a run writes it at its end.")
+    gallery = read_held_out(run.held_out_gallery)
+    cards = _held_out_cards(gallery)
+    rises = sum(_selected(c.scores[1], dimensions) > _selected(c.scores[0], dimensions) for c in cards)
+    total = len(gallery.prompts)
+    shown = f"All {total} clips" if total == len(cards) else f"The first {len(cards)} of {total} clips"
+    lead = (
+        f"{shown} of the held-out gallery, in its order. Left the policy before training, right after; same "
+        f"prompt, same noise. The score rose in {rises} of {len(cards)}. {gallery.settings}"
+    )
+    body = "".join(
+        _card_html(card, ("base", "trained"), dimensions, _HELD_OUT_BYTES, cards) for card in cards
+    )
+    return _section("Before and after", lead, body, gallery.before.shape[1], gallery.fps)
+
+
+def pairs_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
+    """The pairs with the widest and the narrowest gap of those that the run kept."""
+    found = [
+        (gap, path, index)
+        for path in sorted(run.pairs_gallery.glob("step_*.safetensors"))
+        for index, gap in enumerate(pair_gaps(path))
+    ]
+    if not found:
+        return missing("What it learned from", "No training pairs were saved yet.")
+    found.sort(key=lambda item: -item[0])
+    widest = found[:_MAX_PAIRS]
+    narrowest = found[max(_MAX_PAIRS, len(found) - _MAX_PAIRS) :]
+    cards = _pair_cards(widest, "wide gap") + _pair_cards(narrowest, "narrow gap")
+    first = read_pairs(widest[0][1])
+    then = f", then the {len(narrowest)} with the narrowest" if narrowest else ""
+    lead = (
+        f"Of the {len(found)} training pairs that were saved: the {len(widest)} with the widest gap between "
+        f"loser and winner{then}."
+    )
+    body = "".join(_card_html(card, ("loser", "winner"), dimensions, _PAIR_BYTES, cards) for card in cards)
+    return _section("What it learned from", lead, body, first.winner.shape[1], first.fps)
+
+
+def missing(title: str, text: str) -> str:
+    return f'<section><h2>{escape(title)}</h2><p class="missing">{escape(text)}</p></section>'
+
+
+def _held_out_cards(gallery: HeldOutGallery) -> list[_Card]:
+    return [
+        _Card(
+            gallery.prompts[i],
+            "",
+            (gallery.before[i], gallery.after[i]),
+            (gallery.before_scores[i], gallery.after_scores[i]),
+        )
+        for i in range(min(_MAX_HELD_OUT, len(gallery.prompts)))
+    ]
+
+
+def _pair_cards(found: Sequence[tuple[float, Path, int]], what: str) -> list[_Card]:
+    cards = []
+    opened: dict[Path, PairGallery] = {}
+    for gap, path, index in found:
+        pairs = opened[path] if path in opened else opened.setdefault(path, read_pairs(path))
+        step = int(path.stem.removeprefix("step_"))
+        cards.append(
+            _Card(
+                pairs.prompts[index],
+                f"step {step}, {what} {gap:.3f}",
+                (pairs.loser[index], pairs.winner[index]),
+                (pairs.loser_scores[index], pairs.winner_scores[index]),
+            )
+        )
+    return cards
+
+
+def _section(title: str, lead: str, cards: str, frames: int, fps: int) -> str:
+    return (
+        f'<section data-fps="{fps}" data-frames="{frames}"><h2>{escape(title)}</h2>'
+        f'<p class="soft">{escape(lead)}</p>'
+        '<div class="transport"><button type="button">Play</button>'
+        f'<input type="range" min="0" max="{frames - 1}" value="0" aria-label="frame">'
+        "<output></output>"
+        '<label><input type="checkbox"> quarter speed</label></div>'
+        "<noscript><p>The clips play with JavaScript only.</p></noscript>"
+        f'<div class="cards">{cards}</div></section>'
+    )
+
+
+def _card_html(
+    card: _Card, labels: tuple[str, str], dimensions: Sequence[str], budget: int, cards: Sequence[_Card]
+) -> str:
+    clips = "".join(
+        _clip_html(video, label, _selected(scores, dimensions), budget // (2 * len(cards)))
+        for video, label, scores in zip(card.clips, labels, card.scores, strict=True)
+    )
+    meta = f'<p class="meta">{escape(card.meta)}</p>' if card.meta else ""
+    values = [value for other in cards for scores in other.scores for value in scores.values()]
+    left, right = card.scores
+    rows = "".join(
+        f'<dt title="{escape(name)}">{escape(name.split("_")[0])}</dt><dd class="plot">'
+        f"{dumbbell(left[name], right[name], min(values), max(values))}</dd>"
+        f"<dd>{left[name]:.2f} → {right[name]:.2f}</dd>"
+        for name in left
+        if name in right
+    )
+    return (
+        f'<article class="card"><p class="prompt">{escape(card.prompt)}</p>{meta}'
+        f'<div class="two">{clips}</div><dl class="scores">{rows}</dl></article>'
+    )
+
+
+def _clip_html(video: Tensor, label: str, score: float, budget: int) -> str:
+    strip = make_strip(video, budget)
+    kind = ' class="exact"' if strip.exact else ""
+    return (
+        f'<figure class="clip"><canvas{kind} width="{strip.width}" height="{strip.height}" '
+        f'data-columns="{strip.columns}" role="img" aria-label="{label} clip"></canvas>'
+        f'<img alt="" src="{strip.url}"><figcaption>{label} <b>{score:.2f}</b></figcaption></figure>'
+    )
+
+
+def _selected(scores: dict[str, float], dimensions: Sequence[str]) -> float:
+    """The scalar of a clip: the mean over the trained dimensions, over all if none of them is there."""
+    chosen = [scores[name] for name in dimensions if name in scores] or list(scores.values())
+    return math.fsum(chosen) / len(chosen) if chosen else math.nan

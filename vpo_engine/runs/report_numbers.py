@@ -1,0 +1,270 @@
+"""The report's tiles, charts, times and summary table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from vpo_engine.metrics.summary import BETTER, change, number_texts
+from vpo_engine.runs.charts import Chart, Point, Series, line_chart, stacked_bar
+from vpo_engine.runs.log import Row
+from vpo_engine.runs.progress import format_seconds
+from vpo_engine.runs.report_clips import missing
+
+DIMENSIONS = (
+    "visual_quality",
+    "temporal_consistency",
+    "dynamic_degree",
+    "text_alignment",
+    "factual_consistency",
+)
+_STAGES = ("text", "rollout", "decode", "reward", "update", "refresh", "evaluate", "checkpoint")
+_MOST_SERIES = 6
+_MOST_MARKS = 40
+
+Summary = Mapping[str, Any]
+
+
+class Rows:
+    """The rows of ``metrics.jsonl`` as series."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")}
+        self.steps = int(self._rows["train"][-1]["step"]) if self._rows["train"] else 0
+
+    def __bool__(self) -> bool:
+        return any(self._rows.values())
+
+    def points(self, kind: str, name: str) -> list[Point]:
+        return [(float(row["step"]), float(row[name])) for row in self._rows[kind] if name in row]
+
+    def names(self, kind: str, prefix: str) -> list[str]:
+        """What follows ``prefix`` in the metrics' names, in order of appearance."""
+        found = dict.fromkeys(name for row in self._rows[kind] for name in row if name.startswith(prefix))
+        return [name.removeprefix(prefix) for name in found]
+
+    def refreshes(self) -> list[float]:
+        """Steps that ended with a refresh of the reference; none if they are too many to tell apart."""
+        steps = [
+            float(row["step"])
+            for row in self._rows["train"]
+            if row.get("reference_age") == 0 and row.get("optimizer_steps") != 0
+        ]
+        return steps if len(steps) <= _MOST_MARKS else []
+
+
+def tiles(summary: Summary | None, rows: Rows) -> str:
+    """The few numbers to see first."""
+    cells = []
+    measures = summary["measures"] if summary else {}
+    for name, label in (
+        ("reward/selected", "Held-out reward"),
+        ("judge/selected", "Independent judge"),
+    ):
+        if name in measures:
+            numbers = measures[name]
+            bounds = f"95 %: {numbers['low']:+.2f} to {numbers['high']:+.2f}"
+            detail = f"{numbers['before']:.2f} → {numbers['after']:.2f}\n{bounds}"
+            cells.append(_tile(label, f"{numbers['difference']:+.2f}", detail, change(name, numbers)))
+    for name, label in (
+        ("pixels/jitter", "Jitter"),
+        ("pixels/colour_change", "Colour change"),
+        ("pixels/displacement", "Displacement"),
+    ):
+        if name in measures and "relative" in measures[name]:
+            numbers = measures[name]
+            detail = f"{numbers['before']:.3g} → {numbers['after']:.3g}"
+            cells.append(_tile(label, f"{100 * numbers['relative']:+.0f} %", detail, change(name, numbers)))
+    seconds = [y for _, y in rows.points("train", "seconds/step")]
+    if seconds:
+        typical = sorted(seconds)[len(seconds) // 2]
+        total = format_seconds(math.fsum(seconds))
+        cells.append(_tile("Time per step", _short_seconds(typical), f"{len(seconds)} steps, {total}", ""))
+    return f'<div class="tiles">{"".join(cells)}</div>' if cells else ""
+
+
+def chart_section(rows: Rows) -> str:
+    if not rows:
+        return missing("Curves", "No metrics were logged yet.")
+    topics = (
+        ("What came out", _outcome_charts(rows)),
+        ("How it learned", _learning_charts(rows)),
+        ("Whether it was well", _health_charts(rows)),
+    )
+    body = ""
+    for title, charts in topics:
+        drawn = "".join(line_chart(chart) for chart in charts)
+        if drawn:
+            body += f'<p class="topic">{title}</p><div class="charts">{drawn}</div>'
+    marks = " Dotted vertical lines: the reference was refreshed." if rows.refreshes() else ""
+    lead = f"Over training steps. Thin lines are single steps, thick ones their running mean.{marks}"
+    return f'<section><h2>Curves</h2><p class="soft">{lead}</p>{body}</section>'
+
+
+def time_section(rows: Rows) -> str:
+    stages = [(name, rows.points("train", f"seconds/{name}")) for name in _STAGES]
+    totals = [(name, math.fsum(y for _, y in points)) for name, points in stages if points]
+    totals = [(name, seconds) for name, seconds in totals if seconds > 0]
+    if not totals:
+        return missing("Where the time went", "No stage timings were logged yet.")
+    steps = len(rows.points("train", "seconds/step")) or 1
+    whole = math.fsum(y for _, y in rows.points("train", "seconds/step"))
+    staged = math.fsum(seconds for _, seconds in totals)
+    if whole - staged > 0.001 * whole:
+        totals.append(("other", whole - staged))
+    whole = max(whole, staged)
+    coloured = [(name, seconds / whole, index % 6 + 1) for index, (name, seconds) in enumerate(totals)]
+    body = "".join(
+        f'<tr><td><i style="background:var(--c{colour})"></i>{name}</td>'
+        + _cells(_short_seconds(share * whole), _short_seconds(share * whole / steps), f"{100 * share:.1f} %")
+        + "</tr>"
+        for name, share, colour in coloured
+    )
+    return (
+        f"<section><h2>Where the time went</h2>{stacked_bar(coloured)}"
+        f"{_table(('stage', 'in all', 'per step', 'share'), body)}</section>"
+    )
+
+
+def summary_section(summary: Summary | None) -> str:
+    if summary is None:
+        return missing("Held-out measures", "There is no summary yet; a run writes it at its end.")
+    body = ""
+    for name, numbers in summary["measures"].items():
+        relative = f"{100 * numbers['relative']:+.1f} %" if "relative" in numbers else ""
+        word = change(name, numbers)
+        body += (
+            f"<tr><td>{escape(name)}</td>{_cells(*number_texts(numbers), relative)}"
+            f'<td class="{word}">{word}</td></tr>'
+        )
+    return (
+        "<section><h2>Held-out measures</h2>"
+        f'<p class="soft">{summary["clips"]} clips, paired: the same prompts and noise before and after. '
+        "Bounds are 95 % over clips, not over seeds.</p>"
+        f"{_table(('measure', 'base', 'final', 'difference', '95 % bounds', 'relative', ''), body)}</section>"
+    )
+
+
+def _outcome_charts(rows: Rows) -> list[Chart]:
+    dimensions = [d for d in DIMENSIONS if rows.points("eval", f"held_out/reward/{d}")]
+    changes = [
+        Series(name.replace("_", " "), _minus_first(rows.points("eval", f"held_out/reward/{name}")), index)
+        for index, name in enumerate(dimensions, start=1)
+    ]
+    pixels = rows.names("eval", "held_out/pixels/")
+    damage = [name for name in pixels if BETTER.get(name) == -1]
+    return [
+        Chart(
+            "Reward",
+            [
+                Series("training candidates", rows.points("train", "reward/selected"), 6, noisy=True),
+                Series("held out", rows.points("eval", "held_out/reward/selected"), 1),
+                Series("judge, held out", rows.points("eval", "held_out/judge/selected"), 2),
+            ],
+            note="The judge never trains anything: it should follow.",
+        ),
+        Chart(
+            "Reward by dimension", changes, note="Held out, change since the start.", baseline=(0.0, "start")
+        ),
+        Chart(
+            "Damage",
+            _relative(rows, damage),
+            note="Measured in pixels, held out, against the start. Down is good.",
+            baseline=(1.0, "start"),
+            percent=True,
+        ),
+        Chart(
+            "Motion and detail",
+            _relative(rows, [name for name in pixels if name not in damage]),
+            note="Falling motion is the price to watch for.",
+            baseline=(1.0, "start"),
+            percent=True,
+        ),
+    ]
+
+
+def _learning_charts(rows: Rows) -> list[Chart]:
+    marks = rows.refreshes()
+    return [
+        Chart(
+            "Loss",
+            [_train(rows, "loss", "loss", 1)],
+            note="ln 2 right after a refresh; what it falls below that is learned.",
+            baseline=(math.log(2), "ln 2"),
+            marks=marks,
+        ),
+        Chart("Margin", [_train(rows, "margin", "margin", 3)], baseline=(0.0, ""), marks=marks),
+        Chart(
+            "Implicit accuracy",
+            [_train(rows, "implicit_accuracy", "pairs with margin above zero", 4)],
+            baseline=(0.5, "chance"),
+            percent=True,
+            marks=marks,
+        ),
+        Chart(
+            "Winner and loser gaps",
+            [_train(rows, "winner_gap", "winner", 3), _train(rows, "loser_gap", "loser", 5)],
+            note="Error against the reference. A winner above zero is learned by unlearning the loser more.",
+            baseline=(0.0, ""),
+            marks=marks,
+        ),
+    ]
+
+
+def _health_charts(rows: Rows) -> list[Chart]:
+    return [
+        Chart(
+            "Reward gap",
+            [_train(rows, "reward/gap", "winner minus loser", 2)],
+            note="A gap that collapses says that the candidates have become alike.",
+        ),
+        Chart("Tie rate", [_train(rows, "tie_rate", "pairs skipped as ties", 5)], percent=True),
+        Chart("Gradient norm", [_train(rows, "grad_norm", "before clipping", 4)]),
+        Chart("Learning rate", [Series("learning rate", rows.points("train", "lr"), 1)]),
+    ]
+
+
+def _train(rows: Rows, name: str, label: str, colour: int) -> Series:
+    return Series(label, rows.points("train", name), colour, noisy=True)
+
+
+def _relative(rows: Rows, names: Sequence[str]) -> list[Series]:
+    """Pixel measures as shares of their first value; those that start at zero have none."""
+    series: list[Series] = []
+    for name in names:
+        points = rows.points("eval", f"held_out/pixels/{name}")
+        if points and points[0][1] > 0 and len(series) < _MOST_SERIES:
+            first = points[0][1]
+            shares = [(x, y / first) for x, y in points]
+            series.append(Series(name.replace("_", " "), shares, len(series) + 1))
+    return series
+
+
+def _minus_first(points: Sequence[Point]) -> list[Point]:
+    return [(x, y - points[0][1]) for x, y in points]
+
+
+def _tile(label: str, value: str, detail: str, sense: str) -> str:
+    return (
+        f'<div class="tile"><div class="label">{escape(label)}</div>'
+        f'<div class="value {sense}">{escape(value)}</div><div class="detail">{escape(detail)}</div></div>'
+    )
+
+
+def _cells(*texts: str) -> str:
+    return "".join(f'<td class="num">{escape(text)}</td>' for text in texts)
+
+
+def _table(heads: Sequence[str], body: str) -> str:
+    first, *others = (escape(head) for head in heads)
+    row = f"<th>{first}</th>" + "".join(f'<th class="num">{head}</th>' for head in others)
+    return f'<div class="scroll"><table><thead><tr>{row}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _short_seconds(seconds: float) -> str:
+    """Milliseconds, seconds with two digits, then as words."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.1f} ms"
+    return f"{seconds:.2f} s" if seconds < 60 else format_seconds(seconds)

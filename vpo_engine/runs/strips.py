@@ -1,0 +1,86 @@
+"""Clips as still images, all frames side by side, for a page that plays them by itself.
+
+Images need no video decoder, keep every pixel of a small clip, and let a page show any number of clips at
+exactly the same frame.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+_FIRST_PIXELS = 800_000
+"""Pixels of all frames together that a clip too large for its budget is first reduced to."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One clip as an image: frame i at column ``i % columns``, row ``i // columns``."""
+
+    url: str
+    """``data:`` URL of a PNG (every pixel kept) or a WebP."""
+    frames: int
+    columns: int
+    width: int
+    """Pixels of one frame."""
+    height: int
+    exact: bool
+    """True if no pixel was changed."""
+
+
+def make_strip(video: Tensor, budget: int) -> Strip:
+    """uint8 [F, H, W, 3] as an image of at most ``budget`` bytes, exact if that fits, else made smaller.
+
+    AssertionError if even frames of a few pixels do not fit: a budget has room for some kilobytes.
+    """
+    height, width = video.shape[1], video.shape[2]
+    data = _encode(video, "PNG", optimize=True) if video.numel() <= 8 * budget else b""
+    if 0 < len(data) <= budget:
+        return _strip(data, "png", video, exact=True)
+    scale = min(1.0, math.sqrt(_FIRST_PIXELS / (video.shape[0] * height * width)))
+    while scale * min(height, width) >= 4:
+        smaller = _resized(video, round(scale * height), round(scale * width))
+        data = _encode(smaller, "WEBP", quality=85, method=4)
+        if len(data) <= budget:
+            return _strip(data, "webp", smaller, exact=False)
+        scale *= 0.8
+    raise AssertionError(f"a clip {list(video.shape)} cannot be shown in {budget} bytes")
+
+
+def _columns(frames: int, height: int, width: int) -> int:
+    """As many as make the image about square: image formats and browsers limit the sides."""
+    return max(1, min(frames, round(math.sqrt(frames * height / width))))
+
+
+def _encode(video: Tensor, image_format: str, **options: bool | int) -> bytes:
+    frames, height, width, _ = video.shape
+    columns = _columns(frames, height, width)
+    rows = -(-frames // columns)
+    cells = torch.zeros(rows * columns, height, width, 3, dtype=torch.uint8)
+    cells[:frames] = video
+    sheet = cells.view(rows, columns, height, width, 3).transpose(1, 2)
+    pixels = sheet.reshape(rows * height, columns * width, 3).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def _resized(video: Tensor, height: int, width: int) -> Tensor:
+    if video.shape[1:3] == (height, width):
+        return video
+    frames = [Image.fromarray(f.numpy()).resize((width, height), Image.Resampling.BOX) for f in video]
+    return torch.stack([torch.frombuffer(bytearray(f.tobytes()), dtype=torch.uint8) for f in frames]).view(
+        -1, height, width, 3
+    )
+
+
+def _strip(data: bytes, kind: str, video: Tensor, exact: bool) -> Strip:
+    frames, height, width, _ = video.shape
+    url = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    return Strip(url, frames, _columns(frames, height, width), width, height, exact)
