@@ -1,7 +1,8 @@
 """STDiT3's transformer blocks and final layer.
 
 Shape letters: B samples, T latent frames, S patches of a frame, C channels, L text tokens. Tokens travel as
-[B, T, S, C]. Modulations are [B, 1 or T, 1, C]: one per sample, or one per frame when some frames are conditioned.
+[B, T, S, C]. Modulations are [B, 1 or T, 1, C]: one per sample, or one per frame when some frames are
+conditioned.
 """
 
 from __future__ import annotations
@@ -30,15 +31,14 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., channels] to the same shape and dtype."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        inverse = (wide.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
-        return (wide * inverse).to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPSILON)
 
 
 def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles position * frequency, [length, 1, pairs], in ``dtype``.
 
-    The angles keep the dtype of the stored frequencies, so that a bf16 model turns by the angles it was trained with.
+    The angles keep the dtype of the stored frequencies, so that a bf16 model turns by the angles it was
+    trained with.
     """
     positions = torch.arange(length, device=frequencies.device, dtype=frequencies.dtype)
     angles = (positions[:, None] * frequencies)[:, None]
@@ -53,7 +53,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with RMS-normed queries and keys; rope, where given, comes after that norm."""
+    """Self-attention with RMS-normed queries and keys; rope, where given, comes after that norm."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -135,8 +135,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, time: Tensor, clean_time: Tensor | None, x_mask: Tensor | None) -> Tensor:
         """x [B, T, S, C], time [B, C] to [B, T, S, patch_values].
 
-        With x_mask [B, T], conditioned frames (False) are normalised a second time, on top of the modulation by
-        ``time``, now with ``clean_time`` [B, C]. The published model does so and was trained so
+        With x_mask [B, T], conditioned frames (False) are normalised a second time, on top of the modulation
+        by ``time``, now with ``clean_time`` [B, C]. The published model does so and was trained so
         (opensora/models/stdit/stdit3.py, T2IFinalLayer.forward).
         """
         x = self._modulate(x, time)

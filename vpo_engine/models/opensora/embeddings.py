@@ -1,7 +1,7 @@
 """STDiT3's embedders: patches, positions, time, frame rate, captions.
 
-Shape letters: B samples, C hidden channels, T latent frames, S = h * w patches of a frame, L text tokens, D text
-channels. Submodule and parameter names are those of the published checkpoint.
+Shape letters: B samples, C hidden channels, T latent frames, S = h * w patches of a frame, L text tokens, D
+text channels. Submodule and parameter names are those of the published checkpoint.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class PatchEmbedder(nn.Module):
 def position_embedding(rows: int, columns: int, channels: int, scale: float, like: Tensor) -> Tensor:
     """Sinusoids of a frame's patch grid, [rows * columns, channels] in ``like``'s dtype and on its device.
 
-    The first half of the channels encodes the column, the second half the row, each as cat(sin, cos). Coordinate i
-    of an axis of n patches is (i / scale) * (base / n), with base the rounded square root of the patch count.
-    Frequencies are rounded to ``like``'s dtype first, as the published model's buffer is.
+    The first half of the channels encodes the column, the second half the row, each as cat(sin, cos).
+    Coordinate i of an axis of n patches is (i / scale) * (base / n), with base the rounded square root of the
+    patch count. Frequencies are rounded to ``like``'s dtype first, as the published model's buffer is.
     """
     compute = torch.float64 if like.dtype == torch.float64 else torch.float32
     half = channels // 2
@@ -118,9 +118,11 @@ class CaptionEmbedder(nn.Module):
         return torch.where(rows[:, None, None, None], null, y)
 
     def drop(self, y: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
-        """Caption dropout for pretraining: each sample's whole caption becomes the null one, its mask unchanged.
+        """Caption dropout for pretraining: each sample's whole caption becomes the null one, its mask
+        unchanged.
 
-        Never applied by ``STDiT3.forward``, whatever its mode: policy and reference must see the same captions.
+        Never applied by ``STDiT3.forward``, whatever its mode: policy and reference must see the same
+        captions.
         """
         device = y.device if generator is None else generator.device
         draws = torch.rand(y.shape[0], generator=generator, device=device)

@@ -27,8 +27,8 @@ class RectifiedFlow:
     num_timesteps: the time of pure noise.
     use_timestep_transform: shift times towards noise for large and long videos (the released recipe does).
     transform_scale: extra factor of that shift.
-    geometry_dtype: in which the shift's ratio is computed. The released scripts carried sizes in the model's dtype,
-    so bfloat16 repeats their times to the digit.
+    geometry_dtype: in which the shift's ratio is computed. The released scripts carried sizes in the model's
+    dtype, so bfloat16 repeats their times to the digit.
     """
 
     num_timesteps: int = 1000
@@ -39,8 +39,8 @@ class RectifiedFlow:
     def timestep_transform(self, t: Tensor, height: float, width: float, num_frames: int) -> Tensor:
         """Times of a 512 x 512 image to the equally noisy-looking times of this geometry, any shape.
 
-        With r = sqrt(height * width / 512^2) * sqrt(frames) * transform_scale, where frames is 1 for an image and
-        floor(num_frames / 17) * 5 otherwise: u -> r * u / (1 + (r - 1) * u), u = t / num_timesteps.
+        With r = sqrt(height * width / 512^2) * sqrt(frames) * transform_scale, where frames is 1 for an image
+        and floor(num_frames / 17) * 5 otherwise: u -> r * u / (1 + (r - 1) * u), u = t / num_timesteps.
         """
         if num_frames != 1 and num_frames < 17:
             raise ValueError(
@@ -75,7 +75,8 @@ class RectifiedFlow:
     def sampling_timesteps(
         self, steps: int, height: float, width: float, num_frames: int
     ) -> tuple[Tensor, Tensor]:
-        """Times [steps] at which the network is asked, and the step lengths [steps] that follow, both float32, CPU.
+        """Times [steps] at which the network is asked, and the step lengths [steps] that follow, both
+        float32, CPU.
 
         Step i adds velocity * length[i]; the lengths sum to times[0] / num_timesteps.
         """
@@ -101,10 +102,11 @@ class RectifiedFlow:
     ) -> Tensor:
         """Integrate noise [B, C, T, H, W] to latents by Euler steps, float32 or better.
 
-        frame_mask [B, T] conditions on frames already in ``noise``: 0 keeps a clean frame, 1 generates it, and a
-        fraction lets it take part from that fraction of the noise on: when it joins, it is noised to the time reached.
-        ``predict`` then gets the frames that take part as a third argument. ``draw_noise`` is asked for fresh noise
-        like z at every step of such a run, needed or not, as the published loop does.
+        frame_mask [B, T] conditions on frames already in ``noise``: 0 keeps a clean frame, 1 generates it,
+        and a fraction lets it take part from that fraction of the noise on: when it joins, it is noised to
+        the time reached. ``predict`` then gets the frames that take part as a third argument. ``draw_noise``
+        is asked for fresh noise like z at every step of such a run, needed or not, as the published loop
+        does.
         """
         times, lengths = self.sampling_timesteps(steps, height, width, num_frames)
         z = noise if noise.dtype == torch.float64 else noise.float()
@@ -128,8 +130,8 @@ class RectifiedFlow:
     ) -> Tensor:
         """Squared velocity error of each sample, float32 [B], mean over what is generated.
 
-        latents, noise: [B, C, T, H, W]; t: [B]. frame_mask bool [B, T]: frames with False are fed clean and do not
-        count; ``predict`` gets it as a third argument.
+        latents, noise: [B, C, T, H, W]; t: [B]. frame_mask bool [B, T]: frames with False are fed clean and
+        do not count; ``predict`` gets it as a third argument.
         """
         x_t = self.add_noise(latents, noise, t)
         if frame_mask is None:
@@ -155,11 +157,13 @@ def guided_velocity(
     x_mask: Tensor | None = None,
     **geometry: Any,
 ) -> Tensor:
-    """Classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B rows: [prompts, nulls].
+    """Classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B rows: [prompts,
+    nulls].
 
-    text [B, L, D], text_mask [B, L], null_embedding [max length, D]: as in the published sampler, a null row uses its
-    prompt's mask. guidance 1 is the plain conditional prediction, from B rows. ``geometry`` (fps, height, width)
-    goes to the network as it is. The network's further channels are not used, so they get no gradient.
+    text [B, L, D], text_mask [B, L], null_embedding [max length, D]: as in the published sampler, a null row
+    uses its prompt's mask. guidance 1 is the plain conditional prediction, from B rows. ``geometry`` (fps,
+    height, width) goes to the network as it is. The network's further channels are not used, so they get no
+    gradient.
     """
     channels = z.shape[1]
     if guidance == 1.0:

@@ -1,7 +1,8 @@
 """STDiT3, the diffusion transformer of Open-Sora 1.2, with the published configuration and key names.
 
-Behaviour follows opensora/models/stdit/stdit3.py of hpcaitech/Open-Sora, tag v1.2.0. Shape letters: B samples,
-T x H x W latent frames, rows and columns, S patches of a frame, C hidden channels, L text tokens, D text channels.
+Behaviour follows opensora/models/stdit/stdit3.py of hpcaitech/Open-Sora, tag v1.2.0. Shape letters: B
+samples, T x H x W latent frames, rows and columns, S patches of a frame, C hidden channels, L text tokens, D
+text channels.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ _POSITION_CACHE_ENTRIES = 4
 class STDiT3Config:
     """The keys of the published config.json that define the function; defaults are the published class's.
 
-    ``class_dropout_prob`` is a record for whoever pretrains: nothing here applies it (see ``CaptionEmbedder.drop``).
-    ``freeze_y_embedder`` keeps the caption projection out of training, as in the released recipe.
+    ``class_dropout_prob`` is a record for whoever pretrains: nothing here applies it (see
+    ``CaptionEmbedder.drop``). ``freeze_y_embedder`` keeps the caption projection out of training, as in the
+    released recipe.
     """
 
     input_sq_size: int = 512
@@ -105,7 +107,8 @@ class STDiT3Config:
 
 
 class STDiT3(nn.Module):
-    """Space-time diffusion transformer: pairs of a spatial and a temporal block over patches of a latent video.
+    """Space-time diffusion transformer: pairs of a spatial and a temporal block over patches of a latent
+    video.
 
     Dropout of any kind is absent in every mode, so train() and eval() compute the same function.
     ``gradient_checkpointing``: keep only each block's input for the backward pass and recompute the rest.
@@ -170,11 +173,11 @@ class STDiT3(nn.Module):
 
         x: [B, in_channels, T, H, W]. The first in_channels of the prediction are the velocity.
         timestep: [B], 0 (clean) to 1000 (noise).
-        y: [B, 1, L, D], encoder states. mask: [rows, L], non-zero where a token counts; None = all do. With fewer
-        rows than y it is tiled, so that the null captions of a guided batch use their prompts' masks.
+        y: [B, 1, L, D], encoder states. mask: [rows, L], non-zero where a token counts; None = all do. With
+        fewer rows than y it is tiled, so that the null captions of a guided batch use their prompts' masks.
         x_mask: bool [B, T], False where a frame is a clean condition; None = none is.
-        fps: [B] or one number. height, width: pixels of the whole batch, numbers or vectors whose first element counts
-        (numbers spare a device synchronisation).
+        fps: [B] or one number. height, width: pixels of the whole batch, numbers or vectors whose first
+        element counts (numbers spare a device synchronisation).
         """
         self._check(x, timestep, y)
         dtype = self.dtype
