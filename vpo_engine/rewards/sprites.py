@@ -1,0 +1,277 @@
+"""The sprites world's reward network and its judge, with VideoScore's five dimensions on its scale of 1 to 4.
+
+Either network reads, from the pixels alone, the severity of each kind of damage, whether there is a sprite
+clip at all ("valid"), and what moves how. The dimensions (4 is best) are put together from these readings:
+
+    visual_quality        1 + 3 valid (1 - blur)
+    temporal_consistency  1 + 3 valid (1 - flicker) (1 - jitter)
+    dynamic_degree        1 + 3 valid (1 - freeze)
+    text_alignment        1 + 3 valid (mean probability of the caption's colour, shape and direction)
+    factual_consistency   1 + 3 valid (1 - identity)
+
+so a destroyed clip is low in all of them. The policy is trained against ``SpritesReward``; ``SpritesJudge``
+has another architecture, seed and training data, and nothing is ever optimised against it. Letters: B clips,
+F frames, K keypoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vpo_engine.data.sprites.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, SIZE, Attributes
+
+DIMENSIONS = (
+    "visual_quality",
+    "temporal_consistency",
+    "dynamic_degree",
+    "text_alignment",
+    "factual_consistency",
+)
+OUTPUTS = (6, len(COLOURS), len(SHAPES), len(DIRECTIONS))
+"""Five severities in the order of ``damage.KINDS`` and invalidity; then the logits of the attributes."""
+BUILD_COMMAND = "python -m vpo_engine.data.sprites build"
+CHUNK = 64
+"""Clips per forward."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a network sees in B clips; logits, float32."""
+
+    defects: Tensor
+    """[B, 6]: sigmoid gives the severities (columns as ``damage.KINDS``) and the degree of destruction."""
+    colour: Tensor
+    shape: Tensor
+    direction: Tensor
+
+    @staticmethod
+    def split(outputs: Tensor) -> Reading:
+        return Reading(*outputs.split(OUTPUTS, dim=1))
+
+
+def dimensions_of(severities: Tensor, valid: Tensor, match: Tensor) -> dict[str, Tensor]:
+    """The five dimensions, 1..4, of severities [B, 5], validity [B] and caption match [B], all in 0..1."""
+    flicker, jitter, blur, identity, freeze = severities.unbind(1)
+    quality = (1 - blur, (1 - flicker) * (1 - jitter), 1 - freeze, match, 1 - identity)
+    return {name: 1 + 3 * valid * part for name, part in zip(DIMENSIONS, quality, strict=True)}
+
+
+def score_reading(reading: Reading, attributes: Attributes) -> dict[str, Tensor]:
+    """The five dimensions of what was read, given what the captions say."""
+    defects = reading.defects.sigmoid()
+    parts = (
+        (reading.colour, attributes.colour),
+        (reading.shape, attributes.shape),
+        (reading.direction, attributes.direction),
+    )
+    match = sum(
+        (logits.softmax(1).gather(1, index.unsqueeze(1)).squeeze(1) for logits, index in parts),
+        start=torch.zeros_like(defects[:, 0]),
+    )
+    return dimensions_of(defects[:, :5], 1 - defects[:, 5], match / 3)
+
+
+def _grid(side: int) -> Tensor:
+    """Coordinates in -1..1 of a side x side map, [side * side, 2] (x, y)."""
+    line = torch.linspace(-1, 1, side)
+    return torch.stack((line.repeat(side), line.repeat_interleave(side)), dim=1)
+
+
+def _pixels(videos: Tensor) -> Tensor:
+    """uint8 [B, F, H, W, 3] to float32 [B * F, 3, H, W] around 0."""
+    return videos.flatten(0, 1).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+class RewardNetwork(nn.Module):
+    """Soft-argmax keypoints with what lies there, and each frame's layout, convolved over time."""
+
+    grid: Tensor
+
+    def __init__(self, keypoints: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 4, stride=2, padding=1)
+        self.heat = nn.Conv2d(24, keypoints, 3, padding=1)
+        self.look = nn.Linear(24 * keypoints, 64)
+        self.layout = nn.Sequential(
+            nn.Conv2d(24, 32, 3, stride=2, padding=1),
+            nn.GroupNorm(4, 32),
+            nn.ReLU(),
+            nn.Conv2d(32, 48, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(48, 64, SIZE // 8),
+        )
+        self.track = nn.Sequential(
+            nn.Conv1d(6 * keypoints + 64 + 64 + 24, 96, 3, padding=1),
+            nn.GELU(),
+            nn.Conv1d(96, 96, 5, padding=2),
+            nn.GELU(),
+        )
+        self.head = nn.Sequential(nn.Linear(2 * 96, 128), nn.GELU(), nn.Linear(128, sum(OUTPUTS)))
+        self.register_buffer("grid", _grid(SIZE // 2), persistent=False)
+
+    def forward(self, videos: Tensor) -> Reading:
+        """uint8 [B, F, H, W, 3] to what is seen in them."""
+        count = videos.shape[0]
+        stem = F.relu(self.stem(_pixels(videos)))  # [B F, 24, 16, 16]
+        share = self.heat(stem).flatten(2).softmax(2)  # [B F, K, 256]
+        points = (share @ self.grid).flatten(1).view(count, FRAMES, -1)  # [B, F, 2 K]
+        speed = F.pad(points.diff(dim=1), (0, 0, 1, 0))
+        bend = F.pad(points.diff(n=2, dim=1), (0, 0, 1, 1))
+        look = self.look((share @ stem.flatten(2).transpose(1, 2)).flatten(1))
+        frame = torch.cat((look, self.layout(stem).flatten(1), stem.mean(dim=(2, 3))), dim=1)
+        track = torch.cat((points, 8 * speed, 8 * bend, frame.view(count, FRAMES, -1)), dim=2)
+        track = self.track(track.transpose(1, 2))  # [B, 96, F]
+        return Reading.split(self.head(torch.cat((track.mean(2), track.amax(2)), dim=1)))
+
+
+class JudgeNetwork(nn.Module):
+    """Frames to tokens by attention pooling with coordinates, then self-attention over time."""
+
+    grid: Tensor
+
+    def __init__(self, points: int = 6, width: int = 96, depth: int = 2) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 20, 5, stride=2, padding=2), nn.SiLU())
+        self.query = nn.Conv2d(20, points, 1)
+        self.deep = nn.Sequential(
+            nn.Conv2d(20, 32, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 32),
+            nn.SiLU(),
+            nn.Conv2d(32, 48, 3, stride=2, padding=1),
+            nn.SiLU(),
+        )
+        self.token = nn.Linear(2 * (22 * points + 48) + 2 * points, width)
+        self.time = nn.Parameter(torch.randn(FRAMES, width) * 0.02)
+        self.mix = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, 4, 3 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.head = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, sum(OUTPUTS)))
+        self.register_buffer("grid", _grid(SIZE // 2), persistent=False)
+
+    def forward(self, videos: Tensor) -> Reading:
+        """uint8 [B, F, H, W, 3] to what is seen in them."""
+        count = videos.shape[0]
+        features = self.features(_pixels(videos))  # [B F, 20, 16, 16]
+        share = self.query(features).flatten(2).softmax(2)  # [B F, K, 256]
+        place = (share @ self.grid).flatten(1)
+        seen = (share @ features.flatten(2).transpose(1, 2)).flatten(1)
+        frame = torch.cat((place, seen, self.deep(features).mean(dim=(2, 3))), dim=1).view(count, FRAMES, -1)
+        change = F.pad(frame.diff(dim=1), (0, 0, 1, 0))
+        bend = F.pad(frame[..., : place.shape[1]].diff(n=2, dim=1), (0, 0, 1, 1))
+        token = self.token(torch.cat((frame, 4 * change, 8 * bend), dim=2)) + self.time
+        for layer in self.mix:
+            token = layer(token)
+        return Reading.split(self.head(torch.cat((token.mean(1), token.amax(1)), dim=1)))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"reward": RewardNetwork, "judge": JudgeNetwork}
+
+
+def save_network(network: nn.Module, path: Path) -> None:
+    """Write a reward or judge network as half-precision safetensors with its kind in the metadata."""
+    kinds = [kind for kind, cls in NETWORKS.items() if type(network) is cls]
+    assert kinds, type(network)
+    weights = {name: weight.half().contiguous() for name, weight in network.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(weights, path, {"config": json.dumps({"network": kinds[0]})})
+
+
+def load_network(kind: str, path: Path | None = None) -> nn.Module:
+    """A trained network ("reward" or "judge"), float32, in evaluation mode; from the package without a path.
+
+    FileNotFoundError naming the build command if the weights are missing, ValueError if the file holds the
+    other kind of network.
+    """
+    if path is None:
+        source = resources.files("vpo_engine.data.sprites") / "weights" / f"{kind}.safetensors"
+        if not source.is_file():
+            raise FileNotFoundError(
+                f"the sprites world has no {kind} weights at {source}; make them: {BUILD_COMMAND}"
+            )
+        with resources.as_file(source) as file:
+            return load_network(kind, file)
+    if not path.is_file():
+        raise FileNotFoundError(f"no {kind} weights at {path}; make them: {BUILD_COMMAND}")
+    with safe_open(path, framework="pt") as archive:
+        config = json.loads((archive.metadata() or {}).get("config", "{}"))
+        weights = {name: archive.get_tensor(name).float() for name in archive.keys()}  # noqa: SIM118
+    if config.get("network") != kind:
+        raise ValueError(
+            f"{path} holds network {config.get('network')!r}, expected {kind!r}; rebuild: {BUILD_COMMAND}"
+        )
+    network = NETWORKS[kind]()
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)
+
+
+def _check(videos: Tensor, prompts: Sequence[str]) -> None:
+    if videos.dtype != torch.uint8:
+        raise ValueError(f"videos are {videos.dtype}, expected torch.uint8 levels 0..255")
+    if videos.ndim != 5 or tuple(videos.shape[1:]) != (FRAMES, SIZE, SIZE, 3) or not videos.shape[0]:
+        raise ValueError(
+            f"videos have shape {tuple(videos.shape)}, expected [B, {FRAMES}, {SIZE}, {SIZE}, 3], B >= 1: "
+            "this reward scores clips of the sprites world only"
+        )
+    if len(prompts) != videos.shape[0]:
+        raise ValueError(f"{len(prompts)} prompts for {videos.shape[0]} videos; give one caption a video")
+
+
+class _SpritesScorer:
+    """Scores clips with one of the networks. Deterministic for the same videos in the same batch."""
+
+    dimensions = DIMENSIONS
+    kind: str
+
+    def __init__(self, network: nn.Module | None = None) -> None:
+        """``network``: a trained one; without it the package's weights are loaded."""
+        self.network = load_network(self.kind) if network is None else network
+
+    @torch.no_grad()
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """uint8 [B, 17, 32, 32, 3] and B captions to {dimension: float32 [B] in 1..4}, on the CPU.
+
+        ValueError for another shape or type, for a text that is no caption of the sprites world, and for
+        a score that is not finite.
+        """
+        _check(videos, prompts)
+        attributes = Attributes.of(prompts)
+        device = next(self.network.parameters()).device
+        parts = []
+        for start in range(0, len(prompts), CHUNK):
+            rows = slice(start, start + CHUNK)
+            reading = self.network(videos[rows].to(device))
+            parts.append(torch.stack([*score_reading(reading, attributes[rows].to(device)).values()]).cpu())
+        scores = dict(zip(DIMENSIONS, torch.cat(parts, dim=1).unbind(0), strict=True))
+        for name, values in scores.items():
+            if not bool(values.isfinite().all()):
+                row = int((~values.isfinite()).nonzero()[0])
+                raise ValueError(
+                    f"the {self.kind} network gave {name} = {values[row].item()} for video {row} "
+                    f"({prompts[row]!r}); its weights are damaged: rebuild them with {BUILD_COMMAND}"
+                )
+        return scores
+
+
+class SpritesReward(_SpritesScorer):
+    """The reward the sprites world's policy is trained against (a ``Reward``)."""
+
+    kind = "reward"
+
+
+class SpritesJudge(_SpritesScorer):
+    """The held-out judge (a ``Reward``), never optimised against."""
+
+    kind = "judge"
