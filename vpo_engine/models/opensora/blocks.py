@@ -106,6 +106,10 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(channels, heads)
         self.mlp = Mlp(channels, mlp_channels, channels)
 
+    def start_without_effect(self) -> None:
+        for layer in (self.attn.proj, self.cross_attn.proj, self.mlp.fc2):
+            nn.init.zeros_(layer.weight)
+
     def attend(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """[B, T, S, C]: attention over T at each patch with rope, or over S in each frame without."""
         if self.temporal:

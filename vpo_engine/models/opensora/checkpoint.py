@@ -6,6 +6,7 @@ Nothing here reaches the network. Pickled shards go through ``weights_only=True`
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return _read_file(path / name)
     held = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise FileNotFoundError(
-        f"{path} holds no weights: expected {WEIGHTS}, {_PICKLED}, or their .index.json with shards; found {held}"
+        f"{path} holds no weights: expected {WEIGHTS}, {_PICKLED}, or an .index.json with its shards; "
+        f"found {held}"
     )
 
 
-def save_pretrained_layout(module_state: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | Path)
--> None:
+def save_pretrained_layout(
+    module_state: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | Path
+) -> None:
     """Write model.safetensors and config.json, as the published repositories lay them out.
 
     The folder is made if need be; existing files of these names are replaced.
@@ -90,8 +93,8 @@ def save_pretrained_layout(module_state: Mapping[str, Tensor], config: Mapping[s
 def _read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".bin":
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"{file} is not a readable weights file ({error}); download it again") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError(f"{file} is not a plain dictionary of tensors")
@@ -113,7 +116,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(promised.values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is not an index with a weight_map ({error!r}); download it again") from error
+        raise ValueError(f"{index} is not an index of shards ({error!r}); download it again") from error
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise FileNotFoundError(

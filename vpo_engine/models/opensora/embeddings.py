@@ -77,6 +77,13 @@ class ScalarEmbedder(nn.Module):
             nn.Linear(FREQUENCY_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
+    def start_without_effect(self) -> None:
+        first, _, last = self.mlp
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        nn.init.normal_(first.weight, std=0.02)
+        nn.init.zeros_(last.weight)
+
     def forward(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """[B] to [B, C]; the sinusoid is float32 (float64 for float64 values), then cast to ``dtype``."""
         compute = torch.float64 if value.dtype == torch.float64 else torch.float32
@@ -99,7 +106,7 @@ class Mlp(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text-encoder states to hidden channels. ``y_embedding`` is the null caption, a buffer in raw text space."""
+    """Text-encoder states to hidden channels. The buffer ``y_embedding`` is the null caption, in text space."""
 
     y_embedding: Tensor
 
@@ -118,8 +125,7 @@ class CaptionEmbedder(nn.Module):
         return torch.where(rows[:, None, None, None], null, y)
 
     def drop(self, y: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
-        """Caption dropout for pretraining: each sample's whole caption becomes the null one, its mask
-        unchanged.
+        """Caption dropout for pretraining: a sample's whole caption becomes the null one, its mask stays.
 
         Never applied by ``STDiT3.forward``, whatever its mode: policy and reference must see the same
         captions.

@@ -44,8 +44,8 @@ class RectifiedFlow:
         """
         if num_frames != 1 and num_frames < 17:
             raise ValueError(
-                f"num_frames={num_frames}: the timestep transform counts latent frames in chunks of 17 video frames, "
-                "so it needs 1 or at least 17; turn use_timestep_transform off for shorter clips"
+                f"num_frames={num_frames}: the timestep transform counts latent frames by chunks of 17 frames, so it "
+                "needs 1 or at least 17; turn use_timestep_transform off for shorter clips"
             )
         size = torch.tensor([height, width, num_frames], dtype=self.geometry_dtype)
         latent_frames = size[2] if num_frames == 1 else size[2] // 17 * 5
@@ -59,7 +59,7 @@ class RectifiedFlow:
         return self.timesteps_from_normal(torch.special.ndtri(u), height, width, num_frames)
 
     def timesteps_from_normal(self, z: Tensor, height: float, width: float, num_frames: int) -> Tensor:
-        """Standard normal numbers, any shape, to training times: what the published sampler makes of its draws."""
+        """Standard normal numbers, any shape, to training times, as the published sampler maps its draws."""
         t = torch.sigmoid(z) * self.num_timesteps
         return self.timestep_transform(t, height, width, num_frames) if self.use_timestep_transform else t
 
@@ -75,10 +75,9 @@ class RectifiedFlow:
     def sampling_timesteps(
         self, steps: int, height: float, width: float, num_frames: int
     ) -> tuple[Tensor, Tensor]:
-        """Times [steps] at which the network is asked, and the step lengths [steps] that follow, both
-        float32, CPU.
+        """Times [steps] at which the network is asked, and the step lengths [steps] that follow.
 
-        Step i adds velocity * length[i]; the lengths sum to times[0] / num_timesteps.
+        Both float32, CPU. Step i adds velocity * length[i]; the lengths sum to times[0] / num_timesteps.
         """
         if steps < 1:
             raise ValueError(f"steps={steps}: sampling needs at least 1 step")
@@ -110,7 +109,7 @@ class RectifiedFlow:
         """
         times, lengths = self.sampling_timesteps(steps, height, width, num_frames)
         z = noise if noise.dtype == torch.float64 else noise.float()
-        joined = None if frame_mask is None else frame_mask == 1
+        joined = torch.zeros(()) if frame_mask is None else frame_mask == 1
         for time, length in zip(times.tolist(), lengths.tolist(), strict=True):
             t = torch.full((z.shape[0],), time, device=z.device)
             if frame_mask is None:
@@ -157,11 +156,10 @@ def guided_velocity(
     x_mask: Tensor | None = None,
     **geometry: Any,
 ) -> Tensor:
-    """Classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B rows: [prompts,
-    nulls].
+    """Classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B rows.
 
-    text [B, L, D], text_mask [B, L], null_embedding [max length, D]: as in the published sampler, a null row
-    uses its prompt's mask. guidance 1 is the plain conditional prediction, from B rows. ``geometry`` (fps,
+    text [B, L, D], text_mask [B, L], null_embedding [max length, D]. As in the published sampler, prompts come
+    before nulls and a null row uses its prompt's mask. guidance 1 is the plain conditional prediction, from B rows. ``geometry`` (fps,
     height, width) goes to the network as it is. The network's further channels are not used, so they get no
     gradient.
     """

@@ -107,8 +107,7 @@ class STDiT3Config:
 
 
 class STDiT3(nn.Module):
-    """Space-time diffusion transformer: pairs of a spatial and a temporal block over patches of a latent
-    video.
+    """Space-time diffusion transformer: pairs of a spatial and a temporal block over latent patches.
 
     Dropout of any kind is absent in every mode, so train() and eval() compute the same function.
     ``gradient_checkpointing``: keep only each block's input for the backward pass and recompute the rest.
@@ -210,7 +209,7 @@ class STDiT3(nn.Module):
     def _embed_time(
         self, timestep: Tensor, fps: Tensor | float, x_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Time [B, C], block modulations [B, 1 or T, 6, C], time of clean frames [B, C] (None without x_mask)."""
+        """Time [B, C], block modulations [B, 1 or T, 6, C], clean frames' time [B, C] (None without x_mask)."""
         rates = torch.as_tensor(fps, device=timestep.device, dtype=timestep.dtype).expand(timestep.shape)
         rate = self.fps_embedder(rates, timestep.dtype)
         time = self.t_embedder(timestep, timestep.dtype) + rate
@@ -222,7 +221,7 @@ class STDiT3(nn.Module):
         return time, blocks.unflatten(-1, (6, -1)), clean_time
 
     def _embed_text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Text [B, L', C] without columns that no row uses, and the mask bool [B, L'] if any of it is left."""
+        """Text [B, L', C] without columns that no row uses; mask bool [B, L'], None where all of it counts."""
         y = y.squeeze(1)
         if mask is None:
             return self.y_embedder(y), None
@@ -276,11 +275,10 @@ class STDiT3(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
-        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+        self.fps_embedder.start_without_effect()
         for block in self.temporal_blocks:
-            for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
-                nn.init.zeros_(layer.weight)
+            assert isinstance(block, Block)
+            block.start_without_effect()
 
 
 def _number(value: Tensor | float) -> float:
