@@ -106,7 +106,7 @@ class Mlp(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text-encoder states to hidden channels. The buffer ``y_embedding`` is the null caption, in text space."""
+    """Text-encoder states to hidden channels. The buffer ``y_embedding`` is the null caption's states."""
 
     y_embedding: Tensor
 

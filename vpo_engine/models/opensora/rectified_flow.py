@@ -44,8 +44,8 @@ class RectifiedFlow:
         """
         if num_frames != 1 and num_frames < 17:
             raise ValueError(
-                f"num_frames={num_frames}: the timestep transform counts latent frames by chunks of 17 frames, so it "
-                "needs 1 or at least 17; turn use_timestep_transform off for shorter clips"
+                f"num_frames={num_frames}: the timestep transform counts chunks of 17 video frames, so it needs "
+                "1 or at least 17; turn use_timestep_transform off for shorter clips"
             )
         size = torch.tensor([height, width, num_frames], dtype=self.geometry_dtype)
         latent_frames = size[2] if num_frames == 1 else size[2] // 17 * 5
@@ -115,7 +115,8 @@ class RectifiedFlow:
             if frame_mask is None:
                 z = z + predict(z, t) * length
                 continue
-            active = frame_mask * self.num_timesteps >= time
+            # Rounding can put the first time an ulp above pure noise; frames to generate take part even then.
+            active = frame_mask * self.num_timesteps >= min(time, self.num_timesteps)
             joining = (active & ~joined)[:, None, :, None, None]
             held = z
             z = torch.where(joining, self.add_noise(held, draw_noise(held), t), held)
@@ -158,10 +159,10 @@ def guided_velocity(
 ) -> Tensor:
     """Classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B rows.
 
-    text [B, L, D], text_mask [B, L], null_embedding [max length, D]. As in the published sampler, prompts come
-    before nulls and a null row uses its prompt's mask. guidance 1 is the plain conditional prediction, from B rows. ``geometry`` (fps,
-    height, width) goes to the network as it is. The network's further channels are not used, so they get no
-    gradient.
+    text [B, L, D], text_mask [B, L], null_embedding [max length, D]. As in the published sampler, prompts
+    come before nulls and a null row uses its prompt's mask. guidance 1 is the plain conditional prediction,
+    from B rows. ``geometry`` (fps, height, width) goes to the network as it is. The network's further
+    channels are not used, so they get no gradient.
     """
     channels = z.shape[1]
     if guidance == 1.0:

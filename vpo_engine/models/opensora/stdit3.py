@@ -209,7 +209,7 @@ class STDiT3(nn.Module):
     def _embed_time(
         self, timestep: Tensor, fps: Tensor | float, x_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Time [B, C], block modulations [B, 1 or T, 6, C], clean frames' time [B, C] (None without x_mask)."""
+        """Time [B, C], modulations [B, 1 or T, 6, C], clean frames' time [B, C] (None without x_mask)."""
         rates = torch.as_tensor(fps, device=timestep.device, dtype=timestep.dtype).expand(timestep.shape)
         rate = self.fps_embedder(rates, timestep.dtype)
         time = self.t_embedder(timestep, timestep.dtype) + rate
@@ -221,7 +221,7 @@ class STDiT3(nn.Module):
         return time, blocks.unflatten(-1, (6, -1)), clean_time
 
     def _embed_text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Text [B, L', C] without columns that no row uses; mask bool [B, L'], None where all of it counts."""
+        """Text [B, L', C] without columns that no row uses; mask bool [B, L'], None if all of it counts."""
         y = y.squeeze(1)
         if mask is None:
             return self.y_embedder(y), None
