@@ -1,5 +1,10 @@
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
+import termios
 import time
 
 import pytest
@@ -41,7 +46,7 @@ def test_plain_lines_come_every_few_seconds_not_every_step():
             progress.step(step, METRICS)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2
-    assert lines[1] == "step 1000/1000: done, in 0 s, reward 4.567, loss 0.693, margin accuracy 55%"
+    assert lines[1] == "step 1000/1000: done, after 0 s, reward 4.567, loss 0.693, margin accuracy 55 %"
 
 
 def test_a_terminal_shows_one_line_with_everything():
@@ -53,7 +58,7 @@ def test_a_terminal_shows_one_line_with_everything():
         progress.stage("decode")
     last = stream.getvalue().split("\r")[-2]
     assert "10/48" in stream.getvalue().split("\r")[1]
-    assert "decode, 6 min 10 s left, reward 4.567, loss 0.693, margin accuracy 55%" in stream.getvalue()
+    assert "decode, 6 min 10 s left, reward 4.567, loss 0.693, margin accuracy 55 %" in stream.getvalue()
     assert "11/48" in last
     assert "stopped" in last
 
@@ -128,3 +133,17 @@ def test_a_start_beyond_the_end():
 )
 def test_durations_in_words(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("columns", [0, 60, 200])
+def test_a_real_terminal_of_any_width_shows_the_line(columns):
+    """Zero columns is what a terminal in a container says."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(slave, "w") as stream, Progress(4, stream=stream) as progress:
+        progress.stage("rollout")
+        progress.step(4, METRICS)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert "4/4" in shown
+    assert "rollout, after 0 s" in shown

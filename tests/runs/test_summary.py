@@ -142,7 +142,7 @@ def test_the_table_is_aligned_and_ends_with_the_verdict():
     assert table[0].split() == ["measure", "base", "final", "difference", "95", "%", "bounds", "relative"]
     assert table[1].split()[0] == "reward/selected"
     assert table[1].endswith("better")
-    assert "-36" in table[3]
+    assert "-35.9 %" in table[3]
     assert table[6].endswith("unclear")
     assert "Time: rollout 84.5 s, update 70.2 s" in lines
     assert lines[-1].startswith("Held-out reward: improved (+0.300, 95 % bounds +0.")

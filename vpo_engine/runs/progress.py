@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import threading
@@ -17,6 +18,7 @@ _SHOWN = {"reward/selected": "reward", "loss": "loss", "implicit_accuracy": "mar
 """Metrics shown, by their name in the train rows, and what they are called on screen."""
 _WINDOW = 100
 _OUTLIER = 5.0
+_FALLBACK_COLUMNS = 120
 
 
 class StepTimer:
@@ -88,7 +90,8 @@ class Progress:
                 total=self._total,
                 initial=self._done,
                 file=self._stream,
-                dynamic_ncols=True,
+                dynamic_ncols=_knows_its_width(self._stream),
+                ncols=_FALLBACK_COLUMNS,
                 bar_format="{n_fmt}/{total_fmt} |{bar:16}| {desc}",
             )
         self._show()
@@ -149,7 +152,7 @@ class Progress:
             time_text = (
                 f"{format_seconds(left - in_step)} left"
                 if left > 0
-                else f"in {format_seconds(now - self._began)}"
+                else f"after {format_seconds(now - self._began)}"
             )
         return ", ".join(part for part in (self._stage, time_text, self._numbers) if part)
 
@@ -177,10 +180,20 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
+def _knows_its_width(stream: TextIO) -> bool:
+    """False for terminals without a size, as containers have: a bar of zero columns would stay invisible."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return False
+
+
 def _numbers(metrics: Mapping[str, float]) -> str:
     parts = []
     for name, label in _SHOWN.items():
         if name in metrics:
             value = metrics[name]
-            parts.append(f"{label} {value:.0%}" if name == "implicit_accuracy" else f"{label} {value:.3f}")
+            parts.append(
+                f"{label} {100 * value:.0f} %" if name == "implicit_accuracy" else f"{label} {value:.3f}"
+            )
     return ", ".join(parts)

@@ -18,6 +18,8 @@ from vpo_engine.runs.strips import make_strip
 _MAX_HELD_OUT = 16
 _MAX_PAIRS = 4
 """Of the widest, and of the narrowest gaps."""
+_WIDE = 128
+"""Pixels of a clip's width from which it is given a larger card."""
 _HELD_OUT_BYTES = 4_500_000
 _PAIR_BYTES = 1_500_000
 """Of images, before base64 makes them a third larger: the page stays below 10 MB."""
@@ -47,7 +49,7 @@ def held_out_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
     body = "".join(
         _card_html(card, ("base", "trained"), dimensions, _HELD_OUT_BYTES, cards) for card in cards
     )
-    return _section("Before and after", lead, body, gallery.before.shape[1], gallery.fps)
+    return _section("Before and after", lead, body, gallery.before[0], gallery.fps)
 
 
 def pairs_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
@@ -70,7 +72,7 @@ def pairs_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
         f"loser and winner{then}."
     )
     body = "".join(_card_html(card, ("loser", "winner"), dimensions, _PAIR_BYTES, cards) for card in cards)
-    return _section("What it learned from", lead, body, first.winner.shape[1], first.fps)
+    return _section("What it learned from", lead, body, first.winner[0], first.fps)
 
 
 def missing(title: str, text: str) -> str:
@@ -106,7 +108,10 @@ def _pair_cards(found: Sequence[tuple[float, Path, int]], what: str) -> list[_Ca
     return cards
 
 
-def _section(title: str, lead: str, cards: str, frames: int, fps: int) -> str:
+def _section(title: str, lead: str, cards: str, clip: Tensor, fps: int) -> str:
+    """clip: any of those shown, [F, H, W, 3]; all have its shape."""
+    frames, width = clip.shape[0], clip.shape[2]
+    size = " wide" if width >= _WIDE else ""
     return (
         f'<section data-fps="{fps}" data-frames="{frames}"><h2>{escape(title)}</h2>'
         f'<p class="soft">{escape(lead)}</p>'
@@ -115,7 +120,7 @@ def _section(title: str, lead: str, cards: str, frames: int, fps: int) -> str:
         "<output></output>"
         '<label><input type="checkbox"> quarter speed</label></div>'
         "<noscript><p>The clips play with JavaScript only.</p></noscript>"
-        f'<div class="cards">{cards}</div></section>'
+        f'<div class="cards{size}">{cards}</div></section>'
     )
 
 
@@ -128,7 +133,7 @@ def _card_html(
     )
     meta = f'<p class="meta">{escape(card.meta)}</p>' if card.meta else ""
     values = [value for other in cards for scores in other.scores for value in scores.values()]
-    left, right = card.scores
+    prompt, (left, right) = escape(card.prompt), card.scores
     rows = "".join(
         f'<dt title="{escape(name)}">{escape(name.split("_")[0])}</dt><dd class="plot">'
         f"{dumbbell(left[name], right[name], min(values), max(values))}</dd>"
@@ -137,7 +142,7 @@ def _card_html(
         if name in right
     )
     return (
-        f'<article class="card"><p class="prompt">{escape(card.prompt)}</p>{meta}'
+        f'<article class="card"><p class="prompt" title="{prompt}">{prompt}</p>{meta}'
         f'<div class="two">{clips}</div><dl class="scores">{rows}</dl></article>'
     )
 
