@@ -1,8 +1,8 @@
 """The Open-Sora 1.2 VAE: an image autoencoder frame by frame, then a causal temporal one over its latents.
 
-Numbers, chunking and noise order follow ``opensora/models/vae/vae.py`` of Open-Sora v1.2.0; state-dict keys are
-the published ones (``scale``, ``shift``, ``spatial_vae.module.*``, ``temporal_vae.*``). Nothing here stops
-gradients: callers that want none say ``torch.no_grad()``.
+Numbers, chunking and noise order follow ``opensora/models/vae/vae.py`` of Open-Sora v1.2.0; state-dict keys
+are the published ones (``scale``, ``shift``, ``spatial_vae.module.*``, ``temporal_vae.*``). Nothing here
+stops gradients: callers that want none say ``torch.no_grad()``.
 
 Shape letters: B clips, F frames of H x W pixels, C latent channels, T latent frames of h x w.
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from vpo_engine.models.opensora.checkpoint import load_config, load_strict
 from vpo_engine.models.opensora.vae_temporal import Posterior, TemporalConfig, TemporalVAE
 
 SPATIAL_SCALING = 0.18215
@@ -101,13 +103,13 @@ class OpenSoraVAE(nn.Module):
     ):
         super().__init__()
         self.spatial_vae = SpatialVAE(spatial_config, micro_batch_size)
-        self.temporal_vae = TemporalVAE(temporal_config)
         self.latent_channels = temporal_config.embed_dim
         if self.spatial_vae.latent_channels != temporal_config.in_out_channels:
             raise ValueError(
                 f"the spatial part makes {self.spatial_vae.latent_channels} latent channels and the temporal "
                 f"part takes in_out_channels={temporal_config.in_out_channels}; they must be equal"
             )
+        self.temporal_vae = TemporalVAE(temporal_config)
         for name, values in (("scale", scale), ("shift", shift)):
             if len(values) != self.latent_channels:
                 raise ValueError(
@@ -127,8 +129,8 @@ class OpenSoraVAE(nn.Module):
 
         Read: ``scale``, ``shift``, ``micro_frame_size`` (17), ``vae_2d.micro_batch_size`` or
         ``micro_batch_size`` (4; None: all frames at once), ``spatial_scaling`` (0.18215), and the
-        architectures: ``spatial_config`` (AutoencoderKL arguments) or the hub id in ``vae_2d.from_pretrained``;
-        ``temporal_config`` or the name in ``vae_temporal.type``.
+        architectures: ``spatial_config`` (AutoencoderKL arguments) or the hub id in
+        ``vae_2d.from_pretrained``; ``temporal_config`` or the name in ``vae_temporal.type``.
         """
         missing = [key for key in ("scale", "shift") if key not in config]
         if missing:
@@ -144,6 +146,15 @@ class OpenSoraVAE(nn.Module):
             spatial_scaling=config.get("spatial_scaling", SPATIAL_SCALING),
         )
         vae.config = copy.deepcopy(dict(config))
+        return vae
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> OpenSoraVAE:
+        """A local copy of hpcai-tech/OpenSora-VAE-v1.2: config.json, model.safetensors; its dtype is kept."""
+        config = load_config(folder)
+        with torch.device("meta"):
+            vae = cls.from_config(config)
+        load_strict(vae, folder)
         return vae
 
     @property
@@ -164,7 +175,7 @@ class OpenSoraVAE(nn.Module):
         return [self.micro_frame_size] * full + ([rest] if rest else [])
 
     def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T, h, w) of a clip of num_frames x height x width pixels; pixels beyond the last full cell are lost."""
+        """(T, h, w) of a clip; pixels beyond the last full latent cell are lost."""
         frames = sum(self.temporal_vae.latent_frames(chunk) for chunk in self.chunks(num_frames))
         if min(height, width) < self.spatial_factor:
             raise ValueError(
@@ -183,9 +194,9 @@ class OpenSoraVAE(nn.Module):
     ) -> Tensor:
         """Video [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, h, w].
 
-        Both posteriors are sampled, as published; ``sample=False`` takes both means. Noise is drawn first for the
-        spatial part, once per micro-batch of frames, then once per chunk of the temporal part; ``noise`` gives
-        those tensors, in that order, in place of draws.
+        Both posteriors are sampled, as published; ``sample=False`` takes both means. Noise is drawn first for
+        the spatial part, once per micro-batch of frames, then once per chunk of the temporal part; ``noise``
+        gives those tensors, in that order, in place of draws.
         """
         if x.ndim != 5 or x.shape[1] != 3:
             raise ValueError(f"the video has shape {tuple(x.shape)}; expected [B, 3, F, H, W]")
@@ -211,14 +222,14 @@ class OpenSoraVAE(nn.Module):
         )
 
     def temporal_posterior(self, x_z: Tensor) -> Posterior:
-        """Scaled spatial latents [B, C, F, h, w] to the posterior over unnormalised latents, [B, C, T, h, w]."""
+        """Scaled spatial latents [B, C, F, h, w] to the posterior over raw latents, [B, C, T, h, w]."""
         chunks = [self.temporal_vae.posterior(part) for part in x_z.split(self.chunks(x_z.shape[2]), dim=2)]
         return Posterior(
             _cat([part.mean for part in chunks], dim=2), _cat([part.logvar for part in chunks], dim=2)
         )
 
     def decode_temporal(self, z: Tensor, num_frames: int) -> Tensor:
-        """Unnormalised latents [B, C, T, h, w] to scaled spatial latents [B, C, num_frames, h, w]."""
+        """Raw (not normalised) latents [B, C, T, h, w] to scaled spatial latents [B, C, num_frames, h, w]."""
         frames = self.chunks(num_frames)
         latents = [self.temporal_vae.latent_frames(chunk) for chunk in frames]
         if z.ndim != 5 or z.shape[1] != self.latent_channels or z.shape[2] != sum(latents):
@@ -236,7 +247,7 @@ class OpenSoraVAE(nn.Module):
         return self.spatial_vae.decode(x_z / self.spatial_scaling)
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
-        """Normalised latents [B, C, T, h, w] to video [B, 3, num_frames, H, W], about in [-1, 1], not clamped."""
+        """Normalised latents [B, C, T, h, w] to video [B, 3, num_frames, H, W], near [-1, 1], not clamped."""
         z = z.to(self.scale.dtype)
         return self.decode_spatial(self.decode_temporal(z * self.scale + self.shift, num_frames))
 
@@ -270,8 +281,8 @@ def to_uint8(video: Tensor) -> Tensor:
     if not torch.isfinite(video).all():
         bad = int((~torch.isfinite(video)).sum())
         raise ValueError(
-            f"the decoded video has {bad} of {video.numel()} values that are not finite; check the latents and "
-            "the VAE's weights and dtype"
+            f"the decoded video has {bad} of {video.numel()} values that are not finite; check the latents "
+            "and the VAE's weights and dtype"
         )
     pixels = video.float().clamp(-1.0, 1.0).add_(1.0).mul_(127.5).add_(0.5)
     return pixels.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
@@ -288,7 +299,7 @@ def _spatial_architecture(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if name not in SPATIAL_ARCHITECTURES:
         raise ValueError(
             f"vae_2d.from_pretrained is {name!r}, an architecture not known here "
-            f"(known: {', '.join(SPATIAL_ARCHITECTURES)}); give it as 'spatial_config', AutoencoderKL arguments"
+            f"(known: {', '.join(SPATIAL_ARCHITECTURES)}); give AutoencoderKL arguments as 'spatial_config'"
         )
     return SPATIAL_ARCHITECTURES[name]
 

@@ -1,15 +1,16 @@
 """The temporal half of the Open-Sora 1.2 VAE: a causal 3-D convolutional autoencoder over spatial latents.
 
 Architecture and key names follow ``opensora/models/vae/vae_temporal.py`` of Open-Sora v1.2.0.
-Shape letters: B clips, C channels, F frames before and T latents after temporal compression, h x w latent pixels.
+Shape letters: B clips, C channels, F frames before and T latents after temporal compression, h x w pixels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -99,16 +100,14 @@ class ResBlock(nn.Module):
         return h + (self.conv3(x) if hasattr(self, "conv3") else x)
 
 
-def _stage(in_channels: int, out_channels: int, config: TemporalConfig) -> nn.ModuleList:
+def _stage(in_channels: int, out_channels: int, config: TemporalConfig) -> nn.Sequential:
     """``num_res_blocks`` blocks, of which the first changes the width."""
     widths = [in_channels] + [out_channels] * config.num_res_blocks
-    return nn.ModuleList(
-        ResBlock(a, b, config.num_groups) for a, b in zip(widths[:-1], widths[1:], strict=True)
-    )
+    return nn.Sequential(*(ResBlock(a, b, config.num_groups) for a, b in pairwise(widths)))
 
 
 class Encoder(nn.Module):
-    """[B, C, F, h, w] with F a multiple of the factor -> moments [B, 2 * latent_embed_dim, F / factor, h, w]."""
+    """[B, C, F, h, w], F a multiple of the factor -> moments [B, 2 * latent_embed_dim, F / factor, h, w]."""
 
     def __init__(self, config: TemporalConfig):
         super().__init__()
@@ -128,17 +127,14 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for index, stage in enumerate(self.block_res_blocks):
-            for block in stage:
-                x = block(x)
+            x = stage(x)
             if index < len(self.conv_blocks):
                 x = self.conv_blocks[index](x)
-        for block in self.res_blocks:
-            x = block(x)
-        return self.conv2(F.silu(self.norm1(x)))
+        return self.conv2(F.silu(self.norm1(self.res_blocks(x))))
 
 
 class Decoder(nn.Module):
-    """[B, latent_embed_dim, T, h, w] -> [B, in_out_channels, factor * T, h, w]; stages run from the last down."""
+    """[B, latent_embed_dim, T, h, w] -> [B, in_out_channels, factor * T, h, w]; last stage first."""
 
     def __init__(self, config: TemporalConfig):
         super().__init__()
@@ -156,12 +152,9 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[0], config.in_out_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv1(z)
-        for block in self.res_blocks:
-            x = block(x)
+        x = self.res_blocks(self.conv1(z))
         for index in reversed(range(len(self.block_res_blocks))):
-            for block in self.block_res_blocks[index]:
-                x = block(x)
+            x = self.block_res_blocks[index](x)
             if index > 0:
                 widened = self.conv_blocks[index - 1](x)
                 x = _channels_to_time(widened) if widened is not x else x
@@ -169,7 +162,7 @@ class Decoder(nn.Module):
 
 
 def _channels_to_time(x: Tensor) -> Tensor:
-    """[B, 2C, T, h, w] -> [B, C, 2T, h, w]; of the 2C channels the pair index, which becomes time, is fastest."""
+    """[B, 2C, T, h, w] -> [B, C, 2T, h, w]; the channel index is (C, 2), the 2 goes to time."""
     batch, channels, frames, height, width = x.shape
     x = x.view(batch, channels // 2, 2, frames, height, width).transpose(2, 3)
     return x.reshape(batch, channels // 2, 2 * frames, height, width)
@@ -191,7 +184,7 @@ class TemporalVAE(nn.Module):
         return -(-num_frames // self.config.factor)
 
     def posterior(self, x: Tensor) -> Posterior:
-        """[B, C, F, h, w] -> posterior over [B, embed_dim, ceil(F / factor), h, w]; zero frames fill up in front."""
+        """[B, C, F, h, w] -> posterior over [B, embed_dim, ceil(F / factor), h, w]; zero-padded in front."""
         missing = -x.shape[2] % self.config.factor
         if missing:
             x = F.pad(x, (0, 0, 0, 0, missing, 0))
