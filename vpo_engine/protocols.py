@@ -64,8 +64,12 @@ class VideoModel(Protocol):
     num_frames: int
     fps: int
 
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode the text of these prompts, so that the text encoder is not needed afterwards."""
+        ...
+
     def embed(self, prompts: Sequence[str]) -> TextEmbedding:
-        """Text embeddings of prompts, [len(prompts), L, D]."""
+        """Text embeddings of prepared prompts, [len(prompts), L, D], on the model's device."""
         ...
 
     def predict(

@@ -1,0 +1,76 @@
+"""From configuration to parts: the one place that knows every kind of model and reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vpo_engine.config import Config
+from vpo_engine.data.prompts import PromptFile, Prompts
+from vpo_engine.data.sprites.assets import load_sprites
+from vpo_engine.data.sprites.measure import measure
+from vpo_engine.data.sprites.world import all_captions, withheld_captions
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.metrics.held_out import HeldOut, Instruments
+from vpo_engine.metrics.pixels import pixel_measures
+from vpo_engine.models.opensora.load import load_opensora
+from vpo_engine.models.opensora.model import OpenSora
+from vpo_engine.protocols import Reward
+from vpo_engine.rewards.sprites import SpritesJudge, SpritesReward
+from vpo_engine.rewards.videoscore import VideoScore
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_prompts(config: Config) -> tuple[Prompts, list[str]]:
+    """Training prompts and held-out prompts; ValueError names the file and row of a bad one."""
+    settings = config.prompts
+    withheld = withheld_captions()
+    train: Prompts = [caption for caption in all_captions() if caption not in withheld]
+    held_out: Sequence[str] = withheld
+    if settings.train is not None:
+        train = PromptFile(settings.train, settings.column)
+    if settings.held_out is not None:
+        file = PromptFile(settings.held_out, settings.column if settings.held_out.suffix != ".txt" else None)
+        held_out = [file[index] for index in range(len(file))]
+    return train, list(held_out[: config.evaluation.prompts])
+
+
+def build_model(config: Config, processes: Processes, cache: Path) -> OpenSora:
+    """The model with its policy; text embeddings of the Open-Sora kind are kept under ``cache``."""
+    settings = config.model
+    dtype = DTYPES[settings.dtype]
+    if settings.kind == "sprites":
+        model = load_sprites(processes, dtype, settings.policy)
+    else:
+        model = load_opensora(settings, processes, dtype, cache)
+    model.network.gradient_checkpointing = settings.gradient_checkpointing
+    return model
+
+
+def build_reward(config: Config, device: torch.device) -> Reward:
+    if config.reward.kind == "sprites":
+        return SpritesReward()
+    assert config.reward.path is not None
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return VideoScore.from_pretrained(
+        config.reward.path,
+        dtype=dtype,
+        device=device,
+        max_frames=config.reward.max_frames,
+        batch_size=config.reward.rows,
+    )
+
+
+def build_held_out(
+    config: Config, model: OpenSora, prompts: Sequence[str], reward: Reward, processes: Processes
+) -> HeldOut:
+    sprites = config.model.kind == "sprites"
+    instruments = Instruments(
+        reward=reward,
+        pixels=measure if sprites else pixel_measures,
+        judge=SpritesJudge() if sprites else None,
+    )
+    return HeldOut(config, model, prompts, instruments, processes)

@@ -1,0 +1,292 @@
+"""The typed configuration: one YAML per run, unknown keys refused, every default with its source.
+
+"paper" below is OnlineVPO, arXiv 2412.15159; where it gives no value the comment says whose the default is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SPRITES_CONFIG = Path(__file__).parent / "data" / "sprites" / "train.yaml"
+_SHIPPED_CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    kind: Literal["sprites", "opensora"] = "sprites"
+    policy: Path | None = None
+    """STDiT3 folder (model.safetensors, config.json). sprites: the shipped weights unless given."""
+    vae: Path | None = None
+    """OpenSora-VAE-v1.2 folder. Used by kind opensora only."""
+    text_encoder: Path | None = None
+    """T5 v1.1 XXL folder. Used by kind opensora only."""
+    resolution: str = "240p"
+    """Candidates are sampled at 240p (paper, section 4.1)."""
+    aspect: str = "9:16"
+    """Height to width (paper, section 4.1)."""
+    num_frames: int = Field(34, ge=1)
+    """Paper, section 4.1."""
+    fps: int = Field(24, ge=1)
+    aesthetic_score: float | None = 6.5
+    """Appended to prompts as the published sampling script does; null leaves prompts as they are."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic type of the video model; master weights of the policy are float32 in either case."""
+    device: str = "auto"
+    """auto: cuda when there is one, else cpu."""
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _needs_weights(self) -> Self:
+        missing = [name for name in ("policy", "vae", "text_encoder") if getattr(self, name) is None]
+        if self.kind == "opensora" and missing:
+            raise ValueError(
+                f"kind opensora needs local checkpoints, but these are not set: {', '.join(missing)}; "
+                "give them as model.NAME=/path/to/folder"
+            )
+        return self
+
+
+class PromptsConfig(Section):
+    """Where prompts come from. Without files, the sprites world's own captions."""
+
+    train: Path | None = None
+    held_out: Path | None = None
+    column: str | None = None
+    """Column of a .csv or key of a .jsonl file; by default the usual one is found by name."""
+
+
+class RolloutConfig(Section):
+    """How candidates are sampled."""
+
+    candidates: int = Field(4, ge=2)
+    """N (paper, section 4.4)."""
+    steps: int = Field(30, ge=1)
+    """Inference steps (paper, section 4.1)."""
+    guidance: float = Field(7.0, ge=0)
+    """Classifier-free guidance scale; the published Open-Sora 1.2 sampling default. 1 turns guidance off."""
+    source: Literal["policy", "reference"] = "policy"
+    """Who samples. policy: online (the paper). reference with no refresh: offline preference data."""
+    rows: int | None = Field(None, ge=1)
+    """Candidates that go through the network and the decoder at once; null: all of a step."""
+
+
+class RewardConfig(Section):
+    """How candidates are scored."""
+
+    kind: Literal["sprites", "videoscore"] = "sprites"
+    path: Path | None = None
+    """Folder of the reward model's checkpoint. Used by kind videoscore only."""
+    max_frames: int = Field(16, ge=1)
+    """Frames that videoscore looks at: 16 for VideoScore, 48 for v1.1."""
+    rows: int = Field(4, ge=1)
+    """Videos that videoscore scores at once."""
+    dimensions: tuple[str, ...] = ("temporal_consistency",)
+    """One dimension, several (their average) or "global" (the average of all). The paper's best row is temporal
+    consistency alone (Table 4b)."""
+    min_gap: float = Field(0.0, ge=0)
+    """A pair whose scores differ by no more than this is a tie: skipped and counted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("dimensions"), str):
+            return {**values, "dimensions": (values["dimensions"],)}
+        return values
+
+
+class ObjectiveConfig(Section):
+    """The preference loss: mean over pairs of -logsigmoid(-(beta / 2) (winner gap - loser gap))."""
+
+    beta: float = Field(500.0, gt=0, allow_inf_nan=False)
+    """With the half factor and errors averaged over the elements of a sample. The paper gives none; 500 is the
+    published value for flow matching on a 1 B video model with this form (VideoReward, appendix I). It is not
+    the 500 of an implementation that sums errors or drops the half."""
+    draws: int = Field(1, ge=1)
+    """(t, noise) draws per pair and step, a sigmoid each (paper: one)."""
+    branch: Literal["conditional", "guided"] = "conditional"
+    """Which prediction is trained: the conditional branch, as public code does, or the guided prediction of
+    policy and reference alike, at rollout.guidance."""
+    rows: int | None = Field(None, ge=1)
+    """Pairs times draws that go through the networks at once; null: all of a step."""
+
+
+class ReferenceConfig(Section):
+    """The frozen reference."""
+
+    refresh_every: int | None = Field(200, ge=1)
+    """K, in optimizer steps (paper, section 4.1); null: never refreshed."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (paper, section 4.1)."""
+
+    lr: float = Field(1e-5, gt=0, allow_inf_nan=False)
+    """Paper, section 4.1."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm; every public implementation uses 1."""
+    warmup_steps: int = Field(0, ge=0)
+    final_lr: float = Field(1.0, gt=0, le=1)
+    """Share of lr that is left at the last step, reached in a straight line after the warm-up."""
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, sampled with fixed noise before, during and after training, never trained on."""
+
+    every: int | None = Field(200, ge=1)
+    """Optimizer steps between evaluations; null: at the start and the end only."""
+    samples_per_prompt: int = Field(1, ge=1)
+    prompts: int | None = Field(None, ge=1)
+    """How many of the held-out prompts are used; null: all."""
+    samples_between: int | None = Field(None, ge=1)
+    """Samples of an evaluation during training; null: as many as at the start and the end."""
+
+
+class CheckpointConfig(Section):
+    every: int | None = Field(100, ge=1)
+    """Steps between checkpoints; null: at the end (and on SIGTERM) only."""
+    keep: int = Field(2, ge=1)
+    resume: bool = False
+    """Continue from the newest complete checkpoint of the run directory."""
+
+
+class Config(Section):
+    """A run."""
+
+    name: str = "run"
+    seed: int = 0
+    steps: int = Field(1000, ge=1)
+    """Steps of Algorithm 1; each makes at most one optimizer step."""
+    pairs_per_step: int = Field(8, ge=1)
+    """Prompts, hence pairs, per step over all processes (paper, section 4.1: batch 8)."""
+    run_dir: Path | None = None
+    """Where the run lives; null: a new directory under runs/ of the current directory."""
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.model.kind != "sprites" and (self.prompts.train is None or self.prompts.held_out is None):
+            raise ValueError(
+                "prompts.train and prompts.held_out name files; only the sprites world has its own"
+            )
+        if self.reward.kind == "videoscore" and self.reward.path is None:
+            raise ValueError("reward.kind videoscore needs reward.path, a local folder of its checkpoint")
+        if self.reward.kind == "sprites" and self.model.kind != "sprites":
+            raise ValueError("reward.kind sprites scores the sprites world only; set reward.kind=videoscore")
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps}"
+            )
+        return self
+
+
+def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file (None: the sprites world) with ``key.path=value`` overrides.
+
+    A name that is no file is looked up among the shipped configurations. ValueError names the file or argument,
+    the key, the constraint and, for an unknown key, the nearest known one.
+    """
+    path = SPRITES_CONFIG if source is None else _find(source)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, which ``load_config`` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(source: str | Path) -> Path:
+    candidates = [Path(source), *(folder / Path(source).name for folder in _SHIPPED_CONFIGS)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    shipped = sorted({path.name for folder in _SHIPPED_CONFIGS for path in folder.glob("*.yaml")})
+    raise ValueError(f"no configuration file {source}; shipped ones: {', '.join(shipped) or 'none'}")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"expected key.path=value, got {override!r}")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"{override!r}: {parent} is a value, not a group of settings")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from error
+    values[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_one(dict(item)) for item in error.errors())
+
+
+def _explain_one(item: dict[str, Any]) -> str:
+    location = tuple(str(part) for part in item["loc"])
+    key = ".".join(location) or "configuration"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(location)}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not location or isinstance(item["input"], dict):
+        return f"{key}: {message}" if location else message
+    return f"{key}={item['input']!r}: {message}"
+
+
+def _nearest(location: tuple[str, ...]) -> str:
+    known = dict(_leaves(Config))
+    wanted = ".".join(location)
+    found = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    if not found:
+        by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+        match = difflib.get_close_matches(location[-1], by_leaf, n=1, cutoff=0.5)
+        found = [by_leaf[name] for name in match]
+    return f"; did you mean {found[0]}?" if found else f"; known keys: {', '.join(Config.model_fields)}"
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> list[tuple[str, type]]:
+    names: list[tuple[str, type]] = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names.append((prefix + name, kind))
+            names.extend(_leaves(kind, f"{prefix}{name}."))
+        else:
+            names.append((prefix + name, object))
+    return names

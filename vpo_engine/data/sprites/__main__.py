@@ -1,0 +1,97 @@
+"""Rebuild the sprites world's weights, or say how good they are.
+
+    python -m vpo_engine.data.sprites build [PART ...] [--out FOLDER]
+    python -m vpo_engine.data.sprites report
+
+Everything is made from fixed seeds on the CPU; the parts build on one another in the order in which they are listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vpo_engine.data.sprites.assets import WEIGHTS, load_text_encoder, load_vae
+from vpo_engine.data.sprites.pretrain import pretrain
+from vpo_engine.data.sprites.standing import standing
+from vpo_engine.data.sprites.train_rewards import train_judge, train_reward
+from vpo_engine.data.sprites.train_text import CONFIG as TEXT_CONFIG
+from vpo_engine.data.sprites.train_text import train_text_encoder
+from vpo_engine.data.sprites.train_vae import to_pixels, train_vae
+from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
+from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
+from vpo_engine.rewards.sprites import save_network
+
+PARTS = ("vae", "text_encoder", "reward", "judge", "policy")
+POLICY_STEPS = 4000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vpo_engine.data.sprites",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    builder = commands.add_parser("build", help="train the parts and write their weights")
+    builder.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all of them")
+    builder.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the weights (%(default)s)")
+    commands.add_parser("report", help="rank correlations, and where base, mixture and clean clips stand")
+    given = parser.parse_args(arguments)
+    if given.command == "report":
+        print(standing())
+        return 0
+    unknown = sorted(set(given.parts) - set(PARTS))
+    if unknown:
+        print(f"error: unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}", file=sys.stderr)
+        return 1
+    for part in PARTS:
+        if not given.parts or part in given.parts:
+            build(part, given.out)
+    return 0
+
+
+def build(part: str, out: Path) -> None:
+    """Train one of PARTS and write it under ``out``, where the parts it needs lie already."""
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - began:6.0f} s  {text}", flush=True)
+
+    if part == "vae":
+        vae = train_vae(0, say)
+        _save(vae, vae.config, out / part)
+    elif part == "text_encoder":
+        _save(train_text_encoder(0), TEXT_CONFIG, out / part)
+    elif part == "policy":
+        encoder = load_text_encoder(out / "text_encoder")
+        network = pretrain(load_vae(out / "vae"), encoder.encode, 0, say, POLICY_STEPS)
+        _save(network, network.config, out / part)
+    else:
+        train = {"reward": train_reward, "judge": train_judge}[part]
+        vae = load_vae(out / "vae")
+        save_network(train(round_trip=lambda videos: round_trip(vae, videos)), out / f"{part}.safetensors")
+    say(f"{part} done")
+
+
+@torch.no_grad()
+def round_trip(vae: OpenSoraVAE, videos: Tensor) -> Tensor:
+    """uint8 [B, F, H, W, 3] through the autoencoder and back, as a policy's clips are decoded."""
+    return to_uint8(vae.decode(vae.encode(to_pixels(videos), sample=False), videos.shape[1]))
+
+
+def _save(module: nn.Module, config: dict[str, object], folder: Path) -> None:
+    """The published layout, in half precision."""
+    state = {name: value.half() for name, value in module.state_dict().items()}
+    save_pretrained_layout(state, json.loads(json.dumps(config)), folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The shipped weights of the sprites world, and the ``VideoModel`` they make.
+
+Each part lies as its own project publishes it, a folder with ``config.json`` and ``model.safetensors`` (half
+precision; loaded as float32): ``weights/policy``, ``weights/vae``, ``weights/text_encoder``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vpo_engine.data.embeddings import EmbeddingCache
+from vpo_engine.data.sprites.pretrain import FLOW, FPS
+from vpo_engine.data.sprites.train_text import MAX_LENGTH
+from vpo_engine.data.sprites.world import FRAMES, SIZE
+from vpo_engine.data.text_source import TextSource
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.models.opensora.checkpoint import load_strict
+from vpo_engine.models.opensora.model import Geometry, OpenSora
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
+from vpo_engine.models.opensora.vae import OpenSoraVAE
+
+WEIGHTS = Path(__file__).parent / "weights"
+BUILD_COMMAND = "python -m vpo_engine.data.sprites build"
+GEOMETRY = Geometry(height=SIZE, width=SIZE, num_frames=FRAMES, fps=int(FPS))
+
+
+def load_policy(folder: Path | None = None) -> STDiT3:
+    return _load(STDiT3.from_config, folder or WEIGHTS / "policy")
+
+
+def load_vae(folder: Path | None = None) -> OpenSoraVAE:
+    return _load(OpenSoraVAE.from_config, folder or WEIGHTS / "vae")
+
+
+def load_text_encoder(folder: Path | None = None) -> T5Encoder:
+    def build(config: dict[str, Any]) -> T5Encoder:
+        return T5Encoder.from_config(config, ByteTokenizer(MAX_LENGTH))
+
+    return _load(build, folder or WEIGHTS / "text_encoder").eval()
+
+
+def load_sprites(processes: Processes, dtype: torch.dtype, policy: Path | None = None) -> OpenSora:
+    """The sprites model, with the shipped policy or that of a folder (a run's ``checkpoints/*/policy``)."""
+    text = TextSource(EmbeddingCache(None, "sprites"), load_text_encoder, processes)
+    return OpenSora(
+        load_policy(policy), load_vae(), text, GEOMETRY, FLOW, device=processes.device, dtype=dtype
+    )
+
+
+def _load(build, folder: Path):  # type: ignore[no-untyped-def]
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{config} is missing; rebuild the sprites weights with: {BUILD_COMMAND}")
+    module: nn.Module = build(json.loads(config.read_text(encoding="utf-8")))
+    load_strict(module, folder)
+    return module

@@ -1,0 +1,104 @@
+"""Pretraining of the sprites policy on the mixture: rectified flow on cached latents, as Open-Sora 1.2 trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpo_engine.data.sprites.damage import sample_mixture
+from vpo_engine.data.sprites.descent import Descent, Say
+from vpo_engine.data.sprites.train_text import CONFIG as TEXT_CONFIG
+from vpo_engine.data.sprites.train_text import MAX_LENGTH
+from vpo_engine.data.sprites.train_vae import CHANNELS, to_pixels
+from vpo_engine.data.sprites.world import FRAMES, SIZE
+from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.protocols import TextEmbedding
+
+FLOW = RectifiedFlow(use_timestep_transform=False)
+"""Without the shift by resolution and length, which is made for hundreds of pixels a side."""
+FPS = 8.0
+CONFIG: dict[str, Any] = {
+    "model_type": "STDiT3",
+    "in_channels": CHANNELS,
+    "hidden_size": 128,
+    "depth": 3,
+    "num_heads": 4,
+    "patch_size": [1, 2, 2],
+    "mlp_ratio": 4.0,
+    "pred_sigma": True,
+    "qk_norm": True,
+    "caption_channels": TEXT_CONFIG["d_model"],
+    "model_max_length": MAX_LENGTH,
+    "input_sq_size": SIZE,
+    "class_dropout_prob": 0.1,
+}
+
+
+def latents_of(vae: OpenSoraVAE, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Latents [count, C, T, H, W] of clips of the mixture, and their captions."""
+    latents, captions = [], []
+    for start in range(0, count, 256):
+        clips = sample_mixture(min(256, count - start), generator)
+        with torch.no_grad():
+            latents.append(vae.encode(to_pixels(clips.videos), sample=False))
+        captions.extend(clips.captions)
+    return torch.cat(latents), captions
+
+
+def pretrain(
+    vae: OpenSoraVAE,
+    embed: Callable[[list[str]], TextEmbedding],
+    seed: int,
+    say: Say,
+    steps: int,
+    clips: int = 16384,
+    batch: int = 48,
+    ema_decay: float = 0.998,
+) -> STDiT3:
+    """A policy that knows its captions and has learned the mixture, damage included.
+
+    The result is the moving average of the weights. Captions are dropped with the published probability.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    latents, captions = latents_of(vae, clips, generator)
+    every = sorted(set(captions))
+    text = embed(every)
+    rows = torch.tensor([every.index(caption) for caption in captions])
+    network = STDiT3.from_config(CONFIG)
+    average = [parameter.detach().clone() for parameter in network.parameters()]
+    descent = Descent(network, steps, muon_lr=0.02, adam_lr=2e-3)
+    mean_loss = 1.0
+    for step in range(1, steps + 1):
+        picks = torch.randint(clips, (batch,), generator=generator)
+        loss = _loss(network, latents[picks], text[rows[picks]], generator)
+        descent.step(loss)
+        decay = min(ema_decay, step / (step + 9))
+        torch._foreach_lerp_(average, [p.detach() for p in network.parameters()], 1 - decay)
+        mean_loss += 0.01 * (loss.item() - mean_loss)
+        if step % 100 == 0:
+            say(f"policy: step {step}/{steps}, loss {mean_loss:.4f}")
+    with torch.no_grad():
+        for parameter, mean in zip(network.parameters(), average, strict=True):
+            parameter.copy_(mean)
+    return network
+
+
+def _loss(network: STDiT3, latents: Tensor, text: TextEmbedding, generator: torch.Generator) -> Tensor:
+    """Rectified-flow loss, mean over the batch; the times of a batch are stratified."""
+    count = len(latents)
+    strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    times = FLOW.draw_timesteps(strata.clamp(1e-6, 1 - 1e-6), SIZE, SIZE, FRAMES)
+    noise = torch.randn(latents.shape, generator=generator)
+    captions = network.y_embedder.drop(text.embeddings.unsqueeze(1), CONFIG["class_dropout_prob"], generator)
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        out = network(x_t, t, captions, text.mask, fps=FPS, height=SIZE, width=SIZE)
+        return out[:, :CHANNELS]
+
+    return FLOW.training_loss(predict, latents, noise, times).mean()

@@ -1,0 +1,104 @@
+"""Held-out evaluation: prompts that are never trained on, fixed noise, and measures that never select pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vpo_engine.config import Config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.protocols import Network, Reward, VideoModel
+from vpo_engine.rewards.combine import combine
+from vpo_engine.seeding import normal
+
+PixelMeasures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What looks at held-out clips. The reward is the one that trains; the others never do."""
+
+    reward: Reward
+    pixels: PixelMeasures
+    judge: Reward | None = None
+
+
+class HeldOut:
+    """Samples the held-out prompts at the run's own sampling settings, always from the same noise.
+
+    Clip number ``s * len(prompts) + p`` is sample s of prompt p; its noise is a function of the seed and that
+    number, so two evaluations can be compared clip by clip, and an evaluation of fewer samples is a prefix.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: VideoModel,
+        prompts: Sequence[str],
+        instruments: Instruments,
+        processes: Processes,
+    ) -> None:
+        self._config, self._model, self._instruments = config, model, instruments
+        self._processes = processes
+        self.prompts = list(prompts)
+
+    def videos(self, network: Network, clips: Sequence[int]) -> Tensor:
+        """uint8 [len(clips), F, H, W, 3]."""
+        return torch.cat([self._sample(network, chunk) for chunk in self._chunks(clips)])
+
+    def evaluate(self, network: Network, samples_per_prompt: int) -> dict[str, Tensor]:
+        """{measure: float32 [prompts * samples_per_prompt]}, the same on every process.
+
+        Measures are named ``reward/<dimension>``, ``reward/selected``, ``judge/...`` and ``pixels/...``.
+        """
+        total = len(self.prompts) * samples_per_prompt
+        each = -(-total // self._processes.count)
+        first = self._processes.rank * each
+        # The last processes may be dealt clips beyond the end: they repeat the last one, and are cut off below.
+        mine = [min(clip, total - 1) for clip in range(first, first + each)]
+        parts = [self._measure(self._sample(network, chunk), chunk) for chunk in self._chunks(mine)]
+        names = list(parts[0])
+        rows = torch.stack([torch.cat([part[name] for part in parts]) for name in names], dim=1)
+        rows = self._processes.gather(rows.to(self._processes.device))[:total].cpu()
+        return dict(zip(names, rows.unbind(1), strict=True))
+
+    def scores(self, videos: Tensor, clips: Sequence[int]) -> list[dict[str, float]]:
+        """The training reward of given clips, per dimension."""
+        scores = self._instruments.reward.score(videos, [self.caption(clip) for clip in clips])
+        return [{name: float(value[i]) for name, value in scores.items()} for i in range(len(clips))]
+
+    def caption(self, clip: int) -> str:
+        return self.prompts[clip % len(self.prompts)]
+
+    def _chunks(self, clips: Sequence[int]) -> list[Sequence[int]]:
+        rows = self._config.rollout.rows or 64
+        return [clips[start : start + rows] for start in range(0, len(clips), rows)]
+
+    @torch.no_grad()
+    def _sample(self, network: Network, clips: Sequence[int]) -> Tensor:
+        shape, seed = self._model.latent_shape, self._config.seed
+        noise = torch.stack([normal(shape, seed, "held-out", clip) for clip in clips])
+        text = self._model.embed([self.caption(clip) for clip in clips])
+        rollout = self._config.rollout
+        latents = self._model.sample(
+            network,
+            noise.to(self._processes.device),
+            text.to(self._processes.device),
+            steps=rollout.steps,
+            guidance=rollout.guidance,
+        )
+        return self._model.decode(latents)
+
+    def _measure(self, videos: Tensor, clips: Sequence[int]) -> dict[str, Tensor]:
+        captions = [self.caption(clip) for clip in clips]
+        found: dict[str, Tensor] = {}
+        for name, scorer in (("reward", self._instruments.reward), ("judge", self._instruments.judge)):
+            if scorer is not None:
+                scores = scorer.score(videos, captions)
+                scores = scores | {"selected": combine(scores, self._config.reward.dimensions)}
+                found |= {f"{name}/{key}": value.float().cpu() for key, value in scores.items()}
+        pixels = self._instruments.pixels(videos, captions)
+        return found | {f"pixels/{key}": value.float().cpu() for key, value in pixels.items()}

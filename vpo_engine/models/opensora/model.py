@@ -1,0 +1,129 @@
+"""Open-Sora 1.2 as a ``VideoModel``: STDiT3, the VAE, rectified flow and text, at one size of video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
+from vpo_engine.models.opensora.rectified_flow import RectifiedFlow, guided_velocity
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
+from vpo_engine.protocols import Network, TextEmbedding
+
+
+class TextSource(Protocol):
+    """Text embeddings of prompts, encoded beforehand."""
+
+    def prepare(self, prompts: Sequence[str]) -> None: ...
+
+    def __call__(self, prompts: Sequence[str]) -> TextEmbedding: ...
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Size of the videos: pixels, frames, frames a second."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+
+
+class OpenSora:
+    """The policy network with everything around it; see ``vpo_engine.protocols.VideoModel``.
+
+    ``dtype`` bfloat16 runs the networks under autocast over float32 weights and rounds t to bfloat16 as the
+    published bfloat16 model does, for policy and reference alike (opensora/models/stdit/stdit3.py casts t to
+    the model's dtype).
+    """
+
+    def __init__(
+        self,
+        network: STDiT3,
+        vae: OpenSoraVAE,
+        text: TextSource,
+        geometry: Geometry,
+        flow: RectifiedFlow,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.network = network.to(device).eval()
+        self._vae = vae.to(device).eval().requires_grad_(False)
+        self._text = text
+        self._geometry = geometry
+        self._flow = flow
+        self._device, self._dtype = device, dtype
+        self.num_frames, self.fps = geometry.num_frames, geometry.fps
+        size = self._vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
+        self.latent_shape = (network.config["in_channels"], *size)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        self._text.prepare(prompts)
+
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        text = self._text(prompts)
+        longest = int(text.mask.sum(dim=1).max())
+        text = TextEmbedding(text.embeddings[:, :longest], text.mask[:, :longest])
+        return text.to(self._device)
+
+    def predict(
+        self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding, guidance: float = 1.0
+    ) -> Tensor:
+        """The velocity x0 - noise, float32 [B, C, T, H, W]; the network's other output channels are dropped."""
+        with self._autocast():
+            velocity = guided_velocity(
+                network,
+                latents,
+                t.to(self._dtype).float(),
+                text.embeddings,
+                text.mask,
+                self.network.y_embedder.y_embedding,
+                guidance,
+                fps=float(self._geometry.fps),
+                height=self._geometry.height,
+                width=self._geometry.width,
+            )
+        return velocity.float()
+
+    def draw_timesteps(self, u: Tensor) -> Tensor:
+        size = self._geometry
+        return self._flow.draw_timesteps(u, size.height, size.width, size.num_frames)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self._flow.add_noise(latents, noise, t)
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self._flow.target(latents, noise)
+
+    @torch.no_grad()
+    def sample(
+        self, network: Network, noise: Tensor, text: TextEmbedding, *, steps: int, guidance: float
+    ) -> Tensor:
+        size = self._geometry
+        return self._flow.sample(
+            lambda latents, t: self.predict(network, latents, t, text, guidance),
+            noise,
+            steps=steps,
+            height=size.height,
+            width=size.width,
+            num_frames=size.num_frames,
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        with self._autocast():
+            return to_uint8(self._vae.decode(latents, self.num_frames).float())
+
+    def save_policy(self, folder: Path) -> None:
+        save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)

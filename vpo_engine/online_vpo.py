@@ -1,0 +1,182 @@
+"""Algorithm 1 of OnlineVPO (arXiv 2412.15159, section 3), as the paper writes it.
+
+for each step:
+    sample N videos per prompt from the current policy          rollout
+    decode and score them with the video reward                 reward
+    winner = argmax, loser = argmin                             pair
+    one Diffusion-DPO update on their latents                   update
+    every K optimizer steps: reference <- policy                refresh
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vpo_engine.config import Config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.objectives.dpo import DPO, PreferenceBatch
+from vpo_engine.objectives.pairs import Pairs, select_pairs
+from vpo_engine.protocols import ReferenceStore, Reward, TextEmbedding, VideoModel
+from vpo_engine.rewards.combine import combine
+from vpo_engine.rollout.candidates import sample_candidates
+
+
+@dataclass
+class Step:
+    """What one step made: for the log (metrics) and for the gallery (this process's candidates and pairs)."""
+
+    metrics: dict[str, float]
+    candidates: Tensor
+    scores: dict[str, Tensor]
+    pairs: Pairs
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class OnlineVPO:
+    """The policy, its reference, the reward and the optimizer, and how one step changes them."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: VideoModel,
+        reward: Reward,
+        reference: ReferenceStore,
+        processes: Processes,
+    ) -> None:
+        self.config, self.model, self.reward, self.reference = config, model, reward, reference
+        self.processes = processes
+        self.objective = DPO(model, config.objective, config.rollout.guidance, config.seed)
+        self.parameters = [p for p in model.network.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("no parameter of the policy requires a gradient; there is nothing to train")
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, settings.lr, settings.betas, settings.eps, settings.weight_decay
+        )
+        self.optimizer_steps = 0
+        self.refreshed_at = 0
+
+    def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
+        """One step on this process's prompts, which stand at ``positions`` of the prompt stream."""
+        seconds: dict[str, float] = {}
+        with self._timed("rollout", seconds):
+            candidates = self._rollout(text, positions)
+        scores = self._score(candidates, prompts, seconds)
+        pairs = select_pairs(combine(scores, self.config.reward.dimensions), self.config.reward.min_gap)
+        with self._timed("update", seconds):
+            metrics = self._update(candidates, pairs, text, positions)
+        with self._timed("refresh", seconds):
+            self._refresh()
+        metrics |= self._reward_metrics(scores, pairs)
+        metrics |= {
+            "optimizer_steps": self.optimizer_steps,
+            "reference_age": self.optimizer_steps - self.refreshed_at,
+        }
+        return Step(metrics, candidates, scores, pairs, seconds)
+
+    def _rollout(self, text: TextEmbedding, positions: Sequence[int]) -> Tensor:
+        config = self.config
+        sampler = self.model.network if config.rollout.source == "policy" else self.reference
+        return sample_candidates(
+            self.model, sampler, text, positions, config.rollout, config.seed, self.processes.device
+        )
+
+    @torch.no_grad()
+    def _score(
+        self, candidates: Tensor, prompts: Sequence[str], seconds: dict[str, float]
+    ) -> dict[str, Tensor]:
+        """{dimension: float32 [P, N]}; videos are decoded, scored and dropped chunk by chunk."""
+        latents = candidates.flatten(0, 1)
+        captions = [prompt for prompt in prompts for _ in range(candidates.shape[1])]
+        rows = self.config.rollout.rows or len(latents)
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(latents), rows):
+            with self._timed("decode", seconds):
+                videos = self.model.decode(latents[start : start + rows])
+            with self._timed("reward", seconds):
+                parts.append(self.reward.score(videos, captions[start : start + rows]))
+            del videos
+        return {
+            name: torch.cat([part[name] for part in parts]).unflatten(0, candidates.shape[:2])
+            for name in self.reward.dimensions
+        }
+
+    def _update(
+        self, candidates: Tensor, pairs: Pairs, text: TextEmbedding, positions: Sequence[int]
+    ) -> dict[str, float]:
+        kept = pairs.kept.nonzero().squeeze(1)
+        total = int(self.processes.sum(torch.tensor(len(kept), device=self.processes.device)))
+        sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=self.processes.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        if len(kept):
+            batch = PreferenceBatch(
+                winner=candidates[kept, pairs.winner[kept]],
+                loser=candidates[kept, pairs.loser[kept]],
+                text=text[kept],
+                positions=[positions[i] for i in kept.tolist()],
+                total=total,
+            )
+            local = self.objective.step(batch, self.reference, self.processes.count)
+            sums += torch.tensor([local[name] for name in (*DPO.METRICS, "rows")], device=sums.device)
+        metrics: dict[str, float] = {"pairs": total, "lr": self._set_learning_rate()}
+        if total:
+            *totals, rows = self.processes.sum(sums).tolist()
+            metrics |= {name: value / rows for name, value in zip(DPO.METRICS, totals, strict=True)}
+            metrics["grad_norm"] = self._optimize()
+        return metrics
+
+    def _optimize(self) -> float:
+        self.processes.average_gradients(self.parameters)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip))
+        if not torch.isfinite(torch.tensor(norm)):
+            raise ValueError(
+                f"the gradient norm is {norm} at optimizer step {self.optimizer_steps + 1}; the policy was left "
+                "as it was. Lower optimizer.lr or objective.beta, or look for non-finite latents"
+            )
+        self.optimizer.step()
+        self.optimizer_steps += 1
+        return norm
+
+    def _set_learning_rate(self) -> float:
+        """Linear warm-up, then a straight line down to ``final_lr`` of the peak at the last step."""
+        settings, step = self.config.optimizer, self.optimizer_steps
+        warmup, left = settings.warmup_steps, max(1, self.config.steps - 1 - settings.warmup_steps)
+        if step < warmup:
+            factor = (step + 1) / (warmup + 1)
+        else:
+            factor = 1 - (1 - settings.final_lr) * min(1.0, (step - warmup) / left)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * factor
+        return settings.lr * factor
+
+    def _refresh(self) -> None:
+        """reference <- policy after every K optimizer steps: steps without an update do not count."""
+        every = self.config.reference.refresh_every
+        if every and self.optimizer_steps - self.refreshed_at >= every:
+            self.reference.refresh(self.model.network)
+            self.refreshed_at = self.optimizer_steps
+
+    def _reward_metrics(self, scores: dict[str, Tensor], pairs: Pairs) -> dict[str, float]:
+        """Means over all candidates and prompts of all processes."""
+        names = [f"reward/{name}" for name in scores]
+        values = [value.mean() for value in scores.values()]
+        selected = combine(scores, self.config.reward.dimensions).mean()
+        ties = (~pairs.kept).float().mean()
+        means = torch.stack([*values, selected, pairs.gap.mean(), ties]).to(self.processes.device)
+        means = self.processes.sum(means) / self.processes.count
+        return dict(zip([*names, "reward/selected", "reward/gap", "tie_rate"], means.tolist(), strict=True))
+
+    @contextmanager
+    def _timed(self, stage: str, seconds: dict[str, float]) -> Iterator[None]:
+        """Adds to seconds[stage]; on CUDA the stage's kernels are waited for, once a stage."""
+        start = time.perf_counter()
+        yield
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize(self.processes.device)
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,0 +1,93 @@
+"""Train a text-to-video policy by online video preference optimization.
+
+    torchrun -m vpo_engine.train [CONFIG.yaml] [key.path=value ...]
+
+Without a configuration it trains the embedded sprites world, which needs nothing but this package. Under torchrun
+with several processes each takes its own prompts and gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward
+from vpo_engine.config import Config, dump_config, load_config
+from vpo_engine.data.prompts import PromptStream
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.reference.store import CopiedReference
+from vpo_engine.run_state import check_same_run
+from vpo_engine.runs.checkpoint import CheckpointError
+from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.trainer import Trainer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="torchrun -m vpo_engine.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", help="YAML file, or the name of a shipped one; default: sprites")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's"
+    )
+    given = parser.parse_args(arguments)
+    source, overrides = given.config, given.overrides
+    if source is not None and "=" in source:
+        source, overrides = None, [source, *overrides]
+    try:
+        return train(load_config(source, overrides))
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def train(config: Config) -> int:
+    """Run ``config`` in this process (one of a torchrun group, or alone); the exit code."""
+    processes = Processes.start(config.model.device)
+    try:
+        prompts, held_out_prompts = build_prompts(config)
+        run = _run_directory(config, processes)
+        model = build_model(config, processes, run.root / "embeddings")
+        reward = build_reward(config, processes.device)
+        algorithm = OnlineVPO(config, model, reward, CopiedReference(model.network), processes)
+        stream = PromptStream(prompts, config.seed)
+        held_out = build_held_out(config, model, held_out_prompts, reward, processes)
+        outcome = Trainer(config, algorithm, stream, held_out, run, processes).run()
+    finally:
+        processes.stop()
+    if outcome.stopped_by and processes.first:
+        print(
+            f"stopped by {outcome.stopped_by} after step {outcome.steps}, which is saved; go on with\n"
+            f"  torchrun -m vpo_engine.train {run.config} run_dir={run.root} checkpoint.resume=true",
+            flush=True,
+        )
+    return 0
+
+
+def _run_directory(config: Config, processes: Processes) -> RunDirectory:
+    """Made, or for a resumed run opened, by the first process; the others are told where it is."""
+    path = str(_open_or_create(config).root) if processes.first else ""
+    return RunDirectory.open(Path(processes.agree(path)))
+
+
+def _open_or_create(config: Config) -> RunDirectory:
+    """With checkpoint.resume an existing run goes on: that of run_dir, else the newest of this name."""
+    root = config.run_dir
+    if config.checkpoint.resume:
+        earlier = Path("runs").glob(f"{config.name}-*/")
+        root = root or max(earlier, key=lambda path: path.stat().st_mtime, default=None)
+        if root is not None and root.is_dir() and any(root.iterdir()):
+            run = RunDirectory.open(root)
+            check_same_run(config, run.config)
+            return run
+    text = dump_config(config)
+    return RunDirectory.create_at(root, text) if root else RunDirectory.create(config.name, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

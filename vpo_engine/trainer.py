@@ -1,0 +1,251 @@
+"""A run: Algorithm 1 in a loop, with evaluation, log, gallery, checkpoints and an end that can be read."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vpo_engine.config import Config
+from vpo_engine.data.prompts import PromptStream
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.metrics.held_out import HeldOut
+from vpo_engine.metrics.summary import format_summary, summarise
+from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.run_state import capture, restore
+from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
+from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, write_held_out, write_pairs
+from vpo_engine.runs.log import NullLog, RunLog
+from vpo_engine.runs.progress import Progress
+from vpo_engine.runs.report import write_report
+from vpo_engine.runs.signals import StopRequest
+
+_GALLERY_CLIPS = 16
+_GALLERY_STEPS = 8
+_GALLERY_PAIRS = 4
+_PATIENCE = 20
+"""Steps in a row without a single pair after which the run stops: a constant reward teaches nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: finished with a summary, or stopped by a signal at a step that a checkpoint holds."""
+
+    steps: int
+    summary: dict[str, object] | None
+    stopped_by: str | None = None
+
+
+class Trainer:
+    """One process's part in a run. Only the first process writes files; all of them call everything."""
+
+    def __init__(
+        self,
+        config: Config,
+        algorithm: OnlineVPO,
+        stream: PromptStream,
+        held_out: HeldOut,
+        run: RunDirectory,
+        processes: Processes,
+    ) -> None:
+        self._config, self._algorithm, self._stream = config, algorithm, stream
+        self._held_out, self._run, self._processes = held_out, run, processes
+        self._mine = processes.share(config.pairs_per_step, "pairs_per_step")
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._stage_seconds: dict[str, float] = {}
+        self._baseline: dict[str, Tensor] = {}
+        self._steps_without_pairs = 0
+
+    def run(self) -> Outcome:
+        """Train to the last step, or to the end of the step in which a signal asks to stop."""
+        start = self._resume() if self._config.checkpoint.resume else 0
+        log = RunLog(self._run) if self._processes.first else NullLog()
+        if start:
+            log.resume(start)
+        total = self._config.steps
+        with StopRequest() as stop, Progress(total, start, self._processes.first) as self._progress:
+            self._log = log
+            self._encode_text()
+            if start == 0:
+                self._evaluate_baseline()
+            for step in range(start + 1, total + 1):
+                self._train_step(step)
+                stopping = self._processes.any(stop.requested)
+                if stopping or step == total or self._due(self._config.checkpoint.every, step):
+                    with self._stage("checkpoint"):
+                        self._save(step)
+                if stopping and step < total:
+                    log.close()
+                    return Outcome(step, None, stop.signal_name or "a signal to another process")
+            summary = self._finish(total)
+        log.close()
+        return Outcome(total, summary)
+
+    def _encode_text(self) -> None:
+        """All prompts of the run, also those of steps already done: the same batches give the same bits."""
+        self._progress.stage("encoding the text of the prompts")
+        count = self._config.steps * self._config.pairs_per_step
+        prompts = [item.text for item in self._stream.take(0, count)]
+        self._algorithm.model.prepare([*prompts, *self._held_out.prompts])
+
+    def _train_step(self, step: int) -> None:
+        began = time.perf_counter()
+        self._stage_seconds = {}
+        first = (step - 1) * self._config.pairs_per_step
+        items = self._stream.take(first + self._mine.start, len(self._mine))
+        prompts = [item.text for item in items]
+        positions = range(first + self._mine.start, first + self._mine.stop)
+        with self._stage("text"):
+            text = self._algorithm.model.embed(prompts)
+        self._progress.stage("training")
+        result = self._algorithm.step(prompts, text, positions)
+        self._stage_seconds |= result.seconds
+        self._check_pairs(result, step)
+        self._record_pairs(result, prompts, step)
+        if self._due(self._config.evaluation.every, step) and step < self._config.steps:
+            with self._stage("evaluate"):
+                settings = self._config.evaluation
+                samples = settings.samples_between or settings.samples_per_prompt
+                self._log_evaluation(step, self._held_out.evaluate(self._algorithm.model.network, samples))
+        metrics = dict(result.metrics)
+        metrics["seconds/step"] = time.perf_counter() - began
+        for stage, seconds in self._stage_seconds.items():
+            metrics[f"seconds/{stage}"] = seconds
+            self._seconds[stage] += seconds
+        self._seconds["step"] += metrics["seconds/step"]
+        self._log.write(step, "train", metrics)
+        self._progress.step(step, metrics)
+
+    def _check_pairs(self, result: Step, step: int) -> None:
+        self._steps_without_pairs = 0 if result.metrics["pairs"] else self._steps_without_pairs + 1
+        if self._steps_without_pairs >= _PATIENCE:
+            raise ValueError(
+                f"every pair of the last {_PATIENCE} steps (to step {step}) was a tie at "
+                f"reward.min_gap={self._config.reward.min_gap}: the reward does not tell the candidates "
+                "apart. Lower min_gap, choose other reward.dimensions, or raise rollout.candidates"
+            )
+
+    def _evaluate_baseline(self) -> None:
+        self._progress.stage("evaluating the policy that the run starts from")
+        with self._stage("evaluate"):
+            network = self._algorithm.model.network
+            self._baseline = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
+            self._baseline["clips"] = self._held_out.videos(network, self._shown()).cpu()
+        self._log_evaluation(0, self._baseline)
+
+    def _finish(self, step: int) -> dict[str, object]:
+        self._progress.stage("evaluating the trained policy")
+        self._stage_seconds = {}
+        with self._stage("evaluate"):
+            network = self._algorithm.model.network
+            final = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
+            clips = self._held_out.videos(network, self._shown()).cpu()
+        self._seconds["evaluate"] += self._stage_seconds["evaluate"]
+        self._log_evaluation(step, final)
+        summary = summarise(_numbers(self._baseline), final, dict(self._seconds))
+        if self._processes.first:
+            self._run.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            self._save_held_out(clips)
+            self._progress.note(format_summary(summary))
+            self._progress.note(f"report: {write_report(self._run.root)}")
+        self._processes.wait()
+        return summary
+
+    def _log_evaluation(self, step: int, measured: dict[str, Tensor]) -> None:
+        means = {f"held_out/{name}": float(value.mean()) for name, value in _numbers(measured).items()}
+        self._log.write(step, "eval", means)
+
+    def _shown(self) -> Sequence[int]:
+        total = len(self._held_out.prompts) * self._config.evaluation.samples_per_prompt
+        return range(min(_GALLERY_CLIPS, total))
+
+    def _save_held_out(self, after: Tensor) -> None:
+        clips, rollout = self._shown(), self._config.rollout
+        before = self._baseline["clips"]
+        gallery = HeldOutGallery(
+            before=before,
+            after=after,
+            prompts=[self._held_out.caption(clip) for clip in clips],
+            before_scores=self._held_out.scores(before, clips),
+            after_scores=self._held_out.scores(after, clips),
+            fps=self._algorithm.model.fps,
+            settings=f"{rollout.steps} steps, guidance {rollout.guidance:g}, same noise before and after",
+        )
+        write_held_out(self._run.held_out_gallery, gallery)
+
+    def _record_pairs(self, result: Step, prompts: Sequence[str], step: int) -> None:
+        """A few pairs of about eight steps of the run, with the widest gaps first, for the report."""
+        every = max(1, self._config.steps // _GALLERY_STEPS)
+        if not self._processes.first or (step != 1 and step % every) or not result.pairs.kept.any():
+            return
+        gaps = result.pairs.gap.masked_fill(~result.pairs.kept, -1.0)
+        chosen = gaps.argsort(descending=True)[: min(_GALLERY_PAIRS, int(result.pairs.kept.sum()))]
+        sides: dict[str, tuple[Tensor, list[dict[str, float]]]] = {}
+        for side, picks in (("winner", result.pairs.winner), ("loser", result.pairs.loser)):
+            candidate = picks[chosen]
+            videos = self._algorithm.model.decode(result.candidates[chosen, candidate]).cpu()
+            scores = [
+                {name: float(value[row, pick]) for name, value in result.scores.items()}
+                for row, pick in zip(chosen.tolist(), candidate.tolist(), strict=True)
+            ]
+            sides[side] = (videos, scores)
+        gallery = PairGallery(
+            winner=sides["winner"][0],
+            loser=sides["loser"][0],
+            prompts=[prompts[row] for row in chosen.tolist()],
+            winner_scores=sides["winner"][1],
+            loser_scores=sides["loser"][1],
+            gap=[float(result.pairs.gap[row]) for row in chosen.tolist()],
+            fps=self._algorithm.model.fps,
+        )
+        write_pairs(self._run.pairs_file(step), gallery)
+
+    def _save(self, step: int) -> None:
+        if self._processes.first:
+            save_checkpoint(
+                self._run.checkpoints,
+                step,
+                **capture(self._algorithm, step, self._baseline),
+                write_policy=self._algorithm.model.save_policy,
+                keep=self._config.checkpoint.keep,
+            )
+        self._processes.wait()
+
+    def _resume(self) -> int:
+        newest = newest_complete(self._run.checkpoints)
+        if newest is None:
+            return 0
+        checkpoint = load_checkpoint(newest)
+        if checkpoint.step > self._config.steps:
+            raise ValueError(
+                f"{newest} is at step {checkpoint.step}, beyond steps={self._config.steps}; raise steps"
+            )
+        step, self._baseline = restore(
+            self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy
+        )
+        return step
+
+    @staticmethod
+    def _due(every: int | None, step: int) -> bool:
+        return every is not None and step % every == 0
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self._progress.stage(name)
+        start = time.perf_counter()
+        yield
+        if self._processes.device.type == "cuda":
+            torch.cuda.synchronize(self._processes.device)
+        self._stage_seconds[name] = self._stage_seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _numbers(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An evaluation without its clips."""
+    return {name: value for name, value in measured.items() if name != "clips"}
