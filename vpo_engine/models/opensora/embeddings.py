@@ -50,16 +50,16 @@ def position_embedding(rows: int, columns: int, channels: int, scale: float, lik
 
     The first half of the channels encodes the column, the second half the row, each as cat(sin, cos).
     Coordinate i of an axis of n patches is (i / scale) * (base / n), with base the rounded square root of the
-    patch count. Frequencies are rounded to ``like``'s dtype first, as the published model's buffer is.
+    patch count. Frequencies are rounded to ``like``'s dtype first, as the published model's buffer is;
+    the angles are float32.
     """
-    compute = torch.float64 if like.dtype == torch.float64 else torch.float32
     half = channels // 2
-    exponents = torch.arange(0, half, 2, device=like.device, dtype=compute) / half
-    frequencies = (1.0 / 10000**exponents).to(like.dtype).to(compute)
+    exponents = torch.arange(0, half, 2, device=like.device, dtype=torch.float32) / half
+    frequencies = (1.0 / 10000**exponents).to(like.dtype).float()
     base = round(math.sqrt(rows * columns))
 
     def axis(count: int) -> Tensor:
-        coordinates = torch.arange(count, device=like.device, dtype=compute) / scale * (base / count)
+        coordinates = torch.arange(count, device=like.device, dtype=torch.float32) / scale * (base / count)
         angles = coordinates[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -85,11 +85,10 @@ class ScalarEmbedder(nn.Module):
         nn.init.zeros_(last.weight)
 
     def forward(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B] to [B, C]; the sinusoid is float32 (float64 for float64 values), then cast to ``dtype``."""
-        compute = torch.float64 if value.dtype == torch.float64 else torch.float32
+        """[B] to [B, C]; the sinusoid is float32, as published, then cast to ``dtype``."""
         half = FREQUENCY_CHANNELS // 2
-        steps = torch.arange(half, device=value.device, dtype=compute)
-        angles = value[:, None].to(compute) * torch.exp(-math.log(10000.0) * steps / half)
+        steps = torch.arange(half, device=value.device, dtype=torch.float32)
+        angles = value[:, None].float() * torch.exp(-math.log(10000.0) * steps / half)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 

@@ -44,7 +44,7 @@ class RectifiedFlow:
         """
         if num_frames != 1 and num_frames < 17:
             raise ValueError(
-                f"num_frames={num_frames}: the timestep transform counts chunks of 17 video frames, so it needs "
+                f"num_frames={num_frames}: the timestep transform counts chunks of 17 frames, so it needs "
                 "1 or at least 17; turn use_timestep_transform off for shorter clips"
             )
         size = torch.tensor([height, width, num_frames], dtype=self.geometry_dtype)

@@ -178,7 +178,7 @@ class STDiT3(nn.Module):
         fps: [B] or one number. height, width: pixels of the whole batch, numbers or vectors whose first
         element counts (numbers spare a device synchronisation).
         """
-        self._check(x, timestep, y)
+        self._check(x, timestep, y, x_mask)
         dtype = self.dtype
         frames, rows, columns = x.shape[-3:]
         patch_rows, patch_columns = self.settings.patch_size[1:]
@@ -197,7 +197,7 @@ class STDiT3(nn.Module):
         out = self._unpatchify(patches, grid)[..., :rows, :columns]
         return out if out.dtype == torch.float64 else out.float()
 
-    def _check(self, x: Tensor, timestep: Tensor, y: Tensor) -> None:
+    def _check(self, x: Tensor, timestep: Tensor, y: Tensor, x_mask: Tensor | None) -> None:
         channels, depth = self.settings.in_channels, self.settings.caption_channels
         if x.dim() != 5 or x.shape[1] != channels:
             raise ValueError(f"x is {list(x.shape)}, expected latents [B, {channels}, T, H, W]")
@@ -205,6 +205,11 @@ class STDiT3(nn.Module):
             raise ValueError(f"timestep is {list(timestep.shape)}, expected one per sample: [{x.shape[0]}]")
         if y.dim() != 4 or y.shape[0] != x.shape[0] or y.shape[1] != 1 or y.shape[3] != depth:
             raise ValueError(f"y is {list(y.shape)}, expected text states [{x.shape[0]}, 1, L, {depth}]")
+        per_frame = (x.shape[0], x.shape[2])
+        if x_mask is not None and (x_mask.dtype != torch.bool or x_mask.shape != per_frame):
+            raise ValueError(
+                f"x_mask is {x_mask.dtype} {list(x_mask.shape)}, expected bool {list(per_frame)}"
+            )
 
     def _embed_time(
         self, timestep: Tensor, fps: Tensor | float, x_mask: Tensor | None
