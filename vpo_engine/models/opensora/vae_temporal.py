@@ -82,6 +82,16 @@ class CausalConv3d(nn.Module):
         return self.conv(x)
 
 
+class DoubleFrames(CausalConv3d):
+    """[B, C, T, h, w] -> [B, C, 2T, h, w]: convolve to channels indexed (C, 2), then move the 2 into time."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, 2 * channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, conv, twice, around a shortcut that is a 1x1x1 convolution where the width changes."""
 
@@ -91,13 +101,13 @@ class ResBlock(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels, 3, bias=False)
         self.norm2 = nn.GroupNorm(num_groups, out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3, bias=False)
-        if in_channels != out_channels:
-            self.conv3 = CausalConv3d(in_channels, out_channels, 1, bias=False)
+        widens = in_channels != out_channels
+        self.conv3 = CausalConv3d(in_channels, out_channels, 1, bias=False) if widens else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv3(x) if hasattr(self, "conv3") else x)
+        return h + self.conv3(x)
 
 
 def _stage(in_channels: int, out_channels: int, config: TemporalConfig) -> nn.Sequential:
@@ -145,7 +155,7 @@ class Decoder(nn.Module):
             _stage(a, b, config) for a, b in zip([*widths[1:], widths[-1]], widths, strict=True)
         )
         self.conv_blocks = nn.ModuleList(
-            CausalConv3d(width, 2 * width, 3) if up else nn.Identity()
+            DoubleFrames(width) if up else nn.Identity()
             for width, up in zip(widths[1:], config.temporal_downsample, strict=True)
         )
         self.norm1 = nn.GroupNorm(config.num_groups, widths[0])
@@ -156,16 +166,8 @@ class Decoder(nn.Module):
         for index in reversed(range(len(self.block_res_blocks))):
             x = self.block_res_blocks[index](x)
             if index > 0:
-                widened = self.conv_blocks[index - 1](x)
-                x = _channels_to_time(widened) if widened is not x else x
+                x = self.conv_blocks[index - 1](x)
         return self.conv_out(F.silu(self.norm1(x)))
-
-
-def _channels_to_time(x: Tensor) -> Tensor:
-    """[B, 2C, T, h, w] -> [B, C, 2T, h, w]; the channel index is (C, 2), the 2 goes to time."""
-    batch, channels, frames, height, width = x.shape
-    x = x.view(batch, channels // 2, 2, frames, height, width).transpose(2, 3)
-    return x.reshape(batch, channels // 2, 2 * frames, height, width)
 
 
 class TemporalVAE(nn.Module):
