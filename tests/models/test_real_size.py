@@ -26,7 +26,7 @@ CAPTION_PARAMETERS = 6_048_000
 FRAMES, HEIGHT, WIDTH, FPS = 68, 720, 1280, 24
 LATENT = (4, 20, 90, 160)
 FORWARD_FLOPS = 189_128_179_187_712
-"""One sample, 300 text tokens: counted on the public model, and equal to the closed form of its matrix products."""
+"""One sample with 300 text tokens, counted on the public model; equal to its closed form."""
 
 
 def test_keys_shapes_and_parameters_are_the_published_ones():
