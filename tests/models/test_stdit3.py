@@ -178,10 +178,18 @@ def test_checkpointing_leaves_gradients_bit_identical(tiny, inputs):
         network(**arguments(inputs, "xmask")).square().mean().backward()
         return [p.grad.clone() for p in network.parameters() if p.requires_grad]
 
+    calls: list[str] = []
+    for block in (*tiny.spatial_blocks, *tiny.temporal_blocks):
+        block.mlp.register_forward_hook(lambda *_: calls.append("block"))
     plain = gradients(tiny)
+    assert len(calls) == 4
     tiny.gradient_checkpointing = True
     for with_checkpoints, without in zip(gradients(tiny), plain, strict=True):
         assert torch.equal(with_checkpoints, without)
+    assert len(calls) == 4 + 2 * 4  # every block was computed again
+    with torch.no_grad():
+        tiny(**arguments(inputs, "xmask"))
+    assert len(calls) == 4 + 2 * 4 + 4
 
 
 @torch.no_grad()
@@ -243,7 +251,7 @@ def test_positions_are_cached_per_size_and_survive_inference_mode(tiny, inputs):
     kwargs = arguments(inputs, "plain")
     expected = tiny(**kwargs)
     for size in range(40, 48):
-        tiny(**{**kwargs, "height": float(size)})
+        assert not torch.equal(tiny(**{**kwargs, "height": float(size)}), expected)
     assert len(tiny._positions) <= 4
     with torch.inference_mode():
         tiny(**{**kwargs, "height": 64.0})

@@ -50,10 +50,7 @@ def load_strict(module: nn.Module, path: str | Path) -> None:
     expected = module.state_dict()
     _check_fit(state, expected, type(module).__name__, Path(path))
     _check_all_or_none_meta(expected)
-    trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     module.load_state_dict(state, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(trainable[name])
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
