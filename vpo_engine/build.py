@@ -7,16 +7,19 @@ from pathlib import Path
 
 import torch
 
-from vpo_engine.config import Config
+from vpo_engine.config import Config, ModelConfig
+from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.data.prompts import PromptFile, Prompts
 from vpo_engine.data.sprites.assets import load_sprites
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
+from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.held_out import HeldOut, Instruments
 from vpo_engine.metrics.pixels import pixel_measures
 from vpo_engine.models.opensora.load import load_opensora
 from vpo_engine.models.opensora.model import OpenSora
+from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.sprites import SpritesJudge, SpritesReward
 from vpo_engine.rewards.videoscore import VideoScore
@@ -45,9 +48,38 @@ def build_model(config: Config, processes: Processes, cache: Path) -> OpenSora:
     if settings.kind == "sprites":
         model = load_sprites(processes, dtype, settings.policy)
     else:
-        model = load_opensora(settings, processes, dtype, cache)
+        model = _build_opensora(settings, processes, dtype, cache)
     model.network.gradient_checkpointing = settings.gradient_checkpointing
     return model
+
+
+def _build_opensora(settings: ModelConfig, processes: Processes, dtype: torch.dtype, cache: Path) -> OpenSora:
+    folder = settings.text_encoder
+    # The configuration has checked these.
+    assert settings.policy is not None
+    assert settings.vae is not None
+    assert folder is not None
+
+    def load_encoder() -> T5Encoder:
+        return T5Encoder.from_pretrained(folder, dtype=dtype).to(processes.device)
+
+    text = TextSource(
+        EmbeddingCache(cache, f"{folder}, {MAX_LENGTH} tokens, {settings.dtype}"),
+        load_encoder,
+        processes,
+        lambda prompt: prepare_prompt(prompt, aes=settings.aesthetic_score),
+    )
+    return load_opensora(
+        settings.policy,
+        settings.vae,
+        text,
+        resolution=settings.resolution,
+        aspect=settings.aspect,
+        num_frames=settings.num_frames,
+        fps=settings.fps,
+        device=processes.device,
+        dtype=dtype,
+    )
 
 
 def build_reward(config: Config, device: torch.device) -> Reward:

@@ -94,8 +94,8 @@ class RewardConfig(Section):
     rows: int = Field(4, ge=1)
     """Videos that videoscore scores at once."""
     dimensions: tuple[str, ...] = ("temporal_consistency",)
-    """One dimension, several (their average) or "global" (the average of all). The paper's best row is temporal
-    consistency alone (Table 4b)."""
+    """One dimension, several (their average) or "global" (the average of all). The paper's best row is
+    temporal consistency alone (Table 4b)."""
     min_gap: float = Field(0.0, ge=0)
     """A pair whose scores differ by no more than this is a tie: skipped and counted."""
 
@@ -111,9 +111,9 @@ class ObjectiveConfig(Section):
     """The preference loss: mean over pairs of -logsigmoid(-(beta / 2) (winner gap - loser gap))."""
 
     beta: float = Field(500.0, gt=0, allow_inf_nan=False)
-    """With the half factor and errors averaged over the elements of a sample. The paper gives none; 500 is the
-    published value for flow matching on a 1 B video model with this form (VideoReward, appendix I). It is not
-    the 500 of an implementation that sums errors or drops the half."""
+    """With the half factor and errors averaged over the elements of a sample. The paper gives none; 500 is
+    the published value for flow matching on a 1 B video model with this form (VideoReward, appendix I). It is
+    not the 500 of an implementation that sums errors or drops the half."""
     draws: int = Field(1, ge=1)
     """(t, noise) draws per pair and step, a sigmoid each (paper: one)."""
     branch: Literal["conditional", "guided"] = "conditional"
@@ -206,8 +206,8 @@ class Config(Section):
 def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file (None: the sprites world) with ``key.path=value`` overrides.
 
-    A name that is no file is looked up among the shipped configurations. ValueError names the file or argument,
-    the key, the constraint and, for an unknown key, the nearest known one.
+    A name that is no file is looked up among the shipped configurations. ValueError names the file or
+    argument, the key, the constraint and, for an unknown key, the nearest known one.
     """
     path = SPRITES_CONFIG if source is None else _find(source)
     try:

@@ -57,12 +57,20 @@ class Network(Protocol):
 class VideoModel(Protocol):
     """A text-to-video model: everything the algorithm needs to know about the family it trains."""
 
-    network: nn.Module
-    """The policy: the only module that is trained."""
-    latent_shape: tuple[int, int, int, int]
-    """(C, T, H, W) of one sample."""
-    num_frames: int
-    fps: int
+    @property
+    def network(self) -> nn.Module:
+        """The policy: the only module that is trained."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of one sample."""
+        ...
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of the videos."""
+        ...
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode the text of these prompts, so that the text encoder is not needed afterwards."""
@@ -112,7 +120,10 @@ class VideoModel(Protocol):
 class Reward(Protocol):
     """A scorer of finished videos. Deterministic; raises rather than returning a number it cannot stand by."""
 
-    dimensions: tuple[str, ...]
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Names of what is scored."""
+        ...
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """uint8 videos [B, F, H, W, 3] and their B prompts to {dimension: float32 [B]}; higher is better."""

@@ -93,7 +93,9 @@ def _config_of(run: Path | None) -> Config:
 
 
 def _prompts(texts: Sequence[str], file: Path | None) -> list[str]:
-    rows = PromptFile(file) if file else []
+    if file is None:
+        return list(texts)
+    rows = PromptFile(file)
     return [*texts, *(rows[index] for index in range(len(rows)))]
 
 

@@ -154,7 +154,7 @@ class Trainer:
             self._run.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
             self._save_held_out(clips)
             self._progress.note(format_summary(summary))
-            self._progress.note(f"report: {write_report(self._run.root)}")
+            self._progress.note(f"report: {write_report(self._run)}")
         self._processes.wait()
         return summary
 

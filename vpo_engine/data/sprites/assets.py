@@ -6,9 +6,9 @@ precision; loaded as float32): ``weights/policy``, ``weights/vae``, ``weights/te
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,11 +19,13 @@ from vpo_engine.data.sprites.train_text import MAX_LENGTH
 from vpo_engine.data.sprites.world import FRAMES, SIZE
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.models.opensora.checkpoint import load_strict
+from vpo_engine.models.opensora.checkpoint import load_config, load_strict
 from vpo_engine.models.opensora.model import Geometry, OpenSora
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
 from vpo_engine.models.opensora.vae import OpenSoraVAE
+
+Part = TypeVar("Part", bound=nn.Module)
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUILD_COMMAND = "python -m vpo_engine.data.sprites build"
@@ -53,10 +55,11 @@ def load_sprites(processes: Processes, dtype: torch.dtype, policy: Path | None =
     )
 
 
-def _load(build, folder: Path):  # type: ignore[no-untyped-def]
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{config} is missing; rebuild the sprites weights with: {BUILD_COMMAND}")
-    module: nn.Module = build(json.loads(config.read_text(encoding="utf-8")))
+def _load(build: Callable[[dict[str, Any]], Part], folder: Path) -> Part:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json; make the sprites weights with: {BUILD_COMMAND}"
+        )
+    module = build(load_config(folder))
     load_strict(module, folder)
     return module

@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
         "num_groups": 4,
     },
     "micro_frame_size": 17,
-    "micro_batch_size": None,
+    "micro_batch_size": 64,
     "spatial_scaling": 1.0,
     "scale": [1.0] * CHANNELS,
     "shift": [0.0] * CHANNELS,
@@ -64,7 +64,7 @@ def psnr(vae: OpenSoraVAE, generator: torch.Generator, count: int = 128) -> floa
     return 10 * math.log10(4 / float((decoded - clips).square().mean()))
 
 
-def train_vae(seed: int, say: Say, steps: tuple[int, int, int] = (1000, 350, 60)) -> OpenSoraVAE:
+def train_vae(seed: int, say: Say, steps: tuple[int, int, int] = (700, 260, 40)) -> OpenSoraVAE:
     """First the spatial part on single frames, then the temporal part on its latents, then both on whole clips.
 
     Latents get a little noise while training, so that the decoder forgives a sampler's errors. Between the

@@ -1,0 +1,35 @@
+"""Shared by the tests of whole runs: the sprites world at its smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vpo_engine.config import Config, load_config
+
+SMALL = (
+    "steps=4",
+    "pairs_per_step=2",
+    "rollout.candidates=2",
+    "rollout.steps=2",
+    "objective.draws=2",
+    "optimizer.warmup_steps=0",
+    "reference.refresh_every=3",
+    "evaluation.prompts=2",
+    "evaluation.samples_per_prompt=1",
+    "evaluation.samples_between=1",
+    "evaluation.every=2",
+    "checkpoint.every=2",
+)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[..., Config]:
+    """A sprites configuration of seconds, in its own run directory; arguments override settings."""
+
+    def make(*overrides: str) -> Config:
+        return load_config(None, [*SMALL, f"run_dir={tmp_path / 'run'}", *overrides])
+
+    return make

@@ -1,0 +1,264 @@
+"""Algorithm 1: the invariants of DESIGN section 6, through the classes that ``train`` uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vpo_engine.build import build_model, build_reward
+from vpo_engine.config import Config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.objectives.dpo import DPO, PreferenceBatch
+from vpo_engine.objectives.pairs import select_pairs
+from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.reference.store import CopiedReference
+from vpo_engine.rollout.candidates import sample_candidates
+
+PROMPTS = ("a red circle moving left", "a blue square moving up")
+Make = Callable[..., Config]
+
+
+def make_algorithm(config: Config, reward: object = None) -> OnlineVPO:
+    torch.manual_seed(0)
+    processes = Processes.start("cpu")
+    model = build_model(config, processes, Path("unused"))
+    model.prepare(PROMPTS)
+    scorer = reward or build_reward(config, processes.device)
+    return OnlineVPO(config, model, scorer, CopiedReference(model.network), processes)  # type: ignore[arg-type]
+
+
+def run_step(algorithm: OnlineVPO, number: int = 0) -> Step:
+    text = algorithm.model.embed(PROMPTS)
+    return algorithm.step(PROMPTS, text, [2 * number, 2 * number + 1])
+
+
+class ScriptedReward:
+    """Scores candidates by a script, one row of numbers per call."""
+
+    dimensions = ("temporal_consistency",)
+
+    def __init__(self, *rows: Sequence[float]) -> None:
+        self.rows = list(rows)
+        self.seen: list[Tensor] = []
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        self.seen.append(videos)
+        row = self.rows.pop(0) if len(self.rows) > 1 else self.rows[0]
+        return {"temporal_consistency": torch.tensor(row)}
+
+
+def test_margin_is_zero_and_loss_ln2_right_after_every_refresh(small: Make) -> None:
+    algorithm = make_algorithm(small("reference.refresh_every=1"))
+    for number in range(3):
+        metrics = run_step(algorithm, number).metrics
+        assert metrics["margin"] == metrics["winner_gap"] == metrics["loser_gap"] == 0.0
+        assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        assert metrics["grad_norm"] > 0
+
+
+def test_margin_leaves_zero_once_the_policy_has_moved(small: Make) -> None:
+    algorithm = make_algorithm(small("reference.refresh_every=null", "optimizer.lr=1e-3"))
+    assert run_step(algorithm, 0).metrics["margin"] == 0.0
+    assert run_step(algorithm, 1).metrics["margin"] != 0.0
+
+
+def test_refresh_counts_optimizer_steps_not_steps(small: Make) -> None:
+    tie, gap = [1.0] * 4, [0.0, 1.0, 2.0, 0.0]
+    reward = ScriptedReward(gap, tie, tie, gap, gap)
+    algorithm = make_algorithm(small("reference.refresh_every=2", "reward.dimensions=global"), reward)
+    ages = [run_step(algorithm, number).metrics["reference_age"] for number in range(5)]
+    assert ages == [1, 1, 1, 0, 1]
+    assert algorithm.optimizer_steps == 3
+
+
+def test_refresh_makes_the_reference_equal_to_the_policy(small: Make) -> None:
+    algorithm = make_algorithm(small("reference.refresh_every=2", "optimizer.lr=1e-3"))
+    before = {name: value.clone() for name, value in algorithm.reference.state_dict().items()}
+    run_step(algorithm, 0)
+    assert all(torch.equal(value, before[name]) for name, value in algorithm.reference.state_dict().items())
+    run_step(algorithm, 1)
+    policy = algorithm.model.network.state_dict()
+    assert all(torch.equal(value, policy[name]) for name, value in algorithm.reference.state_dict().items())
+
+
+def test_ties_are_skipped_counted_and_leave_the_policy_alone(small: Make) -> None:
+    algorithm = make_algorithm(small("reward.dimensions=global"), ScriptedReward([2.0, 2.0, 3.0, 3.0]))
+    before = [parameter.clone() for parameter in algorithm.parameters]
+    metrics = run_step(algorithm).metrics
+    assert (metrics["tie_rate"], metrics["pairs"], metrics["optimizer_steps"]) == (1.0, 0, 0)
+    assert "loss" not in metrics
+    assert all(torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
+
+
+def test_min_gap_widens_what_counts_as_a_tie(small: Make) -> None:
+    scores = ScriptedReward([0.0, 0.4, 0.0, 0.6])
+    metrics = run_step(
+        make_algorithm(small("reward.dimensions=global", "reward.min_gap=0.5"), scores)
+    ).metrics
+    assert (metrics["tie_rate"], metrics["pairs"]) == (0.5, 1)
+
+
+def test_winner_is_argmax_and_loser_argmin() -> None:
+    pairs = select_pairs(torch.tensor([[0.3, 0.9, 0.1, 0.9], [2.0, 1.0, 3.0, 1.0]]))
+    assert pairs.winner.tolist() == [1, 2]
+    assert pairs.loser.tolist() == [2, 1]
+    assert pairs.gap.tolist() == pytest.approx([0.8, 2.0])
+    assert pairs.kept.all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_stops_the_step(small: Make, bad: float) -> None:
+    algorithm = make_algorithm(small("reward.dimensions=global"), ScriptedReward([1.0, 2.0, bad, 1.0]))
+    before = [parameter.clone() for parameter in algorithm.parameters]
+    with pytest.raises(
+        ValueError, match=r"prompt 1, candidate 0 of this step is .*every score must be finite"
+    ):
+        run_step(algorithm)
+    assert all(torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
+
+
+def test_the_pair_order_reaches_the_policy_the_right_way_round(small: Make) -> None:
+    """After updates on one batch the margin is positive; with winner and loser exchanged it is negative."""
+    config = small("reference.refresh_every=null")
+    margins = []
+    for swap in (False, True):
+        algorithm = make_algorithm(config)
+        latents = torch.randn(2, 2, *algorithm.model.latent_shape, generator=torch.Generator().manual_seed(1))
+        text = algorithm.model.embed(PROMPTS)
+        batch = PreferenceBatch(latents[:, 0], latents[:, 1], text, [0, 1], total=2)
+        exchanged = PreferenceBatch(latents[:, 1], latents[:, 0], text, [0, 1], total=2)
+        optimizer = torch.optim.SGD(algorithm.parameters, 1e-4)
+        for _ in range(3):
+            algorithm.objective.step(exchanged if swap else batch, algorithm.reference)
+            optimizer.step()
+            optimizer.zero_grad()
+        sums = algorithm.objective.step(batch, algorithm.reference)
+        margins.append(sums["margin"])
+        flipped = algorithm.objective.step(exchanged, algorithm.reference)
+        assert flipped["margin"] == pytest.approx(-sums["margin"], rel=1e-4)
+    assert margins[0] > 0 > margins[1]
+
+
+class Recorder:
+    """Stands before a network and keeps what went in and came out."""
+
+    def __init__(self, network: Callable[..., Tensor]) -> None:
+        self.network = network
+        self.calls: list[tuple[tuple[object, ...], dict[str, object], Tensor]] = []
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        out = self.network(*args, **kwargs)
+        self.calls.append((args, kwargs, out))
+        return out
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.network, name)
+
+
+@pytest.mark.parametrize("branch", ["conditional", "guided"])
+def test_policy_and_reference_see_identical_batches(small: Make, branch: str) -> None:
+    algorithm = make_algorithm(small(f"objective.branch={branch}", "rollout.guidance=3.0"))
+    policy, reference = Recorder(algorithm.model.network), Recorder(algorithm.reference)
+    algorithm.model.network, algorithm.reference = policy, reference  # type: ignore[assignment]
+    algorithm.model.network.train()
+    latents = torch.randn(2, 2, *algorithm.model.latent_shape)
+    text = algorithm.model.embed(PROMPTS)
+    algorithm.objective.step(PreferenceBatch(latents[0], latents[1], text, [0, 1], 2), reference)  # type: ignore[arg-type]
+    assert len(policy.calls) == len(reference.calls) == 1
+    (first, first_named, out), (second, second_named, frozen) = policy.calls[0], reference.calls[0]
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one is other
+    assert first_named == second_named
+    assert torch.equal(out, frozen)
+    assert out.requires_grad
+    assert not frozen.requires_grad
+
+
+def test_no_graph_reaches_reward_or_decoder(small: Make) -> None:
+    reward = ScriptedReward([0.0, 1.0, 2.0, 0.0])
+    algorithm = make_algorithm(small("reward.dimensions=global"), reward)
+    result = run_step(algorithm)
+    assert not result.candidates.requires_grad
+    assert all(video.dtype == torch.uint8 for video in reward.seen)
+    vae = algorithm.model._vae  # type: ignore[attr-defined]
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in vae.parameters())
+
+
+def test_rows_at_once_change_neither_candidates_nor_gradient(small: Make) -> None:
+    whole, cut = small(), small("rollout.rows=1", "objective.rows=3")
+    results = []
+    for config in (whole, cut):
+        algorithm = make_algorithm(config)
+        text = algorithm.model.embed(PROMPTS)
+        candidates = sample_candidates(
+            algorithm.model, algorithm.model.network, text, [0, 1], config.rollout, 0, torch.device("cpu")
+        )
+        latents = torch.randn(2, 2, *algorithm.model.latent_shape, generator=torch.Generator().manual_seed(2))
+        batch = PreferenceBatch(latents[0], latents[1], text, [0, 1], 2)
+        algorithm.objective.step(batch, algorithm.reference)
+        results.append((candidates, [p.grad for p in algorithm.parameters if p.grad is not None]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-4)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_times_of_several_draws_are_stratified_and_shared_by_the_pair(small: Make) -> None:
+    algorithm = make_algorithm(small("objective.draws=4"))
+    objective: DPO = algorithm.objective
+    times, noise = objective._draws([5, 6], torch.device("cpu"))
+    assert len(times) == len(noise) == 8
+    quarters = torch.special.ndtr(torch.logit(times / 1000)).unflatten(0, (2, 4)) * 4
+    assert quarters.floor().tolist() == [[0, 1, 2, 3]] * 2
+    again, _ = objective._draws([6], torch.device("cpu"))
+    assert torch.equal(again, times[4:])
+
+
+def test_candidates_depend_on_the_stream_position_only(small: Make) -> None:
+    config = small()
+    algorithm = make_algorithm(config)
+    text = algorithm.model.embed(PROMPTS)
+
+    def sample(positions: Sequence[int], rows: slice) -> Tensor:
+        network = algorithm.model.network
+        return sample_candidates(
+            algorithm.model, network, text[rows], positions, config.rollout, 0, torch.device("cpu")
+        )
+
+    together = sample([7, 8], slice(0, 2))
+    torch.testing.assert_close(together[1:], sample([8], slice(1, 2)), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(together[:1], sample([9], slice(0, 1)))
+    assert not torch.equal(together[0, 0], together[0, 1])
+
+
+def test_a_policy_without_trainable_parameters_is_refused(small: Make) -> None:
+    config = small()
+    model = build_model(config, Processes.start("cpu"), Path("unused"))
+    model.network.requires_grad_(False)
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        OnlineVPO(
+            config, model, ScriptedReward([1.0]), CopiedReference(model.network), Processes.start("cpu")
+        )
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_policy_changes(small: Make) -> None:
+    algorithm = make_algorithm(small())
+    algorithm.parameters[0].register_hook(lambda grad: grad * math.nan)
+    before = [parameter.clone() for parameter in algorithm.parameters]
+    with pytest.raises(ValueError, match="the gradient norm is nan at optimizer step 1"):
+        run_step(algorithm)
+    assert all(torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
+
+
+def test_learning_rate_warms_up_and_comes_down(small: Make) -> None:
+    overrides = ("steps=9", "optimizer.warmup_steps=4", "optimizer.final_lr=0.2", "optimizer.lr=1e-4")
+    algorithm = make_algorithm(small(*overrides))
+    rates = []
+    for step in range(9):
+        algorithm.optimizer_steps = step
+        rates.append(algorithm._set_learning_rate() / 1e-4)
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4, 0.2])

@@ -1,0 +1,339 @@
+"""Whole runs through the entry point: files, resume, signals, several processes, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vpo_engine import evaluate, sample
+from vpo_engine import train as entry
+from vpo_engine.config import Config
+from vpo_engine.models.opensora.checkpoint import load_config as load_model_config
+from vpo_engine.models.opensora.checkpoint import load_strict
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.video import read_video
+from vpo_engine.train import train
+
+Make = Callable[..., Config]
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    root = run / "checkpoints" / f"step_{step:08d}"
+    files = [
+        root / "policy" / "model.safetensors",
+        root / "reference.safetensors",
+        root / "optimizer.safetensors",
+    ]
+    return {f"{file.stem}.{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def numbers(run: Path) -> list[dict[str, object]]:
+    """Metric rows without what a clock wrote."""
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    assert numbers(one) == numbers(other)
+    first, second = weights(one, step), weights(other, step)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps to its end, by the command line."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    from tests.conftest import SMALL
+
+    assert entry.main([*SMALL, f"run_dir={run}"]) == 0
+    return run
+
+
+def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "gallery/held_out.safetensors",
+    ):
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").iterdir())
+    assert list((finished / "gallery/pairs").iterdir())
+    train_rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["step"] for row in train_rows] == [1, 2, 3, 4]
+    wanted = (
+        "loss margin implicit_accuracy winner_gap loser_gap tie_rate grad_norm lr reward/selected reward/gap"
+    )
+    assert set(wanted.split()) <= train_rows[0].keys()
+    stages = {"text", "rollout", "decode", "reward", "update", "refresh", "step"}
+    assert {f"seconds/{stage}" for stage in stages} <= train_rows[0].keys()
+    eval_rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "eval"]
+    assert [row["step"] for row in eval_rows] == [0, 2, 4]
+    kinds = {name.rsplit("/", 1)[0] for name in eval_rows[0] if "/" in name}
+    assert kinds == {"held_out/reward", "held_out/judge", "held_out/pixels"}
+
+
+def test_the_same_seed_gives_the_same_run(finished: Path, small: Make, tmp_path: Path) -> None:
+    assert train(small()) == 0
+    assert_same_run(finished, tmp_path / "run", 4)
+
+
+def test_another_seed_gives_another_run(finished: Path, small: Make, tmp_path: Path) -> None:
+    assert train(small("seed=1")) == 0
+    assert numbers(finished) != numbers(tmp_path / "run")
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    finished: Path, small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpo_engine.online_vpo import OnlineVPO
+
+    whole_step = OnlineVPO.step
+
+    def dies_in_step_four(self: OnlineVPO, prompts: object, text: object, positions: object) -> object:
+        if self.optimizer_steps == 3:
+            raise RuntimeError("power cut")
+        return whole_step(self, prompts, text, positions)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OnlineVPO, "step", dies_in_step_four)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(small("checkpoint.keep=5"))
+    monkeypatch.undo()
+    assert train(small("checkpoint.keep=5", "checkpoint.resume=true")) == 0
+    assert_same_run(finished, tmp_path / "run", 4)
+    state = json.loads((tmp_path / "run/checkpoints/step_00000002/state.json").read_text())
+    assert state["optimizer_steps"] == 2
+    assert state["prompt_cursor"] == 4
+
+
+def test_resume_refuses_other_settings(finished: Path, small: Make) -> None:
+    with pytest.raises(ValueError, match=r"cannot resume .*objective was .*beta=250\.0.*now .*beta=9\.0"):
+        train(small(f"run_dir={finished}", "checkpoint.resume=true", "objective.beta=9"))
+
+
+def test_an_occupied_run_directory_is_refused(finished: Path, small: Make) -> None:
+    with pytest.raises(ValueError, match="already holds a run; resume it, or choose another directory"):
+        train(small(f"run_dir={finished}"))
+
+
+def test_an_altered_checkpoint_is_named_and_the_earlier_one_offered(small: Make, tmp_path: Path) -> None:
+    assert train(small("checkpoint.keep=5")) == 0
+    damaged = tmp_path / "run/checkpoints/step_00000004/reference.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"reference\.safetensors' was altered after it was saved.*step_00000002"
+    ):
+        train(small("checkpoint.resume=true", "steps=6"))
+
+
+def test_a_full_disk_stops_the_run_and_harms_no_checkpoint(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import safetensors.torch
+
+    from tests.conftest import SMALL
+
+    write = safetensors.torch.save_file
+    written: list[object] = []
+
+    def full(tensors: object, path: object, *rest: object, **named: object) -> None:
+        written.append(path)
+        if "00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        write(tensors, path, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert entry.main([*SMALL, f"run_dir={tmp_path / 'run'}"]) == 1
+    message = capsys.readouterr().err
+    assert "error:" in message
+    assert "No space left" in message or "disk is full" in message
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002"]
+    assert weights(tmp_path / "run", 2)
+
+
+def test_the_saved_policy_loads_strictly_under_the_published_layout(finished: Path) -> None:
+    folder = finished / "checkpoints/step_00000004/policy"
+    network = STDiT3.from_config(load_model_config(folder))
+    load_strict(network, folder)
+    trained = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in network.state_dict().items())
+
+
+def test_sample_writes_videos_of_a_run(finished: Path, tmp_path: Path) -> None:
+    arguments = [
+        str(finished),
+        "--prompt",
+        "a red circle moving left",
+        "--count",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    assert sample.main(arguments) == 0
+    files = sorted(tmp_path.glob("*.mp4"))
+    assert [file.name for file in files] == [
+        "0000-a-red-circle-moving-left-0.mp4",
+        "0000-a-red-circle-moving-left-1.mp4",
+    ]
+    frames, rate = read_video(files[0])
+    assert (len(frames), rate) == (17, 8.0)
+
+
+def test_evaluate_puts_runs_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(finished), str(finished)]) == 0
+    assert "sprites (2 seeds)" in capsys.readouterr().out
+    assert evaluate.main([str(finished.parent)]) == 1
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["rollout.candidates=1"], "rollout.candidates=1: Input should be greater than or equal to 2"),
+        (["reference.refresh_every=0"], "reference.refresh_every=0"),
+        (["objective.beta=-1"], "objective.beta=-1"),
+        (["objective.bata=1"], "did you mean objective.beta?"),
+        (["prompts.train=absent.txt"], "absent.txt"),
+        (["absent.yaml"], "no configuration file absent.yaml"),
+        (["model.policy=absent"], "absent"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(
+    arguments: list[str],
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert entry.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert text in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_bad_prompt_files_are_named_with_their_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"a red circle moving left\n\xff\xfe\n")
+    assert entry.main([f"prompts.train={bad}", f"run_dir={tmp_path / 'run'}"]) == 1
+    message = capsys.readouterr().err
+    assert "bad.txt" in message
+    assert "line 2" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_of_nan_stops_the_run(
+    small: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.conftest import SMALL
+    from vpo_engine.rewards.sprites import SpritesReward
+
+    score = SpritesReward.score
+
+    def broken(self: SpritesReward, videos: torch.Tensor, prompts: object) -> dict[str, torch.Tensor]:
+        scores = score(self, videos, prompts)  # type: ignore[arg-type]
+        return {name: value * float("nan") for name, value in scores.items()}
+
+    monkeypatch.setattr(SpritesReward, "score", broken)
+    assert entry.main([*SMALL, f"run_dir={tmp_path / 'run'}"]) == 1
+    assert "nan" in capsys.readouterr().err
+
+
+def start(arguments: list[str], processes: int = 0) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29533"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "vpo_engine.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(small: Make, tmp_path: Path) -> None:
+    from tests.conftest import SMALL
+
+    run = tmp_path / "run"
+    arguments = [*SMALL, "steps=400", "evaluation.every=null", "checkpoint.every=null", f"run_dir={run}"]
+    process = start(arguments)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    while time.monotonic() < deadline and (run / "metrics.jsonl").read_text().count('"train"') < 2:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM after step" in output
+    (saved,) = (run / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step_"))
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+    assert rows[-1]["step"] == step
+    finish = [*arguments, "checkpoint.resume=true", f"steps={step + 1}"]
+    assert entry.main(finish) == 0
+    assert (run / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(small: Make, tmp_path: Path) -> None:
+    """Each takes its own prompts; log and policy agree with a single process up to rounding."""
+    from tests.conftest import SMALL
+
+    single, double = tmp_path / "single", tmp_path / "double"
+    assert entry.main([*SMALL, f"run_dir={single}"]) == 0
+    process = start([*SMALL, f"run_dir={double}"], processes=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    first, second = numbers(single), numbers(double)
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, rel=2e-2, abs=2e-3), name
+    policies = [
+        load_file(run / "checkpoints/step_00000004/policy/model.safetensors") for run in (single, double)
+    ]
+    for name, value in policies[0].items():
+        torch.testing.assert_close(policies[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_prompts_that_cannot_be_shared_equally_are_refused(small: Make) -> None:
+    from vpo_engine.distributed.processes import Processes
+
+    with pytest.raises(ValueError, match=r"pairs_per_step=3 cannot be shared equally by 2 processes"):
+        Processes(0, 2, torch.device("cpu")).share(3, "pairs_per_step")
+
+
+def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
+    small: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpo_engine.rewards.sprites import SpritesReward
+
+    score = SpritesReward.score
+
+    def constant(self: SpritesReward, videos: torch.Tensor, prompts: object) -> dict[str, torch.Tensor]:
+        return {name: torch.ones_like(value) for name, value in score(self, videos, prompts).items()}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SpritesReward, "score", constant)
+    with pytest.raises(ValueError, match=r"every pair of the last 20 steps .* was a tie"):
+        train(small("steps=30", "evaluation.every=null", "checkpoint.every=null"))
