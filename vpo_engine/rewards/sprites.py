@@ -87,9 +87,30 @@ def _grid(side: int) -> Tensor:
     return torch.stack((line.repeat(side), line.repeat_interleave(side)), dim=1)
 
 
-def _pixels(videos: Tensor) -> Tensor:
-    """uint8 [B, F, H, W, 3] to float32 [B * F, 3, H, W] around 0."""
-    return videos.flatten(0, 1).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+def _pixels(videos: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [B, F, H, W, 3] to frames about their own mean, [B * F, 3, H, W], and the means, [B * F, 3]."""
+    frames = videos.flatten(0, 1).permute(0, 3, 1, 2).float().div_(64)
+    mean = frames.mean(dim=(2, 3))
+    return frames.sub_(mean[:, :, None, None]), mean - 1
+
+
+def _peak(maps: Tensor) -> Tensor:
+    """Largest value of each channel, [n, C, H, W] to [n, C]: how strong an edge response gets shows blur."""
+    return F.max_pool2d(maps, maps.shape[-1]).flatten(1)
+
+
+class _OverTime(nn.Module):
+    """A residual convolution over time of [B, F, C]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.wide = nn.Conv1d(width, width, 5, padding=2)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, track: Tensor) -> Tensor:
+        wide = self.wide(self.norm(track).transpose(1, 2)).transpose(1, 2)
+        return track + self.out(F.gelu(wide))
 
 
 class RewardNetwork(nn.Module):
@@ -97,11 +118,10 @@ class RewardNetwork(nn.Module):
 
     grid: Tensor
 
-    def __init__(self, keypoints: int = 8) -> None:
+    def __init__(self, keypoints: int = 8, width: int = 96) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 4, stride=2, padding=1)
         self.heat = nn.Conv2d(24, keypoints, 3, padding=1)
-        self.look = nn.Linear(24 * keypoints, 64)
         self.layout = nn.Sequential(
             nn.Conv2d(24, 32, 3, stride=2, padding=1),
             nn.GroupNorm(4, 32),
@@ -110,28 +130,28 @@ class RewardNetwork(nn.Module):
             nn.ReLU(),
             nn.Conv2d(48, 64, SIZE // 8),
         )
-        self.track = nn.Sequential(
-            nn.Conv1d(6 * keypoints + 64 + 64 + 24, 96, 3, padding=1),
-            nn.GELU(),
-            nn.Conv1d(96, 96, 5, padding=2),
-            nn.GELU(),
+        self.track = nn.Linear(3 * (2 * keypoints + 3) + 24 * (keypoints + 2) + 64, width)
+        self.mix = nn.ModuleList(_OverTime(width) for _ in range(2))
+        self.head = nn.Sequential(
+            nn.LayerNorm(2 * width), nn.Linear(2 * width, 128), nn.GELU(), nn.Linear(128, sum(OUTPUTS))
         )
-        self.head = nn.Sequential(nn.Linear(2 * 96, 128), nn.GELU(), nn.Linear(128, sum(OUTPUTS)))
         self.register_buffer("grid", _grid(SIZE // 2), persistent=False)
 
     def forward(self, videos: Tensor) -> Reading:
         """uint8 [B, F, H, W, 3] to what is seen in them."""
         count = videos.shape[0]
-        stem = F.relu(self.stem(_pixels(videos)))  # [B F, 24, 16, 16]
+        frames, level = _pixels(videos)
+        stem = F.relu(self.stem(frames))  # [B F, 24, 16, 16]
         share = self.heat(stem).flatten(2).softmax(2)  # [B F, K, 256]
-        points = (share @ self.grid).flatten(1).view(count, FRAMES, -1)  # [B, F, 2 K]
+        points = torch.cat(((share @ self.grid).flatten(1), level), dim=1).view(count, FRAMES, -1)
         speed = F.pad(points.diff(dim=1), (0, 0, 1, 0))
         bend = F.pad(points.diff(n=2, dim=1), (0, 0, 1, 1))
-        look = self.look((share @ stem.flatten(2).transpose(1, 2)).flatten(1))
-        frame = torch.cat((look, self.layout(stem).flatten(1), stem.mean(dim=(2, 3))), dim=1)
-        track = torch.cat((points, 8 * speed, 8 * bend, frame.view(count, FRAMES, -1)), dim=2)
-        track = self.track(track.transpose(1, 2))  # [B, 96, F]
-        return Reading.split(self.head(torch.cat((track.mean(2), track.amax(2)), dim=1)))
+        there = (share @ stem.flatten(2).transpose(1, 2)).flatten(1)
+        frame = torch.cat((there, self.layout(stem).flatten(1), stem.mean(dim=(2, 3)), _peak(stem)), dim=1)
+        track = self.track(torch.cat((points, 16 * speed, 8 * bend, frame.view(count, FRAMES, -1)), dim=2))
+        for layer in self.mix:
+            track = layer(track)
+        return Reading.split(self.head(torch.cat((track.mean(1), track.amax(1)), dim=1)))
 
 
 class JudgeNetwork(nn.Module):
@@ -150,7 +170,7 @@ class JudgeNetwork(nn.Module):
             nn.Conv2d(32, 48, 3, stride=2, padding=1),
             nn.SiLU(),
         )
-        self.token = nn.Linear(2 * (22 * points + 48) + 2 * points, width)
+        self.token = nn.Linear(2 * (22 * points + 3 + 48 + 20) + 2 * points + 3, width)
         self.time = nn.Parameter(torch.randn(FRAMES, width) * 0.02)
         self.mix = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -164,11 +184,13 @@ class JudgeNetwork(nn.Module):
     def forward(self, videos: Tensor) -> Reading:
         """uint8 [B, F, H, W, 3] to what is seen in them."""
         count = videos.shape[0]
-        features = self.features(_pixels(videos))  # [B F, 20, 16, 16]
+        frames, level = _pixels(videos)
+        features = self.features(frames)  # [B F, 20, 16, 16]
         share = self.query(features).flatten(2).softmax(2)  # [B F, K, 256]
-        place = (share @ self.grid).flatten(1)
+        place = torch.cat(((share @ self.grid).flatten(1), level), dim=1)
         seen = (share @ features.flatten(2).transpose(1, 2)).flatten(1)
-        frame = torch.cat((place, seen, self.deep(features).mean(dim=(2, 3))), dim=1).view(count, FRAMES, -1)
+        frame = torch.cat((place, seen, self.deep(features).mean(dim=(2, 3)), _peak(features)), dim=1)
+        frame = frame.view(count, FRAMES, -1)
         change = F.pad(frame.diff(dim=1), (0, 0, 1, 0))
         bend = F.pad(frame[..., : place.shape[1]].diff(n=2, dim=1), (0, 0, 1, 1))
         token = self.token(torch.cat((frame, 4 * change, 8 * bend), dim=2)) + self.time
