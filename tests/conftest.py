@@ -25,6 +25,12 @@ SMALL = (
 )
 
 
+@pytest.fixture(scope="session")
+def smallest() -> list[str]:
+    """The overrides that make the sprites run one of seconds."""
+    return list(SMALL)
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Callable[..., Config]:
     """A sprites configuration of seconds, in its own run directory; arguments override settings."""

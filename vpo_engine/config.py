@@ -13,8 +13,9 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-SPRITES_CONFIG = Path(__file__).parent / "data" / "sprites" / "train.yaml"
-_SHIPPED_CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+SPRITES = "sprites.yaml"
+_SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+"""Where the shipped configurations are: inside an installed package, or beside it in a checkout."""
 
 
 class Section(BaseModel):
@@ -209,7 +210,7 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Con
     A name that is no file is looked up among the shipped configurations. ValueError names the file or
     argument, the key, the constraint and, for an unknown key, the nearest known one.
     """
-    path = SPRITES_CONFIG if source is None else _find(source)
+    path = _shipped(SPRITES) if source is None else _find(Path(source))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -229,13 +230,16 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _find(source: str | Path) -> Path:
-    candidates = [Path(source), *(folder / Path(source).name for folder in _SHIPPED_CONFIGS)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    shipped = sorted({path.name for folder in _SHIPPED_CONFIGS for path in folder.glob("*.yaml")})
-    raise ValueError(f"no configuration file {source}; shipped ones: {', '.join(shipped) or 'none'}")
+def _find(source: Path) -> Path:
+    return source if source.is_file() else _shipped(source.name, source)
+
+
+def _shipped(name: str, asked: Path | None = None) -> Path:
+    for folder in _SHIPPED:
+        if (folder / name).is_file():
+            return folder / name
+    known = sorted({path.name for folder in _SHIPPED for path in folder.glob("*.yaml")})
+    raise ValueError(f"no configuration file {asked or name}; shipped ones: {', '.join(known) or 'none'}")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpo_engine.data.sprites.damage import KINDS, damaged, mismatched_captions, sample_destroyed
+from vpo_engine.data.sprites.descent import Descent
 from vpo_engine.data.sprites.world import SIZE, Attributes
 from vpo_engine.rewards.sprites import (
     DIMENSIONS,
@@ -36,11 +37,12 @@ Progress = Callable[[int, int, float], None]
 N = TypeVar("N", bound=nn.Module)
 
 BATCH = 64
-POOL = 12288
+POOL = 5120
 """Training clips, a multiple of 256."""
-REWARD_STEPS = 600
-JUDGE_STEPS = 600
-LEARNING_RATE = 3e-3
+REWARD_STEPS = 400
+JUDGE_STEPS = 500
+LEARNING_RATES = (0.02, 3e-3)
+"""Of Muon and Adam, see ``descent``."""
 ACTIVE = 0.35
 DESTROYED_SHARE = 0.15
 FADED_SHARE = 0.15
@@ -148,18 +150,13 @@ def _loss(reading: Reading, batch: _Batch) -> Tensor:
 
 def _train(network: N, steps: int, seed: int, round_trip: RoundTrip | None, progress: Progress | None) -> N:
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    descent = Descent(network, steps, *LEARNING_RATES)
     pool = _draw_pool(POOL, generator, round_trip)
     order = torch.cat([torch.randperm(POOL, generator=generator) for _ in range(steps * BATCH // POOL + 1)])
     for step in range(steps):
         batch = pool[order[step * BATCH : (step + 1) * BATCH]]
         loss = _loss(network(batch.videos), batch)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descent.step(loss)
         if progress is not None:
             progress(step + 1, steps, loss.item())
     return network.eval().requires_grad_(False)
