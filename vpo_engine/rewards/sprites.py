@@ -159,10 +159,10 @@ class JudgeNetwork(nn.Module):
 
     grid: Tensor
 
-    def __init__(self, points: int = 6, width: int = 96, depth: int = 2) -> None:
+    def __init__(self, points: int = 8, width: int = 96, depth: int = 2) -> None:
         super().__init__()
         self.features = nn.Sequential(nn.Conv2d(3, 20, 5, stride=2, padding=2), nn.SiLU())
-        self.query = nn.Conv2d(20, points, 1)
+        self.query = nn.Conv2d(20, points, 3, padding=1)
         self.deep = nn.Sequential(
             nn.Conv2d(20, 32, 3, stride=2, padding=1),
             nn.GroupNorm(8, 32),
@@ -170,7 +170,7 @@ class JudgeNetwork(nn.Module):
             nn.Conv2d(32, 48, 3, stride=2, padding=1),
             nn.SiLU(),
         )
-        self.token = nn.Linear(2 * (22 * points + 3 + 48 + 20) + 2 * points + 3, width)
+        self.token = nn.Linear(2 * (22 * points + 3 + 48 + 20) + 2 * (2 * points + 3), width)
         self.time = nn.Parameter(torch.randn(FRAMES, width) * 0.02)
         self.mix = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -192,8 +192,9 @@ class JudgeNetwork(nn.Module):
         frame = torch.cat((place, seen, self.deep(features).mean(dim=(2, 3)), _peak(features)), dim=1)
         frame = frame.view(count, FRAMES, -1)
         change = F.pad(frame.diff(dim=1), (0, 0, 1, 0))
-        bend = F.pad(frame[..., : place.shape[1]].diff(n=2, dim=1), (0, 0, 1, 1))
-        token = self.token(torch.cat((frame, 4 * change, 8 * bend), dim=2)) + self.time
+        speed = change[..., : place.shape[1]]
+        bend = F.pad(speed[:, 1:].diff(dim=1), (0, 0, 1, 1))
+        token = self.token(torch.cat((frame, 4 * change, 16 * speed, 16 * bend), dim=2)) + self.time
         for layer in self.mix:
             token = layer(token)
         return Reading.split(self.head(torch.cat((token.mean(1), token.amax(1)), dim=1)))

@@ -40,7 +40,7 @@ BATCH = 64
 POOL = 5120
 """Training clips, a multiple of 256."""
 REWARD_STEPS = 400
-JUDGE_STEPS = 500
+JUDGE_STEPS = 550
 LEARNING_RATES = (0.02, 3e-3)
 """Of Muon and Adam, see ``descent``."""
 ACTIVE = 0.35
