@@ -30,7 +30,6 @@ from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
 from vpo_engine.rewards.sprites import save_network
 
 PARTS = ("vae", "text_encoder", "reward", "judge", "policy")
-POLICY_STEPS = 4000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +71,7 @@ def build(part: str, out: Path) -> None:
         _save(train_text_encoder(0), TEXT_CONFIG, out / part)
     elif part == "policy":
         encoder = load_text_encoder(out / "text_encoder")
-        network = pretrain(load_vae(out / "vae"), encoder.encode, 0, say, POLICY_STEPS)
+        network = pretrain(load_vae(out / "vae"), encoder.encode, 0, say)
         _save(network, network.config, out / part)
     else:
         train = {"reward": train_reward, "judge": train_judge}[part]
