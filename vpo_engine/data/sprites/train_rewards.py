@@ -39,7 +39,7 @@ N = TypeVar("N", bound=nn.Module)
 BATCH = 64
 POOL = 5120
 """Training clips, a multiple of 256."""
-REWARD_STEPS = 400
+REWARD_STEPS = 500
 JUDGE_STEPS = 550
 LEARNING_RATES = (0.02, 3e-3)
 """Of Muon and Adam, see ``descent``."""
@@ -165,7 +165,7 @@ def _train(network: N, steps: int, seed: int, round_trip: RoundTrip | None, prog
 def train_reward(
     seed: int = 1, round_trip: RoundTrip | None = None, progress: Progress | None = None
 ) -> RewardNetwork:
-    """The reward network trained from scratch: about two minutes on one core. Same seed, same weights."""
+    """The reward network trained from scratch: some three minutes on one core. Same seed, same weights."""
     torch.manual_seed(seed)
     return _train(RewardNetwork(), REWARD_STEPS, seed, round_trip, progress)
 
