@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from vpo_engine.build import build_model, build_prompts, build_reward
@@ -14,10 +12,10 @@ from vpo_engine.reference.store import CopiedReference
 
 
 @pytest.mark.benchmark(group="one step of Algorithm 1")
-def test_sprites_step(benchmark, tmp_path: Path) -> None:
+def test_sprites_step(benchmark) -> None:
     config = load_config(None)
     processes = Processes.start("cpu")
-    model = build_model(config, processes, tmp_path)
+    model = build_model(config, processes)
     train, _ = build_prompts(config)
     prompts = [train[index] for index in range(config.pairs_per_step)]
     model.prepare(prompts)

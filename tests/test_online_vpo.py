@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ Make = Callable[..., Config]
 def make_algorithm(config: Config, reward: object = None) -> OnlineVPO:
     torch.manual_seed(0)
     processes = Processes.start("cpu")
-    model = build_model(config, processes, Path("unused"))
+    model = build_model(config, processes)
     model.prepare(PROMPTS)
     scorer = reward or build_reward(config, processes.device)
     return OnlineVPO(config, model, scorer, CopiedReference(model.network), processes)  # type: ignore[arg-type]
@@ -237,7 +236,7 @@ def test_candidates_depend_on_the_stream_position_only(small: Make) -> None:
 
 def test_a_policy_without_trainable_parameters_is_refused(small: Make) -> None:
     config = small()
-    model = build_model(config, Processes.start("cpu"), Path("unused"))
+    model = build_model(config, Processes.start("cpu"))
     model.network.requires_grad_(False)
     with pytest.raises(ValueError, match="there is nothing to train"):
         OnlineVPO(

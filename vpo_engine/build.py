@@ -41,13 +41,15 @@ def build_prompts(config: Config) -> tuple[Prompts, list[str]]:
     return train, list(held_out[: config.evaluation.prompts])
 
 
-def build_model(config: Config, processes: Processes, cache: Path) -> OpenSora:
-    """The model with its policy; text embeddings of the Open-Sora kind are kept under ``cache``."""
+def build_model(config: Config, processes: Processes) -> OpenSora:
+    """The model with its policy; text embeddings of the Open-Sora kind are kept on disk."""
     settings = config.model
     dtype = DTYPES[settings.dtype]
     if settings.kind == "sprites":
         model = load_sprites(processes, dtype, settings.policy)
     else:
+        beside = config.run_dir.parent if config.run_dir else Path("runs")
+        cache = config.prompts.cache or beside / "embeddings"
         model = _build_opensora(settings, processes, dtype, cache)
     model.network.gradient_checkpointing = settings.gradient_checkpointing
     return model

@@ -67,6 +67,8 @@ class PromptsConfig(Section):
     held_out: Path | None = None
     column: str | None = None
     """Column of a .csv or key of a .jsonl file; by default the usual one is found by name."""
+    cache: Path | None = None
+    """Folder of text embeddings, shared between runs; null: ``embeddings`` beside the run directory."""
 
 
 class RolloutConfig(Section):

@@ -60,7 +60,7 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
     if not prompts:
         raise ValueError("no prompt given; use --prompt TEXT or --prompts FILE")
     processes = Processes.start(config.model.device)
-    model = build_model(config, processes, out / ".embeddings")
+    model = build_model(config, processes)
     model.prepare(prompts)
     out.mkdir(parents=True, exist_ok=True)
     files = []
@@ -89,7 +89,8 @@ def _config_of(run: Path | None) -> Config:
             raise ValueError(f"{run} holds no complete checkpoint yet; wait for one, or give a configuration")
         checkpoint = newest
     root = checkpoint.resolve().parent.parent
-    return load_config(RunDirectory.open(root).config, [f"model.policy={checkpoint / 'policy'}"])
+    overrides = [f"model.policy={checkpoint / 'policy'}", f"run_dir={root}"]
+    return load_config(RunDirectory.open(root).config, overrides)
 
 
 def _prompts(texts: Sequence[str], file: Path | None) -> list[str]:

@@ -51,9 +51,9 @@ def train(config: Config) -> int:
     processes = Processes.start(config.model.device)
     try:
         prompts, held_out_prompts = build_prompts(config)
-        run = _run_directory(config, processes)
-        model = build_model(config, processes, run.root / "embeddings")
+        model = build_model(config, processes)
         reward = build_reward(config, processes.device)
+        run = _run_directory(config, processes)
         algorithm = OnlineVPO(config, model, reward, CopiedReference(model.network), processes)
         stream = PromptStream(prompts, config.seed)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
