@@ -65,7 +65,7 @@ def test_overrides_replace_and_scientific_notation_is_a_number() -> None:
         ("objective.beta=.inf", "objective.beta=inf: Input should be a finite number"),
         ("model.kind=opensora", "these are not set: policy, vae, text_encoder"),
         ("reward.kind=videoscore", "reward.kind videoscore needs reward.path"),
-        ("optimizer.warmup_steps=48", "optimizer.warmup_steps=48 must be below steps=48"),
+        ("optimizer.warmup_steps=99", "optimizer.warmup_steps=99 must be below steps=40"),
         ("steps", "expected key.path=value, got 'steps'"),
         ("steps.more=1", "steps is a value, not a group of settings"),
     ],

@@ -211,7 +211,9 @@ def test_times_of_several_draws_are_stratified_and_shared_by_the_pair(small: Mak
     objective: DPO = algorithm.objective
     times, noise = objective._draws([5, 6], torch.device("cpu"))
     assert len(times) == len(noise) == 8
-    quarters = torch.special.ndtr(torch.logit(times / 1000)).unflatten(0, (2, 4)) * 4
+    ratio = 5**0.5  # the shift by five latent frames at the world's own resolution
+    unshifted = times / 1000 / (ratio - (ratio - 1) * times / 1000)
+    quarters = torch.special.ndtr(torch.logit(unshifted)).unflatten(0, (2, 4)) * 4
     assert quarters.floor().tolist() == [[0, 1, 2, 3]] * 2
     again, _ = objective._draws([6], torch.device("cpu"))
     assert torch.equal(again, times[4:])
