@@ -15,8 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vpo_engine.data.sprites.assets import WEIGHTS, load_text_encoder, load_vae
 from vpo_engine.data.sprites.pretrain import pretrain
@@ -24,9 +23,8 @@ from vpo_engine.data.sprites.standing import standing
 from vpo_engine.data.sprites.train_rewards import train_judge, train_reward
 from vpo_engine.data.sprites.train_text import CONFIG as TEXT_CONFIG
 from vpo_engine.data.sprites.train_text import train_text_encoder
-from vpo_engine.data.sprites.train_vae import to_pixels, train_vae
+from vpo_engine.data.sprites.train_vae import round_trip, train_vae
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
-from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
 from vpo_engine.rewards.sprites import save_network
 
 PARTS = ("vae", "text_encoder", "reward", "judge", "policy")
@@ -78,12 +76,6 @@ def build(part: str, out: Path) -> None:
         vae = load_vae(out / "vae")
         save_network(train(round_trip=lambda videos: round_trip(vae, videos)), out / f"{part}.safetensors")
     say(f"{part} done")
-
-
-@torch.no_grad()
-def round_trip(vae: OpenSoraVAE, videos: Tensor) -> Tensor:
-    """uint8 [B, F, H, W, 3] through the autoencoder and back, as a policy's clips are decoded."""
-    return to_uint8(vae.decode(vae.encode(to_pixels(videos), sample=False), videos.shape[1]))
 
 
 def _save(module: nn.Module, config: dict[str, object], folder: Path) -> None:

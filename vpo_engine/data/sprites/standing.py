@@ -9,11 +9,10 @@ from vpo_engine.data.sprites.assets import load_sprites, load_vae
 from vpo_engine.data.sprites.damage import sample_clean, sample_mixture
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.train_rewards import rank_report
-from vpo_engine.data.sprites.train_vae import psnr, to_pixels
+from vpo_engine.data.sprites.train_vae import psnr, round_trip
 from vpo_engine.data.sprites.world import all_captions
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import OpenSora
-from vpo_engine.models.opensora.vae import to_uint8
 from vpo_engine.rewards.combine import combine
 from vpo_engine.rewards.sprites import SpritesJudge, SpritesReward
 
@@ -34,7 +33,7 @@ def standing() -> str:
     rows: list[tuple[str, Tensor, list[str]]] = [
         ("clean clips", clean.videos, clean.captions),
         ("mixture clips", mixture.videos, mixture.captions),
-        ("mixture clips, through the VAE", _round_trip(vae, mixture.videos), mixture.captions),
+        ("mixture clips, through the VAE", round_trip(vae, mixture.videos), mixture.captions),
     ]
     for guidance in (1.0, 3.0):
         rows.append((f"base policy, guidance {guidance:g}", _sample(model, captions, guidance), captions))
@@ -52,11 +51,6 @@ def _sample(model: OpenSora, captions: list[str], guidance: float) -> Tensor:
     noise = torch.randn(len(captions), *model.latent_shape, generator=torch.Generator().manual_seed(20_001))
     text = model.embed(captions)
     return model.decode(model.sample(model.network, noise, text, steps=STEPS, guidance=guidance))
-
-
-@torch.no_grad()
-def _round_trip(vae, videos: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    return to_uint8(vae.decode(vae.encode(to_pixels(videos), sample=False), videos.shape[1]))
 
 
 def _row(

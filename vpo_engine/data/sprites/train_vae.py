@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vpo_engine.data.sprites.damage import sample_destroyed, sample_mixture
 from vpo_engine.data.sprites.descent import Descent, Say
-from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
 
 SPATIAL_CHANNELS, CHANNELS = 4, 8
 CLIPS = 1500
@@ -54,6 +54,12 @@ def training_clips(count: int, generator: torch.Generator) -> Tensor:
     """Mostly the mixture, some destroyed clips, so that the autoencoder is at home off the beaten track too."""
     destroyed = sample_destroyed(count // 20, generator).videos
     return to_pixels(torch.cat([sample_mixture(count - len(destroyed), generator).videos, destroyed]))
+
+
+@torch.no_grad()
+def round_trip(vae: OpenSoraVAE, videos: Tensor) -> Tensor:
+    """uint8 [B, F, H, W, 3] through the autoencoder and back, as a policy's clips are decoded."""
+    return to_uint8(vae.decode(vae.encode(to_pixels(videos), sample=False), videos.shape[1]))
 
 
 def psnr(vae: OpenSoraVAE, generator: torch.Generator, count: int = 128) -> float:
