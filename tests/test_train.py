@@ -79,6 +79,8 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     assert set(wanted.split()) <= train_rows[0].keys()
     stages = {"text", "rollout", "decode", "reward", "update", "refresh", "step"}
     assert {f"seconds/{stage}" for stage in stages} <= train_rows[0].keys()
+    assert "seconds/evaluate" in train_rows[0]  # of the base policy, before the first step
+    assert "seconds/checkpoint" in train_rows[2]  # made after the second step
     eval_rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "eval"]
     assert [row["step"] for row in eval_rows] == [0, 2, 4]
     kinds = {name.rsplit("/", 1)[0] for name in eval_rows[0] if "/" in name}

@@ -60,6 +60,7 @@ class Trainer:
         self._mine = processes.share(config.pairs_per_step, "pairs_per_step")
         self._seconds: dict[str, float] = defaultdict(float)
         self._stage_seconds: dict[str, float] = {}
+        self._taken_at = time.perf_counter()
         self._baseline: dict[str, Tensor] = {}
         self._steps_without_pairs = 0
 
@@ -96,8 +97,6 @@ class Trainer:
         self._algorithm.model.prepare([*prompts, *self._held_out.prompts])
 
     def _train_step(self, step: int) -> None:
-        began = time.perf_counter()
-        self._stage_seconds = {}
         first = (step - 1) * self._config.pairs_per_step
         items = self._stream.take(first + self._mine.start, len(self._mine))
         prompts = [item.text for item in items]
@@ -115,13 +114,18 @@ class Trainer:
                 samples = settings.samples_between or settings.samples_per_prompt
                 self._log_evaluation(step, self._held_out.evaluate(self._algorithm.model.network, samples))
         metrics = dict(result.metrics)
-        metrics["seconds/step"] = time.perf_counter() - began
-        for stage, seconds in self._stage_seconds.items():
-            metrics[f"seconds/{stage}"] = seconds
-            self._seconds[stage] += seconds
-        self._seconds["step"] += metrics["seconds/step"]
+        metrics |= self._take_seconds()
         self._log.write(step, "train", metrics)
         self._progress.step(step, metrics)
+
+    def _take_seconds(self) -> dict[str, float]:
+        """Seconds of each stage, and of everything, since the last call: a checkpoint counts to the next row."""
+        now = time.perf_counter()
+        seconds = {**self._stage_seconds, "step": now - self._taken_at}
+        self._taken_at, self._stage_seconds = now, {}
+        for stage, value in seconds.items():
+            self._seconds[stage] += value
+        return {f"seconds/{stage}": value for stage, value in seconds.items()}
 
     def _check_pairs(self, result: Step, step: int) -> None:
         self._steps_without_pairs = 0 if result.metrics["pairs"] else self._steps_without_pairs + 1
@@ -142,12 +146,11 @@ class Trainer:
 
     def _finish(self, step: int) -> dict[str, object]:
         self._progress.stage("evaluating the trained policy")
-        self._stage_seconds = {}
         with self._stage("evaluate"):
             network = self._algorithm.model.network
             final = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
             clips = self._held_out.videos(network, self._shown()).cpu()
-        self._seconds["evaluate"] += self._stage_seconds["evaluate"]
+        self._take_seconds()
         self._log_evaluation(step, final)
         summary = summarise(_numbers(self._baseline), final, dict(self._seconds))
         if self._processes.first:

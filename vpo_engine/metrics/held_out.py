@@ -86,7 +86,7 @@ class HeldOut:
         latents = self._model.sample(
             network,
             noise.to(self._processes.device),
-            text.to(self._processes.device),
+            text,
             steps=rollout.steps,
             guidance=rollout.guidance,
         )
