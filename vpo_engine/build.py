@@ -54,7 +54,7 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
         beside = config.run_dir.parent if config.run_dir else Path("runs")
         cache = config.prompts.cache or beside / "embeddings"
         model = _build_opensora(settings, processes, dtype, cache)
-    model.network.gradient_checkpointing = settings.gradient_checkpointing
+    model.network.gradient_checkpointing = config.memory.recompute == "block"
     choice = model.network.choose_backends(settings.attention, settings.companions, dtype=dtype)
     if processes.first:
         say(str(choice))

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vpo_kernels.attention import AttentionName
 from vpo_kernels.companions import BackendName as CompanionName
 
+Recompute = Literal["nothing", "pointwise", "all_but_attention", "block"]
+
 SPRITES = "sprites.yaml"
 _SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 """Where the shipped configurations are: inside an installed package, or beside it in a checkout."""
@@ -24,6 +26,22 @@ class Section(BaseModel):
     """A group of settings: frozen, and closed to keys that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class LoraConfig(Section):
+    """A low-rank adapter (arXiv 2106.09685), kept in PEFT's format. Defaults: VideoReward's Flow-DPO, appendix I."""
+
+    rank: int = Field(64, ge=1)
+    alpha: float = Field(128.0, gt=0, allow_inf_nan=False)
+    """The adapter's product is scaled by alpha / rank."""
+    targets: tuple[str, ...] = (
+        "attn.qkv",
+        "attn.proj",
+        "cross_attn.q_linear",
+        "cross_attn.kv_linear",
+        "cross_attn.proj",
+    )
+    """Ends of the names of the linear layers that get one."""
 
 
 class ModelConfig(Section):
@@ -46,7 +64,7 @@ class ModelConfig(Section):
     aesthetic_score: float | None = 6.5
     """Appended to prompts as the published sampling script does; null leaves prompts as they are."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic type of the video model; master weights of the policy are float32 in either case."""
+    """Arithmetic type of the video model; memory.weights says how the policy's weights are held."""
     device: str = "auto"
     """auto: cuda when there is one, else cpu."""
     attention: AttentionName = "auto"
@@ -55,7 +73,8 @@ class ModelConfig(Section):
     companions: CompanionName = "auto"
     """What computes the modulated norm, the gated residual, the query-key norm with rope, and temporal
     attention: reference is plain torch, triton the fused kernels (GPU only). auto: those measured to win."""
-    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train a low-rank adapter in place of the weights; null: full fine-tuning (paper)."""
 
     @model_validator(mode="after")
     def _needs_weights(self) -> Self:
@@ -104,6 +123,8 @@ class RewardConfig(Section):
     """Frames that videoscore looks at: 16 for VideoScore, 48 for v1.1."""
     rows: int = Field(4, ge=1)
     """Videos that videoscore scores at once."""
+    bits: Literal[16, 8, 4] = 16
+    """Of videoscore's matrices, by bitsandbytes; scores move by rounding."""
     dimensions: tuple[str, ...] = ("temporal_consistency",)
     """One dimension, several (their average) or "global" (the average of all). The paper's best row is
     temporal consistency alone (Table 4b)."""
@@ -146,6 +167,10 @@ class ObjectiveConfig(Section):
 class ReferenceConfig(Section):
     """The frozen reference."""
 
+    storage: Literal["copy", "bf16", "int8", "exact8", "adapter"] = "copy"
+    """copy: in the policy's own type. bf16: matrices rounded to it. int8: absmax groups, half a percent of rounding.
+    exact8: 8-bit differences from the policy's bf16 weights, bit for bit the bf16 reference; needs memory.weights
+    masters or stochastic. adapter: under model.lora, the base and a frozen copy of the adapter."""
     refresh_every: int | None = Field(200, ge=1)
     """K, in optimizer steps (paper, section 4.1); null: never refreshed."""
 
@@ -158,11 +183,39 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0)
-    """Largest gradient norm; every public implementation uses 1."""
+    clip: float | None = Field(1.0, gt=0)
+    """Largest gradient norm; every public implementation uses 1. null: gradients are left as they are."""
     warmup_steps: int = Field(0, ge=0)
     final_lr: float = Field(1.0, gt=0, le=1)
     """Share of lr that is left at the last step, reached in a straight line after the warm-up."""
+
+
+class MemoryConfig(Section):
+    """What is held, computed again, or sent to the host: memory against time. Rounding apart, nothing else changes."""
+
+    weights: Literal["float32", "masters", "stochastic"] = "float32"
+    """How the policy's weights are held. masters: bfloat16, with float32 copies for the optimizer. stochastic:
+    bfloat16 only; updates are rounded up or down at random, in proportion, so that small ones add up. With model.dtype
+    float32 the bfloat16 values are held in float32, for CPUs that are slow at bfloat16."""
+    recompute: Recompute = "nothing"
+    """What the backward pass computes again rather than finding it in memory: nothing; pointwise (norms, modulations,
+    gates, activations: all but matrix products and attention); all_but_attention; block (all but a block's input)."""
+    offload: bool = False
+    """Inputs of blocks wait for the backward pass in pinned host memory, copied on a stream of their own."""
+    mlp_chunks: int = Field(1, ge=1)
+    """Parts in which a block's MLP goes over the tokens, each computed again in the backward pass."""
+    sequential: bool = False
+    """One member of a pair at a time: half the activations for one forward pass more."""
+    optimizer_bits: Literal[32, 8] = 32
+    """Of AdamW's two moments; 8: blockwise, by bitsandbytes."""
+    step_in_backward: bool = False
+    """Each weight is updated as soon as its gradient is there, which is then freed."""
+    residency: Literal["all", "phases"] = "all"
+    """phases: policy, optimizer, reference, VAE and reward model are on the device only while a phase needs them."""
+    limit_gib: float | None = Field(None, gt=0)
+    """Device memory that the run may take; null: what the device has."""
+    overcommit: bool = False
+    """Go on when the plan says that the run does not fit."""
 
 
 class EvaluationConfig(Section):
@@ -203,11 +256,17 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     reference: ReferenceConfig = ReferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_run()
+        self._check_memory()
+        return self
+
+    def _check_run(self) -> None:
         if self.model.kind != "sprites" and (self.prompts.train is None or self.prompts.held_out is None):
             raise ValueError(
                 "prompts.train and prompts.held_out name files; only the sprites world has its own"
@@ -220,7 +279,35 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps}"
             )
-        return self
+
+    def _check_memory(self) -> None:
+        storage, memory, lora = self.reference.storage, self.memory, self.model.lora
+        if storage == "exact8" and memory.weights == "float32":
+            raise ValueError(
+                "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
+                "memory.weights=masters or stochastic, or use reference.storage=int8"
+            )
+        if (storage == "adapter") != (lora is not None):
+            raise ValueError(
+                f"reference.storage={storage} and model.lora={'null' if lora is None else 'set'} do not go together: "
+                "an adapter's reference is its base and a frozen copy of the adapter (storage adapter), and full "
+                "fine-tuning has no adapter"
+            )
+        if memory.step_in_backward:
+            self._check_step_in_backward()
+
+    def _check_step_in_backward(self) -> None:
+        wrong = {
+            "memory.sequential=true": (self.memory.sequential, "a step needs the gradients of both members"),
+            "objective.rows": (self.objective.rows is not None, "a step needs the gradients of all rows"),
+            "optimizer.clip": (
+                self.optimizer.clip is not None,
+                "their common norm is known too late; set null",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(f"memory.step_in_backward=true excludes {name}: {reason}")
 
 
 def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Config:

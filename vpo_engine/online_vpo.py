@@ -10,6 +10,7 @@ for each step:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ class OnlineVPO:
 
     def _optimize(self) -> float:
         self.processes.average_gradients(self.parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip or math.inf))
         if not torch.isfinite(torch.tensor(norm)):
             raise ValueError(
                 f"the gradient norm is {norm} at optimizer step {self.optimizer_steps + 1}; the policy was left "

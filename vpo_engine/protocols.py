@@ -7,6 +7,7 @@ D text channels, C latent channels, T latent frames, H x W latent rows and colum
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -154,6 +155,10 @@ class ReferenceStore(Protocol):
 
     def refresh(self, policy: nn.Module) -> None:
         """reference <- policy."""
+        ...
+
+    def following(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """To be entered around every change of these parameters of the policy: the reference stays what it was."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]: ...

@@ -73,11 +73,6 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def promoted_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of a sum of these tensors."""
     dtype = tensors[0].dtype

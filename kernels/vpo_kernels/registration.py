@@ -1,4 +1,4 @@
-"""Registration with torch.library."""
+"""What every operation of the package shares: its registration with torch.library, the dtype it computes in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any of them is float64, else float32."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -23,3 +30,12 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
         return getattr(torch.ops.vpo_kernels, name).default
 
     return register
+
+
+def refuse_second_derivative(operation: str, backward: str, remedy: str) -> None:
+    """Give ``vpo_kernels::BACKWARD``, which computes the gradient of ``operation``, an error as its gradient."""
+
+    def refuse(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f"{operation} has no second derivative; {remedy}")
+
+    torch.library.register_autograd(f"vpo_kernels::{backward}", refuse)

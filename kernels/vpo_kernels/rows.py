@@ -71,12 +71,12 @@ def column_sums_kernel(
     group = (tl.program_id(0) // column_blocks).to(tl.int64)
     column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < C
-    total = tl.zeros([CHUNKS, COLUMNS], tl.float32)
+    total = tl.zeros([CHUNKS, COLUMNS], tl.float64)
     for start in range(0, chunks, CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
         at = partial_ptr + (group * chunks + chunk)[:, None] * C + column[None, :]
-        total += tl.load(at, mask=(chunk < chunks)[:, None] & inside[None, :], other=0.0)
-    tl.store(out_ptr + group * C + column, tl.sum(total, axis=0), mask=inside)
+        total += tl.load(at, mask=(chunk < chunks)[:, None] & inside[None, :], other=0.0).to(tl.float64)
+    tl.store(out_ptr + group * C + column, tl.sum(total, axis=0).to(tl.float32), mask=inside)
 
 
 def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:

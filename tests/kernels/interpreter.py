@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def run_interpreted(*modules: str, select: str = "", timeout_s: float = 1200) -> None:
+def run_interpreted(*modules: str | Path, select: str = "", timeout_s: float = 1200) -> None:
     """Run test modules of this folder with TRITON_INTERPRET=1, and fail with their output.
 
     A process of its own, because Triton decides when a kernel is defined. ``select`` is pytest's -k. It is a
@@ -31,4 +31,4 @@ def run_interpreted(*modules: str, select: str = "", timeout_s: float = 1200) ->
     )
     summary = done.stdout.strip().rpartition("\n")[2]
     if done.returncode or " passed" not in summary or "skipped" in summary:
-        pytest.fail(f"{' '.join(modules)} with TRITON_INTERPRET=1:\n{done.stdout}", pytrace=False)
+        pytest.fail(f"{' '.join(map(str, modules))} with TRITON_INTERPRET=1:\n{done.stdout}", pytrace=False)

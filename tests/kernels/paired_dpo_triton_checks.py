@@ -12,7 +12,8 @@ from sextets import random_sextet
 from torch import Tensor
 from vpo_kernels import paired_dpo_loss
 from vpo_kernels.paired_dpo import reference, triton, triton_kernels
-from vpo_kernels.paired_dpo.contract import Forward, Mask, Noise, Options, Sextet, arithmetic_dtype
+from vpo_kernels.paired_dpo.contract import Forward, Mask, Noise, Options, Sextet
+from vpo_kernels.registration import arithmetic_dtype
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 PLAIN = Options(500.0, 1.0, "mean", 0.0, None)

@@ -88,6 +88,21 @@ def test_single_pair_equals_joint(options: dict) -> None:
     assert torch.equal(out.loss, expected.loss.detach())
 
 
+def test_beta_per_pair() -> None:
+    beta = torch.tensor([5.0, 50.0, 0.5], dtype=torch.float64)
+    problem = Problem(3)
+    _, gradient = problem.joint(beta=beta)
+    sequential_backward(
+        problem.predict(problem.winner), problem.predict(problem.loser), *problem.constants, beta=beta
+    )
+    assert_same(problem.gradients(), gradient)
+    problem = Problem(1)
+    _, gradient = problem.joint(beta=beta[:1])
+    members = problem.predict(problem.winner), problem.predict(problem.loser)
+    single_pair_backward(problem.policy.parameters(), *members, *problem.constants, beta=beta[:1])
+    assert_same(problem.gradients(), gradient)
+
+
 def test_forward_passes_are_counted() -> None:
     problem, calls = Problem(1), []
     problem.policy.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))

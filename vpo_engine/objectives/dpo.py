@@ -53,7 +53,7 @@ class DPO:
         """
         times, noise = self._draws(batch.positions, batch.winner.device)
         draws = self._config.draws
-        pair_of_row = torch.arange(len(times), device=times.device) // draws
+        pair_of_row = torch.arange(len(times)) // draws  # on the host, where text masks are
         rows = self._config.rows or len(times)
         sums = dict.fromkeys((*self.METRICS, "rows"), 0.0)
         for start in range(0, len(times), rows):

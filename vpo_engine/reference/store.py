@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,10 @@ class CopiedReference:
         source = policy.state_dict(keep_vars=True)
         for name, tensor in self._network.state_dict(keep_vars=True).items():
             tensor.copy_(source[name])
+
+    def following(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """A copy does not move with the policy."""
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self._network.state_dict())

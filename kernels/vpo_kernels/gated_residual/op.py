@@ -18,9 +18,10 @@ from vpo_kernels.companions import (
     uses_triton,
 )
 from vpo_kernels.gated_residual import reference
+from vpo_kernels.registration import operator, refuse_second_derivative
 
 
-@torch.library.custom_op("vpo_kernels::gated_residual", mutates_args=())
+@operator("gated_residual")
 def _forward(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     if runs_kernel(x, gate, y):
         from vpo_kernels.gated_residual import triton
@@ -30,12 +31,12 @@ def _forward(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return reference.gated_residual(x, gate, y).contiguous()
 
 
-@_forward.register_fake
+@torch.library.register_fake("vpo_kernels::gated_residual")
 def _(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=promoted_dtype(x, gate, y))
 
 
-@torch.library.custom_op("vpo_kernels::gated_residual_backward", mutates_args=())
+@operator("gated_residual_backward")
 def _backward(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if runs_kernel(grad, gate, y):
         from vpo_kernels.gated_residual import triton
@@ -45,7 +46,7 @@ def _backward(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return reference.backward(grad, gate, y)
 
 
-@_backward.register_fake
+@torch.library.register_fake("vpo_kernels::gated_residual_backward")
 def _(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), new_like(y)
 
@@ -61,7 +62,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return grad.to(ctx.dtype), grad_gate, grad_y
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+torch.library.register_autograd("vpo_kernels::gated_residual", _gradients, setup_context=_setup_context)
+refuse_second_derivative("gated_residual", "gated_residual_backward", "use backend='reference'")
 
 
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor, backend: BackendName = "auto") -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vpo_kernels.companions import arithmetic_dtype, new_like
+from vpo_kernels.companions import new_like
+from vpo_kernels.registration import arithmetic_dtype
 
 
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from vpo_kernels.companions import (
     without_autocast,
 )
 from vpo_kernels.modulated_norm import reference
+from vpo_kernels.registration import operator, refuse_second_derivative
 
 
-@torch.library.custom_op("vpo_kernels::modulated_norm", mutates_args=())
+@operator("modulated_norm")
 def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     if runs_kernel(x, shift, scale):
         from vpo_kernels.modulated_norm import triton
@@ -32,12 +33,12 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return out.contiguous()
 
 
-@_forward.register_fake
+@torch.library.register_fake("vpo_kernels::modulated_norm")
 def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape, dtype=promoted_dtype(x, shift, scale))
 
 
-@torch.library.custom_op("vpo_kernels::modulated_norm_backward", mutates_args=())
+@operator("modulated_norm_backward")
 def _backward(
     grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +50,7 @@ def _backward(
     return reference.backward(grad, x, shift, scale, eps)
 
 
-@_backward.register_fake
+@torch.library.register_fake("vpo_kernels::modulated_norm_backward")
 def _(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), shift.new_empty(shift.shape), scale.new_empty(scale.shape)
 
@@ -63,7 +64,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+torch.library.register_autograd("vpo_kernels::modulated_norm", _gradients, setup_context=_setup_context)
+refuse_second_derivative("modulated_norm", "modulated_norm_backward", "use backend='reference'")
 
 
 def modulated_norm(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
@@ -96,10 +95,3 @@ class Backend(Protocol):
         allocated as torch.empty_like(policy) does.
         """
         ...
-
-
-def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any of them is float64, else float32."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )

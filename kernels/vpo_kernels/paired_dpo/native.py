@@ -18,8 +18,8 @@ from vpo_kernels.paired_dpo.contract import (
     PairedDPOLoss,
     PerPair,
     Sextet,
-    arithmetic_dtype,
 )
+from vpo_kernels.registration import arithmetic_dtype
 
 try:
     import vpo_kernels._native as _native

@@ -20,14 +20,8 @@ from vpo_kernels.paired_dpo.contract import (
     PerPair,
     Reduction,
     Sextet,
-    arithmetic_dtype,
 )
-from vpo_kernels.registration import operator
-
-_NO_SECOND = (
-    "paired_dpo_loss has no second derivative; differentiate without create_graph=True, or write the "
-    "loss out in torch (vpo_kernels/paired_dpo/reference.py has the formula)"
-)
+from vpo_kernels.registration import arithmetic_dtype, operator, refuse_second_derivative
 
 
 def _noise(noise: Tensor | None, scales: tuple[PerPair, PerPair]) -> Noise | None:
@@ -170,12 +164,8 @@ def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | No
     return winner if want_winner else None, loser if want_loser else None, *[None] * 18
 
 
-def _refuse(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError(_NO_SECOND)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator with its gradient, less the 0.2 ms that torch.library's own way takes a call outside graphs."""
+class _Loss(torch.autograd.Function):
+    """The operator with its gradient, less the 0.2 ms a call that torch.library's own way to it takes."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -190,7 +180,12 @@ class _Eager(torch.autograd.Function):
 
 
 torch.library.register_autograd("vpo_kernels::paired_dpo", _differentiate, setup_context=_save)
-torch.library.register_autograd("vpo_kernels::paired_dpo_gradient", _refuse)
+refuse_second_derivative(
+    "paired_dpo_loss",
+    "paired_dpo_gradient",
+    "differentiate without create_graph=True, or write the loss out in torch "
+    "(vpo_kernels/paired_dpo/reference.py has the formula)",
+)
 
 
 def _split(value: PerPair) -> tuple[float, Tensor | None]:
@@ -246,45 +241,6 @@ def paired_dpo_loss(
     shapes or devices, an empty batch, a beta that is not finite and positive, a pair that the mask hides
     altogether, a backend that does not run here.
     """
-    out, _ = evaluate(
-        policy_winner,
-        policy_loser,
-        reference_winner,
-        reference_loser,
-        target_winner,
-        target_loser,
-        beta,
-        reduction,
-        pair_weight,
-        mask,
-        backend,
-        target_noise=target_noise,
-        target_scales=target_scales,
-        winner_anchor=winner_anchor,
-        loser_scaling=loser_scaling,
-    )
-    return out
-
-
-def evaluate(
-    policy_winner: Tensor,
-    policy_loser: Tensor,
-    reference_winner: Tensor,
-    reference_loser: Tensor,
-    target_winner: Tensor,
-    target_loser: Tensor,
-    beta: PerPair = 500.0,
-    reduction: Reduction = "mean",
-    pair_weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    backend: BackendName = "auto",
-    *,
-    target_noise: Tensor | None = None,
-    target_scales: tuple[PerPair, PerPair] | None = None,
-    winner_anchor: float = 0.0,
-    loser_scaling: float | None = None,
-) -> tuple[PairedDPOLoss, Tensor]:
-    """``paired_dpo_loss``, and the coefficients [2, P] of ``contract.Forward``."""
     named = [
         ("policy_winner", policy_winner),
         ("policy_loser", policy_loser),
@@ -305,8 +261,7 @@ def evaluate(
     weight: PerPair = 1.0 if pair_weight is None else pair_weight
     if pair_weight is not None and not isinstance(pair_weight, Tensor):
         raise ValueError(f"pair_weight is {pair_weight!r}, but must be a tensor [P], one weight per pair")
-    compute = _paired_dpo if torch.compiler.is_compiling() else _Eager.apply
-    loss, margin, winner_gap, loser_gap, coefficient = compute(
+    loss, margin, winner_gap, loser_gap, _ = _Loss.apply(
         policy_winner,
         policy_loser,
         *(tensor.detach() for _, tensor in named[2:]),
@@ -321,5 +276,4 @@ def evaluate(
         None if loser_scaling is None else float(loser_scaling),
         backend,
     )
-    out = PairedDPOLoss(loss, margin.detach(), winner_gap.detach(), loser_gap.detach())
-    return out, coefficient.detach()
+    return PairedDPOLoss(loss, margin, winner_gap, loser_gap)

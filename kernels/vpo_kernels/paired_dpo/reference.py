@@ -33,8 +33,8 @@ from vpo_kernels.paired_dpo.contract import (
     PairedDPOLoss,
     PerPair,
     Sextet,
-    arithmetic_dtype,
 )
+from vpo_kernels.registration import arithmetic_dtype
 
 
 def per_pair(value: PerPair, pairs: int, device: torch.device) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpo_kernels.paired_dpo.contract import PairedDPOLoss
-from vpo_kernels.paired_dpo.op import evaluate, paired_dpo_loss
+from vpo_kernels.paired_dpo.contract import PairedDPOLoss, PerPair
+from vpo_kernels.paired_dpo.op import paired_dpo_loss
 
 Predict = Callable[[], Tensor]
 """Runs the policy's forward pass for one member and returns its prediction [P, ...]."""
@@ -65,6 +65,8 @@ def single_pair_backward(
     target_winner: Tensor,
     target_loser: Tensor,
     *,
+    beta: PerPair = 500.0,
+    winner_anchor: float = 0.0,
     scale: float = 1.0,
     backward: Callable[[Tensor], Any] = Tensor.backward,
     **options: Any,
@@ -82,7 +84,8 @@ def single_pair_backward(
     Raises ValueError for more than one pair, or for gradients left over.
     """
     parameters = list(parameters)
-    constants = (reference_winner, reference_loser, target_winner, target_loser)
+    targets = (target_winner, target_loser)
+    options |= {"beta": beta, "winner_anchor": winner_anchor}
     if reference_winner.ndim == 0 or reference_winner.shape[0] != 1:
         raise ValueError(
             f"reference_winner has shape {list(reference_winner.shape)}, but must be [1, ...]: pairs differ in their "
@@ -95,16 +98,15 @@ def single_pair_backward(
         )
     prediction_w = winner()
     known = prediction_w.detach().requires_grad_()
-    equal = (known.detach(), reference_loser, target_winner, target_loser)
-    at_equality, assumed = evaluate(known, reference_loser, *equal, **options)
-    (direction,) = torch.autograd.grad(at_equality.loss, known)
+    equal = paired_dpo_loss(known, reference_loser, known.detach(), reference_loser, *targets, **options)
+    (direction,) = torch.autograd.grad(equal.loss, known)
     backward((prediction_w * direction).sum())
     del prediction_w
-    out, coefficient = evaluate(known.detach(), loser(), *constants, **options)
-    factor = scale * coefficient[0, 0] / assumed[0, 0]
-    factor = torch.where(assumed[0, 0] == 0, 0, factor)  # a pair of weight 0
+    out = paired_dpo_loss(known.detach(), loser(), reference_winner, reference_loser, *targets, **options)
+    pull = beta / 2 * torch.sigmoid(-out.margin[0])  # d loss / d winner's error is this plus the anchor; at
+    factor = (pull + winner_anchor) / (beta / 4 + winner_anchor) * scale  # margin 0 the sigmoid is a half
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+            parameter.grad.mul_(factor.to(parameter.grad.dtype).reshape(()))
     backward(out.loss * scale)
     return PairedDPOLoss(*(value.detach() for value in out))

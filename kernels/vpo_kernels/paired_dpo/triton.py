@@ -24,9 +24,9 @@ from vpo_kernels.paired_dpo.contract import (
     PairedDPOLoss,
     PerPair,
     Sextet,
-    arithmetic_dtype,
 )
 from vpo_kernels.paired_dpo.triton_layout import views
+from vpo_kernels.registration import arithmetic_dtype
 
 # No settings: other numbers here give other bits.
 CHUNK_LEVELS = 12
@@ -52,20 +52,14 @@ class Launches:
 
 
 _GPU = Launches(sums_warps=8, finish_warps=8, finish_levels=11, gradient_warps=4, gradient_levels=11)
-# By major compute capability, of GPUs for which something else than _GPU was measured to be better. _GPU itself
-# is chosen from what the compiler reports for A100 and H100: loads of 16 bytes, no spills, registers for three
-# blocks of partial_sums per SM.
-_MEASURED: dict[int, Launches] = {}
+# Not measured: chosen from what the compiler reports for A100 and H100, which is loads of 16 bytes, no spills,
+# and registers for three blocks of partial_sums per SM.
 _INTERPRETER = Launches(sums_warps=1, finish_warps=1, finish_levels=11, gradient_warps=1, gradient_levels=15)
 
 
 def launches(device: torch.device) -> Launches:
-    """The launch configuration of a device, a function of its compute capability alone."""
-    if device.type != "cuda":
-        return _INTERPRETER
-    if torch.version.hip is not None:
-        return _GPU
-    return _MEASURED.get(torch.cuda.get_device_capability(device)[0], _GPU)
+    """The launch configuration of a device, a function of its kind alone."""
+    return _GPU if device.type == "cuda" else _INTERPRETER
 
 
 def _per_pair(value: PerPair) -> _PerPairArguments:

@@ -16,9 +16,10 @@ from vpo_kernels.companions import (
     without_autocast,
 )
 from vpo_kernels.qk_norm_rope import reference
+from vpo_kernels.registration import operator, refuse_second_derivative
 
 
-@torch.library.custom_op("vpo_kernels::qk_norm_rope", mutates_args=())
+@operator("qk_norm_rope")
 def _forward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     if runs_kernel(x, weight):
         from vpo_kernels.qk_norm_rope import triton
@@ -29,12 +30,12 @@ def _forward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, 
         return new_like(x, dimensions=5).copy_(reference.qk_norm_rope(x, weight, cos, sin, eps))
 
 
-@_forward.register_fake
+@torch.library.register_fake("vpo_kernels::qk_norm_rope")
 def _(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     return new_like(x, dimensions=5)
 
 
-@torch.library.custom_op("vpo_kernels::qk_norm_rope_backward", mutates_args=())
+@operator("qk_norm_rope_backward")
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -46,7 +47,7 @@ def _backward(
     return reference.backward(grad, x, weight, cos, sin, eps)
 
 
-@_backward.register_fake
+@torch.library.register_fake("vpo_kernels::qk_norm_rope_backward")
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(grad, *ctx.saved_tensors, ctx.eps), None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+torch.library.register_autograd("vpo_kernels::qk_norm_rope", _gradients, setup_context=_setup_context)
+refuse_second_derivative("qk_norm_rope", "qk_norm_rope_backward", "use backend='reference'")
 
 
 def _check_tables(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:

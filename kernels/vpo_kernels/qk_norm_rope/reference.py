@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpo_kernels.companions import arithmetic_dtype, new_like
+from vpo_kernels.companions import new_like
+from vpo_kernels.registration import arithmetic_dtype
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from vpo_kernels.companions import (
     uses_triton,
     without_autocast,
 )
+from vpo_kernels.registration import operator, refuse_second_derivative
 from vpo_kernels.temporal_attention import reference
 
 MAX_LENGTH = 64
 MAX_CHANNELS = 128
 
 
-@torch.library.custom_op("vpo_kernels::temporal_attention", mutates_args=())
+@operator("temporal_attention")
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if runs_kernel(q, k, v):
         from vpo_kernels.temporal_attention import triton
@@ -32,12 +33,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return new_like(q, dimensions=5).copy_(reference.temporal_attention(q, k, v))
 
 
-@_forward.register_fake
+@torch.library.register_fake("vpo_kernels::temporal_attention")
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return new_like(q, dimensions=5)
 
 
-@torch.library.custom_op("vpo_kernels::temporal_attention_backward", mutates_args=())
+@operator("temporal_attention_backward")
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if runs_kernel(q, k, v):
         from vpo_kernels.temporal_attention import triton
@@ -48,7 +49,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
         return reference.backward(grad, q, k, v)
 
 
-@_backward.register_fake
+@torch.library.register_fake("vpo_kernels::temporal_attention_backward")
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return new_like(q, dimensions=5), new_like(k, dimensions=5), new_like(v, dimensions=5)
 
@@ -61,7 +62,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _backward(grad, *ctx.saved_tensors)
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+torch.library.register_autograd("vpo_kernels::temporal_attention", _gradients, setup_context=_setup_context)
+refuse_second_derivative("temporal_attention", "temporal_attention_backward", "use backend='reference'")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpo_kernels.companions import arithmetic_dtype, new_like
+from vpo_kernels.companions import new_like
+from vpo_kernels.registration import arithmetic_dtype
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
