@@ -15,8 +15,10 @@ from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.metrics.held_out import HeldOut, Instruments
 from vpo_engine.metrics.pixels import pixel_measures
+from vpo_engine.models.lora import inject_adapter
 from vpo_engine.models.opensora.load import load_opensora
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt
@@ -42,9 +44,11 @@ def build_prompts(config: Config) -> tuple[Prompts, list[str]]:
 
 
 def build_model(config: Config, processes: Processes, say: Callable[[str], None] = print) -> OpenSora:
-    """The model with its policy; text embeddings of the Open-Sora kind are kept on disk.
+    """The model with its policy, and a fresh adapter under model.lora; text embeddings of the Open-Sora kind are kept
+    on disk.
 
-    The first process ``say``s which attention was chosen, and why; ValueError if the one asked for cannot run.
+    The first process ``say``s which attention was chosen, and why, and how much of the policy an adapter trains;
+    ValueError if the attention asked for cannot run, or if the adapter's targets do not fit.
     """
     settings = config.model
     dtype = DTYPES[settings.dtype]
@@ -54,10 +58,16 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
         beside = config.run_dir.parent if config.run_dir else Path("runs")
         cache = config.prompts.cache or beside / "embeddings"
         model = _build_opensora(settings, processes, dtype, cache)
-    model.network.gradient_checkpointing = config.memory.recompute == "block"
+    memory = config.memory
+    model.network.activations = Activations(memory.recompute, memory.offload, memory.mlp_chunks)
     choice = model.network.choose_backends(settings.attention, settings.companions, dtype=dtype)
     if processes.first:
         say(str(choice))
+    if settings.lora is not None:
+        layers = inject_adapter(model.network, settings.lora, config.seed, settings.policy)
+        if processes.first:
+            trained = f"{model.network.num_trainable:,} parameters are trained"
+            say(f"LoRA of rank {settings.lora.rank} in {len(layers)} layers: {trained}")
     return model
 
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vpo_engine.config import Config, load_config
+from vpo_engine.models.lora import has_adapter, load_adapter
 from vpo_engine.online_vpo import OnlineVPO
 
 _FREE_TO_CHANGE = ("name", "run_dir", "steps", "evaluation", "checkpoint")
@@ -23,15 +24,10 @@ def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> 
     evaluation of the policy that the run started from, against which its end is compared.
     """
     config = algorithm.config
-    optimizer = {
-        f"{number}.{name}": value
-        for number, entry in algorithm.optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
     return {
         "tensors": {
             "reference": algorithm.reference.state_dict(),
-            "optimizer": optimizer,
+            "optimizer": algorithm.optimizer.state_dict(),
             "baseline": dict(baseline),
         },
         "state": {
@@ -48,17 +44,15 @@ def restore(
     algorithm: OnlineVPO, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], policy: Path
 ) -> tuple[int, dict[str, Tensor]]:
     """Put a checkpoint back; (steps done, baseline)."""
-    with safe_open(policy / "model.safetensors", framework="pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    algorithm.model.network.load_state_dict(weights, strict=True)
+    network = algorithm.model.network
+    if has_adapter(network):
+        load_adapter(network, policy)
+    else:
+        with safe_open(policy / "model.safetensors", framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        network.load_state_dict(weights, strict=True)
     algorithm.reference.load_state_dict(dict(tensors["reference"]))
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors["optimizer"].items():
-        number, name = key.split(".", 1)
-        entries.setdefault(int(number), {})[name] = value
-    groups = algorithm.optimizer.state_dict()["param_groups"]
-    algorithm.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    algorithm.optimizer_steps = state["optimizer_steps"]
+    algorithm.optimizer.load_state_dict(dict(tensors["optimizer"]))
     algorithm.refreshed_at = state["refreshed_at"]
     return state["step"], dict(tensors["baseline"])
 

@@ -21,6 +21,7 @@ from vpo_engine.config import Config, load_config
 from vpo_engine.data.prompts import PromptFile
 from vpo_engine.data.sprites.world import withheld_captions
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.models.lora import load_adapter
 from vpo_engine.runs.checkpoint import newest_complete
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.video import write_mp4
@@ -55,12 +56,14 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
     """Write ``count`` videos per prompt to ``out``; the files, in order of prompts."""
     if count < 1:
         raise ValueError(f"--count {count} must be at least 1")
-    config = _config_of(run)
+    config, adapter = _config_of(run)
     prompts = prompts or (withheld_captions() if config.model.kind == "sprites" else [])
     if not prompts:
         raise ValueError("no prompt given; use --prompt TEXT or --prompts FILE")
     processes = Processes.start(config.model.device)
     model = build_model(config, processes)
+    if adapter is not None:
+        load_adapter(model.network, adapter)
     model.prepare(prompts)
     out.mkdir(parents=True, exist_ok=True)
     files = []
@@ -78,10 +81,13 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
     return files
 
 
-def _config_of(run: Path | None) -> Config:
-    """The configuration of a run or checkpoint, with model.policy set to the trained weights."""
+def _config_of(run: Path | None) -> tuple[Config, Path | None]:
+    """The configuration of a run or checkpoint, with model.policy set to the trained weights.
+
+    A run with model.lora has trained an adapter only: its folder, to be loaded on top of the run's own model.policy.
+    """
     if run is None or run.is_file() or not run.exists():
-        return load_config(run)
+        return load_config(run), None
     checkpoint = run
     if not (run / "policy").is_dir():
         newest = newest_complete(RunDirectory.open(run).checkpoints)
@@ -89,8 +95,11 @@ def _config_of(run: Path | None) -> Config:
             raise ValueError(f"{run} holds no complete checkpoint yet; wait for one, or give a configuration")
         checkpoint = newest
     root = checkpoint.resolve().parent.parent
-    overrides = [f"model.policy={checkpoint / 'policy'}", f"run_dir={root}"]
-    return load_config(RunDirectory.open(root).config, overrides)
+    saved, trained = RunDirectory.open(root).config, checkpoint / "policy"
+    config = load_config(saved, [f"run_dir={root}"])
+    if config.model.lora is not None:
+        return config, trained
+    return load_config(saved, [f"run_dir={root}", f"model.policy={trained}"]), None
 
 
 def _prompts(texts: Sequence[str], file: Path | None) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vpo_engine.models.lora import has_adapter, save_adapter
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow, guided_velocity
 from vpo_engine.models.opensora.stdit3 import STDiT3
@@ -126,7 +127,11 @@ class OpenSora:
             return to_uint8(self._vae.decode(latents, self.num_frames).float())
 
     def save_policy(self, folder: Path) -> None:
-        save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
+        """The published layout; of a policy with an adapter the adapter alone, in PEFT's."""
+        if has_adapter(self.network):
+            save_adapter(self.network, folder)
+        else:
+            save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)

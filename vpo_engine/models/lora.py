@@ -1,0 +1,161 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a policy network, in PEFT's modules and PEFT's files.
+
+The network stays the object it was: PEFT exchanges its linear layers in place, so ``X.weight`` becomes
+``X.base_layer.weight`` beside ``X.lora_A.default.weight`` [rank, in] and ``X.lora_B.default.weight`` [out, rank].
+PEFT is imported when an adapter is asked for, not before.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from vpo_engine.config import LoraConfig
+from vpo_engine.models.opensora.checkpoint import read_weights
+from vpo_engine.seeding import generator
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_ADAPTER = "default"
+_PREFIX = "base_model.model."
+"""What PEFT's files put before a module's name: the path to it in PEFT's own wrappers."""
+
+
+def inject_adapter(
+    network: nn.Module, settings: LoraConfig, seed: int, base: Path | None = None
+) -> list[str]:
+    """Give ``network`` an adapter, the only thing of it that is trained from now on; names of the layers that got one.
+
+    The network computes what it did, bit for bit: B starts at zero. A is uniform within 1 / sqrt(in), PEFT's usual
+    start, drawn from ``seed`` and the layer's name and rounded to bfloat16 values, whatever dtype holds them: that of
+    the layer's own weight. ``base``: where the network's weights are from, for the adapter's file.
+
+    ValueError: PEFT is missing, or a target names no linear layer, or something else beside linear layers.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            f'model.lora needs PEFT, which cannot be imported ({error}); pip install "vpo-engine[lora]"'
+        ) from error
+    layers = _targeted(network, settings.targets)
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a plain factor; PEFT says int
+        target_modules=list(settings.targets),
+        bias="none",
+        lora_dropout=0.0,
+        base_model_name_or_path=None if base is None else str(base),
+    )
+    with torch.random.fork_rng(devices=[]):
+        peft.inject_adapter_in_model(config, network, adapter_name=_ADAPTER)
+    for name in layers:
+        _start(network.get_submodule(name), generator(seed, "lora", name))
+    network.train(network.training)
+    trained = {id(p) for p in network.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in adapter_parameters(network).values()}
+    assert len(trained) == 2 * len(layers)
+    return layers
+
+
+def has_adapter(network: nn.Module) -> bool:
+    return hasattr(network, "peft_config")
+
+
+def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's weights under the names that PEFT's files give them."""
+    marks = (f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight")
+    return {
+        _PREFIX + name.replace(f".{_ADAPTER}.weight", ".weight"): parameter
+        for name, parameter in network.named_parameters()
+        if name.endswith(marks)
+    }
+
+
+def save_adapter(network: nn.Module, folder: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, from which PEFT builds the adapter on a fresh base."""
+    config: Any = network.peft_config
+    values = config[_ADAPTER].to_dict() | {"inference_mode": True}
+    text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # the targets are a set
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: weight.detach().contiguous() for name, weight in adapter_parameters(network).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def load_adapter(network: nn.Module, folder: Path) -> None:
+    """Put back what ``save_adapter`` wrote, into a network with an adapter of the same targets and rank.
+
+    FileNotFoundError where the file is missing; ValueError where it is damaged or does not fit, and then the network
+    is as it was.
+    """
+    saved, own = read_weights(folder / WEIGHTS), adapter_parameters(network)
+    wrong = sorted(saved.keys() ^ own.keys())
+    if wrong:
+        raise ValueError(
+            f"{folder / WEIGHTS} holds {len(saved)} tensors and this adapter {len(own)}; {wrong[0]} is in one of them "
+            "only. Use the model.lora.targets that the adapter was trained with"
+        )
+    for name, weight in own.items():
+        if saved[name].shape != weight.shape:
+            raise ValueError(
+                f"{folder / WEIGHTS}: {name} is {list(saved[name].shape)}, expected {list(weight.shape)}. Use the "
+                "model.lora.rank and the base policy that the adapter was trained with"
+            )
+    for name, weight in own.items():
+        weight.copy_(saved[name])
+
+
+def _targeted(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers that end in one of ``targets``; ValueError names a target that is of no use."""
+    if not targets:
+        raise ValueError("model.lora.targets is empty: there is nothing to train; name ends of linear layers")
+    modules = dict(network.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    layers: list[str] = []
+    for target in targets:
+        named = [name for name in modules if name == target or name.endswith("." + target)]
+        layers += (found := [name for name in named if name in linear])
+        others = [name for name in named if name not in linear]
+        if not found:
+            raise ValueError(
+                f"model.lora.targets: {target!r} names no linear layer of {type(network).__name__}; "
+                f"{_nearest(target, linear)}"
+            )
+        if others:
+            raise ValueError(
+                f"model.lora.targets: {target!r} also names {others[0]}, a {type(modules[others[0]]).__name__}, which "
+                f"takes no adapter; write {', '.join(sorted({_tail(name, 2) for name in found}))}"
+            )
+    return sorted(set(layers))
+
+
+def _nearest(target: str, linear: Sequence[str]) -> str:
+    known = sorted({_tail(name, 2) for name in linear})
+    ends = {_tail(name, count) for name in linear for count in (1, 2)}
+    near = difflib.get_close_matches(target, sorted(ends), n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"its linear layers end in {', '.join(known)}"
+
+
+def _tail(name: str, count: int) -> str:
+    return ".".join(name.split(".")[-count:])
+
+
+@torch.no_grad()
+def _start(layer: Any, random: torch.Generator) -> None:
+    down, up = (getattr(layer, name)[_ADAPTER] for name in ("lora_A", "lora_B"))
+    values = torch.empty(down.weight.shape)
+    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=random)
+    for part, start in ((down, values.bfloat16()), (up, torch.zeros(up.weight.shape))):
+        part.weight = nn.Parameter(start.to(layer.base_layer.weight))
+    # Input and adapter have the base's dtype already; under autocast the cast would make a float32 copy for nothing.
+    layer.cast_input_dtype_enabled = False
