@@ -34,7 +34,7 @@ using Tensor = std::tuple<std::uintptr_t, int, Sizes>;  // address, dtype, strid
 using Numbers = std::tuple<double, std::uintptr_t>;     // a number, or the address of float64 [P] in its place
 using Scaled = std::tuple<Tensor, Numbers, Numbers>;    // noise, x0_scale, noise_scale
 using Chosen = std::tuple<Numbers, Numbers, bool, double, std::optional<double>>;  // as in contract.Options
-using Graded = std::tuple<Tensor, Tensor, Tensor, std::uintptr_t>;                 // policy, target, gradient, factor
+using Graded = std::tuple<Tensor, Tensor, Tensor, std::uintptr_t>;                 // policy, target, gradient, coefficient
 
 constexpr std::int64_t kElementsPerThread = 1 << 17;  // below, starting a thread costs more than it brings
 
@@ -184,15 +184,16 @@ void forward(const std::string& instruction_set, const Sizes& shape, const std::
 }
 
 void gradient(const std::string& instruction_set, const Sizes& shape, const std::vector<Graded>& members,
-              const std::optional<Scaled>& scaled, const std::optional<Tensor>& mask, bool wide, int threads) {
+              const std::optional<Scaled>& scaled, const std::optional<Tensor>& mask, double scale, bool wide,
+              int threads) {
     const Kernels& chosen = kernels_for(instruction_set);
     Views views(shape, wide);
     const std::optional<Noise> noise = noise_of(views, scaled);
     const std::optional<View> hidden = mask_of(views, mask);
     std::vector<GradientJob> jobs;
-    for (const auto& [policy, target, gradient, factor] : members) {
+    for (const auto& [policy, target, gradient, coefficient] : members) {
         jobs.push_back({views(policy), views(target), views(gradient), pointer(noise), pointer(hidden),
-                        reinterpret_cast<const double*>(factor)});
+                        reinterpret_cast<const double*>(coefficient), scale});
     }
     const std::int64_t chunks = views.chunks(), per_member = views.pairs() * chunks;
     const std::int64_t count = per_member * static_cast<std::int64_t>(jobs.size());
@@ -213,5 +214,6 @@ NB_MODULE(_native, m) {
           nb::arg("noise").none(), nb::arg("mask").none(), nb::arg("counted"), nb::arg("options"), nb::arg("wide"),
           nb::arg("threads"), nb::arg("out"));
     m.def("gradient", &vpo::gradient, nb::arg("instruction_set"), nb::arg("shape"), nb::arg("members"),
-          nb::arg("noise").none(), nb::arg("mask").none(), nb::arg("wide"), nb::arg("threads"));
+          nb::arg("noise").none(), nb::arg("mask").none(), nb::arg("scale"), nb::arg("wide"),
+          nb::arg("threads"));
 }

@@ -48,7 +48,8 @@ struct GradientJob {
     View policy, target, gradient;
     const Noise* noise;
     const View* mask;
-    const double* factor;  // [P]: the gradient is factor * (policy - target)
+    const double* coefficient;  // [P]
+    double scale;               // the gradient is scale * coefficient * (policy - target)
 };
 
 // Elements [begin, end) of a pair, in logical order, at most kChunk of them. `wide` arithmetic is double, else

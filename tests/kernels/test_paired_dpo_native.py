@@ -274,7 +274,8 @@ class _Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.sizes.append(out.nbytes)
+        if isinstance(out, Tensor):
+            self.sizes.append(out.nbytes)
         return out
 
 
@@ -288,8 +289,7 @@ def test_allocates_the_gradients_and_a_few_numbers_per_pair() -> None:
     assert max(forward.sizes) <= found.coefficient.nbytes
     with _Allocated() as backward:
         native.gradient(sextet[:2], sextet[4:], noise, mask, found.coefficient, torch.ones(()), (True, True))
-    assert sorted(backward.sizes)[-2:] == [wide[0].numel() * 2] * 2
-    assert sorted(backward.sizes)[-3] <= found.coefficient.nbytes
+    assert [size for size in backward.sizes if size > 8] == [wide[0].numel() * 2] * 2
 
 
 def test_a_fork_computes_as_its_parent_does(threads: None) -> None:

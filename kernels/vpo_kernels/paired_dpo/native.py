@@ -94,10 +94,11 @@ def gradient(
     shape = policy[0].shape
     dtype = arithmetic_dtype(*policy, *target, noise and noise.noise)
     numbers = _Numbers()
-    factors = (2 * coefficient * grad_loss).contiguous()
+    coefficient = coefficient.contiguous()
+    coefficients = coefficient.data_ptr(), coefficient.data_ptr() + shape[0] * coefficient.element_size()
     grads = [torch.empty_like(policy[member]) if wanted[member] else None for member in (0, 1)]
     members = [
-        (_view(policy[member]), _view(target[member]), _view(grad), factors[member].data_ptr())
+        (_view(policy[member]), _view(target[member]), _view(grad), coefficients[member])
         for member, grad in enumerate(grads)
         if grad is not None
     ]
@@ -107,6 +108,7 @@ def gradient(
         members,
         numbers.noise(noise),
         None if mask is None else _view(mask),
+        2 * grad_loss.item(),
         dtype == torch.float64,
         torch.get_num_threads(),
     )
