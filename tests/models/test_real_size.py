@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from vpo_kernels import paired_dpo_loss
 
+from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.stdit3 import STDiT3
 
@@ -68,7 +69,7 @@ def predict(network: STDiT3, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.usefixtures("fake")
 def test_a_dpo_step_runs_at_720p_and_68_frames():
     policy = real_size()
-    policy.gradient_checkpointing = True
+    policy.activations = Activations("block")
     reference = real_size().requires_grad_(False)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)

@@ -6,13 +6,15 @@ import copy
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vpo_engine.config import Recompute
+from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.opensora.stdit3 import STDiT3
 
 DATA = Path(__file__).parents[1] / "data" / "opensora"
@@ -125,9 +127,9 @@ def test_every_module_output_equals_the_recording(tiny, inputs, case):
         assert worst(found[name].reshape(value.shape), value) <= FORWARD_TOLERANCE, name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_equal_the_public_code(tiny, inputs, outputs, checkpointing):
-    tiny.gradient_checkpointing = checkpointing
+@pytest.mark.parametrize("recompute", get_args(Recompute))
+def test_gradients_equal_the_public_code(tiny, inputs, outputs, recompute):
+    tiny.activations = Activations(recompute)
     out = tiny(**arguments(inputs, "textmask"))
     loss = (out[:, :4] - inputs["textmask.grad_target"]).square().mean()
     assert loss.item() == pytest.approx(MANIFEST["grad"]["loss"], rel=1e-6)
@@ -185,7 +187,7 @@ def test_checkpointing_leaves_gradients_bit_identical(tiny, inputs):
         block.mlp.register_forward_hook(lambda *_: calls.append("block"))
     plain = gradients(tiny)
     assert len(calls) == 4
-    tiny.gradient_checkpointing = True
+    tiny.activations = Activations("block")
     for with_checkpoints, without in zip(gradients(tiny), plain, strict=True):
         assert torch.equal(with_checkpoints, without)
     assert len(calls) == 4 + 2 * 4  # every block was computed again

@@ -19,6 +19,7 @@ from vpo_kernels.modulated_norm import modulated_norm
 from vpo_kernels.qk_norm_rope import qk_norm_rope
 from vpo_kernels.temporal_attention import temporal_attention
 
+from vpo_engine.memory.checkpointing import in_parts
 from vpo_engine.models.opensora.embeddings import Mlp
 
 NORM_EPSILON = 1e-6
@@ -129,17 +130,32 @@ class Block(Backed):
         return self.attn(x.flatten(0, 1)).view(x.shape)
 
     def forward(
-        self, x: Tensor, text: Tensor, plan: TextPlan, time: Tensor, rope: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        text: Tensor,
+        plan: TextPlan,
+        time: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mlp_chunks: int = 1,
     ) -> Tensor:
-        """x [B, T, S, C], text [tokens, C], time [B, 1 or T, 6, C] to [B, T, S, C]."""
+        """x [B, T, S, C], text [tokens, C], time [B, 1 or T, 6, C] to [B, T, S, C].
+
+        mlp_chunks: over how many parts of the patches the MLP goes, one after the other.
+        """
         modulation = (self.scale_shift_table + time).unsqueeze(3).unbind(2)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        shift, scale, gate, *mlp_modulation = modulation
+        backend = self.backends.companions
+        mixed = self.attend(modulated_norm(x, shift, scale, NORM_EPSILON, backend), rope)
+        x = gated_residual(x, gate, mixed, backend)
+        del mixed
+        x = x + self.cross_attn(x.flatten(1, 2), text, plan).view(x.shape)
+        return in_parts(self.feed_forward, x, tuple(mlp_modulation), dim=2, parts=mlp_chunks)
+
+    def feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """[B, T, S, C], token by token: x + gate * MLP of the modulated norm of x."""
         backend = self.backends.companions
         normed = modulated_norm(x, shift, scale, NORM_EPSILON, backend)
-        x = gated_residual(x, gate, self.attend(normed, rope), backend)
-        x = x + self.cross_attn(x.flatten(1, 2), text, plan).view(x.shape)
-        normed = modulated_norm(x, mlp_shift, mlp_scale, NORM_EPSILON, backend)
-        return gated_residual(x, mlp_gate, self.mlp(normed), backend)
+        return gated_residual(x, gate, self.mlp(normed), backend)
 
 
 class FinalLayer(Backed):

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from vpo_kernels.attention import (
     AttentionName,
     Choice,
@@ -27,6 +26,7 @@ from vpo_kernels.attention import (
 from vpo_kernels.companions import BackendName as CompanionName
 from vpo_kernels.companions import uses_triton
 
+from vpo_engine.memory.checkpointing import Activations, checkpointed
 from vpo_engine.models.opensora.blocks import Backed, Backends, Block, FinalLayer, rotary_tables
 from vpo_engine.models.opensora.embeddings import (
     CaptionEmbedder,
@@ -122,13 +122,13 @@ class STDiT3(nn.Module):
     """Space-time diffusion transformer: pairs of a spatial and a temporal block over latent patches.
 
     Dropout of any kind is absent in every mode, so train() and eval() compute the same function.
-    ``gradient_checkpointing``: keep only each block's input for the backward pass and recompute the rest.
+    ``activations``: what blocks keep for the backward pass; any other setting changes no bit of the prediction.
     """
 
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
         self.settings = config
-        self.gradient_checkpointing = False
+        self.activations = Activations()
         channels, patch = config.hidden_size, config.patch_size
         self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
         head_channels = channels // config.num_heads
@@ -315,9 +315,8 @@ class STDiT3(nn.Module):
         return self._positions[key]
 
     def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return block(*inputs)
+        settings = self.activations
+        return checkpointed(block, *inputs, settings.mlp_chunks, recompute=settings.recompute)
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, T, S, rows * columns * channels] to [B, channels, T, H, W]."""
