@@ -1,0 +1,396 @@
+"""Residency: what is where in which phase, what is copied, and that nothing else changes.
+
+A second region of CPU memory plays the device; its live bytes are counted through its storages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vpo_engine.config import Config
+from vpo_engine.data.embeddings import EmbeddingCache
+from vpo_engine.data.text_source import TextSource
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.residency import (
+    CudaMover,
+    Needs,
+    PartName,
+    Phase,
+    Residency,
+    module_tensors,
+    needs_of,
+    optimizer_tensors,
+)
+from vpo_engine.protocols import TextEmbedding
+
+Make = Callable[..., Config]
+STEP: tuple[Phase, ...] = ("rollout", "scoring", "update", "optimizer")
+
+
+class FakeDevice:
+    """Counts moves, and the bytes that are live: what was loaded or found here and is not yet freed."""
+
+    def __init__(self) -> None:
+        self.loaded = self.stored = self.waits = self.peak = 0
+        self.allocated: list[int] = []
+        self._numbers = itertools.count()
+        self._live: dict[int, int] = {}
+
+    def _count(self, tensor: Tensor) -> None:
+        storage, number = tensor.untyped_storage(), next(self._numbers)
+        self._live[number] = storage.nbytes()
+        weakref.finalize(storage, self._live.pop, number)
+        self.peak = max(self.peak, self.live)
+
+    @property
+    def live(self) -> int:
+        return sum(self._live.values())
+
+    def holds(self, tensor: Tensor) -> bool:
+        self._count(tensor)
+        return True
+
+    def host(self, nbytes: int) -> Tensor:
+        self.allocated.append(nbytes)
+        return torch.full((nbytes,), 0xAB, dtype=torch.uint8)
+
+    def load(self, host: Tensor) -> Tensor:
+        assert host.dtype == torch.uint8
+        self.loaded += host.numel()
+        data = host.clone()
+        self._count(data)
+        return data
+
+    def store(self, device: Tensor, host: Tensor) -> None:
+        self.stored += device.numel()
+        host.copy_(device)
+
+    def wait(self) -> None:
+        self.waits += 1
+
+
+class Toy:
+    """A step with all five parts, in phases: every part is used where, and only where, it is needed."""
+
+    def __init__(self, needs: dict[PartName, Needs] | None = None) -> None:
+        torch.manual_seed(0)
+        self.policy = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, affine=False), nn.Linear(16, 8))
+        self.policy.eval()
+        self.reference = nn.Linear(8, 8, bias=False).requires_grad_(False)
+        self.vae, self.reward = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-2)
+        modules: dict[PartName, nn.Module] = {
+            "policy": self.policy,
+            "reference": self.reference,
+            "vae": self.vae,
+            "reward": self.reward,
+        }
+        self.sizes = {name: nbytes(module_tensors(part)) for name, part in modules.items()}
+        self.device = FakeDevice()
+        self.residency = Residency(needs or {}, self.device if needs else None)
+        for name, part in modules.items():
+            self.residency.register(name, lambda part=part: module_tensors(part))
+        self.residency.register("optimizer", lambda: optimizer_tensors(self.optimizer))
+
+    def step(self, number: int) -> Tensor:
+        phase = self.residency.phase
+        noise = torch.randn(6, 8, generator=torch.Generator().manual_seed(number))
+        with phase("rollout"), torch.no_grad():
+            latents = self.policy(noise)
+        with phase("scoring"), torch.no_grad():
+            scores = self.reward(self.vae(latents))
+        with phase("update"):
+            loss = (self.policy(noise) - self.reference(latents) * scores.mean()).square().mean()
+            loss.backward()
+        with phase("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if number % 2:
+            with phase("refresh"), torch.no_grad():
+                self.reference.weight.copy_(self.policy[0].weight[:8])
+        return loss.detach()
+
+
+def nbytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def default_needs(small: Make, *overrides: str) -> dict[PartName, Needs]:
+    return needs_of(small(*overrides))
+
+
+def test_a_run_in_phases_equals_one_without_bit_for_bit(small: Make) -> None:
+    plain, moved = Toy(), Toy(default_needs(small))
+    objects = [id(tensor) for tensor in module_tensors(moved.policy)]
+    for number in range(5):
+        assert torch.equal(plain.step(number), moved.step(number))
+    pairs = zip(module_tensors(plain.policy), module_tensors(moved.policy), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert objects == [id(tensor) for tensor in module_tensors(moved.policy)]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(optimizer_tensors(plain.optimizer), optimizer_tensors(moved.optimizer), strict=True)
+    )
+    assert plain.device.loaded == plain.device.stored == 0
+
+
+def test_live_bytes_of_every_phase_are_those_of_its_parts(small: Make) -> None:
+    toy = Toy(default_needs(small))
+    sizes, device = toy.sizes, toy.device
+    assert device.live == 0, "registered, and needed by no phase yet"
+    toy.step(0)
+    moments = nbytes(optimizer_tensors(toy.optimizer))
+    expected = {
+        "rollout": sizes["policy"],
+        "evaluation": sizes["policy"],
+        "scoring": sizes["vae"] + sizes["reward"],
+        "update": sizes["policy"] + sizes["reference"],
+        "optimizer": sizes["policy"] + moments,
+        "refresh": sizes["policy"] + sizes["reference"],
+    }
+    device.peak = 0
+    phases: tuple[Phase, ...] = (
+        "rollout",
+        "evaluation",
+        "scoring",
+        "update",
+        "optimizer",
+        "refresh",
+        "scoring",
+    )
+    for phase in phases:
+        with toy.residency.phase(phase):
+            assert device.live == toy.residency.nbytes(phase) == expected[phase], phase
+    assert device.peak == max(expected.values()), "the largest phase, also while parts change places"
+
+
+def test_what_did_not_change_is_not_copied_back(small: Make) -> None:
+    toy = Toy(default_needs(small))
+    sizes, device = toy.sizes, toy.device
+    assert device.stored == sum(sizes.values()), "once, when registered"
+    toy.step(0)
+    assert device.stored == sum(sizes.values()), "rollout, scoring and update change nothing"
+    moments = nbytes(optimizer_tensors(toy.optimizer))
+    for _ in range(2):
+        before = device.stored, device.loaded
+        toy.step(2)
+        moved = device.stored - before[0], device.loaded - before[1]
+        stored = moments + sizes["policy"]
+        loaded = sizes["vae"] + sizes["reward"] + sizes["policy"] + sizes["reference"] + moments
+        assert moved == (stored, loaded), "the policy stays from the optimizer's step through the rollout"
+
+
+def test_repeated_and_nested_phases_cost_nothing(small: Make) -> None:
+    toy = Toy(default_needs(small))
+    with toy.residency.phase("scoring"):
+        moves = toy.device.loaded, toy.device.stored, toy.device.waits
+        with toy.residency.phase("scoring"):
+            pass
+    with toy.residency.phase("scoring"):
+        assert (toy.device.loaded, toy.device.stored, toy.device.waits) == moves
+
+
+def test_an_enclosing_phase_gets_back_what_it_needs(small: Make) -> None:
+    toy = Toy(default_needs(small))
+    with toy.residency.phase("update"):
+        with toy.residency.phase("scoring"):
+            assert toy.device.live == toy.residency.nbytes("scoring")
+        assert toy.device.live == toy.residency.nbytes("update")
+        with pytest.raises(RuntimeError, match="out of luck"), toy.residency.phase("rollout"):
+            raise RuntimeError("out of luck")
+        assert toy.device.live == toy.residency.nbytes("update")
+
+
+def test_one_wait_a_phase_and_none_where_nothing_is_copied(small: Make) -> None:
+    toy = Toy(default_needs(small))
+    waits = toy.device.waits
+    for phase in STEP[:3]:
+        with toy.residency.phase(phase):
+            assert toy.device.waits == waits
+    with toy.residency.phase("optimizer"):
+        pass
+    with toy.residency.phase("scoring"):
+        assert toy.device.waits == waits + 1
+
+
+def test_views_of_one_storage_move_once_and_stay_views() -> None:
+    flat = torch.arange(40, dtype=torch.float32)
+    first, second = flat[:16].view(4, 4).t(), flat[8:24]
+    del flat
+    own = nn.Parameter(torch.arange(3.0))
+    device = FakeDevice()
+    both = Needs(frozenset({"update"}))
+    residency = Residency({"policy": both, "reference": both}, device)
+    residency.register("policy", lambda: [first, second, own])
+    residency.register("reference", lambda: [second, own, own])
+    assert device.stored == 172
+    with residency.phase("update"):
+        assert device.loaded == device.live == residency.nbytes("update") == 172
+        first[0, 2] = -1
+        assert (float(second[0]), first.stride()) == (-1, (1, 4))
+        assert first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        assert own.tolist() == [0, 1, 2]
+        assert own.requires_grad
+
+
+def test_an_alias_made_on_the_host_follows_the_original() -> None:
+    weights = [torch.full((3,), float(number)) for number in range(3)]
+    device = FakeDevice()
+    residency = Residency(
+        {"policy": Needs(frozenset({"update"})), "reference": Needs(frozenset({"update"}))}, device
+    )
+    residency.register("policy", lambda: weights)
+    alias = weights[1].detach()
+    residency.register("reference", lambda: [alias])
+    with residency.phase("update"):
+        assert device.loaded == 36
+        weights[1].zero_()
+        assert alias.tolist() == [0, 0, 0]
+
+
+def test_a_write_in_a_phase_that_is_said_to_change_nothing_is_not_lost(small: Make) -> None:
+    toy = Toy(default_needs(small))
+    with toy.residency.phase("rollout"):
+        state = {name: torch.full_like(value, 2) for name, value in toy.policy.state_dict().items()}
+        toy.policy.load_state_dict(state)
+    with toy.residency.phase("scoring"):
+        assert all(bool((tensor == 2).all()) for tensor in module_tensors(toy.policy))
+
+
+def test_a_write_on_the_host_reaches_the_device(small: Make) -> None:
+    toy = Toy(default_needs(small))
+    with toy.residency.phase("scoring"), torch.no_grad():
+        toy.policy[0].weight.fill_(3)
+    with toy.residency.phase("update"):
+        assert bool((toy.policy[0].weight == 3).all())
+
+
+def test_tensors_that_are_exchanged_for_others_are_followed() -> None:
+    """As the outliers of an 8-bit reference are at every optimizer step."""
+    held: dict[str, Tensor] = {"values": torch.zeros(4), "outliers": torch.arange(10.0)}
+    device = FakeDevice()
+    residency = Residency({"reference": Needs(frozenset({"update"}), frozenset({"update"}))}, device)
+    residency.register("reference", lambda: list(held.values()))
+    parameter = held["values"]
+    for count in (7, 12):
+        with residency.phase("update"):
+            held["outliers"] = torch.arange(float(count))
+            parameter.data = torch.full((4,), float(count))
+        with residency.phase("scoring"):
+            assert residency.nbytes("update") == 16 + 4 * count
+            assert held["outliers"].tolist() == list(range(count))
+            assert parameter.tolist() == [count] * 4
+            assert device.live == 0
+
+
+def test_small_tensors_share_host_memory_and_large_ones_have_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slab = 4096
+    monkeypatch.setattr("vpo_engine.memory.residency.SLAB_BYTES", slab)
+    sizes = [1000, 2048, 1000, 300, slab + 1, 100, 17]
+    parts = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    device = FakeDevice()
+    residency = Residency({"vae": Needs(frozenset({"scoring"}))}, device)
+    residency.register("vae", lambda: parts)
+    assert device.allocated == [slab, slab, slab + 256, 512], "never more than a slab beyond what is held"
+    for _ in range(3):
+        with residency.phase("scoring"):
+            assert device.live == sum(sizes)
+        with residency.phase("rollout"):
+            assert device.live == 0
+    assert len(device.allocated) == 4, "reused"
+
+
+def test_weights_can_be_saved_from_the_host(small: Make, tmp_path: object) -> None:
+    toy = Toy(default_needs(small))
+    expected = Toy().policy.state_dict()
+    with toy.residency.phase("scoring"):
+        save_file(toy.policy.state_dict(), f"{tmp_path}/policy.safetensors")
+    found = load_file(f"{tmp_path}/policy.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_each_part_needs(small: Make) -> None:
+    base = default_needs(small)
+    assert base["policy"].phases == {"rollout", "evaluation", "update", "optimizer", "refresh"}
+    assert base["reference"].phases == {"update", "refresh"}
+    assert base["optimizer"].phases == base["policy"].changed == {"optimizer"}
+    assert base["vae"].changed == base["reward"].changed == set()
+    offline = default_needs(small, "rollout.source=reference")
+    assert "rollout" not in offline["policy"].phases
+    assert "rollout" in offline["reference"].phases
+    exact = default_needs(
+        small, "rollout.source=reference", "reference.storage=exact8", "memory.weights=masters"
+    )
+    assert "rollout" in exact["policy"].phases, "the reference is a difference from the policy"
+    assert "optimizer" in exact["reference"].changed & exact["reference"].phases
+    fused = default_needs(small, "memory.step_in_backward=true", "optimizer.clip=null")
+    assert "update" in fused["optimizer"].phases & fused["policy"].changed
+
+
+def test_on_a_cpu_and_with_residency_all_nothing_moves(small: Make) -> None:
+    for residency in (
+        Residency.from_config(small("memory.residency=phases"), torch.device("cpu")),
+        Residency.from_config(small(), torch.device("cuda")),
+        Residency.everything(),
+    ):
+        weight = torch.zeros(3)
+        pointer = weight.data_ptr()
+        residency.register("policy", lambda weight=weight: [weight])
+        with residency.phase("scoring"):
+            assert weight.data_ptr() == pointer
+        with pytest.raises(ValueError, match=r"memory.residency=all.*set memory.residency=phases"):
+            residency.nbytes("scoring")
+
+
+def test_the_text_encoder_is_gone_after_the_text_is_prepared() -> None:
+    class Encoder:
+        def encode(self, prompts: list[str]) -> TextEmbedding:
+            return TextEmbedding(
+                torch.zeros(len(prompts), 2, 3), torch.ones(len(prompts), 2, dtype=torch.bool)
+            )
+
+    alive: list[weakref.ref[Encoder]] = []
+
+    def load() -> Encoder:
+        encoder = Encoder()
+        alive.append(weakref.ref(encoder))
+        return encoder
+
+    source = TextSource(EmbeddingCache(None, "test"), load, Processes.start("cpu"))
+    source.prepare(["one", "two"])
+    assert len(alive) == 1
+    assert alive[0]() is None
+    source.prepare(["two"])
+    assert len(alive) == 1, "nothing missing, nothing loaded"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(small: Make) -> None:
+    device = torch.device("cuda")
+    big = nn.Linear(2048, 2048, device=device)
+    expected = big.weight.detach().cpu()
+    residency = Residency(default_needs(small), CudaMover(device))
+    residency.register("vae", lambda: module_tensors(big))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    assert big.weight.device.type == "cpu"
+    assert big.weight.is_pinned()
+    for _ in range(2):
+        with residency.phase("scoring"):
+            assert big.weight.device.type == "cuda"
+            assert torch.cuda.memory_allocated() - before >= residency.nbytes("scoring")
+            assert torch.equal(big.weight.cpu(), expected)
+        with residency.phase("rollout"):
+            assert torch.cuda.memory_allocated() == before
+            assert torch.equal(big.weight, expected)
