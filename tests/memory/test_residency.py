@@ -222,7 +222,7 @@ def test_one_wait_a_phase_and_none_where_nothing_is_copied(small: Make) -> None:
 
 def test_views_of_one_storage_move_once_and_stay_views() -> None:
     flat = torch.arange(40, dtype=torch.float32)
-    first, second = flat[:16].view(4, 4).t(), flat[8:24]
+    first, second = flat[:16].view(4, 4).t().detach(), flat[8:24].detach()
     del flat
     own = nn.Parameter(torch.arange(3.0))
     device = FakeDevice()

@@ -45,10 +45,9 @@ def needs_of(config: Config) -> dict[PartName, Needs]:
     reference: set[Phase] = {"update", "refresh"}
     reference_changes: set[Phase] = {"refresh"}
     optimizer: set[Phase] = {"optimizer"}
-    leans_on_policy = storage in ("exact8", "adapter")
     if config.rollout.source == "reference":
         reference.add("rollout")
-    if config.rollout.source == "policy" or leans_on_policy:
+    if config.rollout.source == "policy" or storage == "exact8":
         policy.add("rollout")
     if storage == "exact8":
         reference.add("optimizer")
@@ -315,6 +314,7 @@ class _Index:
 
     def find(self, tensor: Tensor, mover: Mover) -> _Storage:
         peers = self._by_storage[_identity(tensor)]
+        assert tensor._base is None, "a view keeps the memory of its base: register it detached"
         storage = next((one for one in peers if one.contains(tensor)), None)
         if storage is None:
             storage = _Storage(_bytes_of(tensor), mover.holds(tensor))
