@@ -1,0 +1,411 @@
+"""Low-rank adapters: what they compute, where they start, their files, and whole runs that train one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vpo_engine import evaluate, sample
+from vpo_engine import train as entry
+from vpo_engine.build import build_model
+from vpo_engine.config import Config, LoraConfig
+from vpo_engine.data.sprites.assets import WEIGHTS, load_policy
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.models.lora import adapter_parameters, inject_adapter, load_adapter, save_adapter
+from vpo_engine.models.opensora.model import OpenSora
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.video import write_mp4
+from vpo_engine.seeding import normal
+
+Make = Callable[..., Config]
+
+SETTINGS = LoraConfig(rank=3, alpha=5.0)
+LORA = ("model.lora.rank=4", "model.lora.alpha=8", "reference.storage=adapter", "optimizer.lr=1e-3")
+LAYERS_PER_BLOCK = 5
+PROMPT = "a red circle moving left"
+
+
+@pytest.fixture
+def network() -> STDiT3:
+    return load_policy().eval()
+
+
+def inputs(rows: int = 2) -> dict[str, Tensor | float]:
+    """A batch for the sprites policy: uneven captions, an odd latent grid."""
+    settings = load_policy().settings
+    lengths = torch.arange(rows)[:, None] + 3
+    return {
+        "x": normal((rows, settings.in_channels, 3, 5, 6), 0, "x"),
+        "timestep": torch.linspace(50.0, 900.0, rows),
+        "y": normal((rows, 1, 7, settings.caption_channels), 0, "y"),
+        "mask": torch.arange(7)[None] < lengths,
+        "fps": 8.0,
+        "height": 40.0,
+        "width": 48.0,
+    }
+
+
+def disturb(network: STDiT3) -> None:
+    """Give every weight of the adapter a value, as training does."""
+    with torch.no_grad():
+        for name, weight in adapter_parameters(network).items():
+            weight.copy_(0.05 * normal(weight.shape, 1, name))
+
+
+def merged(network: STDiT3) -> dict[str, Tensor]:
+    """The full weights that base and adapter stand for, W + (alpha / rank) B A in float64, under published names."""
+    state = {name: value.double() for name, value in network.state_dict().items() if ".lora_" not in name}
+    adapter = adapter_parameters(network)
+    for name in [name for name in state if name.endswith(".base_layer.weight")]:
+        layer = "base_model.model." + name.removesuffix(".base_layer.weight")
+        down, up = (adapter[f"{layer}.lora_{side}.weight"].double() for side in "AB")
+        state[name] += SETTINGS.alpha / SETTINGS.rank * (up @ down)
+    return {name.replace(".base_layer.", "."): value.detach() for name, value in state.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# what it computes
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_policy_starts_as_the_base_bit_for_bit(weights: torch.dtype, autocast: bool) -> None:
+    base, policy = load_policy().eval().to(weights), load_policy().eval().to(weights)
+    inject_adapter(policy, SETTINGS, seed=0)
+    assert {weight.dtype for weight in adapter_parameters(policy).values()} == {weights}
+    outputs = []
+    for change in (lambda _: None, disturb):
+        change(policy)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs.append((policy(**inputs()), base(**inputs())))
+    assert torch.equal(*outputs[0])
+    assert not torch.equal(*outputs[1])
+
+
+def test_the_adapter_adds_its_scaled_product(network: STDiT3) -> None:
+    inject_adapter(network, SETTINGS, seed=0)
+    disturb(network)
+    full = load_policy().eval().double()
+    full.load_state_dict(merged(network), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(network.double()(**inputs()), full(**inputs()), rtol=1e-10, atol=1e-10)
+
+
+def test_only_the_adapter_is_trained_and_all_of_it(network: STDiT3) -> None:
+    names = [name for name, _ in network.named_parameters()]
+    layers = inject_adapter(network, SETTINGS, seed=0)
+    assert len(layers) == 2 * network.settings.depth * LAYERS_PER_BLOCK
+    linears = [network.get_submodule(name) for name in layers]
+    assert network.num_trainable == sum(3 * (part.in_features + part.out_features) for part in linears)
+    disturb(network)
+    network(**inputs()).square().mean().backward()
+    graded = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert graded == {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert len(graded) == 2 * len(layers)
+    assert all(".lora_" in name for name in graded)
+    assert all(weight.grad.abs().sum() > 0 for weight in adapter_parameters(network).values())
+    left = [
+        name.replace(".base_layer.", ".") for name, _ in network.named_parameters() if ".lora_" not in name
+    ]
+    assert left == names
+
+
+def test_checkpointing_gives_the_same_gradients(network: STDiT3) -> None:
+    inject_adapter(network, SETTINGS, seed=0)
+    disturb(network)
+    gradients = []
+    for network.gradient_checkpointing in (False, True):
+        network.zero_grad(set_to_none=True)
+        network(**inputs()).square().mean().backward()
+        gradients.append({name: weight.grad for name, weight in adapter_parameters(network).items()})
+    assert same(gradients[0], gradients[1])
+
+
+# where it starts
+
+
+def test_the_start_depends_on_the_seed_and_on_nothing_else() -> None:
+    starts = []
+    for global_seed, seed in ((1, 0), (2, 0), (1, 7)):
+        torch.manual_seed(global_seed)
+        before = torch.random.get_rng_state()
+        policy = load_policy()
+        torch.random.set_rng_state(before)
+        inject_adapter(policy, SETTINGS, seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        starts.append({name: weight.detach() for name, weight in adapter_parameters(policy).items()})
+    assert same(starts[0], starts[1])
+    downs = [name for name in starts[0] if ".lora_A." in name]
+    assert not any(torch.equal(starts[0][name], starts[2][name]) for name in downs)
+    for name, weight in starts[0].items():
+        if name in downs:
+            bound = weight.shape[1] ** -0.5
+            assert torch.equal(weight.bfloat16().float(), weight)
+            assert 0.8 * bound < weight.abs().max() <= bound * (1 + 2**-8)
+            assert weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.2)
+        else:
+            assert not weight.any()
+    alike = [starts[0][name] for name in downs if starts[0][name].shape == starts[0][downs[0]].shape]
+    assert len({weight.numpy().tobytes() for weight in alike}) == len(alike)
+
+
+@pytest.mark.parametrize(
+    ("targets", "text"),
+    [
+        (("attn.qkv", "attn.qvk"), r"'attn\.qvk' names no linear layer of STDiT3; did you mean attn\.qkv"),
+        (("attn",), r"'attn' names no linear layer of STDiT3; did you mean attn\.qkv"),
+        (
+            ("to_q",),
+            r"'to_q' names no linear layer of STDiT3; its linear layers end in attn\.proj, attn\.qkv",
+        ),
+        (
+            ("proj",),
+            r"'proj' also names x_embedder\.proj, a PatchProjection.*write attn\.proj, cross_attn\.proj",
+        ),
+        ((), r"model\.lora\.targets is empty"),
+    ],
+)
+def test_a_target_of_no_use_is_named(network: STDiT3, targets: tuple[str, ...], text: str) -> None:
+    state = list(network.state_dict())
+    with pytest.raises(ValueError, match=text):
+        inject_adapter(network, LoraConfig(targets=targets), seed=0)
+    assert list(network.state_dict()) == state
+
+
+def test_without_peft_the_remedy_is_one_clear_line(
+    smallest: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert entry.main([*smallest, *LORA, f"run_dir={tmp_path / 'run'}"]) == 1
+    message = capsys.readouterr().err
+    assert 'pip install "vpo-engine[lora]"' in message
+    assert message.count("\n") == 1
+
+
+def test_peft_is_needed_for_adapters_only(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model = build_model(small(), Processes.start("cpu"))
+    assert all(
+        parameter.requires_grad for name, parameter in model.network.named_parameters() if "rope" not in name
+    )
+
+
+# its files
+
+
+def test_peft_loads_the_saved_adapter_on_a_fresh_published_policy(network: STDiT3, tmp_path: Path) -> None:
+    layers = inject_adapter(network, SETTINGS, seed=0, base=WEIGHTS / "policy")
+    disturb(network)
+    save_adapter(network, tmp_path / "policy")
+    assert {file.name for file in (tmp_path / "policy").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+    saved = load_file(tmp_path / "policy" / "adapter_model.safetensors")
+    sides = [(layer, side) for layer in layers for side in "AB"]
+    assert set(saved) == {f"base_model.model.{layer}.lora_{side}.weight" for layer, side in sides}
+    config = json.loads((tmp_path / "policy" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(WEIGHTS / "policy")
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 5.0, "LORA")
+    assert config["target_modules"] == sorted(SETTINGS.targets)
+
+    loaded = peft.PeftModel.from_pretrained(load_policy().eval(), tmp_path / "policy")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs()), network(**inputs()))
+    loaded.save_pretrained(tmp_path / "again")
+    assert same(load_file(tmp_path / "again" / "adapter_model.safetensors"), saved)
+    full = loaded.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(full(**inputs()), network(**inputs()), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_an_adapter_comes_back_bit_for_bit(weights: torch.dtype, tmp_path: Path) -> None:
+    one, other = load_policy().to(weights), load_policy().to(weights)
+    for policy, seed in ((one, 0), (other, 1)):
+        inject_adapter(policy, SETTINGS, seed)
+    disturb(one)
+    save_adapter(one, tmp_path)
+    load_adapter(other, tmp_path)
+    assert same(dict(one.state_dict()), dict(other.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (SETTINGS.model_copy(update={"rank": 2}), r"is \[3, 128\], expected \[2, 128\].*model\.lora\.rank"),
+        (
+            SETTINGS.model_copy(update={"targets": ("attn.qkv",)}),
+            r"holds 60 tensors and this adapter 12; .*is in one of them only.*model\.lora\.targets",
+        ),
+    ],
+)
+def test_an_adapter_of_other_settings_is_refused_whole(
+    network: STDiT3, tmp_path: Path, settings: LoraConfig, text: str
+) -> None:
+    inject_adapter(network, SETTINGS, seed=0)
+    save_adapter(network, tmp_path)
+    other = load_policy()
+    inject_adapter(other, settings, seed=1)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=text):
+        load_adapter(other, tmp_path)
+    assert same(dict(other.state_dict()), before)
+    with pytest.raises(FileNotFoundError, match=r"absent/adapter_model\.safetensors"):
+        load_adapter(other, tmp_path / "absent")
+
+
+# whole runs
+
+
+def weights(run: Path, step: int) -> dict[str, Tensor]:
+    root = run / "checkpoints" / f"step_{step:08d}"
+    files = (root / "policy" / "adapter_model.safetensors", *sorted(root.glob("*.safetensors")))
+    return {f"{file.stem}.{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def numbers(run: Path, kind: str | None = None) -> list[dict[str, object]]:
+    """Metric rows without what a clock wrote."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if kind in (None, row["kind"])]
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(smallest: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OpenSora]:
+    """A run of four steps to its end, by the command line, and the model it has left in memory."""
+    run, models = tmp_path_factory.mktemp("finished") / "run", []
+
+    def build_and_keep(config: Config, processes: Processes) -> OpenSora:
+        models.append(build_model(config, processes))
+        return models[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry, "build_model", build_and_keep)
+        assert entry.main([*smallest, *LORA, f"run_dir={run}"]) == 0
+    return run, models[0]
+
+
+def test_a_run_trains_the_adapter_and_leaves_the_base(finished: tuple[Path, OpenSora]) -> None:
+    run, model = finished
+    base = load_policy().state_dict()
+    now = {name: value for name, value in model.network.state_dict().items() if ".lora_" not in name}
+    assert same({name.replace(".base_layer.", "."): value for name, value in now.items()}, dict(base))
+    saved = load_file(run / "checkpoints/step_00000004/policy/adapter_model.safetensors")
+    assert same(saved, {name: weight.detach() for name, weight in adapter_parameters(model.network).items()})
+    assert all(value.any() for value in saved.values())
+    fresh = load_policy()
+    inject_adapter(fresh, LoraConfig(rank=4, alpha=8.0), seed=0)
+    moved = [not torch.equal(weight, saved[name]) for name, weight in adapter_parameters(fresh).items()]
+    assert all(moved)
+
+
+def test_the_margin_is_zero_right_after_a_refresh_and_not_before(finished: tuple[Path, OpenSora]) -> None:
+    rows = numbers(finished[0], "train")
+    assert [row["reference_age"] for row in rows] == [1, 2, 0, 1]
+    assert [row["margin"] == 0.0 for row in rows] == [True, False, False, True]
+    assert rows[3]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_the_count_of_trained_parameters_is_said_once(small: Make) -> None:
+    said: list[str] = []
+    model = build_model(small(*LORA), Processes.start("cpu"), said.append)
+    count = f"{sum(weight.numel() for weight in adapter_parameters(model.network).values()):,}"
+    assert said[1:] == [f"LoRA of rank 4 in 30 layers: {count} parameters are trained"]
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    finished: tuple[Path, OpenSora], small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpo_engine.online_vpo import OnlineVPO
+
+    whole_step = OnlineVPO.step
+
+    def dies_in_step_four(self: OnlineVPO, prompts: object, text: object, positions: object) -> object:
+        if self.optimizer_steps == 3:
+            raise RuntimeError("power cut")
+        return whole_step(self, prompts, text, positions)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OnlineVPO, "step", dies_in_step_four)
+    with pytest.raises(RuntimeError, match="power cut"):
+        entry.train(small(*LORA))
+    monkeypatch.undo()
+    assert entry.train(small(*LORA, "checkpoint.resume=true")) == 0
+    assert numbers(finished[0]) == numbers(tmp_path / "run")
+    assert same(weights(finished[0], 4), weights(tmp_path / "run", 4))
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step_00000004"])
+def test_sample_shows_the_trained_policy(finished: tuple[Path, OpenSora], tmp_path: Path, place: str) -> None:
+    run, model = finished
+    assert sample.main([str(run / place), "--prompt", PROMPT, "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.mp4")
+    noise = normal(model.latent_shape, 0, "sample", 0, 0)[None]
+    model.prepare([PROMPT])
+    latents = model.sample(model.network, noise, model.embed([PROMPT]), steps=2, guidance=1.0)
+    write_mp4(tmp_path / "expected.mp4", model.decode(latents)[0], model.fps)
+    assert file.read_bytes() == (tmp_path / "expected.mp4").read_bytes()
+
+
+def test_evaluate_reads_such_runs(
+    finished: tuple[Path, OpenSora], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(finished[0])]) == 0
+    assert "reward/selected" in capsys.readouterr().out
+
+
+def test_the_adapter_names_the_policy_it_was_trained_on(small: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(WEIGHTS / "policy", tmp_path / "published")
+    model = build_model(small(*LORA, f"model.policy={folder}"), Processes.start("cpu"))
+    model.save_policy(tmp_path / "policy")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "policy").base_model_name_or_path == str(folder)
+
+
+TWO = """
+import sys
+from pathlib import Path
+from vpo_engine import train as entry
+from vpo_engine.models.lora import save_adapter
+
+build, models, ranks = entry.build_model, [], []
+def build_and_keep(config, processes):
+    models.append(build(config, processes))
+    ranks.append(processes.rank)
+    return models[0]
+entry.build_model = build_and_keep
+code = entry.main(sys.argv[2:])
+save_adapter(models[0].network, Path(sys.argv[1]) / str(ranks[0]))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_adapter(smallest: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "two.py"
+    program.write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
+    settings = [*smallest, *LORA, f"run_dir={tmp_path / 'run'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(program), str(tmp_path), *settings], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("LoRA of rank 4") == 1
+    first, second = (load_file(tmp_path / rank / "adapter_model.safetensors") for rank in "01")
+    assert same(first, second)
+    assert same(first, load_file(tmp_path / "run/checkpoints/step_00000004/policy/adapter_model.safetensors"))
