@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from vpo_engine.build import build_model, build_reward
-from vpo_engine.config import Config
+from vpo_engine.config import Config, OptimizerConfig
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.optimizer import learning_rate
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import select_pairs
 from vpo_engine.online_vpo import OnlineVPO, Step
-from vpo_engine.reference.store import CopiedReference
+from vpo_engine.reference.store import build_reference
 from vpo_engine.rollout.candidates import sample_candidates
 
 PROMPTS = ("a red circle moving left", "a blue square moving up")
@@ -28,7 +29,7 @@ def make_algorithm(config: Config, reward: object = None) -> OnlineVPO:
     model = build_model(config, processes)
     model.prepare(PROMPTS)
     scorer = reward or build_reward(config, processes.device)
-    return OnlineVPO(config, model, scorer, CopiedReference(model.network), processes)  # type: ignore[arg-type]
+    return OnlineVPO(config, model, scorer, build_reference("copy", model.network), processes)  # type: ignore[arg-type]
 
 
 def run_step(algorithm: OnlineVPO, number: int = 0) -> Step:
@@ -276,7 +277,11 @@ def test_a_policy_without_trainable_parameters_is_refused(small: Make) -> None:
     model.network.requires_grad_(False)
     with pytest.raises(ValueError, match="there is nothing to train"):
         OnlineVPO(
-            config, model, ScriptedReward([1.0]), CopiedReference(model.network), Processes.start("cpu")
+            config,
+            model,
+            ScriptedReward([1.0]),
+            build_reference("copy", model.network),
+            Processes.start("cpu"),
         )
 
 
@@ -289,11 +294,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_policy_changes(small: Ma
     assert all(torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
 
 
-def test_learning_rate_warms_up_and_comes_down(small: Make) -> None:
-    overrides = ("steps=9", "optimizer.warmup_steps=4", "optimizer.final_lr=0.2", "optimizer.lr=1e-4")
-    algorithm = make_algorithm(small(*overrides))
-    rates = []
-    for step in range(9):
-        algorithm.optimizer_steps = step
-        rates.append(algorithm._set_learning_rate() / 1e-4)
+def test_learning_rate_warms_up_and_comes_down() -> None:
+    settings = OptimizerConfig(lr=1e-4, warmup_steps=4, final_lr=0.2)
+    rates = [learning_rate(settings, step, steps=9) / 1e-4 for step in range(9)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4, 0.2])

@@ -10,7 +10,6 @@ for each step:
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import Pairs, select_pairs
 from vpo_engine.protocols import ReferenceStore, Reward, TextEmbedding, VideoModel
@@ -56,12 +56,19 @@ class OnlineVPO:
         self.parameters = [p for p in model.network.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the policy requires a gradient; there is nothing to train")
-        settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, settings.lr, settings.betas, settings.eps, settings.weight_decay
+        if config.memory.step_in_backward and processes.count > 1:
+            raise ValueError(
+                f"memory.step_in_backward=true excludes {processes.count} processes: each would step by its own "
+                "gradients, before their mean is known. Run one process, or set it to false"
+            )
+        self.optimizer = PolicyOptimizer(
+            self.parameters, config.optimizer, config.memory, seed=config.seed, following=reference.following
         )
-        self.optimizer_steps = 0
         self.refreshed_at = 0
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self.optimizer.steps
 
     def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
         """One step on this process's prompts, which stand at ``positions`` of the prompt stream."""
@@ -114,7 +121,8 @@ class OnlineVPO:
         kept = pairs.kept.nonzero().squeeze(1)
         total = int(self.processes.sum(torch.tensor(len(kept), device=self.processes.device)))
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=self.processes.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(self.config.optimizer, self.optimizer_steps, self.config.steps)
+        self.optimizer.begin(rate)
         if len(kept):
             batch = PreferenceBatch(
                 winner=candidates[kept, pairs.winner[kept]],
@@ -125,36 +133,13 @@ class OnlineVPO:
             )
             local = self.objective.step(batch, self.reference, self.processes.count)
             sums += torch.tensor([local[name] for name in (*DPO.METRICS, "rows")], device=sums.device)
-        metrics: dict[str, float] = {"pairs": total, "lr": self._set_learning_rate()}
+        metrics: dict[str, float] = {"pairs": total, "lr": rate}
         if total:
             *totals, rows = self.processes.sum(sums).tolist()
             metrics |= {name: value / rows for name, value in zip(DPO.METRICS, totals, strict=True)}
-            metrics["grad_norm"] = self._optimize()
+            self.processes.average_gradients(self.parameters)
+            metrics["grad_norm"] = self.optimizer.step()
         return metrics
-
-    def _optimize(self) -> float:
-        self.processes.average_gradients(self.parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip or math.inf))
-        if not torch.isfinite(torch.tensor(norm)):
-            raise ValueError(
-                f"the gradient norm is {norm} at optimizer step {self.optimizer_steps + 1}; the policy was left "
-                "as it was. Lower optimizer.lr or objective.beta, or look for non-finite latents"
-            )
-        self.optimizer.step()
-        self.optimizer_steps += 1
-        return norm
-
-    def _set_learning_rate(self) -> float:
-        """Linear warm-up, then a straight line down to ``final_lr`` of the peak at the last step."""
-        settings, step = self.config.optimizer, self.optimizer_steps
-        warmup, left = settings.warmup_steps, max(1, self.config.steps - 1 - settings.warmup_steps)
-        if step < warmup:
-            factor = (step + 1) / (warmup + 1)
-        else:
-            factor = 1 - (1 - settings.final_lr) * min(1.0, (step - warmup) / left)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * factor
-        return settings.lr * factor
 
     def _refresh(self) -> None:
         """reference <- policy after every K optimizer steps: steps without an update do not count."""
