@@ -1,5 +1,6 @@
 // The extension module vpo_kernels._native: tensors come as address, dtype and strides, so that nothing here
-// depends on torch. _native.pyi says what the functions promise; paired_dpo/native.py is their only caller.
+// depends on torch. _native.pyi says what the functions promise; their only callers are the files native.py of
+// paired_dpo and of ordered_delta.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -20,6 +21,8 @@
 #include <cpuid.h>
 #endif
 
+#include "delta.h"
+#include "dispatch.h"
 #include "finish.h"
 #include "parallel.h"
 #include "views.h"
@@ -127,6 +130,8 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
+}  // namespace
+
 const Kernels& kernels_for(const std::string& name) {
     for (const Kernels* each : kernels()) {
         if (name == each->name) return *each;
@@ -137,6 +142,8 @@ const Kernels& kernels_for(const std::string& name) {
 int useful_threads(std::int64_t elements, int threads) {
     return static_cast<int>(std::clamp<std::int64_t>(elements / kElementsPerThread, 1, std::max(threads, 1)));
 }
+
+namespace {
 
 std::tuple<std::int64_t, std::int64_t> chunk_bounds(const Views& views, std::int64_t chunk) {
     return {chunk * kChunk, std::min((chunk + 1) * kChunk, views.elements())};
@@ -216,4 +223,5 @@ NB_MODULE(_native, m) {
     m.def("gradient", &vpo::gradient, nb::arg("instruction_set"), nb::arg("shape"), nb::arg("members"),
           nb::arg("noise").none(), nb::arg("mask").none(), nb::arg("scale"), nb::arg("wide"),
           nb::arg("threads"));
+    vpo::bind_delta(m);
 }

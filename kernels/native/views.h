@@ -36,6 +36,7 @@ struct Noise {
 constexpr int kMaxDims = 64;
 constexpr std::int64_t kChunk = 1 << 14;  // elements of one unit of work; sums are formed chunk by chunk
 constexpr int kSums = 4;                  // gap of the winner, gap of the loser, |a|^2, a . b
+constexpr int kSpilled = -128;            // marks a difference of ordered bits that does not fit 8
 
 struct SumsJob {
     View policy[2], reference[2], target[2];  // winner, loser
@@ -60,6 +61,12 @@ struct Kernels {
                  double out[kSums]) noexcept;
     void (*gradient)(const GradientJob& job, bool wide, std::int64_t pair, std::int64_t begin,
                      std::int64_t end) noexcept;
+    // ordered(reference) - ordered(policy) of `count` bfloat16 bits, at most kChunk; returns how many are kSpilled.
+    std::int32_t (*encode)(const std::int16_t* reference, const std::int16_t* policy, std::int8_t* difference,
+                           std::int64_t count) noexcept;
+    // The reference again, but for what is spilled. `out` may be `policy`.
+    void (*decode)(const std::int8_t* difference, const std::int16_t* policy, std::int16_t* out,
+                   std::int64_t count) noexcept;
 };
 
 extern const Kernels kBaseline;

@@ -1,5 +1,6 @@
 """Fused operations of video preference optimization. Importing this loads torch and nothing heavier."""
 
+from vpo_kernels.ordered_delta import OrderedDelta, decode_delta, encode_delta
 from vpo_kernels.paired_dpo import (
     PairedDPOLoss,
     available_backends,
@@ -10,8 +11,11 @@ from vpo_kernels.paired_dpo import (
 )
 
 __all__ = [
+    "OrderedDelta",
     "PairedDPOLoss",
     "available_backends",
+    "decode_delta",
+    "encode_delta",
     "error_weight",
     "paired_dpo_loss",
     "sequential_backward",

@@ -1,6 +1,6 @@
 """The C++ extension (kernels/native). Addresses are not checked: they must outlive the call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Tensor = tuple[int, int, tuple[int, ...]]
 """Address, dtype and strides in elements. Dtypes: 0 bool, 1 bfloat16, 2 float16, 3 float32, 4 float64."""
@@ -45,3 +45,34 @@ def gradient(
     threads: int,
 ) -> None:
     """Writes factor * (policy - target) of each member, 0 where the mask is False."""
+
+def encode_delta(
+    instruction_set: str,
+    elements: int,
+    reference: int,
+    policy: int,
+    difference: int,
+    threads: int,
+    allocate: Callable[[int], tuple[int, int]],
+) -> None:
+    """``ordered_delta.encode`` of contiguous arrays: bfloat16 ``reference`` and ``policy`` to int8 ``difference``.
+
+    Once the number of spilled elements is known, ``allocate`` is called with it and returns the addresses of their
+    index, int32, and value, bfloat16, which are then filled. Threads as in ``forward``.
+    """
+
+def decode_delta(
+    instruction_set: str,
+    elements: int,
+    difference: int,
+    index: int,
+    value: int,
+    spilled: int,
+    policy: int,
+    out: int,
+    threads: int,
+) -> None:
+    """``ordered_delta.decode`` of contiguous arrays to bfloat16 ``out``, which may be ``policy``.
+
+    Indices must ascend; those outside the array are not written.
+    """

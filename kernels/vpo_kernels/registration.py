@@ -15,17 +15,17 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: a function that mutates nothing becomes torch.ops.vpo_kernels.NAME, for every device.
+def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a function becomes torch.ops.vpo_kernels.NAME, for every device.
 
-    As torch.library.custom_op, less its import of torch._dynamo (and with it triton) at the first eager call. The
-    result is the operator itself; give it its fake and its gradient by torch.library.register_fake and
-    register_autograd under ``vpo_kernels::NAME``.
+    It may write to those of its arguments that ``mutates`` names. As torch.library.custom_op, less its import of
+    torch._dynamo (and with it triton) at the first eager call. The result is the operator itself; give it its fake
+    and its gradient by torch.library.register_fake and register_autograd under ``vpo_kernels::NAME``.
     """
 
     def register(function: Callable[..., Any]) -> Any:
         qualified = f"vpo_kernels::{name}"
-        torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=mutates))
         torch.library.impl(qualified, "default", function)
         return getattr(torch.ops.vpo_kernels, name).default
 

@@ -1,0 +1,6 @@
+"""bfloat16 weights as 8-bit differences from others near them, exactly."""
+
+from vpo_kernels.ordered_delta.contract import OrderedDelta
+from vpo_kernels.ordered_delta.op import decode_delta, encode_delta
+
+__all__ = ["OrderedDelta", "decode_delta", "encode_delta"]
