@@ -23,6 +23,7 @@ from vpo_engine.build import build_model
 from vpo_engine.config import Config, LoraConfig
 from vpo_engine.data.sprites.assets import WEIGHTS, load_policy
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.lora import adapter_parameters, inject_adapter, load_adapter, save_adapter
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.stdit3 import STDiT3
@@ -126,11 +127,21 @@ def test_only_the_adapter_is_trained_and_all_of_it(network: STDiT3) -> None:
     assert left == names
 
 
-def test_checkpointing_gives_the_same_gradients(network: STDiT3) -> None:
+@pytest.mark.parametrize(
+    "activations",
+    [
+        Activations("pointwise"),
+        Activations("all_but_attention"),
+        Activations("block"),
+        Activations("block", offload=True),
+    ],
+    ids=str,
+)
+def test_recomputing_activations_gives_the_same_gradients(network: STDiT3, activations: Activations) -> None:
     inject_adapter(network, SETTINGS, seed=0)
     disturb(network)
     gradients = []
-    for network.gradient_checkpointing in (False, True):
+    for network.activations in (Activations(), activations):
         network.zero_grad(set_to_none=True)
         network(**inputs()).square().mean().backward()
         gradients.append({name: weight.grad for name, weight in adapter_parameters(network).items()})
