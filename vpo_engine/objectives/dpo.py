@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from vpo_kernels import error_weight, paired_dpo_loss
+from vpo_kernels import PairedDPOLoss, error_weight, paired_dpo_loss, sequential_backward
 
 from vpo_engine.config import ObjectiveConfig
 from vpo_engine.protocols import Network, ReferenceStore, TextEmbedding, VideoModel
@@ -29,20 +31,42 @@ class PreferenceBatch:
     total: int
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What goes through the networks at once: clean latents [R, C, T, H, W], prompts, times [R] and noise."""
+
+    winner: Tensor
+    loser: Tensor
+    text: TextEmbedding
+    times: Tensor
+    noise: Tensor
+
+
 class DPO:
     """The paired loss against the reference, ``draws`` times (t, noise) per pair with a sigmoid each.
 
     Winner and loser of a pair share t and noise. Policy and reference see the same rows in the same order in
     the same autocast state; neither is in a state with dropout.
+
+    sequential: winner and loser go through the networks one after the other, so that one member's graph exists at
+    a time; the policy's forward pass of the winner is made twice. Same gradient and metrics but for rounding.
     """
 
     METRICS = ("loss", "margin", "implicit_accuracy", "winner_gap", "loser_gap")
 
-    def __init__(self, model: VideoModel, config: ObjectiveConfig, guidance: float, seed: int) -> None:
+    def __init__(
+        self,
+        model: VideoModel,
+        config: ObjectiveConfig,
+        guidance: float,
+        seed: int,
+        sequential: bool = False,
+    ) -> None:
         self._model = model
         self._config = config
         self._guidance = guidance if config.branch == "guided" else 1.0
         self._seed = seed
+        self._backward = self._one_by_one if sequential else self._jointly
 
     def step(self, batch: PreferenceBatch, reference: ReferenceStore, world: int = 1) -> dict[str, float]:
         """Add this batch's gradient to the policy's parameters and return the metrics' sums over its rows.
@@ -58,11 +82,15 @@ class DPO:
         sums = dict.fromkeys((*self.METRICS, "rows"), 0.0)
         for start in range(0, len(times), rows):
             index = pair_of_row[start : start + rows]
-            result = self._loss(
-                batch, index, times[start : start + rows], noise[start : start + rows], reference
+            pairs = _Rows(
+                batch.winner[index],
+                batch.loser[index],
+                batch.text[index],
+                times[start : start + rows],
+                noise[start : start + rows],
             )
-            (result.loss * (len(index) * world / (batch.total * draws))).backward()
-            sums["loss"] += float(result.loss.detach()) * len(index)
+            result = self._backward(pairs, reference, len(index) * world / (batch.total * draws))
+            sums["loss"] += float(result.loss) * len(index)
             sums["margin"] += float(result.margin.sum())
             sums["implicit_accuracy"] += float((result.margin > 0).sum())
             sums["winner_gap"] += float(result.winner_gap.sum())
@@ -85,30 +113,52 @@ class DPO:
         times = self._model.draw_timesteps(torch.cat(strata).clamp(1e-6, 1 - 1e-6))
         return times.to(device), torch.cat(noise).to(device)
 
-    def _loss(self, batch, index, times, noise, reference):  # type: ignore[no-untyped-def]
-        model = self._model
-        winner, loser, text = batch.winner[index], batch.loser[index], batch.text[index]
-        inputs = torch.cat([model.add_noise(winner, noise, times), model.add_noise(loser, noise, times)])
-        both_times, both_texts = times.repeat(2), TextEmbedding.cat([text, text])
+    def _jointly(self, rows: _Rows, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
+        """Add ``scale`` times the loss's gradient, winners and losers in one batch."""
+        inputs = torch.cat([self._noised(rows, rows.winner), self._noised(rows, rows.loser)])
+        times, text = rows.times.repeat(2), TextEmbedding.cat([rows.text, rows.text])
 
         def predict(network: Network) -> tuple[Tensor, ...]:
-            return model.predict(network, inputs, both_times, both_texts, self._guidance).chunk(2)
+            return self._model.predict(network, inputs, times, text, self._guidance).chunk(2)
 
         reference_winner, reference_loser = predict(reference)
-        policy_winner, policy_loser = predict(model.network)
-        return paired_dpo_loss(
-            policy_winner,
-            policy_loser,
-            reference_winner,
-            reference_loser,
-            winner,
-            loser,
-            beta=self._beta(times),
-            target_noise=noise,
-            target_scales=model.target_scales(times),
-            winner_anchor=self._config.winner_anchor,
-            loser_scaling=self._config.loser_scaling,
+        winner, loser = predict(self._model.network)
+        out = paired_dpo_loss(
+            winner, loser, reference_winner, reference_loser, rows.winner, rows.loser, **self._options(rows)
         )
+        (out.loss * scale).backward()
+        return PairedDPOLoss(*(value.detach() for value in out))
+
+    def _one_by_one(self, rows: _Rows, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
+        """As ``_jointly``, one member at a time."""
+
+        def predict(network: Network, latents: Tensor) -> Tensor:
+            inputs = self._noised(rows, latents)
+            return self._model.predict(network, inputs, rows.times, rows.text, self._guidance)
+
+        return sequential_backward(
+            partial(predict, self._model.network, rows.winner),
+            partial(predict, self._model.network, rows.loser),
+            predict(reference, rows.winner),
+            predict(reference, rows.loser),
+            rows.winner,
+            rows.loser,
+            scale=scale,
+            **self._options(rows),
+        )
+
+    def _noised(self, rows: _Rows, latents: Tensor) -> Tensor:
+        return self._model.add_noise(latents, rows.noise, rows.times)
+
+    def _options(self, rows: _Rows) -> dict[str, Any]:
+        """Of ``paired_dpo_loss``, whose targets are the clean latents and the noise."""
+        return {
+            "beta": self._beta(rows.times),
+            "target_noise": rows.noise,
+            "target_scales": self._model.target_scales(rows.times),
+            "winner_anchor": self._config.winner_anchor,
+            "loser_scaling": self._config.loser_scaling,
+        }
 
     def _beta(self, times: Tensor) -> float | Tensor:
         if self._config.weighting == "prediction":

@@ -8,6 +8,7 @@ text channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -27,6 +28,7 @@ from vpo_kernels.companions import BackendName as CompanionName
 from vpo_kernels.companions import uses_triton
 
 from vpo_engine.memory.checkpointing import Activations, checkpointed
+from vpo_engine.memory.offload import ForwardPass, OffloadedInputs
 from vpo_engine.models.opensora.blocks import Backed, Backends, Block, FinalLayer, rotary_tables
 from vpo_engine.models.opensora.embeddings import (
     CaptionEmbedder,
@@ -129,6 +131,7 @@ class STDiT3(nn.Module):
         super().__init__()
         self.settings = config
         self.activations = Activations()
+        self._offloaded = OffloadedInputs()
         channels, patch = config.hidden_size, config.patch_size
         self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
         head_channels = channels // config.num_heads
@@ -227,9 +230,10 @@ class STDiT3(nn.Module):
         tokens = tokens + self._position(grid, _number(height), _number(width), tokens)
         text, plan = self._embed_text(y.to(dtype), mask, tokens)
         rope = rotary_tables(self.rope["freqs"], frames, tokens.dtype)
+        sender = self._offloaded.forward_pass()
         for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             for block in pair:
-                tokens = self._run(block, tokens, text, plan, time_blocks, rope)
+                tokens = self._run(block, sender, tokens, text, plan, time_blocks, rope)
         patches = self.final_layer(tokens, time, clean_time, x_mask)
         out = self._unpatchify(patches, grid)[..., :rows, :columns]
         return out if out.dtype == torch.float64 else out.float()
@@ -314,9 +318,11 @@ class STDiT3(nn.Module):
                 self._positions[key] = position_embedding(*grid, self.settings.hidden_size, scale, like)
         return self._positions[key]
 
-    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+    def _run(self, block: nn.Module, sender: ForwardPass, tokens: Tensor, *others: Any) -> Tensor:
         settings = self.activations
-        return checkpointed(block, *inputs, settings.mlp_chunks, recompute=settings.recompute)
+        sending = settings.offload and torch.is_grad_enabled()
+        with sender.sending(tokens) if sending else nullcontext():
+            return checkpointed(block, tokens, *others, settings.mlp_chunks, recompute=settings.recompute)
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, T, S, rows * columns * channels] to [B, channels, T, H, W]."""
