@@ -52,7 +52,9 @@ class OnlineVPO:
     ) -> None:
         self.config, self.model, self.reward, self.reference = config, model, reward, reference
         self.processes = processes
-        self.objective = DPO(model, config.objective, config.rollout.guidance, config.seed)
+        self.objective = DPO(
+            model, config.objective, config.rollout.guidance, config.seed, config.memory.sequential
+        )
         self.parameters = [p for p in model.network.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the policy requires a gradient; there is nothing to train")

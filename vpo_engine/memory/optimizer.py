@@ -107,10 +107,9 @@ class PolicyOptimizer:
 
     def tensors(self) -> list[Tensor]:
         """The moments and masters there are, as the objects that the optimizer holds: for moving their data."""
-        moments = [
-            tensor for number in range(len(self._weights)) for tensor in self._moments(number).values()
-        ]
-        return [*moments, *(self._weights if self._mode == "masters" else [])]
+        moments = [self._moments(number) for number in range(len(self._weights))]
+        masters = self._weights if self._mode == "masters" else []
+        return [*(value for one in moments for name, value in one.items() if name != "step"), *masters]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything under flat names, "{parameter's number}.{name}" for what belongs to one; not copies."""
