@@ -11,7 +11,7 @@ from vpo_engine.build import build_model, build_prompts, build_reward
 from vpo_engine.config import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
-from vpo_engine.reference.store import CopiedReference
+from vpo_engine.reference.store import build_reference
 
 ROUNDS = 3
 
@@ -25,7 +25,7 @@ def test_sprites_step(benchmark, add_row) -> None:
     prompts = [train[index] for index in range(config.pairs_per_step)]
     model.prepare(prompts)
     reward = build_reward(config, processes.device)
-    algorithm = OnlineVPO(config, model, reward, CopiedReference(model.network), processes)
+    algorithm = OnlineVPO(config, model, reward, build_reference("copy", model.network), processes)
     text = model.embed(prompts)
     stages: list[dict[str, float]] = []
 

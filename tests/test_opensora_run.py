@@ -21,7 +21,7 @@ from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
 from vpo_engine.models.opensora.vae import OpenSoraVAE
-from vpo_engine.reference.store import CopiedReference
+from vpo_engine.reference.store import build_reference
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.runs.video import read_video
 
@@ -167,7 +167,7 @@ def test_bfloat16_rounds_the_time_alike_for_policy_and_reference(checkpoints: Pa
     model.prepare(PROMPTS[:1])
     text = model.embed(PROMPTS[:1])
     latents = torch.randn(1, 4, 2, 6, 8)
-    reference = CopiedReference(model.network)
+    reference = build_reference("copy", model.network)
     times = [torch.tensor([value]) for value in (701.0, 700.0, 702.1)]
     outputs = [model.predict(model.network, latents, t, text) for t in times]
     assert torch.equal(outputs[0], outputs[1])  # bfloat16 has steps of 4 here

@@ -18,7 +18,7 @@ from vpo_engine.config import Config, dump_config, load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
-from vpo_engine.reference.store import CopiedReference
+from vpo_engine.reference.store import build_reference
 from vpo_engine.run_state import check_same_run
 from vpo_engine.runs.checkpoint import CheckpointError
 from vpo_engine.runs.directory import RunDirectory
@@ -54,7 +54,9 @@ def train(config: Config) -> int:
         model = build_model(config, processes)
         reward = build_reward(config, processes.device)
         run = _run_directory(config, processes)
-        algorithm = OnlineVPO(config, model, reward, CopiedReference(model.network), processes)
+        algorithm = OnlineVPO(
+            config, model, reward, build_reference(config.reference.storage, model.network), processes
+        )
         stream = PromptStream(prompts, config.seed)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         outcome = Trainer(config, algorithm, stream, held_out, run, processes).run()

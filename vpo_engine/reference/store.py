@@ -1,47 +1,168 @@
-"""The frozen reference and its refresh from the policy."""
+"""The frozen reference: how it is stored, refreshed from the policy, saved and put back."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vpo_engine.reference.exact import ExactWeight, check_on_grid, following
+from vpo_engine.reference.mirror import Mirror, block_matrices
+from vpo_engine.reference.weights import BFloat16Weight, HeldWeight, Int8Weight, check_parts
 
-class CopiedReference:
-    """The reference as a full copy of the policy, in the policy's own dtype: exact, and the largest.
+Storage = Literal["copy", "bf16", "int8", "exact8", "adapter"]
 
-    Calling it runs the same modules as the policy does, in evaluation mode and without a graph, so right after
-    a refresh equal inputs give bitwise equal predictions (DESIGN, invariants 1 and 3).
+_SIGNS = {".codes": "int8", ".difference": "exact8", ".bfloat16": "exact8", ".lora_A.": "adapter"}
+"""By which names the storage of a saved reference is recognised."""
+
+
+def build_reference(storage: Storage, policy: nn.Module) -> HeldReference:
+    """The reference of ``policy``, equal to it now up to the storage's rounding.
+
+    In every storage what does not train is shared with the policy. copy and adapter hold the rest as it is;
+    the others encode the matrices of the transformer blocks: see ``weights``.
+    ValueError for a policy that the storage does not fit.
+    """
+    if storage == "adapter" and all(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            "reference.storage=adapter shares the frozen base with the policy, but every parameter of it trains; "
+            "set model.lora, or use reference.storage=copy"
+        )
+    encodings: dict[Storage, Callable[[Tensor], HeldWeight]] = {
+        "bf16": BFloat16Weight,
+        "int8": Int8Weight,
+        "exact8": ExactWeight,
+    }
+    if storage not in encodings:
+        return HeldReference(storage, policy, {})
+    layers = block_matrices(policy)
+    if not layers:
+        raise ValueError(
+            f"reference.storage={storage} encodes trained linear layers of transformer blocks, but the policy "
+            f"({type(policy).__name__}) has none; use reference.storage=copy"
+        )
+    if storage == "exact8":
+        check_on_grid({f"{name}.weight": layer.weight for name, layer in layers.items()})
+    return HeldReference(
+        storage, policy, {name: encodings[storage](layer.weight) for name, layer in layers.items()}
+    )
+
+
+class HeldReference:
+    """A mirror of the policy, of which ``held`` says how some matrices are held: {name of an nn.Linear: weight}.
+
+    Calling it runs the same modules as the policy does, in evaluation mode and without a graph: where the storage
+    is exact, equal inputs give bitwise equal predictions right after a refresh (DESIGN, invariants 1 and 3).
     """
 
-    def __init__(self, policy: nn.Module) -> None:
-        self._network = copy.deepcopy(policy).eval().requires_grad_(False)
+    def __init__(self, storage: Storage, policy: nn.Module, held: Mapping[str, HeldWeight]) -> None:
+        self._storage, self._policy = storage, policy
+        self._mirror = Mirror(policy, held)
+        self._copied = self._mirror.copied()
+        self._held = {f"{name}.weight": weight for name, weight in held.items()}
+        self._exact = {
+            id(weight.policy): weight for weight in held.values() if isinstance(weight, ExactWeight)
+        }
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        return self._mirror(*args, **kwargs)
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self._network.parameters(), *self._network.buffers()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
-    @torch.no_grad()
-    def __call__(self, *args: object, **kwargs: object) -> Tensor:
-        return self._network(*args, **kwargs)
+    @property
+    def bytes_per_weight(self) -> float:
+        """Of the trained matrices in the transformer blocks; what stands outside of them is held as it is."""
+        names = [f"{name}.weight" for name in block_matrices(self._policy)]
+        weights = sum(self._policy.get_parameter(name).numel() for name in names)
+        nbytes = sum(tensor.nbytes for name in names for tensor in self._parts(name).values())
+        return nbytes / max(1, weights)
+
+    @property
+    def spilled(self) -> float:
+        """Share of those weights that exact8 holds in more than 8 bits."""
+        weights = sum(weight.policy.numel() for weight in self._exact.values())
+        return sum(weight.spilled for weight in self._exact.values()) / max(1, weights)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a forward reads, what is shared with the policy too; their data may move to other devices."""
+        network = self._mirror.network
+        held = [tensor for weight in self._held.values() for tensor in weight.tensors().values()]
+        policy = [weight.policy for weight in self._exact.values()]
+        return [*network.parameters(), *network.buffers(), *held, *policy]
 
     @torch.no_grad()
     def refresh(self, policy: nn.Module) -> None:
-        """reference <- policy, in place."""
+        """reference <- policy, in place; it must be the policy that the reference was built for."""
+        assert policy is self._policy, "a reference is tied to the policy that it was built for"
+        if self._storage == "exact8":
+            check_on_grid({name: policy.get_parameter(name) for name in self._held})
         source = policy.state_dict(keep_vars=True)
-        for name, tensor in self._network.state_dict(keep_vars=True).items():
+        for name, tensor in self._copied.items():
             tensor.copy_(source[name])
+        for weight in self._held.values():
+            weight.refresh()
 
     def following(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """A copy does not move with the policy."""
-        return nullcontext()
+        """To be entered around every change of these parameters: exact8 is encoded anew against what they became.
+
+        Within, each of their matrices is there in bfloat16 besides; copies do not move with the policy.
+        """
+        return following([self._exact[id(one)] for one in parameters if id(one) in self._exact])
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self._network.state_dict())
+        """What is stored, under the policy's names; the parts of an encoded matrix as NAME.PART."""
+        return {
+            f"{name}.{part}" if part else name: tensor.detach()
+            for name in (*self._copied, *self._held)
+            for part, tensor in self._parts(name).items()
+        }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._network.load_state_dict(state, strict=True)
+        """Put back a ``state_dict``, after the policy. ValueError, before anything changes, if it does not fit."""
+        try:
+            parts = self._split(state)
+        except ValueError as error:
+            signs = (sign for sign in _SIGNS if any(sign in name for name in state))
+            found = next((_SIGNS[sign] for sign in signs), "copy or bf16")
+            raise ValueError(
+                f"the saved reference does not fit reference.storage={self._storage}: {error}. By its names it "
+                f"was saved with reference.storage={found}; resume with that, or start a new run"
+            ) from None
+        for name, found_parts in parts.items():
+            if name in self._held:
+                self._held[name].load(found_parts)
+            else:
+                self._copied[name].copy_(found_parts[""])
+
+    def _parts(self, name: str) -> dict[str, Tensor]:
+        return self._held[name].tensors() if name in self._held else {"": self._copied[name]}
+
+    def _split(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """{name: {part: tensor}} for every name that is stored here; ValueError if ``state`` holds anything else."""
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in (*self._copied, *self._held)}
+        unexpected = []
+        for key, tensor in state.items():
+            name, part = (key, "") if key in parts else key.rpartition(".")[::2]
+            if name in parts:
+                parts[name][part] = tensor
+            else:
+                unexpected.append(key)
+        if unexpected:
+            raise ValueError(f"{unexpected[0]} is not stored here ({len(unexpected)} such names)")
+        for name, found in parts.items():
+            if not found:
+                raise ValueError(f"{name} is missing")
+            try:
+                if name in self._held:
+                    self._held[name].check(found)
+                else:
+                    check_parts(found, {"": self._copied[name]})
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return parts

@@ -1,0 +1,157 @@
+"""How one matrix of the reference is held, and decoded when its layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Scratch:
+    """Working memory of one forward: a single buffer per device and dtype, into which matrices are decoded in turn.
+
+    ``numel`` is the size of the largest. What was taken is overwritten by the next ``take`` of the same kind.
+    """
+
+    def __init__(self) -> None:
+        self.numel = 0
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A contiguous tensor with undefined values, no larger than ``numel``."""
+        key = device, dtype
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self.numel, dtype=dtype, device=device)
+        return self._buffers[key][: torch.Size(shape).numel()].view(shape)
+
+    def release(self) -> None:
+        self._buffers.clear()
+
+
+class HeldWeight(Protocol):
+    """A matrix [out, in] of the reference, in some storage."""
+
+    @property
+    def scratch_numel(self) -> int:
+        """Elements of the buffer that ``decode`` takes."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held, by the part's name; "" is the matrix itself."""
+        ...
+
+    def refresh(self) -> None:
+        """Becomes the policy's weight."""
+        ...
+
+    def decode(self, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+        """The matrix in ``dtype``, valid until the scratch is taken again."""
+        ...
+
+    def check(self, parts: Mapping[str, Tensor]) -> None:
+        """ValueError if these are not such parts as ``tensors`` gives."""
+        ...
+
+    def load(self, parts: Mapping[str, Tensor]) -> None:
+        """Becomes these checked parts, copied."""
+        ...
+
+
+def check_parts(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """ValueError unless both have the same names, shapes and dtypes."""
+    if found.keys() != expected.keys():
+        raise ValueError(f"it has the parts {sorted(found)}, expected {sorted(expected)}")
+    for name, tensor in expected.items():
+        got = found[name]
+        if got.shape != tensor.shape or got.dtype != tensor.dtype:
+            raise ValueError(
+                f"part {name!r} is {got.dtype} {list(got.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+class BFloat16Weight:
+    """Rounded to bfloat16: the same matrix if its values lie on bfloat16's grid, or under bfloat16 autocast."""
+
+    def __init__(self, policy: Tensor) -> None:
+        self._policy = policy
+        self._weight = policy.detach().to(torch.bfloat16, copy=True)
+
+    @property
+    def scratch_numel(self) -> int:
+        return self._weight.numel()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"": self._weight}
+
+    def refresh(self) -> None:
+        self._weight.copy_(self._policy)
+
+    def decode(self, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+        return in_dtype(self._weight, dtype, scratch)
+
+    def check(self, parts: Mapping[str, Tensor]) -> None:
+        check_parts(parts, self.tensors())
+
+    def load(self, parts: Mapping[str, Tensor]) -> None:
+        self._weight.copy_(parts[""])
+
+
+class Int8Weight:
+    """int8 codes with an absmax scale for every ``GROUP`` neighbours along in-features.
+
+    Groups never cross rows, so a matrix sharded by rows is encoded without communication. Scales are bfloat16:
+    codes are chosen for the rounded scale, which is off by 2^-9 at most and still keeps the group's largest
+    weight within half a code of 127, so float32 scales would cost 3 % more bytes and gain nothing; float16 ones
+    would add a range in which small weights get lost.
+    """
+
+    GROUP = 64
+
+    def __init__(self, policy: Tensor) -> None:
+        self._policy = policy
+        rows, self._columns = policy.shape
+        self._group = min(self.GROUP, self._columns)
+        groups = -(-self._columns // self._group)
+        self._codes = torch.empty(rows, groups, self._group, dtype=torch.int8, device=policy.device)
+        self._scales = torch.empty(rows, groups, dtype=torch.bfloat16, device=policy.device)
+        self.refresh()
+
+    @property
+    def scratch_numel(self) -> int:
+        return self._codes.numel()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self._codes, "scales": self._scales}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Non-finite weights decode to NaN: their group's scale is not finite."""
+        padding = -self._columns % self._group
+        weight = F.pad(self._policy.float(), (0, padding)).view(self._codes.shape)
+        self._scales.copy_(weight.abs().amax(dim=-1) / 127)
+        divisor = self._scales.float().unsqueeze(-1)
+        codes = (weight / divisor.where(divisor != 0, 1)).round_().clamp_(-127, 127)
+        self._codes.copy_(codes.nan_to_num_(0))
+
+    def decode(self, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+        """The product of code and scale, rounded once."""
+        weight = scratch.take(self._codes.shape, dtype, self._codes.device)
+        torch.mul(self._codes, self._scales.to(dtype).unsqueeze(-1), out=weight)
+        return weight.flatten(1)[:, : self._columns]
+
+    def check(self, parts: Mapping[str, Tensor]) -> None:
+        check_parts(parts, self.tensors())
+
+    def load(self, parts: Mapping[str, Tensor]) -> None:
+        self._codes.copy_(parts["codes"])
+        self._scales.copy_(parts["scales"])
+
+
+def in_dtype(weight: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """The weight itself where it has the dtype, else converted in the scratch."""
+    if weight.dtype == dtype:
+        return weight
+    return scratch.take(tuple(weight.shape), dtype, weight.device).copy_(weight)
