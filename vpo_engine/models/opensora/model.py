@@ -11,11 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vpo_engine.memory.residency import Residency, module_tensors
 from vpo_engine.models.lora import has_adapter, save_adapter
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow, guided_velocity
 from vpo_engine.models.opensora.stdit3 import STDiT3
-from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
+from vpo_engine.models.opensora.vae import OpenSoraVAE
 from vpo_engine.protocols import Network, TextEmbedding
 
 
@@ -42,7 +43,7 @@ class OpenSora:
 
     ``dtype`` bfloat16 runs the networks under autocast over float32 weights and rounds t to bfloat16 as the
     published bfloat16 model does, for policy and reference alike (opensora/models/stdit/stdit3.py casts t to
-    the model's dtype).
+    the model's dtype). ``decode_frames`` bounds the frames that the image decoder takes at once (None: as published).
     """
 
     def __init__(
@@ -62,9 +63,17 @@ class OpenSora:
         self._geometry = geometry
         self._flow = flow
         self._device, self._dtype = device, dtype
+        self.decode_frames: int | None = None
+        self.residency = Residency.everything()
         self.num_frames, self.fps = geometry.num_frames, geometry.fps
         size = self._vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
         self.latent_shape = (network.config["in_channels"], *size)
+
+    def stay_by(self, residency: Residency) -> None:
+        """Let ``residency`` say when the policy and the VAE are on the device."""
+        self.residency = residency
+        residency.register("policy", lambda: module_tensors(self.network))
+        residency.register("vae", lambda: module_tensors(self._vae))
 
     def prepare(self, prompts: Sequence[str]) -> None:
         self._text.prepare(prompts)
@@ -123,8 +132,8 @@ class OpenSora:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        with self._autocast():
-            return to_uint8(self._vae.decode(latents, self.num_frames).float())
+        with self.residency.phase("scoring"), self._autocast():
+            return self._vae.decode_uint8(latents, self.num_frames, self.decode_frames)
 
     def save_policy(self, folder: Path) -> None:
         """The published layout; of a policy with an adapter the adapter alone, in PEFT's."""

@@ -74,11 +74,14 @@ class SpatialVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, F, h, w] -> [B, 3, F, H, W]."""
-        frames = latents.transpose(1, 2).flatten(0, 1)
-        pixels = _cat(
-            [self.module.decode(part).sample for part in frames.split(self.micro_batches(len(frames)))]
-        )
+        pixels = _cat(list(self.decode_parts(latents)))
         return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
+
+    def decode_parts(self, latents: Tensor, size: int | None = None) -> Iterator[Tensor]:
+        """[B, C, F, h, w] -> frames [n, 3, H, W], one micro-batch (of ``size``, if given) after the other."""
+        frames = latents.transpose(1, 2).flatten(0, 1)
+        for part in frames.split(size or self.micro_batches(len(frames))):
+            yield self.module.decode(part).sample
 
 
 class OpenSoraVAE(nn.Module):
@@ -231,13 +234,7 @@ class OpenSoraVAE(nn.Module):
     def decode_temporal(self, z: Tensor, num_frames: int) -> Tensor:
         """Raw (not normalised) latents [B, C, T, h, w] to scaled spatial latents [B, C, num_frames, h, w]."""
         frames = self.chunks(num_frames)
-        latents = [self.temporal_vae.latent_frames(chunk) for chunk in frames]
-        if z.ndim != 5 or z.shape[1] != self.latent_channels or z.shape[2] != sum(latents):
-            raise ValueError(
-                f"the latents have shape {tuple(z.shape)}; {num_frames} frames need "
-                f"[B, {self.latent_channels}, {sum(latents)}, h, w]"
-            )
-        parts = z.split(latents, dim=2)
+        parts = z.split(self._latents_of(z, frames), dim=2)
         return _cat(
             [self.temporal_vae.decode(part, chunk) for part, chunk in zip(parts, frames, strict=True)], dim=2
         )
@@ -248,8 +245,43 @@ class OpenSoraVAE(nn.Module):
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
         """Normalised latents [B, C, T, h, w] to video [B, 3, num_frames, H, W], near [-1, 1], not clamped."""
-        z = z.to(self.scale.dtype)
-        return self.decode_spatial(self.decode_temporal(z * self.scale + self.shift, num_frames))
+        return self.decode_spatial(self.decode_temporal(self._raw(z), num_frames))
+
+    def decode_uint8(self, z: Tensor, num_frames: int, frames_at_once: int | None = None) -> Tensor:
+        """``to_uint8(decode(z, num_frames))``, bit for bit, of which only one micro-batch is ever in floating point.
+
+        ``frames_at_once`` makes the micro-batches of the spatial part that large and takes the temporal part clip by
+        clip: the same up to the rounding of other batch shapes. uint8 [B, num_frames, H, W, 3].
+        """
+        if frames_at_once is not None and frames_at_once < 1:
+            raise ValueError(
+                f"frames_at_once is {frames_at_once}; it counts frames: 1 or more, or None as published"
+            )
+        self._latents_of(z, self.chunks(num_frames))
+        height, width = (self.spatial_factor * side for side in z.shape[3:])
+        video = torch.empty(len(z), num_frames, height, width, 3, dtype=torch.uint8, device=z.device)
+        clips = len(z) if frames_at_once is None else 1
+        for latents, clip in zip(z.split(clips), video.split(clips), strict=True):
+            x_z = self.decode_temporal(self._raw(latents), num_frames) / self.spatial_scaling
+            frames, done = clip.flatten(0, 1), 0
+            for pixels in self.spatial_vae.decode_parts(x_z, frames_at_once):
+                frames[done : done + len(pixels)] = to_uint8(pixels.unsqueeze(2)).squeeze(1)
+                done += len(pixels)
+        return video
+
+    def _latents_of(self, z: Tensor, chunks: Sequence[int]) -> list[int]:
+        """Latent frames of each chunk of frames; ValueError for latents [B, C, T, h, w] of another size."""
+        latents = [self.temporal_vae.latent_frames(chunk) for chunk in chunks]
+        if z.ndim != 5 or z.shape[1] != self.latent_channels or z.shape[2] != sum(latents):
+            raise ValueError(
+                f"the latents have shape {tuple(z.shape)}; {sum(chunks)} frames need "
+                f"[B, {self.latent_channels}, {sum(latents)}, h, w]"
+            )
+        return latents
+
+    def _raw(self, z: Tensor) -> Tensor:
+        """Normalised latents to those of the temporal part."""
+        return z.to(self.scale.dtype) * self.scale + self.shift
 
 
 class _NoiseSource:
