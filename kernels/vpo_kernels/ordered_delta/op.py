@@ -72,28 +72,28 @@ def _(difference: Tensor, index: Tensor, value: Tensor, policy: Tensor, out: Ten
     return None
 
 
-def _check(name: str, tensor: object, dtype: torch.dtype, like: Tensor, shape: torch.Size | None) -> None:
-    """A tensor of this dtype and shape (None: one dimension) where the policy is."""
+def _check(name: str, tensor: object, dtype: torch.dtype, like: Tensor) -> None:
+    """A tensor of this dtype where the policy is."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is {type(tensor).__name__}, but must be a tensor")
-    short = str(dtype).removeprefix("torch.")
     if tensor.dtype != dtype:
-        remedy = "deltas are exact for bfloat16 only, so convert before" if dtype == torch.bfloat16 else ""
-        remedy = remedy or "pass what encode_delta returned, or a torch.int8 buffer as out"
-        raise ValueError(f"{name} has dtype {tensor.dtype}, but must be {short}; {remedy}")
+        exact = "deltas are exact for bfloat16 only, so convert before"
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}, but must be {dtype}; "
+            + (exact if dtype == torch.bfloat16 else "pass what encode_delta returned")
+        )
     if tensor.device != like.device:
         raise ValueError(
             f"{name} is on {tensor.device}, but must be where policy is, on {like.device}; "
             f"pass {name}.to({str(like.device)!r})"
         )
-    if shape is not None and tensor.shape != shape:
+
+
+def _check_shape(name: str, tensor: Tensor, policy: Tensor) -> None:
+    if tensor.shape != policy.shape:
         raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, but must have that of policy, {list(shape)}; "
+            f"{name} has shape {list(tensor.shape)}, but must have that of policy, {list(policy.shape)}; "
             "pass tensors of one parameter"
-        )
-    if shape is None and tensor.ndim != 1:
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, but must be [k]; pass what encode_delta returned"
         )
 
 
@@ -101,7 +101,7 @@ def _check_policy(policy: object, backend: str) -> None:
     check_name(backend)
     if not isinstance(policy, Tensor):
         raise ValueError(f"policy is {type(policy).__name__}, but must be a tensor")
-    _check("policy", policy, torch.bfloat16, policy, policy.shape)
+    _check("policy", policy, torch.bfloat16, policy)
     if policy.numel() > LARGEST:
         raise ValueError(
             f"policy has {policy.numel()} elements, but must have at most {LARGEST}, which int32 counts; "
@@ -110,11 +110,12 @@ def _check_policy(policy: object, backend: str) -> None:
 
 
 def _check_out(out: Tensor, dtype: torch.dtype, policy: Tensor) -> None:
-    _check("out", out, dtype, policy, policy.shape)
+    _check("out", out, dtype, policy)
+    _check_shape("out", out, policy)
     if not out.is_contiguous():
         raise ValueError(
             f"out has strides {list(out.stride())}, but must be contiguous; pass torch.empty(policy.shape, "
-            f"dtype={dtype}) or a slice of a flat buffer"
+            f"dtype={dtype}) or a view of a flat buffer"
         )
 
 
@@ -133,7 +134,8 @@ def encode_delta(
     Raises ValueError for everything else.
     """
     _check_policy(policy, backend)
-    _check("reference", reference, torch.bfloat16, policy, policy.shape)
+    _check("reference", reference, torch.bfloat16, policy)
+    _check_shape("reference", reference, policy)
     if out is None:
         out = torch.empty(policy.shape, dtype=torch.int8, device=policy.device)
     _check_out(out, torch.int8, policy)
@@ -153,9 +155,15 @@ def decode_delta(
     Raises ValueError for tensors that do not belong together.
     """
     _check_policy(policy, backend)
-    _check("delta.difference", delta.difference, torch.int8, policy, policy.shape)
-    _check("delta.index", delta.index, torch.int32, policy, None)
-    _check("delta.value", delta.value, torch.bfloat16, policy, delta.index.shape)
+    _check("delta.difference", delta.difference, torch.int8, policy)
+    _check_shape("delta.difference", delta.difference, policy)
+    _check("delta.index", delta.index, torch.int32, policy)
+    _check("delta.value", delta.value, torch.bfloat16, policy)
+    if delta.index.ndim != 1 or delta.value.shape != delta.index.shape:
+        raise ValueError(
+            f"delta.index and delta.value have shapes {list(delta.index.shape)} and {list(delta.value.shape)}, but "
+            "must both be [k]; pass what encode_delta returned"
+        )
     if out is None:
         out = torch.empty(policy.shape, dtype=torch.bfloat16, device=policy.device)
     _check_out(out, torch.bfloat16, policy)
