@@ -180,10 +180,12 @@ class ForwardPass:
         To be put around one checkpointed block, whose input x is.
         """
 
+        known = _identity(x)  # and not x: autograd keeps hooks as long as what they packed
+
         def pack(tensor: Tensor) -> Tensor | _Input:
-            if tensor.shape != x.shape or _storage(tensor) != _storage(x):
+            if _identity(tensor) != known:
                 return tensor
-            sent = self._store.send(tensor, None if self._last is None else self._last())
+            sent = self._store.send(tensor.detach(), None if self._last is None else self._last())
             self._last = weakref.ref(sent)
             return sent
 
@@ -194,6 +196,6 @@ def _unpack(packed: Tensor | _Input) -> Tensor:
     return packed.fetch() if isinstance(packed, _Input) else packed
 
 
-def _storage(tensor: Tensor) -> int:
-    """What tells memory apart, also where there is no data."""
-    return tensor.untyped_storage()._cdata
+def _identity(tensor: Tensor) -> tuple[int, torch.Size]:
+    """What tells tensors apart, also those without data."""
+    return tensor.untyped_storage()._cdata, tensor.shape

@@ -1,0 +1,115 @@
+"""One block of STDiT3 with its inputs, and counters of the memory and the arithmetic that it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from vpo_kernels.attention import TextPlan, plan_text
+
+from vpo_engine.config import Recompute
+from vpo_engine.memory.checkpointing import checkpointed
+from vpo_engine.models.opensora.blocks import Block, rotary_tables
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def flops() -> FlopCounterMode:
+    """Counts the CPU's attention as torch counts the GPU's: two products forward, five backward."""
+    mapping = {
+        FLASH: lambda q, k, v, *_, **__: 2 * 2 * math.prod(q) * k[-2],
+        FLASH_BACKWARD: lambda grad, q, k, v, *_, **__: 5 * 2 * math.prod(q) * k[-2],
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+@dataclass
+class Case:
+    """One block with its inputs."""
+
+    temporal: bool
+    B: int = 2
+    T: int = 3
+    S: int = 20
+    C: int = 32
+    H: int = 4
+    lengths: tuple[int, ...] = (5, 5)
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.N, self.L, self.M = self.B * self.T * self.S, sum(self.lengths), 4 * self.C
+        self.block = Block(self.C, self.H, self.M, self.temporal).to(self.dtype)
+        shape = (self.B, self.T, self.S, self.C)
+        self.x = torch.randn(shape, dtype=self.dtype, requires_grad=True)
+        self.text = torch.randn(self.L, self.C, dtype=self.dtype, requires_grad=True)
+        self.time = torch.randn(self.B, 1, 6, self.C, dtype=self.dtype, requires_grad=True)
+        frequencies = 1.0 / 10000 ** (torch.arange(0, self.C // self.H, 2) / (self.C // self.H))
+        self.rope = rotary_tables(frequencies, self.T, self.dtype)
+        self.plan: TextPlan = plan_text(
+            self.lengths,
+            queries=self.T * self.S,
+            device=self.x.device,
+            dtype=self.dtype,
+            head_dim=self.C // self.H,
+        )
+
+    @property
+    def attended(self) -> int:
+        """Pairs of a query and a key: within a frame or along time, and between video and text."""
+        own = self.T if self.temporal else self.S
+        return self.N * own + self.T * self.S * self.L
+
+    def forward(self, recompute: Recompute, parts: int = 1) -> Tensor:
+        inputs = (self.x, self.text, self.plan, self.time, self.rope, parts)
+        return checkpointed(self.block, *inputs, recompute=recompute)
+
+    def outcome(self, recompute: Recompute, parts: int = 1) -> list[Tensor]:
+        """Prediction and gradients."""
+        out = self.forward(recompute, parts)
+        out.square().sum().backward()
+        return [out.detach(), *self.gradients()]
+
+    def shared(self) -> list[Tensor]:
+        """What is there anyway: the input, and what all blocks share."""
+        return [self.x, self.text, self.time, *self.rope, *self.block.parameters()]
+
+    def gradients(self) -> list[Tensor]:
+        wanted = [self.x, self.text, self.time, *self.block.parameters()]
+        found = []
+        for tensor in wanted:
+            assert tensor.grad is not None
+            found.append(tensor.grad)
+            tensor.grad = None
+        return found
+
+
+class Storages(TorchDispatchMode):
+    """Every storage that operators make, to see which are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._made.append((StorageWeakRef(storage), storage.nbytes()))
+        return out
+
+    def alive(self, besides: Iterable[Tensor]) -> int:
+        """Bytes, each storage once."""
+        known = {tensor.untyped_storage()._cdata for tensor in besides}
+        held = {ref.cdata: size for ref, size in self._made if not ref.expired()}
+        return sum(size for storage, size in held.items() if storage not in known)

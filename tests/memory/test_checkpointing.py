@@ -1,0 +1,163 @@
+"""Checkpointing policies of STDiT3's blocks: the same bits, and exactly the bytes and FLOPs that each should cost."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any, get_args
+
+import pytest
+import torch
+from block_case import FLASH, Case, Storages, flops
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vpo_engine.config import Recompute
+from vpo_engine.memory.checkpointing import ATTENTION, PRODUCTS, Activations, checkpointed
+
+POLICIES: tuple[Recompute, ...] = get_args(Recompute)
+LENGTHS = {"dense": (5, 5), "masked": (5, 4), "runs": (7, 2)}
+
+
+def kept_values(case: Case, recompute: Recompute, parts: int) -> int:
+    """Values that a block's graph holds between forward and backward, beside its input and what all blocks share.
+
+    N video tokens of B samples, L text tokens of all samples, C channels, M hidden ones of the MLP, H heads.
+    """
+    N, C, H, L, M, B = case.N, case.C, case.H, case.L, case.M, case.B
+    attentions = 2 * (N * C + N * H)  # results, and a log-sum-exp per query and head
+    products = 3 * N * C + N * C + N * C + 2 * L * C + N * C  # qkv, proj; q, kv, proj
+    norm = N * C + 2 * N + N * C + B * C  # normed, mean and rstd, modulated; 1 + scale
+    if recompute == "block":
+        return 0
+    if recompute == "all_but_attention":
+        return attentions
+    if recompute == "pointwise":
+        return attentions + products + (N * M + N * C if parts == 1 else 0)
+    heads = 2 * (N * H + N * C + N * C)  # of q and of k: rstd, normed, times its weight (and turned)
+    residuals = 2 * N * C  # after each attention
+    unneeded = N * C  # the cross-attention's projection is only added
+    whole = 6 * B * C + norm + products - unneeded + heads + attentions + residuals
+    return whole + (norm + 2 * N * M + N * C if parts == 1 else 0)
+
+
+def spent_flops(case: Case, recompute: Recompute, parts: int) -> int:
+    """Of one forward and one backward pass, by products of matrices."""
+    N, C, L, M = case.N, case.C, case.L, case.M
+    mlp = 2 * N * 2 * C * M
+    linear = 2 * N * 6 * C * C + 2 * L * 2 * C * C + mlp
+    attention = 2 * 2 * case.attended * C
+    nothing = 3 * linear + attention + 5 * attention // 2
+    again = {"nothing": 0, "pointwise": 0, "all_but_attention": linear, "block": linear + attention}[
+        recompute
+    ]
+    if parts > 1 and recompute in ("nothing", "pointwise"):
+        again += mlp
+    return nothing + again
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("recompute", POLICIES)
+@pytest.mark.parametrize("temporal", [False, True], ids=["spatial", "temporal"])
+def test_bytes_and_flops_are_the_closed_forms(temporal: bool, recompute: Recompute, parts: int) -> None:
+    for case in (
+        Case(temporal),
+        Case(temporal, B=1, T=2, S=12, C=64, H=2, lengths=(3,), dtype=torch.float64),
+    ):
+        with flops() as counter, Storages() as storages:
+            out = case.forward(recompute, parts)
+            held = storages.alive(besides=[out, *case.shared()])
+            out.sum().backward()
+        assert held == kept_values(case, recompute, parts) * case.x.element_size()
+        assert counter.get_total_flops() == spent_flops(case, recompute, parts)
+
+
+@pytest.mark.parametrize("recompute", POLICIES[1:])
+@pytest.mark.parametrize("way", LENGTHS)
+@pytest.mark.parametrize("temporal", [False, True], ids=["spatial", "temporal"])
+def test_every_policy_gives_the_same_bits(temporal: bool, way: str, recompute: Recompute) -> None:
+    for dtype in (torch.float32, torch.float64):
+        case = Case(temporal, lengths=LENGTHS[way], dtype=dtype)
+        assert case.plan.way == way
+        expected, found = case.outcome("nothing"), case.outcome(recompute)
+        assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("recompute", POLICIES[1:])
+def test_autocast_is_the_same_when_computed_again(recompute: Recompute, parts: int) -> None:
+    case = Case(temporal=True)
+    results = []
+    for policy in ("nothing", recompute):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = case.forward(policy, parts)
+        out.square().sum().backward()
+        results.append([out.detach(), *case.gradients()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[op] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("recompute", "times"), [*zip(POLICIES, (1, 1, 1, 2), strict=True)])
+def test_the_short_attention_kernel_counts_as_attention(recompute: Recompute, times: int) -> None:
+    operator = torch.ops.vpo_kernels.temporal_attention
+    weight = torch.randn(8, 8, requires_grad=True)
+
+    def attend(x: Tensor) -> Tensor:
+        q = (x @ weight).sin()
+        return operator(q, q, q).square()
+
+    with Calls() as calls:
+        checkpointed(attend, torch.randn(6, 3, 2, 8), recompute=recompute).sum().backward()
+    assert calls.count[operator.default] == times
+
+
+def test_cpu_attention_runs_once_unless_the_block_is_computed_again() -> None:
+    for recompute, times in zip(POLICIES, (2, 2, 2, 4), strict=True):
+        with Calls() as calls:
+            Case(temporal=False).forward(recompute).sum().backward()
+        assert calls.count[FLASH.default] == times, recompute
+
+
+def test_the_operators_that_are_kept_exist() -> None:
+    ours = [name for name in (*PRODUCTS, *ATTENTION) if re.match("aten|torch_attn|vpo_kernels", name)]
+    assert len(ours) >= 10
+    for name in ours:
+        namespace, operator = name.split("::")
+        assert hasattr(getattr(getattr(torch.ops, namespace), operator), "default"), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_without_grad_nothing_is_kept(recompute: Recompute) -> None:
+    case = Case(temporal=False)
+    with Storages() as storages:
+        out = case.forward(recompute)
+    assert storages.alive(besides=[out, *case.shared()]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"recompute": "everything"},
+            "recompute='everything' is unknown; it must be one of: nothing, pointwise",
+        ),
+        ({"mlp_chunks": 0}, "mlp_chunks=0 must be at least 1"),
+        ({"offload": True}, "offload=True sends .* recompute='nothing' keeps many times as much"),
+        ({"offload": True, "recompute": "pointwise"}, "set recompute to all_but_attention or block"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Activations(**settings)
