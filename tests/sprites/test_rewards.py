@@ -18,6 +18,7 @@ from vpo_engine.data.sprites.damage import (
     damaged,
     mismatched_captions,
     sample_clean,
+    sample_destroyed,
     sample_wrecks,
 )
 from vpo_engine.data.sprites.measure import measure
@@ -254,6 +255,13 @@ def decoded_wrecks(wrecks):
 def test_destroyed_clips_are_bad_in_every_dimension(scorer, wrecks):
     found = escapes(scorer, wrecks.videos, wrecks.captions)
     assert sum(found.values()) <= 0.002 * len(wrecks), found
+
+
+def test_destroyed_clips_that_chance_leaves_alike_to_sprites_are_few(scorer):
+    """``sample_destroyed`` has such clips, tiles that hold the whole sprite above all; 6 of 2034 pass the reward."""
+    clips = sample_destroyed(2 * 1017, seeded(HELD_OUT_SEED + 1))
+    found = escapes(scorer, clips.videos, clips.captions)
+    assert sum(found.values()) <= 0.01 * len(clips), found
 
 
 def test_destroyed_clips_out_of_the_autoencoder_are_bad_too(scorer, wrecks):

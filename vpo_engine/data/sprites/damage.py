@@ -279,7 +279,7 @@ def sample_wrecks(count: int, generator: torch.Generator, kinds: Sequence[str] =
     """Destroyed clips as of ``sample_destroyed``, ``kinds`` in turn, every one of them beyond mistaking.
 
     Tiles in disorder of which one still shows over half of the sprite, and overlaid sprites of which one covers
-    the others, are drawn again. What rewards learn to refuse, and are tested on.
+    the others, are drawn again. What rewards learn to refuse; they are tested on ``sample_destroyed``.
     """
     turn = [kinds[row % len(kinds)] for row in range(count)]
     order = sorted(range(count), key=lambda row: turn[row])

@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpo_engine.data.sprites.damage import DESTRUCTIONS, KINDS, damaged, mismatched_captions, sample_wrecks
+from vpo_engine.data.sprites.damage import (
+    DESTRUCTIONS,
+    KINDS,
+    damaged,
+    mismatched_captions,
+    sample_destroyed,
+    sample_wrecks,
+)
 from vpo_engine.data.sprites.descent import Descent
 from vpo_engine.data.sprites.world import SIZE, Attributes
 from vpo_engine.rewards.sprites import (
@@ -288,7 +295,7 @@ def _report(
 ) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     trip: RoundTrip = round_trip or (lambda videos: videos)
-    wrecks = sample_wrecks(count, generator)
+    wrecks = sample_destroyed(count, generator)
     destroyed = scorer.score(trip(wrecks.videos), wrecks.captions)
     worst = torch.stack([*destroyed.values()]).amax(0)
     clean = damaged(Attributes.draw(count, generator), torch.zeros(count, len(KINDS)), generator)
