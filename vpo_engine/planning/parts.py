@@ -1,0 +1,158 @@
+"""The parts of a run as fake tensors: built from configurations alone, no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Idefics2Config, T5Config, T5EncoderModel
+
+from vpo_engine.build import DTYPES
+from vpo_engine.config import Config
+from vpo_engine.data.sprites.assets import GEOMETRY, WEIGHTS
+from vpo_engine.data.sprites.pretrain import FLOW
+from vpo_engine.memory.checkpointing import Activations
+from vpo_engine.models.opensora.checkpoint import load_config
+from vpo_engine.models.opensora.geometry import pixel_size
+from vpo_engine.models.opensora.model import Geometry, OpenSora
+from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.planning.tracker import Tracker
+from vpo_engine.protocols import TextEmbedding
+from vpo_engine.rewards.videoscore import VideoScoreNetwork
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+STDIT3_XL2: dict[str, Any] = {"freeze_y_embedder": True}
+"""hpcai-tech/OpenSora-STDiT-v3, where it differs from the class's defaults."""
+
+VAE_V1_2: dict[str, Any] = {
+    "scale": [3.85, 2.32, 2.33, 3.06],
+    "shift": [-0.10, 0.34, 0.27, 0.98],
+    "vae_2d": {"from_pretrained": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"},
+    "vae_temporal": {"type": "VAE_Temporal_SD"},
+}
+"""hpcai-tech/OpenSora-VAE-v1.2."""
+
+T5_V1_1_XXL: dict[str, Any] = {
+    "d_ff": 10240,
+    "d_kv": 64,
+    "d_model": 4096,
+    "feed_forward_proj": "gated-gelu",
+    "num_heads": 64,
+    "num_layers": 24,
+    "tie_word_embeddings": False,
+    "vocab_size": 32128,
+}
+"""DeepFloyd/t5-v1_1-xxl."""
+
+IDEFICS2_8B: dict[str, Any] = {
+    "text_config": {"model_type": "mistral", "vocab_size": 32003, "max_position_embeddings": 32768},
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 980,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
+}
+"""TIGER-Lab/VideoScore, whose trunk has the sizes of HuggingFaceM4/idefics2-8b."""
+
+
+@dataclass
+class Assumed:
+    """Published sizes that stand for files which are not here."""
+
+    notes: list[str] = field(default_factory=list)
+
+    def config(self, folder: Path | None, published: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """``folder``'s config.json, else the published one, with a note."""
+        if folder is not None and (folder / "config.json").is_file():
+            return load_config(folder)
+        self.notes.append(f"{folder} has no config.json here: sizes of {name}")
+        return dict(published)
+
+
+class PlannedModel(OpenSora):
+    """The video model without weights: on the meta device until it is given fake tensors."""
+
+    def materialise(self, tracker: Tracker) -> None:
+        """Give it tensors, in FakeTensorMode. (Module.to cannot exchange fake parameters.)"""
+        self._device = CPU
+        with tracker.making("weights"):
+            materialise(self.network)
+        with tracker.making("vae"):
+            materialise(self._vae, self._dtype)
+
+
+class _NoText:
+    """Embeddings are given to the model directly."""
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        raise AssertionError
+
+    def __call__(self, prompts: Sequence[str]) -> TextEmbedding:
+        raise AssertionError
+
+
+def build_model(config: Config, assumed: Assumed, frames: int, depth: int | None) -> PlannedModel:
+    """Policy and VAE at ``frames`` frames; ``depth`` other than the configured one is for extrapolation."""
+    settings = config.model
+    if settings.kind == "sprites":
+        network_config = load_config(settings.policy or WEIGHTS / "policy")
+        vae_config, geometry, flow = load_config(WEIGHTS / "vae"), GEOMETRY, FLOW
+    else:
+        network_config = assumed.config(settings.policy, STDIT3_XL2, "STDiT3-XL/2")
+        vae_config = assumed.config(settings.vae, VAE_V1_2, "OpenSora-VAE-v1.2")
+        geometry = Geometry(*pixel_size(settings.resolution, settings.aspect), frames, settings.fps)
+        flow = RectifiedFlow(use_timestep_transform=True)
+    if depth is not None:
+        network_config["depth"] = depth
+    with META:
+        network, vae = STDiT3.from_config(network_config), OpenSoraVAE.from_config(vae_config)
+    memory = config.memory
+    network.activations = Activations(memory.recompute, memory.offload, memory.mlp_chunks)
+    dtype = DTYPES[settings.dtype]
+    return PlannedModel(network, vae, _NoText(), geometry, flow, device=META, dtype=dtype)
+
+
+def build_reward_network(config: Config, assumed: Assumed) -> VideoScoreNetwork | None:
+    """VideoScore's network; None for the sprites reward, which is negligible."""
+    if config.reward.kind == "sprites":
+        return None
+    fields = assumed.config(config.reward.path, IDEFICS2_8B, "VideoScore (Idefics2-8B)")
+    with META:
+        network = VideoScoreNetwork(Idefics2Config.from_dict(fields))
+    return network.eval().requires_grad_(False)
+
+
+def build_text_encoder(config: Config, assumed: Assumed) -> T5EncoderModel:
+    if config.model.kind == "sprites":
+        fields = load_config(WEIGHTS / "text_encoder")
+    else:
+        fields = assumed.config(config.model.text_encoder, T5_V1_1_XXL, "T5 v1.1 XXL")
+    with META:
+        encoder = T5EncoderModel(T5Config(**fields))
+    return encoder.eval().requires_grad_(False)
+
+
+def materialise(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """CPU tensors in place of those on the meta device, floats in ``dtype``; shared ones stay shared."""
+    made: dict[int, Any] = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                    empty = torch.empty(tensor.shape, dtype=kind, device=CPU)
+                    parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+                held[name] = made[id(tensor)]

@@ -1,0 +1,246 @@
+"""One step of Algorithm 1 under fake tensors: its phases, with what they allocate and compute.
+
+The objects are the engine's own: network, objective, optimizer, reference, sampler and VAE; only weights and values
+are missing. Tensors lie on the CPU of FakeTensorMode, so a plan is the same on every machine; where a GPU is planned
+for, ``gpu_rules`` brings its autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vpo_engine.config import Config
+from vpo_engine.memory.offload import OffloadedInputs, PlainCopies
+from vpo_engine.memory.optimizer import PolicyOptimizer
+from vpo_engine.memory.rounding import hold_in_bfloat16
+from vpo_engine.models.lora import inject_adapter
+from vpo_engine.models.opensora.text import MAX_LENGTH
+from vpo_engine.objectives.dpo import DPO, PreferenceBatch
+from vpo_engine.planning.gpu_rules import as_on_gpu
+from vpo_engine.planning.parts import (
+    DTYPES,
+    Assumed,
+    build_model,
+    build_reward_network,
+    build_text_encoder,
+    materialise,
+)
+from vpo_engine.planning.tracker import Phase, Tracker
+from vpo_engine.protocols import ReferenceStore, TextEmbedding
+from vpo_engine.reference.store import build_reference
+from vpo_engine.rewards.videoscore import VideoScoreNetwork, frame_indices
+
+PhaseName = Literal["text", "rollout", "decode", "reward", "update", "optimizer", "refresh"]
+PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
+
+TEXT_BATCH = 16
+"""Prompts that the text encoder takes at once (vpo_engine/data/text_source.py)."""
+
+QUESTION_TOKENS, TOKENS_AROUND_A_FRAME = 400, 3
+"""VideoScore's question with a long caption; boundaries and space of a frame."""
+
+SHORTEST, LONGEST = 378, 980
+"""Edges to which VideoScore's preprocessor_config.json resizes frames."""
+
+
+@dataclass
+class Trace:
+    """A traced step.
+
+    phases: what each did once. times: how often a step does that, with a fraction for what not every step does, and
+    0 for the text, which is encoded before the first. notes: what was assumed.
+    """
+
+    tracker: Tracker
+    phases: dict[PhaseName, Phase] = field(default_factory=dict)
+    times: dict[PhaseName, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    trained: int = 0
+
+
+def trace_step(
+    config: Config, *, on_gpu: bool, processes: int = 1, frames: int | None = None, depth: int | None = None
+) -> Trace:
+    """Trace one process's part in a step; ``frames`` and ``depth`` (of the network) other than configured."""
+    return _Tracing(config, on_gpu, processes, frames or config.model.num_frames, depth).run()
+
+
+class _HostCopies(PlainCopies):
+    """Copies whose host side is told apart."""
+
+    def __init__(self, device: torch.device, tracker: Tracker) -> None:
+        super().__init__(device)
+        self._tracker = tracker
+
+    def host_like(self, tensor: Tensor) -> Tensor:
+        with self._tracker.making("host"):
+            return super().host_like(tensor)
+
+
+class _Tracing:
+    """The fake step in the making."""
+
+    def __init__(self, config: Config, on_gpu: bool, processes: int, frames: int, depth: int | None) -> None:
+        self._config, self._on_gpu = config, on_gpu
+        self._pairs = max(1, config.pairs_per_step // processes)
+        assumed = Assumed()
+        self._model = build_model(config, assumed, frames, depth)
+        self._reward = build_reward_network(config, assumed)
+        self._text_encoder = build_text_encoder(config, assumed)
+        self._tracker = Tracker(scratch=on_gpu)
+        self._trace = Trace(self._tracker, notes=assumed.notes)
+
+    def run(self) -> Trace:
+        with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(self._on_gpu), self._tracker:
+            self._build()
+            self._text()
+            latents, text = self._candidates()
+            self._rollout(latents, text)
+            self._score(latents)
+            self._update(latents, text)
+        return self._trace
+
+    @contextmanager
+    def _phase(self, name: PhaseName, times: float) -> Iterator[None]:
+        with self._tracker.making("activations"), self._tracker.phase() as phase:
+            yield
+        self._trace.phases[name], self._trace.times[name] = phase, times
+
+    # --- parts ---------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        """Policy, VAE, reward model, reference, optimizer with its state, as they are after the first step."""
+        config, tracker, network = self._config, self._tracker, self._model.network
+        self._model.materialise(tracker)
+        if config.model.lora is not None:
+            inject_adapter(network, config.model.lora, config.seed)
+        hold_in_bfloat16(network, config.memory.weights, DTYPES[config.model.dtype])
+        tracker.label([*network.parameters(), *network.buffers()], "weights")
+        network.register_forward_pre_hook(_without_mask)
+        network._offloaded = OffloadedInputs(lambda tensor: _HostCopies(tensor.device, tracker))
+        if self._reward is not None:
+            self._build_reward(self._reward)
+        with tracker.making("reference"):
+            self._reference: ReferenceStore = build_reference(config.reference.storage, network)
+        trained = [p for p in network.parameters() if p.requires_grad]
+        self._trace.trained = sum(p.numel() for p in trained)
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._label_gradient)
+        self._optimizer = PolicyOptimizer(
+            trained, config.optimizer, config.memory, seed=config.seed, following=self._reference.following
+        )
+        with tracker.making("optimizer"):
+            self._optimizer.begin(config.optimizer.lr)
+            torch.stack([parameter.sum() for parameter in trained]).sum().backward()
+            self._optimizer.step()
+        tracker.label(self._optimizer.state_dict().values(), "optimizer")
+        self._trained = trained
+
+    def _build_reward(self, network: VideoScoreNetwork) -> None:
+        with self._tracker.making("reward"):
+            materialise(network.model, torch.bfloat16 if self._on_gpu else torch.float32)
+            materialise(network)
+        bits = self._config.reward.bits
+        if bits < 16:
+            for module in network.model.modules():
+                if isinstance(module, nn.Linear):
+                    self._tracker.resize(module.weight, module.weight.numel() * bits // 8)
+
+    def _label_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._tracker.label([parameter.grad], "gradients")
+
+    def _candidates(self) -> tuple[Tensor, TextEmbedding]:
+        """Latents of a step's candidates, text of its prompts: captions of the greatest length."""
+        network, latent = self._model.network.settings, self._model.latent_shape
+        with self._tracker.making("other"):
+            latents = torch.empty(self._pairs * self._config.rollout.candidates, *latent)
+            embeddings = torch.empty(
+                self._pairs, network.model_max_length, network.caption_channels, dtype=self._text_dtype()
+            )
+        return latents, TextEmbedding(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool))
+
+    def _text_dtype(self) -> torch.dtype:
+        return DTYPES[self._config.model.dtype]
+
+    # --- phases --------------------------------------------------------------------------------------------
+
+    def _text(self) -> None:
+        encoder, length = self._text_encoder, min(MAX_LENGTH, self._model.network.settings.model_max_length)
+        with self._phase("text", 0.0), torch.no_grad():
+            with self._tracker.making("text encoder"):
+                materialise(encoder, self._text_dtype())
+            ids = torch.zeros(TEXT_BATCH, length, dtype=torch.int64)
+            encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
+            del encoder, self._text_encoder
+
+    def _rollout(self, latents: Tensor, text: TextEmbedding) -> None:
+        """One call of the network, which a step makes for every sampling step."""
+        rollout = self._config.rollout
+        rows = min(rollout.rows or len(latents), len(latents))
+        network = self._model.network if rollout.source == "policy" else self._reference
+        row_text = text.repeat_interleave(rollout.candidates)[:rows]
+        with self._phase("rollout", len(latents) / rows * rollout.steps):
+            self._model.sample(network, latents[:rows], row_text, steps=1, guidance=rollout.guidance)
+
+    def _score(self, latents: Tensor) -> None:
+        rows = min(self._config.rollout.rows or len(latents), len(latents))
+        with self._phase("decode", len(latents) / rows):
+            video = self._model.decode(latents[:rows])
+        if self._reward is None:
+            return
+        settings, network = self._config.reward, self._reward
+        at_once = min(settings.rows, rows)
+        frames = len(frame_indices(video.shape[1], settings.max_frames))
+        height, width = _processed(*video.shape[2:4])
+        slots = network.model.config.perceiver_config.resampler_n_latents
+        tokens = QUESTION_TOKENS + frames * (slots + TOKENS_AROUND_A_FRAME)
+        self._tracker.answer = lambda: at_once * frames * slots
+        with self._phase("reward", len(latents) / at_once), torch.no_grad():
+            ids = torch.zeros(at_once, tokens, dtype=torch.int64)
+            network(ids, torch.full((at_once,), tokens), torch.empty(at_once, frames, 3, height, width))
+        self._tracker.answer = lambda: 1.0
+
+    def _update(self, latents: Tensor, text: TextEmbedding) -> None:
+        config, draws = self._config, self._config.objective.draws
+        total = self._pairs * draws
+        rows = min(config.objective.rows or total, total)
+        objective = DPO(
+            self._model,
+            config.objective.model_copy(update={"draws": 1, "rows": None}),
+            config.rollout.guidance,
+            config.seed,
+            config.memory.sequential,
+        )
+        self._optimizer.begin(config.optimizer.lr)
+        if rows < total:  # the pass that counts adds to the gradients of those before it
+            for parameter in self._trained:
+                parameter.grad = torch.empty_like(parameter)
+                self._label_gradient(parameter)
+        which = torch.arange(rows) // draws
+        batch = PreferenceBatch(latents[which], latents[which], text[which], range(rows), total)
+        with self._phase("update", total / rows):
+            objective.step(batch, self._reference)
+        with self._phase("optimizer", 1.0):
+            self._optimizer.step()
+        every = config.reference.refresh_every
+        with self._phase("refresh", 1 / every if every else 0.0):
+            self._reference.refresh(self._model.network)
+
+
+def _without_mask(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Every caption is as long as the longest: a fake mask has no values to read lengths from."""
+    return (*arguments[:3], None, *arguments[4:])
+
+
+def _processed(height: int, width: int) -> tuple[int, int]:
+    from vpo_engine.rewards.videoscore import FrameProcessor
+
+    return FrameProcessor(SHORTEST, LONGEST).output_size(height, width)

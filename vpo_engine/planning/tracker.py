@@ -1,0 +1,208 @@
+"""What a program allocates and computes, counted operator by operator; on fake tensors, without running it.
+
+A ``Tracker`` sees every operator below autograd. It follows storages from their first tensor to their release, and
+adds up floating point operations and bytes read and written. Peaks are worked out afterwards, from the log of
+allocations and releases, so that a storage may be told what it is (a gradient, say) after it was made.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from vpo_engine.planning.flops import FLOPS, SCRATCH
+
+BLOCK = 512
+"""Bytes to a multiple of which the CUDA allocator rounds (c10/cuda/CUDACachingAllocator: kMinBlockSize)."""
+
+Peak = dict[str, int]
+"""Bytes by category at the moment when most are live."""
+
+
+@dataclass
+class Phase:
+    """What happened between two moments: events of the log from ``start`` to ``stop``, and sums over operators.
+
+    flops: of operators with a formula (matrix products, convolutions, attention). traffic: bytes that the others
+    read and write. resident: live storages at the start.
+    """
+
+    start: int
+    stop: int = 0
+    flops: int = 0
+    traffic: int = 0
+    resident: frozenset[int] = frozenset()
+
+
+@dataclass
+class _Storage:
+    size: int
+    category: str
+
+
+@dataclass
+class _Log:
+    storages: list[_Storage] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    """number + 1 when storage ``number`` appears, its negative when it goes."""
+
+
+class Tracker(TorchDispatchMode):
+    """Counts while it is entered, inside of FakeTensorMode if there is one.
+
+    ``answer`` is what a fake tensor's value is taken to be where the program asks for it (``float(loss)``,
+    ``bool(mask.all())``); tensors with a known value give that. ``scratch``: count what GPU kernels take for
+    themselves, too, under the category "workspace".
+    """
+
+    def __init__(self, answer: Callable[[], float] = lambda: 1.0, scratch: bool = False) -> None:
+        super().__init__()
+        self.answer = answer
+        self._scratch = SCRATCH if scratch else {}
+        self._log = _Log()
+        self._numbers: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._category = "other"
+        self._phases: list[Phase] = []
+
+    # --- what storages are ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def making(self, category: str) -> Iterator[None]:
+        """Storages that appear inside are of this category."""
+        before, self._category = self._category, category
+        try:
+            yield
+        finally:
+            self._category = before
+
+    def label(self, tensors: Iterable[Tensor], category: str) -> None:
+        """These tensors' storages are of this category, from the beginning; unknown ones are live from now on."""
+        for tensor in tensors:
+            self._log.storages[self._follow(tensor)].category = category
+
+    def resize(self, tensor: Tensor, size: int) -> None:
+        """A tensor's storage takes ``size`` bytes, from the beginning: its encoding is not that of the fake."""
+        self._log.storages[self._follow(tensor)].size = _rounded(size)
+
+    def live(self, category: str | None = None) -> int:
+        """Bytes that are live now, of one category or of all."""
+        storages = (self._log.storages[number] for number in self._numbers.values())
+        return sum(s.size for s in storages if category in (None, s.category))
+
+    # --- phases --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def phase(self) -> Iterator[Phase]:
+        """The log and the sums from here to the end of the block."""
+        phase = Phase(len(self._log.events), resident=frozenset(self._numbers.values()))
+        self._phases.append(phase)
+        try:
+            yield phase
+        finally:
+            self._phases.remove(phase)
+            phase.stop = len(self._log.events)
+
+    def peak(self, phase: Phase, absent: frozenset[str] = frozenset()) -> Peak:
+        """Bytes by category when their sum is largest in a phase; categories in ``absent`` are not counted."""
+        storages = self._log.storages
+        now: Peak = {}
+        for number in phase.resident:
+            storage = storages[number]
+            if storage.category not in absent:
+                now[storage.category] = now.get(storage.category, 0) + storage.size
+        total = most = sum(now.values())
+        peak = dict(now)
+        rising = False
+        for event in self._log.events[phase.start : phase.stop]:
+            storage = storages[abs(event) - 1]
+            if storage.category in absent:
+                continue
+            size = storage.size if event > 0 else -storage.size
+            if size < 0 and rising:
+                peak, rising = dict(now), False
+            now[storage.category] = now.get(storage.category, 0) + size
+            total += size
+            if total > most:
+                most, rising = total, True
+        return {name: size for name, size in (now if rising else peak).items() if size}
+
+    # --- counting ------------------------------------------------------------------------------------------
+
+    def _follow(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        number = self._numbers.get(key)
+        if number is None:
+            number = len(self._log.storages)
+            self._log.storages.append(_Storage(_rounded(storage.nbytes()), self._category))
+            self._log.events.append(number + 1)
+            self._numbers[key] = number
+            self._references[key] = weakref.ref(storage, lambda _: self._release(key))
+        return number
+
+    def _release(self, key: int) -> None:
+        number = self._numbers.pop(key)
+        del self._references[key]
+        self._log.events.append(-(number + 1))
+
+    def _borrow(self, size: int) -> None:
+        """Memory that an operator takes for itself and gives back."""
+        number = len(self._log.storages)
+        self._log.storages.append(_Storage(_rounded(size), "workspace"))
+        self._log.events += [number + 1, -(number + 1)]
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return self._value(args[0])
+        result = function(*args, **kwargs)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor)
+        self._count(function, args, kwargs, result)
+        return result
+
+    def _value(self, tensor: Tensor) -> Any:
+        known = getattr(tensor, "constant", None)
+        if known is not None:
+            return known.item()
+        if type(tensor) is Tensor:
+            return tensor.item()
+        value = self.answer()
+        return bool(value) if tensor.dtype == torch.bool else value if tensor.is_floating_point() else int(value)
+
+    def _count(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        packet = function._overloadpacket
+        scratch = self._scratch.get(packet)
+        if scratch is not None:
+            self._borrow(scratch(*args, **kwargs))
+        if not self._phases:
+            return
+        formula = FLOPS.get(packet)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=result)
+            for phase in self._phases:
+                phase.flops += flops
+        elif not function.is_view:
+            traffic = sum(_touched(value) for value in tree_iter((args, kwargs, result)))
+            for phase in self._phases:
+                phase.traffic += traffic
+
+
+def _rounded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _touched(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
