@@ -124,7 +124,8 @@ class RewardConfig(Section):
     rows: int = Field(4, ge=1)
     """Videos that videoscore scores at once."""
     bits: Literal[16, 8, 4] = 16
-    """Of videoscore's matrices, by bitsandbytes; scores move by rounding."""
+    """Of the matrices behind videoscore's vision tower, by bitsandbytes: 15.4, 8.2 or 5.1 GiB in all; scores move by
+    rounding."""
     dimensions: tuple[str, ...] = ("temporal_consistency",)
     """One dimension, several (their average) or "global" (the average of all). The paper's best row is
     temporal consistency alone (Table 4b)."""

@@ -26,6 +26,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Idefics2Config, Idefics2Model
 
+from vpo_engine.rewards.quantize import Bits, check_bits, quantise
+
 DIMENSIONS = (
     "visual_quality",
     "temporal_consistency",
@@ -181,20 +183,24 @@ class VideoScore:
         device: torch.device | str = "cpu",
         max_frames: int = 16,
         batch_size: int = 4,
+        bits: Bits = 16,
     ) -> VideoScore:
         """Load a local folder in the published layout; nothing is downloaded.
 
         Read are config.json, preprocessor_config.json, tokenizer.json and model.safetensors, or the shards
-        that model.safetensors.index.json names. ``dtype`` is the trunk's. FileNotFoundError for a missing
-        file, ValueError for files of another model.
+        that model.safetensors.index.json names. ``dtype`` is the trunk's. ``bits`` 8 or 4 quantises the matrices of
+        the language model and of the connector as they are read; the vision tower, in front of everything and a
+        twentieth of the weights, the embeddings and the head stay as they are. FileNotFoundError for a missing file,
+        ValueError for files of another model.
         """
+        check_bits(bits)
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder at {folder}; {REMEDY}")
         config = _read_config(folder)
         processor = _read_processor(folder)
         tokenizer = _read_tokenizer(folder, config)
-        network = _read_network(folder, config, dtype, torch.device(device))
+        network = _read_network(folder, config, dtype, torch.device(device), bits)
         return cls(network, tokenizer, processor, max_frames=max_frames, batch_size=batch_size)
 
     @torch.no_grad()
@@ -363,21 +369,35 @@ def _check_weights(network: nn.Module, files: Sequence[Path]) -> None:
 
 
 def _read_network(
-    folder: Path, config: Idefics2Config, dtype: torch.dtype, device: torch.device
+    folder: Path, config: Idefics2Config, dtype: torch.dtype, device: torch.device, bits: Bits
 ) -> VideoScoreNetwork:
     """The network, its weights read straight onto the device: the trunk in ``dtype``, the head in float32."""
     files = _weight_files(folder)
     with torch.device("meta"):
         network = VideoScoreNetwork(config)
     _check_weights(network, files)
+    layers = _quantised_layers(network) if bits != 16 else {}
     weights: dict[str, Tensor] = {}
     for path in files:
         with _opened(path, device) as archive:
             for key in archive.keys():  # noqa: SIM118
                 kept = torch.float32 if key.startswith("score.") else dtype
-                weights[key] = archive.get_tensor(key).to(kept, copy=True)  # out of the mapped file, aligned
+                weight = archive.get_tensor(key).to(kept, copy=True)  # out of the mapped file, aligned
+                if key in layers:
+                    quantise(network, layers[key], weight, bits)
+                else:
+                    weights[key] = weight
     network.load_state_dict(weights, strict=True, assign=True)
     rotary = network.model.text_model.rotary_emb  # its frequencies are computed, not stored
     network.model.text_model.rotary_emb = type(rotary)(config.text_config).to(device)
     assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
     return network
+
+
+def _quantised_layers(network: VideoScoreNetwork) -> dict[str, str]:
+    """{name of a weight: name of its layer} of what is held in fewer bits."""
+    return {
+        f"{name}.weight": name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(("model.text_model.", "model.connector."))
+    }

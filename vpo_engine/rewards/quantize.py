@@ -1,0 +1,73 @@
+"""Linear layers with weights of 8 or 4 bits, for networks that are only evaluated.
+
+The weights are quantised by bitsandbytes (8 bits: one scale a row; 4 bits: NF4 of QLoRA, arXiv 2305.14314, one scale
+per 64 weights) and dequantised to the input's type for an ordinary matrix product. bitsandbytes' own layers would
+quantise activations as well in 8 bits, by other rules on CPUs than on GPUs, which moves scores twice as far. It is
+imported when a layer is made, not before.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Bits = Literal[16, 8, 4]
+_BLOCK = 64
+
+
+class QuantisedLinear(nn.Module):
+    """An ``nn.Linear`` of input [..., K] and output [..., M] over quantised weights; the bias stays as it is.
+
+    codes: int8 [M, K], or uint8 [ceil(M K / 2), 1], two codes a byte. scales: float32 [M], or one per 64 weights.
+    Weights get no gradient; where the input needs one, the dequantised weights are kept for the backward pass.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    levels: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, bits: Bits) -> None:
+        """``weight`` [M, K] in float32, bfloat16 or float16, where the layer is to be."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        from bitsandbytes import functional as bnb
+
+        levels = None
+        if bits == 8:
+            codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        else:
+            assert bits == 4, bits
+            codes, state = bnb.quantize_4bit(weight.contiguous(), blocksize=_BLOCK, quant_type="nf4")
+            scales, levels = state.absmax, state.code
+        for name, tensor in (("codes", codes), ("scales", scales), ("levels", levels)):
+            self.register_buffer(name, tensor, persistent=False)
+        self.bias = bias
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantised weights, [M, K]."""
+        from bitsandbytes import functional as bnb
+
+        if self.levels is None:
+            return bnb.int8_vectorwise_dequant(self.codes, self.scales).to(dtype)
+        shape = torch.Size((self.out_features, self.in_features))
+        state = bnb.QuantState(self.scales, shape, self.levels, _BLOCK, "nf4", dtype)
+        return bnb.dequantize_4bit(self.codes, state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(x.dtype), self.bias)
+
+
+def check_bits(bits: int) -> None:
+    if bits not in get_args(Bits):
+        raise ValueError(f"bits is {bits}, expected 16, 8 or 4")
+
+
+def quantise(network: nn.Module, name: str, weight: Tensor, bits: Bits) -> None:
+    """Put a quantised layer in the place of the nn.Linear ``name`` of the network, with ``weight`` for its weights."""
+    linear = network.get_submodule(name)
+    assert isinstance(linear, nn.Linear), name
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, QuantisedLinear(weight, linear.bias, bits))
