@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import peft
 import pytest
@@ -24,6 +25,7 @@ from vpo_engine.config import Config, LoraConfig
 from vpo_engine.data.sprites.assets import WEIGHTS, load_policy
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.checkpointing import Activations
+from vpo_engine.memory.rounding import hold_in_bfloat16, take_unrounded
 from vpo_engine.models.lora import adapter_parameters, inject_adapter, load_adapter, save_adapter
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.stdit3 import STDiT3
@@ -146,6 +148,35 @@ def test_recomputing_activations_gives_the_same_gradients(network: STDiT3, activ
         network(**inputs()).square().mean().backward()
         gradients.append({name: weight.grad for name, weight in adapter_parameters(network).items()})
     assert same(gradients[0], gradients[1])
+
+
+def test_an_mlp_in_parts_gives_its_adapter_the_same_gradients(network: STDiT3) -> None:
+    inject_adapter(network.double(), LoraConfig(rank=3, targets=("mlp.fc1", "mlp.fc2")), seed=0)
+    disturb(network)
+    gradients = []
+    for network.activations in (Activations(), Activations("block", mlp_chunks=4)):
+        network.zero_grad(set_to_none=True)
+        network(**inputs()).square().mean().backward()
+        gradients.append([weight.grad for weight in adapter_parameters(network).values()])
+    for whole, parts in zip(*gradients, strict=True):
+        assert (parts - whole).norm() <= 1e-12 * whole.norm()  # entries near zero are sums that cancel
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("masters", torch.bfloat16), ("stochastic", torch.float32)])
+def test_base_and_adapter_are_held_in_bfloat16_alike(
+    network: STDiT3, weights: Literal["masters", "stochastic"], dtype: torch.dtype
+) -> None:
+    inject_adapter(network, SETTINGS, seed=0)
+    unrounded = {name: weight.detach().clone() for name, weight in adapter_parameters(network).items()}
+    hold_in_bfloat16(network, weights, dtype)
+    base = load_policy().eval()
+    hold_in_bfloat16(base, weights, dtype)
+    with torch.no_grad():
+        assert torch.equal(network(**inputs()), base(**inputs()))
+    for name, weight in adapter_parameters(network).items():
+        assert weight.dtype == dtype
+        assert torch.equal(weight.float(), unrounded[name])
+        assert torch.equal(take_unrounded(weight), unrounded[name])
 
 
 # where it starts
@@ -324,6 +355,17 @@ def test_a_run_trains_the_adapter_and_leaves_the_base(finished: tuple[Path, Open
     inject_adapter(fresh, LoraConfig(rank=4, alpha=8.0), seed=0)
     moved = [not torch.equal(weight, saved[name]) for name, weight in adapter_parameters(fresh).items()]
     assert all(moved)
+
+
+def test_the_reference_holds_the_adapter_and_shares_the_base(finished: tuple[Path, OpenSora]) -> None:
+    run, model = finished
+    stored = load_file(run / "checkpoints/step_00000004/reference.safetensors")
+    adapter = adapter_parameters(model.network)
+    parameters = dict(model.network.named_parameters())
+    assert {id(parameters[name]) for name in stored if name in parameters} == {
+        id(one) for one in adapter.values()
+    }
+    assert set(stored) - set(parameters) <= set(dict(model.network.named_buffers()))
 
 
 def test_the_margin_is_zero_right_after_a_refresh_and_not_before(finished: tuple[Path, OpenSora]) -> None:
