@@ -37,28 +37,28 @@ T* array(std::uintptr_t address) {
 
 std::int64_t chunks(std::int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
-// Whether one of eight differences is kSpilled, that is 0x80.
-bool any_spilled(const std::int8_t* difference) {
+// Of eight differences, the high bits of the bytes that are kSpilled, that is 0x80.
+std::uint64_t spilled_bytes(const std::int8_t* difference) {
+    constexpr std::uint64_t kHigh = 0x8080808080808080u;
     std::uint64_t bits;
     std::memcpy(&bits, difference, sizeof(bits));
-    bits ^= 0x8080808080808080u;
-    return (bits - 0x0101010101010101u) & ~bits & 0x8080808080808080u;
+    return ~((bits & ~kHigh) + ~kHigh) & bits & kHigh;  // no carry leaves its byte
 }
 
-// Writes the spilled elements in [begin, end), of which there are some, from entry `at` on.
+// Writes the spilled elements in [begin, end) from entry `first` on. Indices come first, so that fetching the values,
+// which have left the caches, does not wait for them one by one.
 void collect(const Delta& delta, const std::int16_t* reference, std::int64_t begin, std::int64_t end,
-             std::int64_t at) noexcept {
-    for (std::int64_t i = begin; i < end;) {
-        if (end - i >= 8 && !any_spilled(delta.difference + i)) {
-            i += 8;
-            continue;
-        }
-        for (const std::int64_t stop = std::min<std::int64_t>(i + 8, end); i < stop; ++i) {
-            if (delta.difference[i] != kSpilled) continue;
-            delta.index[at] = static_cast<std::int32_t>(i);
-            delta.value[at++] = reference[i];
+             std::int64_t first) noexcept {
+    std::int64_t at = first, i = begin;
+    for (; i + 8 <= end; i += 8) {
+        for (std::uint64_t left = spilled_bytes(delta.difference + i); left; left &= left - 1) {
+            delta.index[at++] = static_cast<std::int32_t>(i + __builtin_ctzll(left) / 8);
         }
     }
+    for (; i < end; ++i) {
+        if (delta.difference[i] == kSpilled) delta.index[at++] = static_cast<std::int32_t>(i);
+    }
+    for (std::int64_t j = first; j < at; ++j) delta.value[j] = reference[delta.index[j]];
 }
 
 // Puts the values whose index is in [begin, end) in place. Indices ascend.

@@ -41,8 +41,7 @@ def test_compiles_without_spills_and_with_whole_vectors(
 ) -> None:
     """Per 16 elements of a thread: two 16-byte accesses of each bfloat16 tensor, one of the differences.
 
-    But where their
-    number is no multiple of 16, as that of a layer's weights is, Triton guards each by itself.
+    So where the number of elements is a multiple of 16, as in a layer's weights; else each has a mask of its own.
     """
     for dtype, name in ((torch.int16, "*i16"), (torch.int8, "*i8")):
         monkeypatch.setitem(gate.TYPES, dtype, name)
