@@ -13,6 +13,7 @@ from vpo_engine.build import build_model, build_reward
 from vpo_engine.config import Config, OptimizerConfig
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import learning_rate
+from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import select_pairs
 from vpo_engine.online_vpo import OnlineVPO, Step
@@ -292,6 +293,75 @@ def test_a_gradient_that_is_not_finite_stops_before_the_policy_changes(small: Ma
     with pytest.raises(ValueError, match="the gradient norm is nan at optimizer step 1"):
         run_step(algorithm)
     assert all(torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
+
+
+@pytest.mark.parametrize("weights", ["masters", "stochastic"])
+def test_bfloat16_weights_learn_alike_with_a_copied_and_an_exact_8_bit_reference(
+    small: Make, weights: str
+) -> None:
+    runs = []
+    for storage in ("copy", "exact8"):
+        config = small(
+            f"memory.weights={weights}",
+            f"reference.storage={storage}",
+            "reference.refresh_every=2",
+            "optimizer.lr=1e-4",
+            "reward.dimensions=global",
+        )
+        processes = Processes.start("cpu")
+        model = build_model(config, processes)
+        model.prepare(PROMPTS)
+        hold_in_bfloat16(model.network, config.memory.weights, torch.float32)
+        reference = build_reference(config.reference.storage, model.network)
+        algorithm = OnlineVPO(config, model, ScriptedReward([0.0, 1.0, 2.0, 0.0]), reference, processes)
+        before = [parameter.detach().clone() for parameter in algorithm.parameters]
+        runs.append([run_step(algorithm, number).metrics for number in range(3)])
+        assert all(torch.equal(new.bfloat16().float(), new) for new in algorithm.parameters)
+        assert any(not torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
+    assert runs[0] == runs[1]
+    first, second, third = runs[0]
+    assert first["margin"] == third["margin"] == 0.0 != second["margin"]
+    assert first["grad_norm"] > 0
+
+
+def test_stepping_in_the_backward_pass_is_the_same_run(small: Make) -> None:
+    tie, gap = [1.0] * 4, [0.0, 1.0, 2.0, 0.0]
+    runs = []
+    for early in ("false", "true"):
+        config = small(
+            f"memory.step_in_backward={early}",
+            "optimizer.clip=null",
+            "reference.refresh_every=2",
+            "reward.dimensions=global",
+            "steps=9",
+            "optimizer.warmup_steps=4",
+        )
+        algorithm = make_algorithm(config, ScriptedReward(gap, tie, gap, gap))
+        runs.append((algorithm, [run_step(algorithm, number).metrics for number in range(4)]))
+    (one, first), (other, second) = runs
+    assert first == second
+    assert [row["optimizer_steps"] for row in second] == [1, 1, 2, 3]
+    assert [row["reference_age"] for row in second] == [1, 1, 0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters, other.parameters, strict=True))
+    assert all(parameter.grad is None for parameter in other.parameters)
+
+
+def test_stepping_in_the_backward_pass_without_pairs_changes_nothing(small: Make) -> None:
+    config = small("memory.step_in_backward=true", "optimizer.clip=null", "reward.dimensions=global")
+    algorithm = make_algorithm(config, ScriptedReward([1.0] * 4))
+    before = [parameter.detach().clone() for parameter in algorithm.parameters]
+    metrics = run_step(algorithm).metrics
+    assert (metrics["pairs"], metrics["optimizer_steps"]) == (0, 0)
+    assert "grad_norm" not in metrics
+    assert all(torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
+
+
+def test_stepping_in_the_backward_pass_is_refused_with_several_processes(small: Make) -> None:
+    config = small("memory.step_in_backward=true", "optimizer.clip=null")
+    model = build_model(config, Processes.start("cpu"))
+    two = Processes(0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="excludes 2 processes: each would step by its own gradients"):
+        OnlineVPO(config, model, ScriptedReward([1.0]), build_reference("copy", model.network), two)
 
 
 def test_learning_rate_warms_up_and_comes_down() -> None:

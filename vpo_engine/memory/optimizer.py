@@ -1,8 +1,7 @@
 """AdamW one parameter at a time, over float32 weights, float32 masters or bfloat16 weights alone.
 
-A library's optimizer for each parameter (torch's, or bitsandbytes' with 8-bit moments) makes a step of it alone
-possible: inside the backward pass, in float32 memory that is there only for that step, and under the eyes of a
-reference that follows every change.
+A library (torch, or bitsandbytes for 8-bit moments) steps each parameter alone: inside the backward pass, in float32
+memory that is there only for that step, and under the eyes of a reference that follows every change.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,11 @@ Following = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 
 _WEIGHTS: tuple[str, ...] = get_args(MemoryConfig.model_fields["weights"].annotation)
 _MASTER = "master"
-_STEPS, _SETUP = "steps", "setup"
+_STEPS, _SETUP, _STEP = "steps", "setup", "step"
 _BLOCK = 256
 """Elements that share a scale in bitsandbytes' 8-bit moments."""
+_TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
+"""Where bitsandbytes puts which of its code tables."""
 
 
 def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
@@ -63,7 +64,7 @@ class PolicyOptimizer:
         self._seed, self._following = seed, following
         self._bits = memory.optimizer_bits
         self._weights = [self._float32_weight(parameter) for parameter in self._parameters]
-        self._libraries = [_library(weight, settings, self._bits) for weight in self._weights]
+        self._library: _Library = (_Bitsandbytes if self._bits == 8 else _Torch)(self._weights, settings)
         self._in_backward = memory.step_in_backward
         self._norms: dict[int, Tensor] = {}
         if self._in_backward:
@@ -73,10 +74,9 @@ class PolicyOptimizer:
     def begin(self, rate: float) -> None:
         """Forget all gradients and set the learning rate: to be called before the backward pass of every step."""
         self._norms.clear()
-        for parameter, library in zip(self._parameters, self._libraries, strict=True):
+        self._library.set_rate(rate)
+        for parameter in self._parameters:
             parameter.grad = None
-            for group in library.param_groups:
-                group["lr"] = rate
 
     def step(self) -> float:
         """Clip the gradients to norm settings.clip, step every parameter that has one; the norm before clipping.
@@ -98,25 +98,23 @@ class PolicyOptimizer:
         return value
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the "moments" (with what belongs to them; they are made in the first step) and the "masters"."""
-        masters = self._weights if self._mode == "masters" else []
-        moments = [
-            tensor for number in range(len(self._weights)) for tensor in self._moments(number).values()
-        ]
-        return {"moments": _bytes(moments), "masters": _bytes(masters)}
+        """Bytes of the "moments" (with their scales; they are made in the first step) and of the "masters"."""
+        kinds = {"moments": self._moment_tensors(), "masters": self._masters()}
+        return {
+            kind: sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            for kind, tensors in kinds.items()
+        }
 
     def tensors(self) -> list[Tensor]:
         """The moments and masters there are, as the objects that the optimizer holds: for moving their data."""
-        moments = [self._moments(number) for number in range(len(self._weights))]
-        masters = self._weights if self._mode == "masters" else []
-        return [*(value for one in moments for name, value in one.items() if name != "step"), *masters]
+        return [*self._moment_tensors(), *self._masters()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything under flat names, "{parameter's number}.{name}" for what belongs to one; not copies."""
         setup = [_WEIGHTS.index(self._mode), self._bits, len(self._parameters)]
         state = {_SETUP: torch.tensor(setup), _STEPS: torch.tensor(self.steps)}
         for number, weight in enumerate(self._weights):
-            state |= {f"{number}.{name}": value for name, value in self._moments(number).items()}
+            state |= {f"{number}.{name}": value for name, value in self._library.state(number).items()}
             if self._mode == "masters":
                 state[f"{number}.{_MASTER}"] = weight.detach()
         return state
@@ -125,13 +123,10 @@ class PolicyOptimizer:
         """Go on from ``state``, bit for bit; ValueError, with nothing changed, if it is not one of this setup."""
         entries = self._checked(state)
         self.steps = int(state[_STEPS])
-        for number, (weight, library) in enumerate(zip(self._weights, self._libraries, strict=True)):
-            entry = dict(entries.get(number, {}))
+        for number, entry in entries.items():
             if self._mode == "masters":
-                weight.data.copy_(entry.pop(_MASTER))
-            library.state.pop(weight, None)
-            if entry:
-                library.state[weight] = _library_state(library, entry, self._parameters[number].device)
+                self._weights[number].data.copy_(entry.pop(_MASTER))
+            self._library.load(number, entry, self._parameters[number].device)
 
     def _float32_weight(self, parameter: nn.Parameter) -> nn.Parameter:
         """What the library steps: the parameter, its master, or a float32 weight that is empty between steps."""
@@ -158,7 +153,7 @@ class PolicyOptimizer:
                 weight.data = parameter.detach().to(torch.float32, copy=True)
             weight.grad = gradient
             del gradient
-            self._libraries[number].step()
+            self._library.step(number)
             weight.grad = None
             if self._mode == "masters":
                 parameter.copy_(weight.bfloat16())
@@ -194,27 +189,30 @@ class PolicyOptimizer:
             "Lower optimizer.lr or objective.beta, or look for non-finite latents"
         )
 
-    def _moments(self, number: int) -> dict[str, Tensor]:
-        """The library's state of one parameter; empty before its first step. Its constant code tables are left out."""
-        state = self._libraries[number].state.get(self._weights[number], {})
-        return {name: torch.as_tensor(value) for name, value in state.items() if "qmap" not in name}
+    def _moment_tensors(self) -> list[Tensor]:
+        states = [self._library.state(number) for number in range(len(self._weights))]
+        return [value for state in states for name, value in state.items() if name != _STEP]
+
+    def _masters(self) -> Sequence[Tensor]:
+        return self._weights if self._mode == "masters" else []
 
     def _checked(self, state: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """``state`` by parameter."""
+        """What ``state`` holds for each parameter."""
         self._check_setup(state)
-        entries: dict[int, dict[str, Tensor]] = {}
+        entries: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(self._parameters))}
         for key, value in state.items():
             if key not in (_SETUP, _STEPS):
                 owner, name = key.split(".", 1)
-                entries.setdefault(int(owner), {})[name] = value
-        for number, parameter in enumerate(self._parameters):
-            self._check_entry(number, parameter, entries.get(number, {}))
+                entries[int(owner)][name] = value
+        for number, entry in entries.items():
+            self._check_entry(number, entry)
         return entries
 
     def _check_setup(self, state: dict[str, Tensor]) -> None:
         if _SETUP not in state or _STEPS not in state:
             raise ValueError(
-                f"an optimizer state without {_SETUP!r} and {_STEPS!r}: it was not saved by this engine"
+                f"an optimizer state without {_SETUP!r} and {_STEPS!r}: it was saved by something else, or before "
+                "states had them; start a new run"
             )
         weights, bits, count = state[_SETUP].tolist()
         saved = f"memory.weights={_WEIGHTS[weights]}, memory.optimizer_bits={bits} and {count} parameters"
@@ -224,27 +222,19 @@ class PolicyOptimizer:
                 f"the optimizer state was saved with {saved}, but this run has {mine}; resume with the saved ones"
             )
 
-    def _check_entry(self, number: int, parameter: nn.Parameter, entry: dict[str, Tensor]) -> None:
-        for name, shape in self._shapes(parameter, entry).items():
-            given = tuple(entry[name].shape) if name in entry else "missing"
-            if given != shape:
+    def _check_entry(self, number: int, entry: dict[str, Tensor]) -> None:
+        shape = tuple(self._parameters[number].shape)
+        expected: dict[str, tuple[int, ...]] = {_MASTER: shape} if self._mode == "masters" else {}
+        if _STEP in entry:  # absent if it has never been stepped
+            expected |= {_STEP: (), **self._library.shapes(shape, entry)}
+        for name in sorted(expected.keys() | entry.keys()):
+            given = tuple(entry[name].shape) if name in entry else "nothing"
+            wanted = expected.get(name, "nothing")
+            if given != wanted:
                 raise ValueError(
-                    f"optimizer state {number}.{name}: {given}, but parameter {number} of shape "
-                    f"{tuple(parameter.shape)} needs {shape}; the state belongs to another network"
+                    f"optimizer state {number}.{name}: {given}, but parameter {number} of shape {shape} needs "
+                    f"{wanted}; the state belongs to another network"
                 )
-
-    def _shapes(self, parameter: nn.Parameter, entry: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """What an entry must hold: nothing but a master if the parameter has never been stepped."""
-        shape = tuple(parameter.shape)
-        shapes = {_MASTER: shape} if self._mode == "masters" else {}
-        if "step" not in entry:
-            return shapes
-        names = ("exp_avg", "exp_avg_sq") if self._bits == 32 else ("state1", "state2")
-        shapes |= {"step": (), names[0]: shape, names[1]: shape}
-        if self._bits == 8 and entry[names[0]].dtype == torch.uint8:
-            blocks = (-(-parameter.numel() // _BLOCK),)
-            shapes |= {"absmax1": blocks, "absmax2": blocks}
-        return shapes
 
 
 def _norm(gradient: Tensor | None) -> Tensor:
@@ -252,27 +242,98 @@ def _norm(gradient: Tensor | None) -> Tensor:
     return torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+class _Library(Protocol):
+    """AdamW over float32 weights by their number, each stepped alone by its gradient."""
+
+    def set_rate(self, rate: float) -> None: ...
+
+    def step(self, number: int) -> None: ...
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """The counter "step" and the moments of one weight; empty before its first step."""
+        ...
+
+    def load(self, number: int, state: dict[str, Tensor], device: torch.device) -> None:
+        """Copy a ``state`` back."""
+        ...
+
+    def shapes(self, shape: tuple[int, ...], state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Of the moments, by name, for a weight of this shape; ``state`` is what was given for it."""
+        ...
 
 
-def _library(weight: nn.Parameter, settings: OptimizerConfig, bits: int) -> torch.optim.Optimizer:
-    """AdamW over one weight, by torch or, with 8-bit moments, by bitsandbytes."""
-    arguments = ([weight], settings.lr, settings.betas, settings.eps, settings.weight_decay)
-    if bits == 32:
-        return torch.optim.AdamW(*arguments, foreach=False)
-    from bitsandbytes.optim import AdamW8bit
+class _Torch:
+    """torch's AdamW, one for each weight."""
 
-    return AdamW8bit(*arguments)
+    def __init__(self, weights: Sequence[nn.Parameter], settings: OptimizerConfig) -> None:
+        arguments = (settings.lr, settings.betas, settings.eps, settings.weight_decay)
+        self._weights = weights
+        self._libraries = [torch.optim.AdamW([weight], *arguments, foreach=False) for weight in weights]
+
+    def set_rate(self, rate: float) -> None:
+        for library in self._libraries:
+            library.param_groups[0]["lr"] = rate
+
+    def step(self, number: int) -> None:
+        self._libraries[number].step()
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        return dict(self._libraries[number].state.get(self._weights[number], {}))
+
+    def load(self, number: int, state: dict[str, Tensor], device: torch.device) -> None:
+        places = {name: device if name != _STEP else "cpu" for name in state}
+        self._libraries[number].state[self._weights[number]] = {
+            name: value.to(places[name], copy=True) for name, value in state.items()
+        }
+
+    def shapes(self, shape: tuple[int, ...], state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {"exp_avg": shape, "exp_avg_sq": shape}
 
 
-def _library_state(
-    library: torch.optim.Optimizer, entry: dict[str, Tensor], device: torch.device
-) -> dict[str, Any]:
-    """What the library keeps of its weight, from a saved entry."""
-    moments = {name: value.to(device, copy=True) for name, value in entry.items() if name != "step"}
-    if isinstance(library, torch.optim.AdamW):
-        return {"step": entry["step"].clone(), **moments}
-    tables = library.name2qmap  # type: ignore[attr-defined]
-    codes = {"qmap1": tables["dynamic"], "qmap2": tables["udynamic"]} if "absmax1" in entry else {}
-    return {"step": int(entry["step"]), **moments, **{name: code.to(device) for name, code in codes.items()}}
+class _Bitsandbytes:
+    """bitsandbytes' AdamW8bit, one for all weights, because each would make code tables of its own.
+
+    Its ``step`` goes over all weights; what it calls for each is called here for one. The code tables are constants
+    and no part of the state.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], settings: OptimizerConfig) -> None:
+        from bitsandbytes.optim import AdamW8bit
+
+        arguments = (settings.lr, settings.betas, settings.eps, settings.weight_decay)
+        self._weights = weights
+        self._library = AdamW8bit(list(weights), *arguments)
+        self._group = self._library.param_groups[0]
+
+    def set_rate(self, rate: float) -> None:
+        self._group["lr"] = rate
+
+    def step(self, number: int) -> None:
+        weight = self._weights[number]
+        if weight not in self._library.state:
+            self._library.init_state(self._group, weight, 0, number)
+        self._library.update_step(self._group, weight, 0, number)
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        state = self._library.state.get(self._weights[number], {})
+        return {name: torch.as_tensor(value) for name, value in state.items() if name not in _TABLES}
+
+    def load(self, number: int, state: dict[str, Tensor], device: torch.device) -> None:
+        weight = self._weights[number]
+        self._library.state.pop(weight, None)
+        if not state:
+            return
+        entry: dict[str, Any] = {name: value.to(device, copy=True) for name, value in state.items()}
+        entry[_STEP] = int(state[_STEP])
+        if "absmax1" in state:
+            tables = self._library.name2qmap
+            for place, name in _TABLES.items():
+                entry[place] = tables[name] = tables[name].to(device)
+        self._library.state[weight] = entry
+
+    def shapes(self, shape: tuple[int, ...], state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        moments = {"state1": shape, "state2": shape}
+        if "state1" in state and state["state1"].dtype == torch.float32:
+            return moments
+        blocks = (-(-math.prod(shape) // _BLOCK),)
+        return {**moments, "absmax1": blocks, "absmax2": blocks}
