@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -94,22 +95,29 @@ class Case:
 
 
 class Storages(TorchDispatchMode):
-    """Every storage that operators make, to see which are still there."""
+    """Every storage that operators make, but those of ``besides``: which are still there, and the most ever."""
 
-    def __init__(self) -> None:
+    def __init__(self, besides: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._made: list[tuple[StorageWeakRef, int]] = []
+        self._known = {tensor.untyped_storage()._cdata for tensor in besides}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+        self.most: Counter[int] = Counter()
+        """By size in bytes, how many storages of it there were at once."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
                 storage = tensor.untyped_storage()
-                self._made.append((StorageWeakRef(storage), storage.nbytes()))
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {key: (ref, size) for key, (ref, size) in self._made.items() if not ref.expired()}
+        self.peak = max(self.peak, self.alive())
+        self.most |= Counter(size for _, size in self._made.values())
         return out
 
-    def alive(self, besides: Iterable[Tensor]) -> int:
+    def alive(self, besides: Iterable[Tensor] = ()) -> int:
         """Bytes, each storage once."""
         known = {tensor.untyped_storage()._cdata for tensor in besides}
-        held = {ref.cdata: size for ref, size in self._made if not ref.expired()}
-        return sum(size for storage, size in held.items() if storage not in known)
+        held = {key: size for key, (ref, size) in self._made.items() if not ref.expired()}
+        return sum(size for key, size in held.items() if key not in known)

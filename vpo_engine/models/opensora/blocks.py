@@ -84,6 +84,7 @@ class SelfAttention(Backed):
             out = temporal_attention(q, k, v, companions)
         else:
             out = attention(q, k, v, self.backends.attention)
+        del q, k, v  # without grad, five times the size of the result
         return self.proj(out.flatten(2))
 
 

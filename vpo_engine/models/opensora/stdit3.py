@@ -124,7 +124,8 @@ class STDiT3(nn.Module):
     """Space-time diffusion transformer: pairs of a spatial and a temporal block over latent patches.
 
     Dropout of any kind is absent in every mode, so train() and eval() compute the same function.
-    ``activations``: what blocks keep for the backward pass; any other setting changes no bit of the prediction.
+    ``activations``: what blocks keep for the backward pass. Parts of the MLP may round otherwise; no other setting
+    changes a bit of the prediction.
     """
 
     def __init__(self, config: STDiT3Config) -> None:
