@@ -135,6 +135,11 @@ class Tracker(TorchDispatchMode):
                 most, rising = total, True
         return {name: size for name, size in (now if rising else peak).items() if size}
 
+    def peak_of(self, phase: Phase, category: str) -> int:
+        """The most bytes of one category in a phase."""
+        others = frozenset(storage.category for storage in self._log.storages) - {category}
+        return sum(self.peak(phase, others).values())
+
     # --- counting ------------------------------------------------------------------------------------------
 
     def _follow(self, tensor: Tensor) -> int:
@@ -164,6 +169,8 @@ class Tracker(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function is torch.ops.prim.device.default:
+            return args[0].fake_device
         if function is torch.ops.aten._local_scalar_dense.default:
             return self._value(args[0])
         result = function(*args, **kwargs)

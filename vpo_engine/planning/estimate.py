@@ -1,0 +1,112 @@
+"""From a traced step to a plan: bytes and seconds of every phase on one device, and whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vpo_engine.config import Config
+from vpo_engine.memory.residency import Phase as ResidencyPhase
+from vpo_engine.memory.residency import needs_of
+from vpo_engine.planning.gpus import GIB, Gpu
+from vpo_engine.planning.trace import PHASES, PhaseName, Trace
+
+CONTEXT = int(0.6 * GIB)
+"""CUDA's context with the kernels of torch, cuBLAS and cuDNN, and their workspaces: 0.45 to 0.6 GiB are commonly seen
+on A100 and H100 (nvidia-smi of an idle torch process), plus up to 32 MiB of cuBLAS workspace. An estimate."""
+
+FRAGMENTATION = 0.03
+"""Share of what tensors take that the allocator holds beyond it, for blocks that do not fit into what is free. An
+estimate for runs whose shapes do not change from step to step."""
+
+MATRIX_EFFICIENCY, TRAFFIC_EFFICIENCY = 0.75, 0.8
+"""Shares of the measured rate of matrix products, and of the bandwidth, that a whole network is taken to reach.
+Estimates."""
+
+_PARTS = {"policy": "weights", "reference": "reference", "optimizer": "optimizer", "vae": "vae", "reward": "reward"}
+_RESIDENCY: dict[PhaseName, ResidencyPhase | None] = {
+    "text": None,
+    "rollout": "rollout",
+    "decode": "scoring",
+    "reward": "scoring",
+    "update": "update",
+    "optimizer": "optimizer",
+    "refresh": "refresh",
+}
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase on one device.
+
+    bytes: on the device at its peak, by category; "allowance" is context and fragmentation. host: pinned memory of
+    offloaded activations. flops, seconds: of one step (the text's: of one batch); seconds None where rates are
+    not known.
+    """
+
+    name: PhaseName
+    bytes: Mapping[str, int]
+    host: int
+    flops: float
+    seconds: float | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+    @property
+    def largest(self) -> str:
+        """The category that takes most, allowances aside."""
+        return max((name for name in self.bytes if name != "allowance"), key=lambda name: self.bytes[name])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on one device. limit: bytes that the run may take; limited_by: what sets it."""
+
+    phases: tuple[PhasePlan, ...]
+    limit: int
+    limited_by: str
+    gpu: Gpu | None
+    notes: tuple[str, ...]
+
+    @property
+    def peak(self) -> PhasePlan:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak.total <= self.limit
+
+    @property
+    def seconds(self) -> float | None:
+        """Of one step."""
+        each = [phase.seconds for phase in self.phases if phase.name != "text"]
+        return None if any(value is None for value in each) else sum(value for value in each if value is not None)
+
+
+def estimate(config: Config, trace: Trace, gpu: Gpu | None, limit: int, limited_by: str) -> Plan:
+    """The plan of a traced step; ``gpu`` None is the CPU, which has no context of its own."""
+    phases = tuple(_phase(config, trace, name, gpu) for name in PHASES if name in trace.phases)
+    return Plan(phases, limit, limited_by, gpu, tuple(trace.notes))
+
+
+def _phase(config: Config, trace: Trace, name: PhaseName, gpu: Gpu | None) -> PhasePlan:
+    phase = trace.phases[name]
+    absent = {"host"}
+    if config.memory.residency == "phases" and gpu is not None:
+        needs = needs_of(config)
+        absent |= {
+            category for part, category in _PARTS.items() if _RESIDENCY[name] not in needs[part].phases  # type: ignore[index]
+        }
+    found = trace.tracker.peak(phase, frozenset(absent))
+    tensors = sum(found.values())
+    allowance = 0 if gpu is None else CONTEXT + int(FRAGMENTATION * tensors)
+    times = trace.times[name] or 1.0
+    seconds = None
+    if gpu is not None and gpu.flops is not None and gpu.bandwidth is not None:
+        seconds = times * (
+            phase.flops / (MATRIX_EFFICIENCY * gpu.flops) + phase.traffic / (TRAFFIC_EFFICIENCY * gpu.bandwidth)
+        )
+    host = trace.tracker.peak_of(phase, "host")
+    return PhasePlan(name, {**found, "allowance": allowance}, host, times * phase.flops, seconds)

@@ -1,0 +1,68 @@
+"""What GPUs hold and how fast they compute, as far as it is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+GIB = 2**30
+DEFAULT = "a100-80g"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of device.
+
+    capacity: bytes that torch reports as its total memory. flops: bf16 matrix products with float32 sums, per second,
+    as measured on large products; bandwidth: bytes per second. None where unknown. measured: by this project.
+    """
+
+    name: str
+    capacity: int
+    flops: float | None
+    bandwidth: float | None
+    source: str
+    measured: bool = False
+
+
+MAMF = "largest measured rate of matrix products, stas00/ml-engineering, compute/accelerator"
+DATASHEET = "80 % of the datasheet's dense rate"
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40g", int(39.4 * GIB), 267.9e12, 1.555e12, f"{MAMF} (A100 SXM)"),
+        Gpu("a100-80g", int(79.2 * GIB), 267.9e12, 2.039e12, f"{MAMF} (A100 SXM)"),
+        Gpu("h100-80g", int(79.1 * GIB), 792.1e12, 3.35e12, f"{MAMF} (H100 SXM)"),
+        Gpu("h200", int(139.7 * GIB), 794.5e12, 4.8e12, f"{MAMF} (H100 and H200 SXM)"),
+        Gpu("b200", int(178.3 * GIB), 1745e12, 8.0e12, f"{MAMF} (B200)"),
+        Gpu("l40s", int(44.4 * GIB), 0.8 * 362e12, 0.864e12, f"{DATASHEET} (362 TFLOPS)"),
+        Gpu("rtx4090", int(23.6 * GIB), 0.8 * 165.2e12, 1.008e12, f"{DATASHEET} (165 TFLOPS, float32 sums)"),
+    )
+}
+"""Rates are others' measurements or estimates until a row here says ``measured``. Bandwidths are the datasheets'.
+Capacities are what torch.cuda reports on such devices; their labels are rounded up."""
+
+_NAMES = {"A100": "a100-80g", "H100": "h100-80g", "H200": "h200", "B200": "b200", "L40S": "l40s", "4090": "rtx4090"}
+"""Parts of the names that devices report."""
+
+
+def find_gpu(name: str | None) -> Gpu:
+    """The named entry; without a name the present CUDA device, else an A100 of 80 GB. ValueError for other names."""
+    if name is None:
+        return present_gpu() or GPUS[DEFAULT]
+    if name not in GPUS:
+        raise ValueError(f"--gpu {name} is not known; it must be one of: {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def present_gpu() -> Gpu | None:
+    """The CUDA device of this process, with the rates of its kind where they are known."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    kind = next((GPUS[name] for part, name in _NAMES.items() if part in properties.name), None)
+    if kind is None:
+        return Gpu(properties.name, properties.total_memory, None, None, "rates of this device are not known")
+    return Gpu(properties.name, properties.total_memory, kind.flops, kind.bandwidth, kind.source, kind.measured)
