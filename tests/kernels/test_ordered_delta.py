@@ -196,6 +196,19 @@ def test_weights_with_gradients_leave_no_graph(backend: str, device: str) -> Non
     assert not any(tensor.requires_grad for tensor in (*delta, decoded))
 
 
+def test_autograd_notices_that_a_saved_buffer_was_written_again(backend: str, device: str) -> None:
+    reference, policy = random_weights((50,), 1e-3, device)
+    delta = encode_delta(reference, policy, backend=backend)
+    buffer = decode_delta(delta, policy, backend=backend)
+    loss = (policy.clone().requires_grad_() * buffer).sum()
+    decode_delta(delta, policy, out=buffer, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        inside = encode_delta(reference, policy, backend=backend)
+        assert torch.equal(decode_delta(inside, policy, backend=backend), reference)
+
+
 def test_opcheck(backend: str, device: str) -> None:
     reference, policy = random_weights((5, 40, 3), 1e-2, device)
     ops = torch.ops.vpo_kernels

@@ -2,7 +2,7 @@
 
 ``torch.ops.vpo_kernels.ordered_delta_encode`` and ``ordered_delta_decode`` write to tensors that they are given.
 Under fake tensors decoding has no unknowns; encoding returns tensors of unbacked size, which takes a fake mode with
-a shape environment, as torch.compile's has.
+a shape environment (``FakeTensorMode(shape_env=ShapeEnv())``), or else raises DynamicOutputShapeException.
 """
 
 from __future__ import annotations
@@ -43,9 +43,16 @@ def _backend(name: str, device: torch.device) -> Backend:
     return cast("Backend", importlib.import_module(f"vpo_kernels.ordered_delta.{chosen}"))
 
 
+def _written(tensor: Tensor) -> None:
+    """Tells autograd, as torch's own operations do, so that a graph that saved the tensor does not go unnoticed."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
 @operator("ordered_delta_encode", mutates=("difference",))
 def _encode(reference: Tensor, policy: Tensor, difference: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Index and value; ``difference`` is contiguous."""
+    _written(difference)
     if policy.numel() == 0:
         return policy.new_empty(0, dtype=torch.int32), policy.new_empty(0)
     return _backend(backend, policy.device).encode(reference.contiguous(), policy.contiguous(), difference)
@@ -62,6 +69,7 @@ def _decode(
     difference: Tensor, index: Tensor, value: Tensor, policy: Tensor, out: Tensor, backend: str
 ) -> None:
     """``out`` is contiguous."""
+    _written(out)
     if policy.numel() > 0:
         delta = OrderedDelta(difference.contiguous(), index.contiguous(), value.contiguous())
         _backend(backend, policy.device).decode(delta, policy.contiguous(), out)
