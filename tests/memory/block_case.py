@@ -45,17 +45,19 @@ class Case:
     H: int = 4
     lengths: tuple[int, ...] = (5, 5)
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.N, self.L, self.M = self.B * self.T * self.S, sum(self.lengths), 4 * self.C
-        self.block = Block(self.C, self.H, self.M, self.temporal).to(self.dtype)
+        place: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        self.block = Block(self.C, self.H, self.M, self.temporal).to(**place)
         shape = (self.B, self.T, self.S, self.C)
-        self.x = torch.randn(shape, dtype=self.dtype, requires_grad=True)
-        self.text = torch.randn(self.L, self.C, dtype=self.dtype, requires_grad=True)
-        self.time = torch.randn(self.B, 1, 6, self.C, dtype=self.dtype, requires_grad=True)
+        self.x = torch.randn(shape).to(**place).requires_grad_()
+        self.text = torch.randn(self.L, self.C).to(**place).requires_grad_()
+        self.time = torch.randn(self.B, 1, 6, self.C).to(**place).requires_grad_()
         frequencies = 1.0 / 10000 ** (torch.arange(0, self.C // self.H, 2) / (self.C // self.H))
-        self.rope = rotary_tables(frequencies, self.T, self.dtype)
+        self.rope = rotary_tables(frequencies.to(self.device), self.T, self.dtype)
         self.plan: TextPlan = plan_text(
             self.lengths,
             queries=self.T * self.S,
