@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from vpo_engine.objectives.pairs import select_pairs
 from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rollout.candidates import sample_candidates
+from vpo_engine.run_state import capture, restore
 
 PROMPTS = ("a red circle moving left", "a blue square moving up")
 Make = Callable[..., Config]
@@ -295,25 +298,25 @@ def test_a_gradient_that_is_not_finite_stops_before_the_policy_changes(small: Ma
     assert all(torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
 
 
+def in_bfloat16(config: Config) -> OnlineVPO:
+    """The algorithm over a policy of bfloat16 values and the configured reference, with scripted scores."""
+    processes = Processes.start("cpu")
+    model = build_model(config, processes)
+    model.prepare(PROMPTS)
+    hold_in_bfloat16(model.network, config.memory.weights, torch.float32)
+    reference = build_reference(config.reference.storage, model.network)
+    return OnlineVPO(config, model, ScriptedReward([0.0, 1.0, 2.0, 0.0]), reference, processes)
+
+
 @pytest.mark.parametrize("weights", ["masters", "stochastic"])
 def test_bfloat16_weights_learn_alike_with_a_copied_and_an_exact_8_bit_reference(
     small: Make, weights: str
 ) -> None:
+    overrides = (f"memory.weights={weights}", "reference.refresh_every=2", "optimizer.lr=1e-4")
     runs = []
     for storage in ("copy", "exact8"):
-        config = small(
-            f"memory.weights={weights}",
-            f"reference.storage={storage}",
-            "reference.refresh_every=2",
-            "optimizer.lr=1e-4",
-            "reward.dimensions=global",
-        )
-        processes = Processes.start("cpu")
-        model = build_model(config, processes)
-        model.prepare(PROMPTS)
-        hold_in_bfloat16(model.network, config.memory.weights, torch.float32)
-        reference = build_reference(config.reference.storage, model.network)
-        algorithm = OnlineVPO(config, model, ScriptedReward([0.0, 1.0, 2.0, 0.0]), reference, processes)
+        config = small(*overrides, f"reference.storage={storage}", "reward.dimensions=global")
+        algorithm = in_bfloat16(config)
         before = [parameter.detach().clone() for parameter in algorithm.parameters]
         runs.append([run_step(algorithm, number).metrics for number in range(3)])
         assert all(torch.equal(new.bfloat16().float(), new) for new in algorithm.parameters)
@@ -322,6 +325,29 @@ def test_bfloat16_weights_learn_alike_with_a_copied_and_an_exact_8_bit_reference
     first, second, third = runs[0]
     assert first["margin"] == third["margin"] == 0.0 != second["margin"]
     assert first["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("masters", 32), ("stochastic", 8)])
+def test_a_captured_state_goes_on_bit_for_bit_in_bfloat16(
+    small: Make, tmp_path: Path, weights: str, bits: int
+) -> None:
+    config = small(
+        f"memory.weights={weights}",
+        f"memory.optimizer_bits={bits}",
+        "reference.storage=exact8",
+        "reference.refresh_every=3",
+        "optimizer.lr=1e-4",
+        "reward.dimensions=global",
+    )
+    whole, resumed = in_bfloat16(config), in_bfloat16(config)
+    for number in range(2):
+        run_step(whole, number)
+    saved = copy.deepcopy(capture(whole, 2, {}))
+    whole.model.save_policy(tmp_path)
+    assert restore(resumed, saved["tensors"], saved["state"], tmp_path) == (2, {})
+    for number in (2, 3):
+        assert run_step(whole, number).metrics == run_step(resumed, number).metrics
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters, resumed.parameters, strict=True))
 
 
 def test_stepping_in_the_backward_pass_is_the_same_run(small: Make) -> None:
