@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import sys
 import weakref
 from pathlib import Path
@@ -28,7 +27,8 @@ from policies import (
 from vpo_engine.models.opensora.blocks import Backends
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.reference.mirror import block_matrices
-from vpo_engine.reference.store import Storage, build_reference
+from vpo_engine.reference.store import HeldReference, Storage, build_reference
+from vpo_engine.reference.weights import Scratch
 
 STORAGES = get_args(Storage)
 EXACT = ("copy", "bf16", "exact8", "adapter")
@@ -61,7 +61,7 @@ def move(policy: nn.Module, size: float = 1e-3, seed: int = 1) -> None:
             parameter.add_(size * torch.randn(parameter.shape, generator=random).to(parameter.dtype))
 
 
-def move_followed(policy: nn.Module, reference) -> None:
+def move_followed(policy: nn.Module, reference: HeldReference) -> None:
     """The policy goes on by a bfloat16 step, as an optimizer takes it."""
     with reference.following(list(policy.parameters())):
         move(policy, seed=2)
@@ -126,10 +126,8 @@ def test_predictions_are_those_of_the_policy_with_the_decoded_weights(
         assert torch.equal(other(**arguments), reference(**arguments))
 
 
-def decoded(reference) -> dict[str, Tensor]:
+def decoded(reference: HeldReference) -> dict[str, Tensor]:
     """The reference's matrices in float32."""
-    from vpo_engine.reference.weights import Scratch
-
     scratch = Scratch()
     scratch.numel = max(weight.scratch_numel for weight in reference._held.values())
     return {name: weight.decode(torch.float32, scratch).clone() for name, weight in reference._held.items()}
@@ -185,36 +183,38 @@ def test_the_policy_moves_to_other_storages_and_leaves_none_alive(storage: Stora
     assert torch.equal(reference(**arguments), before)
 
 
-@pytest.mark.parametrize("storage", STORAGES[:3])
+@pytest.mark.parametrize("storage", STORAGES)
 def test_everything_that_a_forward_reads_is_named(storage: Storage) -> None:
-    """Moved away to the meta device, nothing is left to compute with; moved back, all is as it was."""
+    """The same objects each time; their data may go elsewhere and come back, as residency has it."""
     policy = policy_for(storage)
     reference = build_reference(storage, policy)
     arguments = inputs(policy)
     before = reference(**arguments)
     tensors = reference.tensors()
+    assert all(one is other for one, other in zip(tensors, reference.tensors(), strict=True))
+    shared = [p for p in policy.parameters() if not p.requires_grad]
+    if storage == "exact8":
+        shared += [layer.weight for layer in block_matrices(policy).values()]
+    assert sum(t.nbytes for t in tensors) == reference.nbytes + sum(t.nbytes for t in shared)
     kept = [tensor.data for tensor in tensors]
-    assert all(torch.equal(one, other) for one, other in zip(kept, reference.tensors(), strict=True))
     for tensor in tensors:
-        tensor.data = torch.full_like(tensor, 0)
+        tensor.data = torch.zeros_like(tensor)
     assert not torch.equal(reference(**arguments), before)
     for tensor, data in zip(tensors, kept, strict=True):
-        tensor.data = data
+        tensor.data = data.clone()
     assert torch.equal(reference(**arguments), before)
 
 
 @pytest.mark.parametrize("storage", HELD)
 def test_one_buffer_serves_all_layers_and_lives_for_a_call(storage: Storage, monkeypatch) -> None:
-    from vpo_engine.reference import weights
-
     taken: list[Tensor] = []
-    take = weights.Scratch.take
+    take = Scratch.take
 
     def watched(self, *args):
         taken.append(take(self, *args))
         return taken[-1]
 
-    monkeypatch.setattr(weights.Scratch, "take", watched)
+    monkeypatch.setattr(Scratch, "take", watched)
     policy = policy_for(storage)
     reference = build_reference(storage, policy)
     reference(**inputs(policy))
@@ -344,7 +344,3 @@ def inputs_under_fake(policy: STDiT3) -> dict[str, Tensor | float]:
         "height": 48.0,
         "width": 32.0,
     }
-
-
-def test_loss_at_zero_margin_is_the_logarithm_of_two() -> None:
-    assert float(torch.tensor(2.0).log()) == pytest.approx(math.log(2), abs=1e-7)

@@ -74,7 +74,10 @@ class ExactWeight:
         """In bfloat16: a new tensor, or the plain one."""
         if not isinstance(self._held, OrderedDelta):
             return self._held
-        policy = self.policy.detach().to(torch.bfloat16, copy=True)
+        policy = self.policy.detach()
+        if policy.dtype == torch.bfloat16:
+            return decode_delta(self._held, policy)
+        policy = policy.bfloat16()
         return decode_delta(self._held, policy, out=policy)
 
     def _hold(self, reference: Tensor) -> None:

@@ -102,10 +102,10 @@ class BFloat16Weight:
 class Int8Weight:
     """int8 codes with an absmax scale for every ``GROUP`` neighbours along in-features.
 
-    Groups never cross rows, so a matrix sharded by rows is encoded without communication. Scales are bfloat16:
-    codes are chosen for the rounded scale, which is off by 2^-9 at most and still keeps the group's largest
-    weight within half a code of 127, so float32 scales would cost 3 % more bytes and gain nothing; float16 ones
-    would add a range in which small weights get lost.
+    Groups never cross rows, so a matrix sharded by rows is encoded without communication. Scales are bfloat16,
+    and codes are chosen for the rounded scale: on Gaussian weights the error is 0.4 % larger than with float32
+    scales, which take 3 % more bytes. float16 scales would lose bits below 6e-5, where those of weights under
+    0.008 lie.
     """
 
     GROUP = 64
