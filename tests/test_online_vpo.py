@@ -15,7 +15,6 @@ from vpo_engine.build import build_model, build_reward
 from vpo_engine.config import Config, OptimizerConfig
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import learning_rate
-from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import select_pairs
 from vpo_engine.online_vpo import OnlineVPO, Step
@@ -303,7 +302,6 @@ def in_bfloat16(config: Config) -> OnlineVPO:
     processes = Processes.start("cpu")
     model = build_model(config, processes)
     model.prepare(PROMPTS)
-    hold_in_bfloat16(model.network, config.memory.weights, torch.float32)
     reference = build_reference(config.reference.storage, model.network)
     return OnlineVPO(config, model, ScriptedReward([0.0, 1.0, 2.0, 0.0]), reference, processes)
 

@@ -24,13 +24,13 @@ def hold_in_bfloat16(
 
     dtype bfloat16 or float32. Buffers stay as they are, and with weights float32 so does everything. With masters,
     each trained parameter keeps its unrounded float32 weight at hand for the optimizer, which takes it over (see
-    ``take_unrounded``); copies of the network do not have it.
+    ``take_unrounded``); copies of the network do not have it. Doing this twice is doing it once.
     """
     if weights == "float32":
         return
     for parameter in network.parameters():
         unrounded = parameter.data
-        if weights == "masters" and parameter.requires_grad:
+        if weights == "masters" and parameter.requires_grad and not hasattr(parameter, _UNROUNDED):
             setattr(parameter, _UNROUNDED, unrounded.float())
         parameter.data = unrounded.to(torch.bfloat16, copy=True).to(dtype)
 
