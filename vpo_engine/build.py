@@ -16,6 +16,8 @@ from vpo_engine.data.sprites.world import all_captions, withheld_captions
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.checkpointing import Activations
+from vpo_engine.memory.residency import Residency, module_tensors
+from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.metrics.held_out import HeldOut, Instruments
 from vpo_engine.metrics.pixels import pixel_measures
 from vpo_engine.models.lora import inject_adapter
@@ -68,6 +70,9 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
         if processes.first:
             trained = f"{model.network.num_trainable:,} parameters are trained"
             say(f"LoRA of rank {settings.lora.rank} in {len(layers)} layers: {trained}")
+    hold_in_bfloat16(model.network, memory.weights, dtype)
+    model.decode_frames = memory.decode_frames
+    model.stay_by(Residency.from_config(config, processes.device))
     return model
 
 
@@ -100,18 +105,23 @@ def _build_opensora(settings: ModelConfig, processes: Processes, dtype: torch.dt
     )
 
 
-def build_reward(config: Config, device: torch.device) -> Reward:
+def build_reward(config: Config, device: torch.device, residency: Residency | None = None) -> Reward:
+    """The reward model; ``residency`` is told of its weights."""
     if config.reward.kind == "sprites":
         return SpritesReward()
     assert config.reward.path is not None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return VideoScore.from_pretrained(
+    reward = VideoScore.from_pretrained(
         config.reward.path,
         dtype=dtype,
         device=device,
         max_frames=config.reward.max_frames,
         batch_size=config.reward.rows,
+        bits=config.reward.bits,
     )
+    if residency is not None:
+        residency.register("reward", lambda: module_tensors(reward.network))
+    return reward
 
 
 def build_held_out(
@@ -123,4 +133,4 @@ def build_held_out(
         pixels=measure if sprites else pixel_measures,
         judge=SpritesJudge() if sprites else None,
     )
-    return HeldOut(config, model, prompts, instruments, processes)
+    return HeldOut(config, model, prompts, instruments, processes, model.residency)

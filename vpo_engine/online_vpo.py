@@ -21,6 +21,7 @@ from torch import Tensor
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
+from vpo_engine.memory.residency import Residency
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import Pairs, select_pairs
 from vpo_engine.protocols import ReferenceStore, Reward, TextEmbedding, VideoModel
@@ -49,7 +50,9 @@ class OnlineVPO:
         reward: Reward,
         reference: ReferenceStore,
         processes: Processes,
+        residency: Residency | None = None,
     ) -> None:
+        """``residency`` knows the model's and the reward's tensors already (None: everything stays where it is)."""
         self.config, self.model, self.reward, self.reference = config, model, reward, reference
         self.processes = processes
         self.objective = DPO(
@@ -67,6 +70,9 @@ class OnlineVPO:
             self.parameters, config.optimizer, config.memory, seed=config.seed, following=reference.following
         )
         self.refreshed_at = 0
+        self.residency = residency or Residency.everything()
+        self.residency.register("reference", reference.tensors)
+        self.residency.register("optimizer", self.optimizer.tensors)
 
     @property
     def optimizer_steps(self) -> int:
@@ -75,7 +81,7 @@ class OnlineVPO:
     def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
         """One step on this process's prompts, which stand at ``positions`` of the prompt stream."""
         seconds: dict[str, float] = {}
-        with self._timed("rollout", seconds):
+        with self._timed("rollout", seconds), self.residency.phase("rollout"):
             candidates = self._rollout(text, positions)
         scores = self._score(candidates, prompts, seconds)
         pairs = select_pairs(combine(scores, self.config.reward.dimensions), self.config.reward.min_gap)
@@ -109,7 +115,7 @@ class OnlineVPO:
         for start in range(0, len(latents), rows):
             with self._timed("decode", seconds):
                 videos = self.model.decode(latents[start : start + rows])
-            with self._timed("reward", seconds):
+            with self._timed("reward", seconds), self.residency.phase("scoring"):
                 parts.append(self.reward.score(videos, captions[start : start + rows]))
             del videos
         return {
@@ -133,21 +139,24 @@ class OnlineVPO:
                 positions=[positions[i] for i in kept.tolist()],
                 total=total,
             )
-            local = self.objective.step(batch, self.reference, self.processes.count)
+            with self.residency.phase("update"):
+                local = self.objective.step(batch, self.reference, self.processes.count)
             sums += torch.tensor([local[name] for name in (*DPO.METRICS, "rows")], device=sums.device)
         metrics: dict[str, float] = {"pairs": total, "lr": rate}
         if total:
             *totals, rows = self.processes.sum(sums).tolist()
             metrics |= {name: value / rows for name, value in zip(DPO.METRICS, totals, strict=True)}
-            self.processes.average_gradients(self.parameters)
-            metrics["grad_norm"] = self.optimizer.step()
+            with self.residency.phase("optimizer"):
+                self.processes.average_gradients(self.parameters)
+                metrics["grad_norm"] = self.optimizer.step()
         return metrics
 
     def _refresh(self) -> None:
         """reference <- policy after every K optimizer steps: steps without an update do not count."""
         every = self.config.reference.refresh_every
         if every and self.optimizer_steps - self.refreshed_at >= every:
-            self.reference.refresh(self.model.network)
+            with self.residency.phase("refresh"):
+                self.reference.refresh(self.model.network)
             self.refreshed_at = self.optimizer_steps
 
     def _reward_metrics(self, scores: dict[str, Tensor], pairs: Pairs) -> dict[str, float]:

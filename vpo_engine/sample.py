@@ -73,7 +73,10 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
         ).to(processes.device)
         text = model.embed([prompt]).repeat_interleave(count)
         settings = config.rollout
-        latents = model.sample(model.network, noise, text, steps=settings.steps, guidance=settings.guidance)
+        with model.residency.phase("evaluation"):
+            latents = model.sample(
+                model.network, noise, text, steps=settings.steps, guidance=settings.guidance
+            )
         for copy, video in enumerate(model.decode(latents).cpu()):
             files.append(out / f"{number:04d}-{_slug(prompt)}-{copy}.mp4")
             write_mp4(files[-1], video, model.fps)

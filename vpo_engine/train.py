@@ -52,11 +52,11 @@ def train(config: Config) -> int:
     try:
         prompts, held_out_prompts = build_prompts(config)
         model = build_model(config, processes)
-        reward = build_reward(config, processes.device)
+        reward = build_reward(config, processes.device, model.residency)
         run = _run_directory(config, processes)
-        algorithm = OnlineVPO(
-            config, model, reward, build_reference(config.reference.storage, model.network), processes
-        )
+        with model.residency.phase("refresh"):
+            reference = build_reference(config.reference.storage, model.network)
+            algorithm = OnlineVPO(config, model, reward, reference, processes, model.residency)
         stream = PromptStream(prompts, config.seed)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         outcome = Trainer(config, algorithm, stream, held_out, run, processes).run()

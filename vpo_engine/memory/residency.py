@@ -20,9 +20,9 @@ from vpo_engine.config import Config
 
 PartName = Literal["policy", "reference", "optimizer", "vae", "reward"]
 Phase = Literal["rollout", "evaluation", "scoring", "update", "optimizer", "refresh"]
-"""rollout: candidates are sampled, by whom rollout.source says. evaluation: held-out videos are sampled by the
-policy. scoring: latents are decoded and scored. update: losses and gradients. optimizer: the optimizer's step.
-refresh: the reference is refreshed, saved or put back."""
+"""rollout: candidates are sampled, by whom rollout.source says, with the policy's embedding of no caption. evaluation:
+held-out videos are sampled by the policy. scoring: latents are decoded and scored. update: losses and gradients.
+optimizer: the optimizer's step. refresh: the reference is made, or made anew."""
 
 SLAB_BYTES = 2**28
 """Pinned memory comes in powers of two: small tensors share an allocation of this size."""
@@ -40,15 +40,13 @@ class Needs:
 def needs_of(config: Config) -> dict[PartName, Needs]:
     """What each part of a run of this configuration needs."""
     memory, storage = config.memory, config.reference.storage
-    policy: set[Phase] = {"evaluation", "update", "optimizer", "refresh"}
+    policy: set[Phase] = {"rollout", "evaluation", "update", "optimizer", "refresh"}
     policy_changes: set[Phase] = {"optimizer"}
     reference: set[Phase] = {"update", "refresh"}
     reference_changes: set[Phase] = {"refresh"}
     optimizer: set[Phase] = {"optimizer"}
     if config.rollout.source == "reference":
         reference.add("rollout")
-    if config.rollout.source == "policy" or storage == "exact8":
-        policy.add("rollout")
     if storage == "exact8":
         reference.add("optimizer")
         reference_changes.add("optimizer")
@@ -215,8 +213,8 @@ class Residency:
         """A part, which leaves the device unless the current phase needs it.
 
         ``tensors`` names the same objects each time, but for those that the part made or dropped since; it is asked
-        at every change of phase. A tensor of several parts, and views of one storage, move once; a view that is
-        another object than its part's must be registered with it, or be made after it was.
+        at every change of phase. A tensor of several parts, and views of one storage, move once; parts that look into
+        one storage by different objects must be made after each other's registration, or registered as one.
         """
         if self._mover is None:
             return
@@ -314,12 +312,14 @@ class _Index:
 
     def find(self, tensor: Tensor, mover: Mover) -> _Storage:
         peers = self._by_storage[_identity(tensor)]
-        assert tensor._base is None, "a view keeps the memory of its base: register it detached"
         storage = next((one for one in peers if one.contains(tensor)), None)
         if storage is None:
             storage = _Storage(_bytes_of(tensor), mover.holds(tensor))
             peers.append(storage)
         storage.add(tensor)
+        base = tensor._base  # it would keep the memory of its views
+        if base is not None and not any(one is base for one in storage.tensors):
+            storage.add(base)
         return storage
 
 

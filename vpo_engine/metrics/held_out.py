@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.residency import Residency
 from vpo_engine.protocols import Network, Reward, VideoModel
 from vpo_engine.rewards.combine import combine
 from vpo_engine.seeding import normal
@@ -40,9 +41,11 @@ class HeldOut:
         prompts: Sequence[str],
         instruments: Instruments,
         processes: Processes,
+        residency: Residency | None = None,
     ) -> None:
         self._config, self._model, self._instruments = config, model, instruments
         self._processes = processes
+        self._residency = residency or Residency.everything()
         self.prompts = list(prompts)
 
     def videos(self, network: Network, clips: Sequence[int]) -> Tensor:
@@ -67,7 +70,8 @@ class HeldOut:
 
     def scores(self, videos: Tensor, clips: Sequence[int]) -> list[dict[str, float]]:
         """The training reward of given clips, per dimension."""
-        scores = self._instruments.reward.score(videos, [self.caption(clip) for clip in clips])
+        with self._residency.phase("scoring"):
+            scores = self._instruments.reward.score(videos, [self.caption(clip) for clip in clips])
         return [{name: float(value[i]) for name, value in scores.items()} for i in range(len(clips))]
 
     def caption(self, clip: int) -> str:
@@ -83,13 +87,14 @@ class HeldOut:
         noise = torch.stack([normal(shape, seed, "held-out", clip) for clip in clips])
         text = self._model.embed([self.caption(clip) for clip in clips])
         rollout = self._config.rollout
-        latents = self._model.sample(
-            network,
-            noise.to(self._processes.device),
-            text,
-            steps=rollout.steps,
-            guidance=rollout.guidance,
-        )
+        with self._residency.phase("evaluation"):
+            latents = self._model.sample(
+                network,
+                noise.to(self._processes.device),
+                text,
+                steps=rollout.steps,
+                guidance=rollout.guidance,
+            )
         return self._model.decode(latents)
 
     def _measure(self, videos: Tensor, clips: Sequence[int]) -> dict[str, Tensor]:
@@ -97,7 +102,8 @@ class HeldOut:
         found: dict[str, Tensor] = {}
         for name, scorer in (("reward", self._instruments.reward), ("judge", self._instruments.judge)):
             if scorer is not None:
-                scores = scorer.score(videos, captions)
+                with self._residency.phase("scoring"):
+                    scores = scorer.score(videos, captions)
                 scores = scores | {"selected": combine(scores, self._config.reward.dimensions)}
                 found |= {f"{name}/{key}": value.float().cpu() for key, value in scores.items()}
         pixels = self._instruments.pixels(videos, captions)

@@ -1,0 +1,111 @@
+"""Whole steps of the engine in phases: every part is where it is used, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from fake_device import FakeDevice
+from torch import Tensor, nn
+
+from vpo_engine.build import build_held_out, build_model, build_reward
+from vpo_engine.config import Config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.residency import Residency, module_tensors, needs_of
+from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.reference.store import build_reference
+
+PROMPTS = ("a red circle moving left", "a blue square moving up")
+Make = Callable[..., Config]
+SETTINGS = {
+    "float32": (),
+    "offline": ("rollout.source=reference", "reference.refresh_every=null"),
+    "int8": ("reference.storage=int8",),
+    "exact8": ("reference.storage=exact8", "memory.weights=masters"),
+    "stochastic": ("reference.storage=bf16", "memory.weights=stochastic", "memory.optimizer_bits=8"),
+    "adapter": ("reference.storage=adapter", "model.lora.rank=2"),
+    "in backward": ("memory.step_in_backward=true", "optimizer.clip=null"),
+    "in backward, exact8": (
+        "memory.step_in_backward=true",
+        "optimizer.clip=null",
+        "reference.storage=exact8",
+        "memory.weights=stochastic",
+    ),
+}
+
+
+class Run:
+    """Two steps, an evaluation and a save, on a device of its own or (None) on none."""
+
+    def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None) -> None:
+        torch.manual_seed(0)
+        self.device, self.used = device, set[str]()
+        residency = Residency(needs_of(config), device)
+        monkeypatch.setattr(Residency, "from_config", lambda *_: residency)
+        processes = Processes.start("cpu")
+        self.model = build_model(config, processes, say=lambda _: None)
+        assert self.model.residency is residency
+        self.model.prepare(PROMPTS)
+        reward = build_reward(config, processes.device, residency)
+        with residency.phase("refresh"):
+            self.reference = build_reference(config.reference.storage, self.model.network)
+            self.algorithm = OnlineVPO(config, self.model, reward, self.reference, processes, residency)
+        self.held_out = build_held_out(config, self.model, PROMPTS, reward, processes)
+        if device is not None:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Let every part say whether it is on the device whenever it is used."""
+        network, vae, optimizer = self.model.network, self.model._vae, self.algorithm.optimizer
+        self._watch_module("policy", network, lambda: module_tensors(network))
+        self._watch_module("reference", self.reference._mirror.network, self.reference.tensors)
+        self._watch_module("vae", vae.spatial_vae.module.decoder, lambda: module_tensors(vae))
+        step_one = optimizer._step_one
+
+        def watched(number: int, factor: Tensor | None) -> None:
+            self._check("optimizer", [*optimizer.tensors(), *module_tensors(network)])
+            step_one(number, factor)
+
+        optimizer._step_one = watched  # type: ignore[method-assign]
+
+    def _watch_module(self, name: str, module: nn.Module, tensors: Callable[[], Sequence[Tensor]]) -> None:
+        module.register_forward_pre_hook(lambda *_: self._check(name, tensors()))
+
+    def _check(self, name: str, tensors: Sequence[Tensor]) -> None:
+        assert self.device is not None
+        self.used.add(name)
+        made = [tensor for tensor in tensors if id(tensor) in self.model.residency._known]
+        assert self.device.has(made), f"{name} is used while it is not on the device"
+
+    def results(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for number in range(2):
+            step = self.algorithm.step(PROMPTS, self.model.embed(PROMPTS), [2 * number, 2 * number + 1])
+            found |= {f"{number}.{name}": torch.tensor(value) for name, value in step.metrics.items()}
+            found[f"{number}.candidates"] = step.candidates
+        found |= self.held_out.evaluate(self.model.network, 1)
+        found["clips"] = self.held_out.videos(self.model.network, [1])
+        found |= {f"policy.{name}": value for name, value in self.model.network.state_dict().items()}
+        found |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
+        found |= {f"optimizer.{name}": value for name, value in self.algorithm.optimizer.state_dict().items()}
+        return found
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "exact8" else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+)
+def test_a_run_in_phases_is_the_same_run(small: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    config = small("optimizer.lr=1e-3", "reference.refresh_every=1", "evaluation.prompts=2", *SETTINGS[name])
+    plain = Run(config, monkeypatch, None).results()
+    device = FakeDevice()
+    run = Run(config, monkeypatch, device)
+    moved = run.results()
+    assert plain.keys() == moved.keys()
+    assert all(torch.equal(plain[key], moved[key]) for key in plain)
+    assert run.used == {"policy", "reference", "vae", "optimizer"}
+    residency = run.model.residency
+    for phase in ("rollout", "scoring", "update", "optimizer"):
+        with residency.phase(phase):
+            assert device.live == residency.nbytes(phase), f"{phase}: bytes that no phase gives back"
+    assert device.peak < sum(residency.nbytes(phase) for phase in ("scoring", "update", "optimizer"))
