@@ -11,7 +11,7 @@ Noise = tuple[Tensor, Numbers, Numbers]
 Options = tuple[Numbers, Numbers, bool, float, float | None]
 """beta, pair_weight, whether errors are means, winner_anchor, loser_scaling, as in ``contract.Options``."""
 Graded = tuple[Tensor, Tensor, Tensor, int]
-"""Policy, target, where the gradient goes, and the address of its factors, float64 [P]."""
+"""Policy, target, where the gradient goes, and the address of its coefficients, float64 [P]."""
 
 def instruction_sets() -> list[str]:
     """Those that this processor has, the fastest first. Results do not depend on them."""
@@ -41,10 +41,11 @@ def gradient(
     members: Sequence[Graded],
     noise: Noise | None,
     mask: Tensor | None,
+    scale: float,
     wide: bool,
     threads: int,
 ) -> None:
-    """Writes factor * (policy - target) of each member, 0 where the mask is False."""
+    """Writes scale * coefficient * (policy - target) of each member, 0 where the mask is False."""
 
 def encode_delta(
     instruction_set: str,
