@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from vpo_engine.config import load_config
 from vpo_engine.planning.estimate import estimate
+from vpo_engine.planning.extrapolate import traced
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
 from vpo_engine.planning.report import as_json, table, verdict
-from vpo_engine.planning.trace import trace_step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limit = config.memory.limit_gib
         plan = estimate(
             config,
-            trace_step(config, on_gpu=True),
+            traced(config, on_gpu=True),
             gpu,
             gpu.capacity if limit is None else int(limit * GIB),
             gpu.name if limit is None else "memory.limit_gib",

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vpo_engine.config import Config
+from vpo_engine.memory.residency import PartName, needs_of
 from vpo_engine.memory.residency import Phase as ResidencyPhase
-from vpo_engine.memory.residency import needs_of
 from vpo_engine.planning.gpus import GIB, Gpu
-from vpo_engine.planning.trace import PHASES, PhaseName, Trace
+from vpo_engine.planning.extrapolate import Traced
+from vpo_engine.planning.trace import PHASES, PhaseName
 
 CONTEXT = int(0.6 * GIB)
 """CUDA's context with the kernels of torch, cuBLAS and cuDNN, and their workspaces: 0.45 to 0.6 GiB are commonly seen
@@ -23,7 +24,8 @@ MATRIX_EFFICIENCY, TRAFFIC_EFFICIENCY = 0.75, 0.8
 """Shares of the measured rate of matrix products, and of the bandwidth, that a whole network is taken to reach.
 Estimates."""
 
-_PARTS = {"policy": "weights", "reference": "reference", "optimizer": "optimizer", "vae": "vae", "reward": "reward"}
+_PARTS: tuple[PartName, ...] = ("policy", "reference", "optimizer", "vae", "reward")
+"""What moves; in plans the policy is called weights, the others have their names."""
 _RESIDENCY: dict[PhaseName, ResidencyPhase | None] = {
     "text": None,
     "rollout": "rollout",
@@ -85,28 +87,21 @@ class Plan:
         return None if any(value is None for value in each) else sum(value for value in each if value is not None)
 
 
-def estimate(config: Config, trace: Trace, gpu: Gpu | None, limit: int, limited_by: str) -> Plan:
+def estimate(config: Config, trace: Traced, gpu: Gpu | None, limit: int, limited_by: str) -> Plan:
     """The plan of a traced step; ``gpu`` None is the CPU, which has no context of its own."""
-    phases = tuple(_phase(config, trace, name, gpu) for name in PHASES if name in trace.phases)
+    phases = tuple(_phase(config, trace, name, gpu) for name in PHASES if name in trace.names)
     return Plan(phases, limit, limited_by, gpu, tuple(trace.notes))
 
 
-def _phase(config: Config, trace: Trace, name: PhaseName, gpu: Gpu | None) -> PhasePlan:
-    phase = trace.phases[name]
+def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None) -> PhasePlan:
     absent = {"host"}
     if config.memory.residency == "phases" and gpu is not None:
         needs = needs_of(config)
-        absent |= {
-            category for part, category in _PARTS.items() if _RESIDENCY[name] not in needs[part].phases  # type: ignore[index]
-        }
-    found = trace.tracker.peak(phase, frozenset(absent))
-    tensors = sum(found.values())
-    allowance = 0 if gpu is None else CONTEXT + int(FRAGMENTATION * tensors)
-    times = trace.times[name] or 1.0
+        absent |= {part for part in _PARTS if _RESIDENCY[name] not in needs[part].phases}
+    found = trace.peak(name, frozenset("weights" if part == "policy" else part for part in absent))
+    allowance = 0 if gpu is None else CONTEXT + int(FRAGMENTATION * sum(found.values()))
     seconds = None
     if gpu is not None and gpu.flops is not None and gpu.bandwidth is not None:
-        seconds = times * (
-            phase.flops / (MATRIX_EFFICIENCY * gpu.flops) + phase.traffic / (TRAFFIC_EFFICIENCY * gpu.bandwidth)
-        )
-    host = trace.tracker.peak_of(phase, "host")
-    return PhasePlan(name, {**found, "allowance": allowance}, host, times * phase.flops, seconds)
+        seconds = trace.flops(name) / (MATRIX_EFFICIENCY * gpu.flops)
+        seconds += trace.traffic(name) / (TRAFFIC_EFFICIENCY * gpu.bandwidth)
+    return PhasePlan(name, {**found, "allowance": allowance}, trace.host(name), trace.flops(name), seconds)

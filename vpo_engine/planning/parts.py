@@ -20,7 +20,7 @@ from vpo_engine.models.opensora.checkpoint import load_config
 from vpo_engine.models.opensora.geometry import pixel_size
 from vpo_engine.models.opensora.model import Geometry, OpenSora
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
-from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.stdit3 import STDiT3, STDiT3Config
 from vpo_engine.models.opensora.vae import OpenSoraVAE
 from vpo_engine.planning.tracker import Tracker
 from vpo_engine.protocols import TextEmbedding
@@ -91,6 +91,12 @@ class PlannedModel(OpenSora):
             materialise(self._vae, self._dtype)
 
 
+    @property
+    def decoders(self) -> list[nn.Module]:
+        """What decodes a micro-batch of frames, and a chunk of latents."""
+        return [self._vae.spatial_vae.module.decoder, self._vae.temporal_vae.decoder]
+
+
 class _NoText:
     """Embeddings are given to the model directly."""
 
@@ -101,8 +107,8 @@ class _NoText:
         raise AssertionError
 
 
-def build_model(config: Config, assumed: Assumed, frames: int, depth: int | None) -> PlannedModel:
-    """Policy and VAE at ``frames`` frames; ``depth`` other than the configured one is for extrapolation."""
+def build_model(config: Config, assumed: Assumed, depth: int | None) -> tuple[PlannedModel, int]:
+    """Policy and VAE, and the network's configured depth; ``depth`` is another, for extrapolation."""
     settings = config.model
     if settings.kind == "sprites":
         network_config = load_config(settings.policy or WEIGHTS / "policy")
@@ -110,16 +116,18 @@ def build_model(config: Config, assumed: Assumed, frames: int, depth: int | None
     else:
         network_config = assumed.config(settings.policy, STDIT3_XL2, "STDiT3-XL/2")
         vae_config = assumed.config(settings.vae, VAE_V1_2, "OpenSora-VAE-v1.2")
-        geometry = Geometry(*pixel_size(settings.resolution, settings.aspect), frames, settings.fps)
+        geometry = Geometry(*pixel_size(settings.resolution, settings.aspect), settings.num_frames, settings.fps)
         flow = RectifiedFlow(use_timestep_transform=True)
-    if depth is not None:
-        network_config["depth"] = depth
+    configured = STDiT3Config.from_dict(network_config).depth
+    network_config["depth"] = depth or configured
     with META:
         network, vae = STDiT3.from_config(network_config), OpenSoraVAE.from_config(vae_config)
     memory = config.memory
     network.activations = Activations(memory.recompute, memory.offload, memory.mlp_chunks)
     dtype = DTYPES[settings.dtype]
-    return PlannedModel(network, vae, _NoText(), geometry, flow, device=META, dtype=dtype)
+    model = PlannedModel(network, vae, _NoText(), geometry, flow, device=META, dtype=dtype)
+    model.decode_frames = memory.decode_frames
+    return model, configured
 
 
 def build_reward_network(config: Config, assumed: Assumed) -> VideoScoreNetwork | None:

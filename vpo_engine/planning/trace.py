@@ -7,7 +7,7 @@ for, ``gpu_rules`` brings its autocast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -32,8 +32,9 @@ from vpo_engine.planning.parts import (
     build_text_encoder,
     materialise,
 )
-from vpo_engine.planning.tracker import Phase, Tracker
-from vpo_engine.protocols import ReferenceStore, TextEmbedding
+from vpo_engine.planning.repeats import repeated
+from vpo_engine.planning.tracker import Peak, Phase, Tracker
+from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.videoscore import VideoScoreNetwork, frame_indices
 
@@ -55,21 +56,44 @@ class Trace:
     """A traced step.
 
     phases: what each did once. times: how often a step does that, with a fraction for what not every step does, and
-    0 for the text, which is encoded before the first. notes: what was assumed.
+    0 for the text, which is encoded before the first. notes: what was assumed. depth: of the network as configured.
     """
 
     tracker: Tracker
     phases: dict[PhaseName, Phase] = field(default_factory=dict)
     times: dict[PhaseName, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    trained: int = 0
+    depth: int = 0
+
+    @property
+    def names(self) -> tuple[PhaseName, ...]:
+        return tuple(self.phases)
+
+    def peak(self, name: PhaseName, absent: frozenset[str] = frozenset()) -> Peak:
+        """Bytes by category at a phase's peak, without those of ``absent``."""
+        return self.tracker.peak(self.phases[name], absent)
+
+    def host(self, name: PhaseName) -> int:
+        """The most bytes that the host holds for the device in a phase."""
+        return self.tracker.peak_of(self.phases[name], "host")
+
+    def flops(self, name: PhaseName) -> float:
+        """Of a step."""
+        return self.phases[name].flops * (self.times[name] or 1.0)
+
+    def traffic(self, name: PhaseName) -> float:
+        """Of a step, in bytes."""
+        return self.phases[name].traffic * (self.times[name] or 1.0)
 
 
 def trace_step(
-    config: Config, *, on_gpu: bool, processes: int = 1, frames: int | None = None, depth: int | None = None
+    config: Config, *, on_gpu: bool, processes: int = 1, depth: int | None = None, network_only: bool = False
 ) -> Trace:
-    """Trace one process's part in a step; ``frames`` and ``depth`` (of the network) other than configured."""
-    return _Tracing(config, on_gpu, processes, frames or config.model.num_frames, depth).run()
+    """Trace one process's part in a step.
+
+    depth: of the network, other than configured. network_only: without text, decode and reward.
+    """
+    return _Tracing(config, on_gpu, processes, depth).run(network_only)
 
 
 class _HostCopies(PlainCopies):
@@ -87,25 +111,39 @@ class _HostCopies(PlainCopies):
 class _Tracing:
     """The fake step in the making."""
 
-    def __init__(self, config: Config, on_gpu: bool, processes: int, frames: int, depth: int | None) -> None:
+    def __init__(self, config: Config, on_gpu: bool, processes: int, depth: int | None) -> None:
         self._config, self._on_gpu = config, on_gpu
         self._pairs = max(1, config.pairs_per_step // processes)
         assumed = Assumed()
-        self._model = build_model(config, assumed, frames, depth)
+        self._model, configured = build_model(config, assumed, depth)
         self._reward = build_reward_network(config, assumed)
         self._text_encoder = build_text_encoder(config, assumed)
         self._tracker = Tracker(scratch=on_gpu)
-        self._trace = Trace(self._tracker, notes=assumed.notes)
+        self._trace = Trace(self._tracker, notes=assumed.notes, depth=configured)
 
-    def run(self) -> Trace:
+    def run(self, network_only: bool) -> Trace:
         with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(self._on_gpu), self._tracker:
             self._build()
-            self._text()
-            latents, text = self._candidates()
-            self._rollout(latents, text)
-            self._score(latents)
-            self._update(latents, text)
+            with repeated(self._tracker, *self._groups()):
+                if not network_only:
+                    self._text()
+                latents, text = self._candidates()
+                self._rollout(latents, text)
+                if not network_only:
+                    self._score(latents)
+                self._update(latents, text)
         return self._trace
+
+    def _groups(self) -> list[Iterable[nn.Module]]:
+        """Modules that do the same again and again."""
+        groups: list[Iterable[nn.Module]] = [[part] for part in self._model.decoders]
+        for network in (self._model.network, self._reference._mirror.network):
+            groups += [network.spatial_blocks, network.temporal_blocks]
+        groups.append(self._text_encoder.encoder.block)
+        if self._reward is not None:
+            trunk = self._reward.model
+            groups += [trunk.vision_model.encoder.layers, trunk.text_model.layers]
+        return groups
 
     @contextmanager
     def _phase(self, name: PhaseName, times: float) -> Iterator[None]:
@@ -128,7 +166,7 @@ class _Tracing:
         if self._reward is not None:
             self._build_reward(self._reward)
         with tracker.making("reference"):
-            self._reference: ReferenceStore = build_reference(config.reference.storage, network)
+            self._reference = build_reference(config.reference.storage, network)
         trained = [p for p in network.parameters() if p.requires_grad]
         self._trace.trained = sum(p.numel() for p in trained)
         for parameter in trained:
@@ -179,7 +217,7 @@ class _Tracing:
                 materialise(encoder, self._text_dtype())
             ids = torch.zeros(TEXT_BATCH, length, dtype=torch.int64)
             encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
-            del encoder, self._text_encoder
+            _empty(encoder)
 
     def _rollout(self, latents: Tensor, text: TextEmbedding) -> None:
         """One call of the network, which a step makes for every sampling step."""
@@ -233,6 +271,13 @@ class _Tracing:
         every = config.reference.refresh_every
         with self._phase("refresh", 1 / every if every else 0.0):
             self._reference.refresh(self._model.network)
+
+
+def _empty(module: nn.Module) -> None:
+    """Let a module's tensors go."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            held.clear()
 
 
 def _without_mask(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -140,6 +140,22 @@ class Tracker(TorchDispatchMode):
         others = frozenset(storage.category for storage in self._log.storages) - {category}
         return sum(self.peak(phase, others).values())
 
+    def height(self, phase: Phase) -> int:
+        """How far the live bytes rose in a phase above those at its start."""
+        now = most = 0
+        for event in self._log.events[phase.start : phase.stop]:
+            size = self._log.storages[abs(event) - 1].size
+            now += size if event > 0 else -size
+            most = max(most, now)
+        return most
+
+    def add(self, flops: int, traffic: int, transient: int) -> None:
+        """Count what is not run: sums, and memory that is taken and given back."""
+        for phase in self._phases:
+            phase.flops += flops
+            phase.traffic += traffic
+        self._borrow(transient, self._category)
+
     # --- counting ------------------------------------------------------------------------------------------
 
     def _follow(self, tensor: Tensor) -> int:
@@ -159,10 +175,10 @@ class Tracker(TorchDispatchMode):
         del self._references[key]
         self._log.events.append(-(number + 1))
 
-    def _borrow(self, size: int) -> None:
-        """Memory that an operator takes for itself and gives back."""
+    def _borrow(self, size: int, category: str) -> None:
+        """Memory that is taken and given back at once."""
         number = len(self._log.storages)
-        self._log.storages.append(_Storage(_rounded(size), "workspace"))
+        self._log.storages.append(_Storage(_rounded(size), category))
         self._log.events += [number + 1, -(number + 1)]
 
     def __torch_dispatch__(
@@ -193,7 +209,7 @@ class Tracker(TorchDispatchMode):
         packet = function._overloadpacket
         scratch = self._scratch.get(packet)
         if scratch is not None:
-            self._borrow(scratch(*args, **kwargs))
+            self._borrow(scratch(*args, **kwargs), "workspace")
         if not self._phases:
             return
         formula = FLOPS.get(packet)

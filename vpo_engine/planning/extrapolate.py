@@ -1,0 +1,88 @@
+"""A deep network's step from two shallow ones: blocks repeat, so bytes and operations grow by the same per pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from vpo_engine.config import Config
+from vpo_engine.planning.trace import PhaseName, Trace, trace_step
+from vpo_engine.planning.tracker import Peak
+
+SHALLOW, DEEPER = 4, 6
+"""Depths that are traced. Where the peak falls in a step may change with depth; from the smaller one on it did not, in
+any setting tried: tests/planning/test_depth.py compares with full depth."""
+
+_ALWAYS = ("weights", "optimizer", "reference")
+"""Categories that a phase in which the network takes no part holds too."""
+
+
+class Traced(Protocol):
+    """A step's phases as ``estimate`` reads them; see ``Trace``."""
+
+    @property
+    def names(self) -> tuple[PhaseName, ...]: ...
+
+    @property
+    def notes(self) -> list[str]: ...
+
+    def peak(self, name: PhaseName, absent: frozenset[str] = frozenset()) -> Peak: ...
+
+    def host(self, name: PhaseName) -> int: ...
+
+    def flops(self, name: PhaseName) -> float: ...
+
+    def traffic(self, name: PhaseName) -> float: ...
+
+
+@dataclass(frozen=True)
+class Extrapolated:
+    """Straight lines through two traces at the depth that is configured."""
+
+    shallow: Trace
+    deeper: Trace
+
+    @property
+    def names(self) -> tuple[PhaseName, ...]:
+        return self.shallow.names
+
+    @property
+    def notes(self) -> list[str]:
+        return self.shallow.notes
+
+    def peak(self, name: PhaseName, absent: frozenset[str] = frozenset()) -> Peak:
+        low = self.shallow.peak(name, absent)
+        if name in self.deeper.names:
+            high = self.deeper.peak(name, absent)
+        else:
+            before, after = (trace.peak("rollout", absent) for trace in (self.shallow, self.deeper))
+            high = low | {
+                part: low[part] + after.get(part, 0) - before.get(part, 0) for part in _ALWAYS if part in low
+            }
+        return {part: round(self._line(low.get(part, 0), high.get(part, 0))) for part in low | high}
+
+    def host(self, name: PhaseName) -> int:
+        return round(self._either(name, lambda trace: trace.host(name)))
+
+    def flops(self, name: PhaseName) -> float:
+        return self._either(name, lambda trace: trace.flops(name))
+
+    def traffic(self, name: PhaseName) -> float:
+        return self._either(name, lambda trace: trace.traffic(name))
+
+    def _either(self, name: PhaseName, value: Callable[[Trace], float]) -> float:
+        low = value(self.shallow)
+        return self._line(low, value(self.deeper)) if name in self.deeper.names else low
+
+    def _line(self, low: float, high: float) -> float:
+        return low + (high - low) * (self.shallow.depth - SHALLOW) / (DEEPER - SHALLOW)
+
+
+def traced(config: Config, *, on_gpu: bool, processes: int = 1) -> Traced:
+    """A step of the configured network: traced itself where it is shallow, else extrapolated."""
+    shallow = trace_step(config, on_gpu=on_gpu, processes=processes, depth=SHALLOW)
+    if shallow.depth <= DEEPER:
+        return trace_step(config, on_gpu=on_gpu, processes=processes)
+    deeper = trace_step(config, on_gpu=on_gpu, processes=processes, depth=DEEPER, network_only=True)
+    return Extrapolated(shallow, deeper)

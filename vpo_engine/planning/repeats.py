@@ -1,0 +1,99 @@
+"""Modules that do the same again and again, traced once: blocks without gradients, micro-batches of a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
+
+from vpo_engine.planning.tracker import Tracker
+
+
+@dataclass
+class _Call:
+    """What a call did: operations, bytes, its highest memory above that at its start, and its results.
+
+    results: for each, the number of the argument whose memory it is, else an empty tensor like it; other values.
+    """
+
+    flops: int
+    traffic: int
+    transient: int
+    results: list[Any]
+    structure: Any
+
+
+@contextmanager
+def repeated(tracker: Tracker, *groups: Iterable[nn.Module]) -> Iterator[None]:
+    """Calls of a group's modules without gradients are traced for the first of equal arguments; the later ones count
+    as much, allocate equal results and reach the same height. A group's modules must differ in weights only."""
+    with ExitStack() as restore:
+        for modules in groups:
+            known: dict[Hashable, _Call] = {}
+            for module in modules:
+                module.forward = _remembering(tracker, known, module.forward)  # type: ignore[method-assign]
+                restore.callback(module.__dict__.pop, "forward")
+        yield
+
+
+def _remembering(
+    tracker: Tracker, known: dict[Hashable, _Call], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        leaves = list(tree_iter((args, kwargs)))
+        if torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        key = (torch.is_autocast_enabled("cpu"), *(_signature(leaf) for leaf in leaves))
+        call = known.get(key)
+        if call is None:
+            with tracker.phase() as phase:
+                result = original(*args, **kwargs)
+            known[key] = _recorded(tracker, phase, result, leaves)
+            return result
+        tracker.add(call.flops, call.traffic, call.transient)
+        results = [_again(item, leaves) for item in call.results]
+        return tree_unflatten(results, call.structure)
+
+    return forward
+
+
+def _signature(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape), leaf.stride(), leaf.dtype)
+    return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf)
+
+
+def _recorded(tracker: Tracker, phase: Any, result: Any, leaves: list[Any]) -> _Call:
+    storages = {
+        leaf.untyped_storage()._cdata: number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+    }
+    flat, structure = tree_flatten(result)
+    results: list[Any] = []
+    for item in flat:
+        if isinstance(item, Tensor):
+            number = storages.get(item.untyped_storage()._cdata)
+            same = number is not None and leaves[number].shape == item.shape
+            assert number is None or same, "a result is part of an argument"
+            results.append((tuple(item.shape), item.stride(), item.dtype) if number is None else number)
+        else:
+            results.append(_Other(item))
+    return _Call(phase.flops, phase.traffic, tracker.height(phase), results, structure)
+
+
+@dataclass
+class _Other:
+    value: Any
+
+
+def _again(item: Any, leaves: list[Any]) -> Any:
+    if isinstance(item, _Other):
+        return item.value
+    if isinstance(item, int):
+        return leaves[item]
+    shape, stride, dtype = item
+    return torch.empty_strided(shape, stride, dtype=dtype)
