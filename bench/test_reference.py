@@ -20,7 +20,6 @@ from vpo_engine.build import build_model, build_prompts, build_reward
 from vpo_engine.config import Config, load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer
-from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.objectives.dpo import DPO
 from vpo_engine.objectives.pairs import select_pairs
@@ -134,7 +133,6 @@ def test_reference_storage(weights: str, benchmark, add_row) -> None:
     steps, prompts = (2, 2) if benchmark.disabled else (STEPS, PROMPTS)
     config = load_config(None, [f"memory.weights={weights}"])
     model = build_model(config, Processes.start("cpu"))
-    hold_in_bfloat16(model.network, config.memory.weights, torch.float32)
     references = {storage: build_reference(storage, model.network) for storage in STORAGES[weights]}
     rows = pairs(config, model, prompts)
     fresh = margins(model, references, rows)
