@@ -215,7 +215,7 @@ class MemoryConfig(Section):
     """phases: policy, optimizer, reference, VAE and reward model are on the device only while a phase needs them."""
     decode_frames: int | None = Field(None, ge=1)
     """Frames that the image decoder takes at once; null: as published, 4. Activations of a frame of 720 x 1280 pixels
-    take 1.3 GiB in bfloat16, 2.2 GiB with float32 norms, as under autocast on GPUs."""
+    take 1.3 GiB in bfloat16."""
     limit_gib: float | None = Field(None, gt=0)
     """Device memory that the run may take; null: what the device has."""
     overcommit: bool = False
@@ -296,6 +296,11 @@ class Config(Section):
                 f"reference.storage={storage} and model.lora={'null' if lora is None else 'set'} do not go together: "
                 "an adapter's reference is its base and a frozen copy of the adapter (storage adapter), and full "
                 "fine-tuning has no adapter"
+            )
+        if memory.offload and memory.recompute not in ("block", "all_but_attention"):
+            raise ValueError(
+                f"memory.offload=true sends the inputs of blocks to the host, but memory.recompute={memory.recompute} "
+                "keeps many times as much on the device; set memory.recompute=block or all_but_attention"
             )
         if memory.step_in_backward:
             self._check_step_in_backward()

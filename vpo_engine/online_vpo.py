@@ -107,21 +107,30 @@ class OnlineVPO:
     def _score(
         self, candidates: Tensor, prompts: Sequence[str], seconds: dict[str, float]
     ) -> dict[str, Tensor]:
-        """{dimension: float32 [P, N]}; videos are decoded, scored and dropped chunk by chunk."""
+        """{dimension: float32 [P, N]}; videos are decoded, scored and dropped chunk by chunk.
+
+        Where VAE and reward model take turns on the device, all videos wait on the host, as bytes, for one turn.
+        """
         latents = candidates.flatten(0, 1)
         captions = [prompt for prompt in prompts for _ in range(candidates.shape[1])]
         rows = self.config.rollout.rows or len(latents)
+        starts = range(0, len(latents), rows)
+        decoded = (self._decode(latents[start : start + rows], seconds) for start in starts)
+        videos = iter([chunk.cpu() for chunk in decoded]) if self.residency.active else decoded
         parts: list[dict[str, Tensor]] = []
-        for start in range(0, len(latents), rows):
-            with self._timed("decode", seconds):
-                videos = self.model.decode(latents[start : start + rows])
-            with self._timed("reward", seconds), self.residency.phase("scoring"):
-                parts.append(self.reward.score(videos, captions[start : start + rows]))
-            del videos
+        for start in starts:
+            chunk = next(videos)
+            with self._timed("reward", seconds), self.residency.phase("reward"):
+                parts.append(self.reward.score(chunk, captions[start : start + rows]))
+            del chunk
         return {
             name: torch.cat([part[name] for part in parts]).unflatten(0, candidates.shape[:2])
             for name in self.reward.dimensions
         }
+
+    def _decode(self, latents: Tensor, seconds: dict[str, float]) -> Tensor:
+        with self._timed("decode", seconds):
+            return self.model.decode(latents)
 
     def _update(
         self, candidates: Tensor, pairs: Pairs, text: TextEmbedding, positions: Sequence[int]

@@ -31,7 +31,7 @@ from vpo_engine.memory.residency import (
 from vpo_engine.protocols import TextEmbedding
 
 Make = Callable[..., Config]
-STEP: tuple[Phase, ...] = ("rollout", "scoring", "update", "optimizer")
+STEP: tuple[Phase, ...] = ("rollout", "decode", "reward", "update", "optimizer")
 
 
 class Toy:
@@ -62,8 +62,10 @@ class Toy:
         noise = torch.randn(6, 8, generator=torch.Generator().manual_seed(number))
         with phase("rollout"), torch.no_grad():
             latents = self.policy(noise)
-        with phase("scoring"), torch.no_grad():
-            scores = self.reward(self.vae(latents))
+        with phase("decode"), torch.no_grad():
+            videos = self.vae(latents)
+        with phase("reward"), torch.no_grad():
+            scores = self.reward(videos)
         with phase("update"):
             loss = (self.policy(noise) - self.reference(latents) * scores.mean()).square().mean()
             loss.backward()
@@ -108,7 +110,8 @@ def test_live_bytes_of_every_phase_are_those_of_its_parts(small: Make) -> None:
     expected = {
         "rollout": sizes["policy"],
         "evaluation": sizes["policy"],
-        "scoring": sizes["vae"] + sizes["reward"],
+        "decode": sizes["vae"],
+        "reward": sizes["reward"],
         "update": sizes["policy"] + sizes["reference"],
         "optimizer": sizes["policy"] + moments,
         "refresh": sizes["policy"] + sizes["reference"],
@@ -117,11 +120,12 @@ def test_live_bytes_of_every_phase_are_those_of_its_parts(small: Make) -> None:
     phases: tuple[Phase, ...] = (
         "rollout",
         "evaluation",
-        "scoring",
+        "decode",
+        "reward",
         "update",
         "optimizer",
         "refresh",
-        "scoring",
+        "decode",
     )
     for phase in phases:
         with toy.residency.phase(phase):
@@ -134,7 +138,7 @@ def test_what_did_not_change_is_not_copied_back(small: Make) -> None:
     sizes, device = toy.sizes, toy.device
     assert device.stored == sum(sizes.values()), "once, when registered"
     toy.step(0)
-    assert device.stored == sum(sizes.values()), "rollout, scoring and update change nothing"
+    assert device.stored == sum(sizes.values()), "all but the optimizer change nothing"
     moments = nbytes(optimizer_tensors(toy.optimizer))
     for _ in range(2):
         before = device.stored, device.loaded
@@ -147,19 +151,19 @@ def test_what_did_not_change_is_not_copied_back(small: Make) -> None:
 
 def test_repeated_and_nested_phases_cost_nothing(small: Make) -> None:
     toy = Toy(default_needs(small))
-    with toy.residency.phase("scoring"):
+    with toy.residency.phase("decode"):
         moves = toy.device.loaded, toy.device.stored, toy.device.waits
-        with toy.residency.phase("scoring"):
+        with toy.residency.phase("decode"):
             pass
-    with toy.residency.phase("scoring"):
+    with toy.residency.phase("decode"):
         assert (toy.device.loaded, toy.device.stored, toy.device.waits) == moves
 
 
 def test_an_enclosing_phase_gets_back_what_it_needs(small: Make) -> None:
     toy = Toy(default_needs(small))
     with toy.residency.phase("update"):
-        with toy.residency.phase("scoring"):
-            assert toy.device.live == toy.residency.nbytes("scoring")
+        with toy.residency.phase("decode"):
+            assert toy.device.live == toy.residency.nbytes("decode")
         assert toy.device.live == toy.residency.nbytes("update")
         with pytest.raises(RuntimeError, match="out of luck"), toy.residency.phase("rollout"):
             raise RuntimeError("out of luck")
@@ -169,12 +173,12 @@ def test_an_enclosing_phase_gets_back_what_it_needs(small: Make) -> None:
 def test_one_wait_a_phase_and_none_where_nothing_is_copied(small: Make) -> None:
     toy = Toy(default_needs(small))
     waits = toy.device.waits
-    for phase in STEP[:3]:
+    for phase in STEP[:4]:
         with toy.residency.phase(phase):
             assert toy.device.waits == waits
     with toy.residency.phase("optimizer"):
         pass
-    with toy.residency.phase("scoring"):
+    with toy.residency.phase("decode"):
         assert toy.device.waits == waits + 1
 
 
@@ -218,13 +222,13 @@ def test_a_write_in_a_phase_that_is_said_to_change_nothing_is_not_lost(small: Ma
     with toy.residency.phase("rollout"):
         state = {name: torch.full_like(value, 2) for name, value in toy.policy.state_dict().items()}
         toy.policy.load_state_dict(state)
-    with toy.residency.phase("scoring"):
+    with toy.residency.phase("decode"):
         assert all(bool((tensor == 2).all()) for tensor in module_tensors(toy.policy))
 
 
 def test_a_write_on_the_host_reaches_the_device(small: Make) -> None:
     toy = Toy(default_needs(small))
-    with toy.residency.phase("scoring"), torch.no_grad():
+    with toy.residency.phase("decode"), torch.no_grad():
         toy.policy[0].weight.fill_(3)
     with toy.residency.phase("update"):
         assert bool((toy.policy[0].weight == 3).all())
@@ -241,7 +245,7 @@ def test_tensors_that_are_exchanged_for_others_are_followed() -> None:
         with residency.phase("update"):
             held["outliers"] = torch.arange(float(count))
             parameter.data = torch.full((4,), float(count))
-        with residency.phase("scoring"):
+        with residency.phase("decode"):
             assert residency.nbytes("update") == 16 + 4 * count
             assert held["outliers"].tolist() == list(range(count))
             assert parameter.tolist() == [count] * 4
@@ -256,11 +260,11 @@ def test_small_tensors_share_host_memory_and_large_ones_have_their_own(
     sizes = [1000, 2048, 1000, 300, slab + 1, 100, 17]
     parts = [torch.empty(size, dtype=torch.uint8) for size in sizes]
     device = FakeDevice()
-    residency = Residency({"vae": Needs(frozenset({"scoring"}))}, device)
+    residency = Residency({"vae": Needs(frozenset({"decode"}))}, device)
     residency.register("vae", lambda: parts)
     assert device.allocated == [slab, slab, slab + 256, 512], "never more than a slab beyond what is held"
     for _ in range(3):
-        with residency.phase("scoring"):
+        with residency.phase("decode"):
             assert device.live == sum(sizes)
         with residency.phase("rollout"):
             assert device.live == 0
@@ -270,7 +274,7 @@ def test_small_tensors_share_host_memory_and_large_ones_have_their_own(
 def test_weights_can_be_saved_from_the_host(small: Make, tmp_path: object) -> None:
     toy = Toy(default_needs(small))
     expected = Toy().policy.state_dict()
-    with toy.residency.phase("scoring"):
+    with toy.residency.phase("decode"):
         save_file(toy.policy.state_dict(), f"{tmp_path}/policy.safetensors")
     found = load_file(f"{tmp_path}/policy.safetensors")
     assert found.keys() == expected.keys()
@@ -303,10 +307,10 @@ def test_on_a_cpu_and_with_residency_all_nothing_moves(small: Make) -> None:
         weight = torch.zeros(3)
         pointer = weight.data_ptr()
         residency.register("policy", lambda weight=weight: [weight])
-        with residency.phase("scoring"):
+        with residency.phase("decode"):
             assert weight.data_ptr() == pointer
         with pytest.raises(ValueError, match=r"memory.residency=all.*set memory.residency=phases"):
-            residency.nbytes("scoring")
+            residency.nbytes("decode")
 
 
 def test_the_text_encoder_is_gone_after_the_text_is_prepared() -> None:
@@ -344,9 +348,9 @@ def test_on_a_gpu(small: Make) -> None:
     assert big.weight.device.type == "cpu"
     assert big.weight.is_pinned()
     for _ in range(2):
-        with residency.phase("scoring"):
+        with residency.phase("decode"):
             assert big.weight.device.type == "cuda"
-            assert torch.cuda.memory_allocated() - before >= residency.nbytes("scoring")
+            assert torch.cuda.memory_allocated() - before >= residency.nbytes("decode")
             assert torch.equal(big.weight.cpu(), expected)
         with residency.phase("rollout"):
             assert torch.cuda.memory_allocated() == before

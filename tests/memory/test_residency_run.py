@@ -105,7 +105,7 @@ def test_a_run_in_phases_is_the_same_run(small: Make, monkeypatch: pytest.Monkey
     assert all(torch.equal(plain[key], moved[key]) for key in plain)
     assert run.used == {"policy", "reference", "vae", "optimizer"}
     residency = run.model.residency
-    for phase in ("rollout", "scoring", "update", "optimizer"):
+    for phase in ("rollout", "decode", "update", "optimizer"):
         with residency.phase(phase):
             assert device.live == residency.nbytes(phase), f"{phase}: bytes that no phase gives back"
-    assert device.peak < sum(residency.nbytes(phase) for phase in ("scoring", "update", "optimizer"))
+    assert device.peak < sum(residency.nbytes(phase) for phase in ("decode", "update", "optimizer"))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from vpo_engine.config import Config
 
 PartName = Literal["policy", "reference", "optimizer", "vae", "reward"]
-Phase = Literal["rollout", "evaluation", "scoring", "update", "optimizer", "refresh"]
+Phase = Literal["rollout", "evaluation", "decode", "reward", "update", "optimizer", "refresh"]
 """rollout: candidates are sampled, by whom rollout.source says, with the policy's embedding of no caption. evaluation:
-held-out videos are sampled by the policy. scoring: latents are decoded and scored. update: losses and gradients.
+held-out videos are sampled by the policy. decode: latents become videos. reward: these are scored. update: losses and gradients.
 optimizer: the optimizer's step. refresh: the reference is made, or made anew."""
 
 SLAB_BYTES = 2**28
@@ -55,13 +55,12 @@ def needs_of(config: Config) -> dict[PartName, Needs]:
         policy_changes.add("update")
         if storage == "exact8":
             reference_changes.add("update")
-    scoring: frozenset[Phase] = frozenset({"scoring"})
     return {
         "policy": Needs(frozenset(policy), frozenset(policy_changes)),
         "reference": Needs(frozenset(reference), frozenset(reference_changes)),
         "optimizer": Needs(frozenset(optimizer), frozenset(optimizer)),
-        "vae": Needs(scoring),
-        "reward": Needs(scoring),
+        "vae": Needs(frozenset({"decode"})),
+        "reward": Needs(frozenset({"reward"})),
     }
 
 
@@ -208,6 +207,11 @@ class Residency:
     def everything() -> Residency:
         """All parts stay where they are."""
         return Residency({}, None)
+
+    @property
+    def active(self) -> bool:
+        """Whether parts take turns on the device."""
+        return self._mover is not None
 
     def register(self, name: PartName, tensors: Callable[[], Iterable[Tensor]]) -> None:
         """A part, which leaves the device unless the current phase needs it.

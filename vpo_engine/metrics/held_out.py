@@ -70,7 +70,7 @@ class HeldOut:
 
     def scores(self, videos: Tensor, clips: Sequence[int]) -> list[dict[str, float]]:
         """The training reward of given clips, per dimension."""
-        with self._residency.phase("scoring"):
+        with self._residency.phase("reward"):
             scores = self._instruments.reward.score(videos, [self.caption(clip) for clip in clips])
         return [{name: float(value[i]) for name, value in scores.items()} for i in range(len(clips))]
 
@@ -102,7 +102,7 @@ class HeldOut:
         found: dict[str, Tensor] = {}
         for name, scorer in (("reward", self._instruments.reward), ("judge", self._instruments.judge)):
             if scorer is not None:
-                with self._residency.phase("scoring"):
+                with self._residency.phase("reward"):
                     scores = scorer.score(videos, captions)
                 scores = scores | {"selected": combine(scores, self._config.reward.dimensions)}
                 found |= {f"{name}/{key}": value.float().cpu() for key, value in scores.items()}

@@ -35,14 +35,14 @@ def load_opensora(
     device: torch.device,
     dtype: torch.dtype,
 ) -> OpenSora:
-    """The published policy and VAE at one video size, the VAE in ``dtype``.
+    """The published policy and VAE at one video size.
 
     resolution and aspect (height to width) are names of the published table; text comes from elsewhere.
     """
     height, width = pixel_size(resolution, aspect)
     return OpenSora(
         load_stdit3(policy),
-        OpenSoraVAE.from_pretrained(vae).to(dtype),
+        OpenSoraVAE.from_pretrained(vae),
         text,
         Geometry(height, width, num_frames, fps),
         RectifiedFlow(use_timestep_transform=True),

@@ -41,9 +41,9 @@ class Geometry:
 class OpenSora:
     """The policy network with everything around it; see ``vpo_engine.protocols.VideoModel``.
 
-    ``dtype`` bfloat16 runs the networks under autocast over float32 weights and rounds t to bfloat16 as the
-    published bfloat16 model does, for policy and reference alike (opensora/models/stdit/stdit3.py casts t to
-    the model's dtype). ``decode_frames`` bounds the frames that the image decoder takes at once (None: as published).
+    ``dtype`` is that of the arithmetic and of the VAE. With bfloat16, networks of float32 weights run under autocast,
+    others as they are, and t is rounded to bfloat16 as the published bfloat16 model does, for policy and reference
+    alike (opensora/models/stdit/stdit3.py casts t to the model's dtype). ``decode_frames`` bounds the frames that the image decoder takes at once (None: as published).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class OpenSora:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.network = network.to(device).eval()
-        self._vae = vae.to(device).eval().requires_grad_(False)
+        self._vae = vae.to(device, dtype).eval().requires_grad_(False)
         self._text = text
         self._geometry = geometry
         self._flow = flow
@@ -132,7 +132,7 @@ class OpenSora:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        with self.residency.phase("scoring"), self._autocast():
+        with self.residency.phase("decode"):
             return self._vae.decode_uint8(latents, self.num_frames, self.decode_frames)
 
     def save_policy(self, folder: Path) -> None:
@@ -143,4 +143,4 @@ class OpenSora:
             save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != self.network.dtype)
