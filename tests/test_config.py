@@ -75,6 +75,29 @@ def test_wrong_settings_name_key_constraint_and_remedy(override: str, text: str)
         load_config(None, [override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["reference.storage=exact8"], "keeps differences from bfloat16 weights, but memory.weights=float32"),
+        (["reference.storage=adapter"], "reference.storage=adapter and model.lora=null do not go together"),
+        (["model.lora.rank=4"], "reference.storage=copy and model.lora=set do not go together"),
+        (["memory.offload=true"], "memory.recompute=nothing keeps many times as much on the device"),
+        (["memory.step_in_backward=true"], "memory.step_in_backward=true excludes optimizer.clip"),
+        (
+            ["memory.step_in_backward=true", "optimizer.clip=null", "memory.sequential=true"],
+            "excludes memory.sequential=true: a step needs the gradients of both members",
+        ),
+        (
+            ["memory.step_in_backward=true", "optimizer.clip=null", "objective.rows=4"],
+            "excludes objective.rows: a step needs the gradients of all rows",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other_say_why(overrides: list[str], text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        load_config(None, overrides)
+
+
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no configuration file absent\.yaml; shipped ones: .*sprites\.yaml"
