@@ -1,6 +1,6 @@
 """What a run will take: memory, operations and seconds of every phase of a step, without a GPU and without weights.
 
-    python -m vpo_engine.plan CONFIG.yaml [key.path=value ...] [--gpu a100-80g] [--json]
+python -m vpo_engine.plan CONFIG.yaml [key.path=value ...] [--gpu a100-80g] [--frames] [--json]
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import json
 import sys
 from collections.abc import Sequence
 
-from vpo_engine.config import load_config
-from vpo_engine.planning.estimate import estimate
-from vpo_engine.planning.extrapolate import traced
+from vpo_engine.config import Config, load_config
+from vpo_engine.planning.estimate import Plan
+from vpo_engine.planning.fit import fitting_changes, most_frames
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
-from vpo_engine.planning.report import as_json, table, verdict
+from vpo_engine.planning.planner import plan_run
+from vpo_engine.planning.report import as_json, provenance, table, verdict
+
+RESOLUTIONS = ("240p", "360p", "480p", "720p")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,30 +27,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", help="YAML file, or the name of a shipped one; default: sprites")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's"
+    )
     parser.add_argument("--gpu", help=f"{', '.join(GPUS)}; default: the one that is here, else a100-80g")
     parser.add_argument("--json", action="store_true", help="numbers for machines")
+    parser.add_argument(
+        "--frames", action="store_true", help=f"also the most frames that fit at {', '.join(RESOLUTIONS)}"
+    )
     given = parser.parse_args(arguments)
     source, overrides = given.config, given.overrides
     if source is not None and "=" in source:
         source, overrides = None, [source, *overrides]
     try:
         config, gpu = load_config(source, overrides), find_gpu(given.gpu)
-        limit = config.memory.limit_gib
-        plan = estimate(
-            config,
-            traced(config, on_gpu=True),
-            gpu,
-            gpu.capacity if limit is None else int(limit * GIB),
-            gpu.name if limit is None else "memory.limit_gib",
-        )
+        plan = plan_run(config, gpu)
+        if given.json:
+            print(json.dumps(as_json(plan), indent=1))
+            return 0
+        print(table(plan), verdict(plan), *provenance(plan), sep="\n")
+
+        def planner(changed: Config) -> Plan:
+            return plan_run(changed, gpu)
+
+        if not plan.fits:
+            print("single settings with which it fits, cheapest first:")
+            for change in fitting_changes(config, planner):
+                print(f"  {change}: {change.plan.peak.total / GIB:.2f} GiB", flush=True)
+        if given.frames:
+            for resolution in RESOLUTIONS:
+                print(f"most frames at {resolution}: {most_frames(config, resolution, planner)}", flush=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    if given.json:
-        print(json.dumps(as_json(plan), indent=1))
-    else:
-        print(table(plan), verdict(plan), *plan.notes, sep="\n")
     return 0
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from vpo_engine.config import Config
 from vpo_engine.memory.residency import PartName, needs_of
-from vpo_engine.memory.residency import Phase as ResidencyPhase
-from vpo_engine.planning.gpus import GIB, Gpu
 from vpo_engine.planning.extrapolate import Traced
+from vpo_engine.planning.gpus import GIB, Gpu
 from vpo_engine.planning.trace import PHASES, PhaseName
 
 CONTEXT = int(0.6 * GIB)
@@ -26,15 +25,6 @@ Estimates."""
 
 _PARTS: tuple[PartName, ...] = ("policy", "reference", "optimizer", "vae", "reward")
 """What moves; in plans the policy is called weights, the others have their names."""
-_RESIDENCY: dict[PhaseName, ResidencyPhase | None] = {
-    "text": None,
-    "rollout": "rollout",
-    "decode": "scoring",
-    "reward": "scoring",
-    "update": "update",
-    "optimizer": "optimizer",
-    "refresh": "refresh",
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,11 @@ class Plan:
     def seconds(self) -> float | None:
         """Of one step."""
         each = [phase.seconds for phase in self.phases if phase.name != "text"]
-        return None if any(value is None for value in each) else sum(value for value in each if value is not None)
+        return (
+            None
+            if any(value is None for value in each)
+            else sum(value for value in each if value is not None)
+        )
 
 
 def estimate(config: Config, trace: Traced, gpu: Gpu | None, limit: int, limited_by: str) -> Plan:
@@ -97,7 +91,7 @@ def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None) -> P
     absent = {"host"}
     if config.memory.residency == "phases" and gpu is not None:
         needs = needs_of(config)
-        absent |= {part for part in _PARTS if _RESIDENCY[name] not in needs[part].phases}
+        absent |= {part for part in _PARTS if name not in needs[part].phases}
     found = trace.peak(name, frozenset("weights" if part == "policy" else part for part in absent))
     allowance = 0 if gpu is None else CONTEXT + int(FRAGMENTATION * sum(found.values()))
     seconds = None

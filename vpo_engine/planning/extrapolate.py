@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vpo_engine.config import Config
+from vpo_engine.planning.parts import configured_depth
 from vpo_engine.planning.trace import PhaseName, Trace, trace_step
 from vpo_engine.planning.tracker import Peak
 
@@ -81,8 +82,8 @@ class Extrapolated:
 
 def traced(config: Config, *, on_gpu: bool, processes: int = 1) -> Traced:
     """A step of the configured network: traced itself where it is shallow, else extrapolated."""
-    shallow = trace_step(config, on_gpu=on_gpu, processes=processes, depth=SHALLOW)
-    if shallow.depth <= DEEPER:
+    if configured_depth(config) <= DEEPER:
         return trace_step(config, on_gpu=on_gpu, processes=processes)
+    shallow = trace_step(config, on_gpu=on_gpu, processes=processes, depth=SHALLOW)
     deeper = trace_step(config, on_gpu=on_gpu, processes=processes, depth=DEEPER, network_only=True)
     return Extrapolated(shallow, deeper)

@@ -55,3 +55,16 @@ SCRATCH: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
 }
 """Bytes that an operator's GPU kernel takes for itself while it runs."""
+
+WRITES_NOTHING = frozenset(
+    {
+        _aten.empty,
+        _aten.empty_like,
+        _aten.empty_strided,
+        _aten.new_empty,
+        _aten.new_empty_strided,
+        _aten.detach,
+        _aten.lift_fresh,
+    }
+)
+"""Operators that move no bytes, though they are no views."""

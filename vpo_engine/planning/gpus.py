@@ -44,7 +44,14 @@ GPUS = {
 """Rates are others' measurements or estimates until a row here says ``measured``. Bandwidths are the datasheets'.
 Capacities are what torch.cuda reports on such devices; their labels are rounded up."""
 
-_NAMES = {"A100": "a100-80g", "H100": "h100-80g", "H200": "h200", "B200": "b200", "L40S": "l40s", "4090": "rtx4090"}
+_NAMES = {
+    "A100": "a100-80g",
+    "H100": "h100-80g",
+    "H200": "h200",
+    "B200": "b200",
+    "L40S": "l40s",
+    "4090": "rtx4090",
+}
 """Parts of the names that devices report."""
 
 
@@ -65,4 +72,6 @@ def present_gpu() -> Gpu | None:
     kind = next((GPUS[name] for part, name in _NAMES.items() if part in properties.name), None)
     if kind is None:
         return Gpu(properties.name, properties.total_memory, None, None, "rates of this device are not known")
-    return Gpu(properties.name, properties.total_memory, kind.flops, kind.bandwidth, kind.source, kind.measured)
+    return Gpu(
+        properties.name, properties.total_memory, kind.flops, kind.bandwidth, kind.source, kind.measured
+    )

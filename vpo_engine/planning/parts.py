@@ -90,7 +90,6 @@ class PlannedModel(OpenSora):
         with tracker.making("vae"):
             materialise(self._vae, self._dtype)
 
-
     @property
     def decoders(self) -> list[nn.Module]:
         """What decodes a micro-batch of frames, and a chunk of latents."""
@@ -107,16 +106,27 @@ class _NoText:
         raise AssertionError
 
 
+def configured_depth(config: Config) -> int:
+    """Pairs of blocks of the policy."""
+    return STDiT3Config.from_dict(_network_config(config, Assumed())).depth
+
+
+def _network_config(config: Config, assumed: Assumed) -> dict[str, Any]:
+    if config.model.kind == "sprites":
+        return load_config(config.model.policy or WEIGHTS / "policy")
+    return assumed.config(config.model.policy, STDIT3_XL2, "STDiT3-XL/2")
+
+
 def build_model(config: Config, assumed: Assumed, depth: int | None) -> tuple[PlannedModel, int]:
     """Policy and VAE, and the network's configured depth; ``depth`` is another, for extrapolation."""
-    settings = config.model
+    settings, network_config = config.model, _network_config(config, assumed)
     if settings.kind == "sprites":
-        network_config = load_config(settings.policy or WEIGHTS / "policy")
         vae_config, geometry, flow = load_config(WEIGHTS / "vae"), GEOMETRY, FLOW
     else:
-        network_config = assumed.config(settings.policy, STDIT3_XL2, "STDiT3-XL/2")
         vae_config = assumed.config(settings.vae, VAE_V1_2, "OpenSora-VAE-v1.2")
-        geometry = Geometry(*pixel_size(settings.resolution, settings.aspect), settings.num_frames, settings.fps)
+        geometry = Geometry(
+            *pixel_size(settings.resolution, settings.aspect), settings.num_frames, settings.fps
+        )
         flow = RectifiedFlow(use_timestep_transform=True)
     configured = STDiT3Config.from_dict(network_config).depth
     network_config["depth"] = depth or configured

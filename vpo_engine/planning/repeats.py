@@ -70,7 +70,9 @@ def _signature(leaf: Any) -> Hashable:
 
 def _recorded(tracker: Tracker, phase: Any, result: Any, leaves: list[Any]) -> _Call:
     storages = {
-        leaf.untyped_storage()._cdata: number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+        leaf.untyped_storage()._cdata: number
+        for number, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor)
     }
     flat, structure = tree_flatten(result)
     results: list[Any] = []

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from vpo_engine.planning.estimate import Plan
+from vpo_engine.planning.estimate import (
+    CONTEXT,
+    FRAGMENTATION,
+    MATRIX_EFFICIENCY,
+    TRAFFIC_EFFICIENCY,
+    Plan,
+)
+from vpo_engine.planning.fit import Change
 from vpo_engine.planning.gpus import GIB
 
 _COLUMNS = {
@@ -24,9 +31,7 @@ def table(plan: Plan) -> str:
     header = ["phase", "peak GiB", *_COLUMNS, "TFLOP", "seconds", "share"]
     lines = [header]
     for phase in plan.phases:
-        columns = [
-            _gib(sum(phase.bytes.get(name, 0) for name in names)) for names in _COLUMNS.values()
-        ]
+        columns = [_gib(sum(phase.bytes.get(name, 0) for name in names)) for names in _COLUMNS.values()]
         seconds = "?" if phase.seconds is None else f"{phase.seconds:.3g}"
         share = ""
         if phase.name != "text" and phase.seconds is not None and plan.seconds:
@@ -34,8 +39,7 @@ def table(plan: Plan) -> str:
         lines.append([phase.name, _gib(phase.total), *columns, f"{phase.flops / 1e12:.4g}", seconds, share])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) if not number else cell.rjust(width) for number, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in lines
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in lines
     )
 
 
@@ -44,8 +48,46 @@ def verdict(plan: Plan) -> str:
     peak = plan.peak
     fits = "fits in" if plan.fits else "does not fit in"
     return (
-        f"peak {_gib(peak.total)} GiB in {peak.name}, most of it {peak.largest} ({_gib(peak.bytes[peak.largest])} GiB): "
-        f"{fits} {_gib(plan.limit)} GiB ({plan.limited_by})"
+        f"peak {_gib(peak.total)} GiB in {peak.name}, most of it {peak.largest} "
+        f"({_gib(peak.bytes[peak.largest])} GiB): {fits} {_gib(plan.limit)} GiB ({plan.limited_by})"
+    )
+
+
+def provenance(plan: Plan) -> list[str]:
+    """What the numbers rest on."""
+    lines = [*plan.notes]
+    host = max(phase.host for phase in plan.phases)
+    if host:
+        lines.append(f"host memory for offloaded activations: {_gib(host)} GiB")
+    if plan.gpu is not None:
+        kind = "measured" if plan.gpu.measured else "estimates, not measured by this project"
+        lines.append(
+            f"allowance: {_gib(CONTEXT)} GiB for CUDA's context and workspaces, {FRAGMENTATION:.0%} for fragmentation; "
+            "both estimates"
+        )
+        lines.append(
+            f"seconds are {kind}: {plan.gpu.source}, at {MATRIX_EFFICIENCY:.0%} of it for matrix products and "
+            f"{TRAFFIC_EFFICIENCY:.0%} of the bandwidth for the rest"
+        )
+    return lines
+
+
+def line(plan: Plan) -> str:
+    """The plan in one line, for the beginning of a run."""
+    peaks = ", ".join(f"{phase.name} {_gib(phase.total)}" for phase in plan.phases)
+    return f"plan: {peaks} GiB; limit {_gib(plan.limit)} GiB, {plan.limited_by}"
+
+
+def shortfall(plan: Plan, change: Change | None) -> str:
+    """Why a run is refused, and what to do."""
+    peak = plan.peak
+    remedy = "no single setting makes it fit: see python -m vpo_engine.plan"
+    if change is not None:
+        remedy = f"it fits with {change} ({_gib(change.plan.peak.total)} GiB)"
+    return (
+        f"the run needs {_gib(peak.total)} GiB in {peak.name}, most of it {peak.largest} "
+        f"({_gib(peak.bytes[peak.largest])} GiB), and may take {_gib(plan.limit)} GiB ({plan.limited_by}); {remedy}. "
+        "To try it all the same, set memory.overcommit=true"
     )
 
 

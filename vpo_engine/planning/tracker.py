@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from vpo_engine.planning.flops import FLOPS, SCRATCH
+from vpo_engine.planning.flops import FLOPS, SCRATCH, WRITES_NOTHING
 
 BLOCK = 512
 """Bytes to a multiple of which the CUDA allocator rounds (c10/cuda/CUDACachingAllocator: kMinBlockSize)."""
@@ -27,7 +27,7 @@ Peak = dict[str, int]
 """Bytes by category at the moment when most are live."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Phase:
     """What happened between two moments: events of the log from ``start`` to ``stop``, and sums over operators.
 
@@ -203,7 +203,9 @@ class Tracker(TorchDispatchMode):
         if type(tensor) is Tensor:
             return tensor.item()
         value = self.answer()
-        return bool(value) if tensor.dtype == torch.bool else value if tensor.is_floating_point() else int(value)
+        return (
+            bool(value) if tensor.dtype == torch.bool else value if tensor.is_floating_point() else int(value)
+        )
 
     def _count(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         packet = function._overloadpacket
@@ -217,7 +219,7 @@ class Tracker(TorchDispatchMode):
             flops = formula(*args, **kwargs, out_val=result)
             for phase in self._phases:
                 phase.flops += flops
-        elif not function.is_view:
+        elif not function.is_view and packet not in WRITES_NOTHING:
             traffic = sum(_touched(value) for value in tree_iter((args, kwargs, result)))
             for phase in self._phases:
                 phase.traffic += traffic

@@ -1,0 +1,61 @@
+"""A run's plan on a device, and whether the run may start."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from vpo_engine.config import Config
+from vpo_engine.planning.estimate import Plan, estimate
+from vpo_engine.planning.extrapolate import Traced, traced
+from vpo_engine.planning.fit import fitting_changes
+from vpo_engine.planning.gpus import GIB, Gpu, present_gpu
+from vpo_engine.planning.report import line, shortfall
+
+
+def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
+    """The plan of one of ``processes`` processes on ``gpu``, or on this machine's CPU for None.
+
+    Its limit is memory.limit_gib, else the GPU's capacity or the memory that this machine has available.
+    """
+    given = config.memory.limit_gib
+    if given is not None:
+        limit, limited_by = int(given * GIB), f"memory.limit_gib={given:g}"
+    elif gpu is not None:
+        limit, limited_by = gpu.capacity, f"what {gpu.name} has"
+    else:
+        limit, limited_by = available_memory(), "what this machine has available"
+    return estimate(config, _trace(_as_traced(config), gpu is not None, processes), gpu, limit, limited_by)
+
+
+def check_fits(config: Config, device: torch.device, processes: int = 1) -> str:
+    """The plan of a run on ``device`` in one line. ValueError, unless memory.overcommit, if it cannot fit there:
+    phase, need, limit, and the cheapest single settings that would make it fit."""
+    gpu = present_gpu() if device.type == "cuda" else None
+    plan = plan_run(config, gpu, processes)
+    if not plan.fits and not config.memory.overcommit:
+        changes = fitting_changes(config, lambda changed: plan_run(changed, gpu, processes))
+        raise ValueError(shortfall(plan, next(changes, None)))
+    return line(plan)
+
+
+def available_memory() -> int:
+    """Bytes that new programs can take without swapping (Linux), else 2^63: then nothing is refused."""
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return 2**63
+    fields = dict(entry.split(":") for entry in path.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+@functools.lru_cache(maxsize=64)
+def _trace(config: Config, on_gpu: bool, processes: int) -> Traced:
+    return traced(config, on_gpu=on_gpu, processes=processes)
+
+
+def _as_traced(config: Config) -> Config:
+    """The configuration without what does not reach the trace, so that traces are shared."""
+    memory = config.memory.model_copy(update={"residency": "all", "limit_gib": None, "overcommit": False})
+    return config.model_copy(update={"memory": memory, "name": "", "run_dir": None, "steps": 10**9})
