@@ -113,6 +113,11 @@ def train_row(generator: torch.Generator, step: int, steps: int) -> dict[str, fl
         "seconds/refresh": 0.002,
         **({"seconds/evaluate": 6.0} if step % 12 == 0 else {}),
         "seconds/step": 3.35 + 0.1 * abs(noise[9]) + 6.0 * (step % 12 == 0),
+        "speed/samples_per_second": 19.0 + noise[9],
+        "speed/idle": 0.01,
+        "speed/rollout_mfu": 0.43 + 0.01 * noise[10],
+        "speed/update_mfu": 0.38,
+        "speed/ceiling": 7.21e10,
         "optimizer_steps": step,
         "reference_age": age,
     }

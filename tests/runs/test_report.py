@@ -144,6 +144,23 @@ def test_a_run_in_its_middle(tmp_path):
     assert "33.3 %" in page.text, "what no stage accounts for"
 
 
+def test_the_time_table_says_what_stages_do_and_how_near_the_peak_they_are(finished):
+    text = Page(write_report(finished).read_text(encoding="utf-8")).text
+    table = text[text.index("Where the time went") : text.index("Held-out measures")]
+    for part in ("the model makes candidate videos", "of peak", "43 %", "38 %", "72.1 GFLOP/s"):
+        assert part in table, part
+    assert "candidates per second" in table
+
+
+def test_a_run_without_measured_speed_has_no_column_for_it(tmp_path):
+    run = RunDirectory.create_at(tmp_path / "run", CONFIG)
+    with RunLog(run) as log:
+        log.write(1, "train", {"seconds/rollout": 2.0, "seconds/step": 3.0})
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "of peak" not in page.text
+    assert "outside of all stages" in page.text
+
+
 def test_pairs_of_few_files_are_not_shown_twice(tmp_path):
     run = make_run(tmp_path / "run", steps=12, gallery=2)
     for path in sorted(run.pairs_gallery.iterdir())[1:]:

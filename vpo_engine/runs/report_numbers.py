@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from vpo_engine.metrics.summary import BETTER, change, number_texts
-from vpo_engine.runs.charts import Chart, Point, Series, line_chart, stacked_bar
+from vpo_engine.runs.charts import Chart, Point, Series, format_number, line_chart, stacked_bar
 from vpo_engine.runs.log import Row
 from vpo_engine.runs.progress import format_seconds
 from vpo_engine.runs.report_clips import missing
@@ -20,7 +21,17 @@ DIMENSIONS = (
     "text_alignment",
     "factual_consistency",
 )
-_STAGES = ("text", "rollout", "decode", "reward", "update", "refresh", "evaluate", "checkpoint")
+_STAGES = {
+    "text": "prompts become numbers that the model reads",
+    "rollout": "the model makes candidate videos for each prompt",
+    "decode": "the candidates become pixels",
+    "reward": "a second model scores the candidates",
+    "update": "the model learns to prefer the best candidate to the worst",
+    "refresh": "the copy that it is compared with catches up",
+    "evaluate": "videos of prompts that it never trains on are scored",
+    "checkpoint": "the run is saved",
+}
+_OTHER = "outside of all stages"
 _MOST_SERIES = 6
 _MOST_MARKS = 40
 
@@ -116,15 +127,31 @@ def time_section(rows: Rows) -> str:
         totals.append(("other", whole - staged))
     whole = max(whole, staged)
     coloured = [(name, seconds / whole, index % 6 + 1) for index, (name, seconds) in enumerate(totals)]
+    ceiling = rows.points("train", "speed/ceiling")
     body = "".join(
-        f'<tr><td><i style="background:var(--c{colour})"></i>{name}</td>'
+        f'<tr><td><i style="background:var(--c{colour})"></i>{name} '
+        f'<span class="soft">{_STAGES.get(name, _OTHER)}</span></td>'
         + _cells(_short_seconds(share * whole), _short_seconds(share * whole / steps), f"{100 * share:.1f} %")
+        + (_cells(_typical_percent(rows, f"speed/{name}_mfu")) if ceiling else "")
         + "</tr>"
         for name, share, colour in coloured
     )
+    heads = ("stage", "in all", "per step", "share", *(["of peak"] if ceiling else []))
     return (
         f"<section><h2>Where the time went</h2>{stacked_bar(coloured)}"
-        f"{_table(('stage', 'in all', 'per step', 'share'), body)}</section>"
+        f"{_table(heads, body)}{_speed(rows, ceiling)}</section>"
+    )
+
+
+def _speed(rows: Rows, ceiling: Sequence[Point]) -> str:
+    """What the column "of peak" says, and the candidates per second."""
+    if not ceiling:
+        return ""
+    samples = _median(rows.points("train", "speed/samples_per_second"))
+    return (
+        f'<p class="soft">{format_number(samples)} candidates per second in a typical step. Of peak: how much of the '
+        f"arithmetic that the device could have done in that time went into the network. The device's peak is "
+        f"{_flops(ceiling[-1][1])}, the fastest matrix product measured when the run started.</p>"
     )
 
 
@@ -261,6 +288,19 @@ def _table(heads: Sequence[str], body: str) -> str:
     first, *others = (escape(head) for head in heads)
     row = f"<th>{first}</th>" + "".join(f'<th class="num">{head}</th>' for head in others)
     return f'<div class="scroll"><table><thead><tr>{row}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _median(points: Sequence[Point]) -> float:
+    return statistics.median(y for _, y in points)
+
+
+def _typical_percent(rows: Rows, name: str) -> str:
+    points = rows.points("train", name)
+    return f"{100 * _median(points):.0f} %" if points else ""
+
+
+def _flops(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
 
 
 def _short_seconds(seconds: float) -> str:
