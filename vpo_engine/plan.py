@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not plan.fits:
             print("single settings with which it fits, cheapest first:")
-            for change in fitting_changes(config, planner):
+            for change in fitting_changes(config, plan, planner):
                 print(f"  {change}: {change.plan.peak.total / GIB:.2f} GiB", flush=True)
         if given.frames:
             for resolution in RESOLUTIONS:

@@ -14,14 +14,13 @@ KIB = 1024
 
 
 def test_peak_is_the_largest_sum_of_live_storages_in_whole_blocks():
-    with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
-        with tracker.phase() as phase:
-            first = torch.empty(KIB, dtype=torch.uint8)
-            second = torch.empty(3 * KIB, dtype=torch.uint8)
-            del first
-            third = torch.empty(1, dtype=torch.uint8)
-            del second
-            fourth = torch.empty(2 * KIB, dtype=torch.uint8)
+    with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker, tracker.phase() as phase:
+        first = torch.empty(KIB, dtype=torch.uint8)
+        second = torch.empty(3 * KIB, dtype=torch.uint8)
+        del first
+        third = torch.empty(1, dtype=torch.uint8)
+        del second
+        fourth = torch.empty(2 * KIB, dtype=torch.uint8)
     assert tracker.peak(phase) == {"other": 4 * KIB}
     assert tracker.live() == 2 * KIB + BLOCK
     del third, fourth

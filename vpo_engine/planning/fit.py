@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vpo_engine.config import Config
-from vpo_engine.planning.estimate import Plan
+from vpo_engine.planning.estimate import FRAGMENTATION, Plan
+from vpo_engine.planning.trace import PHASES
 
 Planner = Callable[[Config], Plan]
 
-CHANGES: tuple[tuple[str, Any], ...] = (
-    ("rollout.rows", 4),
-    ("rollout.rows", 1),
-    ("objective.rows", 1),
-    ("reward.rows", 1),
-    ("memory.decode_frames", 1),
-    ("memory.mlp_chunks", 4),
-    ("memory.offload", True),
-    ("memory.recompute", "block"),
-    ("memory.sequential", True),
-    ("memory.residency", "phases"),
-    ("reference.storage", "bf16"),
-    ("reference.storage", "exact8"),
-    ("reward.bits", 8),
-    ("memory.optimizer_bits", 8),
-    ("memory.weights", "stochastic"),
-    ("reference.storage", "int8"),
-    ("reward.bits", 4),
+_ROLLOUT, _UPDATE = ("rollout", "decode"), ("update",)
+_EVERYWHERE = PHASES
+_COMPUTED = ("activations", "workspace")
+_PARTS = ("weights", "optimizer", "reference", "vae", "reward")
+
+CHANGES: tuple[tuple[str, Any, Sequence[str], Sequence[str]], ...] = (
+    ("memory.residency", "phases", _EVERYWHERE, _PARTS),
+    ("objective.rows", 1, _UPDATE, _COMPUTED),
+    ("rollout.rows", 4, _ROLLOUT, _COMPUTED),
+    ("rollout.rows", 1, _ROLLOUT, _COMPUTED),
+    ("reward.rows", 1, ("reward",), _COMPUTED),
+    ("memory.decode_frames", 1, ("decode",), _COMPUTED),
+    ("memory.mlp_chunks", 4, ("rollout", "update"), _COMPUTED),
+    ("memory.sequential", True, _UPDATE, _COMPUTED),
+    ("memory.recompute", "block", _UPDATE, _COMPUTED),
+    ("memory.offload", True, _UPDATE, _COMPUTED),
+    ("reference.storage", "bf16", _EVERYWHERE, ("reference",)),
+    ("reference.storage", "exact8", _EVERYWHERE, ("reference",)),
+    ("memory.optimizer_bits", 8, _EVERYWHERE, ("optimizer",)),
+    ("memory.weights", "stochastic", _EVERYWHERE, (*_PARTS, *_COMPUTED, "gradients")),
+    ("reward.bits", 8, _EVERYWHERE, ("reward",)),
+    ("reference.storage", "int8", _EVERYWHERE, ("reference",)),
+    ("reward.bits", 4, _EVERYWHERE, ("reward",)),
 )
-"""Settings that take less memory, in the order of what they cost: first those that change nothing but the order of
-the work, then those that compute or copy again, then those that round."""
+"""Settings that take less memory, in the order of what they cost: first what only moves or orders the work otherwise,
+then what computes or copies again, then what rounds. With each, the phases and the categories that it can lessen."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,25 @@ def with_setting(config: Config, name: str, value: Any) -> Config | None:
         return None
 
 
-def fitting_changes(config: Config, planner: Planner) -> Iterator[Change]:
-    """Single settings with which the run fits, the cheapest first."""
-    for name, value in CHANGES:
+def fitting_changes(config: Config, plan: Plan, planner: Planner) -> Iterator[Change]:
+    """Single settings with which the run of ``plan``, which does not fit, would; the cheapest first."""
+    for name, value, phases, categories in CHANGES:
+        if not _could_suffice(plan, phases, categories) or _takes_more(config, name, value):
+            continue
         changed = with_setting(config, name, value)
-        if changed is not None and not _takes_more(config, name, value):
-            plan = planner(changed)
-            if plan.fits:
-                yield Change(name, value, plan)
+        if changed is not None:
+            found = planner(changed)
+            if found.fits:
+                yield Change(name, value, found)
+
+
+def _could_suffice(plan: Plan, phases: Sequence[str], categories: Sequence[str]) -> bool:
+    """Whether every phase would fit if the categories took nothing in the phases; saves planning the hopeless."""
+    for phase in plan.phases:
+        lessened = sum(phase.bytes.get(name, 0) for name in categories) if phase.name in phases else 0
+        if phase.total - (1 + FRAGMENTATION) * lessened > plan.limit:
+            return False
+    return True
 
 
 def _takes_more(config: Config, name: str, value: Any) -> bool:

@@ -82,13 +82,17 @@ class Assumed:
 class PlannedModel(OpenSora):
     """The video model without weights: on the meta device until it is given fake tensors."""
 
-    def materialise(self, tracker: Tracker) -> None:
-        """Give it tensors, in FakeTensorMode. (Module.to cannot exchange fake parameters.)"""
-        self._device = CPU
+    def materialise(self, tracker: Tracker, device: torch.device = CPU) -> None:
+        """Give it uninitialised tensors, fake ones in FakeTensorMode. (Module.to cannot exchange fake parameters.)"""
+        self._device = device
         with tracker.making("weights"):
-            materialise(self.network)
+            materialise(self.network, None, device)
         with tracker.making("vae"):
-            materialise(self._vae, self._dtype)
+            materialise(self.vae, self._dtype, device)
+
+    @property
+    def vae(self) -> OpenSoraVAE:
+        return self._vae
 
     @property
     def decoders(self) -> list[nn.Module]:
@@ -160,8 +164,9 @@ def build_text_encoder(config: Config, assumed: Assumed) -> T5EncoderModel:
     return encoder.eval().requires_grad_(False)
 
 
-def materialise(module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """CPU tensors in place of those on the meta device, floats in ``dtype``; shared ones stay shared."""
+def materialise(module: nn.Module, dtype: torch.dtype | None = None, device: torch.device = CPU) -> None:
+    """Uninitialised tensors on ``device`` in place of those on the meta device, floats in ``dtype``; shared ones stay
+    shared."""
     made: dict[int, Any] = {}
     for part in module.modules():
         for held in (part._parameters, part._buffers):
@@ -170,7 +175,7 @@ def materialise(module: nn.Module, dtype: torch.dtype | None = None) -> None:
                     continue
                 if id(tensor) not in made:
                     kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                    empty = torch.empty(tensor.shape, dtype=kind, device=CPU)
+                    empty = torch.empty(tensor.shape, dtype=kind, device=device)
                     parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
                 held[name] = made[id(tensor)]

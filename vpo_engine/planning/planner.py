@@ -36,7 +36,7 @@ def check_fits(config: Config, device: torch.device, processes: int = 1) -> str:
     gpu = present_gpu() if device.type == "cuda" else None
     plan = plan_run(config, gpu, processes)
     if not plan.fits and not config.memory.overcommit:
-        changes = fitting_changes(config, lambda changed: plan_run(changed, gpu, processes))
+        changes = fitting_changes(config, plan, lambda changed: plan_run(changed, gpu, processes))
         raise ValueError(shortfall(plan, next(changes, None)))
     return line(plan)
 

@@ -161,7 +161,7 @@ class _Tracing:
             inject_adapter(network, config.model.lora, config.seed)
         hold_in_bfloat16(network, config.memory.weights, DTYPES[config.model.dtype])
         tracker.label([*network.parameters(), *network.buffers()], "weights")
-        network.register_forward_pre_hook(_without_mask)
+        network.register_forward_pre_hook(without_mask)
         network._offloaded = OffloadedInputs(lambda tensor: _HostCopies(tensor.device, tracker))
         if self._reward is not None:
             self._build_reward(self._reward)
@@ -280,7 +280,7 @@ def _empty(module: nn.Module) -> None:
             held.clear()
 
 
-def _without_mask(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def without_mask(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Every caption is as long as the longest: a fake mask has no values to read lengths from."""
     return (*arguments[:3], None, *arguments[4:])
 

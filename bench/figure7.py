@@ -1,0 +1,286 @@
+"""Figure 7 of OnlineVPO (arXiv 2412.15159): peak memory against resolution and frames, of OnlineVPO and of ReFL.
+
+    python bench/figure7.py            # writes docs/memory.md and docs/memory.png
+
+Without a GPU the peaks are planned (vpo_engine.planning), with one they are measured on random weights of full size:
+torch.cuda.max_memory_allocated. An update, an optimizer step and its policy, reference, optimizer and VAE count; text
+encoder, reward model, CUDA context and fragmentation do not, for either method.
+
+ReFL (arXiv 2304.05977) here: one prediction of the policy with its graph, the clean latents that it implies, all
+frames decoded inside the graph, a gradient from the pixels to the policy. What a reward model keeps for that gradient
+would come on top, so the curve is a lower bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from vpo_engine.config import Config, load_config
+from vpo_engine.memory.optimizer import PolicyOptimizer
+from vpo_engine.memory.residency import Residency
+from vpo_engine.memory.rounding import hold_in_bfloat16
+from vpo_engine.models.opensora.geometry import latent_size, patch_grid, pixel_size
+from vpo_engine.objectives.dpo import DPO, PreferenceBatch
+from vpo_engine.planning.extrapolate import DEEPER, SHALLOW
+from vpo_engine.planning.gpu_rules import as_on_gpu
+from vpo_engine.planning.gpus import GIB
+from vpo_engine.planning.parts import DTYPES, Assumed, PlannedModel, build_model, configured_depth
+from vpo_engine.planning.trace import without_mask
+from vpo_engine.planning.tracker import Tracker
+from vpo_engine.protocols import TextEmbedding
+from vpo_engine.reference.store import HeldReference, build_reference
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+ROOT = Path(__file__).parents[1]
+RESOLUTIONS, FRAMES = ("240p", "360p", "480p", "720p"), (17, 34, 51, 68)
+A100_GIB = 79.2
+PLAIN = (
+    "memory.weights=masters",
+    "memory.recompute=block",
+    "memory.sequential=false",
+    "memory.mlp_chunks=1",
+    "memory.residency=all",
+    "reference.storage=copy",
+)
+"""As the paper's run may have been: bfloat16 with float32 masters, checkpointed blocks, winner and loser together."""
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "OnlineVPO, recommended": (),
+    "OnlineVPO, plain": PLAIN,
+    "ReFL, VAE checkpointed": PLAIN,
+    "ReFL": PLAIN,
+}
+
+
+PAGE = """# Memory of an update
+
+Full fine-tuning of STDiT3-XL/2, one pair at a time, as in Figure 7 of OnlineVPO (arXiv 2412.15159): GiB at the peak
+of an update or of the optimizer's step, bold beyond what an A100 of 80 GB has ({limit} GiB). {how}
+`python bench/figure7.py` writes this page.
+
+- Policy, gradients, optimizer, reference and VAE count. Text encoder, reward model, CUDA's context and fragmentation
+  do not; `python -m vpo_engine.plan` adds them.
+- *OnlineVPO, recommended* is `configs/opensora_v1_2_720p.yaml`. *Plain* has bfloat16 weights with float32 masters,
+  checkpointed blocks, a copied reference, winner and loser in one batch, and everything resident.
+- *ReFL* has plain's settings without a reference: one prediction with its graph, the clean latents that it implies,
+  all frames decoded in the graph, a gradient from the pixels. What a reward model keeps for that gradient comes on
+  top. *VAE checkpointed* computes the decoder again, a micro-batch of 4 frames at a time.
+
+![Peak memory against frames](memory.png)
+
+{table}
+"""
+
+
+@contextmanager
+def _nothing(_: Sequence[nn.Parameter]) -> Iterator[None]:
+    yield
+
+
+def config_of(method: str, resolution: str, frames: int) -> Config:
+    size = (f"model.resolution={resolution}", f"model.num_frames={frames}")
+    return load_config("opensora_v1_2_720p.yaml", [*METHODS[method], *size])
+
+
+class Update:
+    """Everything that an update needs on ``device``; what it allocates is told to ``tracker``."""
+
+    def __init__(self, method: str, config: Config, model: PlannedModel, tracker: Tracker) -> None:
+        self._method, self._config, self._model = method, config, model
+        network = model.network
+        hold_in_bfloat16(network, config.memory.weights, DTYPES[config.model.dtype])
+        network.register_forward_pre_hook(without_mask)
+        self._trained = [p for p in network.parameters() if p.requires_grad]
+        self._reference: HeldReference | None = None
+        if not method.startswith("ReFL"):
+            with tracker.making("reference"):
+                self._reference = build_reference(config.reference.storage, network)
+        following = _nothing if self._reference is None else self._reference.following
+        self._optimizer = PolicyOptimizer(
+            self._trained, config.optimizer, config.memory, seed=0, following=following
+        )
+        self._optimizer.begin(0.0)
+        torch.stack([parameter.sum() for parameter in self._trained]).sum().backward()
+        self._optimizer.step()
+        tracker.label([*network.parameters(), *network.buffers()], "weights")
+        tracker.label(self._optimizer.state_dict().values(), "optimizer")
+        if method == "ReFL, VAE checkpointed":
+            for decoder in model.decoders:
+                decoder.forward = functools.partial(checkpoint, decoder.forward, use_reentrant=False)
+
+    def stay_by(self, residency: Residency) -> None:
+        if self._reference is not None:
+            residency.register("reference", self._reference.tensors)
+        residency.register("optimizer", self._optimizer.tensors)
+
+    def gradients(self) -> None:
+        """Of a step's second pair: those of the first are there to be added to."""
+        latents = torch.zeros(1, *self._model.latent_shape)
+        text = TextEmbedding(
+            torch.zeros(1, 300, 4096, dtype=torch.bfloat16), torch.ones(1, 300, dtype=torch.bool)
+        )
+        self._optimizer.begin(0.0)
+        for parameter in self._trained:
+            parameter.grad = torch.zeros_like(parameter)
+        if self._reference is None:
+            self._refl(latents, text)
+            return
+        objective = DPO(self._model, self._config.objective, 1.0, 0, self._config.memory.sequential)
+        objective.step(PreferenceBatch(latents, latents, text, [0], 8), self._reference)
+
+    def _refl(self, latents: Tensor, text: TextEmbedding) -> None:
+        t = torch.full((1,), 500.0)
+        velocity = self._model.predict(self._model.network, latents, t, text)
+        clean = latents + velocity * (t / 1000)
+        self._model.vae.decode(clean, self._model.num_frames).float().mean().backward()
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+
+def planned(method: str, config: Config) -> list[float]:
+    """Bytes at the peaks of gradients and of the optimizer's step, from two depths."""
+    low, high = (_planned(method, config, depth) for depth in (SHALLOW, DEEPER))
+    scale = (configured_depth(config) - SHALLOW) / (DEEPER - SHALLOW)
+    return [a + (b - a) * scale for a, b in zip(low, high, strict=True)]
+
+
+def _planned(method: str, config: Config, depth: int) -> list[int]:
+    tracker = Tracker(scratch=True)
+    model, _ = build_model(config, Assumed(), depth)
+    elsewhere = config.memory.residency == "phases"
+    peaks = []
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(True), tracker:
+        model.materialise(tracker)
+        update = Update(method, config, model, tracker)
+        for run, absent in ((update.gradients, {"vae", "optimizer"}), (update.step, {"vae"})):
+            with tracker.making("activations"), tracker.phase() as phase:
+                run()
+            peaks.append(sum(tracker.peak(phase, frozenset(absent if elsewhere else ())).values()))
+    return peaks
+
+
+def measured(method: str, config: Config) -> int:
+    """The same on this machine's GPU, where the engine's own residency moves the parts."""
+    device, tracker = torch.device("cuda"), Tracker()
+    model, _ = build_model(config, Assumed(), None)
+    with torch.device(device):
+        model.materialise(tracker, device)
+        for tensor in (*model.network.parameters(), *model.vae.parameters()):
+            torch.nn.init.normal_(tensor, std=0.02)
+        model.network.choose_backends(dtype=DTYPES[config.model.dtype])
+        residency = Residency.from_config(config, device)
+        model.stay_by(residency)
+        with residency.phase("refresh"):
+            update = Update(method, config, model, tracker)
+            update.stay_by(residency)
+        torch.cuda.reset_peak_memory_stats()
+        with residency.phase("update"):
+            update.gradients()
+        with residency.phase("optimizer"):
+            update.step()
+    return torch.cuda.max_memory_allocated()
+
+
+Peaks = dict[str, dict[str, list[float]]]
+"""GiB by method and resolution, one number for every entry of FRAMES."""
+
+
+def measured_peaks() -> Peaks:
+    """nan where the GPU's memory is spent."""
+
+    def gib(method: str, resolution: str, frames: int) -> float:
+        try:
+            return measured(method, config_of(method, resolution, frames)) / GIB
+        except torch.cuda.OutOfMemoryError:
+            return float("nan")
+
+    return {
+        method: {name: [gib(method, name, count) for count in FRAMES] for name in RESOLUTIONS}
+        for method in METHODS
+    }
+
+
+def planned_peaks() -> Peaks:
+    """The smallest and the largest video are planned; between them bytes grow as a straight line in the tokens."""
+    smallest, largest = (RESOLUTIONS[0], FRAMES[0]), (RESOLUTIONS[-1], FRAMES[-1])
+    found: Peaks = {}
+    for method in METHODS:
+        low, high = (planned(method, config_of(method, *size)) for size in (smallest, largest))
+        for size, ends in ((smallest, low), (largest, high)):
+            print(method, *size, *(f"{value / GIB:.2f} GiB" for value in ends), flush=True)
+        found[method] = {
+            name: [_at(tokens(name, count), low, high) for count in FRAMES] for name in RESOLUTIONS
+        }
+    return found
+
+
+def tokens(resolution: str, frames: int) -> int:
+    """Of a video."""
+    return math.prod(patch_grid(latent_size(frames, *pixel_size(resolution, "9:16"))))
+
+
+def _at(count: int, low: Sequence[float], high: Sequence[float]) -> float:
+    """GiB of the higher of the peaks at so many tokens, from the smallest and the largest video's."""
+    first, last = tokens(RESOLUTIONS[0], FRAMES[0]), tokens(RESOLUTIONS[-1], FRAMES[-1])
+    share = (count - first) / (last - first)
+    return max(a + share * (b - a) for a, b in zip(low, high, strict=True)) / GIB
+
+
+def markdown(found: dict[str, dict[str, list[float]]]) -> str:
+    lines = ["| | resolution | " + " | ".join(f"{count} frames" for count in FRAMES) + " |"]
+    lines.append("|---" * (2 + len(FRAMES)) + "|")
+    for method, rows in found.items():
+        for resolution, row in rows.items():
+            cells = (f"**{value:.1f}**" if value > A100_GIB else f"{value:.1f}" for value in row)
+            lines.append(f"| {method} | {resolution} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(found: dict[str, dict[str, list[float]]], path: Path) -> None:
+    figure, axes = pyplot.subplots(1, len(RESOLUTIONS), figsize=(13, 4), sharey=True, layout="constrained")
+    styles = ("-o", "--o", "--s", "-s")
+    for axis, resolution in zip(axes, RESOLUTIONS, strict=True):
+        for (method, rows), style in zip(found.items(), styles, strict=True):
+            colour = "tab:blue" if method.startswith("OnlineVPO") else "tab:red"
+            axis.plot(FRAMES, rows[resolution], style, color=colour, label=method, markersize=4)
+        axis.axhline(A100_GIB, color="black", linewidth=1, linestyle=":")
+        axis.set(title=resolution, xlabel="frames", xticks=FRAMES, yscale="log")
+        axis.set_yticks([10, 20, 40, 80, 160, 320, 640], ["10", "20", "40", "80", "160", "320", "640"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("peak of an update, GiB")
+    axes[0].annotate("A100 80 GB", (FRAMES[0], A100_GIB), (0, 3), textcoords="offset points", fontsize=8)
+    axes[-1].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    if torch.cuda.is_available():
+        found, how = measured_peaks(), f"Measured on {torch.cuda.get_device_name()}."
+    else:
+        found, how = (
+            planned_peaks(),
+            "Planned, not measured: 240p x 17 and 720p x 68; between them lies a straight line in the tokens.",
+        )
+    picture(found, ROOT / "docs" / "memory.png")
+    page = PAGE.format(how=how, limit=A100_GIB, table=markdown(found))
+    (ROOT / "docs" / "memory.md").write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Plans: closed forms, published sizes, what fits and what is refused, and that nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vpo_engine import plan, train
+from vpo_engine.config import Config, load_config
+from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, Plan, estimate
+from vpo_engine.planning.extrapolate import DEEPER, SHALLOW, Extrapolated, traced
+from vpo_engine.planning.fit import most_frames, with_setting
+from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
+from vpo_engine.planning.parts import Assumed, build_model, build_reward_network, build_text_encoder
+from vpo_engine.planning.planner import check_fits, plan_run
+from vpo_engine.planning.trace import Trace, trace_step
+
+CPU = torch.device("cpu")
+A100 = GPUS["a100-80g"]
+TRAINED = 1_207_643_972 - 36 - 6_048_000
+"""Of STDiT3-XL/2: without rope and caption projection (tests/models/test_real_size.py)."""
+
+
+def xl(*overrides: str, size: str = "720p") -> Config:
+    """Paths of this configuration do not exist, here or anywhere: nothing can be loaded."""
+    return load_config(f"opensora_v1_2_{size}.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def sprites() -> Trace:
+    return trace_step(load_config(None), on_gpu=False)
+
+
+def test_published_sizes_stand_in_for_files_that_are_not_here():
+    assumed = Assumed()
+    config = xl()
+    model, depth = build_model(config, assumed, None)
+    reward, encoder = build_reward_network(config, assumed), build_text_encoder(config, assumed)
+    assert depth == 28
+    assert model.network.num_trainable == TRAINED
+    assert sum(p.numel() for p in encoder.parameters()) == 4_762_310_656
+    assert reward is not None
+    assert sum(p.numel() for p in reward.parameters()) == 8_271_704_309
+    assert [note.partition(" has no ")[0] for note in assumed.notes] == [
+        "checkpoints/OpenSora-STDiT-v3",
+        "checkpoints/OpenSora-VAE-v1.2",
+        "checkpoints/VideoScore",
+        "checkpoints/t5-v1_1-xxl",
+    ]
+
+
+@pytest.mark.slow
+def test_operations_are_those_of_the_architecture():
+    """A network call is 2 rows (guidance) of FORWARD_FLOPS of tests/models/test_real_size.py at full depth; the
+    decoder's are those counted on the public model."""
+    found = traced(xl("rollout.rows=1", "rollout.steps=1", "pairs_per_step=1"), on_gpu=True)
+    assert found.flops("rollout") == 4 * 2 * 189_128_179_187_712
+    assert found.flops("decode") / 4 == pytest.approx(760e12, rel=0.001)
+    once = 189_128_179_187_712
+    # reference 2, winner without a graph 1, and for each member: forward, again in the backward pass, backward
+    # twice a forward; the text's projection is frozen and the last layers are not computed again
+    assert found.flops("update") == pytest.approx(once * (2 + 1 + 2 * (1 + 1 + 2)), rel=0.06)
+
+
+def test_weights_optimizer_and_gradients_are_counted_in_full(sprites: Trace):
+    config = load_config(None)
+    model, _ = build_model(config, Assumed(), None)
+    numbers = [p.numel() for p in model.network.parameters() if p.requires_grad]
+    sizes = [-(-4 * n // 512) * 512 for n in numbers]
+    blocks = sum(sizes)
+    peak = sprites.peak("optimizer")
+    assert blocks - 2 * max(sizes) <= peak["gradients"] <= blocks  # each is gone once it has been used
+    steps = 512 * len(numbers)  # AdamW's counters, one block each
+    assert peak["optimizer"] == 2 * blocks + steps
+    assert peak["weights"] >= blocks
+
+
+def test_a_plan_adds_allowances_on_gpus_only(sprites: Trace):
+    config = load_config(None)
+    on_cpu = estimate(config, sprites, None, 2**40, "a test")
+    on_gpu = estimate(config, sprites, A100, 2**40, "a test")
+    for bare, allowed in zip(on_cpu.phases, on_gpu.phases, strict=True):
+        assert bare.bytes["allowance"] == 0
+        assert allowed.bytes["allowance"] == CONTEXT + int(FRAGMENTATION * bare.total)
+        assert bare.seconds is None
+        assert allowed.seconds is not None
+
+
+def test_residency_leaves_out_what_a_phase_does_not_need(sprites: Trace):
+    config = load_config(None, ["memory.residency=phases"])
+    phases = {phase.name: phase for phase in estimate(config, sprites, A100, 2**40, "a test").phases}
+    assert set(phases["decode"].bytes) >= {"vae", "activations"}
+    assert not {"weights", "optimizer", "reference"} & set(phases["decode"].bytes)
+    assert not {"vae", "optimizer"} & set(phases["update"].bytes)
+    assert "optimizer" in phases["optimizer"].bytes
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch, capsys):
+    def loads(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(train, "build_model", loads)
+    assert train.main(["memory.limit_gib=0.001", "model.device=cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the run needs 0.")
+    assert "GiB in update, most of it activations" in error
+    assert "may take 0.00 GiB (memory.limit_gib=0.001)" in error
+    assert "no single setting makes it fit" in error
+    assert "memory.overcommit=true" in error
+
+
+def test_the_nearest_change_that_fits_is_named_and_true():
+    peaks = plan_run(load_config(None), None)
+    limit = 0.8 * peaks.peak.total / GIB
+    with pytest.raises(ValueError, match="it fits with ") as refused:
+        check_fits(load_config(None, [f"memory.limit_gib={limit}"]), CPU)
+    named = str(refused.value).split("it fits with ")[1].split(" (")[0]
+    assert "plan: " in check_fits(load_config(None, [f"memory.limit_gib={limit}", named]), CPU)
+
+
+def test_overcommit_goes_on():
+    assert "limit 0.00 GiB" in check_fits(
+        load_config(None, ["memory.limit_gib=0.001", "memory.overcommit=true"]), CPU
+    )
+
+
+def test_changes_that_are_made_or_excluded_are_not_proposed():
+    config = load_config(None)
+    assert with_setting(config, "memory.optimizer_bits", 32) is None
+    assert with_setting(config, "reference.storage", "exact8") is None
+    changed = with_setting(config, "memory.recompute", "block")
+    assert changed is not None
+    assert changed.memory.recompute == "block"
+
+
+class Straight:
+    """A planner whose peak is 1 GiB and 2 GiB for each chunk of 17 frames."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, config: Config) -> Plan:
+        self.calls += 1
+        found = plan_run(load_config(None), None)
+        size = int(GIB * (1 + 2 * config.model.num_frames // 17))
+        phase = found.phases[0].__class__("update", {"activations": size}, 0, 0.0, None)
+        return Plan((phase,), int(10.5 * GIB), "a test", None, ())
+
+
+def test_the_most_frames_are_whole_chunks_and_confirmed():
+    planner = Straight()
+    assert most_frames(xl(), "720p", planner) == 4 * 17
+    assert planner.calls <= 5
+
+
+def test_json_and_text_say_the_same(capsys):
+    assert plan.main(["--gpu", "h200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert plan.main(["--gpu", "h200"]) == 0
+    text = capsys.readouterr().out
+    assert f"{found['peak_bytes'] / GIB:.2f}" in text
+    assert "estimates, not measured by this project" in text
+    assert found["fits"] is True
+    assert list(found["phases"]) == ["text", "rollout", "decode", "update", "optimizer", "refresh"]
+
+
+def test_unknown_gpus_are_refused(capsys):
+    assert plan.main(["--gpu", "abacus"]) == 1
+    assert "--gpu abacus is not known; it must be one of: a100-40g, a100-80g" in capsys.readouterr().err
+    assert find_gpu("h200").capacity > 139 * GIB
+
+
+def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes(monkeypatch):
+    """The engine's own step, sprites at two pairs, with tensors that have memory."""
+    config = load_config(None, ["pairs_per_step=2", "objective.draws=1"])
+
+    class NoFakes:
+        def __init__(self, **_: object) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    fake = trace_step(config, on_gpu=False)
+    monkeypatch.setattr("vpo_engine.planning.trace.FakeTensorMode", NoFakes)
+    monkeypatch.setattr("vpo_engine.planning.trace.materialise", _zeros)
+    monkeypatch.setattr("vpo_engine.planning.parts.materialise", _zeros)
+    real = trace_step(config, on_gpu=False)
+    for name in ("rollout", "update", "optimizer", "refresh"):
+        assert fake.peak(name) == real.peak(name), name
+        assert fake.flops(name) == real.flops(name), name
+
+
+def _zeros(module: torch.nn.Module, dtype: torch.dtype | None = None, device: torch.device = CPU) -> None:
+    from vpo_engine.planning.parts import materialise
+
+    materialise(module, dtype, device)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.zero_()
+
+
+@pytest.mark.slow
+def test_720p_and_68_frames_fit_in_24_gib():
+    plan_24 = plan_run(xl("memory.limit_gib=24"), A100)
+    assert plan_24.fits
+    assert plan_24.peak.total < 24 * GIB
+    assert not plan_run(xl("memory.limit_gib=24", "memory.residency=all"), A100).fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("memory.sequential=false", "memory.residency=all")])
+def test_extrapolated_depth_is_the_full_depths(overrides: tuple[str, ...]):
+    config = xl(*overrides, "model.num_frames=34")
+    full = trace_step(config, on_gpu=True, network_only=True)
+    shallow = trace_step(config, on_gpu=True, depth=SHALLOW, network_only=True)
+    deeper = trace_step(config, on_gpu=True, depth=DEEPER, network_only=True)
+    found = Extrapolated(shallow, deeper)
+    for name in full.names:
+        assert sum(found.peak(name).values()) == pytest.approx(sum(full.peak(name).values()), rel=1e-3), name
+        assert found.flops(name) == full.flops(name), name
+        assert found.traffic(name) == pytest.approx(full.traffic(name), rel=1e-6), name
