@@ -26,12 +26,16 @@ from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import Pairs, select_pairs
 from vpo_engine.protocols import ReferenceStore, Reward, TextEmbedding, VideoModel
 from vpo_engine.rewards.combine import combine
-from vpo_engine.rollout.candidates import sample_candidates
+from vpo_engine.rollout.candidates import Rollout
+from vpo_engine.rollout.rows import Group, Rows
 
 
 @dataclass
 class Step:
-    """What one step made: for the log (metrics) and for the gallery (this process's candidates and pairs)."""
+    """What one step made: for the log (metrics) and for the gallery (this process's candidates and pairs).
+
+    candidates: clean latents [P, N, C, T, H, W], with rollout.prune those of the candidates that were finished.
+    """
 
     metrics: dict[str, float]
     candidates: Tensor
@@ -55,6 +59,8 @@ class OnlineVPO:
         """``residency`` knows the model's and the reward's tensors already (None: everything stays where it is)."""
         self.config, self.model, self.reward, self.reference = config, model, reward, reference
         self.processes = processes
+        self.rows = Rows(config.rollout.rows)
+        self.rollout = Rollout(model, config.rollout, config.seed, processes.device, self.rows)
         self.objective = DPO(
             model, config.objective, config.rollout.guidance, config.seed, config.memory.sequential
         )
@@ -81,8 +87,7 @@ class OnlineVPO:
     def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
         """One step on this process's prompts, which stand at ``positions`` of the prompt stream."""
         seconds: dict[str, float] = {}
-        with self._timed("rollout", seconds), self.residency.phase("rollout"):
-            candidates = self._rollout(text, positions)
+        candidates = self._rollout(prompts, text, positions, seconds)
         scores = self._score(candidates, prompts, seconds)
         pairs = select_pairs(combine(scores, self.config.reward.dimensions), self.config.reward.min_gap)
         with self._timed("update", seconds):
@@ -96,37 +101,52 @@ class OnlineVPO:
         }
         return Step(metrics, candidates, scores, pairs, seconds)
 
-    def _rollout(self, text: TextEmbedding, positions: Sequence[int]) -> Tensor:
+    def _rollout(
+        self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int], seconds: dict[str, float]
+    ) -> Tensor:
+        """Finished candidates, clean latents [P, N, C, T, H, W]; with rollout.prune, [P, keep, ...]."""
         config = self.config
         sampler = self.model.network if config.rollout.source == "policy" else self.reference
-        return sample_candidates(
-            self.model, sampler, text, positions, config.rollout, config.seed, self.processes.device
-        )
+        with self._timed("rollout", seconds), self.residency.phase("rollout"):
+            begun = self.rollout.begin(sampler, text, positions)
+        if config.rollout.prune is None:
+            return begun.latents
+        scores = combine(self._score(begun.preview, prompts, seconds), config.reward.dimensions)
+        with self._timed("rollout", seconds), self.residency.phase("rollout"):
+            return self.rollout.finish(sampler, text, begun.latents, scores)
 
     @torch.no_grad()
     def _score(
         self, candidates: Tensor, prompts: Sequence[str], seconds: dict[str, float]
     ) -> dict[str, Tensor]:
-        """{dimension: float32 [P, N]}; videos are decoded, scored and dropped chunk by chunk.
+        """{dimension: float32 [P, N]}; videos are decoded, scored and dropped group by group.
 
         Where VAE and reward model take turns on the device, all videos wait on the host, as bytes, for one turn.
         """
-        latents = candidates.flatten(0, 1)
         captions = [prompt for prompt in prompts for _ in range(candidates.shape[1])]
-        rows = self.config.rollout.rows or len(latents)
-        starts = range(0, len(latents), rows)
-        decoded = (self._decode(latents[start : start + rows], seconds) for start in starts)
-        videos = iter([chunk.cpu() for chunk in decoded]) if self.residency.active else decoded
+        videos = self._videos(candidates, seconds)
+        if self.residency.active:
+            videos = iter([video.cpu() for video in videos])
         parts: list[dict[str, Tensor]] = []
-        for start in starts:
-            chunk = next(videos)
+        first = 0
+        for chunk in videos:
             with self._timed("reward", seconds), self.residency.phase("reward"):
-                parts.append(self.reward.score(chunk, captions[start : start + rows]))
+                parts.append(self.reward.score(chunk, captions[first : first + len(chunk)]))
+            first += len(chunk)
             del chunk
         return {
             name: torch.cat([part[name] for part in parts]).unflatten(0, candidates.shape[:2])
             for name in self.reward.dimensions
         }
+
+    def _videos(self, candidates: Tensor, seconds: dict[str, float]) -> Iterator[Tensor]:
+        """Videos of candidates [P, N, ...], group by group in their order."""
+        latents = candidates.flatten(0, 1)
+
+        def decode(group: Group) -> Tensor:
+            return self._decode(latents[group.prompts.start : group.prompts.stop], seconds)
+
+        return self.rows.run(decode, len(latents), 1)
 
     def _decode(self, latents: Tensor, seconds: dict[str, float]) -> Tensor:
         with self._timed("decode", seconds):

@@ -55,6 +55,33 @@ class TextEmbedding:
         )
 
 
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How noise becomes latents; see ``RolloutConfig``. The defaults behind guidance are no approximation."""
+
+    steps: int
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    cache: float | None = None
+
+    def guided_at(self, time: float) -> bool:
+        """Whether guidance applies at a time from 0 (clean) to 1 (noise)."""
+        low, high = self.guidance_interval or (0.0, 1.0)
+        return low <= min(time, 1.0) <= high  # rounding can put pure noise an ulp above 1
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What some or all steps of sampling made, each float32 [B, C, T, H, W].
+
+    latents: at the time reached. preview: the clean latents that the last prediction points to; equal to ``latents``,
+    but for rounding, after the last step.
+    """
+
+    latents: Tensor
+    preview: Tensor
+
+
 class Network(Protocol):
     """What predicts: the trained module itself, or a reference store standing in for it."""
 
@@ -92,8 +119,8 @@ class VideoModel(Protocol):
     ) -> Tensor:
         """The quantity the model is trained on (here the velocity), [B, C, T, H, W].
 
-        latents [B, C, T, H, W] at time t [B] (in the schedule's units). ``guidance`` other than 1 gives the
-        classifier-free guided prediction, both branches in one pass.
+        latents [B, C, T, H, W] at time t [B] (in the schedule's units); text of B prompts. ``guidance`` other than
+        1 gives the classifier-free guided prediction, both branches in one pass.
         """
         ...
 
@@ -116,7 +143,21 @@ class VideoModel(Protocol):
     def sample(
         self, network: Network, noise: Tensor, text: TextEmbedding, *, steps: int, guidance: float
     ) -> Tensor:
-        """Integrate from noise [B, C, T, H, W] to clean latents, one batched loop, without gradients."""
+        """Integrate from noise [B, C, T, H, W] to clean latents, one batched loop, without gradients.
+
+        text: of P prompts, each that of B / P samples in a row.
+        """
+        ...
+
+    def denoise(
+        self,
+        network: Network,
+        latents: Tensor,
+        text: TextEmbedding,
+        settings: SamplerSettings,
+        part: slice = slice(None),
+    ) -> Denoised:
+        """``sample``, or the ``part`` of its steps that follows from where ``latents`` [B, C, T, H, W] are."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

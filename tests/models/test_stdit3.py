@@ -344,7 +344,7 @@ def test_config_errors_name_the_key(change, message):
     [
         ({"x": torch.zeros(3, 5, 2, 6, 4)}, r"x is \[3, 5, 2, 6, 4\], expected latents \[B, 4, T, H, W\]"),
         ({"timestep": torch.zeros(1)}, r"timestep is \[1\], expected one per sample: \[3\]"),
-        ({"y": torch.zeros(3, 12, 32)}, r"y is \[3, 12, 32\], expected text states \[3, 1, L, 32\]"),
+        ({"y": torch.zeros(3, 12, 32)}, r"y is \[3, 12, 32\], expected text states \[captions, 1, L, 32\]"),
         ({"mask": torch.ones(2, 12)}, r"mask is \[2, 12\], expected \[rows, 12\] with rows dividing 3"),
         ({"mask": torch.ones(3, 11)}, r"mask is \[3, 11\], expected \[rows, 12\]"),
         (

@@ -1,18 +1,81 @@
-"""Rollout: N candidates for every prompt, in one batched denoising loop."""
+"""Rollout: N candidates for every prompt, in batched denoising loops."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
-from vpo_engine.protocols import Network, TextEmbedding, VideoModel
+from vpo_engine.protocols import Denoised, Network, SamplerSettings, TextEmbedding, VideoModel
+from vpo_engine.rollout.prune import extremes
+from vpo_engine.rollout.rows import Group, Rows
 from vpo_engine.seeding import normal
 
+Judge = Callable[[Tensor], Tensor]
+"""Latents [P, N, C, T, H, W] to the one number per candidate that pairs are made of, [P, N]."""
 
-@torch.no_grad()
+
+class Rollout:
+    """Samples the candidates of each step.
+
+    The noise of a candidate is a function of (seed, position of its prompt in the stream, candidate number) alone.
+    ``rows`` bounds how many candidates go through the network at once; it does not change what is sampled beyond the
+    batch dependence of the matrix products (config.cache apart).
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        config: RolloutConfig,
+        seed: int,
+        device: torch.device,
+        rows: Rows | None = None,
+    ) -> None:
+        self._model, self._config = model, config
+        self._seed, self._device = seed, device
+        self._rows = rows or Rows(config.rows)
+        self._settings = SamplerSettings(
+            config.steps, config.guidance, config.guidance_interval, config.cache
+        )
+
+    @torch.no_grad()
+    def begin(self, network: Network, text: TextEmbedding, positions: Sequence[int]) -> Denoised:
+        """All candidates, [P, N, C, T, H, W] in each part, up to where they are pruned; without pruning, to the end."""
+        noise = torch.stack(
+            [
+                normal((self._config.candidates, *self._model.latent_shape), self._seed, "rollout", position)
+                for position in positions
+            ]
+        )
+        return self._advance(network, noise, text, slice(0, self._config.prune_step))
+
+    @torch.no_grad()
+    def finish(self, network: Network, text: TextEmbedding, reached: Tensor, scores: Tensor) -> Tensor:
+        """Clean latents [P, keep, C, T, H, W] of the candidates with the extreme ``scores`` [P, N], in their order.
+
+        reached: the latents of ``begin``.
+        """
+        assert self._config.prune is not None
+        kept = extremes(scores, self._config.prune.keep).to(reached.device)
+        prompts = torch.arange(len(kept), device=kept.device)[:, None]
+        part = slice(self._config.prune_step, None)
+        return self._advance(network, reached[prompts, kept], text, part).latents
+
+    def _advance(self, network: Network, latents: Tensor, text: TextEmbedding, part: slice) -> Denoised:
+        def denoise(group: Group) -> Denoised:
+            prompts, candidates = _slice(group.prompts), _slice(group.candidates)
+            rows = latents[prompts, candidates].flatten(0, 1).to(self._device)
+            return self._model.denoise(network, rows, text[prompts], self._settings, part)
+
+        parts = list(self._rows.run(denoise, *latents.shape[:2]))
+        return Denoised(
+            torch.cat([one.latents for one in parts]).view(latents.shape),
+            torch.cat([one.preview for one in parts]).view(latents.shape),
+        )
+
+
 def sample_candidates(
     model: VideoModel,
     network: Network,
@@ -21,29 +84,20 @@ def sample_candidates(
     config: RolloutConfig,
     seed: int,
     device: torch.device,
+    judge: Judge | None = None,
 ) -> Tensor:
-    """Latents float32 [P, N, C, T, H, W] sampled by ``network`` for the P prompts embedded in ``text``.
+    """Latents float32 [P, N, C, T, H, W] sampled by ``network`` for the P prompts of ``text``; see ``Rollout``.
 
-    The noise of a candidate is a function of (seed, position of its prompt in the stream, candidate number)
-    alone. ``config.rows`` bounds how many candidates go through the network at once; it does not change what
-    is sampled beyond the batch dependence of the matrix products.
+    With config.prune, [P, keep, ...]: those that ``judge`` finds extreme on the way.
     """
-    noise = torch.cat(
-        [
-            normal((config.candidates, *model.latent_shape), seed, "rollout", position)
-            for position in positions
-        ]
-    )
-    rows_of_text = text.repeat_interleave(config.candidates)
-    rows = config.rows or len(noise)
-    parts = [
-        model.sample(
-            network,
-            noise[start : start + rows].to(device),
-            rows_of_text[slice(start, start + rows)],
-            steps=config.steps,
-            guidance=config.guidance,
-        )
-        for start in range(0, len(noise), rows)
-    ]
-    return torch.cat(parts).unflatten(0, (len(positions), config.candidates))
+    rollout = Rollout(model, config, seed, device)
+    begun = rollout.begin(network, text, positions)
+    if config.prune is None:
+        return begun.latents
+    if judge is None:
+        raise ValueError("rollout.prune needs a judge of previews")
+    return rollout.finish(network, text, begun.latents, judge(begun.preview))
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop)

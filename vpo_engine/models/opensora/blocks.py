@@ -2,12 +2,14 @@
 
 Shape letters: B samples, T latent frames, S patches of a frame, C channels. Tokens travel as [B, T, S, C].
 Modulations are [B, 1 or T, 1, C]: one per sample, or one per frame when some frames are conditioned. Text is
-packed: [tokens, C], the valid tokens of every sample one after the other.
+packed: [tokens, C], the valid tokens of every caption one after the other; a caption serves as many samples in a row
+as there are samples to a caption.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +90,13 @@ class SelfAttention(Backed):
         return self.proj(out.flatten(2))
 
 
+class KeysValues(NamedTuple):
+    """Packed text as one block's cross-attention reads it, each [tokens, heads, channels of a head]."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class CrossAttention(nn.Module):
     """Attention from video tokens to text tokens."""
 
@@ -98,11 +107,19 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, text: Tensor, plan: TextPlan) -> Tensor:
-        """x [B, N, C] and packed text [tokens, C], divided between samples by ``plan``, to [B, N, C]."""
+    def project_text(self, text: Tensor) -> KeysValues:
+        """Packed text [tokens, C] to what ``forward`` takes in its place, at any time and for any samples."""
+        return KeysValues(*self.kv_linear(text).unflatten(-1, (2, self.heads, -1)).unbind(1))
+
+    def forward(self, x: Tensor, text: Tensor | KeysValues, plan: TextPlan) -> Tensor:
+        """x [B, N, C] and packed text, divided between captions by ``plan``, to [B, N, C].
+
+        The plan's rows are captions, each with the queries of all its samples: one attention to each caption.
+        """
         q = self.q_linear(x).unflatten(-1, (self.heads, -1))
-        k, v = self.kv_linear(text).unflatten(-1, (2, self.heads, -1)).unbind(1)
-        return self.proj(text_attention(q, k, v, plan).flatten(2))
+        k, v = text if isinstance(text, KeysValues) else self.project_text(text)
+        by_caption = q.flatten(0, 1).unflatten(0, (plan.rows, -1))
+        return self.proj(text_attention(by_caption, k, v, plan).reshape(x.shape))
 
 
 class Block(Backed):
@@ -133,13 +150,13 @@ class Block(Backed):
     def forward(
         self,
         x: Tensor,
-        text: Tensor,
+        text: Tensor | KeysValues,
         plan: TextPlan,
         time: Tensor,
         rope: tuple[Tensor, Tensor],
         mlp_chunks: int = 1,
     ) -> Tensor:
-        """x [B, T, S, C], text [tokens, C], time [B, 1 or T, 6, C] to [B, T, S, C].
+        """x [B, T, S, C], text [tokens, C] or its keys and values, time [B, 1 or T, 6, C] to [B, T, S, C].
 
         mlp_chunks: over how many parts of the patches the MLP goes, one after the other.
         """

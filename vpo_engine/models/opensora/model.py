@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,16 @@ from torch import Tensor
 from vpo_engine.memory.residency import Residency, module_tensors
 from vpo_engine.models.lora import has_adapter, save_adapter
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
-from vpo_engine.models.opensora.rectified_flow import RectifiedFlow, guided_velocity
+from vpo_engine.models.opensora.rectified_flow import (
+    RectifiedFlow,
+    caption_states,
+    guided_velocity,
+    velocity_of,
+)
+from vpo_engine.models.opensora.reuse import Reuse
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.vae import OpenSoraVAE
-from vpo_engine.protocols import Network, TextEmbedding
+from vpo_engine.protocols import Denoised, Network, SamplerSettings, TextEmbedding
 
 
 class TextSource(Protocol):
@@ -43,7 +49,8 @@ class OpenSora:
 
     ``dtype`` is that of the arithmetic and of the VAE. With bfloat16, networks of float32 weights run under autocast,
     others as they are, and t is rounded to bfloat16 as the published bfloat16 model does, for policy and reference
-    alike (opensora/models/stdit/stdit3.py casts t to the model's dtype). ``decode_frames`` bounds the frames that the image decoder takes at once (None: as published).
+    alike (opensora/models/stdit/stdit3.py casts t to the model's dtype). ``decode_frames`` bounds the frames that the
+    image decoder takes at once (None: as published).
     """
 
     def __init__(
@@ -92,14 +99,12 @@ class OpenSora:
             velocity = guided_velocity(
                 network,
                 latents,
-                t.to(self._dtype).float(),
+                self._rounded(t),
                 text.embeddings,
                 text.mask,
                 self.network.y_embedder.y_embedding,
                 guidance,
-                fps=float(self._geometry.fps),
-                height=self._geometry.height,
-                width=self._geometry.width,
+                **self._size(),
             )
         return velocity.float()
 
@@ -120,15 +125,39 @@ class OpenSora:
     def sample(
         self, network: Network, noise: Tensor, text: TextEmbedding, *, steps: int, guidance: float
     ) -> Tensor:
+        return self.denoise(network, noise, text, SamplerSettings(steps, guidance)).latents
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        network: Network,
+        latents: Tensor,
+        text: TextEmbedding,
+        settings: SamplerSettings,
+        part: slice = slice(None),
+    ) -> Denoised:
+        """See the protocol. Text is projected for all blocks once, in the first step of either number of branches."""
         size = self._geometry
-        return self._flow.sample(
-            lambda latents, t: self.predict(network, latents, t, text, guidance),
-            noise,
-            steps=steps,
-            height=size.height,
-            width=size.width,
-            num_frames=size.num_frames,
+        branches: dict[float, tuple[Tensor, Reuse]] = {}
+
+        def predict(z: Tensor, time: float) -> Tensor:
+            scale = settings.guidance if settings.guided_at(time / self._flow.num_timesteps) else 1.0
+            if scale not in branches:
+                captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, scale)
+                branches[scale] = captions, Reuse(settings.cache)
+            captions, reuse = branches[scale]
+            t = self._rounded(torch.full((len(z),), time, device=z.device))
+            with self._autocast():
+                velocity = velocity_of(network, z, t, captions, text.mask, scale, reuse=reuse, **self._size())
+            return velocity.float()
+
+        times, lengths = (
+            values[part].tolist()
+            for values in self._flow.sampling_timesteps(
+                settings.steps, size.height, size.width, size.num_frames
+            )
         )
+        return Denoised(*self._flow.integrate(predict, latents, times, lengths))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -141,6 +170,13 @@ class OpenSora:
             save_adapter(self.network, folder)
         else:
             save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
+
+    def _rounded(self, t: Tensor) -> Tensor:
+        return t.to(self._dtype).float()
+
+    def _size(self) -> dict[str, Any]:
+        size = self._geometry
+        return {"fps": float(size.fps), "height": size.height, "width": size.width}
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != self.network.dtype)

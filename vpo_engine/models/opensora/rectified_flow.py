@@ -7,7 +7,7 @@ Shape letters: B samples, C x T x H x W latent channels, frames, rows and column
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,14 +115,15 @@ class RectifiedFlow:
         is asked for fresh noise like z at every step of such a run, needed or not, as the published loop
         does.
         """
-        times, lengths = self.sampling_timesteps(steps, height, width, num_frames)
+        times, lengths = (
+            values.tolist() for values in self.sampling_timesteps(steps, height, width, num_frames)
+        )
+        if frame_mask is None:
+            return self.integrate(lambda z, time: predict(z, _times(z, time)), noise, times, lengths)[0]
         z = noise if noise.dtype == torch.float64 else noise.float()
-        joined = torch.zeros(()) if frame_mask is None else frame_mask == 1
-        for time, length in zip(times.tolist(), lengths.tolist(), strict=True):
-            t = torch.full((z.shape[0],), time, device=z.device)
-            if frame_mask is None:
-                z = z + predict(z, t) * length
-                continue
+        joined = frame_mask == 1
+        for time, length in zip(times, lengths, strict=True):
+            t = _times(z, time)
             # Rounding can put the first time an ulp above pure noise; frames to generate take part even then.
             active = frame_mask * self.num_timesteps >= min(time, self.num_timesteps)
             joining = (active & ~joined)[:, None, :, None, None]
@@ -132,6 +133,27 @@ class RectifiedFlow:
             z = torch.where(active[:, None, :, None, None], moved, held)
             joined = active
         return z
+
+    @torch.no_grad()
+    def integrate(
+        self,
+        predict: Callable[[Tensor, float], Tensor],
+        z: Tensor,
+        times: Sequence[float],
+        lengths: Sequence[float],
+    ) -> tuple[Tensor, Tensor]:
+        """Euler steps from z [B, C, T, H, W] at times[0], of some or all of ``sampling_timesteps``.
+
+        predict: (z, the one time of all samples) -> velocity. Returns what was reached, float32 or better, and the
+        clean latents that the last velocity points to from there: z + t * velocity, with t as a share.
+        """
+        z = z if z.dtype == torch.float64 else z.float()
+        velocity = torch.zeros_like(z)
+        for time, length in zip(times, lengths, strict=True):
+            velocity = predict(z, time)
+            z = z + velocity * length
+        left = times[-1] / self.num_timesteps - lengths[-1]
+        return z, z + velocity * left
 
     def training_loss(
         self, predict: Predict, latents: Tensor, noise: Tensor, t: Tensor, frame_mask: Tensor | None = None
@@ -154,6 +176,23 @@ class RectifiedFlow:
         return (by_frame * frame_mask).sum(1) / frame_mask.sum(1)
 
 
+def caption_states(text: Tensor, null_embedding: Tensor, guidance: float) -> Tensor:
+    """The network's y of a guided prediction: text [P, L, D] and, unless guidance is 1, as many null captions after it.
+
+    null_embedding: [max length, D]. Result [P or 2 P, 1, L, D]; ValueError for text longer than the null caption.
+    """
+    if guidance == 1.0:
+        return text[:, None]
+    length = text.shape[1]
+    if null_embedding.shape[0] < length:
+        raise ValueError(
+            f"text has {length} tokens, but the null caption only {null_embedding.shape[0]}; "
+            "encode prompts with at most the model's model_max_length tokens"
+        )
+    null = null_embedding[:length].to(text.dtype).expand_as(text)
+    return torch.cat([text, null])[:, None]
+
+
 def guided_velocity(
     network: Callable[..., Tensor],
     z: Tensor,
@@ -163,33 +202,38 @@ def guided_velocity(
     null_embedding: Tensor,
     guidance: float,
     x_mask: Tensor | None = None,
-    **geometry: Any,
+    **named: Any,
 ) -> Tensor:
     """Classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B rows.
 
-    text [B, L, D], text_mask [B, L], null_embedding [max length, D]. As in the published sampler, prompts
-    come before nulls and a null row uses its prompt's mask. guidance 1 is the plain conditional prediction,
-    from B rows. ``geometry`` (fps, height, width) goes to the network as it is. The network's further
-    channels are not used, so they get no gradient.
+    text [P, L, D], text_mask [P, L], null_embedding [max length, D]; a prompt is that of B / P samples in a row. As in
+    the published sampler, prompts come before nulls and a null row uses its prompt's mask. guidance 1 is the plain
+    conditional prediction, from B rows. ``named`` (fps, height, width) goes to the network as it is. The network's
+    further channels are not used, so they get no gradient.
     """
+    captions = caption_states(text, null_embedding, guidance)
+    return velocity_of(network, z, t, captions, text_mask, guidance, x_mask, **named)
+
+
+def velocity_of(
+    network: Callable[..., Tensor],
+    z: Tensor,
+    t: Tensor,
+    captions: Tensor,
+    text_mask: Tensor | None,
+    guidance: float,
+    x_mask: Tensor | None = None,
+    **named: Any,
+) -> Tensor:
+    """``guided_velocity`` of ``caption_states``, which a sampling loop makes once."""
     channels = z.shape[1]
     if guidance == 1.0:
-        return network(z, t, text[:, None], text_mask, x_mask, **geometry)[:, :channels]
-    length = text.shape[1]
-    if null_embedding.shape[0] < length:
-        raise ValueError(
-            f"text has {length} tokens, but the null caption only {null_embedding.shape[0]}; "
-            "encode prompts with at most the model's model_max_length tokens"
-        )
-    null = null_embedding[:length].to(text.dtype).expand_as(text)
+        return network(z, t, captions, text_mask, x_mask, **named)[:, :channels]
     both_masks = None if x_mask is None else x_mask.repeat(2, 1)
-    out = network(
-        torch.cat([z, z]),
-        torch.cat([t, t]),
-        torch.cat([text, null])[:, None],
-        text_mask,
-        both_masks,
-        **geometry,
-    )
+    out = network(torch.cat([z, z]), torch.cat([t, t]), captions, text_mask, both_masks, **named)
     prompted, unprompted = out[:, :channels].chunk(2)
     return unprompted + guidance * (prompted - unprompted)
+
+
+def _times(z: Tensor, time: float) -> Tensor:
+    return torch.full((z.shape[0],), time, device=z.device)

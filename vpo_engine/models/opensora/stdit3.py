@@ -7,7 +7,7 @@ text channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -29,13 +29,14 @@ from vpo_kernels.companions import uses_triton
 
 from vpo_engine.memory.checkpointing import Activations, checkpointed
 from vpo_engine.memory.offload import ForwardPass, OffloadedInputs
-from vpo_engine.models.opensora.blocks import Backed, Backends, Block, FinalLayer, rotary_tables
+from vpo_engine.models.opensora.blocks import Backed, Backends, Block, FinalLayer, KeysValues, rotary_tables
 from vpo_engine.models.opensora.embeddings import (
     CaptionEmbedder,
     PatchEmbedder,
     ScalarEmbedder,
     position_embedding,
 )
+from vpo_engine.models.opensora.reuse import BlockCache, Constants, Reuse
 
 _IGNORED_KEYS = frozenset(
     {
@@ -207,34 +208,40 @@ class STDiT3(nn.Module):
         fps: Tensor | float,
         height: Tensor | float,
         width: Tensor | float,
+        reuse: Reuse | None = None,
     ) -> Tensor:
         """Predict from noisy latents: float32 (float64 for a float64 model), [B, out_channels, T, H, W].
 
         x: [B, in_channels, T, H, W]. The first in_channels of the prediction are the velocity.
         timestep: [B], 0 (clean) to 1000 (noise).
-        y: [B, 1, L, D], encoder states. mask: [rows, L], non-zero where a token counts; None = all do. With
-        fewer rows than y it is tiled, so that the null captions of a guided batch use their prompts' masks.
-        Keep it on the CPU: the host reads it, and would wait for a device. Padding is never computed on.
+        y: [captions, 1, L, D], encoder states; each caption is that of B / captions samples in a row.
+        mask: [rows, L], non-zero where a token counts; None = all do. With fewer rows than y it is tiled, so that
+        the null captions of a guided batch use their prompts' masks. Keep it on the CPU: the host reads it, and
+        would wait for a device. Padding is never computed on.
         x_mask: bool [B, T], False where a frame is a clean condition; None = none is.
         fps: [B] or one number. height, width: pixels of the whole batch, numbers or vectors whose first
         element counts (numbers spare a device synchronisation).
+        reuse: shared by the calls of a sampling loop with the same y, mask and fps; without grad only.
         """
         self._check(x, timestep, y, x_mask)
         dtype = self.dtype
-        frames, rows, columns = x.shape[-3:]
+        rows, columns = x.shape[-2:]
         patch_rows, patch_columns = self.settings.patch_size[1:]
         x = F.pad(x.to(dtype), (0, -columns % patch_columns, 0, -rows % patch_rows))
         grid = (x.shape[-2] // patch_rows, x.shape[-1] // patch_columns)
 
-        time, time_blocks, clean_time = self._embed_time(timestep.to(dtype), fps, x_mask)
+        timestep = timestep.to(dtype)
         tokens = self.x_embedder(x)
         tokens = tokens + self._position(grid, _number(height), _number(width), tokens)
-        text, plan = self._embed_text(y.to(dtype), mask, tokens)
-        rope = rotary_tables(self.rope["freqs"], frames, tokens.dtype)
-        sender = self._offloaded.forward_pass()
-        for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            for block in pair:
-                tokens = self._run(block, sender, tokens, text, plan, time_blocks, rope)
+        if reuse is None:
+            constants = self._constants(tokens, timestep, y, mask, fps, project=False)
+        else:
+            assert not torch.is_grad_enabled(), "what sampling steps share has no gradient"
+            constants = reuse.constants(
+                self, y, len(x), lambda: self._constants(tokens, timestep, y, mask, fps, project=True)
+            )
+        time, time_blocks, clean_time = self._embed_time(timestep, constants.rate, x_mask)
+        tokens = self._run_blocks(tokens, constants, time_blocks, None if reuse is None else reuse.blocks)
         patches = self.final_layer(tokens, time, clean_time, x_mask)
         out = self._unpatchify(patches, grid)[..., :rows, :columns]
         return out if out.dtype == torch.float64 else out.float()
@@ -245,19 +252,49 @@ class STDiT3(nn.Module):
             raise ValueError(f"x is {list(x.shape)}, expected latents [B, {channels}, T, H, W]")
         if timestep.shape != x.shape[:1]:
             raise ValueError(f"timestep is {list(timestep.shape)}, expected one per sample: [{x.shape[0]}]")
-        if y.dim() != 4 or y.shape[0] != x.shape[0] or y.shape[1] != 1 or y.shape[3] != depth:
-            raise ValueError(f"y is {list(y.shape)}, expected text states [{x.shape[0]}, 1, L, {depth}]")
+        if (
+            y.dim() != 4
+            or y.shape[1] != 1
+            or y.shape[3] != depth
+            or not y.shape[0]
+            or x.shape[0] % y.shape[0]
+        ):
+            raise ValueError(
+                f"y is {list(y.shape)}, expected text states [captions, 1, L, {depth}] with captions dividing "
+                f"{x.shape[0]} samples"
+            )
         per_frame = (x.shape[0], x.shape[2])
         if x_mask is not None and (x_mask.dtype != torch.bool or x_mask.shape != per_frame):
             raise ValueError(
                 f"x_mask is {x_mask.dtype} {list(x_mask.shape)}, expected bool {list(per_frame)}"
             )
 
+    def _constants(
+        self,
+        tokens: Tensor,
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | None,
+        fps: Tensor | float,
+        *,
+        project: bool,
+    ) -> Constants:
+        """project: keys and values of all blocks now, rather than each block's when it runs."""
+        places, plan = self._text(y, mask, tokens)
+        y = y.to(timestep.dtype).flatten(0, 2)
+        text = self.y_embedder(y if places is None else y.index_select(0, places))
+        blocks = [block for pair in self._pairs() for block in pair]
+        texts: Sequence[Tensor | KeysValues] = [text] * len(blocks)
+        if project:
+            texts = [block.cross_attn.project_text(text) for block in blocks]
+        rope = rotary_tables(self.rope["freqs"], tokens.shape[1], tokens.dtype)
+        rate = self.fps_embedder(_per_sample(fps, timestep), timestep.dtype)
+        return Constants(texts, plan, rope, rate)
+
     def _embed_time(
-        self, timestep: Tensor, fps: Tensor | float, x_mask: Tensor | None
+        self, timestep: Tensor, rate: Tensor, x_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Time [B, C], modulations [B, 1 or T, 6, C], clean frames' time [B, C] (None without x_mask)."""
-        rate = self.fps_embedder(_per_sample(fps, timestep), timestep.dtype)
         time = self.t_embedder(timestep, timestep.dtype) + rate
         blocks = self.t_block(time)[:, None]
         clean_time = None
@@ -266,11 +303,34 @@ class STDiT3(nn.Module):
             blocks = torch.where(x_mask[:, :, None], blocks, self.t_block(clean_time)[:, None])
         return time, blocks.unflatten(-1, (6, -1)), clean_time
 
-    def _embed_text(self, y: Tensor, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor, TextPlan]:
-        """Packed text [tokens, C] of y [B, 1, L, D], and how it is divided between the rows of ``tokens``."""
-        places, plan = self._text(y, mask, tokens)
-        y = y.flatten(0, 2)
-        return self.y_embedder(y if places is None else y.index_select(0, places)), plan
+    def _pairs(self) -> list[tuple[Block, Block]]:
+        """A spatial and a temporal block each, as they run."""
+        return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
+
+    def _run_blocks(
+        self, tokens: Tensor, constants: Constants, time: Tensor, cache: BlockCache | None
+    ) -> Tensor:
+        """Tokens [B, T, S, C] through all blocks, or through the first pair where ``cache`` knows what follows."""
+        sender = self._offloaded.forward_pass()
+        texts = iter(constants.texts)
+
+        def run(tokens: Tensor, pairs: Sequence[tuple[Block, Block]]) -> Tensor:
+            for pair in pairs:
+                for block in pair:
+                    text = next(texts)
+                    tokens = self._run(block, sender, tokens, text, constants.plan, time, constants.rope)
+            return tokens
+
+        pairs = self._pairs()
+        if cache is None:
+            return run(tokens, pairs)
+        after_first = run(tokens, pairs[:1])
+        rest = cache.after_first(after_first - tokens)
+        if rest is not None:
+            return after_first + rest
+        tokens = run(after_first, pairs[1:])
+        cache.keep(tokens - after_first)
+        return tokens
 
     def _text(self, y: Tensor, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor | None, TextPlan]:
         """Cached: where in [B * L] the tokens that count stand (None: all count), and the attention's plan.
@@ -279,7 +339,7 @@ class STDiT3(nn.Module):
         for all blocks, sampling steps and networks.
         """
         counts = None if mask is None else _checked_mask(mask, y)
-        queries, dtype = tokens.shape[1] * tokens.shape[2], attention_dtype(tokens)
+        queries, dtype = tokens.shape[:3].numel() // y.shape[0], attention_dtype(tokens)
         values = None if counts is None else counts.numpy().tobytes()
         key = (values, y.shape, queries, dtype, y.device, self._backends.attention)
         if key not in self._texts:

@@ -1,0 +1,84 @@
+"""What the steps of one sampling loop need not compute again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from vpo_kernels.attention import TextPlan
+
+from vpo_engine.models.opensora.blocks import KeysValues
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What of a prediction depends neither on the noisy latents nor on the time.
+
+    texts: packed text, [tokens, C] or keys and values, for each block in the order in which they run. plan: how it is
+    divided. rope: tables of the temporal attention. rate: embedded frame rate, [B, C].
+    """
+
+    texts: Sequence[Tensor | KeysValues]
+    plan: TextPlan
+    rope: tuple[Tensor, Tensor]
+    rate: Tensor
+
+
+class Reuse:
+    """Goes through the calls of one sampling loop: the first fills it, the later ones read.
+
+    For one network with unchanged weights, one text (the same tensor) and one batch size, without grad. It holds
+    2 C numbers for each text token and block. Whoever samples makes one, and drops it afterwards.
+
+    cache: None, or the relative change below which ``blocks`` lets a step take over what the last blocks added.
+    """
+
+    def __init__(self, cache: float | None = None) -> None:
+        self.blocks = None if cache is None else BlockCache(cache)
+        self._owner: object = None
+        self._text: Tensor | None = None
+        self._constants: Constants | None = None
+
+    def constants(self, owner: object, text: Tensor, rows: int, make: Callable[[], Constants]) -> Constants:
+        """Made by the first call, for ``owner``'s prediction of ``rows`` samples of ``text``."""
+        if self._constants is None:
+            self._owner, self._text, self._constants = owner, text, make()
+        assert self._owner is owner, "keys and values belong to the network that made them"
+        assert self._text is text, "keys and values belong to the text that they were made of"
+        assert len(self._constants.rate) == rows, "a sampling loop keeps its batch size"
+        return self._constants
+
+
+class BlockCache:
+    """First-block caching (as ParaAttention has it): what all pairs of blocks but the first add to the tokens is taken
+    from the last step that computed it, while what the first adds is nearly what it added then.
+
+    Near is a mean absolute change below ``threshold`` times the mean absolute value, in every sample of the batch; so
+    samples depend on their batch, and the host waits for the device once a step.
+    computed, reused: calls of either kind.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.computed = self.reused = 0
+        self._first: Tensor | None = None
+        self._rest: Tensor | None = None
+
+    def after_first(self, first: Tensor) -> Tensor | None:
+        """What the later blocks add where the first pair added ``first`` [B, ...]; None: it has to be computed."""
+        if self._rest is not None and self._near(first):
+            self.reused += 1
+            return self._rest
+        self._first = first
+        return None
+
+    def keep(self, rest: Tensor) -> None:
+        """What the later blocks were computed to add."""
+        self.computed += 1
+        self._rest = rest
+
+    def _near(self, first: Tensor) -> bool:
+        assert self._first is not None
+        change = (first - self._first).flatten(1).float().abs().mean(1)
+        return bool((change < self.threshold * self._first.flatten(1).float().abs().mean(1)).all())
