@@ -36,7 +36,7 @@ def repeated(tracker: Tracker, *groups: Iterable[nn.Module]) -> Iterator[None]:
         for modules in groups:
             known: dict[Hashable, _Call] = {}
             for module in modules:
-                module.forward = _remembering(tracker, known, module.forward)  # type: ignore[method-assign]
+                module.forward = _remembering(tracker, known, module.forward)
                 restore.callback(module.__dict__.pop, "forward")
         yield
 
@@ -65,7 +65,8 @@ def _remembering(
 def _signature(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return (tuple(leaf.shape), leaf.stride(), leaf.dtype)
-    return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf)
+    plain = isinstance(leaf, (bool, int, float, str, type(None)))
+    return (leaf if plain else type(leaf),)
 
 
 def _recorded(tracker: Tracker, phase: Any, result: Any, leaves: list[Any]) -> _Call:

@@ -138,7 +138,9 @@ class _Tracing:
         """Modules that do the same again and again."""
         groups: list[Iterable[nn.Module]] = [[part] for part in self._model.decoders]
         for network in (self._model.network, self._reference._mirror.network):
-            groups += [network.spatial_blocks, network.temporal_blocks]
+            groups += [
+                network.get_submodule(name).children() for name in ("spatial_blocks", "temporal_blocks")
+            ]
         groups.append(self._text_encoder.encoder.block)
         if self._reward is not None:
             trunk = self._reward.model
@@ -168,7 +170,6 @@ class _Tracing:
         with tracker.making("reference"):
             self._reference = build_reference(config.reference.storage, network)
         trained = [p for p in network.parameters() if p.requires_grad]
-        self._trace.trained = sum(p.numel() for p in trained)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         self._optimizer = PolicyOptimizer(
