@@ -264,7 +264,7 @@ def picture(found: dict[str, dict[str, list[float]]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("peak of an update, GiB")
     axes[0].annotate("A100 80 GB", (FRAMES[0], A100_GIB), (0, 3), textcoords="offset points", fontsize=8)
-    axes[-1].legend(fontsize=8, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize=9)
     figure.savefig(path, dpi=120)
 
 
