@@ -319,6 +319,13 @@ def test_bfloat16_weights_learn_alike_with_a_copied_and_an_exact_8_bit_reference
         runs.append([run_step(algorithm, number).metrics for number in range(3)])
         assert all(torch.equal(new.bfloat16().float(), new) for new in algorithm.parameters)
         assert any(not torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
+    exact = runs[1][2]
+    assert 1 <= exact["reference/bytes_per_weight"] <= 1.25
+    assert 0 <= exact["reference/spilled"] < 0.04
+    assert exact["reference/bytes"] < 0.5 * runs[0][2]["reference/bytes"]
+    for metrics in (*runs[0], *runs[1]):
+        for name in [name for name in metrics if name.startswith("reference/")]:
+            del metrics[name]
     assert runs[0] == runs[1]
     first, second, third = runs[0]
     assert first["margin"] == third["margin"] == 0.0 != second["margin"]

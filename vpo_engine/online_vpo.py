@@ -10,9 +10,7 @@ for each step:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +20,7 @@ from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.memory.residency import Residency
+from vpo_engine.metrics.stages import Stages
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import Pairs, select_pairs
 from vpo_engine.protocols import ReferenceStore, Reward, TextEmbedding, VideoModel
@@ -86,51 +85,51 @@ class OnlineVPO:
 
     def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
         """One step on this process's prompts, which stand at ``positions`` of the prompt stream."""
-        seconds: dict[str, float] = {}
-        candidates = self._rollout(prompts, text, positions, seconds)
-        scores = self._score(candidates, prompts, seconds)
+        stages = Stages(self.processes.device)
+        candidates = self._rollout(prompts, text, positions, stages)
+        scores = self._score(candidates, prompts, stages)
         pairs = select_pairs(combine(scores, self.config.reward.dimensions), self.config.reward.min_gap)
-        with self._timed("update", seconds):
+        with stages("update"):
             metrics = self._update(candidates, pairs, text, positions)
-        with self._timed("refresh", seconds):
+        with stages("refresh"):
             self._refresh()
         metrics |= self._reward_metrics(scores, pairs)
         metrics |= {
             "optimizer_steps": self.optimizer_steps,
             "reference_age": self.optimizer_steps - self.refreshed_at,
+            **{f"reference/{name}": value for name, value in self.reference.numbers().items()},
+            **stages.peaks(),
         }
-        return Step(metrics, candidates, scores, pairs, seconds)
+        return Step(metrics, candidates, scores, pairs, stages.seconds)
 
     def _rollout(
-        self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int], seconds: dict[str, float]
+        self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int], stages: Stages
     ) -> Tensor:
         """Finished candidates, clean latents [P, N, C, T, H, W]; with rollout.prune, [P, keep, ...]."""
         config = self.config
         sampler = self.model.network if config.rollout.source == "policy" else self.reference
-        with self._timed("rollout", seconds), self.residency.phase("rollout"):
+        with stages("rollout"), self.residency.phase("rollout"):
             begun = self.rollout.begin(sampler, text, positions)
         if config.rollout.prune is None:
             return begun.latents
-        scores = combine(self._score(begun.preview, prompts, seconds), config.reward.dimensions)
-        with self._timed("rollout", seconds), self.residency.phase("rollout"):
+        scores = combine(self._score(begun.preview, prompts, stages), config.reward.dimensions)
+        with stages("rollout"), self.residency.phase("rollout"):
             return self.rollout.finish(sampler, text, begun.latents, scores)
 
     @torch.no_grad()
-    def _score(
-        self, candidates: Tensor, prompts: Sequence[str], seconds: dict[str, float]
-    ) -> dict[str, Tensor]:
+    def _score(self, candidates: Tensor, prompts: Sequence[str], stages: Stages) -> dict[str, Tensor]:
         """{dimension: float32 [P, N]}; videos are decoded, scored and dropped group by group.
 
         Where VAE and reward model take turns on the device, all videos wait on the host, as bytes, for one turn.
         """
         captions = [prompt for prompt in prompts for _ in range(candidates.shape[1])]
-        videos = self._videos(candidates, seconds)
+        videos = self._videos(candidates, stages)
         if self.residency.active:
             videos = iter([video.cpu() for video in videos])
         parts: list[dict[str, Tensor]] = []
         first = 0
         for chunk in videos:
-            with self._timed("reward", seconds), self.residency.phase("reward"):
+            with stages("reward"), self.residency.phase("reward"):
                 parts.append(self.reward.score(chunk, captions[first : first + len(chunk)]))
             first += len(chunk)
             del chunk
@@ -139,17 +138,17 @@ class OnlineVPO:
             for name in self.reward.dimensions
         }
 
-    def _videos(self, candidates: Tensor, seconds: dict[str, float]) -> Iterator[Tensor]:
+    def _videos(self, candidates: Tensor, stages: Stages) -> Iterator[Tensor]:
         """Videos of candidates [P, N, ...], group by group in their order."""
         latents = candidates.flatten(0, 1)
 
         def decode(group: Group) -> Tensor:
-            return self._decode(latents[group.prompts.start : group.prompts.stop], seconds)
+            return self._decode(latents[group.prompts.start : group.prompts.stop], stages)
 
         return self.rows.run(decode, len(latents), 1)
 
-    def _decode(self, latents: Tensor, seconds: dict[str, float]) -> Tensor:
-        with self._timed("decode", seconds):
+    def _decode(self, latents: Tensor, stages: Stages) -> Tensor:
+        with stages("decode"):
             return self.model.decode(latents)
 
     def _update(
@@ -197,12 +196,3 @@ class OnlineVPO:
         means = torch.stack([*values, selected, pairs.gap.mean(), ties]).to(self.processes.device)
         means = self.processes.sum(means) / self.processes.count
         return dict(zip([*names, "reward/selected", "reward/gap", "tie_rate"], means.tolist(), strict=True))
-
-    @contextmanager
-    def _timed(self, stage: str, seconds: dict[str, float]) -> Iterator[None]:
-        """Adds to seconds[stage]; on CUDA the stage's kernels are waited for, once a stage."""
-        start = time.perf_counter()
-        yield
-        if self.processes.device.type == "cuda":
-            torch.cuda.synchronize(self.processes.device)
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

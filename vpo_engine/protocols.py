@@ -202,6 +202,10 @@ class ReferenceStore(Protocol):
         """To be entered around every change of these parameters of the policy: the reference stays what it was."""
         ...
 
+    def numbers(self) -> dict[str, float]:
+        """For the log, by name: what the reference takes."""
+        ...
+
     def tensors(self) -> Sequence[Tensor]:
         """What a forward reads beside the policy's trained weights, as the objects that are held."""
         ...

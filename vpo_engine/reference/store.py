@@ -88,6 +88,15 @@ class HeldReference:
         weights = sum(weight.policy.numel() for weight in self._exact.values())
         return sum(weight.spilled for weight in self._exact.values()) / max(1, weights)
 
+    def numbers(self) -> dict[str, float]:
+        """For the log: "bytes" in all; where matrices are encoded "bytes_per_weight"; of exact8 "spilled"."""
+        numbers: dict[str, float] = {"bytes": self.nbytes}
+        if self._held:
+            numbers["bytes_per_weight"] = self.bytes_per_weight
+        if self._exact:
+            numbers["spilled"] = self.spilled
+        return numbers
+
     def tensors(self) -> list[Tensor]:
         """All that a forward reads, what is shared with the policy too; their data may move to other devices."""
         network = self._mirror.network
