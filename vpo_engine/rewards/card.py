@@ -1,0 +1,39 @@
+"""What a reward model declares about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardCard:
+    """A scorer's contract, as ``python -m vpo_engine.rank --list`` prints it.
+
+    dimensions: name to the range of its scores; None where a side has no bound. Higher is better in all of them.
+    frames: which frames are looked at. resolution: what they are resized to. reads_prompt: whether the score depends on
+    the text. differentiable: whether gradients can reach the pixels. parameters: of the published size; 0 for none.
+    licence: of weights and, where it differs, code. source: where the weights are published.
+    """
+
+    name: str
+    dimensions: Mapping[str, tuple[float | None, float | None]]
+    frames: str
+    resolution: str
+    reads_prompt: bool
+    differentiable: bool
+    parameters: int
+    licence: str
+    source: str
+
+    @property
+    def gib_bf16(self) -> float:
+        """Weights in bfloat16."""
+        return 2 * self.parameters / GIB
+
+    @property
+    def gib_8bit(self) -> float:
+        """Weights at a byte each; what stays in 16 bits comes on top."""
+        return self.parameters / GIB
