@@ -1,0 +1,240 @@
+"""Image scorers on videos: which frames are scored, and how their scores become one number.
+
+Letters: B videos (or images), F frames of a video, f frames of it that are scored, S segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+Reduce = Literal["mean", "min", "segments"]
+
+
+class ImageScorer(Protocol):
+    """A scorer of images, with one dimension. Deterministic; raises rather than returning a doubtful number."""
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The name of its one dimension."""
+        ...
+
+    @property
+    def network(self) -> nn.Module:
+        """All its weights."""
+        ...
+
+    def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """uint8 images [B, H, W, 3] and their B prompts to float32 [B] on the CPU; higher is better."""
+        ...
+
+
+class DifferentiableImageScorer(ImageScorer, Protocol):
+    """An image scorer through which gradients reach the pixels."""
+
+    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Float images [B, 3, H, W] in 0..1 and their B prompts to float32 [B] on the network's device."""
+        ...
+
+
+def spread_frames(num_frames: int, count: int | None) -> list[int]:
+    """The middle frames of ``count`` equal parts of a video, or all its frames if ``count`` is None or too many."""
+    if count is None or count >= num_frames:
+        return list(range(num_frames))
+    return [(2 * part + 1) * num_frames // (2 * count) for part in range(count)]
+
+
+def segment_frames(num_frames: int, segments: int, generator: torch.Generator | None = None) -> Tensor:
+    """One frame from each of ``segments`` runs of ``num_frames // segments`` frames, int64 [S].
+
+    Drawn from ``generator`` (on the CPU) as InstructVideo does at every step, the middle one without. The
+    ``num_frames % segments`` frames at the end are in no segment. ValueError for fewer frames than segments.
+    """
+    span = num_frames // segments
+    if span == 0:
+        raise ValueError(
+            f"videos have {num_frames} frames for {segments} segments; set segments to at most {num_frames}"
+        )
+    starts = span * torch.arange(segments)
+    if generator is None:
+        return starts + span // 2
+    return starts + torch.randint(span, (segments,), generator=generator)
+
+
+def segment_weights(indices: Tensor, num_frames: int, decay: float) -> Tensor:
+    """exp(-decay |index - num_frames // 2|), float32, of ``indices``' shape.
+
+    InstructVideo's temporally attenuated reward (arXiv 2312.12490; ali-vilab/VGen, utils/reward/reward.py);
+    its lambda is ``decay``. 0 weighs all frames alike.
+    """
+    return torch.exp(-decay * (indices - num_frames // 2).abs().float())
+
+
+class VideoOfFrames:
+    """An image scorer as a ``Reward`` of videos.
+
+    mean, min: over the chosen frames. segments: one frame of each segment, the scores weighed by their distance from
+    the middle frame and averaged without dividing by the sum of weights, as in InstructVideo. With its decay of 1,
+    made for 16 frames, long videos have weights near zero: 51 frames want about a third of it.
+    """
+
+    def __init__(
+        self,
+        scorer: ImageScorer,
+        *,
+        frames: int | None = None,
+        reduce: Reduce = "mean",
+        segments: int = 4,
+        decay: float = 1.0,
+        batch_size: int = 64,
+    ) -> None:
+        """``frames``: how many, evenly spread; None for all. ``segments``, ``decay``: of reduce="segments" only.
+
+        ``batch_size``: images per call of the scorer, of one or several videos.
+        """
+        for name, value in (("frames", frames), ("segments", segments), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if reduce not in get_args(Reduce):
+            raise ValueError(f"reduce is {reduce!r}, expected one of {', '.join(get_args(Reduce))}")
+        if reduce == "segments" and frames is not None:
+            raise ValueError(
+                f"frames is {frames}, but reduce='segments' scores one frame a segment; set segments instead"
+            )
+        if not 0 <= decay < float("inf"):
+            raise ValueError(f"decay is {decay}, expected a finite number of at least 0")
+        if len(scorer.dimensions) != 1:
+            raise ValueError(
+                f"{type(scorer).__name__} has dimensions {scorer.dimensions}, expected exactly one"
+            )
+        self.scorer, self.frames, self.reduce = scorer, frames, reduce
+        self.segments, self.decay, self.batch_size = segments, decay, batch_size
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        return tuple(self.scorer.dimensions)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.scorer.network
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """uint8 videos [B, F, H, W, 3] and B prompts to {dimension: float32 [B]}, on the CPU.
+
+        ValueError for a wrong shape or type, and for what the scorer refuses.
+        """
+        check_videos(videos, prompts)
+        indices = self._indices(videos.shape[0], videos.shape[1], None)
+        rows = torch.arange(videos.shape[0]).unsqueeze(1).expand_as(indices).flatten()
+        columns = indices.flatten()
+        parts = []
+        for start in range(0, len(rows), self.batch_size):
+            row, column = rows[start : start + self.batch_size], columns[start : start + self.batch_size]
+            images = videos[row.to(videos.device), column.to(videos.device)]
+            parts.append(self.scorer.score_images(images, [prompts[int(index)] for index in row]))
+        scores = torch.cat(parts).view(indices.shape)
+        return {self.dimensions[0]: self._reduce(scores, indices, videos.shape[1])}
+
+    def score_pixels(
+        self, videos: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on the network's device, with gradients.
+
+        ``generator`` (on the CPU) draws the frames of reduce="segments", anew for each video; without it they are the
+        middle ones, as in ``score``. ValueError as for ``score``, and for a scorer without gradients.
+        """
+        differentiable = getattr(self.scorer, "score_image_pixels", None)
+        if differentiable is None:
+            raise ValueError(
+                f"{type(self.scorer).__name__} passes no gradients to pixels; use score, or another reward"
+            )
+        check_video_pixels(videos, prompts)
+        indices = self._indices(videos.shape[0], videos.shape[1], generator)
+        rows = torch.arange(videos.shape[0]).unsqueeze(1).expand_as(indices)
+        images = videos[rows.to(videos.device), indices.to(videos.device)].flatten(0, 1)
+        texts = [prompts[int(row)] for row in rows.flatten()]
+        parts = [
+            differentiable(images[start : start + self.batch_size], texts[start : start + self.batch_size])
+            for start in range(0, len(texts), self.batch_size)
+        ]
+        scores = torch.cat(parts).view(indices.shape)
+        return {self.dimensions[0]: self._reduce(scores, indices, videos.shape[1])}
+
+    def _indices(self, count: int, num_frames: int, generator: torch.Generator | None) -> Tensor:
+        """Which frames of ``count`` videos are scored, int64 [count, f]."""
+        if self.reduce == "segments":
+            return torch.stack([segment_frames(num_frames, self.segments, generator) for _ in range(count)])
+        return torch.tensor(spread_frames(num_frames, self.frames)).expand(count, -1)
+
+    def _reduce(self, scores: Tensor, indices: Tensor, num_frames: int) -> Tensor:
+        """Scores [B, f] of the frames ``indices`` [B, f] to [B]."""
+        if self.reduce == "min":
+            return scores.amin(1)
+        if self.reduce == "segments":
+            scores = scores * segment_weights(indices, num_frames, self.decay).to(scores.device)
+        return scores.mean(1)
+
+
+def _check(kind: str, inputs: Tensor, ndim: int, channels: int, layout: str, prompts: Sequence[str]) -> None:
+    if inputs.ndim != ndim or inputs.shape[channels] != 3 or 0 in inputs.shape:
+        raise ValueError(
+            f"{kind}s have shape {tuple(inputs.shape)}, expected {layout} without an empty side; "
+            f"{kind}s of different sizes go in separate calls"
+        )
+    if len(prompts) != inputs.shape[0]:
+        raise ValueError(f"{len(prompts)} prompts for {inputs.shape[0]} {kind}s; give one prompt a {kind}")
+
+
+def _check_bytes(kind: str, inputs: Tensor) -> None:
+    if inputs.dtype != torch.uint8:
+        raise ValueError(f"{kind}s are {inputs.dtype}, expected torch.uint8 levels 0..255")
+
+
+def _check_floats(kind: str, inputs: Tensor) -> None:
+    if not inputs.is_floating_point():
+        raise ValueError(f"{kind}s are {inputs.dtype}, expected floats in 0..1")
+
+
+def check_videos(videos: Tensor, prompts: Sequence[str]) -> None:
+    """ValueError unless ``videos`` are uint8 [B, F, H, W, 3] with B prompts."""
+    _check_bytes("video", videos)
+    _check("video", videos, 5, 4, "[B, F, H, W, 3]", prompts)
+
+
+def check_images(images: Tensor, prompts: Sequence[str]) -> None:
+    """ValueError unless ``images`` are uint8 [B, H, W, 3] with B prompts."""
+    _check_bytes("image", images)
+    _check("image", images, 4, 3, "[B, H, W, 3]", prompts)
+
+
+def check_video_pixels(videos: Tensor, prompts: Sequence[str]) -> None:
+    """ValueError unless ``videos`` are floats [B, F, 3, H, W] with B prompts."""
+    _check_floats("video", videos)
+    _check("video", videos, 5, 2, "[B, F, 3, H, W]", prompts)
+
+
+def check_image_pixels(images: Tensor, prompts: Sequence[str]) -> None:
+    """ValueError unless ``images`` are floats [B, 3, H, W] with B prompts."""
+    _check_floats("image", images)
+    _check("image", images, 4, 1, "[B, 3, H, W]", prompts)
+
+
+def check_prompts(prompts: Sequence[str], reader: str) -> None:
+    """ValueError for a prompt without text; ``reader`` is the model that reads them."""
+    for row, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise ValueError(f"prompt {row} is {prompt!r}, expected text: {reader} judges by it")
+
+
+def check_finite(scores: Tensor, prompts: Sequence[str], name: str) -> None:
+    """ValueError naming the first of the scores [B] of model ``name`` that is not finite, and its prompt."""
+    if bool(scores.isfinite().all()):
+        return
+    row = int((~scores.isfinite()).nonzero()[0, 0])
+    raise ValueError(
+        f"{name} gave {scores[row].item()} for input {row} ({prompts[row]!r}); its weights are damaged or "
+        "overflow their type: load them anew, or with dtype=torch.bfloat16 or torch.float32"
+    )
