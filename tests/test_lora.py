@@ -325,7 +325,10 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
 def numbers(run: Path, kind: str | None = None) -> list[dict[str, object]]:
     """Metric rows without what a clock wrote."""
     rows = [row for row in read_metrics(run / "metrics.jsonl") if kind in (None, row["kind"])]
-    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(("seconds/", "speed/"))}
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")

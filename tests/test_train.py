@@ -42,7 +42,10 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 def numbers(run: Path) -> list[dict[str, object]]:
     """Metric rows without what a clock wrote."""
     rows = read_metrics(run / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(("seconds/", "speed/"))}
+        for row in rows
+    ]
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:

@@ -21,9 +21,10 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.memory.residency import Residency
 from vpo_engine.metrics.stages import Stages
+from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import Pairs, select_pairs
-from vpo_engine.protocols import ReferenceStore, Reward, TextEmbedding, VideoModel
+from vpo_engine.protocols import Network, ReferenceStore, Reward, TextEmbedding, VideoModel
 from vpo_engine.rewards.combine import combine
 from vpo_engine.rollout.candidates import Rollout
 from vpo_engine.rollout.rows import Group, Rows
@@ -34,6 +35,7 @@ class Step:
     """What one step made: for the log (metrics) and for the gallery (this process's candidates and pairs).
 
     candidates: clean latents [P, N, C, T, H, W], with rollout.prune those of the candidates that were finished.
+    rows: that the rollout sent through the network.
     """
 
     metrics: dict[str, float]
@@ -41,6 +43,7 @@ class Step:
     scores: dict[str, Tensor]
     pairs: Pairs
     seconds: dict[str, float] = field(default_factory=dict)
+    rows: int = 0
 
 
 class OnlineVPO:
@@ -86,7 +89,9 @@ class OnlineVPO:
     def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
         """One step on this process's prompts, which stand at ``positions`` of the prompt stream."""
         stages = Stages(self.processes.device)
-        candidates = self._rollout(prompts, text, positions, stages)
+        source = self.config.rollout.source
+        sampler = CountedRows(self.model.network if source == "policy" else self.reference)
+        candidates = self._rollout(sampler, prompts, text, positions, stages)
         scores = self._score(candidates, prompts, stages)
         pairs = select_pairs(combine(scores, self.config.reward.dimensions), self.config.reward.min_gap)
         with stages("update"):
@@ -100,14 +105,18 @@ class OnlineVPO:
             **{f"reference/{name}": value for name, value in self.reference.numbers().items()},
             **stages.peaks(),
         }
-        return Step(metrics, candidates, scores, pairs, stages.seconds)
+        return Step(metrics, candidates, scores, pairs, stages.seconds, sampler.rows)
 
     def _rollout(
-        self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int], stages: Stages
+        self,
+        sampler: Network,
+        prompts: Sequence[str],
+        text: TextEmbedding,
+        positions: Sequence[int],
+        stages: Stages,
     ) -> Tensor:
         """Finished candidates, clean latents [P, N, C, T, H, W]; with rollout.prune, [P, keep, ...]."""
         config = self.config
-        sampler = self.model.network if config.rollout.source == "policy" else self.reference
         with stages("rollout"), self.residency.phase("rollout"):
             begun = self.rollout.begin(sampler, text, positions)
         if config.rollout.prune is None:

@@ -17,6 +17,7 @@ from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.metrics.summary import format_summary, summarise
+from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
 from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.run_state import capture, restore
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
@@ -73,7 +74,9 @@ class Trainer:
         total = self._config.steps
         with StopRequest() as stop, Progress(total, start, self._processes.first) as self._progress:
             self._log = log
-            self._encode_text()
+            with self._stage("text"):
+                self._encode_text()
+            self._throughput = self._gauge()
             if start == 0:
                 self._evaluate_baseline()
             for step in range(start + 1, total + 1):
@@ -96,6 +99,16 @@ class Trainer:
         prompts = [item.text for item in self._stream.take(0, count)]
         self._algorithm.model.prepare([*prompts, *self._held_out.prompts])
 
+    def _gauge(self) -> Throughput:
+        """What a row of the network takes and what the device can do; the time that this takes is no step's."""
+        start = time.perf_counter()
+        self._progress.stage("measuring the device")
+        model = self._algorithm.model
+        flops = count_row_flops(model, model.embed(self._held_out.prompts))
+        ceiling = matrix_rate(self._processes.device, getattr(torch, self._config.model.dtype))
+        self._taken_at += time.perf_counter() - start
+        return Throughput(self._config, flops, ceiling)
+
     def _train_step(self, step: int) -> None:
         first = (step - 1) * self._config.pairs_per_step
         items = self._stream.take(first + self._mine.start, len(self._mine))
@@ -114,7 +127,11 @@ class Trainer:
                 samples = settings.samples_between or settings.samples_per_prompt
                 self._log_evaluation(step, self._held_out.evaluate(self._algorithm.model.network, samples))
         metrics = dict(result.metrics)
-        metrics |= self._take_seconds()
+        seconds = self._take_seconds()
+        metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
+        metrics |= self._throughput.rates(seconds)
+        metrics |= self._throughput.utilisation(result.seconds, result.rows, int(result.pairs.kept.sum()))
+        metrics["speed/ceiling"] = self._throughput.ceiling
         self._log.write(step, "train", metrics)
         self._progress.step(step, metrics)
 
@@ -125,7 +142,7 @@ class Trainer:
         self._taken_at, self._stage_seconds = now, {}
         for stage, value in seconds.items():
             self._seconds[stage] += value
-        return {f"seconds/{stage}": value for stage, value in seconds.items()}
+        return seconds
 
     def _check_pairs(self, result: Step, step: int) -> None:
         self._steps_without_pairs = 0 if result.metrics["pairs"] else self._steps_without_pairs + 1
