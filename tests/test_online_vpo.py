@@ -188,7 +188,7 @@ def test_no_graph_reaches_reward_or_decoder(small: Make) -> None:
     result = run_step(algorithm)
     assert not result.candidates.requires_grad
     assert all(video.dtype == torch.uint8 for video in reward.seen)
-    vae = algorithm.model._vae  # type: ignore[attr-defined]
+    vae = algorithm.model.vae  # type: ignore[attr-defined]
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in vae.parameters())
 
 

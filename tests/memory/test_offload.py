@@ -276,7 +276,7 @@ def test_the_model_has_the_same_gradients(recompute: str, parts: int) -> None:
     model.activations = Activations(recompute, mlp_chunks=parts)  # type: ignore[arg-type]
     expected = gradients(model, 2)
     recorders: list[Recorder] = []
-    model._offloaded = OffloadedInputs(
+    model.offloaded = OffloadedInputs(
         lambda tensor: recorders.append(Recorder(tensor.device)) or recorders[-1]
     )
     model.activations = Activations(recompute, offload=True, mlp_chunks=parts)  # type: ignore[arg-type]
@@ -299,7 +299,7 @@ def test_nothing_is_sent_without_grad() -> None:
     model.activations = Activations("block", offload=True)
     with torch.no_grad():
         predict(model)
-    assert spare(model._offloaded) == []
+    assert spare(model.offloaded) == []
 
 
 def test_fake_tensors_are_sent_too() -> None:
@@ -307,7 +307,7 @@ def test_fake_tensors_are_sent_too() -> None:
         model = network()
         model.activations = Activations("block", offload=True)
         predict(model).square().mean().backward()
-        assert [host.shape[-1] for host in spare(model._offloaded)] == [64] * BLOCKS
+        assert [host.shape[-1] for host in spare(model.offloaded)] == [64] * BLOCKS
 
 
 @pytest.mark.gpu
@@ -331,6 +331,6 @@ def test_on_a_gpu_gradients_are_the_same_bits_and_host_memory_is_pinned() -> Non
     finally:
         torch.use_deterministic_algorithms(False)
     assert same(found, expected)
-    hosts = spare(model._offloaded)
+    hosts = spare(model.offloaded)
     assert len(hosts) == BLOCKS
     assert all(host.is_pinned() for host in hosts)

@@ -84,20 +84,16 @@ class PlannedModel(OpenSora):
 
     def materialise(self, tracker: Tracker, device: torch.device = CPU) -> None:
         """Give it uninitialised tensors, fake ones in FakeTensorMode. (Module.to cannot exchange fake parameters.)"""
-        self._device = device
+        self.device = device
         with tracker.making("weights"):
             materialise(self.network, None, device)
         with tracker.making("vae"):
-            materialise(self.vae, self._dtype, device)
-
-    @property
-    def vae(self) -> OpenSoraVAE:
-        return self._vae
+            materialise(self.vae, self.dtype, device)
 
     @property
     def decoders(self) -> list[nn.Module]:
         """What decodes a micro-batch of frames, and a chunk of latents."""
-        return [self._vae.spatial_vae.module.decoder, self._vae.temporal_vae.decoder]
+        return [self.vae.spatial_vae.module.decoder, self.vae.temporal_vae.decoder]
 
 
 class _NoText:

@@ -137,7 +137,7 @@ class _Tracing:
     def _groups(self) -> list[Iterable[nn.Module]]:
         """Modules that do the same again and again."""
         groups: list[Iterable[nn.Module]] = [[part] for part in self._model.decoders]
-        for network in (self._model.network, self._reference._mirror.network):
+        for network in (self._model.network, self._reference.network):
             groups += [
                 network.get_submodule(name).children() for name in ("spatial_blocks", "temporal_blocks")
             ]
@@ -164,7 +164,7 @@ class _Tracing:
         hold_in_bfloat16(network, config.memory.weights, DTYPES[config.model.dtype])
         tracker.label([*network.parameters(), *network.buffers()], "weights")
         network.register_forward_pre_hook(without_mask)
-        network._offloaded = OffloadedInputs(lambda tensor: _HostCopies(tensor.device, tracker))
+        network.offloaded = OffloadedInputs(lambda tensor: _HostCopies(tensor.device, tracker))
         if self._reward is not None:
             self._build_reward(self._reward)
         with tracker.making("reference"):

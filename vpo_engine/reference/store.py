@@ -71,6 +71,11 @@ class HeldReference:
         return self._mirror(*args, **kwargs)
 
     @property
+    def network(self) -> nn.Module:
+        """The modules that a forward runs."""
+        return self._mirror.network
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
@@ -99,7 +104,7 @@ class HeldReference:
 
     def tensors(self) -> list[Tensor]:
         """All that a forward reads, what is shared with the policy too; their data may move to other devices."""
-        network = self._mirror.network
+        network = self.network
         held = [tensor for weight in self._held.values() for tensor in weight.tensors().values()]
         policy = [weight.policy for weight in self._exact.values()]
         return [*network.parameters(), *network.buffers(), *held, *policy]

@@ -65,22 +65,22 @@ class OpenSora:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.network = network.to(device).eval()
-        self._vae = vae.to(device, dtype).eval().requires_grad_(False)
+        self.vae = vae.to(device, dtype).eval().requires_grad_(False)
         self._text = text
         self._geometry = geometry
         self._flow = flow
-        self._device, self._dtype = device, dtype
+        self.device, self.dtype = device, dtype
         self.decode_frames: int | None = None
         self.residency = Residency.everything()
         self.num_frames, self.fps = geometry.num_frames, geometry.fps
-        size = self._vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
+        size = self.vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
         self.latent_shape = (network.config["in_channels"], *size)
 
     def stay_by(self, residency: Residency) -> None:
         """Let ``residency`` say when the policy and the VAE are on the device."""
         self.residency = residency
         residency.register("policy", lambda: module_tensors(self.network))
-        residency.register("vae", lambda: module_tensors(self._vae))
+        residency.register("vae", lambda: module_tensors(self.vae))
 
     def prepare(self, prompts: Sequence[str]) -> None:
         self._text.prepare(prompts)
@@ -89,7 +89,7 @@ class OpenSora:
         text = self._text(prompts)
         longest = int(text.mask.sum(dim=1).max())
         text = TextEmbedding(text.embeddings[:, :longest], text.mask[:, :longest])
-        return text.to(self._device)
+        return text.to(self.device)
 
     def predict(
         self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding, guidance: float = 1.0
@@ -162,7 +162,7 @@ class OpenSora:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         with self.residency.phase("decode"):
-            return self._vae.decode_uint8(latents, self.num_frames, self.decode_frames)
+            return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames)
 
     def save_policy(self, folder: Path) -> None:
         """The published layout; of a policy with an adapter the adapter alone, in PEFT's."""
@@ -172,11 +172,11 @@ class OpenSora:
             save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
 
     def _rounded(self, t: Tensor) -> Tensor:
-        return t.to(self._dtype).float()
+        return t.to(self.dtype).float()
 
     def _size(self) -> dict[str, Any]:
         size = self._geometry
         return {"fps": float(size.fps), "height": size.height, "width": size.width}
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != self.network.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != self.network.dtype)

@@ -126,14 +126,14 @@ class STDiT3(nn.Module):
 
     Dropout of any kind is absent in every mode, so train() and eval() compute the same function.
     ``activations``: what blocks keep for the backward pass. Parts of the MLP may round otherwise; no other setting
-    changes a bit of the prediction.
+    changes a bit of the prediction. ``offloaded``: how inputs of blocks go to the host.
     """
 
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
         self.settings = config
         self.activations = Activations()
-        self._offloaded = OffloadedInputs()
+        self.offloaded = OffloadedInputs()
         channels, patch = config.hidden_size, config.patch_size
         self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
         head_channels = channels // config.num_heads
@@ -311,7 +311,7 @@ class STDiT3(nn.Module):
         self, tokens: Tensor, constants: Constants, time: Tensor, cache: BlockCache | None
     ) -> Tensor:
         """Tokens [B, T, S, C] through all blocks, or through the first pair where ``cache`` knows what follows."""
-        sender = self._offloaded.forward_pass()
+        sender = self.offloaded.forward_pass()
         texts = iter(constants.texts)
 
         def run(tokens: Tensor, pairs: Sequence[tuple[Block, Block]]) -> Tensor:
