@@ -1,0 +1,190 @@
+"""How often a cheaper rollout finds the winner and the loser that the exact one finds, on the sprites policy.
+
+Each argument is a set of settings, key=value separated by blanks ("rollout.prune.after=0.5 rollout.prune.keep=2");
+without arguments a list of sets is measured. Every set is compared with the exact rollout: the sprites world's own
+settings, at the guidance of the set. Both get the same noise, so candidate n of a prompt is the same candidate in both.
+With fewer steps its video changes too; to agree then means that the videos from the same noise are best and worst.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from report import Table
+from rows import commit, hardware
+from torch import Tensor
+
+from vpo_engine.build import build_model, build_prompts, build_reward
+from vpo_engine.config import Config, load_config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.models.opensora.model import OpenSora
+from vpo_engine.protocols import Reward
+from vpo_engine.rewards.combine import combine
+from vpo_engine.rollout.candidates import Rollout
+from vpo_engine.rollout.prune import extremes
+
+CPU = torch.device("cpu")
+SETS = (
+    "rollout.steps=8",
+    "rollout.steps=6",
+    "rollout.prune.after=0.5 rollout.prune.keep=2",
+    "rollout.cache=0.1",
+    "rollout.cache=0.2",
+    "rollout.guidance=7 rollout.guidance_interval=[0.3,1.0]",
+)
+AT_ONCE = 16
+"""Prompts after which the next set takes its turn, so that a machine's moods meet all of them."""
+RESAMPLES = 2000
+START, END = "<!-- agreement -->\n", "<!-- end of agreement -->"
+
+
+@dataclass
+class Found:
+    """What one set of settings found: numbers of winner and loser, each int64 [P], and the exact scores' pairs.
+
+    scores: [P, N], of the finished candidates, where all are finished.
+    """
+
+    winner: list[Tensor] = field(default_factory=list)
+    loser: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Bench:
+    """The sprites policy and reward, for one set of settings after the other."""
+
+    def __init__(self, base: Config, prompts: int) -> None:
+        train, _ = build_prompts(base)
+        self.prompts = [train[index] for index in range(prompts)]
+        self._model: OpenSora = build_model(base, Processes.start("cpu"), lambda _: None)
+        self._model.prepare(self.prompts)
+        self._reward: Reward = build_reward(base, CPU)
+
+    def sample(self, config: Config, positions: range, found: Found) -> None:
+        """Candidates of these prompts, added to ``found``. Seconds are those of the rollout, previews included."""
+        captions = self.prompts[positions.start : positions.stop]
+        text, network = self._model.embed(captions), self._model.network
+        rollout = Rollout(self._model, config.rollout, config.seed, CPU)
+        kept = torch.arange(config.rollout.candidates).expand(len(captions), -1)
+        start = time.perf_counter()
+        begun = rollout.begin(network, text, positions)
+        latents = begun.latents
+        if config.rollout.prune is not None:
+            previews = self._score(config, begun.preview, captions)
+            kept = extremes(previews, config.rollout.prune.keep)
+            latents = rollout.finish(network, text, begun.latents, previews)
+        found.seconds += time.perf_counter() - start
+        scores = self._score(config, latents, captions)
+        found.winner.append(kept.gather(1, scores.argmax(1, keepdim=True)).squeeze(1))
+        found.loser.append(kept.gather(1, scores.argmin(1, keepdim=True)).squeeze(1))
+        found.scores.append(scores)
+
+    def _score(self, config: Config, latents: Tensor, captions: Sequence[str]) -> Tensor:
+        each = latents.shape[1]
+        repeated = [caption for caption in captions for _ in range(each)]
+        scores = self._reward.score(self._model.decode(latents.flatten(0, 1)), repeated)
+        by_prompt = {name: score.unflatten(0, (-1, each)) for name, score in scores.items()}
+        return combine(by_prompt, config.reward.dimensions)
+
+
+def interval(values: Tensor, weights: Tensor | None = None) -> str:
+    """Mean of ``values`` [P] (weighted: their sum over that of ``weights``) with its 95 % bootstrap interval."""
+    divisor = torch.ones_like(values) if weights is None else weights
+    random = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=random)
+    resampled = values[picks].sum(1) / divisor[picks].sum(1)
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return f"{100 * values.sum() / divisor.sum():.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def line(name: str, found: Found, exact: Found) -> list[str]:
+    """A row of the table; see ``HEADER``."""
+    winner, loser = torch.cat(found.winner), torch.cat(found.loser)
+    best, worst, scores = torch.cat(exact.winner), torch.cat(exact.loser), torch.cat(exact.scores).double()
+
+    def gap(high: Tensor, low: Tensor) -> Tensor:
+        return (scores.gather(1, high[:, None]) - scores.gather(1, low[:, None])).squeeze(1)
+
+    same_winner, same_loser = winner == best, loser == worst
+    return [
+        f"`{name}`",
+        interval((same_winner & same_loser).double()),
+        interval(same_winner.double()),
+        interval(same_loser.double()),
+        interval(gap(winner, loser), gap(best, worst)),
+        f"{found.seconds / exact.seconds:.2f}",
+    ]
+
+
+HEADER = ["settings", "same pair", "same winner", "same loser", "gap kept", "seconds"]
+
+
+def measure(sets: Sequence[str], prompts: int, candidates: int) -> Table:
+    """The table of all sets, each against the exact rollout at its guidance."""
+    always = [f"rollout.candidates={candidates}", "model.device=cpu"]
+    configs = {name: load_config(None, [*always, *name.split()]) for name in sets}
+    exact = {
+        config.rollout.guidance: load_config(None, [*always, f"rollout.guidance={config.rollout.guidance}"])
+        for config in configs.values()
+    }
+    bench = Bench(load_config(None, always), prompts)
+    found, references = {name: Found() for name in sets}, {guidance: Found() for guidance in exact}
+    for start in range(0, prompts, AT_ONCE):
+        positions = range(start, min(start + AT_ONCE, prompts))
+        for guidance, config in exact.items():
+            bench.sample(config, positions, references[guidance])
+        for name, config in configs.items():
+            bench.sample(config, positions, found[name])
+        print(f"{positions.stop} of {prompts} prompts", file=sys.stderr, flush=True)
+    lines = [line(name, found[name], references[configs[name].rollout.guidance]) for name in sets]
+    return Table(HEADER, lines, [])
+
+
+def replaced(page: str, table: str) -> str:
+    """The page with ``table`` between its markers. ValueError if it has not exactly one pair of them, in order."""
+    head, start, rest = page.partition(START)
+    _, end, tail = rest.partition(END)
+    if not start or not end or START in tail:
+        raise ValueError(
+            f"the page must hold one line {START.strip()!r} and, after it, one {END!r}; add them"
+        )
+    return f"{head}{start}\n{table}\n{end}{tail}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sets", nargs="*", metavar="SETTINGS", help="one set of settings, as one argument")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of the training list (default 64)")
+    parser.add_argument("--candidates", type=int, default=4, help="N (default 4)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
+    given = parser.parse_args(arguments)
+    try:
+        table = measure(given.sets or SETS, given.prompts, given.candidates)
+        origin = (
+            f"{given.prompts} prompts, {given.candidates} candidates each; {hardware(CPU)}, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit()}"
+        )
+        text = f"{origin}:\n\n{table.markdown()}\n"
+        print(text)
+        if given.write is not None:
+            unfinished = given.write.with_name(f".{given.write.name}.tmp")
+            unfinished.write_text(replaced(given.write.read_text(encoding="utf-8"), text), encoding="utf-8")
+            os.replace(unfinished, given.write)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

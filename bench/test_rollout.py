@@ -1,0 +1,167 @@
+"""Seconds per prompt of the engine's rollout, against a plain sampler as public scripts have it, in one run.
+
+The plain sampler makes one candidate after the other, sends prompt and null caption through the network in two calls,
+and leaves nothing from one step to the next. Both run the same network on the same noise and reach the same latents.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from measure import device, on_gpu, synchronize
+from rows import quantiles
+from torch import Tensor, nn
+
+from vpo_engine.build import build_model, build_prompts
+from vpo_engine.config import Config, RolloutConfig, load_config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.models.opensora.geometry import pixel_size
+from vpo_engine.models.opensora.model import Geometry, OpenSora
+from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.protocols import TextEmbedding
+from vpo_engine.rollout.candidates import sample_candidates
+from vpo_engine.seeding import normal
+
+ROUNDS = 3
+SPRITES_PROMPTS = 8
+TEXT_TOKENS = 120
+"""Of a caption of some 80 words, as WebVid's and their rewritten forms are at most."""
+FULL_SIZE = {("240p", 34): (30, (10, 30, 53)), ("720p", 68): (3, (20, 90, 160))}
+"""(resolution, frames): sampling steps that are measured, latent size. A step takes as long as any other."""
+
+
+@torch.no_grad()
+def plain_rollout(
+    model: OpenSora, text: TextEmbedding, positions: Sequence[int], config: RolloutConfig, seed: int
+) -> Tensor:
+    """Latents [P, N, C, T, H, W] of the same noise as ``sample_candidates``."""
+    size = model._geometry
+    times, lengths = model._flow.sampling_timesteps(config.steps, size.height, size.width, size.num_frames)
+    null = model.network.y_embedder.y_embedding[: text.embeddings.shape[1]].to(text.embeddings.dtype)
+    made = []
+    for row, position in enumerate(positions):
+        prompted = text[slice(row, row + 1)]
+        unprompted = TextEmbedding(null[None], prompted.mask)
+        for noise in normal((config.candidates, *model.latent_shape), seed, "rollout", position):
+            z = noise[None].to(text.embeddings.device)
+            for moment, length in zip(times.tolist(), lengths.tolist(), strict=True):
+                t = torch.full((1,), moment, device=z.device)
+                velocity = model.predict(model.network, z, t, prompted)
+                if config.guidance != 1.0:
+                    without = model.predict(model.network, z, t, unprompted)
+                    velocity = without + config.guidance * (velocity - without)
+                z = z + velocity * length
+            made.append(z)
+    return torch.cat(made).unflatten(0, (len(positions), config.candidates))
+
+
+def compare(
+    model: OpenSora,
+    text: TextEmbedding,
+    config: RolloutConfig,
+    tolerance: float,
+    benchmark,
+) -> dict[str, float]:
+    """Both samplers in turns; their seconds per prompt."""
+    positions, where = range(len(text)), text.embeddings.device
+
+    def engine() -> Tensor:
+        return sample_candidates(model, model.network, text, positions, config, 0, where)
+
+    def plain() -> Tensor:
+        return plain_rollout(model, text, positions, config, 0)
+
+    taken: dict[Callable[[], Tensor], list[float]] = {engine: [], plain: []}
+
+    def one_round() -> None:
+        made = []
+        for sampler, seconds in taken.items():
+            synchronize()
+            start = time.perf_counter()
+            made.append(sampler())
+            synchronize()
+            seconds.append((time.perf_counter() - start) / len(positions))
+        off = (made[0] - made[1]).norm() / made[1].norm()
+        assert off < tolerance, f"the samplers' latents differ by {off:.2g} of their norm"
+
+    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
+    mine, others = (quantiles(seconds[-ROUNDS:]) for seconds in taken.values())
+    return {
+        **mine,
+        "plain_seconds": others["seconds"],
+        "times_faster": others["seconds"] / mine["seconds"],
+    }
+
+
+def case_of(world: str, config: RolloutConfig, prompts: int) -> dict[str, str]:
+    return {
+        "world": world,
+        "guidance": f"{config.guidance:g}",
+        "steps": str(config.steps),
+        "prompts": str(prompts),
+        "candidates": str(config.candidates),
+    }
+
+
+@pytest.mark.benchmark(group="rollout per prompt")
+@pytest.mark.parametrize("guidance", [1.0, 7.0])
+def test_sprites_rollout(guidance: float, benchmark, add_row) -> None:
+    prompts = 2 if benchmark.disabled else SPRITES_PROMPTS
+    config: Config = load_config(None, [f"rollout.guidance={guidance}", "model.device=cpu"])
+    model = build_model(config, Processes.start("cpu"))
+    train, _ = build_prompts(config)
+    captions = [train[index] for index in range(prompts)]
+    model.prepare(captions)
+    numbers = compare(model, model.embed(captions), config.rollout, 1e-3, benchmark)
+    if not benchmark.disabled:
+        add_row("rollout", case_of("sprites", config.rollout, prompts), numbers, torch.device("cpu"))
+
+
+class LatentSize(nn.Module):
+    """In place of a VAE, which a rollout does not need."""
+
+    def __init__(self, size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self._size = size
+
+    def latent_size(self, *_: int) -> tuple[int, int, int]:
+        return self._size
+
+
+def full_size_model(resolution: str, frames: int, size: tuple[int, int, int]) -> OpenSora:
+    """STDiT3-XL/2 in bfloat16 with random weights."""
+    with device():
+        network = STDiT3.from_config({"freeze_y_embedder": True}).to(torch.bfloat16)
+    geometry = Geometry(*pixel_size(resolution, "9:16"), frames, 24)
+    model = OpenSora(
+        network,
+        LatentSize(size),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        geometry,
+        RectifiedFlow(),
+        device=device(),
+        dtype=torch.bfloat16,
+    )
+    model.network.choose_backends(dtype=torch.bfloat16)
+    return model
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_gpu(), reason="the full-size network needs a GPU")
+@pytest.mark.benchmark(group="rollout per prompt")
+@pytest.mark.parametrize(("resolution", "frames"), FULL_SIZE)
+def test_full_size_rollout(resolution: str, frames: int, benchmark, add_row) -> None:
+    steps, size = FULL_SIZE[resolution, frames]
+    config = RolloutConfig(steps=2 if benchmark.disabled else steps)
+    model = full_size_model(resolution, frames, size)
+    random = torch.Generator(device()).manual_seed(0)
+    states = torch.randn(1, TEXT_TOKENS, 4096, generator=random, device=device()).to(torch.bfloat16)
+    text = TextEmbedding(states, torch.ones(1, TEXT_TOKENS, dtype=torch.bool))
+    numbers = compare(model, text, config, 0.1, benchmark)
+    if not benchmark.disabled:
+        case = case_of(f"STDiT3-XL/2, {resolution} x {frames} frames, bfloat16", config, 1)
+        add_row("rollout", case, numbers, device())
