@@ -63,7 +63,7 @@ class Bench:
 
     def __init__(self, base: Config, prompts: int) -> None:
         train, _ = build_prompts(base)
-        self.prompts = [train[index] for index in range(prompts)]
+        self.prompts = [train[index % len(train)] for index in range(prompts)]
         self._model: OpenSora = build_model(base, Processes.start("cpu"), lambda _: None)
         self._model.prepare(self.prompts)
         self._reward: Reward = build_reward(base, CPU)
@@ -164,7 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sets", nargs="*", metavar="SETTINGS", help="one set of settings, as one argument")
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of the training list (default 64)")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=64,
+        help="prompts (default 64); the training list, and from its start again with other noise",
+    )
     parser.add_argument("--candidates", type=int, default=4, help="N (default 4)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
     given = parser.parse_args(arguments)
