@@ -1,0 +1,247 @@
+"""What scorers built on CLIP share: pixels and text to what a CLIP takes.
+
+Public code prepares images for CLIP in ways that differ by more than the differences between candidates (0.5 to 0.8
+of a normalised level between letterbox and crop), so each has a name here. Results equal torchvision's, which is
+not needed.
+
+Letters: B images, H x W their size, N the side that the model takes, L text tokens.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import ftfy
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of RGB levels in 0..1, for every CLIP by OpenAI and by LAION."""
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+_BPE = "bpe_simple_vocab_16e6.txt.gz"
+_MERGES = 49152 - 256 - 2
+"""Of the file's merges those that are in the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A way of bringing an image to N x N pixels.
+
+    fit: what becomes of an aspect ratio other than 1. letterbox: the longer side is scaled to N, black around.
+    crop: the shorter side is scaled to N, the middle is kept. squash: lost. short_side: the shorter side is scaled to
+    N and nothing else is done, so that a model of N x N takes square images only.
+    pil: bytes are resized by PIL, and rounded to bytes again, as in most public code; otherwise in float.
+    hf_crop: an odd margin is split as transformers' processors split it, not as torchvision does.
+    """
+
+    fit: Literal["letterbox", "crop", "squash", "short_side"]
+    mode: Literal["bicubic", "bilinear"] = "bicubic"
+    antialias: bool = True
+    pil: bool = False
+    hf_crop: bool = False
+
+
+CONVENTIONS = {
+    "clip": Convention("crop", pil=True),
+    "clip_hf": Convention("crop", pil=True, hf_crop=True),
+    "clip_tensor": Convention("crop"),
+    "hpsv2": Convention("letterbox"),
+    "hpsv2_no_antialias": Convention("letterbox", antialias=False),
+    "vader": Convention("squash", "bilinear"),
+    "videox_fun": Convention("squash"),
+    "instructvideo": Convention("short_side", "bilinear"),
+}
+"""clip: OpenAI's own, LAION aesthetic, ImageReward. clip_hf: transformers' processors, so PickScore and MPS.
+clip_tensor: clip without PIL. hpsv2: the hpsv2 package under today's torchvision; hpsv2_no_antialias: under the one of
+its time. vader, videox_fun (also T2V-Turbo), instructvideo: as those projects train with HPSv2 and PickScore."""
+
+
+@dataclass(frozen=True)
+class ImagePreprocessor:
+    """Images to the normalised pixels of a CLIP that takes ``size`` x ``size``."""
+
+    size: int
+    convention: Convention
+
+    @staticmethod
+    def named(name: str, size: int) -> ImagePreprocessor:
+        """ValueError for a name that is not in CONVENTIONS."""
+        if name not in CONVENTIONS:
+            raise ValueError(f"preprocessing is {name!r}, expected one of {', '.join(CONVENTIONS)}")
+        return ImagePreprocessor(size, CONVENTIONS[name])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """RGB bytes, uint8 [B, H, W, 3], to float32 [B, 3, N, N], equal to what the public code makes of them."""
+        channels_first = images.permute(0, 3, 1, 2)
+        if not self.convention.pil:
+            return self.pixels(channels_first.float() / 255)
+        height, width = self._resized(images.shape[1], images.shape[2])
+        resample = Image.Resampling[self.convention.mode.upper()]
+        resized = [
+            np.asarray(Image.fromarray(image).resize((width, height), resample))
+            for image in images.cpu().contiguous().numpy()
+        ]
+        bytes_ = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+        return self._normalise(self._fitted(bytes_).contiguous().float() / 255)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Float images [B, 3, H, W] in 0..1 to float32 [B, 3, N, N], where they are, with gradients.
+
+        Without PIL and its rounding to bytes also where the convention has them, and without clamping.
+        """
+        size = self._resized(images.shape[2], images.shape[3])
+        images = images.float()
+        if size != tuple(images.shape[2:]):
+            images = F.interpolate(
+                images,
+                size,
+                mode=self.convention.mode,
+                antialias=self.convention.antialias,
+                align_corners=False,
+            )
+        return self._normalise(self._fitted(images))
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of an image after the resize."""
+        fit = self.convention.fit
+        if fit == "squash":
+            return self.size, self.size
+        if fit == "letterbox":
+            scale = self.size / max(height, width)
+            return max(1, round(height * scale)), max(1, round(width * scale))
+        short, long = min(height, width), max(height, width)
+        long = int(self.size * long / short)
+        return (self.size, long) if height <= width else (long, self.size)
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        """Resized images [B, 3, h, w] padded or cropped to the final size."""
+        fit = self.convention.fit
+        rows, columns = self.size - images.shape[2], self.size - images.shape[3]
+        if fit == "letterbox":
+            padding = [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
+            return F.pad(images, padding)
+        if fit == "crop":
+            top, left = self._margin(-rows), self._margin(-columns)
+            return images[:, :, top : top + self.size, left : left + self.size]
+        return images
+
+    def _margin(self, excess: int) -> int:
+        """Pixels cut off in front of what is kept."""
+        return excess // 2 if self.convention.hf_crop else round(excess / 2)
+
+    @staticmethod
+    def _normalise(images: Tensor) -> Tensor:
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        return (images - mean) / std
+
+
+class ClipTokenizer:
+    """CLIP's byte pairs between a start and an end token, padded to one length."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, length: int = 77, pad: int | None = None, clean: bool = False
+    ) -> None:
+        """``pad``: the id after the end token; without it the end token's own, as transformers does.
+
+        ``clean``: first mend mis-decoded Unicode and HTML entities, as the tokenizers of OpenAI, open_clip, HPSv2 and
+        ViCLIP do and transformers' does not.
+        """
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+        if start is None or end is None:
+            raise ValueError(f"the tokenizer has no {START} and {END}; expected a CLIP tokenizer")
+        self.tokenizer, self.length, self.clean = tokenizer, length, clean
+        self.start, self.end, self.pad = start, end, end if pad is None else pad
+
+    @staticmethod
+    def from_folder(
+        folder: str | Path, remedy: str, *, length: int = 77, pad: int | None = None, clean: bool = False
+    ) -> ClipTokenizer:
+        """From tokenizer.json (transformers) or bpe_simple_vocab_16e6.txt.gz (OpenAI, open_clip, hpsv2, ViCLIP).
+
+        ``remedy``: the sentence that ends an error. FileNotFoundError where both are missing, ValueError for a file
+        that cannot be read or is no CLIP tokenizer.
+        """
+        folder = Path(folder)
+        for name, read in (("tokenizer.json", _read_json_tokenizer), (_BPE, _read_bpe)):
+            path = folder / name
+            if path.is_file():
+                try:
+                    return ClipTokenizer(read(path), length=length, pad=pad, clean=clean)
+                except Exception as error:  # tokenizers raises plain Exception
+                    raise ValueError(f"{path} cannot be used ({error}); {remedy}") from error
+        raise FileNotFoundError(f"no tokenizer.json or {_BPE} in {folder}; {remedy}")
+
+    def __len__(self) -> int:
+        """Rows that a table of embeddings needs."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Ids of B prompts, int64 [B, L] on the CPU; what is too long is cut off in front of the end token.
+
+        ValueError for a prompt with a special token in it.
+        """
+        rows = torch.full((len(prompts), self.length), self.pad, dtype=torch.int64)
+        for row, prompt in zip(rows, prompts, strict=True):
+            for token in (START, END):
+                if token in prompt.lower():
+                    raise ValueError(
+                        f"prompt {prompt!r} contains {token!r}, which CLIP's tokenizer reads as a special token; "
+                        "remove it from the prompt"
+                    )
+            text = _cleaned(prompt) if self.clean else prompt
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids[: self.length - 2]
+            row[: len(ids) + 2] = torch.tensor([self.start, *ids, self.end])
+        return rows
+
+
+def _cleaned(text: str) -> str:
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def _read_json_tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(path))
+
+
+def _read_bpe(path: Path) -> Tokenizer:
+    """The tokenizer of OpenAI's list of merges: bytes, bytes that end a word, merges, start and end, in this order."""
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : _MERGES + 1] if line]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    letters = [chr(code) for code in printable]
+    letters += [
+        chr(256 + place) for place in range(256 - len(printable))
+    ]  # stand for the other bytes, in order
+    tokens = chain(letters, (f"{letter}</w>" for letter in letters), map("".join, merges), (START, END))
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
+
+
+def encode_once(prompts: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
+    """Features [B, D] of B prompts, each different text encoded once: frames of a video share their prompt."""
+    texts = list(dict.fromkeys(prompts))
+    place = {text: index for index, text in enumerate(texts)}
+    features = encode(texts)
+    return features[torch.tensor([place[prompt] for prompt in prompts], device=features.device)]
+
+
+def paired_cosine(images: Tensor, texts: Tensor) -> Tensor:
+    """Cosine of each row [B, D] with its partner, in float32, [B]."""
+    return F.cosine_similarity(images.float(), texts.float(), dim=1)
