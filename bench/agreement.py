@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--prompts",
         type=int,
         default=64,
-        help="prompts (default 64); the training list, and from its start again with other noise",
+        help="how many prompts (default 64); captions repeat with other noise",
     )
     parser.add_argument("--candidates", type=int, default=4, help="N (default 4)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
