@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gzip
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -245,3 +245,18 @@ def encode_once(prompts: Sequence[str], encode: Callable[[list[str]], Tensor]) -
 def paired_cosine(images: Tensor, texts: Tensor) -> Tensor:
     """Cosine of each row [B, D] with its partner, in float32, [B]."""
     return F.cosine_similarity(images.float(), texts.float(), dim=1)
+
+
+def without_position_ids(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights but for the tables 0, 1, 2, ... that transformers saved with them until 2023."""
+    return {key: weight for key, weight in weights.items() if not key.endswith("embeddings.position_ids")}
+
+
+def fill_position_ids(network: nn.Module, device: torch.device | str) -> None:
+    """Make transformers' tables 0, 1, 2, ..., which no checkpoint holds, of a network from the meta device."""
+    for module in network.modules():
+        ids = dict(module.named_buffers(recurse=False)).get("position_ids")
+        if ids is not None:
+            module.register_buffer(
+                "position_ids", torch.arange(ids.shape[-1], device=device).expand(1, -1), persistent=False
+            )
