@@ -1,0 +1,141 @@
+"""What the scorers made of Qwen2-VL and Qwen2.5-VL share: frames, sizes, patches, chat text.
+
+The rules are those of qwen-vl-utils and of Qwen's image processor (transformers 4.45), without torchvision.
+
+Letters: f frames that are seen, t = ceil(f / 2) temporal patches, N patches of a clip, L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+PATCH, MERGE, TEMPORAL = 14, 2, 2
+CELL = PATCH * MERGE
+"""Pixels a side of what becomes one token."""
+
+VIDEO_MIN_PIXELS = 128 * CELL * CELL
+MIN_FRAMES, MAX_FRAMES, MAX_RATIO = 4, 768, 200
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+VIDEO, IMAGE = "<|video_pad|>", "<|image_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+
+Grid = tuple[int, int, int]
+"""Patches along time, height and width."""
+
+
+def frame_indices(num_frames: int, video_fps: float, fps: float) -> list[int]:
+    """Which frames of a clip at ``video_fps`` stand for it at ``fps``: an even number, first and last among them.
+
+    At least 4 and at most 768, as far as there are any. ValueError for a single frame.
+    """
+    if num_frames < TEMPORAL:
+        raise ValueError(
+            f"videos have {num_frames} frame, expected at least {TEMPORAL}: motion is judged too"
+        )
+    most = min(MAX_FRAMES, num_frames) // TEMPORAL * TEMPORAL
+    wanted = min(max(num_frames / video_fps * fps, MIN_FRAMES), most)
+    count = min(round(wanted / TEMPORAL) * TEMPORAL, num_frames)
+    return [int(index) for index in torch.linspace(0, num_frames - 1, count).round()]
+
+
+def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The (height, width) in multiples of 28 that keeps the aspect ratio and has min_pixels to max_pixels pixels.
+
+    ValueError for an aspect ratio over 200.
+    """
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise ValueError(f"frames are {height} x {width}, expected an aspect ratio of at most {MAX_RATIO}")
+    rows, columns = max(round(height / CELL), 1), max(round(width / CELL), 1)
+    if rows * columns * CELL**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = math.floor(height / shrink / CELL), math.floor(width / shrink / CELL)
+    elif rows * columns * CELL**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * grow / CELL), math.ceil(width * grow / CELL)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"frames are {height} x {width}, too narrow for {max_pixels} pixels; crop them")
+    return rows * CELL, columns * CELL
+
+
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with antialiasing, float [f, 3, H, W] in 0..1 to [f, 3, h, w], cut to 0..1. Differentiable."""
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def resize_levels(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [f, H, W, 3] to uint8 [f, 3, h, w], as torchvision resizes bytes: in float32, cut, rounded."""
+    levels = F.interpolate(frames.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
+    return levels.clamp(0, 255).round().to(torch.uint8)
+
+
+def patchify(pixels: Tensor) -> tuple[Tensor, Grid]:
+    """Floats [f, 3, h, w] in 0..1, h and w multiples of 28, to normalised patches [N, 1176] and their grid.
+
+    Rows go by time, then by blocks of 2 x 2 patches, then within the block; columns by channel, the two frames of
+    a temporal patch, height, width. An odd number of frames has the last one repeated.
+    """
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    pixels = (pixels - mean) / std
+    if len(pixels) % TEMPORAL:
+        pixels = torch.cat([pixels, pixels[-1:]])
+    t, rows, columns = len(pixels) // TEMPORAL, pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
+    blocks = pixels.reshape(t, TEMPORAL, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
+    patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * rows * columns, -1)
+    return patches, (t, rows, columns)
+
+
+def slots(token: str, grid: Grid) -> str:
+    """A clip's (or image's) place in the text: its token once for each 2 x 2 block of patches, between marks."""
+    return VISION_START + token * (math.prod(grid) // MERGE**2) + VISION_END
+
+
+def chat(content: str) -> str:
+    """A user's message in Qwen's chat template, up to where the answer begins."""
+    turns = (("system", "You are a helpful assistant."), ("user", content))
+    return "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in turns) + (
+        f"{TURN_START}assistant\n"
+    )
+
+
+def read_tokenizer(path: Path, expected: Mapping[str, int | None], vocabulary: int, remedy: str) -> Tokenizer:
+    """A tokenizer.json, whole texts in, no padding.
+
+    ``expected``: special tokens it must have, with the id where the model's config gives one. ``vocabulary``: rows of
+    the model's embedding. FileNotFoundError without the file, ValueError for one of another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; {remedy}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the only class it raises
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for token, wanted in expected.items():
+        found = tokenizer.token_to_id(token)
+        if found is None or (wanted is not None and found != wanted):
+            raise ValueError(f"{path} gives {token} the id {found}, expected {wanted or 'one'}; {remedy}")
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if highest >= vocabulary:
+        raise ValueError(f"{path} has ids up to {highest} for the model's {vocabulary} embeddings; {remedy}")
+    return tokenizer
+
+
+def check_special_tokens(tokenizer: Tokenizer, prompt: str, reader: str) -> None:
+    """ValueError for a prompt with one of the tokenizer's special tokens in it; ``reader`` is the model."""
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if token.special and token.content in prompt:
+            raise ValueError(
+                f"prompt {prompt!r} contains {token.content!r}, which {reader}'s tokenizer reads as a special token; "
+                "remove it from the prompt"
+            )
