@@ -142,11 +142,15 @@ def test_pairs_and_metrics_are_of_finished_candidates_only(pruning: Config) -> N
     assert metrics["reward/gap"] == pytest.approx(1.5)
     assert (metrics["tie_rate"], metrics["pairs"]) == (0.5, 1)
     assert set(result.seconds) == {"rollout", "decode", "reward", "update", "refresh"}
-    # What is trained on are the latents of candidates 1 and 2 of the first prompt.
+    # What is judged first are previews; what is trained on, the latents of candidates 1 and 2 of the first prompt.
+    fresh = make(pruning, reward)
+    text = fresh.model.embed(PROMPTS)
+    begun = fresh.rollout.begin(fresh.model.network, text, [0, 1])
+    assert torch.equal(reward.videos[0], fresh.model.decode(begun.preview.flatten(0, 1)))
+    assert not torch.equal(reward.videos[0], fresh.model.decode(begun.latents.flatten(0, 1)))
     whole = make(
         pruning.model_copy(update={"rollout": pruning.rollout.model_copy(update={"prune": None})}), reward
     )
-    text = whole.model.embed(PROMPTS)
     every = whole.rollout.begin(whole.model.network, text, [0, 1]).latents
     assert (result.candidates[0] - every[0, [1, 2]]).abs().max() <= 2e-5
 
