@@ -67,9 +67,8 @@ class PickScore:
     ) -> PickScore:
         """Load a local folder: config.json, weights (safetensors first) and the tokenizer; nothing is downloaded.
 
-        ``dtype`` is the towers'; cosines are float32. bfloat16 halves the memory and blurs scores by about 0.1.
-        ``preprocessing``: a name of ``clip.CONVENTIONS``. FileNotFoundError for a missing file, ValueError for files
-        of another model.
+        ``dtype`` is the towers'; cosines are float32. ``preprocessing``: a name of ``clip.CONVENTIONS``.
+        FileNotFoundError for a missing file, ValueError for files of another model.
         """
         config = _read_config(Path(folder))
         tokenizer = ClipTokenizer.from_folder(
