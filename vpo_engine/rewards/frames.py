@@ -185,7 +185,7 @@ def _check(kind: str, inputs: Tensor, ndim: int, channels: int, layout: str, pro
             f"{kind}s of different sizes go in separate calls"
         )
     if len(prompts) != inputs.shape[0]:
-        raise ValueError(f"{len(prompts)} prompts for {inputs.shape[0]} {kind}s; give one prompt a {kind}")
+        raise ValueError(f"{len(prompts)} prompts for {inputs.shape[0]} {kind}s; give one for each")
 
 
 def _check_bytes(kind: str, inputs: Tensor) -> None:

@@ -1,0 +1,166 @@
+"""LAION's aesthetic predictor v2: how much people like the look of an image, whatever it shows.
+
+The model (christophschuhmann/improved-aesthetic-predictor) is OpenAI's CLIP ViT-L/14 and five linear layers on the
+normalised image feature, without activations between them; trained on ratings of 1 to 10, mostly 4 to 7. Weights:
+sac+logos+ava1-l14-linearMSE.pth of that repository beside openai/clip-vit-large-patch14.
+
+Letters: B images, H x W their size, N the side that the model takes, D channels of an image feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPVisionModelWithProjection
+
+from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.clip import ImagePreprocessor, fill_position_ids, without_position_ids
+from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images
+from vpo_engine.rewards.loading import load_strict, read_file, read_json, read_weights
+
+NAME = "LAION's aesthetic predictor"
+HEAD = "sac+logos+ava1-l14-linearMSE"
+REMEDY = (
+    "the aesthetic score needs a local folder with config.json and model.safetensors of openai/clip-vit-large-patch14 "
+    f"and {HEAD}.pth of christophschuhmann/improved-aesthetic-predictor"
+)
+_LAYERS = (0, 2, 4, 6, 7)
+"""Places of the linear layers in the published head; between them it had dropout."""
+
+CARD = RewardCard(
+    name="laion_aesthetic",
+    dimensions={"aesthetic": (None, None)},
+    frames="one at a time",
+    resolution="224 x 224, centre crop",
+    reads_prompt=False,
+    differentiable=True,
+    parameters=304_894_177,
+    licence="Apache-2.0 (head), MIT (CLIP)",
+    source="christophschuhmann/improved-aesthetic-predictor, openai/clip-vit-large-patch14",
+)
+
+
+class AestheticHead(nn.Module):
+    """Linear layers one after the other; the state dict has the published key names."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        """``widths``: of the input and of each layer's output; published are 768, 1024, 128, 64, 16, 1."""
+        super().__init__()
+        assert len(widths) == len(_LAYERS) + 1, widths
+        self.layers = nn.ModuleDict(
+            {
+                str(place): nn.Linear(width, after)
+                for place, width, after in zip(_LAYERS, widths, widths[1:], strict=False)
+            }
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalised features [B, D] to scores [B]."""
+        for layer in self.layers.values():
+            features = layer(features)
+        return features.squeeze(1)
+
+
+class AestheticNetwork(nn.Module):
+    """The image tower and the head, which is kept and applied in float32."""
+
+    def __init__(self, clip: CLIPVisionModelWithProjection, mlp: AestheticHead) -> None:
+        super().__init__()
+        self.clip, self.mlp = clip, mlp
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels [B, 3, N, N] to scores, float32 [B]."""
+        return self.mlp(F.normalize(self.clip(pixel_values).image_embeds.float(), dim=1))
+
+
+class LaionAesthetic:
+    """The predictor as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
+
+    dimensions = tuple(CARD.dimensions)
+
+    def __init__(self, network: AestheticNetwork, preprocess: ImagePreprocessor) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.preprocess = preprocess
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        preprocessing: str = "clip",
+    ) -> LaionAesthetic:
+        """Load a local folder: config.json and weights of the CLIP, and the head (.safetensors first, or .pth).
+
+        ``dtype`` is the image tower's. The CLIP's text tower is left out. ``preprocessing``: a name of
+        ``clip.CONVENTIONS``. Nothing is downloaded. FileNotFoundError for a missing file, ValueError for files of
+        another model.
+        """
+        folder = Path(folder)
+        fields = read_json(folder, "config.json", REMEDY)
+        if fields.get("model_type") != "clip":
+            raise ValueError(
+                f"{folder / 'config.json'} has model_type {fields.get('model_type')!r}, expected 'clip'; {REMEDY}"
+            )
+        config = CLIPConfig.from_dict(fields).vision_config
+        config.projection_dim = fields.get("projection_dim", config.projection_dim)
+        preprocess = ImagePreprocessor.named(preprocessing, config.image_size)
+        with torch.device("meta"):
+            clip = CLIPVisionModelWithProjection(config)
+        weights = {
+            key: weight
+            for key, weight in without_position_ids(read_weights(folder, REMEDY)).items()
+            if not key.startswith(("text_model.", "text_projection.", "logit_scale"))
+        }
+        load_strict(clip, weights, where=folder, model="CLIP", remedy=REMEDY, dtype=dtype, device=device)
+        fill_position_ids(clip, device)
+        head = read_head(folder, config.projection_dim, device)
+        return cls(AestheticNetwork(clip, head), preprocess)
+
+    @torch.no_grad()
+    def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """uint8 images [B, H, W, 3] to float32 [B] on the CPU, in one forward; the B prompts are not read.
+
+        Deterministic. ValueError for a wrong shape or type, and for a score that is not finite.
+        """
+        check_images(images, prompts)
+        return self.scores(self.preprocess(images), prompts).cpu()
+
+    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Float images [B, 3, H, W] in 0..1 to float32 [B] on the network's device, with gradients."""
+        check_image_pixels(images, prompts)
+        return self.scores(self.preprocess.pixels(images), prompts)
+
+    def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Preprocessed pixels [B, 3, N, N] to scores, float32 [B], differentiable; prompts are for errors only."""
+        scores = self.network(pixel_values.to(self.network.clip.device))
+        check_finite(scores, prompts, NAME)
+        return scores
+
+
+def read_head(folder: Path, features: int, device: torch.device | str = "cpu") -> AestheticHead:
+    """The published head for features [B, ``features``], float32. Errors as of ``LaionAesthetic.from_pretrained``.
+
+    The repository's other file, of a head with ReLUs between other layers, is refused.
+    """
+    names = (f"{HEAD}.safetensors", f"{HEAD}.pth")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no {HEAD}.pth in {folder}; {REMEDY}")
+    weights = read_file(path)
+    with torch.device("meta"):
+        head = AestheticHead([features, *_widths(weights)])
+    load_strict(head, weights, where=path, model=NAME, remedy=REMEDY, dtype=torch.float32, device=device)
+    return head
+
+
+def _widths(weights: Mapping[str, Tensor]) -> list[int]:
+    """Outputs of each layer; the published ones' where a bias is missing, for the loader to name it."""
+    published = (1024, 128, 64, 16, 1)
+    biases = [weights.get(f"layers.{place}.bias") for place in _LAYERS]
+    return [default if bias is None else len(bias) for bias, default in zip(biases, published, strict=True)]
