@@ -1,0 +1,287 @@
+"""Q-Align / OneAlign in video mode: technical quality and aesthetics of a video, whatever its prompt.
+
+The model (Q-Future/Q-Align, arXiv 2312.17090; weights: q-future/one-align) is asked how it would rate the video, and
+the five levels it was taught to answer with are weighed by their probabilities. Frames are padded to squares and
+resized; all stand in one sequence. Scores are 0..1 as in the authors' scorer.py; their ``AutoModel.score`` gives
+1 + 4 times as much, for a question that ends in other words (``swapped_words``).
+
+Published is one frame a second. Of OnlineVPO's clips that is next to nothing: 34 frames at 24 fps give one frame, 51
+give two, and 16 none at all. ``frames`` sets a number instead, evenly spread.
+
+Letters: B videos, F frames of a video, f frames that are scored, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.frames import check_finite, check_video_pixels, check_videos, spread_frames
+from vpo_engine.rewards.loading import load_strict, read_json, read_weights
+from vpo_engine.rewards.mplug_owl2 import MplugOwl2, MplugOwl2Config
+
+DIMENSIONS = ("quality", "aesthetics")
+CARD = RewardCard(
+    name="q_align",
+    dimensions=dict.fromkeys(DIMENSIONS, (0.0, 1.0)),
+    frames="one a second, or a number evenly spread",
+    resolution="448 x 448, padded to a square",
+    reads_prompt=False,
+    differentiable=True,
+    parameters=8_204_550_144,
+    licence="S-Lab License 1.0 (non-commercial)",
+    source="q-future/one-align",
+)
+LEVELS = {"excellent": 1.0, "good": 0.75, "fair": 0.5, "poor": 0.25, "bad": 0.0}
+"""The answers, of which only the first token is looked at, and what they are worth."""
+IMAGE = "<|image|>"
+REMEDY = "Q-Align needs a whole local copy of q-future/one-align"
+
+
+def question(dimension: str, medium: str = "video", *, swapped_words: bool = False) -> str:
+    """What the model is asked, with ``IMAGE`` for all the frames (scorer.py; ``AutoModel.score`` swaps two words).
+
+    ``medium``: "video" or "image". ``swapped_words``: end in "The video of the quality is", as ``AutoModel.score``
+    does by mistake, not in the words of the training.
+    """
+    first, second = (medium, dimension) if swapped_words else (dimension, medium)
+    return (
+        f"USER: How would you rate the {dimension} of this {medium}?\n{IMAGE}\n"
+        f"ASSISTANT: The {first} of the {second} is"
+    )
+
+
+def frames_of_seconds(num_frames: int, fps: float) -> list[int]:
+    """The first frame of each whole second (scorer.py). ValueError for a video shorter than one."""
+    indices = [int(fps * second) for second in range(int(num_frames / fps))]
+    if not indices:
+        raise ValueError(
+            f"videos have {num_frames} frames, less than a second at {fps:g} fps, and Q-Align looks at one frame a "
+            "second; set its frames to a number instead"
+        )
+    return indices
+
+
+@dataclass(frozen=True)
+class SquareFrames:
+    """Frames padded to squares about their middle with the mean colour, resized to S x S, normalised."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def colour(self) -> tuple[int, ...]:
+        """Of the padding, levels 0..255, rounded down."""
+        return tuple(int(255 * channel) for channel in self.mean)
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """uint8 [n, H, W, 3] on the CPU to float32 [n, 3, S, S], by PIL's bicubic resize as in the authors' code."""
+        count, height, width, _ = frames.shape
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        squares = torch.tensor(self.colour, dtype=torch.uint8).repeat(count, side, side, 1)
+        squares[:, top : top + height, left : left + width] = frames
+        resized = [
+            np.asarray(Image.fromarray(square).resize((self.size, self.size), Image.Resampling.BICUBIC))
+            for square in squares.numpy()
+        ]
+        return self._normalise(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255)
+
+    def of_pixels(self, frames: Tensor) -> Tensor:
+        """Float [n, 3, H, W] in 0..1 to [n, 3, S, S], differentiable; within a rounded level of what PIL gives."""
+        height, width = frames.shape[2:]
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        colour = frames.new_tensor(self.colour).div(255).view(3, 1, 1)
+        padding = (left, side - width - left, top, side - height - top)
+        squares = F.pad(frames - colour, padding) + colour
+        resized = F.interpolate(squares, size=(self.size, self.size), mode="bicubic", antialias=True)
+        return self._normalise(resized.clamp(0, 1))
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        mean, std = (pixels.new_tensor(channel).view(3, 1, 1) for channel in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+class QAlign:
+    """Q-Align as a ``Reward``. Its weights take no gradient; ``score_pixels`` passes one to the pixels."""
+
+    dimensions = DIMENSIONS
+
+    def __init__(
+        self,
+        network: MplugOwl2,
+        encode: Callable[[str], list[int]],
+        bos: int,
+        processor: SquareFrames,
+        *,
+        fps: float = 24.0,
+        frames: int | None = None,
+        swapped_words: bool = False,
+        batch_size: int = 4,
+    ) -> None:
+        """``encode``: text to ids, nothing added; ``bos``: the id of the start. The rest as ``from_pretrained``."""
+        for name, value in (("fps", fps), ("frames", frames), ("batch_size", batch_size)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}, expected a number above 0")
+        self.network = network.eval().requires_grad_(False)
+        self.processor, self.fps, self.frames, self.batch_size = processor, fps, frames, batch_size
+        self._encode, self._bos = encode, bos
+        self._levels = [encode(level)[0] for level in LEVELS]
+        if len(set(self._levels)) < len(LEVELS):
+            raise ValueError(f"the tokenizer begins {', '.join(LEVELS)} with ids {self._levels}; {REMEDY}")
+        self.questions = {name: question(name, swapped_words=swapped_words) for name in DIMENSIONS}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        fps: float = 24.0,
+        frames: int | None = None,
+        swapped_words: bool = False,
+        batch_size: int = 4,
+    ) -> QAlign:
+        """Load a local folder in the published layout; nothing is downloaded.
+
+        Read are config.json, preprocessor_config.json, tokenizer.model (or tokenizer.json) and the weights, shards of
+        pytorch_model.bin or of model.safetensors. ``fps``: of the videos, for one frame a second; ``frames``: that
+        many instead, evenly spread. ``swapped_words``: ask as ``AutoModel.score`` does. ``batch_size``: videos per
+        forward. FileNotFoundError for a missing file, ValueError for files of another model.
+        """
+        fields = read_json(path, "config.json", REMEDY)
+        config = MplugOwl2Config.from_dict(fields)
+        processor = _read_processor(path, config.image_size)
+        encode = _read_tokenizer(Path(path), config.vocabulary)
+        weights = {
+            key: weight
+            for key, weight in read_weights(path, REMEDY).items()
+            if not key.endswith("rotary_emb.inv_freq")  # old versions of transformers stored what is computed
+        }
+        with torch.device("meta"):
+            network = MplugOwl2(config)
+        load_strict(network, weights, where=path, model="Q-Align", remedy=REMEDY, dtype=dtype, device=device)
+        return cls(
+            network,
+            encode,
+            fields.get("bos_token_id", 1),
+            processor,
+            fps=fps,
+            frames=frames,
+            swapped_words=swapped_words,
+            batch_size=batch_size,
+        )
+
+    @torch.no_grad()
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """uint8 videos [B, F, H, W, 3] and B prompts, which are not read, to {dimension: float32 [B]} on the CPU.
+
+        ValueError for a wrong shape or type, for videos shorter than a second where ``frames`` is None, and for a
+        score that is not finite.
+        """
+        check_videos(videos, prompts)
+        indices = self.frame_indices(videos.shape[1])
+        parts = []
+        for start in range(0, len(prompts), self.batch_size):
+            frames = videos[start : start + self.batch_size, indices].cpu()
+            pixels = self.processor(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+            parts.append(torch.stack([*self._scores(pixels).values()]).cpu())
+        scores = dict(zip(DIMENSIONS, torch.cat(parts, dim=1), strict=True))
+        for name, values in scores.items():
+            check_finite(values, prompts, f"Q-Align's {name}")
+        return scores
+
+    def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on the device, with gradients.
+
+        All in one forward. Differs from ``score`` by the rounding of the resized frames to 256 levels.
+        """
+        check_video_pixels(videos, prompts)
+        frames = videos[:, self.frame_indices(videos.shape[1])].to(self.network.lm_head.weight.device)
+        return self._scores(
+            self.processor.of_pixels(frames.flatten(0, 1).float()).unflatten(0, frames.shape[:2])
+        )
+
+    def frame_indices(self, num_frames: int) -> list[int]:
+        """Which frames of a video are looked at."""
+        if self.frames is None:
+            return frames_of_seconds(num_frames, self.fps)
+        return spread_frames(num_frames, self.frames)
+
+    def level_logits(self, seen: Tensor, text: str) -> Tensor:
+        """Logits of the ``LEVELS``, float32 [B, 5], for the frames' vectors [B, f, n, D] and a question."""
+        before, after = self.ids(text)
+        levels = torch.tensor(self._levels, device=seen.device)
+        return self.network.next_token_logits(
+            before.to(seen.device), seen.flatten(1, 2), after.to(seen.device), levels
+        )
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Frames as the processor makes them, [B, f, 3, S, S], to the vectors that stand for them, [B, f, n, D]."""
+        device = self.network.lm_head.weight.device
+        return self.network.see(pixels.flatten(0, 1).to(device)).unflatten(0, pixels.shape[:2])
+
+    def ids(self, text: str) -> tuple[Tensor, Tensor]:
+        """Ids, int64 [L], of a question before and after its ``IMAGE``, the start in front.
+
+        The two sides are tokenized apart, so that the second begins with SentencePiece's word mark too.
+        """
+        before, after = text.split(IMAGE)
+        return torch.tensor([self._bos, *self._encode(before)]), torch.tensor(self._encode(after))
+
+    def _scores(self, pixels: Tensor) -> dict[str, Tensor]:
+        seen = self.see(pixels)
+        worth = torch.tensor(list(LEVELS.values()), device=seen.device)
+        return {
+            name: self.level_logits(seen, text).softmax(-1) @ worth for name, text in self.questions.items()
+        }
+
+
+def _read_processor(folder: str | Path, size: int) -> SquareFrames:
+    """From preprocessor_config.json, which has to agree with the network's image size."""
+    name = "preprocessor_config.json"
+    fields = read_json(folder, name, REMEDY)
+    sides = fields.get("crop_size")
+    found = set(sides.values()) if isinstance(sides, Mapping) else {sides}
+    if found != {size}:
+        raise ValueError(f"{Path(folder) / name} has crop_size {sides}, but the model sees {size}; {REMEDY}")
+    channels: list[Any] = [fields.get(key) for key in ("image_mean", "image_std")]
+    if not all(isinstance(value, list) and len(value) == 3 for value in channels):
+        raise ValueError(f"{Path(folder) / name} lacks image_mean or image_std of three channels; {REMEDY}")
+    return SquareFrames(size, tuple(channels[0]), tuple(channels[1]))
+
+
+def _read_tokenizer(folder: Path, vocabulary: int) -> Callable[[str], list[int]]:
+    """LLaMA's tokenizer as its file has it: transformers' classes differ in what they put in front."""
+    encode: Callable[[str], list[int]]
+    if (folder / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        size, encode = pieces.get_piece_size(), pieces.encode
+    elif (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        size = tokenizer.get_vocab_size()
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+    else:
+        raise FileNotFoundError(f"no tokenizer.model in {folder}; {REMEDY}")
+    if size > vocabulary:
+        raise ValueError(f"{folder} has a tokenizer of {size} for {vocabulary} embeddings; {REMEDY}")
+    return encode
