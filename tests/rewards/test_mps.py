@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> MPS:
-    return MPS.from_pretrained(folder, dtype=torch.float32)
+    return MPS.from_pretrained(folder)
 
 
 @pytest.fixture
@@ -80,11 +80,11 @@ class TestNetwork:
 
     @pytest.mark.parametrize("threshold", ["0.01", "0.3"])
     def test_scores_of_normalised_pixels(self, folder: Path, threshold: str) -> None:
-        scorer = MPS.from_pretrained(folder, dtype=torch.float32, threshold=float(threshold))
+        scorer = MPS.from_pretrained(folder, threshold=float(threshold))
         tokens, _ = scorer.network.texts(torch.cat([IO["condition_ids"], IO["input_ids"]]))
         kept = kept_tokens(tokens[1:], tokens[0], float(threshold))[0]
         assert torch.equal(kept, IO[f"keep_mask_{threshold}"].bool())
-        scores = scorer._scores(IO["pixel_values"], [PROMPT, PROMPT])
+        scores = scorer.scores(IO["pixel_values"], [PROMPT, PROMPT])
         torch.testing.assert_close(scores, IO[f"score_thr_{threshold}"], rtol=0, atol=ATOL)
         if threshold == "0.01":
             torch.testing.assert_close(scores.softmax(0), IO["probs_thr_0.01"], rtol=0, atol=ATOL)
@@ -92,7 +92,7 @@ class TestNetwork:
     def test_gradient(self, scorer: MPS) -> None:
         """Gradients reach 0.95; measured is 1e-6."""
         pixels = IO["pixel_values"].clone().requires_grad_()
-        scorer._scores(pixels, [PROMPT, PROMPT]).sum().backward()
+        scorer.scores(pixels, [PROMPT, PROMPT]).sum().backward()
         assert pixels.grad is not None
         torch.testing.assert_close(pixels.grad, IO["grad_pixel_values"], rtol=0, atol=1e-5)
         assert all(weight.grad is None for weight in scorer.network.parameters())
@@ -161,19 +161,19 @@ class TestScores:
 
     def test_videos(self, scorer: MPS) -> None:
         videos = images(6).unflatten(0, (2, 3))
-        found = VideoOfFrames(scorer).score(videos, [PROMPT, OTHER])["overall"]
+        found = VideoOfFrames(scorer).score(videos, [PROMPT, OTHER])["mps"]
         frames = scorer.score_images(videos.flatten(0, 1), [PROMPT] * 3 + [OTHER] * 3)
         torch.testing.assert_close(found, frames.view(2, 3).mean(1), rtol=0, atol=1e-4)
         pixels = videos.permute(0, 1, 4, 2, 3).float() / 255
-        assert VideoOfFrames(scorer).score_pixels(pixels, [PROMPT, OTHER])["overall"].shape == (2,)
+        assert VideoOfFrames(scorer).score_pixels(pixels, [PROMPT, OTHER])["mps"].shape == (2,)
 
     def test_preprocessing_is_named(self, folder: Path, scorer: MPS) -> None:
-        other = MPS.from_pretrained(folder, dtype=torch.float32, preprocessing="videox_fun")
+        other = MPS.from_pretrained(folder, preprocessing="videox_fun")
         pair = [one.score_images(images(1), [PROMPT]) for one in (scorer, other)]
         assert not torch.equal(*pair)
 
     def test_bfloat16(self, scorer: MPS, folder: Path) -> None:
-        half = MPS.from_pretrained(folder)
+        half = MPS.from_pretrained(folder, dtype=torch.bfloat16)
         kinds = {name: weight.dtype for name, weight in half.network.named_parameters()}
         assert kinds.pop("model.logit_scale") == torch.float32
         assert set(kinds.values()) == {torch.bfloat16}
@@ -191,7 +191,7 @@ class TestLoading:
     def test_positions_that_older_versions_saved(self, scorer: MPS, tmp_path: Path) -> None:
         weights = dict(WEIGHTS)
         weights["model.text_model.embeddings.position_ids"] = torch.arange(20).unsqueeze(0)
-        other = MPS.from_pretrained(write_checkpoint(tmp_path / "old", weights), dtype=torch.float32)
+        other = MPS.from_pretrained(write_checkpoint(tmp_path / "old", weights))
         pair = [one.score_images(images(1), [PROMPT]) for one in (scorer, other)]
         assert torch.equal(*pair)
 
@@ -200,7 +200,7 @@ class TestLoading:
         save_file(WEIGHTS, copy / name)
         if name == "model.safetensors":
             (copy / "MPS_overall.pth").unlink()
-        other = MPS.from_pretrained(str(copy), dtype=torch.float32)
+        other = MPS.from_pretrained(str(copy))
         pair = [one.score_images(images(1), [PROMPT]) for one in (scorer, other)]
         assert torch.equal(*pair)
 
@@ -293,7 +293,7 @@ class TestRefusals:
             scorer.score_image_pixels(torch.zeros(1, 3, 30, 30), [prompt])
 
     def test_scores_that_are_not_finite(self, copy: Path) -> None:
-        scorer = MPS.from_pretrained(copy, dtype=torch.float32)
+        scorer = MPS.from_pretrained(copy)
         with torch.no_grad():
             scorer.network.model.visual_projection.weight[0, 0] = float("nan")
         with pytest.raises(ValueError, match=r"MPS gave nan for input 0 \('w20 w60"):

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> VJepa:
-    return VJepa.from_pretrained(folder, dtype=torch.float32)
+    return VJepa.from_pretrained(folder)
 
 
 @pytest.fixture
@@ -82,11 +82,11 @@ class TestNetwork:
 
     @pytest.mark.parametrize(("key", "detach"), [("grad_full", False), ("grad_target_detached", True)])
     def test_gradients(self, scorer: VJepa, key: str, detach: bool) -> None:
-        """Of the mean over the batch; they reach 2e-3."""
+        """Of the mean over the batch; they reach 8e-4 and 4e-5, and differ by 3e-10."""
         clip = IO["clip"].clone().requires_grad_()
         scorer.network(clip, MASKS, detach).mean().backward()
         assert clip.grad is not None
-        torch.testing.assert_close(clip.grad[..., ::2, ::2], IO[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(clip.grad[..., ::2, ::2], IO[key], rtol=0, atol=1e-8)
         assert all(weight.grad is None for weight in scorer.network.parameters())
 
     def test_published_sizes(self) -> None:
@@ -153,7 +153,7 @@ class TestScores:
     def test_score(self, scorer: VJepa) -> None:
         scores = scorer.score(clips(3), [CAT] * 3)
         assert tuple(scores) == scorer.dimensions == tuple(CARD.dimensions)
-        value = scores["predictability"]
+        value = scores["vjepa"]
         assert value.shape == (3,)
         assert value.dtype == torch.float32
         assert (value < 0).all()
@@ -163,34 +163,34 @@ class TestScores:
         videos = clips(2)
         clip = scorer.preprocess(pixels(videos)[:, 1:5])
         masks = [(seen.expand(2, -1), hidden.expand(2, -1)) for seen, hidden in scorer.masks]
-        found = scorer.score(videos, [CAT] * 2)["predictability"]
+        found = scorer.score(videos, [CAT] * 2)["vjepa"]
         torch.testing.assert_close(found, -scorer.network(clip, masks), rtol=0, atol=1e-6)
 
     def test_batch_prompt_and_chance_do_not_matter(self, scorer: VJepa) -> None:
         videos, before = clips(5), torch.get_rng_state()
-        together = scorer.score(videos, [CAT] * 5)["predictability"]
+        together = scorer.score(videos, [CAT] * 5)["vjepa"]
         for row in range(5):
-            alone = scorer.score(videos[row : row + 1], [""])["predictability"]
+            alone = scorer.score(videos[row : row + 1], [""])["vjepa"]
             torch.testing.assert_close(alone, together[row : row + 1], rtol=0, atol=1e-6)
-        assert torch.equal(scorer.score(videos, [CAT] * 5)["predictability"], together)
+        assert torch.equal(scorer.score(videos, [CAT] * 5)["vjepa"], together)
         assert torch.equal(torch.get_rng_state(), before)
         assert not together.requires_grad
 
     def test_the_seed_decides_the_masks(self, scorer: VJepa, folder: Path) -> None:
         def score(seed: int) -> Tensor:
-            other = VJepa.from_pretrained(folder, dtype=torch.float32, seed=seed)
-            return other.score(clips(2), [CAT] * 2)["predictability"]
+            other = VJepa.from_pretrained(folder, seed=seed)
+            return other.score(clips(2), [CAT] * 2)["vjepa"]
 
-        assert torch.equal(score(0), scorer.score(clips(2), [CAT] * 2)["predictability"])
+        assert torch.equal(score(0), scorer.score(clips(2), [CAT] * 2)["vjepa"])
         assert not torch.equal(score(1), score(0))
 
     @pytest.mark.parametrize("detach", [False, True])
     def test_pixels_score_alike_and_take_a_gradient(self, folder: Path, detach: bool) -> None:
-        scorer = VJepa.from_pretrained(folder, dtype=torch.float32, detach_targets=detach, batch_size=1)
+        scorer = VJepa.from_pretrained(folder, detach_targets=detach, batch_size=1)
         videos = clips(2)
         inputs = pixels(videos).requires_grad_()
-        found = scorer.score_pixels(inputs, [CAT] * 2)["predictability"]
-        expected = scorer.score(videos, [CAT] * 2)["predictability"]
+        found = scorer.score_pixels(inputs, [CAT] * 2)["vjepa"]
+        expected = scorer.score(videos, [CAT] * 2)["vjepa"]
         torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-6)
         found.sum().backward()
         assert inputs.grad is not None
@@ -198,13 +198,13 @@ class TestScores:
         assert (reached[1:5] > 0).all()
         assert (reached[[0, 5]] == 0).all()
         with torch.no_grad():
-            better = scorer.score_pixels(inputs + 0.5 * inputs.grad, [CAT] * 2)["predictability"]
+            better = scorer.score_pixels(inputs + 0.5 * inputs.grad, [CAT] * 2)["vjepa"]
         assert detach or (better > expected).all()
 
     def test_bfloat16(self, scorer: VJepa, folder: Path) -> None:
-        half = VJepa.from_pretrained(folder)
+        half = VJepa.from_pretrained(folder, dtype=torch.bfloat16)
         assert {weight.dtype for weight in half.network.parameters()} == {torch.bfloat16}
-        ours, exact = (one.score(clips(4), [CAT] * 4)["predictability"] for one in (half, scorer))
+        ours, exact = (one.score(clips(4), [CAT] * 4)["vjepa"] for one in (half, scorer))
         torch.testing.assert_close(ours, exact, rtol=0, atol=0.02)
 
 
@@ -218,8 +218,8 @@ class TestLoading:
     def test_safetensors_are_preferred(self, scorer: VJepa, copy: Path) -> None:
         save_file(WEIGHTS, copy / "model.safetensors")
         (copy / "vitl16.pth.tar").write_bytes(b"no pickle")
-        other = VJepa.from_pretrained(str(copy), dtype=torch.float32)
-        pair = [one.score(clips(1), [CAT])["predictability"] for one in (other, scorer)]
+        other = VJepa.from_pretrained(str(copy))
+        pair = [one.score(clips(1), [CAT])["vjepa"] for one in (other, scorer)]
         assert torch.equal(*pair)
 
     def test_missing_files(self, copy: Path) -> None:
@@ -307,7 +307,7 @@ class TestRefusals:
             VJepa.from_pretrained(folder, batch_size=0)
 
     def test_scores_that_are_not_finite(self, copy: Path) -> None:
-        scorer = VJepa.from_pretrained(copy, dtype=torch.float32)
+        scorer = VJepa.from_pretrained(copy)
         with torch.no_grad():
             scorer.network.predictor.module["backbone"].predictor_proj.bias[3] = float("nan")
         with pytest.raises(

@@ -20,15 +20,22 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.clip import ClipTokenizer, ImagePreprocessor, paired_cosine
+from vpo_engine.rewards.clip import (
+    ClipTokenizer,
+    ImagePreprocessor,
+    fill_position_ids,
+    paired_cosine,
+    without_position_ids,
+)
 from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images, check_prompts
 from vpo_engine.rewards.loading import load_strict, read_file, read_json, read_weights
 
+NAME = "MPS"
 CARD = RewardCard(
-    name="MPS",
-    dimensions={"overall": (None, None)},
-    frames="one image",
-    resolution="short side 224, centre crop",
+    name="mps",
+    dimensions={"mps": (-100.0, 100.0)},
+    frames="one at a time",
+    resolution="224 x 224, centre crop",
     reads_prompt=True,
     differentiable=True,
     parameters=1_104_606_721,
@@ -48,8 +55,8 @@ THRESHOLD = 0.01
 """Of the README and of the network's forward; the authors' two evaluation scripts have 0.3."""
 CROSS_MODEL = {"dim": 1024, "layer_num": 4, "dim_head": 64, "heads": 16, "ff_mult": 4}
 FILES = ("MPS_overall.safetensors", "MPS_overall.pth")
-COMPUTED = (".embeddings.position_ids", ".rotary_emb.inv_freq")
-"""Keys of the checkpoint that hold no weights; they are made in float32 instead."""
+FREQUENCIES = ".rotary_emb.inv_freq"
+"""Keys of the checkpoint that hold no weights; ``rotate`` makes them, in float32."""
 
 
 class Norm(nn.Module):
@@ -157,7 +164,7 @@ class CrossModel(nn.Module):
 
 
 class MPSNetwork(nn.Module):
-    """The state dict has the published key names, without those of COMPUTED."""
+    """The state dict has the published key names, without those of FREQUENCIES."""
 
     def __init__(self, config: CLIPConfig, cross_model: Mapping[str, int]) -> None:
         super().__init__()
@@ -196,13 +203,13 @@ def kept_tokens(text: Tensor, condition: Tensor, threshold: float) -> Tensor:
 class MPS:
     """MPS as a scorer of images. Its weights take no gradient; ``score_image_pixels`` passes one to the pixels."""
 
-    dimensions = ("overall",)
+    dimensions = tuple(CARD.dimensions)
 
     def __init__(
         self,
         network: MPSNetwork,
         tokenizer: ClipTokenizer,
-        preprocessor: ImagePreprocessor,
+        preprocess: ImagePreprocessor,
         *,
         threshold: float = THRESHOLD,
     ) -> None:
@@ -210,14 +217,14 @@ class MPS:
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold is {threshold}, expected at least 0 and less than 1")
         self.network = network.eval().requires_grad_(False)
-        self.tokenizer, self.preprocessor, self.threshold = tokenizer, preprocessor, threshold
+        self.tokenizer, self.preprocess, self.threshold = tokenizer, preprocess, threshold
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
         *,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         threshold: float = THRESHOLD,
         preprocessing: str = "clip_hf",
@@ -236,10 +243,10 @@ class MPS:
                 f"{folder / 'config.json'} has model_type {fields.get('model_type')!r}, expected 'clip'; {REMEDY}"
             )
         config = CLIPConfig.from_dict(fields)
-        preprocessor = ImagePreprocessor.named(preprocessing, config.vision_config.image_size)
+        preprocess = ImagePreprocessor.named(preprocessing, config.vision_config.image_size)
         tokenizer = _read_tokenizer(folder, config)
         network = _read_network(folder, config, fields.get("cross_model", CROSS_MODEL), dtype, device)
-        return cls(network, tokenizer, preprocessor, threshold=threshold)
+        return cls(network, tokenizer, preprocess, threshold=threshold)
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -249,30 +256,28 @@ class MPS:
         prompt without text or with a special token in it, and for a score that is not finite.
         """
         check_images(images, prompts)
-        check_prompts(prompts, CARD.name)
-        scores = self._scores(self.preprocessor(images), prompts).cpu()
-        check_finite(scores, prompts, CARD.name)
-        return scores
+        return self.scores(self.preprocess(images), prompts).cpu()
 
     def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Float images [B, 3, H, W] in 0..1 to float32 [B] on the network's device, with gradients.
 
-        Near ``score_images``, which rounds to bytes after resizing. ValueError as there, except for a score that is
-        not finite.
+        Near ``score_images``, which rounds to bytes after resizing. ValueError as there.
         """
         check_image_pixels(images, prompts)
-        check_prompts(prompts, CARD.name)
-        return self._scores(self.preprocessor.pixels(images), prompts)
+        return self.scores(self.preprocess.pixels(images), prompts)
 
-    def _scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Normalised pixels [B, 3, H, W] to scores, float32 [B]; each different prompt is encoded once."""
+    def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Preprocessed pixels [B, 3, H, W] and their B prompts to scores, float32 [B], differentiable in the pixels."""
+        check_prompts(prompts, NAME)
         device = self.network.model.logit_scale.device
         texts = list(dict.fromkeys(prompts))
         rows = torch.tensor([texts.index(prompt) for prompt in prompts], device=device)
         with torch.no_grad():
             tokens, ends = self.network.texts(self.tokenizer([CONDITION, *texts]).to(device))
             kept = kept_tokens(tokens[1:], tokens[0], self.threshold)
-        return self.network(pixel_values.to(device), tokens[1:][rows], ends[1:][rows], kept[rows])
+        scores = self.network(pixel_values.to(device), tokens[1:][rows], ends[1:][rows], kept[rows])
+        check_finite(scores, prompts, NAME)
+        return scores
 
 
 def _read_tokenizer(folder: Path, config: CLIPConfig) -> ClipTokenizer:
@@ -307,14 +312,12 @@ def _read_network(
             raise ValueError(
                 f"{error}; the authors' own file, a whole pickled module, is not read: {REMEDY}"
             ) from error
-    weights = {key: weight for key, weight in weights.items() if not key.endswith(COMPUTED)}
+    weights = {
+        key: weight for key, weight in without_position_ids(weights).items() if not key.endswith(FREQUENCIES)
+    }
     with torch.device("meta"):
         network = MPSNetwork(config, cross_model)
-    load_strict(
-        network, weights, where=path or folder, model="MPS", remedy=REMEDY, dtype=dtype, device=device
-    )
+    load_strict(network, weights, where=path or folder, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
     network.model.logit_scale.data = weights["model.logit_scale"].to(device, torch.float32)
-    for part in (network.model.text_model, network.model.vision_model):
-        places = part.embeddings.position_embedding.num_embeddings
-        part.embeddings.position_ids = torch.arange(places, device=device).unsqueeze(0)
+    fill_position_ids(network, device)
     return network

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_finite, check_video_pixels, check_videos
+from vpo_engine.rewards.imagenet import square_clips
 from vpo_engine.rewards.loading import WHOLE, load_strict, read_file, read_json
 
+NAME = "V-JEPA"
 CARD = RewardCard(
-    name="V-JEPA",
-    dimensions={"predictability": (None, 0.0)},
+    name="vjepa",
+    dimensions={"vjepa": (None, 0.0)},
     frames="16, every 4th (fewer than 61 frames: closer together), around the middle",
     resolution="short side 224 (vith16-384: 384), centre crop",
     reads_prompt=False,
@@ -38,7 +40,6 @@ CARD = RewardCard(
 )
 REMEDY = "V-JEPA needs a local folder with facebookresearch/jepa's vitl16.pth.tar, vith16.pth.tar or vith16-384.pth.tar"
 PARTS = ("encoder", "target_encoder", "predictor")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STRIDE = 4
 """Frames from one scored frame to the next in training."""
 BLOCKS = ((8, 0.15), (2, 0.7))
@@ -206,7 +207,7 @@ def frame_indices(num_frames: int, count: int, stride: int = STRIDE) -> list[int
     """
     if num_frames < count:
         raise ValueError(
-            f"videos have {num_frames} frames, but V-JEPA reads {count}; give it at least {count}"
+            f"videos have {num_frames} frames, but {NAME} reads {count}; give it at least {count}"
         )
     stride = min(stride, (num_frames - 1) // max(count - 1, 1))
     start = (num_frames - 1 - stride * (count - 1)) // 2
@@ -247,7 +248,7 @@ def draw_masks(grid: tuple[int, int, int], generator: torch.Generator) -> Masks:
 class VJepa:
     """V-JEPA as a ``Reward``. Its weights take no gradient; ``score_pixels`` passes one to the pixels."""
 
-    dimensions = ("predictability",)
+    dimensions = tuple(CARD.dimensions)
 
     def __init__(
         self, network: VJepaNetwork, *, seed: int = 0, detach_targets: bool = False, batch_size: int = 4
@@ -268,7 +269,7 @@ class VJepa:
         cls,
         folder: str | Path,
         *,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         seed: int = 0,
         detach_targets: bool = False,
@@ -292,12 +293,12 @@ class VJepa:
         weights = _flat(read_file(path), path)
         with torch.device("meta"):
             network = VJepaNetwork(config)
-        load_strict(network, weights, where=path, model="V-JEPA", remedy=REMEDY, dtype=dtype, device=device)
+        load_strict(network, weights, where=path, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
         return cls(network, seed=seed, detach_targets=detach_targets, batch_size=batch_size)
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3] to {"predictability": float32 [B]}, at most 0, on the CPU.
+        """uint8 videos [B, F, H, W, 3] to {"vjepa": float32 [B]}, at most 0, on the CPU.
 
         The prompts are only counted. ValueError for a wrong shape or type, for too few frames and for a score that is
         not finite.
@@ -309,32 +310,23 @@ class VJepa:
             frames = videos[start : start + self.batch_size, self._frames(videos.shape[1])].to(device)
             parts.append(self._scores(frames.permute(0, 1, 4, 2, 3).float() / 255).cpu())
         scores = torch.cat(parts)
-        check_finite(scores, prompts, CARD.name)
+        check_finite(scores, prompts, NAME)
         return {self.dimensions[0]: scores}
 
     def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Float videos [B, F, 3, H, W] in 0..1 to {"predictability": float32 [B]} on their device, with gradients.
+        """Float videos [B, F, 3, H, W] in 0..1 to {"vjepa": float32 [B]} on the network's device, with gradients.
 
-        Of uint8 levels / 255 this is ``score``. ValueError as there, except for a score that is not finite.
+        Of uint8 levels / 255 this is ``score``. ValueError as there.
         """
         check_video_pixels(videos, prompts)
-        frames = videos[:, self._frames(videos.shape[1])]
-        parts = [self._scores(part) for part in frames.split(self.batch_size)]
-        return {self.dimensions[0]: torch.cat(parts)}
+        frames = videos[:, self._frames(videos.shape[1])].to(next(self.network.parameters()).device)
+        scores = torch.cat([self._scores(part) for part in frames.split(self.batch_size)])
+        check_finite(scores, prompts, NAME)
+        return {self.dimensions[0]: scores}
 
     def preprocess(self, frames: Tensor) -> Tensor:
         """Frames [B, T, 3, H, W] in 0..1 to clips [B, 3, T, S, S]: short side to S, centre crop, normalised."""
-        side = self.network.config.img_size
-        height, width = frames.shape[-2:]
-        scale = side / min(height, width)
-        size = (max(side, round(height * scale)), max(side, round(width * scale)))
-        images = F.interpolate(
-            frames.flatten(0, 1).float(), size, mode="bilinear", align_corners=False, antialias=True
-        )
-        top, left = (size[0] - side) // 2, (size[1] - side) // 2
-        images = images[..., top : top + side, left : left + side]
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        return ((images - mean) / std).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        return square_clips(frames, self.network.config.img_size, "bilinear").transpose(1, 2)
 
     def _frames(self, num_frames: int) -> list[int]:
         return frame_indices(num_frames, self.network.config.num_frames)
