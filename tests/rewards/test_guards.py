@@ -1,0 +1,184 @@
+"""Guards of online training, on the sprites world's reward."""
+
+import re
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from vpo_engine.data.sprites.damage import KINDS, Clips, damaged, sample_clean
+from vpo_engine.data.sprites.world import Attributes
+from vpo_engine.rewards.guards import (
+    DivergenceAlarm,
+    MotionFloor,
+    check_deterministic,
+    motion,
+    prompt_shuffle,
+)
+from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
+
+
+@pytest.fixture(scope="module")
+def reward() -> SpritesReward:
+    return SpritesReward()
+
+
+@pytest.fixture(scope="module")
+def clean() -> Clips:
+    return sample_clean(24, torch.Generator().manual_seed(3))
+
+
+def hurt(count: int = 16, **severities: float) -> Clips:
+    """Clips of one draw of sprites and motions, with the given severities."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.tensor([severities.get(kind, 0.0) for kind in KINDS]).repeat(count, 1)
+    return damaged(Attributes.draw(count, generator), rows, generator)
+
+
+class _Noisy:
+    """The sprites reward with noise in the last bits of one dimension."""
+
+    dimensions = DIMENSIONS
+
+    def __init__(self, reward: SpritesReward) -> None:
+        self.reward, self.calls = reward, 0
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        scores = self.reward.score(videos, prompts)
+        self.calls += 1
+        scores["dynamic_degree"] = scores["dynamic_degree"] + self.calls * 1e-6
+        return scores
+
+
+class TestDeterminism:
+    def test_the_sprites_reward_passes(self, reward: SpritesReward, clean: Clips) -> None:
+        check_deterministic(reward, clean.videos[0], clean.captions[0])
+
+    def test_noise_in_the_last_bits_is_found(self, reward: SpritesReward, clean: Clips) -> None:
+        with pytest.raises(
+            ValueError, match=r"dynamic_degree of one clip \('a .*'\) is (\S+), and (\S+) when"
+        ) as caught:
+            check_deterministic(_Noisy(reward), clean.videos[0], clean.captions[0])
+        values = re.findall(r"\d\.\d{4,}", str(caught.value))
+        assert len(values) == 2
+        assert values[0] != values[1]
+
+
+class TestPromptShuffle:
+    def test_only_text_alignment_reads_the_prompt(self, reward: SpritesReward, clean: Clips) -> None:
+        shares = prompt_shuffle(reward, clean.videos, clean.captions)
+        assert tuple(shares) == DIMENSIONS
+        assert shares.pop("text_alignment") > 0.95
+        assert set(shares.values()) == {0.0}
+
+    def test_captions_of_other_clips_say_nothing(self, reward: SpritesReward, clean: Clips) -> None:
+        exchanged = clean.captions[1:] + clean.captions[:1]
+        assert 0.2 < prompt_shuffle(reward, clean.videos, exchanged)["text_alignment"] < 0.8
+
+    def test_same_seed_same_prompts(self, reward: SpritesReward, clean: Clips) -> None:
+        one, two = (prompt_shuffle(reward, clean.videos, clean.captions, seed=4) for _ in range(2))
+        assert one == two
+
+    def test_two_prompts_are_exchanged_whatever_their_order(
+        self, reward: SpritesReward, clean: Clips
+    ) -> None:
+        other = next(text for text in clean.captions if text != clean.captions[0])
+        videos = clean.videos[:1].repeat(3, 1, 1, 1, 1)
+        shares = prompt_shuffle(reward, videos, [clean.captions[0], clean.captions[0], other])
+        assert shares["text_alignment"] == pytest.approx(2 / 3)
+
+    def test_one_prompt_cannot_be_exchanged(self, reward: SpritesReward, clean: Clips) -> None:
+        with pytest.raises(ValueError, match="1 different prompts, expected at least 2"):
+            prompt_shuffle(reward, clean.videos[:2], clean.captions[:1] * 2)
+
+
+class TestMotionFloor:
+    def test_motion_is_the_mean_difference(self) -> None:
+        videos = torch.zeros(2, 3, 4, 2, 2, 3, dtype=torch.uint8)
+        videos[0, 1, 1] = 200  # up and down again: 400 levels in three steps
+        videos[1, 2, 2:] = 30
+        expected = torch.zeros(2, 3)
+        expected[0, 1], expected[1, 2] = 400 / 3, 10
+        torch.testing.assert_close(motion(videos), expected)
+
+    def test_frozen_candidates_must_not_win_though_the_reward_prefers_them(
+        self, reward: SpritesReward
+    ) -> None:
+        moving, still = hurt(), hurt(freeze=1.0)
+        videos = torch.stack((moving.videos, still.videos), dim=1)  # [P, 2, F, H, W, 3]
+        excluded = MotionFloor(0.2)(videos)
+        assert excluded.shape == (16, 2)
+        assert not bool(excluded[:, 0].any())
+        assert bool(excluded[:, 1].all())
+        consistency = [
+            reward.score(clips.videos, clips.captions)["temporal_consistency"] for clips in (moving, still)
+        ]
+        assert bool((consistency[1] > consistency[0]).any())
+
+    def test_a_floor_of_zero_excludes_nothing(self) -> None:
+        assert not bool(MotionFloor(0)(torch.zeros(2, 3, 4, 4, 3, dtype=torch.uint8)).any())
+
+    @pytest.mark.parametrize("floor", [-1, 256, float("nan")])
+    def test_floors_are_levels(self, floor: float) -> None:
+        with pytest.raises(ValueError, match=f"floor is {floor}, expected levels from 0"):
+            MotionFloor(floor)
+
+    @pytest.mark.parametrize(
+        "videos",
+        [torch.zeros(2, 1, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4, 3)],
+        ids=["one frame", "floats"],
+    )
+    def test_what_has_no_motion(self, videos: Tensor) -> None:
+        with pytest.raises(
+            ValueError, match=re.escape(f"videos are {videos.dtype} {tuple(videos.shape)}, expected")
+        ):
+            MotionFloor(1)(videos)
+
+
+class TestDivergence:
+    @staticmethod
+    def observe(alarm: DivergenceAlarm, training: Sequence[float], held_out: Sequence[float]) -> list[str]:
+        answers = [
+            alarm(10 * index, *values)
+            for index, values in enumerate(zip(training, held_out, strict=True), start=1)
+        ]
+        return [answer for answer in answers if answer is not None]
+
+    def test_more_motion_bought_with_blur(self, reward: SpritesReward) -> None:
+        """The training reward is motion; what it does not see, sharpness, falls."""
+        shares = [index / 9 for index in range(10)]
+        scores = [
+            reward.score(clips.videos, clips.captions)
+            for clips in (hurt(freeze=0.9 * (1 - share), blur=0.9 * share) for share in shares)
+        ]
+        training = [float(score["dynamic_degree"].mean()) for score in scores]
+        held_out = [float(score["visual_quality"].mean()) for score in scores]
+        said = self.observe(DivergenceAlarm(window=6), training, held_out)
+        assert len(said) == 1  # of the five windows that show it
+        assert re.search(
+            r"from step 10 to 60 the training reward rose from \S+ to \S+ while the held-out reward fell",
+            said[0],
+        )
+        assert self.observe(DivergenceAlarm(window=6), held_out, held_out) == []
+        assert self.observe(DivergenceAlarm(window=6), training, training) == []
+
+    def test_noise_is_no_trend(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(200, 2, 8, generator=generator).tolist()
+        raised = sum(bool(self.observe(DivergenceAlarm(), *rows)) for rows in noise)
+        assert raised <= 4  # both trends beyond two standard errors, in opposite directions: about 0.2 %
+
+    def test_straight_lines_and_constants(self) -> None:
+        line = [float(index) for index in range(4)]
+        assert len(self.observe(DivergenceAlarm(window=4), line, line[::-1])) == 1
+        assert self.observe(DivergenceAlarm(window=4), [0.1] * 4, line[::-1]) == []
+        assert self.observe(DivergenceAlarm(window=4), line, [0.1] * 4) == []
+
+    def test_a_window_shows_a_trend(self) -> None:
+        with pytest.raises(ValueError, match="window is 3, expected at least 4"):
+            DivergenceAlarm(window=3)
+
+    def test_rewards_are_finite(self) -> None:
+        with pytest.raises(ValueError, match="the held_out reward is nan after step 7"):
+            DivergenceAlarm()(7, 1.0, float("nan"))
