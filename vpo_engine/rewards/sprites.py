@@ -29,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vpo_engine.data.sprites.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, SIZE, Attributes
+from vpo_engine.rewards.card import RewardCard
 
 DIMENSIONS = (
     "visual_quality",
@@ -39,6 +40,17 @@ DIMENSIONS = (
 )
 OUTPUTS = (6, len(COLOURS), len(SHAPES), len(DIRECTIONS))
 """Five severities in the order of ``damage.KINDS`` and invalidity; then the logits of the attributes."""
+CARD = RewardCard(
+    name="sprites",
+    dimensions=dict.fromkeys(DIMENSIONS, (1.0, 4.0)),
+    frames=f"{FRAMES}, all",
+    resolution=f"{SIZE} x {SIZE}; video files of enlarged clips are averaged down to it",
+    reads_prompt=True,
+    differentiable=False,
+    parameters=254_210,
+    licence="the engine's own",
+    source="vpo_engine/data/sprites/weights",
+)
 BUILD_COMMAND = "python -m vpo_engine.data.sprites build"
 CHUNK = 64
 """Clips per forward."""
@@ -305,3 +317,27 @@ class SpritesJudge(_SpritesScorer):
     """The held-out judge (a ``Reward``), never optimised against."""
 
     kind = "judge"
+
+
+class SpritesOfFiles(SpritesReward):
+    """``SpritesReward`` for clips from video files, in which each pixel may have become a square of pixels."""
+
+    @classmethod
+    def from_pretrained(
+        cls, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> SpritesOfFiles:
+        """With the package's weights, in float32 whatever the ``dtype``."""
+        del dtype
+        return cls(load_network(cls.kind).to(device))
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As ``SpritesReward.score``, also of videos [B, 17, 32 n, 32 n, 3] for a whole number n."""
+        if (
+            videos.ndim == 5
+            and videos.shape[2] == videos.shape[3]
+            and videos.shape[2] % SIZE == 0
+            and videos.numel()
+        ):
+            squares = videos.unflatten(3, (SIZE, -1)).unflatten(2, (SIZE, -1))  # [B, F, SIZE, n, SIZE, n, 3]
+            videos = squares.float().mean(dim=(3, 5)).round().to(videos.dtype)
+        return super().score(videos, prompts)

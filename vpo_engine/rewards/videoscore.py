@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Idefics2Config, Idefics2Model
 
+from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.quantize import Bits, check_bits, quantise
 
 DIMENSIONS = (
@@ -61,6 +62,24 @@ QUESTION = (
     "all the frames of video are as follows:\n"
 )
 """The text the model was trained with, byte for byte (VideoScore, examples/run_videoscore.py)."""
+
+CARD = RewardCard(
+    name="videoscore",
+    dimensions=dict.fromkeys(DIMENSIONS, (None, None)),
+    frames="16 at equal steps from the first",
+    resolution="own, each side between 378 and 980",
+    reads_prompt=True,
+    differentiable=True,
+    parameters=8_270_000_000,
+    licence="Apache-2.0; code MIT",
+    source="TIGER-Lab/VideoScore",
+)
+CARD_V1_1 = replace(
+    CARD,
+    name="videoscore_v1_1",
+    frames="48 at equal steps from the first",
+    source="TIGER-Lab/VideoScore-v1.1",
+)
 
 IMAGE, IMAGE_BOUNDARY = "<image>", "<fake_token_around_image>"
 REMEDY = "VideoScore needs a whole local copy of TIGER-Lab/VideoScore or TIGER-Lab/VideoScore-v1.1"

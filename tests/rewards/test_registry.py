@@ -1,0 +1,138 @@
+"""Every reward by name: cards that are complete, builders that refuse clearly, variants that differ as they should."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vpo_engine.rewards import registry
+from vpo_engine.rewards.builtin import Builtin
+from vpo_engine.rewards.frames import VideoOfFrames
+from vpo_engine.rewards.registry import NAMES, build_reward, format_cards, knows_frame_rate, reward_card
+
+SHIPPED = ("sprites", "builtin")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card(name: str) -> None:
+    card = reward_card(name)
+    assert card.name == name
+    assert card.dimensions
+    for low, high in card.dimensions.values():
+        assert low is None or high is None or low < high
+    assert all((card.frames, card.resolution, card.licence, card.source))
+    assert card.gib_bf16 == 2 * card.gib_8bit == 2 * card.parameters / 2**30
+    assert (card.parameters > 10**8) == (name not in SHIPPED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_builder_fits_its_reward(name: str) -> None:
+    """The keyword arguments that the registry gives exist, and image scorers score images."""
+    entry = registry._ENTRIES[name]
+    scorer = getattr(registry._module(entry), entry.scorer)
+    parameters = inspect.signature(scorer.from_pretrained).parameters
+    assert {"device", "dtype", *entry.options} <= set(parameters)
+    assert entry.timed == ("fps" in parameters)
+    assert hasattr(scorer, "score_images") == entry.images
+    assert hasattr(scorer, "score") != entry.images
+    if reward_card(name).differentiable:  # VideoScore's gradients go through its logits
+        assert any(hasattr(scorer, method) for method in ("score_pixels", "score_image_pixels", "logits"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SHIPPED])
+def test_weights_are_never_downloaded(name: str, tmp_path: Path) -> None:
+    fps = 8.0 if knows_frame_rate(name) else None
+    with pytest.raises(
+        ValueError, match=rf"reward '{name}' needs a path: a local folder with the weights published at"
+    ):
+        build_reward(name, fps=fps)
+    with pytest.raises(FileNotFoundError, match="no folder at"):
+        build_reward(name, tmp_path / "absent", fps=fps)
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        build_reward(name, tmp_path, fps=fps)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped(name: str) -> None:
+    assert build_reward(name).dimensions == tuple(reward_card(name).dimensions)
+    with pytest.raises(
+        ValueError, match=f"reward '{name}' has its weights in the package; leave out the path here"
+    ):
+        build_reward(name, "here")
+
+
+def test_unknown_reward() -> None:
+    message = "there is no reward 'videoscroe'; known are sprites, builtin, videoscore,"
+    for ask in (reward_card, build_reward, knows_frame_rate):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ask("videoscroe")
+
+
+def test_rewards_that_sample_by_seconds_want_the_frame_rate(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="reward 'videoalign' samples by seconds; give the videos' frames per second"
+    ):
+        build_reward("videoalign", tmp_path)
+
+
+def test_variants_and_image_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches from_pretrained, and what comes back."""
+    given: list[tuple] = []
+
+    class Scorer:
+        dimensions = ("hpsv2",)
+
+        @classmethod
+        def from_pretrained(cls, *folder: object, **options: object) -> "Scorer":
+            given.append((*folder, options))
+            return cls()
+
+    for module, scorer in (("hpsv2", "HPSv2"), ("videoscore", "VideoScore"), ("videoalign", "VideoAlign")):
+        monkeypatch.setattr(f"vpo_engine.rewards.{module}.{scorer}", Scorer)
+    placed = {"device": "cpu", "dtype": torch.float32}
+    assert isinstance(build_reward("hpsv2_1", "w"), VideoOfFrames)
+    assert isinstance(build_reward("hpsv2", "w"), VideoOfFrames)
+    assert isinstance(build_reward("videoscore_v1_1", "w", fps=24), Scorer)
+    build_reward("videoalign", "w", fps=8)
+    assert given == [
+        ("w", placed | {"version": "v2.1"}),
+        ("w", placed | {"version": "v2"}),
+        ("w", placed | {"max_frames": 48}),
+        ("w", placed | {"fps": 8}),
+    ]
+
+
+def test_importing_the_registry_imports_no_reward() -> None:
+    code = (
+        "import sys, vpo_engine.rewards.registry as r; "
+        "print(sorted(m for m in sys.modules if m.startswith('vpo_engine.rewards.')), 'transformers' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == [
+        "['vpo_engine.rewards.card',",
+        "'vpo_engine.rewards.frames',",
+        "'vpo_engine.rewards.registry']",
+        "False",
+    ]
+
+
+def test_cards_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reward; one that cannot be imported says why."""
+    monkeypatch.setitem(sys.modules, "vpo_engine.rewards.mps", None)
+    text = format_cards()
+    blocks = {block.split("\n")[0]: block for block in text.split("\n\n")}
+    assert tuple(blocks) == NAMES
+    assert "cannot be imported: " in blocks["mps"]
+    assert "parameters      8.27 billion (15.4 GiB in bfloat16, 7.7 in 8 bits)" in blocks["videoscore"]
+    assert "dimensions      visual_quality, naturalness 0..1, temporal_consistency -1..1" in blocks["builtin"]
+    assert "reads prompt    no" in blocks["builtin"]
+
+
+def test_builtin_is_built_on_the_device_asked_for() -> None:
+    reward = build_reward("builtin", device="cpu")
+    assert isinstance(reward, Builtin)
+    assert reward.device == torch.device("cpu")
