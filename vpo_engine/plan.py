@@ -45,18 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.json:
             print(json.dumps(as_json(plan), indent=1))
             return 0
-        print(table(plan), verdict(plan), *provenance(plan), sep="\n")
+        print(table(plan), *provenance(plan), verdict(plan), sep="\n", flush=True)
 
         def planner(changed: Config) -> Plan:
             return plan_run(changed, gpu)
 
         if not plan.fits:
-            print("single settings with which it fits, cheapest first:")
-            for change in fitting_changes(config, plan, planner):
-                print(f"  {change}: {change.plan.peak.total / GIB:.2f} GiB", flush=True)
+            changes = [
+                f"  {c}: {c.plan.peak.total / GIB:.2f} GiB" for c in fitting_changes(config, plan, planner)
+            ]
+            found = (
+                "single settings with which it fits, cheapest first:"
+                if changes
+                else "no single setting makes it fit"
+            )
+            print(found, *changes, sep="\n", flush=True)
         if given.frames:
             for resolution in RESOLUTIONS:
-                print(f"most frames at {resolution}: {most_frames(config, resolution, planner)}", flush=True)
+                frames = most_frames(config, resolution, planner)
+                print(
+                    f"most frames at {resolution}: {frames} ({frames / config.model.fps:.1f} s)", flush=True
+                )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -144,7 +144,7 @@ def test_repeated_modules_count_as_if_each_were_run(grad: bool):
         with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker, torch.set_grad_enabled(grad):
             network = Network()
             x = torch.empty(64, 32)
-            with repeated(tracker, network.blocks if repeat else []), tracker.phase() as phase:
+            with repeated(tracker, [], network.blocks if repeat else []), tracker.phase() as phase:
                 network(x)
         return tracker.peak(phase), phase.flops, phase.traffic
 

@@ -11,9 +11,9 @@ from vpo_engine.planning.parts import configured_depth
 from vpo_engine.planning.trace import PhaseName, Trace, trace_step
 from vpo_engine.planning.tracker import Peak
 
-SHALLOW, DEEPER = 4, 6
-"""Depths that are traced. Where the peak falls in a step may change with depth; from the smaller one on it did not, in
-any setting tried: tests/planning/test_depth.py compares with full depth."""
+SHALLOW, DEEPER = 2, 4
+"""Depths that are traced. Where in a phase the peak falls could change with depth; from two pairs of blocks on it did
+not in any setting tried: tests/planning/test_depth.py compares with deeper networks, and with the full depth."""
 
 _ALWAYS = ("weights", "optimizer", "reference")
 """Categories that a phase in which the network takes no part holds too."""

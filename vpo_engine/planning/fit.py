@@ -101,21 +101,39 @@ CHUNK = 17
 def most_frames(config: Config, resolution: str, planner: Planner) -> int:
     """The most frames, in whole chunks of the VAE, with which the run fits at ``resolution``; 0 if not even one chunk.
 
-    Memory grows with the frames in nearly a straight line: two plans give a guess, and more confirm that it fits and
-    that a chunk more does not.
+    Every phase grows with the frames in nearly a straight line: two plans give a guess, and more confirm that it fits
+    and that a chunk more does not. ValueError for the sprites world, whose videos have one size.
     """
+    if config.model.kind == "sprites":
+        raise ValueError("the sprites world has videos of one size: --frames needs model.kind=opensora")
 
-    def excess(chunks: int) -> int:
-        model = config.model.model_copy(update={"resolution": resolution, "num_frames": CHUNK * chunks})
-        plan = planner(config.model_copy(update={"model": model}))
-        return plan.peak.total - plan.limit
+    def plan(chunks: int) -> Plan:
+        size = {"resolution": resolution, "num_frames": CHUNK * chunks}
+        return planner(config.model_copy(update={"model": config.model.model_copy(update=size)}))
 
-    one, five = excess(1), excess(5)
-    if one > 0:
-        return 0
-    guess = max(1, int(1 + 4 * -one / (five - one))) if five > one else 5
-    while excess(guess) > 0:
-        guess -= 1
-    while excess(guess + 1) <= 0:
-        guess += 1
-    return CHUNK * guess
+    plans = {1: plan(1)}
+    fits, fails, guess = 0, 2**31, 5
+    while True:
+        newest = next(reversed(plans))
+        if plans[newest].fits:
+            fits = max(fits, newest)
+        else:
+            fails = min(fails, newest)
+        if fails == fits + 1:
+            return CHUNK * fits
+        if len(plans) > 1:
+            guess = _crossing(*list(plans.items())[-2:])
+        guess = min(max(guess, fits + 1), fails - 1)
+        plans[guess] = plan(guess)
+
+
+def _crossing(one: tuple[int, Plan], other: tuple[int, Plan]) -> int:
+    """The largest number at which every phase's line through two plans is below the limit; four times the larger number
+    if none grows."""
+    (a, first), (b, second) = sorted((one, other), key=lambda item: item[0])
+    most = 4 * b
+    for low, high in zip(first.phases, second.phases, strict=True):
+        slope = (high.total - low.total) / (b - a)
+        if slope > 0:
+            most = min(most, int(b + (second.limit - high.total) // slope))
+    return most

@@ -1,7 +1,9 @@
-"""Modules that do the same again and again, traced once: blocks without gradients, micro-batches of a decoder."""
+"""Modules that do the same again and again, traced once: the network in a sampling loop, blocks without gradients,
+micro-batches of a decoder."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
-from vpo_engine.planning.tracker import Tracker
+from vpo_engine.models.opensora.reuse import Reuse
+from vpo_engine.planning.tracker import BLOCK, Phase, Tracker
 
 
 @dataclass
@@ -29,37 +32,55 @@ class _Call:
 
 
 @contextmanager
-def repeated(tracker: Tracker, *groups: Iterable[nn.Module]) -> Iterator[None]:
-    """Calls of a group's modules without gradients are traced for the first of equal arguments; the later ones count
-    as much, allocate equal results and reach the same height. A group's modules must differ in weights only."""
+def repeated(tracker: Tracker, networks: Iterable[nn.Module], *groups: Iterable[nn.Module]) -> Iterator[None]:
+    """Calls without gradients of a network, or of a group's modules, are traced for the first of equal arguments; the
+    later ones count as much, allocate equal results and reach the same height. A group's modules must differ in
+    weights only.
+
+    Always traced: a network's call that fills a sampling loop's ``Reuse``, and calls in a group after which more is
+    held than their results (autocast holds casts of weights until a network's call is over).
+    """
     with ExitStack() as restore:
-        for modules in groups:
+        for modules, whole in (
+            *(([network], True) for network in networks),
+            *((group, False) for group in groups),
+        ):
             known: dict[Hashable, _Call] = {}
             for module in modules:
-                module.forward = _remembering(tracker, known, module.forward)
+                module.forward = _remembering(tracker, known, module.forward, whole)
                 restore.callback(module.__dict__.pop, "forward")
         yield
 
 
 def _remembering(
-    tracker: Tracker, known: dict[Hashable, _Call], original: Callable[..., Any]
+    tracker: Tracker, known: dict[Hashable, _Call], original: Callable[..., Any], whole: bool
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         leaves = list(tree_iter((args, kwargs)))
-        if torch.is_grad_enabled():
+        filling = any(isinstance(leaf, Reuse) and not leaf.filled for leaf in leaves)
+        if torch.is_grad_enabled() or filling:
             return original(*args, **kwargs)
         key = (torch.is_autocast_enabled("cpu"), *(_signature(leaf) for leaf in leaves))
         call = known.get(key)
         if call is None:
+            before = tracker.live()
             with tracker.phase() as phase:
                 result = original(*args, **kwargs)
-            known[key] = _recorded(tracker, phase, result, leaves)
+            call = _recorded(tracker, phase, result, leaves)
+            if whole or tracker.live() - before <= _nbytes(call.results):
+                known[key] = call
             return result
         tracker.add(call.flops, call.traffic, call.transient)
         results = [_again(item, leaves) for item in call.results]
         return tree_unflatten(results, call.structure)
 
     return forward
+
+
+def _nbytes(results: list[Any]) -> int:
+    """Of results in memory of their own."""
+    shapes = (item for item in results if isinstance(item, tuple))
+    return sum(-(-math.prod(shape) * dtype.itemsize // BLOCK) * BLOCK for shape, _, dtype in shapes)
 
 
 def _signature(leaf: Any) -> Hashable:
@@ -69,7 +90,7 @@ def _signature(leaf: Any) -> Hashable:
     return (leaf if plain else type(leaf),)
 
 
-def _recorded(tracker: Tracker, phase: Any, result: Any, leaves: list[Any]) -> _Call:
+def _recorded(tracker: Tracker, phase: Phase, result: Any, leaves: list[Any]) -> _Call:
     storages = {
         leaf.untyped_storage()._cdata: number
         for number, leaf in enumerate(leaves)

@@ -27,16 +27,16 @@ _COLUMNS = {
 
 
 def table(plan: Plan) -> str:
-    """A line per phase: GiB at its peak by category, operations, seconds, share of the step."""
-    header = ["phase", "peak GiB", *_COLUMNS, "TFLOP", "seconds", "share"]
+    """A line per phase: GiB at its peak by category, operations, time, share of the step."""
+    header = ["phase", "peak GiB", *_COLUMNS, "FLOP", "time", "share"]
     lines = [header]
     for phase in plan.phases:
         columns = [_gib(sum(phase.bytes.get(name, 0) for name in names)) for names in _COLUMNS.values()]
-        seconds = "?" if phase.seconds is None else f"{phase.seconds:.3g}"
+        time = "?" if phase.seconds is None else duration(phase.seconds)
         share = ""
         if phase.name != "text" and phase.seconds is not None and plan.seconds:
             share = f"{phase.seconds / plan.seconds:.1%}"
-        lines.append([phase.name, _gib(phase.total), *columns, f"{phase.flops / 1e12:.4g}", seconds, share])
+        lines.append([phase.name, _gib(phase.total), *columns, _operations(phase.flops), time, share])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in lines
@@ -44,12 +44,13 @@ def table(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Peak, what dominates it, whether it fits."""
+    """Whether it fits, its peak and what dominates that, the time of a step."""
     peak = plan.peak
-    fits = "fits in" if plan.fits else "does not fit in"
+    fits = "fits" if plan.fits else "does not fit"
+    time = "" if plan.seconds is None else f"; {duration(plan.seconds)} a step"
     return (
-        f"peak {_gib(peak.total)} GiB in {peak.name}, most of it {peak.largest} "
-        f"({_gib(peak.bytes[peak.largest])} GiB): {fits} {_gib(plan.limit)} GiB ({plan.limited_by})"
+        f"{fits} in {_gib(plan.limit)} GiB ({plan.limited_by}): peak {_gib(peak.total)} GiB in {peak.name}, most of it "
+        f"{peak.largest} ({_gib(peak.bytes[peak.largest])} GiB){time}"
     )
 
 
@@ -111,6 +112,21 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "notes": list(plan.notes),
     }
+
+
+def duration(seconds: float) -> str:
+    """In the unit that leaves a number of at most three digits, two of them counting."""
+    for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}"
+    return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms" if seconds else "0"
+
+
+def _operations(flops: float) -> str:
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if flops >= size:
+            return f"{flops / size:,.{0 if flops >= 100 * size else 1}f} {prefix}"
+    return "-"
 
 
 def _gib(size: float) -> str:

@@ -34,9 +34,10 @@ from vpo_engine.planning.parts import (
 )
 from vpo_engine.planning.repeats import repeated
 from vpo_engine.planning.tracker import Peak, Phase, Tracker
-from vpo_engine.protocols import TextEmbedding
+from vpo_engine.protocols import SamplerSettings, TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.videoscore import VideoScoreNetwork, frame_indices
+from vpo_engine.rollout.rows import Group
 
 PhaseName = Literal["text", "rollout", "decode", "reward", "update", "optimizer", "refresh"]
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
@@ -55,13 +56,13 @@ SHORTEST, LONGEST = 378, 980
 class Trace:
     """A traced step.
 
-    phases: what each did once. times: how often a step does that, with a fraction for what not every step does, and
-    0 for the text, which is encoded before the first. notes: what was assumed. depth: of the network as configured.
+    phases: what was traced of each, in parts, with how often a step does that: a fraction for what not every step
+    does, once for the text, a batch of which is encoded before the first. notes: what was assumed. depth: of the
+    network as configured.
     """
 
     tracker: Tracker
-    phases: dict[PhaseName, Phase] = field(default_factory=dict)
-    times: dict[PhaseName, float] = field(default_factory=dict)
+    phases: dict[PhaseName, list[tuple[Phase, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     depth: int = 0
 
@@ -71,19 +72,20 @@ class Trace:
 
     def peak(self, name: PhaseName, absent: frozenset[str] = frozenset()) -> Peak:
         """Bytes by category at a phase's peak, without those of ``absent``."""
-        return self.tracker.peak(self.phases[name], absent)
+        peaks = [self.tracker.peak(part, absent) for part, _ in self.phases[name]]
+        return max(peaks, key=lambda peak: sum(peak.values()))
 
     def host(self, name: PhaseName) -> int:
         """The most bytes that the host holds for the device in a phase."""
-        return self.tracker.peak_of(self.phases[name], "host")
+        return max(self.tracker.peak_of(part, "host") for part, _ in self.phases[name])
 
     def flops(self, name: PhaseName) -> float:
         """Of a step."""
-        return self.phases[name].flops * (self.times[name] or 1.0)
+        return sum(part.flops * times for part, times in self.phases[name])
 
     def traffic(self, name: PhaseName) -> float:
         """Of a step, in bytes."""
-        return self.phases[name].traffic * (self.times[name] or 1.0)
+        return sum(part.traffic * times for part, times in self.phases[name])
 
 
 def trace_step(
@@ -116,6 +118,8 @@ class _Tracing:
         self._pairs = max(1, config.pairs_per_step // processes)
         assumed = Assumed()
         self._model, configured = build_model(config, assumed, depth)
+        if config.model.lora is not None:
+            inject_adapter(self._model.network, config.model.lora, config.seed)
         self._reward = build_reward_network(config, assumed)
         self._text_encoder = build_text_encoder(config, assumed)
         self._tracker = Tracker(scratch=on_gpu)
@@ -124,7 +128,8 @@ class _Tracing:
     def run(self, network_only: bool) -> Trace:
         with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(self._on_gpu), self._tracker:
             self._build()
-            with repeated(self._tracker, *self._groups()):
+            networks = (self._model.network, self._reference.network)
+            with repeated(self._tracker, networks, *self._groups(networks)):
                 if not network_only:
                     self._text()
                 latents, text = self._candidates()
@@ -134,10 +139,10 @@ class _Tracing:
                 self._update(latents, text)
         return self._trace
 
-    def _groups(self) -> list[Iterable[nn.Module]]:
+    def _groups(self, networks: Iterable[nn.Module]) -> list[Iterable[nn.Module]]:
         """Modules that do the same again and again."""
         groups: list[Iterable[nn.Module]] = [[part] for part in self._model.decoders]
-        for network in (self._model.network, self._reference.network):
+        for network in networks:
             groups += [
                 network.get_submodule(name).children() for name in ("spatial_blocks", "temporal_blocks")
             ]
@@ -151,7 +156,7 @@ class _Tracing:
     def _phase(self, name: PhaseName, times: float) -> Iterator[None]:
         with self._tracker.making("activations"), self._tracker.phase() as phase:
             yield
-        self._trace.phases[name], self._trace.times[name] = phase, times
+        self._trace.phases.setdefault(name, []).append((phase, times))
 
     # --- parts ---------------------------------------------------------------------------------------------
 
@@ -159,8 +164,6 @@ class _Tracing:
         """Policy, VAE, reward model, reference, optimizer with its state, as they are after the first step."""
         config, tracker, network = self._config, self._tracker, self._model.network
         self._model.materialise(tracker)
-        if config.model.lora is not None:
-            inject_adapter(network, config.model.lora, config.seed)
         hold_in_bfloat16(network, config.memory.weights, DTYPES[config.model.dtype])
         tracker.label([*network.parameters(), *network.buffers()], "weights")
         network.register_forward_pre_hook(without_mask)
@@ -177,7 +180,7 @@ class _Tracing:
         )
         with tracker.making("optimizer"):
             self._optimizer.begin(config.optimizer.lr)
-            torch.stack([parameter.sum() for parameter in trained]).sum().backward()
+            torch.autograd.backward(trained, [torch.zeros_like(parameter) for parameter in trained])
             self._optimizer.step()
         tracker.label(self._optimizer.state_dict().values(), "optimizer")
         self._trained = trained
@@ -200,8 +203,8 @@ class _Tracing:
         """Latents of a step's candidates, text of its prompts: captions of the greatest length."""
         network, latent = self._model.network.settings, self._model.latent_shape
         with self._tracker.making("other"):
-            latents = torch.empty(self._pairs * self._config.rollout.candidates, *latent)
-            embeddings = torch.empty(
+            latents = torch.zeros(self._pairs * self._config.rollout.candidates, *latent)
+            embeddings = torch.zeros(
                 self._pairs, network.model_max_length, network.caption_channels, dtype=self._text_dtype()
             )
         return latents, TextEmbedding(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool))
@@ -213,7 +216,7 @@ class _Tracing:
 
     def _text(self) -> None:
         encoder, length = self._text_encoder, min(MAX_LENGTH, self._model.network.settings.model_max_length)
-        with self._phase("text", 0.0), torch.no_grad():
+        with self._phase("text", 1.0), torch.no_grad():
             with self._tracker.making("text encoder"):
                 materialise(encoder, self._text_dtype())
             ids = torch.zeros(TEXT_BATCH, length, dtype=torch.int64)
@@ -221,17 +224,30 @@ class _Tracing:
             _empty(encoder)
 
     def _rollout(self, latents: Tensor, text: TextEmbedding) -> None:
-        """One call of the network, which a step makes for every sampling step."""
-        rollout = self._config.rollout
-        rows = min(rollout.rows or len(latents), len(latents))
-        network = self._model.network if rollout.source == "policy" else self._reference
-        row_text = text.repeat_interleave(rollout.candidates)[:rows]
-        with self._phase("rollout", len(latents) / rows * rollout.steps):
-            self._model.sample(network, latents[:rows], row_text, steps=1, guidance=rollout.guidance)
+        """One group of candidates through the sampling loop, with rollout.prune in two parts.
+
+        No step reuses another's blocks, whatever rollout.cache says: how often it would is not known beforehand.
+        """
+        config = self._config.rollout
+        network = self._model.network if config.source == "policy" else self._reference
+        settings = SamplerSettings(config.steps, config.guidance, config.guidance_interval, config.cache)
+        parts = [(slice(0, config.prune_step), config.candidates)]
+        if config.prune is not None:
+            parts.append((slice(config.prune_step, None), config.prune.keep))
+        self._tracker.answer = lambda: 0.0
+        for part, candidates in parts:
+            everything = Group(range(self._pairs), range(candidates))
+            group = everything.split(config.rows)[0]
+            row_text = text[group.prompts.start : group.prompts.stop]
+            with self._phase("rollout", len(everything) / len(group)):
+                self._model.denoise(network, latents[: len(group)], row_text, settings, part)
+        self._tracker.answer = lambda: 1.0
 
     def _score(self, latents: Tensor) -> None:
-        rows = min(self._config.rollout.rows or len(latents), len(latents))
-        with self._phase("decode", len(latents) / rows):
+        rollout = self._config.rollout
+        rows = min(rollout.rows or len(latents), len(latents))
+        scored = len(latents) + (0 if rollout.prune is None else self._pairs * rollout.prune.keep)
+        with self._phase("decode", scored / rows):
             video = self._model.decode(latents[:rows])
         if self._reward is None:
             return
@@ -242,7 +258,7 @@ class _Tracing:
         slots = network.model.config.perceiver_config.resampler_n_latents
         tokens = QUESTION_TOKENS + frames * (slots + TOKENS_AROUND_A_FRAME)
         self._tracker.answer = lambda: at_once * frames * slots
-        with self._phase("reward", len(latents) / at_once), torch.no_grad():
+        with self._phase("reward", scored / at_once), torch.no_grad():
             ids = torch.zeros(at_once, tokens, dtype=torch.int64)
             network(ids, torch.full((at_once,), tokens), torch.empty(at_once, frames, 3, height, width))
         self._tracker.answer = lambda: 1.0
@@ -261,7 +277,7 @@ class _Tracing:
         self._optimizer.begin(config.optimizer.lr)
         if rows < total:  # the pass that counts adds to the gradients of those before it
             for parameter in self._trained:
-                parameter.grad = torch.empty_like(parameter)
+                parameter.grad = torch.zeros_like(parameter)
                 self._label_gradient(parameter)
         which = torch.arange(rows) // draws
         batch = PreferenceBatch(latents[which], latents[which], text[which], range(rows), total)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from vpo_engine.planning.flops import FLOPS, SCRATCH, WRITES_NOTHING
 
@@ -190,9 +189,8 @@ class Tracker(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             return self._value(args[0])
         result = function(*args, **kwargs)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor)
+        for tensor in _tensors(result):
+            self._follow(tensor)
         self._count(function, args, kwargs, result)
         return result
 
@@ -220,7 +218,8 @@ class Tracker(TorchDispatchMode):
             for phase in self._phases:
                 phase.flops += flops
         elif not function.is_view and packet not in WRITES_NOTHING:
-            traffic = sum(_touched(value) for value in tree_iter((args, kwargs, result)))
+            touched = (*_tensors(args), *_tensors(tuple(kwargs.values())), *_tensors(result))
+            traffic = sum(tensor.numel() * tensor.element_size() for tensor in touched)
             for phase in self._phases:
                 phase.traffic += traffic
 
@@ -229,5 +228,10 @@ def _rounded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _touched(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in an operator's arguments or result: a tensor, or lists of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

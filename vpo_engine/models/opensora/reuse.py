@@ -40,6 +40,11 @@ class Reuse:
         self._text: Tensor | None = None
         self._constants: Constants | None = None
 
+    @property
+    def filled(self) -> bool:
+        """Whether a first call was made."""
+        return self._constants is not None
+
     def constants(self, owner: object, text: Tensor, rows: int, make: Callable[[], Constants]) -> Constants:
         """Made by the first call, for ``owner``'s prediction of ``rows`` samples of ``text``."""
         if self._constants is None:

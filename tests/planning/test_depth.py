@@ -1,0 +1,97 @@
+"""Deep networks planned from shallow ones, and the operations of the architecture in closed form."""
+
+from __future__ import annotations
+
+import pytest
+
+from vpo_engine.config import load_config
+from vpo_engine.planning.extrapolate import DEEPER, SHALLOW, Extrapolated, traced
+from vpo_engine.planning.trace import trace_step
+
+FORWARD_FLOPS = 189_128_179_187_712
+"""Of a row at 720p x 68 frames with 300 text tokens (tests/models/test_real_size.py)."""
+
+CHANNELS, TEXT_CHANNELS, TEXT, FREQUENCIES = 1152, 4096, 300, 256
+FRAMES, PATCHES = 20, 45 * 80
+TOKENS = FRAMES * PATCHES
+PAIRS = 28
+BLOCKS = 2 * PAIRS
+
+TEXT_PROJECTION = 2 * TEXT * (TEXT_CHANNELS + CHANNELS) * CHANNELS
+KEYS_VALUES = BLOCKS * 2 * TEXT * CHANNELS * 2 * CHANNELS
+SCALAR = 2 * (FREQUENCIES + CHANNELS) * CHANNELS
+"""Embedding a number: the time, the frame rate."""
+MODULATION = 2 * CHANNELS * 6 * CHANNELS
+PATCH_EMBEDDING = 2 * TOKENS * (4 * 2 * 2) * CHANNELS
+FINAL = 2 * TOKENS * CHANNELS * (8 * 2 * 2)
+ATTENTION = 4 * TOKENS * CHANNELS * PAIRS * (PATCHES + FRAMES + 2 * TEXT)
+LINEAR = BLOCKS * 2 * TOKENS * CHANNELS * (3 + 1 + 1 + 1 + 4 + 4) * CHANNELS + KEYS_VALUES
+"""qkv and proj, q and proj of the cross-attention, the MLP; keys and values of the text."""
+
+
+def xl(*overrides: str) -> list[str]:
+    return ["pairs_per_step=1", "rollout.steps=3", *overrides]
+
+
+@pytest.mark.slow
+def test_operations_are_those_of_the_architecture():
+    """720p x 68 frames, one prompt, 3 steps of 4 candidates with guidance, one at a time; winner after loser."""
+    once = TEXT_PROJECTION + 2 * SCALAR + MODULATION + PATCH_EMBEDDING + LINEAR + ATTENTION + FINAL
+    assert once == FORWARD_FLOPS
+    found = traced(load_config("opensora_v1_2_720p.yaml", xl()), on_gpu=True)
+
+    shared = TEXT_PROJECTION + KEYS_VALUES + SCALAR  # text and frame rate, once in a sampling loop
+    assert found.flops("rollout") == 4 * 2 * (shared + 3 * (once - shared))
+
+    # The decoder's are those counted on the public model.
+    assert found.flops("decode") / 4 == pytest.approx(760e12, rel=0.001)
+
+    # Twice a linear layer, two and a half times an attention (scores again); the text's projection is frozen, so
+    # nothing goes back into text, patches or frequencies.
+    backward = 2 * (LINEAR + PATCH_EMBEDDING + FINAL + 2 * SCALAR + MODULATION) + 5 * ATTENTION // 2
+    backward -= KEYS_VALUES + PATCH_EMBEDDING + 2 * 2 * FREQUENCIES * CHANNELS
+    again = LINEAR + ATTENTION
+    # The reference twice, the winner without a graph; then each member forward, its blocks again, and backward.
+    assert found.flops("update") == 3 * once + 2 * (once + again + backward)
+
+
+SMALL = ("model.resolution=240p", "model.num_frames=17")
+SETTINGS = {
+    "recommended": (),
+    "recommended, small": SMALL,
+    "offload": ("memory.offload=true", "memory.sequential=false", "memory.weights=stochastic"),
+    "float32": ("memory.weights=float32", "reference.storage=copy", "memory.recompute=nothing", *SMALL),
+    "in the backward pass": (
+        "memory.step_in_backward=true",
+        "memory.sequential=false",
+        "objective.rows=null",
+        "optimizer.clip=null",
+        *SMALL,
+    ),
+}
+
+
+def compare(depth: int | None, *overrides: str) -> None:
+    """Bytes, operations and traffic of every phase: extrapolated, and traced at ``depth``."""
+    config = load_config("opensora_v1_2_720p.yaml", xl(*overrides))
+    shallow, deeper, expected = (
+        trace_step(config, on_gpu=True, depth=pairs, network_only=True) for pairs in (SHALLOW, DEEPER, depth)
+    )
+    shallow.depth = depth or PAIRS
+    found = Extrapolated(shallow, deeper)
+    for name in expected.names:
+        assert found.peak(name) == expected.peak(name), name
+        assert found.flops(name) == expected.flops(name), name
+        assert found.traffic(name) == expected.traffic(name), name
+        assert found.host(name) == expected.host(name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_extrapolated_depth_is_the_deeper_networks(name: str):
+    compare(7, *SETTINGS[name])
+
+
+@pytest.mark.slow
+def test_extrapolated_depth_is_the_full_depths():
+    compare(None)

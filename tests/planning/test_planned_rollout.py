@@ -1,0 +1,66 @@
+"""What a sampling loop costs: steps, branches, candidates given up, and text that is projected once."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+
+from vpo_engine.config import load_config
+from vpo_engine.data.sprites.assets import GEOMETRY
+from vpo_engine.data.sprites.pretrain import FLOW
+from vpo_engine.planning.trace import Trace, trace_step
+from vpo_engine.protocols import SamplerSettings
+
+
+def rollout(*overrides: str, network_only: bool = True) -> Trace:
+    config = load_config(None, ["pairs_per_step=1", "objective.draws=1", "rollout.steps=6", *overrides])
+    return trace_step(config, on_gpu=False, network_only=network_only)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[float, float]:
+    """Operations of what a loop computes once, and of a step, without guidance."""
+    six, five = (rollout(f"rollout.steps={steps}").flops("rollout") for steps in (6, 5))
+    return six - 6 * (six - five), six - five
+
+
+def test_guidance_doubles_the_steps_in_its_interval(plain: tuple[float, float]):
+    once, step = plain
+    times = FLOW.sampling_timesteps(6, GEOMETRY.height, GEOMETRY.width, GEOMETRY.num_frames)[0]
+    settings = SamplerSettings(6, 7.0, (0.3, 0.8))
+    guided = sum(settings.guided_at(time / FLOW.num_timesteps) for time in times.tolist())
+    assert 0 < guided < 6
+    always = rollout("rollout.guidance=7.0").flops("rollout")
+    sometimes = rollout("rollout.guidance=7.0", "rollout.guidance_interval=[0.3, 0.8]").flops("rollout")
+    assert always == 2 * (once + 6 * step)
+    assert sometimes == 2 * once + once + (6 + guided) * step
+
+
+def test_candidates_that_are_given_up_cost_their_first_steps_and_a_preview():
+    pruned = rollout("rollout.candidates=4", "rollout.prune={after: 0.5, keep: 2}", network_only=False)
+    begun = rollout("rollout.candidates=4", "rollout.steps=3", network_only=False)
+    finished = rollout("rollout.candidates=2", "rollout.steps=3")
+    assert pruned.flops("rollout") == begun.flops("rollout") + finished.flops("rollout")
+    assert pruned.flops("decode") == begun.flops("decode") * (4 + 2) / 4
+
+
+def test_a_step_cache_is_planned_as_if_it_never_served(plain: tuple[float, float]):
+    once, step = plain
+    assert rollout("rollout.cache=0.1").flops("rollout") == once + 6 * step
+
+
+def test_groups_of_rows_cost_the_same_and_take_less():
+    all_at_once, in_groups = rollout("pairs_per_step=4"), rollout("pairs_per_step=4", "rollout.rows=4")
+    assert in_groups.flops("rollout") == all_at_once.flops("rollout")
+    assert sum(in_groups.peak("rollout").values()) < sum(all_at_once.peak("rollout").values())
+
+
+def test_steps_that_are_not_traced_count_as_if_they_were(monkeypatch):
+    short = rollout("rollout.guidance=7.0", "rollout.steps=4")
+    monkeypatch.setattr("vpo_engine.planning.trace.repeated", lambda *_: nullcontext())
+    traced = rollout("rollout.guidance=7.0", "rollout.steps=4")
+    for name in traced.names:
+        assert short.peak(name) == traced.peak(name), name
+        assert short.flops(name) == traced.flops(name), name
+        assert short.traffic(name) == traced.traffic(name), name
