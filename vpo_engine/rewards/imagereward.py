@@ -1,0 +1,287 @@
+"""ImageReward: how people rate an image made for a prompt.
+
+The model (THUDM/ImageReward, arXiv 2304.05977) is BLIP, a ViT-L/16 whose image a BERT reads by cross-attention, and
+five linear layers on the state at the text's first token; rewards are standardised, about -2.5 to 2.5. The text
+encoder is transformers' ``BlipTextModel``, run as an encoder. Files: ImageReward.pt and med_config.json of
+THUDM/ImageReward, and the tokenizer of bert-base-uncased.
+
+Letters: B images or texts, H x W an image's size, N the side that the model takes, L tokens, D channels, P patches + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from transformers import BlipTextConfig, BlipTextModel
+
+from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.clip import ImagePreprocessor, fill_position_ids, without_position_ids
+from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images, check_prompts
+from vpo_engine.rewards.laion_aesthetic import AestheticHead
+from vpo_engine.rewards.loading import load_strict, read_file, read_json
+
+NAME = "ImageReward"
+REMEDY = (
+    "ImageReward needs a local folder with ImageReward.pt and med_config.json of THUDM/ImageReward and tokenizer.json "
+    "or vocab.txt of bert-base-uncased"
+)
+REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072
+"""Of the raw outputs (ImageReward/ImageReward.py)."""
+TOKENS = 35
+"""All texts have this length; longer ones are cut off."""
+_SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]")
+_UNUSED = ("blip.vision_proj.", "blip.text_proj.")
+"""Of BLIP's contrastive loss; in the checkpoint, and read by nothing."""
+
+CARD = RewardCard(
+    name="imagereward",
+    dimensions={"imagereward": (None, None)},
+    frames="one at a time",
+    resolution="224 x 224, centre crop",
+    reads_prompt=True,
+    differentiable=True,
+    parameters=446_206_689,
+    licence="Apache-2.0",
+    source="THUDM/ImageReward",
+)
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Sizes of the image tower and of the head; the defaults are the published ones. No file holds them."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    head: tuple[int, ...] = (1024, 128, 64, 16, 1)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = _Attention(width, heads)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", nn.Linear(width, 4 * width))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("fc2", nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _Patches(nn.Module):
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, stride=patch)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.proj(pixel_values).flatten(2).transpose(1, 2)
+
+
+class _Vision(nn.Module):
+    """BLIP's ViT."""
+
+    def __init__(self, shape: VisionShape) -> None:
+        super().__init__()
+        width, patch = shape.width, shape.patch_size
+        self.patch_embed = _Patches(width, patch)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, (shape.image_size // patch) ** 2 + 1, width))
+        self.blocks = nn.Sequential(*(_Block(width, shape.heads) for _ in range(shape.layers)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels [B, 3, N, N] to states [B, P, D]."""
+        patches = self.patch_embed(pixel_values)
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        return self.norm(self.blocks(x))
+
+
+class _Blip(nn.Module):
+    def __init__(self, shape: VisionShape, text: BlipTextConfig) -> None:
+        super().__init__()
+        self.visual_encoder = _Vision(shape)
+        self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
+
+    def forward(self, pixel_values: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """States of the text's tokens, [B, L, D]."""
+        return self.text_encoder(
+            input_ids=ids,
+            attention_mask=mask,
+            encoder_hidden_states=self.visual_encoder(pixel_values),
+            is_decoder=False,  # reads the text in both directions
+        ).last_hidden_state
+
+
+class ImageRewardNetwork(nn.Module):
+    """BLIP and the head, which is kept and applied in float32; the state dict has the published key names."""
+
+    def __init__(self, shape: VisionShape, text: BlipTextConfig) -> None:
+        super().__init__()
+        self.blip = _Blip(shape, text)
+        self.mlp = AestheticHead((text.hidden_size, *shape.head))
+
+    def forward(self, pixel_values: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Pixels [B, 3, N, N], ids and their mask, int64 [B, L], to standardised rewards, float32 [B]."""
+        states = self.blip(pixel_values, ids, mask)
+        return (self.mlp(states[:, 0].float()) - REWARD_MEAN) / REWARD_STD
+
+
+class ImageReward:
+    """ImageReward as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
+
+    dimensions = tuple(CARD.dimensions)
+
+    def __init__(
+        self, network: ImageRewardNetwork, tokenizer: Tokenizer, preprocess: ImagePreprocessor
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer, self.preprocess = tokenizer, preprocess
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        preprocessing: str = "clip",
+        shape: VisionShape | None = None,
+    ) -> ImageReward:
+        """Load a local folder: med_config.json, ImageReward.safetensors (first) or .pt, and the tokenizer.
+
+        ``dtype`` is BLIP's. ``preprocessing``: a name of ``clip.CONVENTIONS``. ``shape``: of a model of other sizes
+        than the published one. Nothing is downloaded. FileNotFoundError for a missing file, ValueError for files of
+        another model.
+        """
+        folder, shape = Path(folder), shape or VisionShape()
+        text = _read_text_config(folder, shape)
+        tokenizer = _read_tokenizer(folder, text)
+        preprocess = ImagePreprocessor.named(preprocessing, shape.image_size)
+        with torch.device("meta"):
+            network = ImageRewardNetwork(shape, text)
+        path = _weight_file(folder)
+        weights = {
+            key: weight
+            for key, weight in without_position_ids(read_file(path)).items()
+            if not key.startswith(_UNUSED)
+        }
+        load_strict(network, weights, where=path, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
+        for key, parameter in network.mlp.named_parameters():
+            parameter.data = weights[f"mlp.{key}"].to(device, torch.float32, copy=True)
+        fill_position_ids(network, device)
+        return cls(network, tokenizer, preprocess)
+
+    @torch.no_grad()
+    def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """uint8 images [B, H, W, 3] and B prompts to float32 [B] on the CPU, in one forward.
+
+        Deterministic. ValueError for a wrong shape or type, for a prompt without text or with a special token of the
+        tokenizer in it, and for a score that is not finite.
+        """
+        check_images(images, prompts)
+        return self.scores(self.preprocess(images), prompts).cpu()
+
+    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Float images [B, 3, H, W] in 0..1 and B prompts to float32 [B] on the network's device, with gradients."""
+        check_image_pixels(images, prompts)
+        return self.scores(self.preprocess.pixels(images), prompts)
+
+    def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Preprocessed pixels [B, 3, N, N] and their B prompts to rewards, float32 [B], with gradients."""
+        check_prompts(prompts, NAME)
+        ids, mask = self.encode(prompts)
+        table = self.network.blip.visual_encoder.pos_embed
+        pixels = pixel_values.to(table)
+        scores = self.network(pixels, ids.to(table.device), mask.to(table.device))
+        check_finite(scores, prompts, NAME)
+        return scores
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask of B prompts, int64 [B, TOKENS] on the CPU. ValueError for a special token."""
+        ids = torch.zeros(len(prompts), TOKENS, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        start, end = self.tokenizer.token_to_id("[CLS]"), self.tokenizer.token_to_id("[SEP]")
+        for row, prompt in enumerate(prompts):
+            for token in _SPECIAL:
+                if token in prompt:
+                    raise ValueError(
+                        f"prompt {prompt!r} contains {token!r}, which BERT's tokenizer reads as a special token; "
+                        "remove it from the prompt"
+                    )
+            words = self.tokenizer.encode(prompt, add_special_tokens=False).ids[: TOKENS - 2]
+            ids[row, : len(words) + 2] = torch.tensor([start, *words, end])
+            mask[row, : len(words) + 2] = 1
+        return ids, mask
+
+
+def _read_text_config(folder: Path, shape: VisionShape) -> BlipTextConfig:
+    """BERT's sizes from med_config.json; the width of what it attends to is the image tower's."""
+    fields: dict[str, Any] = read_json(folder, "med_config.json", REMEDY)
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "hidden_act",
+        "layer_norm_eps",
+    )
+    missing = [name for name in names if name not in fields]
+    if missing:
+        raise ValueError(f"{folder / 'med_config.json'} has no {', '.join(missing)}; {REMEDY}")
+    sizes = {name: fields[name] for name in names}
+    special = {"bos_token_id": None, "eos_token_id": None, "sep_token_id": None, "pad_token_id": 0}
+    return BlipTextConfig(**sizes, **special, encoder_hidden_size=shape.width, is_decoder=True)
+
+
+def _read_tokenizer(folder: Path, config: BlipTextConfig) -> Tokenizer:
+    """Lower-cased word pieces, from tokenizer.json or else from vocab.txt."""
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+    elif (folder / "vocab.txt").is_file():
+        tokenizer = Tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    else:
+        raise FileNotFoundError(f"no tokenizer.json or vocab.txt in {folder}; {REMEDY}")
+    if None in (tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")):
+        raise ValueError(f"the tokenizer in {folder} has no [CLS] and [SEP]; {REMEDY}")
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.get_vocab_size()} tokens for {config.vocab_size} embeddings; "
+            f"{REMEDY}"
+        )
+    return tokenizer
+
+
+def _weight_file(folder: Path) -> Path:
+    for name in ("ImageReward.safetensors", "ImageReward.pt"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no ImageReward.pt in {folder}; {REMEDY}")
