@@ -179,7 +179,7 @@ class _Shape(torch.autograd.Function):
         return shape
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         shape, ratio = ctx.saved_tensors  # type: ignore[attr-defined]
         one, two, three = (torch.digamma(order / shape) for order in (1, 2, 3))
         slope = ratio * (one - 4 * two + 3 * three) / shape.square()
