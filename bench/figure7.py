@@ -94,7 +94,7 @@ planned, not measured.
 
 | | 240p | 360p | 480p | 720p |
 |---|---|---|---|---|
-| recommended | 3281 | not yet planned | not yet planned | not yet planned |
+| recommended | 3281 | 1445 | 833 | 357 |
 | plain | 833 | 357 | 204 | 85 |
 """
 

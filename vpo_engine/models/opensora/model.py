@@ -137,7 +137,6 @@ class OpenSora:
         part: slice = slice(None),
     ) -> Denoised:
         """See the protocol. Text is projected for all blocks once, in the first step of either number of branches."""
-        size = self._geometry
         branches: dict[float, tuple[Tensor, Reuse]] = {}
 
         def predict(z: Tensor, time: float) -> Tensor:
@@ -151,13 +150,14 @@ class OpenSora:
                 velocity = velocity_of(network, z, t, captions, text.mask, scale, reuse=reuse, **self._size())
             return velocity.float()
 
-        times, lengths = (
-            values[part].tolist()
-            for values in self._flow.sampling_timesteps(
-                settings.steps, size.height, size.width, size.num_frames
-            )
-        )
-        return Denoised(*self._flow.integrate(predict, latents, times, lengths))
+        times, lengths = self.schedule(settings.steps)
+        return Denoised(*self._flow.integrate(predict, latents, times[part], lengths[part]))
+
+    def schedule(self, steps: int) -> tuple[list[float], list[float]]:
+        """Times of the sampling steps, in the schedule's units, and their lengths."""
+        size = self._geometry
+        times, lengths = self._flow.sampling_timesteps(steps, size.height, size.width, size.num_frames)
+        return times.tolist(), lengths.tolist()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
