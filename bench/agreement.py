@@ -22,7 +22,8 @@ from rows import commit, hardware
 from torch import Tensor
 
 from vpo_engine.build import build_model, build_prompts, build_reward
-from vpo_engine.config import Config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.protocols import Reward

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from vpo_engine.config import Config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.residency import Residency
 from vpo_engine.memory.rounding import hold_in_bfloat16
@@ -278,7 +279,9 @@ def picture(found: dict[str, dict[str, list[float]]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("peak of an update, GiB")
     axes[0].annotate("A100 80 GB", (FRAMES[0], A100_GIB), (0, 3), textcoords="offset points", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize=9
+    )
     figure.savefig(path, dpi=120)
 
 

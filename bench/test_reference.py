@@ -17,7 +17,8 @@ from torch import Tensor
 from vpo_kernels import paired_dpo_loss
 
 from vpo_engine.build import build_model, build_prompts, build_reward
-from vpo_engine.config import Config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.models.opensora.model import OpenSora

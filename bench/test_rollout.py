@@ -16,7 +16,8 @@ from rows import quantiles
 from torch import Tensor, nn
 
 from vpo_engine.build import build_model, build_prompts
-from vpo_engine.config import Config, RolloutConfig, load_config
+from vpo_engine.config import Config, RolloutConfig
+from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.geometry import pixel_size
 from vpo_engine.models.opensora.model import Geometry, OpenSora

@@ -8,7 +8,7 @@ import pytest
 from rows import quantiles
 
 from vpo_engine.build import build_model, build_prompts, build_reward
-from vpo_engine.config import load_config
+from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference

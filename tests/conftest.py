@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vpo_engine.config import Config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 
 SMALL = (
     "steps=4",

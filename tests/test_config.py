@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vpo_engine.config import Config, dump_config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import dump_config, load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

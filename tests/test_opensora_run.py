@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from vpo_engine import sample
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
-from vpo_engine.config import load_config
+from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.stdit3 import STDiT3

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from vpo_engine.config import LoraConfig, load_config
+from vpo_engine.config import LoraConfig
+from vpo_engine.config_file import load_config
 from vpo_engine.data.sprites.assets import load_sprites
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.throughput import CountedRows, RowFlops, Throughput, count_row_flops, matrix_rate

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vpo_engine.config import load_config
+from vpo_engine.config_file import load_config
 from vpo_engine.metrics.summary import format_seeds, format_summary, summarise_seeds
 from vpo_engine.runs.directory import RunDirectory
 

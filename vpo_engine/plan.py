@@ -10,7 +10,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from vpo_engine.config import Config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.fit import fitting_changes, most_frames
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu

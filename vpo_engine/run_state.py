@@ -9,7 +9,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from vpo_engine.config import Config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 from vpo_engine.models.lora import has_adapter, load_adapter
 from vpo_engine.online_vpo import OnlineVPO
 

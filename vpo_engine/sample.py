@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from vpo_engine.build import build_model
-from vpo_engine.config import Config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 from vpo_engine.data.prompts import PromptFile
 from vpo_engine.data.sprites.world import withheld_captions
 from vpo_engine.distributed.processes import Processes

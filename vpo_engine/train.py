@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward
-from vpo_engine.config import Config, dump_config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.planning.parts import configurations_are_here
 from vpo_engine.planning.planner import check_fits
 from vpo_engine.reference.store import build_reference
 from vpo_engine.run_state import check_same_run
@@ -52,9 +54,10 @@ def train(config: Config) -> int:
     processes = Processes.start(config.model.device)
     try:
         prompts, held_out_prompts = build_prompts(config)
-        plan = check_fits(config, processes.device, processes.count)
-        if processes.first:
-            print(plan, flush=True)
+        if configurations_are_here(config):  # else building the model says which is missing
+            plan = check_fits(config, processes.device, processes.count)
+            if processes.first:
+                print(plan, flush=True)
         model = build_model(config, processes)
         reward = build_reward(config, processes.device, model.residency)
         run = _run_directory(config, processes)

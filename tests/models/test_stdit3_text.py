@@ -12,7 +12,7 @@ from torch import Tensor
 from vpo_kernels.attention import TextPlan, plan_text
 
 from vpo_engine.build import build_model
-from vpo_engine.config import load_config
+from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora import stdit3
 from vpo_engine.models.opensora.blocks import Backed, Backends

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vpo_engine.config import load_config
+from vpo_engine.config_file import load_config
 from vpo_engine.planning.extrapolate import DEEPER, SHALLOW, Extrapolated, traced
 from vpo_engine.planning.trace import trace_step
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vpo_engine import plan, train
-from vpo_engine.config import Config, load_config
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, Plan, estimate
 from vpo_engine.planning.fit import most_frames, with_setting
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu

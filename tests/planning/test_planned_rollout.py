@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from vpo_engine.config import load_config
+from vpo_engine.config_file import load_config
 from vpo_engine.data.sprites.assets import GEOMETRY
 from vpo_engine.data.sprites.pretrain import FLOW
 from vpo_engine.planning.trace import Trace, trace_step

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rollout_case import STEPS, Counting, batched, noise_of, sampled, schedule, settings, sprites
 
-from vpo_engine.config import load_config
+from vpo_engine.config_file import load_config
 from vpo_engine.models.opensora.reuse import BlockCache
 from vpo_engine.protocols import SamplerSettings
 

@@ -21,8 +21,8 @@ from vpo_engine.config import Config
 PartName = Literal["policy", "reference", "optimizer", "vae", "reward"]
 Phase = Literal["rollout", "evaluation", "decode", "reward", "update", "optimizer", "refresh"]
 """rollout: candidates are sampled, by whom rollout.source says, with the policy's embedding of no caption. evaluation:
-held-out videos are sampled by the policy. decode: latents become videos. reward: these are scored. update: losses and gradients.
-optimizer: the optimizer's step. refresh: the reference is made, or made anew."""
+held-out videos are sampled by the policy. decode: latents become videos. reward: these are scored. update: losses and
+gradients. optimizer: the optimizer's step. refresh: the reference is made, or made anew."""
 
 SLAB_BYTES = 2**28
 """Pinned memory comes in powers of two: small tensors share an allocation of this size."""

@@ -80,6 +80,12 @@ class Assumed:
         return dict(published)
 
 
+def configurations_are_here(config: Config) -> bool:
+    """Whether every folder that the configuration names holds a config.json, so that no size has to be assumed."""
+    folders = (config.model.policy, config.model.vae, config.model.text_encoder, config.reward.path)
+    return all((folder / "config.json").is_file() for folder in folders if folder is not None)
+
+
 class PlannedModel(OpenSora):
     """The video model without weights: on the meta device until it is given fake tensors."""
 
