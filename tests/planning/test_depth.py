@@ -60,7 +60,7 @@ SETTINGS = {
     "recommended": (),
     "recommended, small": SMALL,
     "offload": ("memory.offload=true", "memory.sequential=false", "memory.weights=stochastic"),
-    "float32": ("memory.weights=float32", "reference.storage=copy", "memory.recompute=nothing", *SMALL),
+    "float32": ("memory.weights=float32", "reference.storage=copy", *SMALL),
     "in the backward pass": (
         "memory.step_in_backward=true",
         "memory.sequential=false",
@@ -90,6 +90,14 @@ def compare(depth: int | None, *overrides: str) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_extrapolated_depth_is_the_deeper_networks(name: str):
     compare(7, *SETTINGS[name])
+
+
+@pytest.mark.slow
+def test_blocks_that_keep_more_than_their_input_are_traced_in_full():
+    found = traced(
+        load_config("opensora_v1_2_720p.yaml", xl("memory.recompute=pointwise", *SMALL)), on_gpu=True
+    )
+    assert not isinstance(found, Extrapolated)
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from vpo_engine.planning.trace import PhaseName, Trace, trace_step
 from vpo_engine.planning.tracker import Peak
 
 SHALLOW, DEEPER = 2, 4
-"""Depths that are traced. Where in a phase the peak falls could change with depth; from two pairs of blocks on it did
-not in any setting tried: tests/planning/test_depth.py compares with deeper networks, and with the full depth."""
+"""Depths that are traced where blocks keep nothing but their input. Where in a phase the peak falls could change with
+depth; from two pairs of blocks on it did not in any setting tried: tests/planning/test_depth.py compares with deeper
+networks, and with the full depth. Where blocks keep more it did change (recompute=nothing, between 5 and 7 pairs)."""
 
 _ALWAYS = ("weights", "optimizer", "reference")
 """Categories that a phase in which the network takes no part holds too."""
@@ -81,8 +82,9 @@ class Extrapolated:
 
 
 def traced(config: Config, *, on_gpu: bool, processes: int = 1) -> Traced:
-    """A step of the configured network: traced itself where it is shallow, else extrapolated."""
-    if configured_depth(config) <= DEEPER:
+    """A step of the configured network: traced itself where it is shallow or blocks keep more than their input, else
+    extrapolated."""
+    if configured_depth(config) <= DEEPER or config.memory.recompute != "block":
         return trace_step(config, on_gpu=on_gpu, processes=processes)
     shallow = trace_step(config, on_gpu=on_gpu, processes=processes, depth=SHALLOW)
     deeper = trace_step(config, on_gpu=on_gpu, processes=processes, depth=DEEPER, network_only=True)
