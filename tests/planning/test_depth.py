@@ -60,7 +60,6 @@ SETTINGS = {
     "recommended": (),
     "recommended, small": SMALL,
     "offload": ("memory.offload=true", "memory.sequential=false", "memory.weights=stochastic"),
-    "float32": ("memory.weights=float32", "reference.storage=copy", *SMALL),
     "in the backward pass": (
         "memory.step_in_backward=true",
         "memory.sequential=false",
@@ -93,10 +92,11 @@ def test_extrapolated_depth_is_the_deeper_networks(name: str):
 
 
 @pytest.mark.slow
-def test_blocks_that_keep_more_than_their_input_are_traced_in_full():
-    found = traced(
-        load_config("opensora_v1_2_720p.yaml", xl("memory.recompute=pointwise", *SMALL)), on_gpu=True
-    )
+@pytest.mark.parametrize(
+    "overrides", [("memory.recompute=pointwise",), ("memory.weights=float32", "reference.storage=copy")]
+)
+def test_where_peaks_move_with_depth_the_network_is_traced_in_full(overrides: tuple[str, ...]):
+    found = traced(load_config("opensora_v1_2_720p.yaml", xl(*overrides, *SMALL)), on_gpu=True)
     assert not isinstance(found, Extrapolated)
 
 
