@@ -60,13 +60,6 @@ SETTINGS = {
     "recommended": (),
     "recommended, small": SMALL,
     "offload": ("memory.offload=true", "memory.sequential=false", "memory.weights=stochastic"),
-    "in the backward pass": (
-        "memory.step_in_backward=true",
-        "memory.sequential=false",
-        "objective.rows=null",
-        "optimizer.clip=null",
-        *SMALL,
-    ),
 }
 
 
@@ -93,7 +86,17 @@ def test_extrapolated_depth_is_the_deeper_networks(name: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overrides", [("memory.recompute=pointwise",), ("memory.weights=float32", "reference.storage=copy")]
+    "overrides",
+    [
+        ("memory.recompute=pointwise",),
+        ("memory.weights=float32", "reference.storage=copy"),
+        (
+            "memory.step_in_backward=true",
+            "memory.sequential=false",
+            "objective.rows=null",
+            "optimizer.clip=null",
+        ),
+    ],
 )
 def test_where_peaks_move_with_depth_the_network_is_traced_in_full(overrides: tuple[str, ...]):
     found = traced(load_config("opensora_v1_2_720p.yaml", xl(*overrides, *SMALL)), on_gpu=True)

@@ -12,10 +12,9 @@ from vpo_engine.planning.trace import PhaseName, Trace, trace_step
 from vpo_engine.planning.tracker import Peak
 
 SHALLOW, DEEPER = 2, 4
-"""Depths that are traced where blocks keep nothing but their input and autocast holds no casts of weights. Where in a
-phase the peak falls could change with depth; there it did not from two pairs of blocks on, in any setting tried:
-tests/planning/test_depth.py compares with deeper networks, and with the full depth. Elsewhere it did change, between 5
-and 7 pairs."""
+"""Depths that are traced where blocks keep nothing but their input, autocast holds no casts of weights, and gradients
+stay. Where in a phase the peak falls could change with depth; there it did not from two pairs of blocks on, in any
+setting tried: tests/planning/test_depth.py compares with deeper networks, and with the full depth. Elsewhere it did."""
 
 _ALWAYS = ("weights", "optimizer", "reference")
 """Categories that a phase in which the network takes no part holds too."""
@@ -84,8 +83,10 @@ class Extrapolated:
 
 def traced(config: Config, *, on_gpu: bool, processes: int = 1) -> Traced:
     """A step of the configured network: extrapolated where its peaks keep their places, else traced itself."""
-    autocast = config.model.dtype == "bfloat16" and config.memory.weights == "float32"
-    if configured_depth(config) <= DEEPER or config.memory.recompute != "block" or autocast:
+    memory = config.memory
+    autocast = config.model.dtype == "bfloat16" and memory.weights == "float32"
+    straight = memory.recompute == "block" and not autocast and not memory.step_in_backward
+    if configured_depth(config) <= DEEPER or not straight:
         return trace_step(config, on_gpu=on_gpu, processes=processes)
     shallow = trace_step(config, on_gpu=on_gpu, processes=processes, depth=SHALLOW)
     deeper = trace_step(config, on_gpu=on_gpu, processes=processes, depth=DEEPER, network_only=True)
