@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import html
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +26,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
+
+from vpo_engine.rewards.frames import check_image_pixels, check_images
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of RGB levels in 0..1, for every CLIP by OpenAI and by LAION."""
@@ -260,3 +263,31 @@ def fill_position_ids(network: nn.Module, device: torch.device | str) -> None:
             module.register_buffer(
                 "position_ids", torch.arange(ids.shape[-1], device=device).expand(1, -1), persistent=False
             )
+
+
+class PreprocessedImages(ABC):
+    """An image scorer whose ``scores`` take what ``preprocess`` makes of images."""
+
+    preprocess: ImagePreprocessor
+
+    @torch.no_grad()
+    def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """uint8 images [B, H, W, 3] and B prompts to float32 [B] on the CPU, in one forward.
+
+        Deterministic. ValueError for a wrong shape or type, for a score that is not finite and, where the prompt is
+        read, for one without text or with a special token of the tokenizer in it.
+        """
+        check_images(images, prompts)
+        return self.scores(self.preprocess(images), prompts).cpu()
+
+    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Float images [B, 3, H, W] in 0..1 and B prompts to float32 [B] on the network's device, with gradients.
+
+        Near ``score_images``, which rounds to bytes after resizing. ValueError as there.
+        """
+        check_image_pixels(images, prompts)
+        return self.scores(self.preprocess.pixels(images), prompts)
+
+    @abstractmethod
+    def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Preprocessed pixels [B, 3, N, N] and their B prompts to scores, float32 [B], differentiable in the pixels."""

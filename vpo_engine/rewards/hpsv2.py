@@ -19,9 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.clip import ClipTokenizer, ImagePreprocessor, encode_once, paired_cosine
-from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images, check_prompts
+from vpo_engine.rewards.clip import (
+    ClipTokenizer,
+    ImagePreprocessor,
+    PreprocessedImages,
+    encode_once,
+    paired_cosine,
+)
+from vpo_engine.rewards.frames import check_finite, check_prompts
 from vpo_engine.rewards.loading import load_strict, read_file
+from vpo_engine.rewards.open_clip import Transformer
 
 NAME = "HPSv2"
 REMEDY = (
@@ -60,33 +67,6 @@ class ClipShape:
     text_heads: int = 16
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        normed = self.ln_1(x)
-        x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-class _Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, mask)
-        return x
-
-
 class _Vision(nn.Module):
     def __init__(self, shape: ClipShape) -> None:
         super().__init__()
@@ -95,7 +75,7 @@ class _Vision(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty((shape.image_size // patch) ** 2 + 1, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = _Transformer(width, shape.vision_layers, shape.vision_heads)
+        self.transformer = Transformer(width, shape.vision_layers, shape.vision_heads, nn.GELU)
         self.proj = nn.Parameter(torch.empty(width, shape.embed_dim))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -111,7 +91,7 @@ class OpenClip(nn.Module):
     def __init__(self, shape: ClipShape) -> None:
         super().__init__()
         self.visual = _Vision(shape)
-        self.transformer = _Transformer(shape.text_width, shape.text_layers, shape.text_heads)
+        self.transformer = Transformer(shape.text_width, shape.text_layers, shape.text_heads, nn.GELU)
         self.token_embedding = nn.Embedding(shape.vocab_size, shape.text_width)
         self.positional_embedding = nn.Parameter(torch.empty(shape.context_length, shape.text_width))
         self.ln_final = nn.LayerNorm(shape.text_width)
@@ -131,7 +111,7 @@ class OpenClip(nn.Module):
         return x[torch.arange(len(ids), device=ids.device), ids.argmax(1)] @ self.text_projection
 
 
-class HPSv2:
+class HPSv2(PreprocessedImages):
     """HPSv2 as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
 
     dimensions = tuple(CARD.dimensions)
@@ -183,18 +163,8 @@ class HPSv2:
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 images [B, H, W, 3] and B prompts to float32 [B] on the CPU, in one forward.
-
-        Deterministic. ValueError for a wrong shape or type, for a prompt without text or with a special token of the
-        tokenizer in it, and for a score that is not finite.
-        """
-        check_images(images, prompts)
-        return self.scores(self.preprocess(images.to(self.network.logit_scale.device)), prompts).cpu()
-
-    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float images [B, 3, H, W] in 0..1 and B prompts to float32 [B] on the network's device, with gradients."""
-        check_image_pixels(images, prompts)
-        return self.scores(self.preprocess.pixels(images), prompts)
+        """As ``PreprocessedImages``, with the letterbox on the network's device."""
+        return super().score_images(images.to(self.network.logit_scale.device), prompts)
 
     def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Preprocessed pixels [B, 3, N, N] and their B prompts to scores, float32 [B], differentiable in the pixels.

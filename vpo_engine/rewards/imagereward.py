@@ -22,8 +22,13 @@ from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel
 
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.clip import ImagePreprocessor, fill_position_ids, without_position_ids
-from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images, check_prompts
+from vpo_engine.rewards.clip import (
+    ImagePreprocessor,
+    PreprocessedImages,
+    fill_position_ids,
+    without_position_ids,
+)
+from vpo_engine.rewards.frames import check_finite, check_prompts
 from vpo_engine.rewards.laion_aesthetic import AestheticHead
 from vpo_engine.rewards.loading import load_strict, read_file, read_json
 
@@ -149,7 +154,7 @@ class ImageRewardNetwork(nn.Module):
         return (self.mlp(states[:, 0].float()) - REWARD_MEAN) / REWARD_STD
 
 
-class ImageReward:
+class ImageReward(PreprocessedImages):
     """ImageReward as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
 
     dimensions = tuple(CARD.dimensions)
@@ -193,21 +198,6 @@ class ImageReward:
             parameter.data = weights[f"mlp.{key}"].to(device, torch.float32, copy=True)
         fill_position_ids(network, device)
         return cls(network, tokenizer, preprocess)
-
-    @torch.no_grad()
-    def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 images [B, H, W, 3] and B prompts to float32 [B] on the CPU, in one forward.
-
-        Deterministic. ValueError for a wrong shape or type, for a prompt without text or with a special token of the
-        tokenizer in it, and for a score that is not finite.
-        """
-        check_images(images, prompts)
-        return self.scores(self.preprocess(images), prompts).cpu()
-
-    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float images [B, 3, H, W] in 0..1 and B prompts to float32 [B] on the network's device, with gradients."""
-        check_image_pixels(images, prompts)
-        return self.scores(self.preprocess.pixels(images), prompts)
 
     def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Preprocessed pixels [B, 3, N, N] and their B prompts to rewards, float32 [B], with gradients."""

@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.clip import ImagePreprocessor, fill_position_ids, without_position_ids
-from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images
+from vpo_engine.rewards.clip import (
+    ImagePreprocessor,
+    PreprocessedImages,
+    fill_position_ids,
+    without_position_ids,
+)
+from vpo_engine.rewards.frames import check_finite
 from vpo_engine.rewards.loading import load_strict, read_file, read_json, read_weights
 
 NAME = "LAION's aesthetic predictor"
@@ -77,7 +82,7 @@ class AestheticNetwork(nn.Module):
         return self.mlp(F.normalize(self.clip(pixel_values).image_embeds.float(), dim=1))
 
 
-class LaionAesthetic:
+class LaionAesthetic(PreprocessedImages):
     """The predictor as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
 
     dimensions = tuple(CARD.dimensions)
@@ -121,20 +126,6 @@ class LaionAesthetic:
         fill_position_ids(clip, device)
         head = read_head(folder, config.projection_dim, device)
         return cls(AestheticNetwork(clip, head), preprocess)
-
-    @torch.no_grad()
-    def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 images [B, H, W, 3] to float32 [B] on the CPU, in one forward; the B prompts are not read.
-
-        Deterministic. ValueError for a wrong shape or type, and for a score that is not finite.
-        """
-        check_images(images, prompts)
-        return self.scores(self.preprocess(images), prompts).cpu()
-
-    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float images [B, 3, H, W] in 0..1 to float32 [B] on the network's device, with gradients."""
-        check_image_pixels(images, prompts)
-        return self.scores(self.preprocess.pixels(images), prompts)
 
     def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Preprocessed pixels [B, 3, N, N] to scores, float32 [B], differentiable; prompts are for errors only."""

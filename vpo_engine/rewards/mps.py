@@ -23,11 +23,12 @@ from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.clip import (
     ClipTokenizer,
     ImagePreprocessor,
+    PreprocessedImages,
     fill_position_ids,
     paired_cosine,
     without_position_ids,
 )
-from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images, check_prompts
+from vpo_engine.rewards.frames import check_finite, check_prompts
 from vpo_engine.rewards.loading import load_strict, read_file, read_json, read_weights
 
 NAME = "MPS"
@@ -200,7 +201,7 @@ def kept_tokens(text: Tensor, condition: Tensor, threshold: float) -> Tensor:
     return best / best.amax(1, keepdim=True) > threshold
 
 
-class MPS:
+class MPS(PreprocessedImages):
     """MPS as a scorer of images. Its weights take no gradient; ``score_image_pixels`` passes one to the pixels."""
 
     dimensions = tuple(CARD.dimensions)
@@ -247,24 +248,6 @@ class MPS:
         tokenizer = _read_tokenizer(folder, config)
         network = _read_network(folder, config, fields.get("cross_model", CROSS_MODEL), dtype, device)
         return cls(network, tokenizer, preprocess, threshold=threshold)
-
-    @torch.no_grad()
-    def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 images [B, H, W, 3] and B prompts to float32 [B] on the CPU; a cosine times about 100.
-
-        Deterministic; a score depends on its own image and prompt only. ValueError for a wrong shape or type, for a
-        prompt without text or with a special token in it, and for a score that is not finite.
-        """
-        check_images(images, prompts)
-        return self.scores(self.preprocess(images), prompts).cpu()
-
-    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float images [B, 3, H, W] in 0..1 to float32 [B] on the network's device, with gradients.
-
-        Near ``score_images``, which rounds to bytes after resizing. ValueError as there.
-        """
-        check_image_pixels(images, prompts)
-        return self.scores(self.preprocess.pixels(images), prompts)
 
     def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Preprocessed pixels [B, 3, H, W] and their B prompts to scores, float32 [B], differentiable in the pixels."""

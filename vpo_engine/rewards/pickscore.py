@@ -20,12 +20,13 @@ from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.clip import (
     ClipTokenizer,
     ImagePreprocessor,
+    PreprocessedImages,
     encode_once,
     fill_position_ids,
     paired_cosine,
     without_position_ids,
 )
-from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images, check_prompts
+from vpo_engine.rewards.frames import check_finite, check_prompts
 from vpo_engine.rewards.loading import load_strict, read_json, read_weights
 
 NAME = "PickScore"
@@ -47,7 +48,7 @@ CARD = RewardCard(
 )
 
 
-class PickScore:
+class PickScore(PreprocessedImages):
     """PickScore as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
 
     dimensions = tuple(CARD.dimensions)
@@ -83,21 +84,6 @@ class PickScore:
         network.logit_scale.data = weights["logit_scale"].to(device, torch.float32, copy=True)
         fill_position_ids(network, device)
         return cls(network, tokenizer, preprocess)
-
-    @torch.no_grad()
-    def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 images [B, H, W, 3] and B prompts to float32 [B] on the CPU, in one forward.
-
-        Deterministic. ValueError for a wrong shape or type, for a prompt without text or with a special token of the
-        tokenizer in it, and for a score that is not finite.
-        """
-        check_images(images, prompts)
-        return self.scores(self.preprocess(images), prompts).cpu()
-
-    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float images [B, 3, H, W] in 0..1 and B prompts to float32 [B] on the network's device, with gradients."""
-        check_image_pixels(images, prompts)
-        return self.scores(self.preprocess.pixels(images), prompts)
 
     def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Preprocessed pixels [B, 3, N, N] and their B prompts to scores, float32 [B], differentiable in the pixels."""

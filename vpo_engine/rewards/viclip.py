@@ -23,6 +23,7 @@ from vpo_engine.rewards.clip import ClipTokenizer, encode_once, paired_cosine
 from vpo_engine.rewards.frames import check_finite, check_prompts, check_video_pixels, check_videos
 from vpo_engine.rewards.imagenet import square_clips
 from vpo_engine.rewards.loading import load_strict, read_file
+from vpo_engine.rewards.open_clip import Transformer
 
 NAME = "ViCLIP"
 REMEDY = (
@@ -67,33 +68,6 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        normed = self.ln_1(x)
-        x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, mask)
-        return x
-
-
 class VisionEncoder(nn.Module):
     def __init__(self, shape: ViCLIPShape) -> None:
         super().__init__()
@@ -104,7 +78,7 @@ class VisionEncoder(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(places, width))
         self.temporal_positional_embedding = nn.Parameter(torch.empty(1, shape.num_frames, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, shape.vision_layers, shape.vision_heads)
+        self.transformer = Transformer(width, shape.vision_layers, shape.vision_heads, QuickGELU)
         self.proj = nn.Parameter(torch.empty(width, shape.embed_dim))
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -128,7 +102,7 @@ class TextEncoder(nn.Module):
         width = shape.text_width
         self.token_embedding = nn.Embedding(shape.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(shape.context_length, width))
-        self.transformer = Transformer(width, shape.text_layers, shape.text_heads)
+        self.transformer = Transformer(width, shape.text_layers, shape.text_heads, QuickGELU)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, shape.embed_dim))
 
