@@ -31,13 +31,13 @@ from vpo_engine.config_file import load_config
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.residency import Residency
 from vpo_engine.memory.rounding import hold_in_bfloat16
+from vpo_engine.metrics.throughput import without_mask
 from vpo_engine.models.opensora.geometry import latent_size, patch_grid, pixel_size
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.planning.extrapolate import DEEPER, SHALLOW
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.gpus import GIB
 from vpo_engine.planning.parts import DTYPES, Assumed, PlannedModel, build_model, configured_depth
-from vpo_engine.planning.trace import without_mask
 from vpo_engine.planning.tracker import Tracker
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import HeldReference, build_reference

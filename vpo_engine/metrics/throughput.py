@@ -105,12 +105,12 @@ def _without_data(network: nn.Module, depth: int, mode: FakeTensorMode) -> nn.Mo
     if isinstance(bare, STDiT3):
         bare.spatial_blocks, bare.temporal_blocks = bare.spatial_blocks[:depth], bare.temporal_blocks[:depth]
         bare.choose_backends("sdpa", "reference", dtype=bare.dtype)
-        bare.register_forward_pre_hook(_without_mask)
+        bare.register_forward_pre_hook(without_mask)
     return bare
 
 
-def _without_mask(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All tokens count: a fake mask has no values to read lengths from."""
+def without_mask(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook of STDiT3: every token counts, since a fake mask has no values to read lengths from."""
     return (*arguments[:3], None, *arguments[4:])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from vpo_engine.config import Config
 from vpo_engine.memory.offload import OffloadedInputs, PlainCopies
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.rounding import hold_in_bfloat16
+from vpo_engine.metrics.throughput import without_mask
 from vpo_engine.models.lora import inject_adapter
 from vpo_engine.models.opensora.text import MAX_LENGTH
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
@@ -295,11 +296,6 @@ def _empty(module: nn.Module) -> None:
     for part in module.modules():
         for held in (part._parameters, part._buffers):
             held.clear()
-
-
-def without_mask(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Every caption is as long as the longest: a fake mask has no values to read lengths from."""
-    return (*arguments[:3], None, *arguments[4:])
 
 
 def _processed(height: int, width: int) -> tuple[int, int]:
