@@ -13,6 +13,7 @@ would come on top, so the curve is a lower bound.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 import sys
@@ -286,6 +287,7 @@ def picture(found: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     if torch.cuda.is_available():
         found, how = measured_peaks(), f"Measured on {torch.cuda.get_device_name()}."
     else:
