@@ -74,7 +74,8 @@ def test_a_layer_is_the_ordinary_product_with_its_weights(bits: Bits, dtype: tor
     x = torch.randn(2, 5, 96, generator=generator).to(dtype)
     assert torch.equal(layer(x), F.linear(x, layer.weight(dtype), bias))
     assert layer.weight(dtype).dtype == dtype
-    assert torch.equal(layer(x[1:]), layer(x)[1:]), "activations are not quantised with their neighbours"
+    x[0] *= 1000  # activations rounded together with these would lose all their digits
+    torch.testing.assert_close(layer(x[1:]), layer(x)[1:])  # products over more rows may sum in another order
 
 
 def test_bytes() -> None:
