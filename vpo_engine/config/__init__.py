@@ -1,0 +1,30 @@
+"""The typed configuration: one YAML per run, unknown keys refused, every default with its source.
+
+"paper" below is OnlineVPO, arXiv 2412.15159; where it gives no value the comment says whose the default is.
+"""
+
+from vpo_engine.config.memory import MemoryConfig, Recompute
+from vpo_engine.config.model import LoraConfig, ModelConfig
+from vpo_engine.config.reward import RewardConfig
+from vpo_engine.config.rollout import PruneConfig, RolloutConfig
+from vpo_engine.config.run import CheckpointConfig, Config, EvaluationConfig, PromptsConfig
+from vpo_engine.config.section import Section
+from vpo_engine.config.update import ObjectiveConfig, OptimizerConfig, ReferenceConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "EvaluationConfig",
+    "LoraConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PromptsConfig",
+    "PruneConfig",
+    "Recompute",
+    "ReferenceConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "Section",
+]

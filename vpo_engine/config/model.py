@@ -1,0 +1,71 @@
+"""What is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from vpo_kernels.attention import AttentionName
+from vpo_kernels.companions import BackendName as CompanionName
+
+from vpo_engine.config.section import Section
+
+
+class LoraConfig(Section):
+    """A low-rank adapter (arXiv 2106.09685), kept in PEFT's format. Defaults: VideoReward's Flow-DPO, appendix I."""
+
+    rank: int = Field(64, ge=1)
+    alpha: float = Field(128.0, gt=0, allow_inf_nan=False)
+    """The adapter's product is scaled by alpha / rank."""
+    targets: tuple[str, ...] = (
+        "attn.qkv",
+        "attn.proj",
+        "cross_attn.q_linear",
+        "cross_attn.kv_linear",
+        "cross_attn.proj",
+    )
+    """Ends of the names of the linear layers that get one."""
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    kind: Literal["sprites", "opensora"] = "sprites"
+    policy: Path | None = None
+    """STDiT3 folder (model.safetensors, config.json). sprites: the shipped weights unless given."""
+    vae: Path | None = None
+    """OpenSora-VAE-v1.2 folder. Used by kind opensora only."""
+    text_encoder: Path | None = None
+    """T5 v1.1 XXL folder. Used by kind opensora only."""
+    resolution: str = "240p"
+    """Candidates are sampled at 240p (paper, section 4.1)."""
+    aspect: str = "9:16"
+    """Height to width (paper, section 4.1)."""
+    num_frames: int = Field(34, ge=1)
+    """Paper, section 4.1."""
+    fps: int = Field(24, ge=1)
+    aesthetic_score: float | None = 6.5
+    """Appended to prompts as the published sampling script does; null leaves prompts as they are."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic type of the video model; memory.weights says how the policy's weights are held."""
+    device: str = "auto"
+    """auto: cuda when there is one, else cpu."""
+    attention: AttentionName = "auto"
+    """What computes attention: torch's own (sdpa), flash2, flash3, flash4 or xformers. auto: sdpa, unless another
+    imports and has been measured to win on this GPU; the run prints the choice with its reason."""
+    companions: CompanionName = "auto"
+    """What computes the modulated norm, the gated residual, the query-key norm with rope, and temporal
+    attention: reference is plain torch, triton the fused kernels (GPU only). auto: those measured to win."""
+    lora: LoraConfig | None = None
+    """Train a low-rank adapter in place of the weights; null: full fine-tuning (paper)."""
+
+    @model_validator(mode="after")
+    def _needs_weights(self) -> Self:
+        missing = [name for name in ("policy", "vae", "text_encoder") if getattr(self, name) is None]
+        if self.kind == "opensora" and missing:
+            raise ValueError(
+                f"kind opensora needs local checkpoints, but these are not set: {', '.join(missing)}; "
+                "give them as model.NAME=/path/to/folder"
+            )
+        return self

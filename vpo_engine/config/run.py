@@ -1,0 +1,123 @@
+"""A run: prompts, evaluation, checkpoints, and all sections together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from vpo_engine.config.memory import MemoryConfig
+from vpo_engine.config.model import ModelConfig
+from vpo_engine.config.reward import RewardConfig
+from vpo_engine.config.rollout import RolloutConfig
+from vpo_engine.config.section import Section
+from vpo_engine.config.update import ObjectiveConfig, OptimizerConfig, ReferenceConfig
+
+
+class PromptsConfig(Section):
+    """Where prompts come from. Without files, the sprites world's own captions."""
+
+    train: Path | None = None
+    held_out: Path | None = None
+    column: str | None = None
+    """Column of a .csv or key of a .jsonl file; by default the usual one is found by name."""
+    cache: Path | None = None
+    """Folder of text embeddings, shared between runs; null: ``embeddings`` beside the run directory."""
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, sampled with fixed noise before, during and after training, never trained on."""
+
+    every: int | None = Field(200, ge=1)
+    """Optimizer steps between evaluations; null: at the start and the end only."""
+    samples_per_prompt: int = Field(1, ge=1)
+    prompts: int | None = Field(None, ge=1)
+    """How many of the held-out prompts are used; null: all."""
+    samples_between: int | None = Field(None, ge=1)
+    """Samples of an evaluation during training; null: as many as at the start and the end."""
+
+
+class CheckpointConfig(Section):
+    every: int | None = Field(100, ge=1)
+    """Steps between checkpoints; null: at the end (and on SIGTERM) only."""
+    keep: int = Field(2, ge=1)
+    resume: bool = False
+    """Continue from the newest complete checkpoint of the run directory."""
+
+
+class Config(Section):
+    """A run."""
+
+    name: str = "run"
+    seed: int = 0
+    steps: int = Field(1000, ge=1)
+    """Steps of Algorithm 1; each makes at most one optimizer step."""
+    pairs_per_step: int = Field(8, ge=1)
+    """Prompts, hence pairs, per step over all processes (paper, section 4.1: batch 8)."""
+    run_dir: Path | None = None
+    """Where the run lives; null: a new directory under runs/ of the current directory."""
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self._check_run()
+        self._check_memory()
+        return self
+
+    def _check_run(self) -> None:
+        if self.model.kind != "sprites" and (self.prompts.train is None or self.prompts.held_out is None):
+            raise ValueError(
+                "prompts.train and prompts.held_out name files; only the sprites world has its own"
+            )
+        if self.reward.kind == "videoscore" and self.reward.path is None:
+            raise ValueError("reward.kind videoscore needs reward.path, a local folder of its checkpoint")
+        if self.reward.kind == "sprites" and self.model.kind != "sprites":
+            raise ValueError("reward.kind sprites scores the sprites world only; set reward.kind=videoscore")
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps}"
+            )
+
+    def _check_memory(self) -> None:
+        storage, memory, lora = self.reference.storage, self.memory, self.model.lora
+        if storage == "exact8" and memory.weights == "float32":
+            raise ValueError(
+                "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
+                "memory.weights=masters or stochastic, or use reference.storage=int8"
+            )
+        if (storage == "adapter") != (lora is not None):
+            raise ValueError(
+                f"reference.storage={storage} and model.lora={'null' if lora is None else 'set'} do not go together: "
+                "an adapter's reference is its base and a frozen copy of the adapter (storage adapter), and full "
+                "fine-tuning has no adapter"
+            )
+        if memory.offload and memory.recompute not in ("block", "all_but_attention"):
+            raise ValueError(
+                f"memory.offload=true sends the inputs of blocks to the host, but memory.recompute={memory.recompute} "
+                "keeps many times as much on the device; set memory.recompute=block or all_but_attention"
+            )
+        if memory.step_in_backward:
+            self._check_step_in_backward()
+
+    def _check_step_in_backward(self) -> None:
+        wrong = {
+            "memory.sequential=true": (self.memory.sequential, "a step needs the gradients of both members"),
+            "objective.rows": (self.objective.rows is not None, "a step needs the gradients of all rows"),
+            "optimizer.clip": (
+                self.optimizer.clip is not None,
+                "their common norm is known too late; set null",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(f"memory.step_in_backward=true excludes {name}: {reason}")
