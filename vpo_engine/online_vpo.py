@@ -10,7 +10,7 @@ for each step:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,8 @@ from vpo_engine.objectives.pairs import Pairs, select_pairs
 from vpo_engine.protocols import Network, ReferenceStore, Reward, TextEmbedding, VideoModel
 from vpo_engine.rewards.combine import combine
 from vpo_engine.rollout.candidates import Rollout
-from vpo_engine.rollout.rows import Group, Rows
+from vpo_engine.rollout.rows import Rows
+from vpo_engine.scoring import Scoring
 
 
 @dataclass
@@ -81,6 +82,7 @@ class OnlineVPO:
         self.residency = residency or Residency.everything()
         self.residency.register("reference", reference.tensors)
         self.residency.register("optimizer", self.optimizer.tensors)
+        self.scoring = Scoring(model, reward, self.rows, self.residency)
 
     @property
     def optimizer_steps(self) -> int:
@@ -92,7 +94,7 @@ class OnlineVPO:
         source = self.config.rollout.source
         sampler = CountedRows(self.model.network if source == "policy" else self.reference)
         candidates = self._rollout(sampler, prompts, text, positions, stages)
-        scores = self._score(candidates, prompts, stages)
+        scores = self.scoring.score(candidates, prompts, stages)
         pairs = select_pairs(combine(scores, self.config.reward.dimensions), self.config.reward.min_gap)
         with stages("update"):
             metrics = self._update(candidates, pairs, text, positions)
@@ -121,44 +123,9 @@ class OnlineVPO:
             begun = self.rollout.begin(sampler, text, positions)
         if config.rollout.prune is None:
             return begun.latents
-        scores = combine(self._score(begun.preview, prompts, stages), config.reward.dimensions)
+        scores = combine(self.scoring.score(begun.preview, prompts, stages), config.reward.dimensions)
         with stages("rollout"), self.residency.phase("rollout"):
             return self.rollout.finish(sampler, text, begun.latents, scores)
-
-    @torch.no_grad()
-    def _score(self, candidates: Tensor, prompts: Sequence[str], stages: Stages) -> dict[str, Tensor]:
-        """{dimension: float32 [P, N]}; videos are decoded, scored and dropped group by group.
-
-        Where VAE and reward model take turns on the device, all videos wait on the host, as bytes, for one turn.
-        """
-        captions = [prompt for prompt in prompts for _ in range(candidates.shape[1])]
-        videos = self._videos(candidates, stages)
-        if self.residency.active:
-            videos = iter([video.cpu() for video in videos])
-        parts: list[dict[str, Tensor]] = []
-        first = 0
-        for chunk in videos:
-            with stages("reward"), self.residency.phase("reward"):
-                parts.append(self.reward.score(chunk, captions[first : first + len(chunk)]))
-            first += len(chunk)
-            del chunk
-        return {
-            name: torch.cat([part[name] for part in parts]).unflatten(0, candidates.shape[:2])
-            for name in self.reward.dimensions
-        }
-
-    def _videos(self, candidates: Tensor, stages: Stages) -> Iterator[Tensor]:
-        """Videos of candidates [P, N, ...], group by group in their order."""
-        latents = candidates.flatten(0, 1)
-
-        def decode(group: Group) -> Tensor:
-            return self._decode(latents[group.prompts.start : group.prompts.stop], stages)
-
-        return self.rows.run(decode, len(latents), 1)
-
-    def _decode(self, latents: Tensor, stages: Stages) -> Tensor:
-        with stages("decode"):
-            return self.model.decode(latents)
 
     def _update(
         self, candidates: Tensor, pairs: Pairs, text: TextEmbedding, positions: Sequence[int]
