@@ -205,7 +205,7 @@ def motion(luma: Tensor) -> Tensor:
 
 
 def _over_frames(measure: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
-    """Mean over frames of a measure of images [n, 3, H, W], of pictures [B, f, 3, H, W]; ``AT_ONCE`` pixels at a time."""
+    """Mean over frames of a measure of images [n, 3, H, W], of pictures [B, f, 3, H, W]; ``AT_ONCE`` pixels a time."""
     images = pictures.flatten(0, 1)
     count = max(1, AT_ONCE // images[0, 0].numel())
     scores = [measure(part) for part in images.split(count)]
