@@ -1,10 +1,11 @@
-"""Data parallelism over processes: each has its own prompts, gradients are averaged, rank 0 writes the log."""
+"""Data parallelism over processes: each, or each team of them, has its own prompts, gradients are averaged, rank 0
+writes the log."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,17 +16,22 @@ _BUCKET_ELEMENTS = 32 * 2**20
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its equals."""
+    """This process among its equals: those of a run, or those of its team.
+
+    group: what torch.distributed knows them as; None: all of its processes.
+    """
 
     rank: int
     count: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    _team: Processes | None = None
 
     @staticmethod
-    def start(device: str = "auto") -> Processes:
+    def start(device: str = "auto", per_team: int = 1) -> Processes:
         """Join the group that torchrun describes in the environment, or stand alone without one.
 
-        gloo on CPU, nccl on CUDA. ``device`` is "auto", or what torch.device accepts.
+        gloo on CPU, nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team: see ``in_teams``.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
@@ -40,34 +46,65 @@ class Processes:
             torch.cuda.set_device(chosen)
         if count > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        return Processes(rank, count, chosen)
+        return Processes(rank, count, chosen).in_teams(per_team)
+
+    def in_teams(self, size: int) -> Processes:
+        """The same processes, each ``size`` with neighbouring ranks as a team that has its prompts in common.
+
+        Every process of the run must call it. ValueError if the teams do not come out even.
+        """
+        if self.count % size:
+            raise ValueError(
+                f"processes.per_prompt={size} does not divide the {self.count} processes that train; start a "
+                f"multiple of {size}, or set it to a divisor of {self.count}"
+            )
+        if size == 1:
+            return self
+        groups = [dist.new_group(range(first, first + size)) for first in range(0, self.count, size)]
+        team = Processes(self.rank % size, size, self.device, groups[self.rank // size])
+        return replace(self, _team=team)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def team(self) -> Processes:
+        """This process among those that have its prompts: alone, unless ``in_teams``."""
+        return self._team or Processes(0, 1, self.device)
+
     def share(self, total: int, what: str) -> range:
-        """This process's part of ``total`` equal pieces. ValueError if they cannot be dealt out equally."""
-        if total % self.count:
-            raise ValueError(
-                f"{what}={total} cannot be shared equally by {self.count} processes; use a multiple of it"
-            )
-        each = total // self.count
-        return range(self.rank * each, (self.rank + 1) * each)
+        """This team's part of ``total`` equal pieces. ValueError if they cannot be dealt out equally."""
+        size = self.team.count
+        teams = self.count // size
+        if total % teams:
+            who = "processes" if size == 1 else f"teams of {size} processes"
+            raise ValueError(f"{what}={total} cannot be shared equally by {teams} {who}; use a multiple of it")
+        each = total // teams
+        team = self.rank // size
+        return range(team * each, (team + 1) * each)
+
+    def part(self, total: int) -> range:
+        """This process's part of ``total`` pieces, dealt out in rank order as evenly as they can be."""
+        return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over processes, in place."""
         if self.count > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Rows [n, ...] of every process, the same n everywhere, concatenated in rank order."""
+    def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """Tensors of every process, of the same shape everywhere, concatenated along ``dim`` in rank order.
+
+        They travel from and to ``device``, whatever device they are on.
+        """
         if self.count == 1:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.count)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        here = rows.to(self.device).contiguous()
+        parts = [torch.empty_like(here) for _ in range(self.count)]
+        dist.all_gather(parts, here, group=self.group)
+        return torch.cat(parts, dim).to(rows.device)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each gradient by its mean over processes; a missing one counts as zero."""
@@ -87,7 +124,7 @@ class Processes:
         if not bucket:
             return
         flat = torch.cat([grad.reshape(-1) for grad in bucket])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self.group)
         flat /= self.count
         for grad, mean in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(mean.view_as(grad))
@@ -97,19 +134,19 @@ class Processes:
         if self.count == 1:
             return flag
         value = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return bool(value.item())
 
     def agree(self, text: str) -> str:
         """The first process's text, everywhere."""
         box = [text]
         if self.count > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
+            dist.broadcast_object_list(box, group_src=0, device=self.device, group=self.group)
         return box[0]
 
     def wait(self) -> None:
         if self.count > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def stop(self) -> None:
         if self.count > 1 and dist.is_initialized():
