@@ -10,7 +10,7 @@ import torch
 from vpo_engine.config import Config, ModelConfig
 from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.data.prompts import PromptFile, Prompts
-from vpo_engine.data.sprites.assets import load_sprites
+from vpo_engine.data.sprites.assets import GEOMETRY, load_sprites
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
 from vpo_engine.data.text_source import TextSource
@@ -25,8 +25,9 @@ from vpo_engine.models.opensora.load import load_opensora
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt
 from vpo_engine.protocols import Reward
-from vpo_engine.rewards.sprites import SpritesJudge, SpritesReward
-from vpo_engine.rewards.videoscore import VideoScore
+from vpo_engine.rewards import registry
+from vpo_engine.rewards.combine import check_dimensions
+from vpo_engine.rewards.sprites import SpritesJudge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -105,22 +106,38 @@ def _build_opensora(settings: ModelConfig, processes: Processes, dtype: torch.dt
     )
 
 
+def check_reward(config: Config) -> None:
+    """Refuse, before any weight is read, what ``build_reward`` or the first step would.
+
+    ValueError for a reward that is not for training, for settings it does not have and for dimensions it does not
+    have; FileNotFoundError for a missing folder.
+    """
+    settings = config.reward
+    registry.check_reward(settings.kind, settings.path, settings.scorer_settings)
+    card = registry.reward_card(settings.kind)
+    if not card.for_training:
+        raise ValueError(
+            f"reward.kind={settings.kind} writes its scores in words, too slow and too coarse to train on: it is for "
+            "python -m vpo_engine.rank; set another reward.kind"
+        )
+    check_dimensions(settings.dimensions, tuple(card.dimensions))
+
+
 def build_reward(config: Config, device: torch.device, residency: Residency | None = None) -> Reward:
-    """The reward model; ``residency`` is told of its weights."""
-    if config.reward.kind == "sprites":
-        return SpritesReward()
-    assert config.reward.path is not None
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    reward = VideoScore.from_pretrained(
-        config.reward.path,
-        dtype=dtype,
+    """The reward model; ``residency`` is told of its weights. Errors as of ``check_reward``, and of its files."""
+    check_reward(config)
+    settings = config.reward
+    reward = registry.build_reward(
+        settings.kind,
+        settings.path,
         device=device,
-        max_frames=config.reward.max_frames,
-        batch_size=config.reward.rows,
-        bits=config.reward.bits,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        fps=GEOMETRY.fps if config.model.kind == "sprites" else config.model.fps,
+        settings=settings.scorer_settings,
     )
-    if residency is not None:
-        residency.register("reward", lambda: module_tensors(reward.network))
+    network = getattr(reward, "network", None)
+    if residency is not None and network is not None:
+        residency.register("reward", lambda: module_tensors(network))
     return reward
 
 

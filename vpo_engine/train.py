@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward
+from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward, check_reward
 from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.data.prompts import PromptStream
@@ -53,6 +53,7 @@ def train(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); the exit code."""
     processes = Processes.start(config.model.device)
     try:
+        check_reward(config)
         prompts, held_out_prompts = build_prompts(config)
         if configurations_are_here(config):  # else building the model says which is missing
             plan = check_fits(config, processes.device, processes.count)

@@ -135,6 +135,16 @@ class TestSegments:
         for _ in range(2):
             torch.testing.assert_close(reward.score(videos, ["a", "a"])["brightness"], expected)
 
+    def test_decay_is_instructvideos_at_its_own_sizes_and_scales_with_the_segment(self) -> None:
+        """16 frames in 4 segments: lambda 1, of the public code; 48 frames: the same weights at a third of it."""
+        at_16 = VideoOfFrames(Given(), reduce="segments")
+        videos = torch.rand(2, 16, 1, 1, 1).expand(-1, -1, 3, 2, 2)
+        by_one = VideoOfFrames(Given(), reduce="segments", decay=1.0).score_pixels(videos, ["a", "b"])
+        assert torch.equal(at_16.score_pixels(videos, ["a", "b"])["brightness"], by_one["brightness"])
+        longer = videos.repeat_interleave(3, dim=1)
+        by_third = VideoOfFrames(Given(), reduce="segments", decay=1 / 3).score_pixels(longer, ["a", "b"])
+        torch.testing.assert_close(at_16.score_pixels(longer, ["a", "b"]), by_third)
+
     def test_every_video_has_its_own_draw(self) -> None:
         videos = torch.arange(400.0).view(1, 400, 1, 1, 1).expand(3, 400, 3, 2, 2)
         reward = VideoOfFrames(Given(), reduce="segments", segments=1, decay=0.0)

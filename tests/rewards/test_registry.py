@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ import torch
 from vpo_engine.rewards import registry
 from vpo_engine.rewards.builtin import Builtin
 from vpo_engine.rewards.frames import VideoOfFrames
-from vpo_engine.rewards.registry import NAMES, build_reward, format_cards, knows_frame_rate, reward_card
+from vpo_engine.rewards.registry import (
+    NAMES,
+    build_reward,
+    check_reward,
+    format_cards,
+    knows_frame_rate,
+    reward_card,
+)
 
 SHIPPED = ("sprites", "builtin")
 
@@ -79,7 +87,37 @@ def test_rewards_that_sample_by_seconds_want_the_frame_rate(tmp_path: Path) -> N
         build_reward("videoalign", tmp_path)
 
 
-def test_variants_and_image_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_knows_every_reward() -> None:
+    from vpo_engine.config import reward as config
+
+    assert get_args(config.RewardKind) == NAMES
+    assert tuple(name for name in NAMES if registry._ENTRIES[name].shipped) == config._SHIPPED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_exist_and_others_are_refused(name: str, tmp_path: Path) -> None:
+    """Every setting of the configuration either is an argument of the scorer or is refused by name."""
+    entry = registry._ENTRIES[name]
+    scorer = VideoOfFrames if entry.images else getattr(registry._module(entry), entry.scorer).from_pretrained
+    calls = registry._OF_FRAMES if entry.images else registry._OF_SCORERS
+    assert {calls[setting] for setting in entry.settings} <= set(inspect.signature(scorer).parameters)
+    path = None if entry.shipped else tmp_path
+    for setting in ("rows", "max_frames", "bits", "frames", "frame_reduce", "frame_decay"):
+        if setting in entry.settings:
+            check_reward(name, path, {setting: 8})
+        else:
+            with pytest.raises(ValueError, match=f"reward '{name}' has no setting {setting}: it takes"):
+                check_reward(name, path, {setting: 8})
+
+
+def test_judges_that_write_are_not_for_training() -> None:
+    assert {name for name in NAMES if not reward_card(name).for_training} == {
+        "videoscore2",
+        "unified_reward",
+    }
+
+
+def test_variants_and_image_scorers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What reaches from_pretrained, and what comes back."""
     given: list[tuple] = []
 
@@ -93,16 +131,26 @@ def test_variants_and_image_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, scorer in (("hpsv2", "HPSv2"), ("videoscore", "VideoScore"), ("videoalign", "VideoAlign")):
         monkeypatch.setattr(f"vpo_engine.rewards.{module}.{scorer}", Scorer)
-    placed = {"device": "cpu", "dtype": torch.float32}
-    assert isinstance(build_reward("hpsv2_1", "w"), VideoOfFrames)
-    assert isinstance(build_reward("hpsv2", "w"), VideoOfFrames)
-    assert isinstance(build_reward("videoscore_v1_1", "w", fps=24), Scorer)
-    build_reward("videoalign", "w", fps=8)
+    placed, w = {"device": "cpu", "dtype": torch.float32}, tmp_path
+    assert isinstance(build_reward("hpsv2_1", w), VideoOfFrames)
+    of_frames = build_reward("hpsv2", w, settings={"rows": 5, "frames": 3, "frame_reduce": "min"})
+    assert isinstance(of_frames, VideoOfFrames)
+    assert (of_frames.batch_size, of_frames.frames, of_frames.reduce) == (5, 3, "min")
+    of_frames = build_reward(
+        "hpsv2", w, settings={"frames": 3, "frame_reduce": "segments", "frame_decay": 0.5}
+    )
+    assert isinstance(of_frames, VideoOfFrames)
+    assert (of_frames.frames, of_frames.segments, of_frames.decay) == (None, 3, 0.5)
+    assert isinstance(build_reward("videoscore_v1_1", w, fps=24), Scorer)
+    build_reward("videoscore_v1_1", w, settings={"rows": 2, "max_frames": 32, "bits": 8})
+    build_reward("videoalign", w, fps=8)
     assert given == [
-        ("w", placed | {"version": "v2.1"}),
-        ("w", placed | {"version": "v2"}),
-        ("w", placed | {"max_frames": 48}),
-        ("w", placed | {"fps": 8}),
+        (w, placed | {"version": "v2.1"}),
+        (w, placed | {"version": "v2"}),
+        (w, placed | {"version": "v2"}),
+        (w, placed | {"max_frames": 48}),
+        (w, placed | {"max_frames": 32, "batch_size": 2, "bits": 8}),
+        (w, placed | {"fps": 8}),
     ]
 
 

@@ -3,26 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from vpo_engine.config.section import Section
 
+RewardKind = Literal[
+    "sprites",
+    "builtin",
+    "videoscore",
+    "videoscore_v1_1",
+    "videoscore2",
+    "videoalign",
+    "q_align",
+    "unified_reward",
+    "laion_aesthetic",
+    "imagereward",
+    "mps",
+    "hpsv2",
+    "hpsv2_1",
+    "pickscore",
+    "viclip",
+    "vjepa",
+]
+"""Every reward of rewards/registry.py."""
+_SHIPPED = ("sprites", "builtin")
+"""Those whose weights are in the package."""
+
 
 class RewardConfig(Section):
     """How candidates are scored."""
 
-    kind: Literal["sprites", "videoscore"] = "sprites"
+    kind: RewardKind = "sprites"
+    """``python -m vpo_engine.rank --list`` says what each is; those that it calls not for training are refused."""
     path: Path | None = None
-    """Folder of the reward model's checkpoint. Used by kind videoscore only."""
-    max_frames: int = Field(16, ge=1)
-    """Frames that videoscore looks at: 16 for VideoScore, 48 for v1.1."""
-    rows: int = Field(4, ge=1)
-    """Videos that videoscore scores at once."""
+    """Folder of the reward model's checkpoint; null for those whose weights are in the package."""
+    rows: int | None = Field(None, ge=1)
+    """Videos, or frames of a scorer of images, that are scored at once; null: 4 videos (viclip: 8), 64 frames."""
     bits: Literal[16, 8, 4] = 16
     """Of the matrices behind videoscore's vision tower, by bitsandbytes: 15.4, 8.2 or 5.1 GiB in all; scores move by
     rounding."""
+    max_frames: int | None = Field(None, ge=1)
+    """Frames that videoscore looks at; null: 16, and 48 for v1.1."""
+    frames: int | None = Field(None, ge=1)
+    """Frames that are scored, evenly spread, by scorers of images (null: all), builtin (null: 8) and q_align (null: one
+    a second). With frame_reduce=segments it is the number of segments (null: 4)."""
+    frame_reduce: Literal["mean", "min", "segments"] = "mean"
+    """How the scores of frames become a video's. segments: InstructVideo's (arXiv 2312.12490), one frame of each
+    segment, weighed by exp(-frame_decay * its distance from the middle frame)."""
+    frame_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """InstructVideo's lambda, per frame; null: 4 over the frames of a segment, which is its 1 at 16 frames."""
     dimensions: tuple[str, ...] = ("temporal_consistency",)
     """One dimension, several (their average) or "global" (the average of all). The paper's best row is
     temporal consistency alone (Table 4b)."""
@@ -35,3 +66,21 @@ class RewardConfig(Section):
         if isinstance(values, dict) and isinstance(values.get("dimensions"), str):
             return {**values, "dimensions": (values["dimensions"],)}
         return values
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.path is None and self.kind not in _SHIPPED:
+            raise ValueError(f"kind {self.kind} needs reward.path, a local folder of its checkpoint")
+        if self.frame_decay is not None and self.frame_reduce != "segments":
+            raise ValueError(
+                f"frame_decay={self.frame_decay} weighs segments, but frame_reduce={self.frame_reduce}; leave it out, "
+                "or set frame_reduce=segments"
+            )
+        return self
+
+    @property
+    def scorer_settings(self) -> dict[str, Any]:
+        """Those of the settings rows to frame_decay that are not left to the scorer, by name."""
+        names = ("rows", "bits", "max_frames", "frames", "frame_reduce", "frame_decay")
+        fields = type(self).model_fields
+        return {name: value for name in names if (value := getattr(self, name)) != fields[name].default}

@@ -79,11 +79,12 @@ class Config(Section):
             raise ValueError(
                 "prompts.train and prompts.held_out name files; only the sprites world has its own"
             )
-        if self.reward.kind == "videoscore" and self.reward.path is None:
-            raise ValueError("reward.kind videoscore needs reward.path, a local folder of its checkpoint")
-        if self.reward.kind == "sprites" and self.model.kind != "sprites":
-            raise ValueError("reward.kind sprites scores the sprites world only; set reward.kind=videoscore")
-        if self.optimizer.warmup_steps >= self.steps:
+        if self.reward.kind.startswith("sprites") and self.model.kind != "sprites":
+            raise ValueError(
+                f"reward.kind {self.reward.kind} scores the sprites world only; set reward.kind=videoscore with its "
+                "reward.path, or reward.kind=builtin"
+            )
+        if self.optimizer.warmup_steps >= self.optimizer_steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps}"
             )

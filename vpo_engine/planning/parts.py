@@ -25,8 +25,13 @@ from vpo_engine.models.opensora.stdit3 import STDiT3, STDiT3Config
 from vpo_engine.models.opensora.vae import OpenSoraVAE
 from vpo_engine.planning.tracker import Tracker
 from vpo_engine.protocols import TextEmbedding
+from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rewards.videoscore import VideoScoreNetwork
 
+_PLANNED = ("videoscore", "videoscore_v1_1")
+"""Rewards whose network is traced."""
+_NEGLIGIBLE = 10**7
+"""Parameters of a reward that need no planning."""
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 STDIT3_XL2: dict[str, Any] = {"freeze_y_embedder": True}
@@ -82,7 +87,8 @@ class Assumed:
 
 def configurations_are_here(config: Config) -> bool:
     """Whether every folder that the configuration names holds a config.json, so that no size has to be assumed."""
-    folders = (config.model.policy, config.model.vae, config.model.text_encoder, config.reward.path)
+    reward = config.reward.path if config.reward.kind in _PLANNED else None
+    folders = (config.model.policy, config.model.vae, config.model.text_encoder, reward)
     return all((folder / "config.json").is_file() for folder in folders if folder is not None)
 
 
@@ -153,8 +159,13 @@ def build_model(config: Config, assumed: Assumed, depth: int | None) -> tuple[Pl
 
 
 def build_reward_network(config: Config, assumed: Assumed) -> VideoScoreNetwork | None:
-    """VideoScore's network; None for the sprites reward, which is negligible."""
-    if config.reward.kind == "sprites":
+    """VideoScore's network; None, with a note unless it is negligible, for another reward."""
+    if config.reward.kind not in _PLANNED:
+        card = reward_card(config.reward.kind)
+        if card.parameters > _NEGLIGIBLE:
+            assumed.notes.append(
+                f"{card.name} is not planned: {card.gib_bf16:.1f} GiB of weights come on top"
+            )
         return None
     fields = assumed.config(config.reward.path, IDEFICS2_8B, "VideoScore (Idefics2-8B)")
     with META:

@@ -253,8 +253,9 @@ class _Tracing:
         if self._reward is None:
             return
         settings, network = self._config.reward, self._reward
-        at_once = min(settings.rows, rows)
-        frames = len(frame_indices(video.shape[1], settings.max_frames))
+        at_once = min(settings.rows or 4, rows)
+        most = settings.max_frames or (48 if settings.kind == "videoscore_v1_1" else 16)
+        frames = len(frame_indices(video.shape[1], most))
         height, width = _processed(*video.shape[2:4])
         slots = network.model.config.perceiver_config.resampler_n_latents
         tokens = QUESTION_TOKENS + frames * (slots + TOKENS_AROUND_A_FRAME)

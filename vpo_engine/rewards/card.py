@@ -15,7 +15,8 @@ class RewardCard:
     dimensions: name to the range of its scores; None where a side has no bound. Higher is better in all of them.
     frames: which frames are looked at. resolution: what they are resized to. reads_prompt: whether the score depends on
     the text. differentiable: whether gradients can reach the pixels. parameters: of the published size; 0 for none.
-    licence: of weights and, where it differs, code. source: where the weights are published.
+    licence: of weights and, where it differs, code. source: where the weights are published. for_training: whether
+    pairs may be made of its scores; judges that write their answers are for ranking and evaluation alone.
     """
 
     name: str
@@ -27,6 +28,7 @@ class RewardCard:
     parameters: int
     licence: str
     source: str
+    for_training: bool = True
 
     @property
     def gib_bf16(self) -> float:

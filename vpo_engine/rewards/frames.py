@@ -77,8 +77,8 @@ class VideoOfFrames:
     """An image scorer as a ``Reward`` of videos.
 
     mean, min: over the chosen frames. segments: one frame of each segment, the scores weighed by their distance from
-    the middle frame and averaged without dividing by the sum of weights, as in InstructVideo. With its decay of 1,
-    made for 16 frames, long videos have weights near zero: 51 frames want about a third of it.
+    the middle frame and averaged without dividing by the sum of weights, as in InstructVideo. Its decay of 1 is made
+    for segments of 4 frames, of videos of 16; with longer ones it leaves weights near zero.
     """
 
     def __init__(
@@ -88,10 +88,11 @@ class VideoOfFrames:
         frames: int | None = None,
         reduce: Reduce = "mean",
         segments: int = 4,
-        decay: float = 1.0,
+        decay: float | None = None,
         batch_size: int = 64,
     ) -> None:
-        """``frames``: how many, evenly spread; None for all. ``segments``, ``decay``: of reduce="segments" only.
+        """``frames``: how many, evenly spread; None for all. ``segments``, ``decay``: of reduce="segments" only;
+        decay None is 4 over the frames of a segment, which is InstructVideo's 1 at its own sizes.
 
         ``batch_size``: images per call of the scorer, of one or several videos.
         """
@@ -104,7 +105,7 @@ class VideoOfFrames:
             raise ValueError(
                 f"frames is {frames}, but reduce='segments' scores one frame a segment; set segments instead"
             )
-        if not 0 <= decay < float("inf"):
+        if decay is not None and not 0 <= decay < float("inf"):
             raise ValueError(f"decay is {decay}, expected a finite number of at least 0")
         if len(scorer.dimensions) != 1:
             raise ValueError(
@@ -174,7 +175,8 @@ class VideoOfFrames:
         if self.reduce == "min":
             return scores.amin(1)
         if self.reduce == "segments":
-            scores = scores * segment_weights(indices, num_frames, self.decay).to(scores.device)
+            decay = 4 / (num_frames // self.segments) if self.decay is None else self.decay
+            scores = scores * segment_weights(indices, num_frames, decay).to(scores.device)
         return scores.mean(1)
 
 

@@ -145,7 +145,7 @@ FORMS: dict[Version, Form] = {
     ),
 }
 
-_SLOW = "Slow: writes its answer in words; for ranking and evaluation, not for training"
+_SLOW = "Slow: writes its answer in words"
 
 
 def _card(version: Version, frames: str, resolution: str, source: str) -> RewardCard:
@@ -159,6 +159,7 @@ def _card(version: Version, frames: str, resolution: str, source: str) -> Reward
         parameters=8_292_166_656,
         licence="MIT (code)",
         source=source,
+        for_training=False,
     )
 
 

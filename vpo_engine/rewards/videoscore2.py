@@ -46,16 +46,14 @@ FPS, MAX_PIXELS = 2.0, 768 * qwen_vl.CELL**2
 CARD = RewardCard(
     name="videoscore2",
     dimensions=dict.fromkeys(DIMENSIONS, (0.2, 5.0)),
-    frames=(
-        "2 a second, an even number, at least 4. Slow: writes up to 1024 tokens a video; for ranking and evaluation, "
-        "not for training"
-    ),
+    frames="2 a second, an even number, at least 4. Slow: writes up to 1024 tokens a video",
     resolution="multiples of 28 with 100352..602112 pixels, aspect ratio kept",
     reads_prompt=True,
     differentiable=False,
     parameters=8_292_166_656,
     licence="Apache-2.0",
     source="TIGER-Lab/VideoScore2",
+    for_training=False,
 )
 
 _GRADE = r"([1-5])(?![./]*\d)"  # neither 4.5 nor 4/5 nor 40
