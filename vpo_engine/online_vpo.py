@@ -96,10 +96,11 @@ class OnlineVPO:
         candidates = self._rollout(sampler, prompts, text, positions, stages)
         scores = self.scoring.score(candidates, prompts, stages)
         pairs = select_pairs(combine(scores, self.config.reward.dimensions), self.config.reward.min_gap)
-        with stages("update"):
-            metrics = self._update(candidates, pairs, text, positions)
-        with stages("refresh"):
-            self._refresh()
+        for update in range(self.config.objective.updates):
+            with stages("update"):
+                metrics = self._update(candidates, pairs, text, positions, update)
+            with stages("refresh"):
+                self._refresh()
         metrics |= self._reward_metrics(scores, pairs)
         metrics |= {
             "optimizer_steps": self.optimizer_steps,
@@ -128,12 +129,12 @@ class OnlineVPO:
             return self.rollout.finish(sampler, text, begun.latents, scores)
 
     def _update(
-        self, candidates: Tensor, pairs: Pairs, text: TextEmbedding, positions: Sequence[int]
+        self, candidates: Tensor, pairs: Pairs, text: TextEmbedding, positions: Sequence[int], update: int
     ) -> dict[str, float]:
         kept = pairs.kept.nonzero().squeeze(1)
         total = int(self.processes.sum(torch.tensor(len(kept), device=self.processes.device)))
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=self.processes.device)
-        rate = learning_rate(self.config.optimizer, self.optimizer_steps, self.config.steps)
+        rate = learning_rate(self.config.optimizer, self.optimizer_steps, self.config.optimizer_steps)
         self.optimizer.begin(rate)
         if len(kept):
             batch = PreferenceBatch(
@@ -142,6 +143,7 @@ class OnlineVPO:
                 text=text[kept],
                 positions=[positions[i] for i in kept.tolist()],
                 total=total,
+                update=update,
             )
             with self.residency.phase("update"):
                 local = self.objective.step(batch, self.reference, self.processes.count)

@@ -66,6 +66,10 @@ def check_same_run(config: Config, saved_config: Path) -> None:
         for name in Config.model_fields
         if name not in _FREE_TO_CHANGE and getattr(saved, name) != getattr(config, name)
     ]
+    if saved.held_out_steps != config.held_out_steps:
+        different.append(
+            f"evaluation.steps was {saved.held_out_steps}, now {config.held_out_steps}, and the base was evaluated so"
+        )
     if different:
         raise ValueError(
             f"cannot resume {saved_config.parent}: {'; '.join(different)}. Resume with the run's own settings "

@@ -189,7 +189,8 @@ class Trainer:
         return range(min(_GALLERY_CLIPS, total))
 
     def _save_held_out(self, after: Tensor) -> None:
-        clips, rollout = self._shown(), self._config.rollout
+        clips = self._shown()
+        steps, guidance = self._config.held_out_steps, self._config.rollout.guidance
         before = self._baseline["clips"]
         gallery = HeldOutGallery(
             before=before,
@@ -198,7 +199,7 @@ class Trainer:
             before_scores=self._held_out.scores(before, clips),
             after_scores=self._held_out.scores(after, clips),
             fps=self._algorithm.model.fps,
-            settings=f"{rollout.steps} steps, guidance {rollout.guidance:g}, same noise before and after",
+            settings=f"{steps} steps, guidance {guidance:g}, same noise before and after",
         )
         write_held_out(self._run.held_out_gallery, gallery)
 

@@ -36,6 +36,8 @@ class EvaluationConfig(Section):
     """How many of the held-out prompts are used; null: all."""
     samples_between: int | None = Field(None, ge=1)
     """Samples of an evaluation during training; null: as many as at the start and the end."""
+    steps: int | None = Field(None, ge=1)
+    """Sampling steps of held-out videos; null: rollout.steps."""
 
 
 class CheckpointConfig(Section):
@@ -52,7 +54,7 @@ class Config(Section):
     name: str = "run"
     seed: int = 0
     steps: int = Field(1000, ge=1)
-    """Steps of Algorithm 1; each makes at most one optimizer step."""
+    """Steps of Algorithm 1; each makes objective.updates optimizer steps, or none where all pairs are ties."""
     pairs_per_step: int = Field(8, ge=1)
     """Prompts, hence pairs, per step over all processes (paper, section 4.1: batch 8)."""
     run_dir: Path | None = None
@@ -67,6 +69,16 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of a run in which no step goes without pairs."""
+        return self.steps * self.objective.updates
+
+    @property
+    def held_out_steps(self) -> int:
+        """Sampling steps of held-out videos."""
+        return self.evaluation.steps or self.rollout.steps
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -86,7 +98,8 @@ class Config(Section):
             )
         if self.optimizer.warmup_steps >= self.optimizer_steps:
             raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps}"
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps} times "
+                f"objective.updates={self.objective.updates}"
             )
 
     def _check_memory(self) -> None:

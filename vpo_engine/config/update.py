@@ -17,7 +17,10 @@ class ObjectiveConfig(Section):
     the published value for flow matching on a 1 B video model with this form (VideoReward, appendix I). It is
     not the 500 of an implementation that sums errors or drops the half."""
     draws: int = Field(1, ge=1)
-    """(t, noise) draws per pair and step, a sigmoid each (paper: one)."""
+    """(t, noise) draws per pair and optimizer step, a sigmoid each (paper: one)."""
+    updates: int = Field(1, ge=1)
+    """Optimizer steps on the pairs of one rollout, each with other draws (paper: one). The log has the numbers of the
+    last."""
     weighting: Literal["prediction", "epsilon", "x0"] = "prediction"
     """The space in which beta is the same at all times: the model's own prediction, as published flow trainers
     have it, or the noise or the clean latents, which weights beta by the square of the signal's or the noise's

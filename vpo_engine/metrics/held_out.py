@@ -92,7 +92,7 @@ class HeldOut:
                 network,
                 noise.to(self._processes.device),
                 text,
-                steps=rollout.steps,
+                steps=self._config.held_out_steps,
                 guidance=rollout.guidance,
             )
         return self._model.decode(latents)

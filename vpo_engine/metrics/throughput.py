@@ -158,7 +158,7 @@ class Throughput:
         """
         objective = self._config.objective
         guided = objective.branch == "guided" and self._config.rollout.guidance != 1.0
-        trained = pairs * 2 * objective.draws * (2 if guided else 1)
+        trained = pairs * 2 * objective.draws * objective.updates * (2 if guided else 1)
         work = {
             "rollout": rows * self._flops.forward,
             "update": trained * (self._flops.forward + self._flops.training),

@@ -21,7 +21,8 @@ class PreferenceBatch:
     """Pairs to learn from.
 
     winner, loser: clean latents [P, C, T, H, W]. text: their P prompts. positions: where each prompt stands in
-    the stream, which seeds its noise. total: pairs of the whole step, over all processes.
+    the stream, which seeds its noise. total: pairs of the whole step, over all processes. update: how many optimizer
+    steps were made on these pairs before; each has draws of its own.
     """
 
     winner: Tensor
@@ -29,6 +30,7 @@ class PreferenceBatch:
     text: TextEmbedding
     positions: Sequence[int]
     total: int
+    update: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class DPO:
         mean over ``world`` processes is the gradient of the mean over all pairs, however they are spread.
         Keys of the result: METRICS and "rows".
         """
-        times, noise = self._draws(batch.positions, batch.winner.device)
+        times, noise = self._draws(batch.positions, batch.winner.device, batch.update)
         draws = self._config.draws
         pair_of_row = torch.arange(len(times)) // draws  # on the host, where text masks are
         rows = self._config.rows or len(times)
@@ -98,7 +100,9 @@ class DPO:
             sums["rows"] += len(index)
         return sums
 
-    def _draws(self, positions: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _draws(
+        self, positions: Sequence[int], device: torch.device, update: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Times [P * draws] and noise [P * draws, C, T, H, W], a pair's draws in a row.
 
         The draws of one pair are stratified: each falls in another of ``draws`` equal parts of (0, 1), which
@@ -106,10 +110,11 @@ class DPO:
         """
         draws, shape = self._config.draws, self._model.latent_shape
         strata, noise = [], []
+        which = [update] if update else []
         for position in positions:
-            random = generator(self._seed, "time", position)
+            random = generator(self._seed, "time", position, *which)
             strata.append((torch.arange(draws) + torch.rand(draws, generator=random)) / draws)
-            noise.append(normal((draws, *shape), self._seed, "noise", position))
+            noise.append(normal((draws, *shape), self._seed, "noise", position, *which))
         times = self._model.draw_timesteps(torch.cat(strata).clamp(1e-6, 1 - 1e-6))
         return times.to(device), torch.cat(noise).to(device)
 

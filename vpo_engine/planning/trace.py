@@ -99,7 +99,7 @@ def trace_step(
     return _Tracing(config, on_gpu, processes, depth).run(network_only)
 
 
-class _HostCopies(PlainCopies):
+class HostCopies(PlainCopies):
     """Copies whose host side is told apart."""
 
     def __init__(self, device: torch.device, tracker: Tracker) -> None:
@@ -168,7 +168,7 @@ class _Tracing:
         hold_in_bfloat16(network, config.memory.weights, DTYPES[config.model.dtype])
         tracker.label([*network.parameters(), *network.buffers()], "weights")
         network.register_forward_pre_hook(without_mask)
-        network.offloaded = OffloadedInputs(lambda tensor: _HostCopies(tensor.device, tracker))
+        network.offloaded = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
         if self._reward is not None:
             self._build_reward(self._reward)
         with tracker.making("reference"):
@@ -283,12 +283,13 @@ class _Tracing:
                 self._label_gradient(parameter)
         which = torch.arange(rows) // draws
         batch = PreferenceBatch(latents[which], latents[which], text[which], range(rows), total)
-        with self._phase("update", total / rows):
+        updates = config.objective.updates
+        with self._phase("update", updates * total / rows):
             objective.step(batch, self._reference)
-        with self._phase("optimizer", 1.0):
+        with self._phase("optimizer", updates):
             self._optimizer.step()
         every = config.reference.refresh_every
-        with self._phase("refresh", 1 / every if every else 0.0):
+        with self._phase("refresh", updates / every if every else 0.0):
             self._reference.refresh(self._model.network)
 
 
