@@ -79,7 +79,9 @@ class Processes:
         teams = self.count // size
         if total % teams:
             who = "processes" if size == 1 else f"teams of {size} processes"
-            raise ValueError(f"{what}={total} cannot be shared equally by {teams} {who}; use a multiple of it")
+            raise ValueError(
+                f"{what}={total} cannot be shared equally by {teams} {who}; use a multiple of it"
+            )
         each = total // teams
         team = self.rank // size
         return range(team * each, (team + 1) * each)
