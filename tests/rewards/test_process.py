@@ -1,0 +1,181 @@
+"""A reward in a process of its own: the same scores, and every way in which it can fail to give any."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import process_rewards
+import pytest
+import torch
+
+from vpo_engine.data.sprites.damage import sample_clean
+from vpo_engine.rewards.process import ProcessReward, RewardProcessError
+from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, finished ones that nobody waited for included."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+VIDEOS = torch.arange(2 * 3 * 4 * 4 * 3).view(2, 3, 4, 4, 3).to(torch.uint8)
+
+
+def ask(reward: ProcessReward, what: str, videos: torch.Tensor = VIDEOS) -> torch.Tensor:
+    return reward.score(videos, [what] * len(videos))["mean"]
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[ProcessReward]:
+    with ProcessReward(process_rewards.scripted, name="scripted") as made:
+        yield made
+
+
+@pytest.fixture
+def mortal() -> Iterator[ProcessReward]:
+    with ProcessReward(process_rewards.scripted, name="scripted", time_limit=1.0) as made:
+        yield made
+
+
+class TestScores:
+    def test_are_those_of_the_reward_in_this_process_bit_for_bit(self) -> None:
+        clips = sample_clean(5, torch.Generator().manual_seed(0))
+        here = SpritesReward().score(clips.videos, clips.captions)
+        with ProcessReward(process_rewards.sprites, name="sprites") as made:
+            assert made.dimensions == DIMENSIONS
+            for _ in range(2):
+                there = made.score(clips.videos, clips.captions)
+                assert list(there) == list(here)
+                assert all(torch.equal(there[name], here[name]) for name in here)
+            made._process.kill()
+            with pytest.raises(
+                RewardProcessError,
+                match="died with signal SIGKILL, as the system kills when memory runs out while",
+            ):
+                made.score(clips.videos, clips.captions)
+
+    def test_of_videos_of_any_size_and_layout(self, reward: ProcessReward) -> None:
+        """The shared memory grows, and is used again for less."""
+        generator = torch.Generator().manual_seed(1)
+        for shape in ((1, 2, 4, 4, 3), (3, 5, 64, 64, 3), (2, 3, 8, 8, 3)):
+            videos = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            for given in (videos, videos.flip(1), videos.transpose(2, 3), videos[:, ::2]):
+                expected = given.flatten(1).double().mean(1).float()
+                assert torch.equal(ask(reward, "score", given), expected)
+
+    def test_as_many_threads_there_as_here(self, reward: ProcessReward) -> None:
+        threads, pid, parent = (int(fact) for fact in ask(reward, "facts"))
+        assert threads == torch.get_num_threads()
+        assert pid != os.getpid() == parent
+
+
+class TestErrors:
+    def test_arrive_as_they_were_with_their_traceback(self, reward: ProcessReward) -> None:
+        with pytest.raises(ValueError, match="prompt 'raise' is one of 2 bad ones") as caught:
+            ask(reward, "raise")
+        assert str(caught.value) == "prompt 'raise' is one of 2 bad ones"
+        (note,) = caught.value.__notes__
+        assert note.startswith("in the process of reward 'scripted':\nTraceback")
+        assert "process_rewards.py" in note
+        assert len(ask(reward, "score")) == 2  # it goes on
+
+    def test_that_cannot_travel_are_told(self, reward: ProcessReward) -> None:
+        with pytest.raises(RuntimeError, match="UnportableError: 2 of 3"):
+            ask(reward, "unportable")
+
+    def test_while_it_is_made(self) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no config\.json in /absent"):
+            ProcessReward(process_rewards.refused, name="refused")
+        with pytest.raises(
+            RewardProcessError, match=r"died with exit code 1 while it was made; .*no such device"
+        ):
+            ProcessReward(process_rewards.dead, name="dead")
+
+    @pytest.mark.parametrize("limit", [0, -1.0, float("inf"), float("nan")])
+    def test_a_time_limit_is_a_time(self, limit: float) -> None:
+        with pytest.raises(ValueError, match=f"the time limit is {limit} seconds, expected a finite number"):
+            ProcessReward(process_rewards.scripted, name="scripted", time_limit=limit)
+
+
+class TestDeath:
+    def test_a_scorer_that_hangs_is_ended(self, mortal: ProcessReward) -> None:
+        pid = int(ask(mortal, "facts")[1])
+        start = time.monotonic()
+        with pytest.raises(RewardProcessError) as caught:
+            ask(mortal, "hang")
+        assert 1.0 <= time.monotonic() - start < 4.0
+        message = str(caught.value)
+        assert message.startswith(
+            "reward 'scripted' took longer than its time limit of 1 s while it scored 2 videos"
+        )
+        assert "raise the limit (reward.time_limit, or --time-limit of rank)" in message
+        assert not alive(pid)
+        with pytest.raises(RewardProcessError, match="the process of reward 'scripted' has ended"):
+            ask(mortal, "score")
+
+    def test_its_last_words(self, mortal: ProcessReward, capsys: pytest.CaptureFixture[str]) -> None:
+        pid = int(ask(mortal, "facts")[1])
+        with pytest.raises(
+            RewardProcessError,
+            match=r"^the process of reward 'scripted' died with exit code 7 while it scored 2 videos; "
+            r"its last words: first words \| licence expired$",
+        ):
+            ask(mortal, "exit 7")
+        assert "first words\nlicence expired\n" in capsys.readouterr().err  # also as they came
+        assert not alive(pid)
+
+    def test_a_crash_says_where(self, mortal: ProcessReward) -> None:
+        with pytest.raises(
+            RewardProcessError, match=r"died with signal SIGSEGV .*Segmentation fault.*process_rewards"
+        ):
+            ask(mortal, "signal SIGSEGV")
+
+
+class TestLife:
+    def test_it_ends_when_it_is_forgotten(self) -> None:
+        made = ProcessReward(process_rewards.scripted, name="scripted")
+        pid = int(ask(made, "facts")[1])
+        assert alive(pid)
+        del made
+        gc.collect()
+        assert not alive(pid)
+
+    def test_it_leaves_signals_to_its_parent(self, reward: ProcessReward) -> None:
+        pid = int(ask(reward, "facts")[1])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+        assert len(ask(reward, "score")) == 2
+        assert os.getpgid(pid) != os.getpgid(0)  # Ctrl-C in a terminal does not reach it
+
+    def test_it_ends_with_its_parent_even_in_the_middle_of_a_score(self) -> None:
+        script = f"""
+import sys; sys.path[:] = {[str(Path(process_rewards.__file__).parent), *sys.path]!r}
+import process_rewards, torch
+from vpo_engine.rewards.process import ProcessReward
+reward = ProcessReward(process_rewards.scripted, name="scripted")
+videos = torch.zeros(1, 1, 1, 1, 3, dtype=torch.uint8)
+print(int(reward.score(videos, ["facts"])["mean"][1]), flush=True)
+reward.score(videos, ["hang"])
+"""
+        parent = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+        parent.communicate()
+        assert gone(pid)
