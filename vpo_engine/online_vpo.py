@@ -33,10 +33,10 @@ from vpo_engine.scoring import Scoring
 
 @dataclass
 class Step:
-    """What one step made: for the log (metrics) and for the gallery (this process's candidates and pairs).
+    """What one step made: for the log (metrics) and for the gallery (this team's candidates and pairs).
 
     candidates: clean latents [P, N, C, T, H, W], with rollout.prune those of the candidates that were finished.
-    rows: that the rollout sent through the network.
+    rows: that this process's rollout sent through the network.
     """
 
     metrics: dict[str, float]
@@ -63,7 +63,9 @@ class OnlineVPO:
         self.config, self.model, self.reward, self.reference = config, model, reward, reference
         self.processes = processes
         self.rows = Rows(config.rollout.rows)
-        self.rollout = Rollout(model, config.rollout, config.seed, processes.device, self.rows)
+        self.rollout = Rollout(
+            model, config.rollout, config.seed, processes.device, self.rows, processes.team
+        )
         self.objective = DPO(
             model, config.objective, config.rollout.guidance, config.seed, config.memory.sequential
         )
@@ -89,12 +91,13 @@ class OnlineVPO:
         return self.optimizer.steps
 
     def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
-        """One step on this process's prompts, which stand at ``positions`` of the prompt stream."""
+        """One step on this team's prompts, which stand at ``positions`` of the prompt stream."""
         stages = Stages(self.processes.device)
         source = self.config.rollout.source
         sampler = CountedRows(self.model.network if source == "policy" else self.reference)
         candidates = self._rollout(sampler, prompts, text, positions, stages)
         scores = self.scoring.score(candidates, prompts, stages)
+        candidates, scores = self._of_the_team(candidates, scores)
         pairs = select_pairs(combine(scores, self.config.reward.dimensions), self.config.reward.min_gap)
         for update in range(self.config.objective.updates):
             with stages("update"):
@@ -118,25 +121,34 @@ class OnlineVPO:
         positions: Sequence[int],
         stages: Stages,
     ) -> Tensor:
-        """Finished candidates, clean latents [P, N, C, T, H, W]; with rollout.prune, [P, keep, ...]."""
+        """This process's finished candidates, clean latents [P, N / team, C, T, H, W]; with rollout.prune,
+        [P, keep / team, ...]."""
         config = self.config
         with stages("rollout"), self.residency.phase("rollout"):
             begun = self.rollout.begin(sampler, text, positions)
         if config.rollout.prune is None:
             return begun.latents
-        scores = combine(self.scoring.score(begun.preview, prompts, stages), config.reward.dimensions)
+        previews = self.scoring.score(begun.preview, prompts, stages)
+        latents, scores = self._of_the_team(begun.latents, previews)
         with stages("rollout"), self.residency.phase("rollout"):
-            return self.rollout.finish(sampler, text, begun.latents, scores)
+            return self.rollout.finish(sampler, text, latents, combine(scores, config.reward.dimensions))
+
+    def _of_the_team(self, candidates: Tensor, scores: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Candidates [P, n, ...] and scores [P, n] of this process to those of its team, [P, team * n, ...]."""
+        team = self.processes.team
+        return team.gather(candidates, 1), {name: team.gather(value, 1) for name, value in scores.items()}
 
     def _update(
         self, candidates: Tensor, pairs: Pairs, text: TextEmbedding, positions: Sequence[int], update: int
     ) -> dict[str, float]:
+        team = self.processes.team
         kept = pairs.kept.nonzero().squeeze(1)
-        total = int(self.processes.sum(torch.tensor(len(kept), device=self.processes.device)))
+        mine = team.part(len(kept) * self.config.objective.draws)
+        total = int(self.processes.sum(torch.tensor(len(kept), device=self.processes.device))) // team.count
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=self.processes.device)
         rate = learning_rate(self.config.optimizer, self.optimizer_steps, self.config.optimizer_steps)
         self.optimizer.begin(rate)
-        if len(kept):
+        if len(mine):
             batch = PreferenceBatch(
                 winner=candidates[kept, pairs.winner[kept]],
                 loser=candidates[kept, pairs.loser[kept]],
@@ -144,6 +156,7 @@ class OnlineVPO:
                 positions=[positions[i] for i in kept.tolist()],
                 total=total,
                 update=update,
+                rows=mine,
             )
             with self.residency.phase("update"):
                 local = self.objective.step(batch, self.reference, self.processes.count)

@@ -14,7 +14,7 @@ from vpo_engine.config_file import load_config
 from vpo_engine.models.lora import has_adapter, load_adapter
 from vpo_engine.online_vpo import OnlineVPO
 
-_FREE_TO_CHANGE = ("name", "run_dir", "steps", "evaluation", "checkpoint")
+_FREE_TO_CHANGE = ("name", "run_dir", "steps", "evaluation", "checkpoint", "processes")
 """Settings that may differ when a run is resumed."""
 
 

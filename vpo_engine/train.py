@@ -3,7 +3,7 @@
     torchrun -m vpo_engine.train [CONFIG.yaml] [key.path=value ...]
 
 Without a configuration it trains the embedded sprites world, which needs nothing but this package. Under torchrun
-with several processes each takes its own prompts and gradients are averaged.
+with several processes each (with processes.per_prompt each team of them) takes its own prompts; gradients are averaged.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); the exit code."""
-    processes = Processes.start(config.model.device)
+    processes = Processes.start(config.model.device, config.processes.per_prompt)
     try:
         check_reward(config)
         prompts, held_out_prompts = build_prompts(config)

@@ -132,7 +132,8 @@ class Trainer:
         seconds = self._take_seconds()
         metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
         metrics |= self._throughput.rates(seconds)
-        metrics |= self._throughput.utilisation(result.seconds, result.rows, int(result.pairs.kept.sum()))
+        trained = int(result.pairs.kept.sum()) / self._processes.team.count
+        metrics |= self._throughput.utilisation(result.seconds, result.rows, trained)
         metrics["speed/ceiling"] = self._throughput.ceiling
         self._log.write(step, "train", metrics)
         self._progress.step(step, metrics)

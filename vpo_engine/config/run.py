@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from vpo_engine.config.memory import MemoryConfig
 from vpo_engine.config.model import ModelConfig
+from vpo_engine.config.processes import ProcessesConfig
 from vpo_engine.config.reward import RewardConfig
 from vpo_engine.config.rollout import RolloutConfig
 from vpo_engine.config.section import Section
@@ -67,6 +68,7 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     memory: MemoryConfig = MemoryConfig()
+    processes: ProcessesConfig = ProcessesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -84,6 +86,7 @@ class Config(Section):
     def _consistent(self) -> Self:
         self._check_run()
         self._check_memory()
+        self._check_processes()
         return self
 
     def _check_run(self) -> None:
@@ -101,6 +104,18 @@ class Config(Section):
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps} times "
                 f"objective.updates={self.objective.updates}"
             )
+
+    def _check_processes(self) -> None:
+        size, rollout = self.processes.per_prompt, self.rollout
+        shared = {"rollout.candidates": rollout.candidates}
+        if rollout.prune is not None:
+            shared["rollout.prune.keep"] = rollout.prune.keep
+        for name, number in shared.items():
+            if number % size:
+                raise ValueError(
+                    f"{name}={number} cannot be shared equally by processes.per_prompt={size}; make {name} a multiple "
+                    f"of {size}, or set processes.per_prompt to a divisor of {number}"
+                )
 
     def _check_memory(self) -> None:
         storage, memory, lora = self.reference.storage, self.memory, self.model.lora

@@ -150,11 +150,12 @@ class Throughput:
         """ceiling: FLOP/s of the device, as ``matrix_rate`` gives it, in the network's arithmetic."""
         self._config, self._flops, self.ceiling = config, flops, ceiling
 
-    def utilisation(self, seconds: Mapping[str, float], rows: int, pairs: int) -> dict[str, float]:
+    def utilisation(self, seconds: Mapping[str, float], rows: int, pairs: float) -> dict[str, float]:
         """Shares of the ceiling that rollout and update of a step reach; of an update without pairs nothing is said.
 
         seconds: of the stages. rows: that the rollout sent through the network. pairs: that this process trained on,
-        each draw of them with winner and loser through the reference, and through the policy and back.
+        a part of its team's, each draw of them with winner and loser through the reference, and through the policy and
+        back.
         """
         objective = self._config.objective
         guided = objective.branch == "guided" and self._config.rollout.guidance != 1.0

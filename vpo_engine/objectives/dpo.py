@@ -22,7 +22,8 @@ class PreferenceBatch:
 
     winner, loser: clean latents [P, C, T, H, W]. text: their P prompts. positions: where each prompt stands in
     the stream, which seeds its noise. total: pairs of the whole step, over all processes. update: how many optimizer
-    steps were made on these pairs before; each has draws of its own.
+    steps were made on these pairs before; each has draws of its own. rows: which of the P * draws draws of (t, noise),
+    those of a pair in a row, are learned from here; None: all.
     """
 
     winner: Tensor
@@ -31,6 +32,7 @@ class PreferenceBatch:
     positions: Sequence[int]
     total: int
     update: int = 0
+    rows: range | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,10 @@ class DPO:
         mean over ``world`` processes is the gradient of the mean over all pairs, however they are spread.
         Keys of the result: METRICS and "rows".
         """
-        times, noise = self._draws(batch.positions, batch.winner.device, batch.update)
         draws = self._config.draws
-        pair_of_row = torch.arange(len(times)) // draws  # on the host, where text masks are
+        mine = range(len(batch.positions) * draws) if batch.rows is None else batch.rows
+        times, noise = self._draws(batch.positions, batch.winner.device, batch.update, mine)
+        pair_of_row = torch.arange(mine.start, mine.stop) // draws  # on the host, where text masks are
         rows = self._config.rows or len(times)
         sums = dict.fromkeys((*self.METRICS, "rows"), 0.0)
         for start in range(0, len(times), rows):
@@ -101,9 +104,9 @@ class DPO:
         return sums
 
     def _draws(
-        self, positions: Sequence[int], device: torch.device, update: int = 0
+        self, positions: Sequence[int], device: torch.device, update: int = 0, rows: range | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Times [P * draws] and noise [P * draws, C, T, H, W], a pair's draws in a row.
+        """Times [P * draws] and noise [P * draws, C, T, H, W], a pair's draws in a row; or ``rows`` of them.
 
         The draws of one pair are stratified: each falls in another of ``draws`` equal parts of (0, 1), which
         leaves their distribution as it is and lowers the variance of the mean.
@@ -111,10 +114,13 @@ class DPO:
         draws, shape = self._config.draws, self._model.latent_shape
         strata, noise = [], []
         which = [update] if update else []
-        for position in positions:
+        rows = range(len(positions) * draws) if rows is None else rows
+        for number, position in enumerate(positions):
+            own = slice(max(rows.start - number * draws, 0), max(rows.stop - number * draws, 0))
             random = generator(self._seed, "time", position, *which)
-            strata.append((torch.arange(draws) + torch.rand(draws, generator=random)) / draws)
-            noise.append(normal((draws, *shape), self._seed, "noise", position, *which))
+            strata.append(((torch.arange(draws) + torch.rand(draws, generator=random)) / draws)[own])
+            if len(strata[-1]):
+                noise.append(normal((draws, *shape), self._seed, "noise", position, *which)[own])
         times = self._model.draw_timesteps(torch.cat(strata).clamp(1e-6, 1 - 1e-6))
         return times.to(device), torch.cat(noise).to(device)
 

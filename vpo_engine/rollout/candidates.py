@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
+from vpo_engine.distributed.processes import Processes
 from vpo_engine.protocols import Denoised, Network, SamplerSettings, TextEmbedding, VideoModel
 from vpo_engine.rollout.prune import extremes
 from vpo_engine.rollout.rows import Group, Rows
@@ -22,7 +23,8 @@ class Rollout:
 
     The noise of a candidate is a function of (seed, position of its prompt in the stream, candidate number) alone.
     ``rows`` bounds how many candidates go through the network at once; it does not change what is sampled beyond the
-    batch dependence of the matrix products (config.cache apart).
+    batch dependence of the matrix products (config.cache apart). Each process of ``team`` samples an equal part of the
+    candidates of every prompt.
     """
 
     def __init__(
@@ -32,8 +34,10 @@ class Rollout:
         seed: int,
         device: torch.device,
         rows: Rows | None = None,
+        team: Processes | None = None,
     ) -> None:
         self._model, self._config = model, config
+        self._team = team or Processes(0, 1, device)
         self._seed, self._device = seed, device
         self._rows = rows or Rows(config.rows)
         self._settings = SamplerSettings(
@@ -42,10 +46,12 @@ class Rollout:
 
     @torch.no_grad()
     def begin(self, network: Network, text: TextEmbedding, positions: Sequence[int]) -> Denoised:
-        """All candidates, [P, N, C, T, H, W] in each part, up to where they are pruned; without pruning, to the end."""
+        """This process's candidates, [P, N / team, C, T, H, W] in each part, up to where they are pruned; without
+        pruning, to the end."""
+        shape, mine = self._model.latent_shape, _slice(self._team.part(self._config.candidates))
         noise = torch.stack(
             [
-                normal((self._config.candidates, *self._model.latent_shape), self._seed, "rollout", position)
+                normal((self._config.candidates, *shape), self._seed, "rollout", position)[mine]
                 for position in positions
             ]
         )
@@ -53,12 +59,14 @@ class Rollout:
 
     @torch.no_grad()
     def finish(self, network: Network, text: TextEmbedding, reached: Tensor, scores: Tensor) -> Tensor:
-        """Clean latents [P, keep, C, T, H, W] of the candidates with the extreme ``scores`` [P, N], in their order.
+        """Clean latents [P, keep, C, T, H, W] of the candidates with the extreme ``scores`` [P, N], in their order; of
+        them, this process's [P, keep / team, ...].
 
-        reached: the latents of ``begin``.
+        reached: the latents of ``begin``, [P, N, ...] of the whole team.
         """
         assert self._config.prune is not None
-        kept = extremes(scores, self._config.prune.keep).to(reached.device)
+        mine = _slice(self._team.part(self._config.prune.keep))
+        kept = extremes(scores, self._config.prune.keep)[:, mine].to(reached.device)
         prompts = torch.arange(len(kept), device=kept.device)[:, None]
         part = slice(self._config.prune_step, None)
         return self._advance(network, reached[prompts, kept], text, part).latents
