@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_promp
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards import registry
 from vpo_engine.rewards.combine import check_dimensions
+from vpo_engine.rewards.process import ProcessReward
 from vpo_engine.rewards.sprites import SpritesJudge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -124,10 +126,17 @@ def check_reward(config: Config) -> None:
 
 
 def build_reward(config: Config, device: torch.device, residency: Residency | None = None) -> Reward:
-    """The reward model; ``residency`` is told of its weights. Errors as of ``check_reward``, and of its files."""
+    """The reward model, on reward.device or else ``device``, in a process of its own under reward.process.
+
+    ``residency`` is told of its weights if they are on ``device``, in this process. Errors as of ``check_reward``, and
+    of its files.
+    """
     check_reward(config)
     settings = config.reward
-    reward = registry.build_reward(
+    moves = settings.device == "auto" and not settings.process
+    device = device if settings.device == "auto" else _present(settings.device)
+    make = partial(
+        registry.build_reward,
         settings.kind,
         settings.path,
         device=device,
@@ -135,10 +144,24 @@ def build_reward(config: Config, device: torch.device, residency: Residency | No
         fps=GEOMETRY.fps if config.model.kind == "sprites" else config.model.fps,
         settings=settings.scorer_settings,
     )
+    if settings.process:
+        return ProcessReward(make, name=settings.kind, time_limit=settings.time_limit)
+    reward = make()
     network = getattr(reward, "network", None)
-    if residency is not None and network is not None:
+    if moves and residency is not None and network is not None:
         residency.register("reward", lambda: module_tensors(network))
     return reward
+
+
+def _present(name: str) -> torch.device:
+    """ValueError for a CUDA device that is not there."""
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"reward.device={name}, but torch sees {count} CUDA devices; set reward.device=auto, cpu"
+            + (f" or cuda:0 to cuda:{count - 1}" if count else "")
+        )
+    return device
 
 
 def build_held_out(

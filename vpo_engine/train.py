@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward, check_reward
@@ -22,6 +23,7 @@ from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.parts import configurations_are_here
 from vpo_engine.planning.planner import check_fits
 from vpo_engine.reference.store import build_reference
+from vpo_engine.rewards.process import ProcessReward, RewardProcessError
 from vpo_engine.run_state import check_same_run
 from vpo_engine.runs.checkpoint import CheckpointError
 from vpo_engine.runs.directory import RunDirectory
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source, overrides = None, [source, *overrides]
     try:
         return train(load_config(source, overrides))
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
+    except (ValueError, FileNotFoundError, CheckpointError, RewardProcessError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
 
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); the exit code."""
     processes = Processes.start(config.model.device, config.processes.per_prompt)
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(processes.stop)
         check_reward(config)
         prompts, held_out_prompts = build_prompts(config)
         if configurations_are_here(config):  # else building the model says which is missing
@@ -61,6 +64,8 @@ def train(config: Config) -> int:
                 print(plan, flush=True)
         model = build_model(config, processes)
         reward = build_reward(config, processes.device, model.residency)
+        if isinstance(reward, ProcessReward):
+            at_end.callback(reward.close)
         run = _run_directory(config, processes)
         with model.residency.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
@@ -68,8 +73,6 @@ def train(config: Config) -> int:
         stream = PromptStream(prompts, config.seed)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         outcome = Trainer(config, algorithm, stream, held_out, run, processes).run()
-    finally:
-        processes.stop()
     if outcome.stopped_by and processes.first:
         print(
             f"stopped by {outcome.stopped_by} after step {outcome.steps}, which is saved; go on with\n"

@@ -60,3 +60,19 @@ def refused() -> Scripted:
 
 def dead() -> Scripted:
     sys.exit("no such device")
+
+
+class _HangingSprites(SpritesReward):
+    """The sprites reward, whose fourth score does not come."""
+
+    calls = 0
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == 4:
+            time.sleep(600)
+        return super().score(videos, prompts)
+
+
+def sprites_that_hang(*_: object, **__: object) -> SpritesReward:
+    return _HangingSprites()

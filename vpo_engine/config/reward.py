@@ -54,6 +54,12 @@ class RewardConfig(Section):
     segment, weighed by exp(-frame_decay * its distance from the middle frame)."""
     frame_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     """InstructVideo's lambda, per frame; null: 4 over the frames of a segment, which is its 1 at 16 frames."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where the reward model is; auto: where the policy is. Elsewhere it stays, whatever memory.residency says."""
+    process: bool = False
+    """The reward model in a process of its own, where it stays on its device; its death says why, and ends the run."""
+    time_limit: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Seconds that the scoring of one group of videos may take before the run stops; needs process. null: any."""
     dimensions: tuple[str, ...] = ("temporal_consistency",)
     """One dimension, several (their average) or "global" (the average of all). The paper's best row is
     temporal consistency alone (Table 4b)."""
@@ -75,6 +81,10 @@ class RewardConfig(Section):
             raise ValueError(
                 f"frame_decay={self.frame_decay} weighs segments, but frame_reduce={self.frame_reduce}; leave it out, "
                 "or set frame_reduce=segments"
+            )
+        if self.time_limit is not None and not self.process:
+            raise ValueError(
+                f"time_limit={self.time_limit:g} needs reward.process=true: nothing else can be stopped while it scores"
             )
         return self
 

@@ -159,7 +159,12 @@ def build_model(config: Config, assumed: Assumed, depth: int | None) -> tuple[Pl
 
 
 def build_reward_network(config: Config, assumed: Assumed) -> VideoScoreNetwork | None:
-    """VideoScore's network; None, with a note unless it is negligible, for another reward."""
+    """VideoScore's network; None, with a note unless it is negligible, for another reward and on another device."""
+    if config.reward.device != "auto":
+        assumed.notes.append(f"the reward model is on {config.reward.device}, which is not planned")
+        return None
+    if config.reward.process:
+        assumed.notes.append("in a process of its own the reward model stays on the device in every phase")
     if config.reward.kind not in _PLANNED:
         card = reward_card(config.reward.kind)
         if card.parameters > _NEGLIGIBLE:

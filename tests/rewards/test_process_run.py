@@ -1,0 +1,73 @@
+"""Runs and rankings whose reward is in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import process_rewards
+import pytest
+import torch
+
+from vpo_engine import train as entry
+from vpo_engine.build import build_reward
+from vpo_engine.config import Config
+from vpo_engine.rewards import registry
+from vpo_engine.runs.log import read_metrics
+
+Make = Callable[..., Config]
+BRIEF = ("steps=2", "evaluation.every=null", "checkpoint.every=1")
+
+
+def numbers(run: Path) -> list[dict[str, object]]:
+    """Metric rows without what a clock wrote."""
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{name: row[name] for name in row if not name.startswith(("seconds/", "speed/"))} for row in rows]
+
+
+def test_a_run_is_the_same_with_the_reward_in_another_process(smallest: list[str], tmp_path: Path) -> None:
+    for name, process in (("here", "false"), ("there", "true")):
+        arguments = [*smallest, *BRIEF, f"reward.process={process}", f"run_dir={tmp_path / name}"]
+        assert entry.main(arguments) == 0
+    assert numbers(tmp_path / "here") == numbers(tmp_path / "there")
+
+
+def test_a_run_whose_reward_hangs_stops_with_one_line(
+    smallest: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(registry, "build_reward", process_rewards.sprites_that_hang)
+    run = tmp_path / "run"
+    limit = ["reward.process=true", "reward.time_limit=1.5"]
+    assert entry.main([*smallest, *BRIEF, *limit, f"run_dir={run}"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "error: reward 'sprites' took longer than its time limit of 1.5 s while it scored "
+    )
+    assert not (run / "summary.json").exists()
+
+
+class TestSettings:
+    def test_a_time_limit_needs_a_process(self, small: Make) -> None:
+        with pytest.raises(
+            ValueError, match=r"time_limit=5 needs reward\.process=true: nothing else can be stopped"
+        ):
+            small("reward.time_limit=5")
+
+    def test_a_device_that_is_not_there(self, small: Make) -> None:
+        absent = f"cuda:{torch.cuda.device_count()}"
+        with pytest.raises(
+            ValueError, match=rf"reward\.device={absent}, but torch sees \d+ CUDA devices; set"
+        ):
+            build_reward(small(f"reward.device={absent}"), torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"reward\.device='gpu'"):
+            small("reward.device=gpu")
+
+    def test_a_device_of_its_own(self, small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It does not take turns with what is on the policy's."""
+        seen: dict[str, object] = {}
+        monkeypatch.setattr(registry, "build_reward", lambda *_, **options: seen.update(options))
+        build_reward(small("reward.device=cpu"), torch.device("cuda", 0))
+        assert (seen["device"], seen["dtype"]) == (torch.device("cpu"), torch.float32)
