@@ -25,7 +25,7 @@ from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import Pairs, select_pairs
 from vpo_engine.protocols import Network, ReferenceStore, Reward, TextEmbedding, VideoModel
-from vpo_engine.rewards.combine import combine
+from vpo_engine.rewards.combine import chosen, combine
 from vpo_engine.rollout.candidates import Rollout
 from vpo_engine.rollout.rows import Rows
 from vpo_engine.scoring import Scoring
@@ -98,7 +98,7 @@ class OnlineVPO:
         candidates = self._rollout(sampler, prompts, text, positions, stages)
         scores = self.scoring.score(candidates, prompts, stages)
         candidates, scores = self._of_the_team(candidates, scores)
-        pairs = select_pairs(combine(scores, self.config.reward.dimensions), self.config.reward.min_gap)
+        pairs = self._select(scores)
         for update in range(self.config.objective.updates):
             with stages("update"):
                 metrics = self._update(candidates, pairs, text, positions, update)
@@ -152,6 +152,11 @@ class OnlineVPO:
             batch = PreferenceBatch(
                 winner=candidates[kept, pairs.winner[kept]],
                 loser=candidates[kept, pairs.loser[kept]],
+    def _select(self, scores: dict[str, Tensor]) -> Pairs:
+        reward, rule = self.config.reward, self.config.pairs
+        parts = chosen(scores, reward.dimensions) if rule.rule == "pareto" else None
+        return select_pairs(combine(scores, reward.dimensions, reward.normalise), rule.min_gap, parts)
+
                 text=text[kept],
                 positions=[positions[i] for i in kept.tolist()],
                 total=total,

@@ -152,8 +152,8 @@ class Trainer:
         if self._steps_without_pairs >= _PATIENCE:
             raise ValueError(
                 f"every pair of the last {_PATIENCE} steps (to step {step}) was a tie at "
-                f"reward.min_gap={self._config.reward.min_gap}: the reward does not tell the candidates "
-                "apart. Lower min_gap, choose other reward.dimensions, or raise rollout.candidates"
+                f"pairs.min_gap={self._config.pairs.min_gap}: the reward does not tell the candidates "
+                "apart. Lower it, choose other reward.dimensions, or raise rollout.candidates"
             )
 
     def _evaluate_baseline(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpo_engine.rewards.combine import combine
+from vpo_engine.rewards.combine import combine, standard_scores
 
 
 @pytest.fixture
@@ -69,3 +69,43 @@ def test_keeps_shape_and_leaves_scores_alone(scores: dict[str, Tensor]) -> None:
 def test_refuses(scores: dict[str, Tensor], dimensions: list[str] | str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         combine(scores, dimensions)
+
+
+def test_weights_are_divided_by_their_sum(scores: dict[str, Tensor]) -> None:
+    weights = {"temporal_consistency": 1.0, "visual_quality": 0.5}
+    expected = (scores["temporal_consistency"].double() + 0.5 * scores["visual_quality"].double()) / 1.5
+    torch.testing.assert_close(combine(scores, weights).double(), expected, rtol=0, atol=2e-7)
+    alike = combine(scores, {"visual_quality": 3.0, "dynamic_degree": 3.0})
+    torch.testing.assert_close(alike, combine(scores, ["visual_quality", "dynamic_degree"]))
+    one = combine(scores, {"visual_quality": 0.3})
+    torch.testing.assert_close(one, scores["visual_quality"])
+
+
+def test_group_scores_are_standard_scores_of_each_prompt(scores: dict[str, Tensor]) -> None:
+    def reference(values: Tensor) -> Tensor:
+        exact = values.double()
+        return (exact - exact.mean(1, keepdim=True)) / exact.std(1, correction=0, keepdim=True)
+
+    expected = (reference(scores["visual_quality"]) + 3 * reference(scores["dynamic_degree"])) / 4
+    found = combine(scores, {"visual_quality": 1.0, "dynamic_degree": 3.0}, "group")
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_group_scores_do_not_depend_on_a_dimensions_scale(scores: dict[str, Tensor]) -> None:
+    """So no dimension rules the sum by its range; without normalisation it does."""
+    names = ["visual_quality", "dynamic_degree"]
+    stretched = scores | {"dynamic_degree": 1000 * scores["dynamic_degree"] - 7}
+    torch.testing.assert_close(
+        combine(stretched, names, "group"), combine(scores, names, "group"), rtol=1e-4, atol=1e-4
+    )
+    ruled = combine(stretched, names).argmax(1)
+    assert torch.equal(ruled, scores["dynamic_degree"].argmax(1))
+
+
+def test_a_constant_dimension_says_nothing_in_its_group() -> None:
+    """Also where the mean of equal numbers is not that number in floating point."""
+    scores = {"flat": torch.full((2, 3), 0.1), "other": torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]])}
+    found = combine(scores, "global", "group")
+    assert found[1].tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(found[0], torch.tensor([-1.0, 0.0, 1.0]) * 1.5**0.5 / 2)
+    assert torch.equal(standard_scores(torch.full((1, 7), 2.3)), torch.zeros(1, 7))

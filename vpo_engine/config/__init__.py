@@ -5,6 +5,7 @@
 
 from vpo_engine.config.memory import MemoryConfig, Recompute
 from vpo_engine.config.model import LoraConfig, ModelConfig
+from vpo_engine.config.pairs import PairsConfig
 from vpo_engine.config.processes import ProcessesConfig
 from vpo_engine.config.reward import RewardConfig
 from vpo_engine.config.rollout import PruneConfig, RolloutConfig
@@ -21,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PairsConfig",
     "ProcessesConfig",
     "PromptsConfig",
     "PruneConfig",

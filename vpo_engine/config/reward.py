@@ -60,11 +60,12 @@ class RewardConfig(Section):
     """The reward model in a process of its own, where it stays on its device; its death says why, and ends the run."""
     time_limit: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Seconds that the scoring of one group of videos may take before the run stops; needs process. null: any."""
-    dimensions: tuple[str, ...] = ("temporal_consistency",)
-    """One dimension, several (their average) or "global" (the average of all). The paper's best row is
-    temporal consistency alone (Table 4b)."""
-    min_gap: float = Field(0.0, ge=0)
-    """A pair whose scores differ by no more than this is a tie: skipped and counted."""
+    dimensions: tuple[str, ...] | dict[str, float] = ("temporal_consistency",)
+    """One dimension, several (their average), "global" (the average of all) or {name: weight} (the average weighted by
+    them). The paper's best row is temporal consistency alone (Table 4b)."""
+    normalise: Literal["none", "group"] = "none"
+    """group: a dimension counts in standard deviations from its mean among the candidates of the prompt; pairs and
+    their gaps are then made in these."""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,6 +85,12 @@ class RewardConfig(Section):
             )
         if self.time_limit is not None and not self.process:
             raise ValueError(
+        weights = self.dimensions if isinstance(self.dimensions, dict) else {}
+        for name, weight in weights.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"dimensions.{name}={weight:g} is no weight; give a number above 0, or leave the dimension out"
+                )
                 f"time_limit={self.time_limit:g} needs reward.process=true: nothing else can be stopped while it scores"
             )
         return self

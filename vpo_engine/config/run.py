@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from vpo_engine.config.memory import MemoryConfig
 from vpo_engine.config.model import ModelConfig
+from vpo_engine.config.pairs import PairsConfig
 from vpo_engine.config.processes import ProcessesConfig
 from vpo_engine.config.reward import RewardConfig
 from vpo_engine.config.rollout import RolloutConfig
@@ -64,6 +65,7 @@ class Config(Section):
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    pairs: PairsConfig = PairsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     reference: ReferenceConfig = ReferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,8 +1,8 @@
-"""From scored candidates to winner and loser."""
+"""From scored candidates to winner and loser, and how much each pair counts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 class Pairs:
     """The winner and loser of each prompt.
 
-    winner, loser: int64 [P], candidate numbers. gap: float32 [P], score of the winner minus score of the loser.
-    kept: bool [P], False where the gap is a tie: such a prompt is not trained on.
+    winner, loser: int64 [P], places of the candidates in their prompt's row. gap: float32 [P], score of the winner
+    minus score of the loser. kept: bool [P], False where the gap is a tie: such a prompt is not trained on.
     """
 
     winner: Tensor
@@ -21,12 +21,22 @@ class Pairs:
     gap: Tensor
     kept: Tensor
 
+    def with_rows(self, rows: Tensor, pairs: Pairs) -> Pairs:
+        """These pairs with ``pairs`` in place of those of the prompts ``rows``, int64 [p]."""
+        names = ("winner", "loser", "gap", "kept")
+        return replace(
+            self, **{name: getattr(self, name).index_copy(0, rows, getattr(pairs, name)) for name in names}
+        )
 
-def select_pairs(scores: Tensor, min_gap: float = 0.0) -> Pairs:
+
+def select_pairs(scores: Tensor, min_gap: float = 0.0, parts: Tensor | None = None) -> Pairs:
     """Best and worst of scores [P, N] (Algorithm 1); gaps of at most ``min_gap`` are ties.
 
-    Of equal scores the lower candidate number is taken, so that the choice is deterministic. ValueError if a
-    score is not finite: a failed scorer never becomes data.
+    parts: [D, P, N], the dimensions that the scores are made of, for the Pareto rule: the winner is no worse than the
+    loser in any of them. Where best and worst violate it, the pair of the widest gap among those that satisfy it is
+    taken; where none with a gap above ``min_gap`` does, it is a tie.
+    Of equal scores and gaps the lower places are taken, so that the choice is deterministic. ValueError if a score is
+    not finite: a failed scorer never becomes data.
     """
     if scores.dim() != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores must be [P, N] with N >= 2, got {list(scores.shape)}")
@@ -38,5 +48,30 @@ def select_pairs(scores: Tensor, min_gap: float = 0.0) -> Pairs:
         )
     winner = scores.argmax(dim=1)
     loser = scores.argmin(dim=1)
+    allowed = torch.ones_like(winner, dtype=torch.bool)
+    if parts is not None:
+        winner, loser, allowed = _pareto(scores, parts, winner, loser)
     gap = (scores.gather(1, winner[:, None]) - scores.gather(1, loser[:, None])).squeeze(1).float()
-    return Pairs(winner, loser, gap, gap > min_gap)
+    return Pairs(winner, loser, gap, allowed & (gap > min_gap))
+
+
+def _pareto(scores: Tensor, parts: Tensor, best: Tensor, worst: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Winner and loser [P] that satisfy the rule, the extremes where they do or where none do, and whether they do."""
+    fine = (parts.unsqueeze(3) >= parts.unsqueeze(2)).all(dim=0)  # [P, N, N]: row no worse than column
+    fine &= ~torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+    gaps = (scores.unsqueeze(2) - scores.unsqueeze(1)).masked_fill(~fine, -torch.inf)
+    widest = gaps.flatten(1).argmax(dim=1)
+    prompts = torch.arange(len(scores), device=scores.device)
+    extremes = fine[prompts, best, worst] | ~fine.flatten(1).any(dim=1)
+    winner = torch.where(extremes, best, widest // scores.shape[1])
+    loser = torch.where(extremes, worst, widest % scores.shape[1])
+    return winner, loser, fine[prompts, winner, loser]
+
+
+def gap_weights(gap: Tensor, power: float, mean: Tensor | float) -> Tensor:
+    """Weights of pairs with these gaps [P], above 0: gap^power / mean, float32 [P].
+
+    mean: that of gap^power over all pairs of the batch, on every process, so that weights have mean 1 there and the
+    gradient keeps its size. power 0 weighs all alike, 1 in proportion to the gap.
+    """
+    return (gap.double() ** power / mean).float()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Dimensions = Sequence[str] | Mapping[str, float]
+"""One name (a bare string too), several (their average), "global" for all of them, or {name: weight}."""
+Normalise = Literal["none", "group"]
 
-def check_dimensions(dimensions: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+
+def check_dimensions(dimensions: Dimensions, known: Sequence[str]) -> tuple[str, ...]:
     """The dimensions that are meant, of those that the scorer has: all ``known`` for "global" alone.
 
     ValueError for no dimension, one named twice, and one that the scorer does not have.
     """
     names = (dimensions,) if isinstance(dimensions, str) else tuple(dimensions)
-    if names == ("global",):
+    if names == ("global",) and not isinstance(dimensions, Mapping):
         return tuple(known)
     listed = ", ".join(known)
     if not names:
@@ -26,18 +31,47 @@ def check_dimensions(dimensions: Sequence[str], known: Sequence[str]) -> tuple[s
             )
     if len(set(names)) < len(names):
         raise ValueError(
-            f"reward dimensions {list(names)} name one twice; the average is unweighted, name each once"
+            f"reward dimensions {list(names)} name one twice; name each once, and give weights as "
+            "{name: weight, name: weight}"
         )
     return names
 
 
-def combine(scores: dict[str, Tensor], dimensions: Sequence[str]) -> Tensor:
-    """The plain average of the named dimensions, of ``scores``' shape, float32.
+def combine(scores: Mapping[str, Tensor], dimensions: Dimensions, normalise: Normalise = "none") -> Tensor:
+    """The weighted average of the chosen dimensions, of ``scores``' shape, float32.
 
-    scores: {dimension: [...]}, all of one shape. dimensions: one name, several, or "global" for all of them
-    (OnlineVPO, table 4b: a single dimension or "global"). A bare string is the same as a list of it alone.
+    scores: {dimension: [...]}, all of one shape. dimensions: of a mapping the weights, above 0, which are divided by
+    their sum, so that the result keeps the dimensions' scale; else all weigh alike (OnlineVPO, table 4b: a single
+    dimension or "global", the average of all).
+    normalise: "group" takes of each dimension its ``standard_scores`` among the candidates of a prompt first; scores
+    are then [..., N].
 
     ValueError as of ``check_dimensions``.
     """
     names = check_dimensions(dimensions, tuple(scores))
-    return torch.stack([scores[name].float() for name in names]).mean(dim=0)
+    parts = [scores[name].float() for name in names]
+    if normalise == "group":
+        parts = [standard_scores(part) for part in parts]
+    if not isinstance(dimensions, Mapping):
+        return torch.stack(parts).mean(dim=0)
+    total = sum(dimensions.values())
+    weighted = [dimensions[name] / total * part for name, part in zip(names, parts, strict=True)]
+    return torch.stack(weighted).sum(dim=0)
+
+
+def chosen(scores: Mapping[str, Tensor], dimensions: Dimensions) -> Tensor:
+    """The chosen dimensions of scores {dimension: [...]}, float32 [D, ...]. ValueError as of ``check_dimensions``."""
+    return torch.stack([scores[name].float() for name in check_dimensions(dimensions, tuple(scores))])
+
+
+def standard_scores(scores: Tensor) -> Tensor:
+    """How many standard deviations each of scores [..., N] lies above the mean of its N, float32.
+
+    The deviation is that of the N themselves (divided by N); 0 where all N are equal. So every dimension has the same
+    say in a sum, whatever its scale.
+    """
+    exact = scores.double()
+    off = exact - exact.mean(dim=-1, keepdim=True)
+    spread = off.square().mean(dim=-1, keepdim=True).sqrt()
+    constant = scores.amax(dim=-1, keepdim=True) == scores.amin(dim=-1, keepdim=True)
+    return torch.where(constant, 0.0, off / spread.where(~constant, 1.0)).float()
