@@ -22,7 +22,7 @@ from vpo_engine.rewards.registry import (
     reward_card,
 )
 
-SHIPPED = ("sprites", "builtin")
+SHIPPED = ("sprites", "sprites_image", "builtin", "brisque")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +74,9 @@ def test_shipped(name: str) -> None:
 
 
 def test_unknown_reward() -> None:
-    message = "there is no reward 'videoscroe'; known are sprites, builtin, videoscore,"
+    message = (
+        "there is no reward 'videoscroe'; known are sprites, sprites_image, builtin, brisque, videoscore,"
+    )
     for ask in (reward_card, build_reward, knows_frame_rate):
         with pytest.raises(ValueError, match=re.escape(message)):
             ask("videoscroe")

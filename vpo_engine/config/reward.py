@@ -11,7 +11,9 @@ from vpo_engine.config.section import Section
 
 RewardKind = Literal[
     "sprites",
+    "sprites_image",
     "builtin",
+    "brisque",
     "videoscore",
     "videoscore_v1_1",
     "videoscore2",
@@ -28,7 +30,7 @@ RewardKind = Literal[
     "vjepa",
 ]
 """Every reward of rewards/registry.py."""
-_SHIPPED = ("sprites", "builtin")
+_SHIPPED = ("sprites", "sprites_image", "builtin", "brisque")
 """Those whose weights are in the package."""
 
 
@@ -83,14 +85,14 @@ class RewardConfig(Section):
                 f"frame_decay={self.frame_decay} weighs segments, but frame_reduce={self.frame_reduce}; leave it out, "
                 "or set frame_reduce=segments"
             )
-        if self.time_limit is not None and not self.process:
-            raise ValueError(
         weights = self.dimensions if isinstance(self.dimensions, dict) else {}
         for name, weight in weights.items():
             if not 0 < weight < float("inf"):
                 raise ValueError(
                     f"dimensions.{name}={weight:g} is no weight; give a number above 0, or leave the dimension out"
                 )
+        if self.time_limit is not None and not self.process:
+            raise ValueError(
                 f"time_limit={self.time_limit:g} needs reward.process=true: nothing else can be stopped while it scores"
             )
         return self

@@ -20,6 +20,7 @@ Letters: B videos, F frames of a video, f frames that are looked at, n pictures.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,6 +64,14 @@ CARD = RewardCard(
     licence="statistics shipped with the engine: Apache-2.0 (BRISQUE), BSD-3-Clause (NIQE)",
     source="vpo_engine/rewards/builtin_data",
 )
+CARD_BRISQUE = replace(
+    CARD,
+    dimensions={"visual_quality": (None, None)},
+    frames="8 evenly spread",
+    resolution="own",
+    licence="statistics shipped with the engine: Apache-2.0",
+)
+"""One dimension alone, for frames too small for the others."""
 
 
 class Builtin:

@@ -46,7 +46,16 @@ class _Entry:
 _VIDEOSCORE = ("rows", "max_frames", "bits")
 _ENTRIES = {
     "sprites": _Entry("sprites", "SpritesOfFiles", shipped=True),
+    "sprites_image": _Entry("sprites_image", "SpritesImage", images=True, shipped=True),
     "builtin": _Entry("builtin", "Builtin", shipped=True, takes=("frames",)),
+    "brisque": _Entry(
+        "builtin",
+        "Builtin",
+        "CARD_BRISQUE",
+        shipped=True,
+        takes=("frames",),
+        options={"dimensions": ("visual_quality",)},
+    ),
     "videoscore": _Entry("videoscore", "VideoScore", takes=_VIDEOSCORE),
     "videoscore_v1_1": _Entry(
         "videoscore", "VideoScore", "CARD_V1_1", takes=_VIDEOSCORE, options={"max_frames": 48}

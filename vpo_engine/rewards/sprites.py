@@ -219,11 +219,48 @@ class JudgeNetwork(nn.Module):
         return Reading.split(self.head(torch.cat((token.mean(1), token.amax(1)), dim=1)))
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"reward": RewardNetwork, "judge": JudgeNetwork}
+class FrameNetwork(nn.Module):
+    """What one frame shows: keypoints with what lies there, edge strengths and layout. See ``sprites_image``."""
+
+    outputs = (2, len(COLOURS), len(SHAPES))
+    """Logits of blur and invalidity; then of the attributes that a frame shows."""
+
+    def __init__(self, keypoints: int = 4, width: int = 96) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 4, stride=2, padding=1)
+        self.heat = nn.Conv2d(24, keypoints, 3, padding=1)
+        self.near = nn.Sequential(nn.Conv2d(24, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU())
+        self.far = nn.Sequential(nn.Conv2d(32, 48, 3, stride=2, padding=1), nn.ReLU())
+        self.layout = nn.Conv2d(48, 64, SIZE // 8)
+        seen = 3 + 24 * (keypoints + 2) + 32 + 48 + 64
+        self.head = nn.Sequential(
+            nn.LayerNorm(seen), nn.Linear(seen, width), nn.GELU(), nn.Linear(width, sum(self.outputs))
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 [n, H, W, 3] to logits: defects [n, 2], colour [n, 5] and shape [n, 3]."""
+        frames, level = _pixels(images.unsqueeze(1))
+        stem = F.relu(self.stem(frames))  # [n, 24, 16, 16]
+        share = self.heat(stem).flatten(2).softmax(2)
+        there = (share @ stem.flatten(2).transpose(1, 2)).flatten(1)
+        near = self.near(stem)
+        far = self.far(near)
+        seen = (level, there, stem.mean(dim=(2, 3)), _peak(stem), _peak(near), _peak(far))
+        defects, colour, shape = self.head(torch.cat((*seen, self.layout(far).flatten(1)), dim=1)).split(
+            self.outputs, dim=1
+        )
+        return defects, colour, shape
+
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "reward": RewardNetwork,
+    "judge": JudgeNetwork,
+    "image": FrameNetwork,
+}
 
 
 def save_network(network: nn.Module, path: Path) -> None:
-    """Write a reward or judge network as half-precision safetensors with its kind in the metadata."""
+    """Write one of NETWORKS as half-precision safetensors with its kind in the metadata."""
     kinds = [kind for kind, cls in NETWORKS.items() if type(network) is cls]
     assert kinds, type(network)
     weights = {name: weight.half().contiguous() for name, weight in network.state_dict().items()}
@@ -232,10 +269,10 @@ def save_network(network: nn.Module, path: Path) -> None:
 
 
 def load_network(kind: str, path: Path | None = None) -> nn.Module:
-    """A trained network ("reward" or "judge"), float32, in evaluation mode; from the package without a path.
+    """A trained network, ``kind`` a key of NETWORKS, float32, in evaluation mode; from the package without a path.
 
-    FileNotFoundError naming the build command if the weights are missing, ValueError if the file holds the
-    other kind of network.
+    FileNotFoundError naming the build command if the weights are missing, ValueError if the file holds
+    another kind of network.
     """
     if path is None:
         source = resources.files("vpo_engine.data.sprites") / "weights" / f"{kind}.safetensors"

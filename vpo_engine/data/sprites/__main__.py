@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 from vpo_engine.data.sprites.assets import WEIGHTS, load_text_encoder, load_vae
 from vpo_engine.data.sprites.pretrain import pretrain
 from vpo_engine.data.sprites.standing import standing
+from vpo_engine.data.sprites.train_image import train_image
 from vpo_engine.data.sprites.train_rewards import train_judge, train_reward
 from vpo_engine.data.sprites.train_text import CONFIG as TEXT_CONFIG
 from vpo_engine.data.sprites.train_text import train_text_encoder
@@ -27,7 +28,7 @@ from vpo_engine.data.sprites.train_vae import round_trip, train_vae
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.rewards.sprites import save_network
 
-PARTS = ("vae", "text_encoder", "reward", "judge", "policy")
+PARTS = ("vae", "text_encoder", "reward", "judge", "image", "policy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +73,8 @@ def build(part: str, out: Path) -> None:
         network = pretrain(load_vae(out / "vae"), encoder.encode, 0, say)
         _save(network, network.config, out / part)
     else:
-        train = {"reward": train_reward, "judge": train_judge}[part]
+        train: Callable[..., nn.Module]
+        train = {"reward": train_reward, "judge": train_judge, "image": train_image}[part]
         vae = load_vae(out / "vae")
         save_network(train(round_trip=lambda videos: round_trip(vae, videos)), out / f"{part}.safetensors")
     say(f"{part} done")

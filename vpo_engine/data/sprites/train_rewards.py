@@ -9,7 +9,7 @@ it. Every epoch sees them turned in other ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -69,7 +69,7 @@ HELD_OUT_SEED = 2**40
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Clips and what to learn of them."""
 
     videos: Tensor  # uint8 [B, F, H, W, 3]
@@ -78,8 +78,8 @@ class _Batch:
     attributes: Attributes
     attribute_weight: Tensor  # [B, 3] colour, shape, direction
 
-    def __getitem__(self, rows: Tensor) -> _Batch:
-        return _Batch(
+    def __getitem__(self, rows: Tensor) -> Batch:
+        return Batch(
             self.videos[rows],
             self.defects[rows],
             self.defect_weight[rows],
@@ -108,7 +108,9 @@ def _fade(videos: Tensor, destroyed: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(videos.float(), destroyed.float(), weight).round().to(torch.uint8)
 
 
-def _draw_batch(count: int, generator: torch.Generator, round_trip: RoundTrip | None) -> _Batch:
+def _draw_batch(
+    count: int, generator: torch.Generator, round_trip: RoundTrip | None, wrecks: Sequence[str] = WRECKS
+) -> Batch:
     attributes = Attributes.draw(count, generator)
     severities = _draw_active(count, generator)
     videos = damaged(attributes, severities, generator).videos
@@ -116,7 +118,7 @@ def _draw_batch(count: int, generator: torch.Generator, round_trip: RoundTrip | 
     invalid = torch.zeros(count)
     invalid[:whole] = 1
     invalid[whole : whole + faded] = torch.rand(faded, generator=generator)
-    wreck = sample_wrecks(whole + faded, generator, WRECKS).videos
+    wreck = sample_wrecks(whole + faded, generator, wrecks).videos
     wreck = wreck[torch.randperm(whole + faded, generator=generator)]
     videos[: whole + faded] = _fade(videos[: whole + faded], wreck, invalid[: whole + faded])
     through = torch.rand(count, generator=generator) < torch.where(invalid > 0, *THROUGH)
@@ -125,7 +127,7 @@ def _draw_batch(count: int, generator: torch.Generator, round_trip: RoundTrip | 
     valid = 1 - invalid
     same = valid * (1 - severities[:, KINDS.index("identity")])
     moving = valid * (1 - severities[:, KINDS.index("freeze")])
-    return _Batch(
+    return Batch(
         videos=videos,
         defects=torch.cat((severities, invalid.unsqueeze(1)), dim=1),
         defect_weight=torch.cat(
@@ -136,10 +138,15 @@ def _draw_batch(count: int, generator: torch.Generator, round_trip: RoundTrip | 
     )
 
 
-def _draw_pool(count: int, generator: torch.Generator, round_trip: RoundTrip | None) -> _Batch:
-    """Training clips for several epochs: drawn once, because a round trip costs more than a step."""
-    parts = [_draw_batch(256, generator, round_trip) for _ in range(count // 256)]
-    return _Batch(
+def draw_pool(
+    count: int, generator: torch.Generator, round_trip: RoundTrip | None, wrecks: Sequence[str] = WRECKS
+) -> Batch:
+    """Training clips for several epochs, ``count`` a multiple of 256, ``wrecks`` the kinds of destroyed ones.
+
+    Drawn once, because a round trip costs more than a step.
+    """
+    parts = [_draw_batch(256, generator, round_trip, wrecks) for _ in range(count // 256)]
+    return Batch(
         videos=torch.cat([part.videos for part in parts]),
         defects=torch.cat([part.defects for part in parts]),
         defect_weight=torch.cat([part.defect_weight for part in parts]),
@@ -152,7 +159,7 @@ def _draw_pool(count: int, generator: torch.Generator, round_trip: RoundTrip | N
     )
 
 
-def _loss(reading: Reading, batch: _Batch) -> Tensor:
+def _loss(reading: Reading, batch: Batch) -> Tensor:
     """Sum of the cross-entropies of the defects (soft targets) and of the attributes, mean over clips."""
     defects = F.binary_cross_entropy_with_logits(
         reading.defects, batch.defects, weight=batch.defect_weight, reduction="sum"
@@ -168,7 +175,7 @@ def _loss(reading: Reading, batch: _Batch) -> Tensor:
     return loss
 
 
-def _turned(batch: _Batch, generator: torch.Generator) -> _Batch:
+def _turned(batch: Batch, generator: torch.Generator) -> Batch:
     """Clips mirrored left to right, played backwards and, if destroyed, put upside down: half of them each.
 
     Played backwards, a sprite that changes identity begins as something else than its attributes say.
@@ -189,7 +196,7 @@ def _turned(batch: _Batch, generator: torch.Generator) -> _Batch:
 def _train(network: N, steps: int, seed: int, round_trip: RoundTrip | None, progress: Progress | None) -> N:
     generator = torch.Generator().manual_seed(seed)
     descent = Descent(network, steps, *LEARNING_RATES)
-    pool = _draw_pool(POOL, generator, round_trip)
+    pool = draw_pool(POOL, generator, round_trip)
     order = torch.cat([torch.randperm(POOL, generator=generator) for _ in range(steps * BATCH // POOL + 1)])
     for step in range(steps):
         batch = _turned(pool[order[step * BATCH : (step + 1) * BATCH]], generator)

@@ -1,0 +1,88 @@
+"""The sprites world's image scorer: single frames and their caption, nothing of motion.
+
+What LAION's predictor and ImageReward are to natural video, in miniature: trained on the same damage as the video
+reward, it knows of a frame how sharp it is, whether it shows a sprite at all ("valid"), and how likely the sprite has
+the caption's colour and shape. Its one dimension (4 is best) is
+
+    image    1 + 3 valid ((1 - blur) + mean probability of the caption's colour and shape) / 2
+
+Flicker, jitter, freezing and the direction of motion cannot be in it; a change of identity is, once a frame
+contradicts the caption. ``VideoOfFrames`` makes a ``Reward`` of it, the mean over frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vpo_engine.data.sprites.world import SIZE, Attributes
+from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.frames import check_finite, check_images
+from vpo_engine.rewards.sprites import load_network
+
+CARD = RewardCard(
+    name="sprites_image",
+    dimensions={"image": (1.0, 4.0)},
+    frames="one at a time",
+    resolution=f"{SIZE} x {SIZE}; video files of enlarged clips are averaged down to it",
+    reads_prompt=True,
+    differentiable=False,
+    parameters=101_724,
+    licence="the engine's own",
+    source="vpo_engine/data/sprites/weights",
+)
+
+
+class SpritesImage:
+    """The scorer as an ``ImageScorer``. Deterministic for the same images in the same batch."""
+
+    dimensions = tuple(CARD.dimensions)
+
+    def __init__(self, network: nn.Module | None = None) -> None:
+        """``network``: a trained ``FrameNetwork``; without it the package's weights are loaded."""
+        self.network = load_network("image") if network is None else network
+
+    @classmethod
+    def from_pretrained(
+        cls, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> SpritesImage:
+        """With the package's weights, in float32 whatever the ``dtype``."""
+        del dtype
+        return cls(load_network("image").to(device))
+
+    @torch.no_grad()
+    def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """uint8 [n, 32 k, 32 k, 3], each pixel a square of k x k, and n captions to float32 [n] in 1..4, on the CPU.
+
+        ValueError for another shape or type, for a text that is no caption of the sprites world, and for a score that
+        is not finite.
+        """
+        check_images(images, prompts)
+        height, width = images.shape[1:3]
+        if height != width or height % SIZE:
+            raise ValueError(
+                f"images are {height} x {width}, expected {SIZE} x {SIZE} or a whole multiple of it: this scorer "
+                "knows clips of the sprites world only"
+            )
+        device = next(self.network.parameters()).device
+        attributes = Attributes.of(prompts).to(device)
+        defects, colour, shape = self.network(_small(images.to(device)))
+        blur, invalid = defects.sigmoid().unbind(1)
+        match = (_probability(colour, attributes.colour) + _probability(shape, attributes.shape)) / 2
+        scores = (1 + 3 * (1 - invalid) * ((1 - blur) + match) / 2).cpu()
+        check_finite(scores, prompts, CARD.name)
+        return scores
+
+
+def _small(images: Tensor) -> Tensor:
+    """[n, 32 k, 32 k, 3] to [n, 32, 32, 3], means of squares."""
+    if images.shape[1] == SIZE:
+        return images
+    squares = images.unflatten(2, (SIZE, -1)).unflatten(1, (SIZE, -1))
+    return squares.float().mean(dim=(2, 4)).round().to(images.dtype)
+
+
+def _probability(logits: Tensor, index: Tensor) -> Tensor:
+    return logits.softmax(1).gather(1, index.unsqueeze(1)).squeeze(1)
