@@ -1,0 +1,166 @@
+"""Candidates of a prompt spread over processes: the same pairs, the same gradient, the same numbers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from vpo_engine.build import build_model
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.reference.store import build_reference
+
+PROMPTS = (
+    "a red circle moving left",
+    "a blue square moving up",
+    "a green circle moving right",
+    "a red square moving down",
+)
+TIE = PROMPTS[1]
+CASES = {
+    "one prompt, one draw": (1, ["objective.draws=1"]),
+    "one prompt, three draws": (1, ["objective.draws=3", "rollout.candidates=2"]),
+    "uneven pairs and a tie": (4, ["objective.draws=1"]),
+    "pruned": (2, ["objective.draws=2", "rollout.prune.after=0.5", "rollout.prune.keep=2"]),
+}
+"""Prompts, and settings beside those of ``settings``."""
+
+
+class Brightness:
+    """Scores that are a function of the pixels, and a prompt whose candidates it cannot tell apart."""
+
+    dimensions = ("temporal_consistency",)
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        scores = videos.float().mean(dim=(1, 2, 3, 4))
+        ties = torch.tensor([prompt == TIE for prompt in prompts])
+        return {"temporal_consistency": scores.masked_fill(ties, 1.0)}
+
+
+def settings(case: str) -> Config:
+    common = [
+        "rollout.candidates=4",
+        "rollout.steps=2",
+        "optimizer.warmup_steps=0",
+        "reference.refresh_every=1",
+    ]
+    return load_config(None, [*common, *CASES[case][1], f"pairs_per_step={CASES[case][0]}"])
+
+
+def steps(case: str, processes: Processes) -> list[dict[str, object]]:
+    """What the steps of a case made in this process, and the gradients that they stepped by."""
+    config = settings(case)
+    model = build_model(config, processes, lambda _: None)
+    model.prepare(PROMPTS)
+    algorithm = OnlineVPO(config, model, Brightness(), build_reference("copy", model.network), processes)
+    gradients: list[Tensor] = []
+    optimize = algorithm.optimizer.step
+
+    def recorded() -> float:
+        gradients.append(torch.cat([p.grad.flatten() for p in algorithm.parameters if p.grad is not None]))
+        return optimize()
+
+    algorithm.optimizer.step = recorded  # type: ignore[method-assign]
+    found = []
+    for number in range(2 if "uneven" in case else 1):
+        mine = processes.share(config.pairs_per_step, "pairs_per_step")
+        prompts = [PROMPTS[index] for index in mine]
+        positions = [number * config.pairs_per_step + index for index in mine]
+        step = algorithm.step(prompts, model.embed(prompts), positions)
+        found.append(
+            {
+                "metrics": {name: value for name, value in step.metrics.items() if "memory/" not in name},
+                "pairs": torch.stack([step.pairs.winner, step.pairs.loser, step.pairs.kept.long()]),
+                "candidates": step.candidates,
+                "rows": step.rows,
+                "gradient": gradients[-1],
+            }
+        )
+    return found
+
+
+def in_a_team(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    processes = Processes.start("cpu", 2)
+    torch.save({case: steps(case, processes) for case in CASES}, Path(folder) / f"{rank}.pt")
+    processes.stop()
+
+
+def test_two_processes_share_the_candidates_of_a_prompt_and_train_as_one(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    mp.spawn(in_a_team, args=(str(tmp_path), port), nprocs=2)
+    team = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for case in CASES:
+        for number, alone in enumerate(steps(case, Processes.start("cpu"))):
+            one, other = (member[case][number] for member in team)
+            for name in ("pairs", "candidates", "gradient"):
+                assert torch.equal(one[name], other[name]), (case, name)
+            assert one["metrics"] == other["metrics"]
+            assert one["rows"] == other["rows"] == alone["rows"] / 2  # type: ignore[operator]
+            assert torch.equal(one["pairs"], alone["pairs"]), case  # type: ignore[arg-type]
+            torch.testing.assert_close(one["candidates"], alone["candidates"], rtol=1e-4, atol=1e-4, msg=case)
+            expected = alone["gradient"]
+            assert isinstance(expected, Tensor)
+            assert (one["gradient"] - expected).norm() <= 1e-3 * expected.norm(), case
+            assert one["metrics"] == pytest.approx(alone["metrics"], rel=1e-3, abs=1e-5), case
+        assert one["metrics"]["pairs"] == CASES[case][0] - (CASES[case][0] > 1)
+
+
+def member(rank: int, count: int, size: int) -> Processes:
+    team = Processes(rank % size, size, torch.device("cpu"))
+    return replace(Processes(rank, count, torch.device("cpu")), _team=team)
+
+
+def test_teams_take_prompts_in_turn_and_their_members_the_same() -> None:
+    shares = [list(member(rank, 6, 2).share(6, "pairs_per_step")) for rank in range(6)]
+    assert shares == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
+    with pytest.raises(
+        ValueError, match=r"pairs_per_step=4 cannot be shared equally by 3 teams of 2 processes"
+    ):
+        member(0, 6, 2).share(4, "pairs_per_step")
+
+
+@pytest.mark.parametrize("total", [0, 1, 3, 4, 11])
+def test_every_piece_has_one_process(total: int) -> None:
+    parts = [Processes(rank, 4, torch.device("cpu")).part(total) for rank in range(4)]
+    assert [piece for part in parts for piece in part] == list(range(total))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_teams_that_do_not_come_out_even_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"per_prompt=4 does not divide the 6 processes that train; start a multiple"
+    ):
+        Processes(0, 6, torch.device("cpu")).in_teams(4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ["rollout.candidates=6"],
+            r"rollout.candidates=6 cannot be shared equally by processes.per_prompt=4; make ",
+        ),
+        (
+            ["rollout.candidates=8", "rollout.prune.after=0.5", "rollout.prune.keep=6"],
+            r"rollout.prune.keep=6 cannot be shared equally by processes.per_prompt=4",
+        ),
+    ],
+)
+def test_candidates_that_cannot_be_shared_equally_are_refused(
+    small: Callable[..., Config], overrides: list[str], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        small("processes.per_prompt=4", *overrides)
