@@ -28,6 +28,7 @@ from vpo_engine.protocols import Network, ReferenceStore, Reward, TextEmbedding,
 from vpo_engine.rewards.combine import chosen, combine
 from vpo_engine.rollout.candidates import Rollout
 from vpo_engine.rollout.rows import Rows
+from vpo_engine.rollout.weights import SamplingCopy
 from vpo_engine.scoring import Scoring
 
 
@@ -35,7 +36,7 @@ from vpo_engine.scoring import Scoring
 class Step:
     """What one step made: for the log (metrics) and for the gallery (this team's candidates and pairs).
 
-    candidates: clean latents [P, N, C, T, H, W], with rollout.prune those of the candidates that were finished.
+    candidates: clean latents [P, N, C, T, H, W], with rollout.prune or explore those of the finished candidates.
     rows: that this process's rollout sent through the network.
     """
 
@@ -84,6 +85,8 @@ class OnlineVPO:
         self.residency = residency or Residency.everything()
         self.residency.register("reference", reference.tensors)
         self.residency.register("optimizer", self.optimizer.tensors)
+        bits = config.rollout.first_pass.weights
+        self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
         self.scoring = Scoring(model, reward, self.rows, self.residency)
 
     @property
@@ -93,9 +96,8 @@ class OnlineVPO:
     def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
         """One step on this team's prompts, which stand at ``positions`` of the prompt stream."""
         stages = Stages(self.processes.device)
-        source = self.config.rollout.source
-        sampler = CountedRows(self.model.network if source == "policy" else self.reference)
-        candidates = self._rollout(sampler, prompts, text, positions, stages)
+        samplers = self._samplers()
+        candidates = self._rollout(samplers, prompts, text, positions, stages)
         scores = self.scoring.score(candidates, prompts, stages)
         candidates, scores = self._of_the_team(candidates, scores)
         pairs = self._select(scores)
@@ -111,32 +113,49 @@ class OnlineVPO:
             **{f"reference/{name}": value for name, value in self.reference.numbers().items()},
             **stages.peaks(),
         }
-        return Step(metrics, candidates, scores, pairs, stages.seconds, sampler.rows)
+        return Step(
+            metrics, candidates, scores, pairs, stages.seconds, sum(sampler.rows for sampler in samplers)
+        )
+
+    def _samplers(self) -> tuple[CountedRows, CountedRows]:
+        """What samples in the first pass of a rollout, and in the second where there is one."""
+        config = self.config.rollout
+        exact: Network = self.model.network if config.source == "policy" else self.reference
+        first = exact if self.copy is None else self.copy
+        return CountedRows(first), CountedRows(exact if config.weights == "policy" else first)
 
     def _rollout(
         self,
-        sampler: Network,
+        samplers: tuple[CountedRows, CountedRows],
         prompts: Sequence[str],
         text: TextEmbedding,
         positions: Sequence[int],
         stages: Stages,
     ) -> Tensor:
         """This process's finished candidates, clean latents [P, N / team, C, T, H, W]; with rollout.prune,
-        [P, keep / team, ...]."""
+        [P, keep / team, ...], and with rollout.explore [P, 2 / team, ...]."""
         config = self.config
         with stages("rollout"), self.residency.phase("rollout"):
-            begun = self.rollout.begin(sampler, text, positions)
-        if config.rollout.prune is None:
+            if self.copy is not None:
+                self.copy.refresh()
+            begun = self.rollout.begin(samplers[0], text, positions)
+        if config.rollout.keep is None:
             return begun.latents
         previews = self.scoring.score(begun.preview, prompts, stages)
         latents, scores = self._of_the_team(begun.latents, previews)
         with stages("rollout"), self.residency.phase("rollout"):
-            return self.rollout.finish(sampler, text, latents, combine(scores, config.reward.dimensions))
+            selected = combine(scores, config.reward.dimensions, config.reward.normalise)
+            return self.rollout.finish(samplers[1], text, latents, selected)
 
     def _of_the_team(self, candidates: Tensor, scores: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Candidates [P, n, ...] and scores [P, n] of this process to those of its team, [P, team * n, ...]."""
         team = self.processes.team
         return team.gather(candidates, 1), {name: team.gather(value, 1) for name, value in scores.items()}
+
+    def _select(self, scores: dict[str, Tensor]) -> Pairs:
+        reward, rule = self.config.reward, self.config.pairs
+        parts = chosen(scores, reward.dimensions) if rule.rule == "pareto" else None
+        return select_pairs(combine(scores, reward.dimensions, reward.normalise), rule.min_gap, parts)
 
     def _update(
         self, candidates: Tensor, pairs: Pairs, text: TextEmbedding, positions: Sequence[int], update: int
@@ -152,11 +171,6 @@ class OnlineVPO:
             batch = PreferenceBatch(
                 winner=candidates[kept, pairs.winner[kept]],
                 loser=candidates[kept, pairs.loser[kept]],
-    def _select(self, scores: dict[str, Tensor]) -> Pairs:
-        reward, rule = self.config.reward, self.config.pairs
-        parts = chosen(scores, reward.dimensions) if rule.rule == "pareto" else None
-        return select_pairs(combine(scores, reward.dimensions, reward.normalise), rule.min_gap, parts)
-
                 text=text[kept],
                 positions=[positions[i] for i in kept.tolist()],
                 total=total,

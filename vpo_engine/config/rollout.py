@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -19,9 +20,24 @@ class PruneConfig(Section):
     bottom."""
 
 
+Weights = Literal["policy", "int8", "fp8"]
+
+
+class ExploreConfig(Section):
+    """How all candidates are sampled first, cheaply, and scored; the best and the worst of each prompt are then sampled
+    once more from the same noise, as the rollout would without this, and scored again. At N candidates it pays where a
+    cheap one costs less than 1 - 2 / N of another. Settings as in ``RolloutConfig``."""
+
+    steps: int | None = Field(None, ge=1)
+    """null: rollout.steps."""
+    guidance_interval: tuple[float, float] | None = None
+    cache: float | None = Field(None, gt=0, allow_inf_nan=False)
+    weights: Weights = "policy"
+
+
 class RolloutConfig(Section):
-    """How candidates are sampled. guidance_interval, prune and cache are approximations, for training only: held-out
-    videos are sampled without them."""
+    """How candidates are sampled. guidance_interval, prune, cache, weights and explore are approximations, for training
+    only: held-out videos are sampled without them."""
 
     candidates: int = Field(4, ge=2)
     """N (paper, section 4.4)."""
@@ -29,8 +45,12 @@ class RolloutConfig(Section):
     """Inference steps (paper, section 4.1)."""
     guidance: float = Field(7.0, ge=0)
     """Classifier-free guidance scale; the published Open-Sora 1.2 sampling default. 1 turns guidance off."""
-    source: Literal["policy", "reference"] = "policy"
-    """Who samples. policy: online (the paper). reference with no refresh: offline preference data."""
+    source: Literal["policy", "reference", "ledger"] = "policy"
+    """Who samples. policy: online (the paper). reference with no refresh: offline preference data. ledger: nobody; the
+    pairs are those that another run stored."""
+    ledger: Path | None = None
+    """Run directory (or its ledger folder) whose pairs source ledger trains on, in the order in which they were made,
+    again and again; it was written with pairs.ledger=latents."""
     rows: int | None = Field(None, ge=1)
     """The most candidates that go through the network and the decoder at once, as whole prompts or as even parts of
     one; null: all of a step."""
@@ -41,25 +61,91 @@ class RolloutConfig(Section):
     cache: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Relative change of what the first pair of blocks adds, below which a step takes what the blocks after it add
     from the step that last computed it; null: every step computes all blocks."""
+    weights: Weights = "policy"
+    """What samples: the policy's weights, or a copy of it whose blocks multiply in 8 bits, rounded anew before every
+    rollout. It is meant for GPUs that have such products; elsewhere it takes longer than the policy."""
+    explore: ExploreConfig | None = None
+    """null: candidates are sampled once."""
 
     @property
     def prune_step(self) -> int:
         """Steps before previews are scored; all of them without ``prune``."""
         return self.steps if self.prune is None else round(self.prune.after * self.steps)
 
+    @property
+    def keep(self) -> int | None:
+        """Candidates of each prompt that a second pass makes; None where there is none."""
+        if self.explore is not None:
+            return 2
+        return None if self.prune is None else self.prune.keep
+
+    @property
+    def first_pass(self) -> ExploreConfig:
+        """How all candidates are sampled first."""
+        if self.explore is None:
+            return ExploreConfig(
+                steps=self.steps,
+                guidance_interval=self.guidance_interval,
+                cache=self.cache,
+                weights=self.weights,
+            )
+        return self.explore.model_copy(update={"steps": self.explore.steps or self.steps})
+
+    @model_validator(mode="after")
+    def _from_the_ledger(self) -> Self:
+        if (self.source == "ledger") != (self.ledger is not None):
+            raise ValueError(
+                f"source={self.source} and ledger={'null' if self.ledger is None else self.ledger} do not go together: "
+                "source ledger reads pairs from the run directory that rollout.ledger names"
+            )
+        return self
+
     @model_validator(mode="after")
     def _approximations(self) -> Self:
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            if not 0 <= low < high <= 1:
-                raise ValueError(
-                    f"guidance_interval=[{low}, {high}] must be shares of the time with 0 <= low < high <= 1"
-                )
-            if self.guidance == 1.0:
-                raise ValueError(
-                    "guidance_interval limits a guidance that guidance=1.0 turns off; set guidance, or "
-                    "guidance_interval=null"
-                )
+        self._check_interval(self.guidance_interval)
+        if self.source == "reference" and {self.weights, self.first_pass.weights} != {"policy"}:
+            raise ValueError(
+                "weights in 8 bits are a copy of the policy, but source=reference samples from the reference; set "
+                "weights=policy"
+            )
+        if self.explore is not None:
+            self._check_explore(self.explore)
+        return self._check_prune()
+
+    def _check_interval(self, interval: tuple[float, float] | None) -> None:
+        if interval is None:
+            return
+        low, high = interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"guidance_interval=[{low}, {high}] must be shares of the time with 0 <= low < high <= 1"
+            )
+        if self.guidance == 1.0:
+            raise ValueError(
+                "guidance_interval limits a guidance that guidance=1.0 turns off; set guidance, or "
+                "guidance_interval=null"
+            )
+
+    def _check_explore(self, explore: ExploreConfig) -> None:
+        self._check_interval(explore.guidance_interval)
+        if self.prune is not None:
+            raise ValueError(
+                "explore and prune both choose which candidates are finished; set one of them null"
+            )
+        if self.weights != "policy":
+            raise ValueError(
+                f"explore samples what it has chosen by the policy's weights, but weights={self.weights}; set "
+                f"explore.weights={self.weights} and weights=policy"
+            )
+        if self.candidates == 2:
+            raise ValueError("explore chooses two of the candidates, but candidates=2; set explore=null")
+        if self.first_pass == ExploreConfig(steps=self.steps):
+            raise ValueError(
+                "explore samples all candidates at full cost before it samples two of them again; give it fewer steps, "
+                "a guidance_interval, a cache or weights in 8 bits, or set explore=null"
+            )
+
+    def _check_prune(self) -> Self:
         if self.prune is None:
             return self
         if self.prune.keep >= self.candidates:

@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from vpo_engine.config.guards import GuardsConfig
 from vpo_engine.config.memory import MemoryConfig
 from vpo_engine.config.model import ModelConfig
 from vpo_engine.config.pairs import PairsConfig
@@ -72,6 +73,7 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     processes: ProcessesConfig = ProcessesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
@@ -101,6 +103,17 @@ class Config(Section):
                 f"reward.kind {self.reward.kind} scores the sprites world only; set reward.kind=videoscore with its "
                 "reward.path, or reward.kind=builtin"
             )
+        if self.rollout.source == "ledger" and (self.pairs.refill or self.pairs.ledger != "none"):
+            raise ValueError(
+                f"rollout.source=ledger takes its pairs as they were stored; leave out pairs.refill={self.pairs.refill} "
+                f"and pairs.ledger={self.pairs.ledger}"
+            )
+        held_out = self.guards.reward
+        if held_out is not None and (held_out.kind, held_out.path) == (self.reward.kind, self.reward.path):
+            raise ValueError(
+                f"guards.reward is the reward that is trained against ({held_out.kind}); name another reward model, "
+                "whose scores never select pairs, or leave it out"
+            )
         if self.optimizer.warmup_steps >= self.optimizer_steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps} times "
@@ -112,6 +125,11 @@ class Config(Section):
         shared = {"rollout.candidates": rollout.candidates}
         if rollout.prune is not None:
             shared["rollout.prune.keep"] = rollout.prune.keep
+        if rollout.explore is not None and size > 2:
+            raise ValueError(
+                f"rollout.explore samples two candidates of a prompt again, which processes.per_prompt={size} cannot "
+                "share; set processes.per_prompt to 2 or 1"
+            )
         for name, number in shared.items():
             if number % size:
                 raise ValueError(

@@ -14,8 +14,8 @@ from vpo_engine.reference.weights import HeldWeight, Scratch
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def block_matrices(policy: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers whose weights train, inside the transformer blocks, by name.
+def block_linears(policy: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers inside the transformer blocks, by name, without those of an adapter.
 
     The blocks are the members of the lists (nn.ModuleList) that the network itself has: so in STDiT3 and in the
     transformers of diffusers. Embedders, the time's projection and the final layer stand outside them.
@@ -25,8 +25,13 @@ def block_matrices(policy: nn.Module) -> dict[str, nn.Linear]:
         for outer, blocks in policy.named_children()
         if isinstance(blocks, nn.ModuleList)
         for name, module in blocks.named_modules()
-        if type(module) is nn.Linear and module.weight.requires_grad
+        if type(module) is nn.Linear and ".lora_" not in name
     }
+
+
+def block_matrices(policy: nn.Module) -> dict[str, nn.Linear]:
+    """Those of ``block_linears`` whose weights train."""
+    return {name: layer for name, layer in block_linears(policy).items() if layer.weight.requires_grad}
 
 
 class HeldLinear(nn.Module):

@@ -14,6 +14,8 @@ from vpo_engine.rollout.prune import extremes
 from vpo_engine.rollout.rows import Group, Rows
 from vpo_engine.seeding import normal
 
+Done = Callable[[Group, Denoised], None]
+"""What is told of each group of candidates as soon as it is sampled."""
 Judge = Callable[[Tensor], Tensor]
 """Latents [P, N, C, T, H, W] to the one number per candidate that pairs are made of, [P, N]."""
 
@@ -40,14 +42,20 @@ class Rollout:
         self._team = team or Processes(0, 1, device)
         self._seed, self._device = seed, device
         self._rows = rows or Rows(config.rows)
+        first = config.first_pass
+        self._first = SamplerSettings(
+            first.steps or config.steps, config.guidance, first.guidance_interval, first.cache
+        )
         self._settings = SamplerSettings(
             config.steps, config.guidance, config.guidance_interval, config.cache
         )
 
     @torch.no_grad()
-    def begin(self, network: Network, text: TextEmbedding, positions: Sequence[int]) -> Denoised:
+    def begin(
+        self, network: Network, text: TextEmbedding, positions: Sequence[int], done: Done | None = None
+    ) -> Denoised:
         """This process's candidates, [P, N / team, C, T, H, W] in each part, up to where they are pruned; without
-        pruning, to the end."""
+        pruning, to the end. With config.explore their noise, and as previews what is found cheaply from it."""
         shape, mine = self._model.latent_shape, _slice(self._team.part(self._config.candidates))
         noise = torch.stack(
             [
@@ -55,27 +63,49 @@ class Rollout:
                 for position in positions
             ]
         )
-        return self._advance(network, noise, text, slice(0, self._config.prune_step))
+        if self._config.explore is None:
+            return self._advance(network, noise, text, self._first, slice(0, self._config.prune_step), done)
+        explored = self._advance(network, noise, text, self._first, slice(None), done)
+        return Denoised(noise.to(self._device), explored.latents)
 
     @torch.no_grad()
-    def finish(self, network: Network, text: TextEmbedding, reached: Tensor, scores: Tensor) -> Tensor:
+    def finish(
+        self,
+        network: Network,
+        text: TextEmbedding,
+        reached: Tensor,
+        scores: Tensor,
+        done: Done | None = None,
+    ) -> Tensor:
         """Clean latents [P, keep, C, T, H, W] of the candidates with the extreme ``scores`` [P, N], in their order; of
         them, this process's [P, keep / team, ...].
 
         reached: the latents of ``begin``, [P, N, ...] of the whole team.
         """
-        assert self._config.prune is not None
-        mine = _slice(self._team.part(self._config.prune.keep))
-        kept = extremes(scores, self._config.prune.keep)[:, mine].to(reached.device)
+        keep, explored = self._config.keep, self._config.explore is not None
+        assert keep is not None
+        mine = _slice(self._team.part(keep))
+        kept = extremes(scores, keep)[:, mine].to(reached.device)
         prompts = torch.arange(len(kept), device=kept.device)[:, None]
-        part = slice(self._config.prune_step, None)
-        return self._advance(network, reached[prompts, kept], text, part).latents
+        part = slice(0 if explored else self._config.prune_step, None)
+        return self._advance(network, reached[prompts, kept], text, self._settings, part, done).latents
 
-    def _advance(self, network: Network, latents: Tensor, text: TextEmbedding, part: slice) -> Denoised:
+    def _advance(
+        self,
+        network: Network,
+        latents: Tensor,
+        text: TextEmbedding,
+        settings: SamplerSettings,
+        part: slice,
+        done: Done | None,
+    ) -> Denoised:
         def denoise(group: Group) -> Denoised:
             prompts, candidates = _slice(group.prompts), _slice(group.candidates)
             rows = latents[prompts, candidates].flatten(0, 1).to(self._device)
-            return self._model.denoise(network, rows, text[prompts], self._settings, part)
+            made = self._model.denoise(network, rows, text[prompts], settings, part)
+            if done is not None:
+                done(group, made)
+            return made
 
         parts = list(self._rows.run(denoise, *latents.shape[:2]))
         return Denoised(
@@ -96,14 +126,14 @@ def sample_candidates(
 ) -> Tensor:
     """Latents float32 [P, N, C, T, H, W] sampled by ``network`` for the P prompts of ``text``; see ``Rollout``.
 
-    With config.prune, [P, keep, ...]: those that ``judge`` finds extreme on the way.
+    With config.prune or explore, [P, keep, ...]: those that ``judge`` finds extreme by their previews.
     """
     rollout = Rollout(model, config, seed, device)
     begun = rollout.begin(network, text, positions)
-    if config.prune is None:
+    if config.keep is None:
         return begun.latents
     if judge is None:
-        raise ValueError("rollout.prune needs a judge of previews")
+        raise ValueError("rollout.prune and rollout.explore need a judge of previews")
     return rollout.finish(network, text, begun.latents, judge(begun.preview))
 
 

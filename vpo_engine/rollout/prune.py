@@ -16,7 +16,8 @@ def extremes(scores: Tensor, keep: int) -> Tensor:
         prompt, candidate = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise ValueError(
             f"the reward of prompt {prompt}, candidate {candidate} of this step is {scores[prompt, candidate].item()} "
-            "on its preview; every score must be finite. Look at the reward model, or raise rollout.prune.after"
+            "on its preview; every score must be finite. Look at the reward model, or raise rollout.prune.after or "
+            "rollout.explore.steps"
         )
     assert 2 <= keep <= scores.shape[1]
     order = scores.argsort(dim=1, descending=True, stable=True)

@@ -1,0 +1,141 @@
+"""The sampling copy: the policy with the matrices of its blocks in 8 bits, for rollouts only."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpo_engine.reference.mirror import block_linears
+
+Bits = Literal["int8", "fp8"]
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+class SamplingCopy:
+    """The policy's network with other linear layers in its blocks; all other parts are the policy's own objects.
+
+    Embedders, the time's projection, modulation tables, norms, biases, the final layer and the weights of an adapter
+    are not rounded. ``refresh`` has to be called whenever the policy has changed. It holds a byte for every weight of
+    the blocks, beside the policy.
+    """
+
+    def __init__(self, policy: nn.Module, bits: Bits) -> None:
+        """ValueError for a policy without linear layers in transformer blocks."""
+        linears = block_linears(policy)
+        if not linears:
+            raise ValueError(
+                f"rollout.weights={bits} rounds linear layers of transformer blocks, but the policy "
+                f"({type(policy).__name__}) has none; use rollout.weights=policy"
+            )
+        self._layers = [QuantisedLinear(linear, bits) for linear in linears.values()]
+        memo: dict[int, object] = {id(one): one for one in (*policy.parameters(), *policy.buffers())}
+        memo |= {id(linear): layer for linear, layer in zip(linears.values(), self._layers, strict=True)}
+        self.network: nn.Module = copy.deepcopy(policy, memo).eval()
+
+    def refresh(self) -> None:
+        """Becomes the policy as it is now, rounded."""
+        for layer in self._layers:
+            layer.refresh()
+
+    @torch.no_grad()
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        return self.network(*args, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Held beside the policy."""
+        return sum(layer.codes.nbytes + layer.scales.nbytes for layer in self._layers)
+
+
+class QuantisedLinear(nn.Module):
+    """nn.Linear whose weight and input are rounded to 8 bits, each row of either by its own largest magnitude.
+
+    int8: whole numbers to 127; fp8: float8_e4m3fn to 448. On GPUs the product is one of 8-bit matrices where there is
+    one for the layer (int8: sides divisible by 8; fp8: Hopper and later, sides divisible by 16). Everywhere else the
+    same rounded factors are multiplied in float32: equal but for the rounding of the sums, and slower than the policy.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear, bits: Bits) -> None:
+        super().__init__()
+        self._bits: Bits = bits
+        self._policy, self.bias = linear.weight, linear.bias
+        self.register_buffer("codes", torch.empty_like(linear.weight, dtype=DTYPES[bits]), persistent=False)
+        scales = torch.empty(len(linear.weight), device=linear.weight.device)
+        self.register_buffer("scales", scales, persistent=False)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        codes, scales = rounded(self._policy, self._bits)
+        self.codes.copy_(codes)
+        self.scales.copy_(scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out], in the dtype in which nn.Linear would answer."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        codes, scales = rounded(x.flatten(0, -2), self._bits)
+        product = (
+            multiplied if not _has_8_bit_product(self._bits, codes, self.codes) else PRODUCTS[self._bits]
+        )
+        out = product(codes, self.codes, scales, self.scales).to(dtype)
+        if self.bias is not None:
+            out = out + self.bias.to(dtype)
+        return out.unflatten(0, x.shape[:-1])
+
+
+def rounded(x: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+    """8-bit codes of x [rows, n] and a scale for each row, float32 [rows]: x is about codes * scale.
+
+    A row with a value that is not finite has a scale that is not finite.
+    """
+    x = x.float()
+    scales = (x.abs().amax(1) / LARGEST[bits]).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = x / scales[:, None]
+    if bits == "int8":
+        codes = codes.round_().nan_to_num_(0)
+    return codes.to(DTYPES[bits]), scales
+
+
+def multiplied(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor) -> Tensor:
+    """Codes x [rows, in] times codes weight [out, in] and their scales, in float32: [rows, out]."""
+    return F.linear(x.float(), weight.float()) * x_scales[:, None] * weight_scales
+
+
+def int8_product(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor) -> Tensor:
+    """As ``multiplied``, of int8; the sums are exact."""
+    return torch._int_mm(x, weight.t()).float() * x_scales[:, None] * weight_scales
+
+
+def fp8_product(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor) -> Tensor:
+    """As ``multiplied``, of float8_e4m3fn; rounded to bfloat16."""
+    return torch._scaled_mm(
+        x,
+        weight.t(),
+        scale_a=x_scales[:, None],
+        scale_b=weight_scales[None],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+PRODUCTS = {"int8": int8_product, "fp8": fp8_product}
+"""What GPUs have; a CPU computes them too, without gain."""
+
+
+def _has_8_bit_product(bits: Bits, x: Tensor, weight: Tensor) -> bool:
+    if not x.is_cuda:
+        return False
+    if bits == "int8":
+        return len(x) > 16 and not any(side % 8 for side in weight.shape)
+    return torch.cuda.get_device_capability(x.device) >= (9, 0) and not any(
+        side % 16 for side in weight.shape
+    )
