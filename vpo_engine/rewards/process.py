@@ -247,11 +247,11 @@ def _reply(connection: Connection, answer: Callable[[bytes], object]) -> None:
     try:
         reply = pickle.dumps((True, answer(request)))
     except Exception as error:
-        reply = pickle.dumps((False, _portable(error), traceback.format_exc()))
+        reply = pickle.dumps((False, portable(error), traceback.format_exc()))
     connection.send_bytes(reply)
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error as the other side can have it: some cannot be pickled, or not be made from what was."""
     try:
         pickle.loads(pickle.dumps(error))
