@@ -15,3 +15,6 @@ class ProcessesConfig(Section):
     """Processes that have their prompts in common, as a team: each samples, decodes and scores an equal part of the
     candidates of every prompt, and trains on a part of the pairs, or of their draws. 1: each has its own prompts. Must
     divide the processes that train, rollout.candidates and rollout.prune.keep; the teams must divide pairs_per_step."""
+    reward: bool = False
+    """The last process loads the reward model and nothing else, and scores for all the others, which have one device
+    more to themselves. pairs_per_step and per_prompt then go by the processes that are left."""

@@ -18,7 +18,8 @@ _BUCKET_ELEMENTS = 32 * 2**20
 class Processes:
     """This process among its equals: those of a run, or those of its team.
 
-    group: what torch.distributed knows them as; None: all of its processes.
+    group: what torch.distributed knows them as; None: all of its processes. store: where all that torchrun started
+    can leave each other word; None unless one of them is spared.
     """
 
     rank: int
@@ -26,12 +27,14 @@ class Processes:
     device: torch.device
     group: dist.ProcessGroup | None = None
     _team: Processes | None = None
+    store: dist.Store | None = None
 
     @staticmethod
-    def start(device: str = "auto", per_team: int = 1) -> Processes:
+    def start(device: str = "auto", per_team: int = 1, spare: bool = False) -> Processes:
         """Join the group that torchrun describes in the environment, or stand alone without one.
 
         gloo on CPU, nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team: see ``in_teams``.
+        spare: the process with the last rank is none of the group; see ``spared``. ValueError if that leaves none.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
@@ -44,9 +47,25 @@ class Processes:
                 raise ValueError(f"model.device={device} needs a CUDA device, and torch sees none; use cpu")
             chosen = torch.device("cuda", chosen.index if chosen.index is not None else local_rank)
             torch.cuda.set_device(chosen)
+        store = None
+        if spare:
+            if count == 1:
+                raise ValueError(
+                    "processes.reward=true gives the last of 1 processes to the reward model, which leaves none to "
+                    "train; start at least 2 (torchrun --nproc-per-node=2), or set it to false"
+                )
+            count -= 1
+            store, *_ = next(dist.rendezvous("env://"))
+            if rank == count:
+                return Processes(rank, count, chosen, store=store)
         if count > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        return Processes(rank, count, chosen).in_teams(per_team)
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            if store is None:
+                dist.init_process_group(backend)
+            else:
+                own = dist.PrefixStore("training", store)
+                dist.init_process_group(backend, store=own, rank=rank, world_size=count)
+        return Processes(rank, count, chosen, store=store).in_teams(per_team)
 
     def in_teams(self, size: int) -> Processes:
         """The same processes, each ``size`` with neighbouring ranks as a team that has its prompts in common.
@@ -63,6 +82,11 @@ class Processes:
         groups = [dist.new_group(range(first, first + size)) for first in range(0, self.count, size)]
         team = Processes(self.rank % size, size, self.device, groups[self.rank // size])
         return replace(self, _team=team)
+
+    @property
+    def spared(self) -> bool:
+        """This process is none of the ``count``: it can do something for them, but nothing with them."""
+        return self.rank == self.count
 
     @property
     def first(self) -> bool:
@@ -151,5 +175,5 @@ class Processes:
             dist.barrier(group=self.group)
 
     def stop(self) -> None:
-        if self.count > 1 and dist.is_initialized():
+        if self.count > 1 and not self.spared and dist.is_initialized():
             dist.destroy_process_group()
