@@ -54,6 +54,10 @@ class RolloutConfig(Section):
     rows: int | None = Field(None, ge=1)
     """The most candidates that go through the network and the decoder at once, as whole prompts or as even parts of
     one; null: all of a step."""
+    overlap: bool = False
+    """Decode and score groups of ``rows`` while the next are sampled: on a GPU in a stream of its own, on a CPU, whose
+    cores sampling takes, between groups. Scores stay the same. The seconds of decoding and scoring that sampling hides
+    count as the rollout's. It needs the memory of both at once, and excludes memory.residency=phases."""
     guidance_interval: tuple[float, float] | None = None
     """[low, high]: guidance only at times t / 1000 in it (arXiv 2404.07724), one branch at all others; null: always."""
     prune: PruneConfig | None = None

@@ -94,7 +94,8 @@ class Config(Section):
         return self
 
     def _check_run(self) -> None:
-        if self.model.kind != "sprites" and (self.prompts.train is None or self.prompts.held_out is None):
+        train = self.prompts.train or self.rollout.ledger
+        if self.model.kind != "sprites" and (train is None or self.prompts.held_out is None):
             raise ValueError(
                 "prompts.train and prompts.held_out name files; only the sprites world has its own"
             )
@@ -105,8 +106,8 @@ class Config(Section):
             )
         if self.rollout.source == "ledger" and (self.pairs.refill or self.pairs.ledger != "none"):
             raise ValueError(
-                f"rollout.source=ledger takes its pairs as they were stored; leave out pairs.refill={self.pairs.refill} "
-                f"and pairs.ledger={self.pairs.ledger}"
+                "rollout.source=ledger takes its pairs as they were stored; leave out "
+                f"pairs.refill={self.pairs.refill} and pairs.ledger={self.pairs.ledger}"
             )
         held_out = self.guards.reward
         if held_out is not None and (held_out.kind, held_out.path) == (self.reward.kind, self.reward.path):
@@ -154,6 +155,11 @@ class Config(Section):
             raise ValueError(
                 f"memory.offload=true sends the inputs of blocks to the host, but memory.recompute={memory.recompute} "
                 "keeps many times as much on the device; set memory.recompute=block or all_but_attention"
+            )
+        if self.rollout.overlap and memory.residency == "phases":
+            raise ValueError(
+                "rollout.overlap=true has policy, VAE and reward model on the device at once, which "
+                "memory.residency=phases exists to avoid; set rollout.overlap=false, or memory.residency=all"
             )
         if memory.step_in_backward:
             self._check_step_in_backward()

@@ -14,8 +14,8 @@ from vpo_engine.rollout.prune import extremes
 from vpo_engine.rollout.rows import Group, Rows
 from vpo_engine.seeding import normal
 
-Done = Callable[[Group, Denoised], None]
-"""What is told of each group of candidates as soon as it is sampled."""
+Done = Callable[[Group, Tensor], None]
+"""Is given each group as soon as it is sampled: clean latents, or the previews to be scored, [P * N, C, T, H, W]."""
 Judge = Callable[[Tensor], Tensor]
 """Latents [P, N, C, T, H, W] to the one number per candidate that pairs are made of, [P, N]."""
 
@@ -52,19 +52,30 @@ class Rollout:
 
     @torch.no_grad()
     def begin(
-        self, network: Network, text: TextEmbedding, positions: Sequence[int], done: Done | None = None
+        self,
+        network: Network,
+        text: TextEmbedding,
+        positions: Sequence[int],
+        done: Done | None = None,
+        block: int = 0,
     ) -> Denoised:
         """This process's candidates, [P, N / team, C, T, H, W] in each part, up to where they are pruned; without
-        pruning, to the end. With config.explore their noise, and as previews what is found cheaply from it."""
+        pruning, to the end. With config.explore their noise, and as previews what is found cheaply from it.
+
+        done: is given what is scored first, the previews where there is a second pass. block: the candidates are
+        numbers block * N to (block + 1) * N - 1 of their prompts.
+        """
         shape, mine = self._model.latent_shape, _slice(self._team.part(self._config.candidates))
+        later = [block] if block else []
         noise = torch.stack(
             [
-                normal((self._config.candidates, *shape), self._seed, "rollout", position)[mine]
+                normal((self._config.candidates, *shape), self._seed, "rollout", position, *later)[mine]
                 for position in positions
             ]
         )
         if self._config.explore is None:
-            return self._advance(network, noise, text, self._first, slice(0, self._config.prune_step), done)
+            part, pruned = slice(0, self._config.prune_step), self._config.prune is not None
+            return self._advance(network, noise, text, self._first, part, done, pruned)
         explored = self._advance(network, noise, text, self._first, slice(None), done)
         return Denoised(noise.to(self._device), explored.latents)
 
@@ -98,16 +109,20 @@ class Rollout:
         settings: SamplerSettings,
         part: slice,
         done: Done | None,
+        previews: bool = False,
     ) -> Denoised:
-        def denoise(group: Group) -> Denoised:
+        """previews: ``done`` is given these, not where the candidates are."""
+
+        def denoise(group: Group) -> tuple[Group, Denoised]:
             prompts, candidates = _slice(group.prompts), _slice(group.candidates)
             rows = latents[prompts, candidates].flatten(0, 1).to(self._device)
-            made = self._model.denoise(network, rows, text[prompts], settings, part)
-            if done is not None:
-                done(group, made)
-            return made
+            return group, self._model.denoise(network, rows, text[prompts], settings, part)
 
-        parts = list(self._rows.run(denoise, *latents.shape[:2]))
+        parts = []
+        for group, made in self._rows.run(denoise, *latents.shape[:2]):
+            if done is not None:
+                done(group, made.preview if previews else made.latents)
+            parts.append(made)
         return Denoised(
             torch.cat([one.latents for one in parts]).view(latents.shape),
             torch.cat([one.preview for one in parts]).view(latents.shape),

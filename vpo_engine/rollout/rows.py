@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -39,13 +40,15 @@ class Group:
 class Rows:
     """The limit of rows at once, for a whole run: work that does not fit is done again with half of them, once.
 
-    What is computed does not depend on it beyond the batch dependence of the matrix products.
+    What is computed does not depend on it beyond the batch dependence of the matrix products. Several threads may
+    ``run`` at the same time.
     """
 
     def __init__(self, limit: int | None, say: Callable[[str], None] = print) -> None:
         self.limit = limit
         self._say = say
         self._halved = False
+        self._lock = threading.Lock()
 
     def run(self, work: Callable[[Group], Result], prompts: int, candidates: int) -> Iterator[Result]:
         """``work`` of every group, in order. torch.OutOfMemoryError, naming rollout.rows, if half do not fit either."""
@@ -59,7 +62,9 @@ class Rows:
             try:
                 result = work(group)
             except torch.OutOfMemoryError as error:
-                self._halve(len(group), error)
+                with self._lock:
+                    if self.limit is None or len(group) <= self.limit:  # else another thread has halved it
+                        self._halve(len(group), error)
                 waiting.insert(0, group)
             else:
                 yield result

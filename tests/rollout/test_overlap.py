@@ -1,0 +1,181 @@
+"""Groups that are decoded and scored while others are sampled: the same scores, in the same order, errors at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from rollout_case import CPU, PROMPTS, settings, sprites
+from torch import Tensor
+
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
+from vpo_engine.memory.residency import Residency
+from vpo_engine.metrics.stages import Stages
+from vpo_engine.rewards.sprites import SpritesReward
+from vpo_engine.rollout.candidates import Rollout
+from vpo_engine.rollout.rows import Rows
+from vpo_engine.scoring import Scoring
+
+PRUNED = {"after": 0.5, "keep": 2}
+
+
+class Watched:
+    """The sprites reward; notes the threads, the prompts and the number of videos of each call, and may fail in one."""
+
+    def __init__(self, failing: int | None = None) -> None:
+        self._reward = SpritesReward()
+        self.dimensions = self._reward.dimensions
+        self.failing = failing
+        self.calls: list[tuple[str, list[str]]] = []
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        assert not torch.is_grad_enabled()
+        self.calls.append((threading.current_thread().name, list(prompts)))
+        if len(self.calls) == self.failing:
+            raise RuntimeError("the scorer broke")
+        return self._reward.score(videos, prompts)
+
+
+class Heard:
+    """Stands before the network and notes how many groups were scored when it was called."""
+
+    def __init__(self, reward: Watched) -> None:
+        self.reward, self.scored = reward, [0][:0]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.scored.append(len(self.reward.calls))
+        return sprites()[0].network(x, *args, **kwargs)
+
+
+def run(
+    reward: Watched,
+    overlap: bool,
+    threaded: bool,
+    network: Callable[..., Tensor] | None = None,
+    **changes: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Candidates and scores; with prune of the previews and, after them, of what is finished."""
+    model, text = sprites()
+    config = settings(steps=2, guidance=1.0, **{"rows": 4, **changes})
+    rows, stages = Rows(config.rows), Stages(CPU)
+    rollout = Rollout(model, config, 0, CPU, rows)
+    scoring = Scoring(model, reward, rows, Residency.everything(), overlap, threaded)
+    ahead = scoring.ahead(PROMPTS)
+    begun = rollout.begin(network or model.network, text, [7, 8], ahead)
+    if config.prune is None:
+        return begun.latents, scoring.score(begun.latents, PROMPTS, stages, ahead)
+    previews = scoring.score(begun.preview, PROMPTS, stages, ahead)
+    ahead = scoring.ahead(PROMPTS)
+    finished = rollout.finish(
+        network or model.network, text, begun.latents, previews["visual_quality"], ahead
+    )
+    return finished, scoring.score(finished, PROMPTS, stages, ahead) | {
+        "previews": previews["visual_quality"]
+    }
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"rows": 3}, {"prune": PRUNED}], ids=["prompts", "parts", "pruned"])
+def test_scores_and_candidates_are_bit_for_bit_those_of_one_after_the_other(
+    threaded: bool, changes: dict[str, Any]
+) -> None:
+    one, other = Watched(), Watched()
+    latents, scores = run(one, False, threaded, **changes)
+    overlapped, found = run(other, True, threaded, **changes)
+    assert torch.equal(latents, overlapped)
+    assert set(scores) == set(found)
+    assert all(torch.equal(scores[name], found[name]) for name in scores)
+    assert [prompts for _, prompts in one.calls] == [prompts for _, prompts in other.calls]
+    assert {name for name, _ in one.calls} == {threading.current_thread().name}
+    assert all(name.startswith("scoring") == threaded for name, _ in other.calls)
+
+
+def test_a_group_is_scored_before_the_next_is_sampled_without_a_thread() -> None:
+    reward = Watched()
+    network = Heard(reward)
+    run(reward, True, False, network)
+    assert network.scored == [0, 0, 1, 1]
+    reward = Watched()
+    network = Heard(reward)
+    run(reward, False, False, network)
+    assert network.scored == [0, 0, 0, 0]
+
+
+def test_with_a_thread_the_next_group_is_sampled_while_one_is_scored() -> None:
+    """The scorer of the first group waits for the sampler to ask the network for the second: one would deadlock."""
+    reward, sampling = Watched(), threading.Event()
+    score = reward.score
+
+    def waiting(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        assert sampling.wait(60)
+        return score(videos, prompts)
+
+    calls: list[int] = []
+
+    def network(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(len(x))
+        if len(calls) == 3:
+            sampling.set()
+        return sprites()[0].network(x, *args, **kwargs)
+
+    reward.score = waiting  # type: ignore[method-assign]
+    _, scores = run(reward, True, True, network)
+    expected = run(Watched(), False, False)[1]
+    assert all(torch.equal(scores[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_error_of_the_scorer_is_raised(threaded: bool, failing: int) -> None:
+    with pytest.raises(RuntimeError, match="the scorer broke"):
+        run(Watched(failing), True, threaded)
+
+
+def test_an_error_stops_the_sampling_of_the_groups_after() -> None:
+    reward = Watched(failing=1)
+    network = Heard(reward)
+    with pytest.raises(RuntimeError, match="the scorer broke"):
+        run(reward, True, False, network, rows=1)
+    assert len(network.scored) == 2
+
+
+def test_a_decoder_that_runs_out_of_memory_in_the_thread_gets_half(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = sprites()
+    decode = model.decode
+
+    def failing(latents: Tensor) -> Tensor:
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents)
+
+    latents, expected = run(Watched(), False, False)
+    monkeypatch.setattr(model, "decode", failing)
+    found, scores = run(Watched(), True, True)
+    assert (latents - found).abs().max() <= 2e-5
+    # Rounding moves a few pixels by one of 255 levels.
+    assert all((expected[name] - scores[name]).abs().max() <= 0.01 for name in expected)
+    assert capsys.readouterr().out.count("set rollout.rows=2 to start so") == 1
+
+
+def test_a_run_with_overlap_makes_the_same_step(small: Callable[..., Config]) -> None:
+    from test_prune import make, step
+
+    common = ("rollout.candidates=2", "rollout.rows=2", "optimizer.lr=1e-4")
+    reward = Watched()
+    whole, overlapped = (
+        step(make(small(*common, *more), reward)) for more in ((), ("rollout.overlap=true",))
+    )
+    assert whole.metrics == overlapped.metrics
+
+
+def test_parts_that_take_turns_cannot_overlap() -> None:
+    with pytest.raises(
+        ValueError, match=r"rollout\.overlap=true .* set rollout\.overlap=false, or memory\.residency"
+    ):
+        load_config(None, ["rollout.overlap=true", "memory.residency=phases"])
