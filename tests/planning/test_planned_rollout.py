@@ -7,10 +7,12 @@ from contextlib import nullcontext
 import pytest
 
 from vpo_engine.config_file import load_config
-from vpo_engine.data.sprites.assets import GEOMETRY
+from vpo_engine.data.sprites.assets import GEOMETRY, load_policy
 from vpo_engine.data.sprites.pretrain import FLOW
 from vpo_engine.planning.trace import Trace, trace_step
+from vpo_engine.planning.tracker import BLOCK
 from vpo_engine.protocols import SamplerSettings
+from vpo_engine.reference.mirror import block_linears
 
 
 def rollout(*overrides: str, network_only: bool = True) -> Trace:
@@ -43,6 +45,22 @@ def test_candidates_that_are_given_up_cost_their_first_steps_and_a_preview():
     finished = rollout("rollout.candidates=2", "rollout.steps=3")
     assert pruned.flops("rollout") == begun.flops("rollout") + finished.flops("rollout")
     assert pruned.flops("decode") == begun.flops("decode") * (4 + 2) / 4
+
+
+def test_exploring_costs_all_candidates_cheaply_and_two_exactly():
+    found = rollout("rollout.candidates=4", "rollout.explore={steps: 2}", network_only=False)
+    cheap = rollout("rollout.candidates=4", "rollout.steps=2", network_only=False)
+    exact = rollout("rollout.candidates=2", network_only=False)
+    assert found.flops("rollout") == cheap.flops("rollout") + exact.flops("rollout")
+    assert found.flops("decode") == cheap.flops("decode") + exact.flops("decode")
+
+
+def test_a_copy_in_8_bits_takes_a_byte_for_each_weight_of_the_blocks():
+    found, plain = rollout("rollout.weights=int8"), rollout()
+    weights = [linear.weight for linear in block_linears(load_policy()).values()]
+    parts = [size for weight in weights for size in (weight.numel(), 4 * len(weight))]
+    assert found.peak("rollout")["sampling copy"] == sum(-(-part // BLOCK) * BLOCK for part in parts)
+    assert found.flops("rollout") == plain.flops("rollout")
 
 
 def test_a_step_cache_is_planned_as_if_it_never_served(plain: tuple[float, float]):

@@ -39,6 +39,7 @@ from vpo_engine.protocols import SamplerSettings, TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.videoscore import VideoScoreNetwork, frame_indices
 from vpo_engine.rollout.rows import Group
+from vpo_engine.rollout.weights import SamplingCopy
 
 PhaseName = Literal["text", "rollout", "decode", "reward", "update", "optimizer", "refresh"]
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
@@ -173,6 +174,10 @@ class _Tracing:
             self._build_reward(self._reward)
         with tracker.making("reference"):
             self._reference = build_reference(config.reference.storage, network)
+        bits = config.rollout.first_pass.weights
+        if bits != "policy":
+            with tracker.making("sampling copy"):
+                self._copy = SamplingCopy(network, bits)
         trained = [p for p in network.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
@@ -225,18 +230,23 @@ class _Tracing:
             _empty(encoder)
 
     def _rollout(self, latents: Tensor, text: TextEmbedding) -> None:
-        """One group of candidates through the sampling loop, with rollout.prune in two parts.
+        """One group of candidates through the sampling loop; with rollout.prune in two parts, with explore twice.
 
-        No step reuses another's blocks, whatever rollout.cache says: how often it would is not known beforehand.
+        A copy in 8 bits is planned as if it were the policy, but for the memory it holds. No step reuses another's
+        blocks, whatever the cache says: how often it would is not known beforehand.
         """
         config = self._config.rollout
         network = self._model.network if config.source == "policy" else self._reference
+        first, explored = config.first_pass, config.explore is not None
         settings = SamplerSettings(config.steps, config.guidance, config.guidance_interval, config.cache)
-        parts = [(slice(0, config.prune_step), config.candidates)]
-        if config.prune is not None:
-            parts.append((slice(config.prune_step, None), config.prune.keep))
+        cheap = SamplerSettings(
+            first.steps or config.steps, config.guidance, first.guidance_interval, first.cache
+        )
+        parts = [(cheap, slice(0, None if explored else config.prune_step), config.candidates)]
+        if config.keep is not None:
+            parts.append((settings, slice(0 if explored else config.prune_step, None), config.keep))
         self._tracker.answer = lambda: 0.0
-        for part, candidates in parts:
+        for settings, part, candidates in parts:
             everything = Group(range(self._pairs), range(candidates))
             group = everything.split(config.rows)[0]
             row_text = text[group.prompts.start : group.prompts.stop]
@@ -247,7 +257,7 @@ class _Tracing:
     def _score(self, latents: Tensor) -> None:
         rollout = self._config.rollout
         rows = min(rollout.rows or len(latents), len(latents))
-        scored = len(latents) + (0 if rollout.prune is None else self._pairs * rollout.prune.keep)
+        scored = len(latents) + self._pairs * (rollout.keep or 0)
         with self._phase("decode", scored / rows):
             video = self._model.decode(latents[:rows])
         if self._reward is None:
