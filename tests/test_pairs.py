@@ -106,19 +106,36 @@ def test_rows_are_exchanged_where_they_were_chosen_anew() -> None:
     assert merged.kept.tolist() == [True, True, True]
 
 
+def pairs_of(gap: Tensor, kept: Tensor) -> Pairs:
+    first = torch.zeros(len(gap), dtype=torch.int64)
+    return Pairs(first, first + 1, gap, kept)
+
+
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 3.0])
 def test_weights_grow_with_the_gap_and_have_mean_one(power: float) -> None:
-    gap = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 1e-3
-    mean = (gap.double() ** power).mean()
-    parts = [gap_weights(part, power, mean) for part in gap.split(16)]  # as over four processes
-    weights = torch.cat(parts)
-    assert float(weights.double().mean()) == pytest.approx(1.0, abs=1e-6)
-    expected = gap.double() ** power / (gap.double() ** power).mean()
+    """Over the kept pairs of all processes, here four, of which one has none."""
+    generator = torch.Generator().manual_seed(0)
+    gap, kept = torch.rand(64, generator=generator) + 1e-3, torch.rand(64, generator=generator) > 0.3
+    kept[16:32] = False
+    powers = torch.where(kept, gap.double() ** power, 0.0)
+    everywhere = torch.stack([powers.sum(), kept.sum()])
+    weights = torch.cat(
+        [
+            gap_weights(pairs_of(*part), power, lambda sums: everywhere)
+            for part in zip(gap.split(16), kept.split(16), strict=True)
+        ]
+    )
+    assert weights[~kept].tolist() == [0.0] * int((~kept).sum())
+    assert float(weights[kept].double().mean()) == pytest.approx(1.0, abs=1e-6)
+    expected = powers / powers[kept].mean()
     torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(weights, gap_weights(pairs_of(gap, kept), power))
     if power:
-        assert torch.equal(weights.argsort(), gap.argsort())
-    else:
-        assert torch.equal(weights, torch.ones(64))
+        assert torch.equal(weights[kept].argsort(), gap[kept].argsort())
+
+
+def test_a_step_of_ties_alone_weighs_nothing() -> None:
+    assert gap_weights(pairs_of(torch.zeros(3), torch.zeros(3, dtype=torch.bool)), 1.0).tolist() == [0.0] * 3
 
 
 def test_a_score_that_is_not_finite_is_named() -> None:

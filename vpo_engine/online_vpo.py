@@ -21,31 +21,46 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.memory.residency import Residency
 from vpo_engine.metrics.stages import Stages
-from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
-from vpo_engine.objectives.pairs import Pairs, select_pairs
+from vpo_engine.objectives.pairs import Pairs, gap_weights, select_pairs
 from vpo_engine.protocols import Network, ReferenceStore, Reward, TextEmbedding, VideoModel
 from vpo_engine.rewards.combine import chosen, combine
 from vpo_engine.rollout.candidates import Rollout
+from vpo_engine.rollout.pool import Pool
 from vpo_engine.rollout.rows import Rows
+from vpo_engine.rollout.stored import StoredPairs
 from vpo_engine.rollout.weights import SamplingCopy
+from vpo_engine.sampling import Sampling
 from vpo_engine.scoring import Scoring
 
 
 @dataclass
 class Step:
-    """What one step made: for the log (metrics) and for the gallery (this team's candidates and pairs).
+    """What one step made: for the log (metrics), the gallery and the ledger (this team's candidates and pairs).
 
-    candidates: clean latents [P, N, C, T, H, W], with rollout.prune or explore those of the finished candidates.
-    rows: that this process's rollout sent through the network.
+    weights: float32 [P], of the pairs' losses, 0 for ties.
     """
 
     metrics: dict[str, float]
-    candidates: Tensor
-    scores: dict[str, Tensor]
+    pool: Pool
     pairs: Pairs
+    weights: Tensor
     seconds: dict[str, float] = field(default_factory=dict)
-    rows: int = 0
+
+    @property
+    def candidates(self) -> Tensor:
+        """Clean latents [P, N, C, T, H, W], with rollout.prune or explore those of the finished candidates."""
+        return self.pool.latents
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """{dimension: float32 [P, N]}."""
+        return self.pool.scores
+
+    @property
+    def rows(self) -> int:
+        """Rows that this process's rollout sent through the network."""
+        return self.pool.rows
 
 
 class OnlineVPO:
@@ -59,8 +74,12 @@ class OnlineVPO:
         reference: ReferenceStore,
         processes: Processes,
         residency: Residency | None = None,
+        stored: StoredPairs | None = None,
     ) -> None:
-        """``residency`` knows the model's and the reward's tensors already (None: everything stays where it is)."""
+        """``residency`` knows the model's and the reward's tensors already (None: everything stays where it is).
+
+        ``stored``: with rollout.source=ledger, the pairs to train on in place of candidates.
+        """
         self.config, self.model, self.reward, self.reference = config, model, reward, reference
         self.processes = processes
         self.rows = Rows(config.rollout.rows)
@@ -87,7 +106,12 @@ class OnlineVPO:
         self.residency.register("optimizer", self.optimizer.tensors)
         bits = config.rollout.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
-        self.scoring = Scoring(model, reward, self.rows, self.residency)
+        exact: Network = reference if config.rollout.source == "reference" else model.network
+        scoring = Scoring(model, reward, self.rows, self.residency, config.rollout.overlap)
+        self.sampling = Sampling(
+            config, exact, self.copy, self.rollout, scoring, processes.team, self.residency
+        )
+        self.stored = stored
 
     @property
     def optimizer_steps(self) -> int:
@@ -96,69 +120,75 @@ class OnlineVPO:
     def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
         """One step on this team's prompts, which stand at ``positions`` of the prompt stream."""
         stages = Stages(self.processes.device)
-        samplers = self._samplers()
-        candidates = self._rollout(samplers, prompts, text, positions, stages)
-        scores = self.scoring.score(candidates, prompts, stages)
-        candidates, scores = self._of_the_team(candidates, scores)
-        pairs = self._select(scores)
+        pool, first = self._candidates(prompts, text, positions, stages)
+        pool, pairs = self._refill(pool, first, prompts, text, positions, stages)
+        weights = self._weights(pairs)
         for update in range(self.config.objective.updates):
             with stages("update"):
-                metrics = self._update(candidates, pairs, text, positions, update)
+                metrics = self._update(pool, pairs, weights, text, positions, update)
             with stages("refresh"):
                 self._refresh()
-        metrics |= self._reward_metrics(scores, pairs)
+        metrics |= self._reward_metrics(pool.scores, pairs, first)
         metrics |= {
             "optimizer_steps": self.optimizer_steps,
             "reference_age": self.optimizer_steps - self.refreshed_at,
             **{f"reference/{name}": value for name, value in self.reference.numbers().items()},
             **stages.peaks(),
         }
-        return Step(
-            metrics, candidates, scores, pairs, stages.seconds, sum(sampler.rows for sampler in samplers)
-        )
+        return Step(metrics, pool, pairs, weights, stages.seconds)
 
-    def _samplers(self) -> tuple[CountedRows, CountedRows]:
-        """What samples in the first pass of a rollout, and in the second where there is one."""
-        config = self.config.rollout
-        exact: Network = self.model.network if config.source == "policy" else self.reference
-        first = exact if self.copy is None else self.copy
-        return CountedRows(first), CountedRows(exact if config.weights == "policy" else first)
-
-    def _rollout(
-        self,
-        samplers: tuple[CountedRows, CountedRows],
-        prompts: Sequence[str],
-        text: TextEmbedding,
-        positions: Sequence[int],
-        stages: Stages,
-    ) -> Tensor:
-        """This process's finished candidates, clean latents [P, N / team, C, T, H, W]; with rollout.prune,
-        [P, keep / team, ...], and with rollout.explore [P, 2 / team, ...]."""
-        config = self.config
-        with stages("rollout"), self.residency.phase("rollout"):
-            if self.copy is not None:
-                self.copy.refresh()
-            begun = self.rollout.begin(samplers[0], text, positions)
-        if config.rollout.keep is None:
-            return begun.latents
-        previews = self.scoring.score(begun.preview, prompts, stages)
-        latents, scores = self._of_the_team(begun.latents, previews)
-        with stages("rollout"), self.residency.phase("rollout"):
-            selected = combine(scores, config.reward.dimensions, config.reward.normalise)
-            return self.rollout.finish(samplers[1], text, latents, selected)
-
-    def _of_the_team(self, candidates: Tensor, scores: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Candidates [P, n, ...] and scores [P, n] of this process to those of its team, [P, team * n, ...]."""
-        team = self.processes.team
-        return team.gather(candidates, 1), {name: team.gather(value, 1) for name, value in scores.items()}
+    def _candidates(
+        self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int], stages: Stages
+    ) -> tuple[Pool, Pairs]:
+        """Rollout, reward and pair of every prompt: sampled and scored, or as they were stored."""
+        if self.stored is not None:
+            return self.stored.compared(positions, self.model.latent_shape)
+        pool = self.sampling.candidates(prompts, text, positions, stages)
+        return pool, self._select(pool.scores)
 
     def _select(self, scores: dict[str, Tensor]) -> Pairs:
         reward, rule = self.config.reward, self.config.pairs
         parts = chosen(scores, reward.dimensions) if rule.rule == "pareto" else None
         return select_pairs(combine(scores, reward.dimensions, reward.normalise), rule.min_gap, parts)
 
+    def _refill(
+        self,
+        pool: Pool,
+        pairs: Pairs,
+        prompts: Sequence[str],
+        text: TextEmbedding,
+        positions: Sequence[int],
+        stages: Stages,
+    ) -> tuple[Pool, Pairs]:
+        """N more candidates for prompts that are a tie, up to pairs.refill times; pairs are made of all they have."""
+        for block in range(1, 1 + self.config.pairs.refill):
+            tied = (~pairs.kept).nonzero().squeeze(1)
+            if not len(tied):
+                break
+            rows = tied.tolist()
+            more = self.sampling.candidates(
+                [prompts[row] for row in rows], text[tied], [positions[row] for row in rows], stages, block
+            )
+            pool = pool.wider(tied, more)
+            pairs = pairs.with_rows(
+                tied, self._select({name: each[tied] for name, each in pool.scores.items()})
+            )
+        return pool, pairs
+
+    def _weights(self, pairs: Pairs) -> Tensor:
+        """Weights of the pairs' losses, float32 [P], 0 for ties."""
+        here, power = self.processes.device, self.config.pairs.gap_power
+        # Of every member of a team, which cancels.
+        return gap_weights(pairs, power, lambda sums: self.processes.sum(sums.to(here)))
+
     def _update(
-        self, candidates: Tensor, pairs: Pairs, text: TextEmbedding, positions: Sequence[int], update: int
+        self,
+        pool: Pool,
+        pairs: Pairs,
+        weights: Tensor,
+        text: TextEmbedding,
+        positions: Sequence[int],
+        update: int,
     ) -> dict[str, float]:
         team = self.processes.team
         kept = pairs.kept.nonzero().squeeze(1)
@@ -169,13 +199,14 @@ class OnlineVPO:
         self.optimizer.begin(rate)
         if len(mine):
             batch = PreferenceBatch(
-                winner=candidates[kept, pairs.winner[kept]],
-                loser=candidates[kept, pairs.loser[kept]],
+                winner=pool.pick(kept, pairs.winner[kept]),
+                loser=pool.pick(kept, pairs.loser[kept]),
                 text=text[kept],
                 positions=[positions[i] for i in kept.tolist()],
                 total=total,
                 update=update,
                 rows=mine,
+                weight=weights[kept] if self.config.pairs.gap_power else None,
             )
             with self.residency.phase("update"):
                 local = self.objective.step(batch, self.reference, self.processes.count)
@@ -197,12 +228,15 @@ class OnlineVPO:
                 self.reference.refresh(self.model.network)
             self.refreshed_at = self.optimizer_steps
 
-    def _reward_metrics(self, scores: dict[str, Tensor], pairs: Pairs) -> dict[str, float]:
-        """Means over all candidates and prompts of all processes."""
-        names = [f"reward/{name}" for name in scores]
-        values = [value.mean() for value in scores.values()]
-        selected = combine(scores, self.config.reward.dimensions).mean()
-        ties = (~pairs.kept).float().mean()
-        means = torch.stack([*values, selected, pairs.gap.mean(), ties]).to(self.processes.device)
-        means = self.processes.sum(means) / self.processes.count
-        return dict(zip([*names, "reward/selected", "reward/gap", "tie_rate"], means.tolist(), strict=True))
+    def _reward_metrics(self, scores: dict[str, Tensor], pairs: Pairs, first: Pairs) -> dict[str, float]:
+        """Means over the prompts of all processes, of scores over their first candidates; ``first``: before refill."""
+        count = self.config.rollout.keep or self.config.rollout.candidates
+        scores = {name: value[:, :count] for name, value in scores.items()}
+        means = {f"reward/{name}": value.mean() for name, value in scores.items()}
+        means["reward/selected"] = combine(scores, self.config.reward.dimensions).mean()
+        means["reward/gap"] = pairs.gap.mean()
+        means["tie_rate"] = (~pairs.kept).float().mean()
+        if self.config.pairs.refill:
+            means["tie_rate_before_refill"] = (~first.kept).float().mean()
+        summed = self.processes.sum(torch.stack([*means.values()]).to(self.processes.device))
+        return dict(zip(means, (summed / self.processes.count).tolist(), strict=True))

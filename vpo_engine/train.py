@@ -27,6 +27,8 @@ from vpo_engine.rewards.process import ProcessReward, RewardProcessError
 from vpo_engine.run_state import check_same_run
 from vpo_engine.runs.checkpoint import CheckpointError
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.rewards.served import ServedReward, serve
+from vpo_engine.rollout.stored import StoredPairs
 from vpo_engine.trainer import Trainer
 
 
@@ -66,11 +68,13 @@ def train(config: Config) -> int:
         reward = build_reward(config, processes.device, model.residency)
         if isinstance(reward, ProcessReward):
             at_end.callback(reward.close)
+        ledger = config.rollout.ledger
+        stored = None if ledger is None else StoredPairs(ledger, config.pairs.min_gap)
         run = _run_directory(config, processes)
         with model.residency.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
-            algorithm = OnlineVPO(config, model, reward, reference, processes, model.residency)
-        stream = PromptStream(prompts, config.seed)
+            algorithm = OnlineVPO(config, model, reward, reference, processes, model.residency, stored)
+        stream = PromptStream(prompts, config.seed) if stored is None else stored
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         outcome = Trainer(config, algorithm, stream, held_out, run, processes).run()
     if outcome.stopped_by and processes.first:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vpo_engine.config import Config
+from vpo_engine.data.ledger import truncate_ledger
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.held_out import HeldOut
@@ -20,6 +21,8 @@ from vpo_engine.metrics.summary import format_summary, summarise
 from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
 from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.run_state import capture, restore
+from vpo_engine.rewards.registry import reward_card
+from vpo_engine.rollout.stored import Recorder, StoredPairs
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, write_held_out, write_pairs
@@ -53,7 +56,7 @@ class Trainer:
         self,
         config: Config,
         algorithm: OnlineVPO,
-        stream: PromptStream,
+        stream: PromptStream | StoredPairs,
         held_out: HeldOut,
         run: RunDirectory,
         processes: Processes,
@@ -83,6 +86,7 @@ class Trainer:
                 self._evaluate_baseline()
             for step in range(start + 1, total + 1):
                 self._train_step(step)
+        self._ledger = self._open_ledger(start)
                 stopping = self._processes.any(stop.requested)
                 if stopping or step == total or self._due(self._config.checkpoint.every, step):
                     with self._stage("checkpoint"):
@@ -107,6 +111,24 @@ class Trainer:
         self._progress.stage("measuring the device")
         model = self._algorithm.model
         flops = count_row_flops(model, model.embed(self._held_out.prompts[:_GAUGED]))
+    def _stopped(self, step: int, stop: StopRequest) -> Outcome:
+        if not self._alarmed:
+            return Outcome(step, None, stop.signal_name or "a signal to another process")
+        if self._processes.first:
+            self._progress.note(f"report: {write_report(self._run)}")
+        return Outcome(step, None, "an alarm (guards.on_alarm=stop)", alarmed=True)
+
+    def _open_ledger(self, start: int) -> Recorder | None:
+        """The run's ledger, in which nothing is left of steps after ``start``; one process of a team writes it."""
+        if self._config.pairs.ledger == "none":
+            return None
+        if self._processes.first:
+            truncate_ledger(self._run.ledger, start)
+        self._processes.wait()
+        if not self._processes.team.first:
+            return None
+        return Recorder(self._config, self._run.ledger, self._processes.rank)
+
         ceiling = matrix_rate(self._processes.device, getattr(torch, self._config.model.dtype))
         self._taken_at += time.perf_counter() - start
         return Throughput(self._config, flops, ceiling)
@@ -136,6 +158,8 @@ class Trainer:
         metrics |= self._throughput.utilisation(result.seconds, result.rows, trained)
         metrics["speed/ceiling"] = self._throughput.ceiling
         self._log.write(step, "train", metrics)
+        if self._ledger is not None:
+            self._ledger.record(step, prompts, positions, result.pool, result.pairs, result.weights)
         self._progress.step(step, metrics)
 
     def _take_seconds(self) -> dict[str, float]:

@@ -49,8 +49,6 @@ def write(root: Path, steps: int, ranks: int = 2, kept: bool = True) -> list[Led
             pairs = [pair(step, first), pair(step, first + 1, 0 if kept else None)]
             writer.write(step, pairs, latents(1, first) if kept else None)
             expected += pairs
-    for writer in writers:
-        writer.close()
     return expected
 
 
@@ -160,4 +158,4 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     writer = LedgerWriter(tmp_path / "ledger", 0)
     with pytest.raises(ValueError, match="Out of range float values"):
         writer.write(1, [replace(pair(1, 0), gap=float("nan"))])
-    assert list(read_ledger(tmp_path)) == []
+    assert not list((tmp_path / "ledger").iterdir())

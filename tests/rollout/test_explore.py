@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -189,8 +190,8 @@ def test_every_rollout_samples_from_the_policy_as_it_is(
     text, begin = algorithm.model.embed(PROMPTS), algorithm.rollout.begin
     previews: list[Tensor] = []
 
-    def noted(network: Network, text: TextEmbedding, positions: Sequence[int]) -> Denoised:
-        previews.append((begun := begin(network, text, positions)).preview)
+    def noted(network: Network, text: TextEmbedding, positions: Sequence[int], *rest: Any) -> Denoised:
+        previews.append((begun := begin(network, text, positions, *rest)).preview)
         return begun
 
     monkeypatch.setattr(algorithm.rollout, "begin", noted)

@@ -17,7 +17,7 @@ class PairsConfig(Section):
     its loser in any of reward.dimensions; a prompt without one is a tie."""
     min_gap: float = Field(0.0, ge=0, allow_inf_nan=False)
     """A pair whose scores differ by no more than this is a tie: skipped and counted."""
-    gap_power: float = Field(0.0, ge=0, allow_inf_nan=False)
+    gap_power: float = Field(0.0, ge=0, le=4)
     """The weight of a pair's loss is gap^gap_power over the mean of that among the pairs of the step, over all
     processes. 0: all weigh 1 (paper). 1: in proportion to the gap."""
     refill: int = Field(0, ge=0)

@@ -84,7 +84,6 @@ class LedgerWriter:
         """``folder``: the run's ledger; made if it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._rank = folder, rank
-        self._file = _pairs_file(folder, rank).open("ab", buffering=0)
 
     def write(
         self, step: int, pairs: Sequence[LedgerPair], latents: tuple[Tensor, Tensor] | None = None
@@ -99,11 +98,9 @@ class LedgerWriter:
             unfinished.replace(path)
         lines = (json.dumps(_line(pair), ensure_ascii=False, allow_nan=False) + "\n" for pair in pairs)
         data = memoryview("".join(lines).encode())
-        while data:
-            data = data[self._file.write(data) :]
-
-    def close(self) -> None:
-        self._file.close()
+        with _pairs_file(self._folder, self._rank).open("ab", buffering=0) as file:
+            while data:
+                data = data[file.write(data) :]
 
 
 def read_ledger(path: str | Path) -> Iterator[LedgerPair]:

@@ -23,7 +23,8 @@ class PreferenceBatch:
     winner, loser: clean latents [P, C, T, H, W]. text: their P prompts. positions: where each prompt stands in
     the stream, which seeds its noise. total: pairs of the whole step, over all processes. update: how many optimizer
     steps were made on these pairs before; each has draws of its own. rows: which of the P * draws draws of (t, noise),
-    those of a pair in a row, are learned from here; None: all.
+    those of a pair in a row, are learned from here; None: all. weight: float32 [P], what the pairs' losses are
+    multiplied by, of mean 1 over all pairs of the step; None: 1.
     """
 
     winner: Tensor
@@ -33,17 +34,19 @@ class PreferenceBatch:
     total: int
     update: int = 0
     rows: range | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What goes through the networks at once: clean latents [R, C, T, H, W], prompts, times [R] and noise."""
+    """What goes through the networks at once: clean latents [R, C, T, H, W], prompts, times [R], noise, weights [R]."""
 
     winner: Tensor
     loser: Tensor
     text: TextEmbedding
     times: Tensor
     noise: Tensor
+    weight: Tensor | None
 
 
 class DPO:
@@ -83,6 +86,7 @@ class DPO:
         mine = range(len(batch.positions) * draws) if batch.rows is None else batch.rows
         times, noise = self._draws(batch.positions, batch.winner.device, batch.update, mine)
         pair_of_row = torch.arange(mine.start, mine.stop) // draws  # on the host, where text masks are
+        weights = None if batch.weight is None else batch.weight.to(times.device)
         rows = self._config.rows or len(times)
         sums = dict.fromkeys((*self.METRICS, "rows"), 0.0)
         for start in range(0, len(times), rows):
@@ -93,6 +97,7 @@ class DPO:
                 batch.text[index],
                 times[start : start + rows],
                 noise[start : start + rows],
+                None if weights is None else weights[index.to(weights.device)],
             )
             result = self._backward(pairs, reference, len(index) * world / (batch.total * draws))
             sums["loss"] += float(result.loss) * len(index)
@@ -165,6 +170,7 @@ class DPO:
         """Of ``paired_dpo_loss``, whose targets are the clean latents and the noise."""
         return {
             "beta": self._beta(rows.times),
+            "pair_weight": rows.weight,
             "target_noise": rows.noise,
             "target_scales": self._model.target_scales(rows.times),
             "winner_anchor": self._config.winner_anchor,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+def _here(values: Tensor) -> Tensor:
+    return values
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,14 @@ def _pareto(scores: Tensor, parts: Tensor, best: Tensor, worst: Tensor) -> tuple
     return winner, loser, fine[prompts, winner, loser]
 
 
-def gap_weights(gap: Tensor, power: float, mean: Tensor | float) -> Tensor:
-    """Weights of pairs with these gaps [P], above 0: gap^power / mean, float32 [P].
+def gap_weights(pairs: Pairs, power: float, everywhere: Callable[[Tensor], Tensor] = _here) -> Tensor:
+    """Weights of the pairs' losses, float32 [P]: gap^power over its mean among the kept pairs of the step; 0 for ties.
 
-    mean: that of gap^power over all pairs of the batch, on every process, so that weights have mean 1 there and the
-    gradient keeps its size. power 0 weighs all alike, 1 in proportion to the gap.
+    So they have mean 1, and the learning rate keeps its meaning. power 0 weighs all alike, 1 in proportion to the gap.
+    everywhere: sums a tensor over processes, so that the mean is that of all of them.
     """
-    return (gap.double() ** power / mean).float()
+    if power == 0:
+        return pairs.kept.float()
+    powers = torch.where(pairs.kept, pairs.gap.double() ** power, 0.0)
+    total, count = everywhere(torch.stack([powers.sum(), pairs.kept.sum()])).tolist()
+    return (powers * (count / total)).float() if count else powers.float()

@@ -14,20 +14,14 @@ class Pool:
 
     latents: clean latents [P, M, C, T, H, W]. scores: {dimension: float32 [P, M]}. numbers: int64 [P, M], on the CPU,
     the numbers of the candidates in their prompts' noise. Rows of prompts with fewer candidates than others end in
-    empty places: zeros, scores NaN, numbers -1.
+    empty places: zeros, scores NaN, numbers -1. rows: that went through the network
+    for them in this process.
     """
 
     latents: Tensor
     scores: dict[str, Tensor]
     numbers: Tensor
-
-    def first(self, rows: Tensor, places: int) -> Pool:
-        """Of the prompts ``rows``, int64 [p], the first ``places``."""
-        return Pool(
-            self.latents[rows.to(self.latents.device), :places],
-            {name: value[rows.to(value.device), :places] for name, value in self.scores.items()},
-            self.numbers[rows.cpu(), :places],
-        )
+    rows: int = 0
 
     def wider(self, rows: Tensor, more: Pool) -> Pool:
         """With the candidates ``more`` of the prompts ``rows``, int64 [p], behind the M places; others get empty ones.
@@ -38,6 +32,7 @@ class Pool:
             _wider(self.latents, rows, more.latents, 0),
             {name: _wider(value, rows, more.scores[name], torch.nan) for name, value in self.scores.items()},
             _wider(self.numbers, rows, more.numbers, -1),
+            self.rows + more.rows,
         )
 
     def pick(self, rows: Tensor, places: Tensor) -> Tensor:

@@ -56,6 +56,10 @@ class RunDirectory:
         return cls(root)
 
     @property
+    def ledger(self) -> Path:
+        return self.root / "ledger"
+
+    @property
     def name(self) -> str:
         return self.root.resolve().name
 
