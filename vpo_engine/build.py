@@ -123,6 +123,10 @@ def check_reward(config: Config) -> None:
             "python -m vpo_engine.rank; set another reward.kind"
         )
     check_dimensions(settings.dimensions, tuple(card.dimensions))
+    held_out = config.guards.reward
+    if held_out is not None:
+        registry.check_reward(held_out.kind, held_out.path)
+        check_dimensions(held_out.dimensions, tuple(registry.reward_card(held_out.kind).dimensions))
 
 
 def build_reward(config: Config, device: torch.device, residency: Residency | None = None) -> Reward:
@@ -140,7 +144,7 @@ def build_reward(config: Config, device: torch.device, residency: Residency | No
         settings.kind,
         settings.path,
         device=device,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        dtype=_scorer_dtype(device),
         fps=GEOMETRY.fps if config.model.kind == "sprites" else config.model.fps,
         settings=settings.scorer_settings,
     )
@@ -151,6 +155,10 @@ def build_reward(config: Config, device: torch.device, residency: Residency | No
     if moves and residency is not None and network is not None:
         residency.register("reward", lambda: module_tensors(network))
     return reward
+
+
+def _scorer_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _present(name: str) -> torch.device:
@@ -167,10 +175,24 @@ def _present(name: str) -> torch.device:
 def build_held_out(
     config: Config, model: OpenSora, prompts: Sequence[str], reward: Reward, processes: Processes
 ) -> HeldOut:
-    sprites = config.model.kind == "sprites"
+    """With guards.reward as the judge, on the policy's device; else the sprites world's own, or none."""
+    sprites, settings = config.model.kind == "sprites", config.guards.reward
+    judge: Reward | None = SpritesJudge() if sprites and settings is None else None
+    if settings is not None:
+        judge = registry.build_reward(
+            settings.kind,
+            settings.path,
+            device=processes.device,
+            dtype=_scorer_dtype(processes.device),
+            fps=model.fps,
+        )
+        network = getattr(judge, "network", None)
+        if network is not None:
+            model.residency.register("judge", lambda: module_tensors(network))
     instruments = Instruments(
         reward=reward,
         pixels=measure if sprites else pixel_measures,
-        judge=SpritesJudge() if sprites else None,
+        judge=judge,
+        judged=None if settings is None else settings.dimensions,
     )
     return HeldOut(config, model, prompts, instruments, processes, model.residency)

@@ -83,7 +83,7 @@ def train(config: Config) -> int:
             f"  torchrun -m vpo_engine.train {run.config} run_dir={run.root} checkpoint.resume=true",
             flush=True,
         )
-    return 0
+    return 1 if outcome.alarmed else 0
 
 
 def _run_directory(config: Config, processes: Processes) -> RunDirectory:

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.metrics.summary import format_summary, summarise
 from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
+from vpo_engine.metrics.watch import Alarm, Watch, describe_shuffle
 from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.rewards.registry import reward_card
 from vpo_engine.run_state import capture, restore
+from vpo_engine.runs.alarms import write_alarms
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rollout.stored import Recorder, StoredPairs
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
@@ -42,11 +45,12 @@ _PATIENCE = 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: finished with a summary, or stopped by a signal at a step that a checkpoint holds."""
+    """How a run ended: finished with a summary, or stopped by a signal or alarm at a step that a checkpoint holds."""
 
     steps: int
     summary: dict[str, object] | None
     stopped_by: str | None = None
+    alarmed: bool = False
 
 
 class Trainer:
@@ -69,6 +73,10 @@ class Trainer:
         self._taken_at = time.perf_counter()
         self._baseline: dict[str, Tensor] = {}
         self._steps_without_pairs = 0
+        samples = config.evaluation.samples_per_prompt
+        samples = min(samples, config.evaluation.samples_between or samples)
+        self._watch = Watch(config.guards, samples * len(held_out.prompts))
+        self._alarmed = False
 
     def run(self) -> Outcome:
         """Train to the last step, or to the end of the step in which a signal asks to stop."""
@@ -82,21 +90,31 @@ class Trainer:
             with self._stage("text"):
                 self._encode_text()
             self._throughput = self._gauge()
+            self._sound([])
             if start == 0:
                 self._evaluate_baseline()
+            else:
+                self._check_reward(exchange=False)
             for step in range(start + 1, total + 1):
                 self._train_step(step)
         self._ledger = self._open_ledger(start)
-                stopping = self._processes.any(stop.requested)
+                stopping = self._processes.any(stop.requested) or self._alarmed
                 if stopping or step == total or self._due(self._config.checkpoint.every, step):
                     with self._stage("checkpoint"):
                         self._save(step)
                 if stopping and step < total:
                     log.close()
-                    return Outcome(step, None, stop.signal_name or "a signal to another process")
+                    return self._stopped(step, stop)
             summary = self._finish(total)
         log.close()
         return Outcome(total, summary)
+
+    def _stopped(self, step: int, stop: StopRequest) -> Outcome:
+        if not self._alarmed:
+            return Outcome(step, None, stop.signal_name or "a signal to another process")
+        if self._processes.first:
+            self._progress.note(f"report: {write_report(self._run)}")
+        return Outcome(step, None, "an alarm (guards.on_alarm=stop)", alarmed=True)
 
     def _encode_text(self) -> None:
         """All prompts of the run, also those of steps already done: the same batches give the same bits."""
@@ -186,7 +204,24 @@ class Trainer:
             network = self._algorithm.model.network
             self._baseline = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
             self._baseline["clips"] = self._held_out.videos(network, self._shown()).cpu()
-        self._log_evaluation(0, self._baseline)
+            shares = self._check_reward(exchange=reward_card(self._config.reward.kind).reads_prompt)
+        self._log_evaluation(0, self._baseline, shares)
+
+    def _check_reward(self, exchange: bool) -> dict[str, float]:
+        """Of the base policy's clips; how they fare with their own prompts where these are ``exchange``d."""
+        found = self._held_out.check_reward(self._baseline["clips"], self._shown(), exchange)
+        if not found:
+            return {}
+        self._progress.note(describe_shuffle(found))
+        self._sound(self._watch.prompts(found))
+        return {f"guards/prompt/{name}": shuffled.share for name, shuffled in found.items()}
+
+    def _sound(self, alarms: Sequence[Alarm]) -> None:
+        for alarm in alarms:
+            self._progress.note(f"ALARM after step {alarm.step}: {alarm.text}")
+            self._alarmed |= alarm.stops and self._config.guards.on_alarm == "stop"
+        if self._processes.first:
+            write_alarms(self._run, [asdict(alarm) for alarm in self._watch.alarms])
 
     def _finish(self, step: int) -> dict[str, object]:
         self._progress.stage("evaluating the trained policy")
@@ -196,7 +231,7 @@ class Trainer:
             clips = self._held_out.videos(network, self._shown()).cpu()
         self._take_seconds()
         self._log_evaluation(step, final)
-        summary = summarise(_numbers(self._baseline), final, dict(self._seconds))
+        summary = summarise(_compared(self._baseline), _compared(final), dict(self._seconds))
         if self._processes.first:
             self._run.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
             self._save_held_out(clips)
@@ -205,9 +240,13 @@ class Trainer:
         self._processes.wait()
         return summary
 
-    def _log_evaluation(self, step: int, measured: dict[str, Tensor]) -> None:
-        means = {f"held_out/{name}": float(value.mean()) for name, value in _numbers(measured).items()}
-        self._log.write(step, "eval", means)
+    def _log_evaluation(
+        self, step: int, measured: dict[str, Tensor], more: Mapping[str, float] | None = None
+    ) -> None:
+        means = {f"held_out/{name}": float(value.mean()) for name, value in _compared(measured).items()}
+        numbers, alarms = self._watch.observe(step, self._baseline, measured)
+        self._log.write(step, "eval", means | numbers | dict(more or {}))
+        self._sound(alarms)
 
     def _shown(self) -> Sequence[int]:
         total = len(self._held_out.prompts) * self._config.evaluation.samples_per_prompt
@@ -257,10 +296,12 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         if self._processes.first:
+            snapshot = capture(self._algorithm, step, self._baseline)
+            snapshot["state"]["guards"] = self._watch.state()
             save_checkpoint(
                 self._run.checkpoints,
                 step,
-                **capture(self._algorithm, step, self._baseline),
+                **snapshot,
                 write_policy=self._algorithm.model.save_policy,
                 keep=self._config.checkpoint.keep,
             )
@@ -278,6 +319,7 @@ class Trainer:
         step, self._baseline = restore(
             self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy
         )
+        self._watch.load(checkpoint.state.get("guards", Watch.NOTHING))
         return step
 
     @staticmethod
@@ -294,6 +336,8 @@ class Trainer:
         self._stage_seconds[name] = self._stage_seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _numbers(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An evaluation without its clips."""
-    return {name: value for name, value in measured.items() if name != "clips"}
+def _compared(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of an evaluation what has a place in the log and the summary; style is compared by the guards."""
+    return {
+        name: value for name, value in measured.items() if name != "clips" and not name.startswith("style/")
+    }

@@ -10,8 +10,10 @@ from torch import Tensor
 from vpo_engine.data.sprites.damage import KINDS, Clips, damaged, sample_clean
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.rewards.guards import (
+    MOTION,
     DivergenceAlarm,
     MotionFloor,
+    Shuffled,
     check_deterministic,
     motion,
     prompt_shuffle,
@@ -69,12 +71,17 @@ class TestPromptShuffle:
     def test_only_text_alignment_reads_the_prompt(self, reward: SpritesReward, clean: Clips) -> None:
         shares = prompt_shuffle(reward, clean.videos, clean.captions)
         assert tuple(shares) == DIMENSIONS
-        assert shares.pop("text_alignment") > 0.95
-        assert set(shares.values()) == {0.0}
+        text = shares.pop("text_alignment")
+        assert text.share > 0.95
+        assert text.reads(0.01)
+        assert set(shares.values()) == {Shuffled(0, 0, 24)}
+        assert not any(shuffled.reads() for shuffled in shares.values())
 
     def test_captions_of_other_clips_say_nothing(self, reward: SpritesReward, clean: Clips) -> None:
         exchanged = clean.captions[1:] + clean.captions[:1]
-        assert 0.2 < prompt_shuffle(reward, clean.videos, exchanged)["text_alignment"] < 0.8
+        text = prompt_shuffle(reward, clean.videos, exchanged)["text_alignment"]
+        assert 0.2 < text.share < 0.8
+        assert not text.reads()
 
     def test_same_seed_same_prompts(self, reward: SpritesReward, clean: Clips) -> None:
         one, two = (prompt_shuffle(reward, clean.videos, clean.captions, seed=4) for _ in range(2))
@@ -86,43 +93,44 @@ class TestPromptShuffle:
         other = next(text for text in clean.captions if text != clean.captions[0])
         videos = clean.videos[:1].repeat(3, 1, 1, 1, 1)
         shares = prompt_shuffle(reward, videos, [clean.captions[0], clean.captions[0], other])
-        assert shares["text_alignment"] == pytest.approx(2 / 3)
+        assert shares["text_alignment"] == Shuffled(2, 1, 3)
+        assert shares["text_alignment"].share == pytest.approx(2 / 3)
+
+    @pytest.mark.parametrize(
+        ("higher", "lower", "probability"),
+        [(5, 0, 1 / 32), (4, 0, 1 / 16), (9, 1, 11 / 1024), (0, 0, 1.0), (1, 2, 7 / 8)],
+    )
+    def test_sign_test(self, higher: int, lower: int, probability: float) -> None:
+        """Against the binomial distribution by hand."""
+        shuffled = Shuffled(higher, lower, 20)
+        assert shuffled.reads(probability * 1.001)
+        assert not shuffled.reads(probability)
 
     def test_one_prompt_cannot_be_exchanged(self, reward: SpritesReward, clean: Clips) -> None:
         with pytest.raises(ValueError, match="1 different prompts, expected at least 2"):
             prompt_shuffle(reward, clean.videos[:2], clean.captions[:1] * 2)
 
 
-class TestMotionFloor:
-    def test_motion_is_the_mean_difference(self) -> None:
-        videos = torch.zeros(2, 3, 4, 2, 2, 3, dtype=torch.uint8)
-        videos[0, 1, 1] = 200  # up and down again: 400 levels in three steps
-        videos[1, 2, 2:] = 30
-        expected = torch.zeros(2, 3)
-        expected[0, 1], expected[1, 2] = 400 / 3, 10
-        torch.testing.assert_close(motion(videos), expected)
+class TestMotion:
+    def test_is_the_displacement_in_per_cent_of_the_shorter_side(self) -> None:
+        """A texture that is moved by whole pixels, 64 of them to the shorter side; once to and fro."""
+        generator = torch.Generator().manual_seed(2)
+        texture = torch.rand(1, 3, 16, 24, generator=generator)
+        picture = torch.nn.functional.interpolate(texture, scale_factor=4, mode="bicubic").clamp(0, 1)[0]
+        frames = (255 * picture).permute(1, 2, 0).to(torch.uint8)
+        videos = torch.stack(
+            [
+                torch.stack([frames.roll(shift, 1) for shift in shifts])
+                for shifts in ((0, 0, 0), (0, 2, 4), (0, 2, 0))
+            ]
+        )
+        found = motion(videos)
+        assert found[0] < 0.01
+        assert found[1:].tolist() == pytest.approx([100 * 2 / 64] * 2, rel=0.15)
 
-    def test_frozen_candidates_must_not_win_though_the_reward_prefers_them(
-        self, reward: SpritesReward
-    ) -> None:
-        moving, still = hurt(), hurt(freeze=1.0)
-        videos = torch.stack((moving.videos, still.videos), dim=1)  # [P, 2, F, H, W, 3]
-        excluded = MotionFloor(0.2)(videos)
-        assert excluded.shape == (16, 2)
-        assert not bool(excluded[:, 0].any())
-        assert bool(excluded[:, 1].all())
-        consistency = [
-            reward.score(clips.videos, clips.captions)["temporal_consistency"] for clips in (moving, still)
-        ]
-        assert bool((consistency[1] > consistency[0]).any())
-
-    def test_a_floor_of_zero_excludes_nothing(self) -> None:
-        assert not bool(MotionFloor(0)(torch.zeros(2, 3, 4, 4, 3, dtype=torch.uint8)).any())
-
-    @pytest.mark.parametrize("floor", [-1, 256, float("nan")])
-    def test_floors_are_levels(self, floor: float) -> None:
-        with pytest.raises(ValueError, match=f"floor is {floor}, expected levels from 0"):
-            MotionFloor(floor)
+    def test_damage_of_a_still_is_little_motion(self) -> None:
+        moving, flickering = motion(hurt(8).videos), motion(hurt(8, freeze=1.0, flicker=1.0).videos)
+        assert flickering.max() < 0.5 * moving.min()
 
     @pytest.mark.parametrize(
         "videos",
@@ -133,7 +141,21 @@ class TestMotionFloor:
         with pytest.raises(
             ValueError, match=re.escape(f"videos are {videos.dtype} {tuple(videos.shape)}, expected")
         ):
-            MotionFloor(1)(videos)
+            motion(videos)
+
+    def test_the_floor_tells_still_from_moving_candidates(self, reward: SpritesReward) -> None:
+        """Though the reward prefers some of the still ones."""
+        moving, still = hurt(), hurt(freeze=1.0)
+        floor = MotionFloor(0.5)
+        measured = [floor.measure(clips.videos)[MOTION] for clips in (moving, still)]
+        excluded = floor.still({MOTION: torch.stack(measured, dim=1)})  # [P, 2]
+        assert excluded.shape == (16, 2)
+        assert not bool(excluded[:, 0].any())
+        assert bool(excluded[:, 1].all())
+        consistency = [
+            reward.score(clips.videos, clips.captions)["temporal_consistency"] for clips in (moving, still)
+        ]
+        assert bool((consistency[1] > consistency[0]).any())
 
 
 class TestDivergence:

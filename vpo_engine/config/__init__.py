@@ -3,6 +3,7 @@
 "paper" below is OnlineVPO, arXiv 2412.15159; where it gives no value the comment says whose the default is.
 """
 
+from vpo_engine.config.guards import GuardsConfig, HeldOutRewardConfig
 from vpo_engine.config.memory import MemoryConfig, Recompute
 from vpo_engine.config.model import LoraConfig, ModelConfig
 from vpo_engine.config.pairs import PairsConfig
@@ -17,6 +18,8 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "EvaluationConfig",
+    "GuardsConfig",
+    "HeldOutRewardConfig",
     "LoraConfig",
     "MemoryConfig",
     "ModelConfig",

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from vpo_engine.config import Config
 
-PartName = Literal["policy", "reference", "optimizer", "vae", "reward"]
-Phase = Literal["rollout", "evaluation", "decode", "reward", "update", "optimizer", "refresh"]
+PartName = Literal["policy", "reference", "optimizer", "vae", "reward", "judge"]
+Phase = Literal["rollout", "evaluation", "decode", "reward", "judge", "update", "optimizer", "refresh"]
 """rollout: candidates are sampled, by whom rollout.source says, with the policy's embedding of no caption. evaluation:
-held-out videos are sampled by the policy. decode: latents become videos. reward: these are scored. update: losses and
-gradients. optimizer: the optimizer's step. refresh: the reference is made, or made anew."""
+held-out videos are sampled by the policy. decode: latents become videos. reward: these are scored. judge: those of an
+evaluation are scored by the held-out reward. update: losses and gradients. optimizer: the optimizer's step. refresh:
+the reference is made, or made anew."""
 
 SLAB_BYTES = 2**28
 """Pinned memory comes in powers of two: small tensors share an allocation of this size."""
@@ -61,6 +62,7 @@ def needs_of(config: Config) -> dict[PartName, Needs]:
         "optimizer": Needs(frozenset(optimizer), frozenset(optimizer)),
         "vae": Needs(frozenset({"decode"})),
         "reward": Needs(frozenset({"reward"})),
+        "judge": Needs(frozenset({"judge"})),
     }
 
 

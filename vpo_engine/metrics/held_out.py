@@ -11,8 +11,10 @@ from torch import Tensor
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.residency import Residency
+from vpo_engine.metrics.appearance import appearance
 from vpo_engine.protocols import Network, Reward, VideoModel
-from vpo_engine.rewards.combine import combine
+from vpo_engine.rewards.combine import Dimensions, combine
+from vpo_engine.rewards.guards import Shuffled, check_deterministic, prompt_shuffle
 from vpo_engine.seeding import normal
 
 PixelMeasures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
@@ -20,11 +22,15 @@ PixelMeasures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Instruments:
-    """What looks at held-out clips. The reward is the one that trains; the others never do."""
+    """What looks at held-out clips. The reward is the one that trains; the others never do.
+
+    judged: the dimensions of the judge whose average is its ``judge/selected``; None: those that are trained on.
+    """
 
     reward: Reward
     pixels: PixelMeasures
     judge: Reward | None = None
+    judged: Sequence[str] | None = None
 
 
 class HeldOut:
@@ -55,7 +61,8 @@ class HeldOut:
     def evaluate(self, network: Network, samples_per_prompt: int) -> dict[str, Tensor]:
         """{measure: float32 [prompts * samples_per_prompt]}, the same on every process.
 
-        Measures are named ``reward/<dimension>``, ``reward/selected``, ``judge/...`` and ``pixels/...``.
+        Measures are named ``reward/<dimension>``, ``reward/selected``, ``judge/...``, ``pixels/...`` and, of
+        ``appearance``, ``style/...``.
         """
         total = len(self.prompts) * samples_per_prompt
         each = -(-total // self._processes.count)
@@ -73,6 +80,20 @@ class HeldOut:
         with self._residency.phase("reward"):
             scores = self._instruments.reward.score(videos, [self.caption(clip) for clip in clips])
         return [{name: float(value[i]) for name, value in scores.items()} for i in range(len(clips))]
+
+    def check_reward(self, videos: Tensor, clips: Sequence[int], exchange: bool) -> dict[str, Shuffled]:
+        """Whether the training reward can be trusted with these clips, uint8 [len(clips), F, H, W, 3].
+
+        ValueError unless the first gets the same scores twice. ``exchange``: how their own prompts compare with those
+        of others, by dimension; {} otherwise, and where all have the same prompt.
+        """
+        captions = [self.caption(clip) for clip in clips]
+        reward = self._instruments.reward
+        with self._residency.phase("reward"):
+            check_deterministic(reward, videos[0], captions[0])
+            if not exchange or len(set(captions)) < 2:
+                return {}
+            return prompt_shuffle(reward, videos, captions, self._config.seed)
 
     def caption(self, clip: int) -> str:
         return self.prompts[clip % len(self.prompts)]
@@ -100,11 +121,18 @@ class HeldOut:
     def _measure(self, videos: Tensor, clips: Sequence[int]) -> dict[str, Tensor]:
         captions = [self.caption(clip) for clip in clips]
         found: dict[str, Tensor] = {}
-        for name, scorer in (("reward", self._instruments.reward), ("judge", self._instruments.judge)):
+        trained = self._config.reward.dimensions
+        instruments = self._instruments
+        scorers: tuple[tuple[str, Reward | None, Dimensions], ...] = (
+            ("reward", instruments.reward, trained),
+            ("judge", instruments.judge, instruments.judged or trained),
+        )
+        for name, scorer, dimensions in scorers:
             if scorer is not None:
-                with self._residency.phase("reward"):
+                with self._residency.phase("reward" if name == "reward" else "judge"):
                     scores = scorer.score(videos, captions)
-                scores = scores | {"selected": combine(scores, self._config.reward.dimensions)}
+                scores = scores | {"selected": combine(scores, dimensions)}
                 found |= {f"{name}/{key}": value.float().cpu() for key, value in scores.items()}
-        pixels = self._instruments.pixels(videos, captions)
-        return found | {f"pixels/{key}": value.float().cpu() for key, value in pixels.items()}
+        for name, measures in (("pixels", instruments.pixels(videos, captions)), ("style", appearance(videos))):
+            found |= {f"{name}/{key}": value.float().cpu() for key, value in measures.items()}
+        return found

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vpo_engine.protocols import Reward
+from vpo_engine.rewards.builtin import motion as mean_flow
+from vpo_engine.rewards.builtin import small_luminance
 
 CLEAR = 2.0
 """Standard errors by which a trend has to differ from none."""
@@ -35,18 +37,43 @@ def check_deterministic(reward: Reward, video: Tensor, prompt: str) -> None:
             )
 
 
-def prompt_shuffle(reward: Reward, videos: Tensor, prompts: Sequence[str], seed: int = 0) -> dict[str, float]:
-    """How often a clip's own prompt scores higher than another clip's, by dimension.
+@dataclass(frozen=True)
+class Shuffled:
+    """Of ``clips``, how many score higher with their own prompt than with another clip's, and how many lower."""
+
+    higher: int
+    lower: int
+    clips: int
+
+    @property
+    def share(self) -> float:
+        """That score higher with their own, 0..1: near 1 where the prompt is read, near 0.5 where what is read says
+        nothing about the clip, 0 where it is not read."""
+        return self.higher / self.clips
+
+    def reads(self, level: float = 0.05) -> bool:
+        """Whether clips prefer their own prompts by more than chance: one-sided sign test, ties left out."""
+        count = self.higher + self.lower
+        return sum(math.comb(count, k) for k in range(self.higher, count + 1)) < level * 2**count
+
+
+def prompt_shuffle(
+    reward: Reward, videos: Tensor, prompts: Sequence[str], seed: int = 0
+) -> dict[str, Shuffled]:
+    """Whether a clip's own prompt scores higher than another clip's, by dimension.
 
     videos: uint8 [B, F, H, W, 3] with B prompts. The other prompt is drawn by ``seed`` from those with another text.
-    Of each dimension the share of clips, 0..1, that score higher with their own, where a tie is not higher: near 1 if
-    it reads the prompt, near 0.5 if what it reads says nothing about the clip, 0 if it does not read it. ValueError
-    for fewer than two different prompts.
+    ValueError for fewer than two different prompts.
     """
     if len(set(prompts)) < 2:
         raise ValueError(f"{len(set(prompts))} different prompts, expected at least 2 to exchange them")
     own, other = reward.score(videos, prompts), reward.score(videos, _others(prompts, seed))
-    return {name: float((own[name] > other[name]).float().mean()) for name in own}
+    return {
+        name: Shuffled(
+            int((own[name] > other[name]).sum()), int((own[name] < other[name]).sum()), len(videos)
+        )
+        for name in own
+    }
 
 
 def _others(prompts: Sequence[str], seed: int) -> list[str]:
@@ -60,44 +87,49 @@ def _others(prompts: Sequence[str], seed: int) -> list[str]:
 
 
 def motion(videos: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring frames, in levels 0..255: uint8 [..., F, H, W, 3] to float32 [...].
+    """Mean length of the motion between neighbouring frames, in per cent of the shorter side.
 
-    Flicker and noise count as motion, a moving camera too. ValueError for another type or fewer than two frames.
+    uint8 [..., F, H, W, 3] to float32 [...] on the CPU: the m of the builtin reward's dynamic_degree.
+
+    Flicker counts for little and a moving camera in full; noise looks like motion. ValueError for another type or
+    fewer than two frames.
     """
     if videos.dtype != torch.uint8 or videos.ndim < 4 or videos.shape[-1] != 3 or videos.shape[-4] < 2:
         raise ValueError(
             f"videos are {videos.dtype} {tuple(videos.shape)}, expected torch.uint8 [..., F, H, W, 3] of at least two "
             "frames: one frame does not move"
         )
-    frames = videos.unbind(-4)
-    steps = zip(frames[1:], frames[:-1], strict=True)
-    total = sum(
-        ((after.short() - before).abs().float().mean(dim=(-3, -2, -1)) for after, before in steps),
-        start=torch.zeros(videos.shape[:-4], device=videos.device),
-    )
-    return total / (len(frames) - 1)
+    found = []
+    for video in videos.reshape(-1, *videos.shape[-4:]):
+        luma = small_luminance(video.permute(0, 3, 1, 2).unsqueeze(0).float() / 255)
+        found.append(100 * mean_flow(luma) / min(luma.shape[3:]))
+    return torch.cat(found).cpu().view(videos.shape[:-4])
+
+
+MOTION = "motion"
+"""The name under which a video's motion stands beside its scores."""
 
 
 @dataclass(frozen=True)
 class MotionFloor:
-    """Candidates that move less than ``floor`` levels a frame (see ``motion``) are not to win; they may lose."""
+    """Candidates that move less than ``floor`` (see ``motion``) never win; they may lose."""
 
     floor: float
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 255:
-            raise ValueError(f"floor is {self.floor}, expected levels from 0, which excludes nothing, to 255")
+    def measure(self, videos: Tensor) -> dict[str, Tensor]:
+        """To be kept beside the scores of uint8 videos [B, F, H, W, 3]: {MOTION: float32 [B]}."""
+        return {MOTION: motion(videos)}
 
-    def __call__(self, videos: Tensor) -> Tensor:
-        """uint8 [..., F, H, W, 3], such as [P, N, F, H, W, 3], to bool [...], True for what must not win."""
-        return motion(videos) < self.floor
+    def still(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Which candidates must not win, bool, of scores with their MOTION among them."""
+        return scores[MOTION] < self.floor
 
 
 class DivergenceAlarm:
     """Says once that the training reward rises while the held-out reward falls: the policy exploits its reward.
 
     Both trends are straight lines through the last ``window`` observations, clear of zero by ``CLEAR`` standard
-    errors, so that noise alone rarely sets it off.
+    errors, so that noise alone rarely sets it off. Its state is what it has observed.
     """
 
     def __init__(self, window: int = 8) -> None:

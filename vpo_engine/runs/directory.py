@@ -72,6 +72,10 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def alarms(self) -> Path:
+        return self.root / "alarms.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

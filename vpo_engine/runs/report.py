@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from vpo_engine.metrics.summary import headline, verdict
+from vpo_engine.runs.alarms import alarm_section, read_alarms
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.runs.report_clips import held_out_section, pairs_section
@@ -44,6 +45,7 @@ def write_report(run: RunDirectory) -> Path:
     dimensions = _trained_dimensions(config)
     sections = [
         _header(run, config, summary, rows),
+        alarm_section(read_alarms(run), rows.first("eval", "guards/prompt/")),
         held_out_section(run, dimensions),
         chart_section(rows),
         pairs_section(run, dimensions),
@@ -102,6 +104,9 @@ def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, 
         value = _lookup(config, keys)
         if value is not None:
             facts.append(f"{value} {label}" if "per" in label else f"{label} {value}")
+    alarms = read_alarms(run)
+    if alarms:
+        text += f" {len(alarms)} alarm{'s' if len(alarms) > 1 else ''}: see below."
     return (
         f'<header><p class="eyebrow">Online video preference optimization, run <b>{escape(run.name)}</b></p>'
         f'<h1>{escape(title)}</h1><p class="verdict">{escape(text.replace(" %", NO_BREAK + "%"))}</p>'

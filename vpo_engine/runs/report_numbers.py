@@ -56,6 +56,11 @@ class Rows:
         found = dict.fromkeys(name for row in self._rows[kind] for name in row if name.startswith(prefix))
         return [name.removeprefix(prefix) for name in found]
 
+    def first(self, kind: str, prefix: str) -> dict[str, float]:
+        """The metrics of the first row that start with ``prefix``, without it."""
+        row = next(iter(self._rows[kind]), {})
+        return {name.removeprefix(prefix): float(row[name]) for name in row if name.startswith(prefix)}
+
     def refreshes(self) -> list[float]:
         """Steps that ended with a refresh of the reference; none if they are too many to tell apart."""
         steps = [
@@ -250,6 +255,21 @@ def _health_charts(rows: Rows) -> list[Chart]:
         Chart("Tie rate", [_train(rows, "tie_rate", "pairs skipped as ties", 5)], percent=True),
         Chart("Gradient norm", [_train(rows, "grad_norm", "before clipping", 4)]),
         Chart("Learning rate", [Series("learning rate", rows.points("train", "lr"), 1)]),
+        Chart(
+            "Look of the clips",
+            [
+                Series(name, rows.points("eval", f"guards/style/{name}"), index)
+                for index, name in enumerate(rows.names("eval", "guards/style/"), start=1)
+            ],
+            note="Held out, change in standard deviations of the base policy's clips.",
+            baseline=(0.0, "base"),
+        ),
+        Chart(
+            "Still candidates",
+            [_train(rows, "guards/still", "below the motion floor", 5)],
+            note="They never win a pair.",
+            percent=True,
+        ),
     ]
 
 

@@ -1,0 +1,245 @@
+"""Alarms of a run: when they are raised, that they outlive a resume, and what a run does about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vpo_engine import train as entry
+from vpo_engine.config import Config, GuardsConfig
+from vpo_engine.data.sprites.damage import KINDS, damaged
+from vpo_engine.data.sprites.world import Attributes
+from vpo_engine.metrics.appearance import STATISTICS, appearance, style_distance
+from vpo_engine.metrics.watch import Watch
+from vpo_engine.rewards.guards import Shuffled
+from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
+from vpo_engine.runs.log import read_metrics
+from vpo_engine.train import train
+
+Make = Callable[..., Config]
+
+
+def evaluation(
+    training: float, held_out: float, spread: float = 0.0, clips: int = 12, **style: float
+) -> dict[str, Tensor]:
+    """Clips about these means; ``spread``: of the clips' own changes, by a fixed draw."""
+    noise = torch.randn(2, clips, generator=torch.Generator().manual_seed(int(1000 * training)))
+    place = torch.linspace(-1, 1, clips)
+    found = {
+        "reward/selected": training + place + spread * noise[0],
+        "judge/selected": held_out - place + spread * noise[1],
+    }
+    return found | {f"style/{name}": 100 + style.get(name, 0.0) + 10 * place for name in STATISTICS}
+
+
+class TestDivergenceOfEvaluations:
+    def test_changes_since_the_base_clear_of_chance_raise_it_at_once(self) -> None:
+        watch, base = Watch(GuardsConfig(), 12), evaluation(2.0, 3.0)
+        assert watch.observe(0, base, base)[1] == []
+        numbers, (alarm,) = watch.observe(20, base, evaluation(2.5, 2.8, spread=0.05))
+        assert (alarm.step, alarm.kind) == (20, "divergence")
+        assert "on 12 held-out clips the training reward rose by 0." in alarm.text
+        assert "while the held-out reward fell by 0.2" in alarm.text
+        assert numbers["guards/training"] == pytest.approx(2.5, abs=0.05)
+        assert watch.observe(40, base, evaluation(3.0, 1.0))[1] == []  # once
+
+    @pytest.mark.parametrize(
+        ("training", "held_out", "spread"), [(2.5, 3.2, 0.05), (1.8, 2.5, 0.05), (2.02, 2.98, 1.0)]
+    )
+    def test_both_better_both_worse_and_chance_do_not(
+        self, training: float, held_out: float, spread: float
+    ) -> None:
+        base = evaluation(2.0, 3.0)
+        assert Watch(GuardsConfig(), 12).observe(9, base, evaluation(training, held_out, spread))[1] == []
+
+    def test_a_trend_that_no_single_change_shows(self) -> None:
+        """Clips vary by more than the change, the means follow a line."""
+        watch, base = Watch(GuardsConfig(window=4), 12), evaluation(2.0, 3.0)
+        said = []
+        for step in range(5):
+            now = evaluation(2.0, 3.0, spread=2.0)
+            for name, sign in (("reward/selected", 1), ("judge/selected", -1)):
+                now[name] = now[name] - now[name].mean() + 2.5 + sign * 0.1 * step
+            said += watch.observe(step, base, now)[1]
+        assert [alarm.step for alarm in said] == [3]
+        assert "from step 0 to 3 the training reward rose" in said[0].text
+
+    def test_only_clips_of_every_evaluation_are_compared(self) -> None:
+        watch, base = Watch(GuardsConfig(), 4), evaluation(2.0, 3.0, clips=12)
+        now = {name: values[:4] for name, values in evaluation(2.0, 3.0, clips=12).items()}
+        numbers, alarms = watch.observe(1, base, now)
+        assert alarms == []
+        assert all(numbers[f"guards/style/{name}"] == 0 for name in STATISTICS)
+
+    def test_a_resumed_watch_goes_on_as_if_never_stopped(self) -> None:
+        base, whole = evaluation(2.0, 3.0), Watch(GuardsConfig(window=4), 12)
+        nows = [evaluation(2.0 + 0.01 * step, 3.0 - 0.01 * step, brightness=4 * step) for step in range(6)]
+        for now in nows:
+            now["judge/selected"] = now["judge/selected"] + torch.linspace(
+                -3, 3, 12
+            )  # no change clear by itself
+        expected = [whole.observe(step, base, now) for step, now in enumerate(nows)]
+        assert [alarm.kind for _, alarms in expected for alarm in alarms] == ["style", "divergence"]
+        for cut in range(6):
+            first, second = Watch(GuardsConfig(window=4), 12), Watch(GuardsConfig(window=4), 12)
+            for step in range(cut):
+                first.observe(step, base, nows[step])
+            second.load(json.loads(json.dumps(first.state())))
+            assert [second.observe(step, base, nows[step]) for step in range(cut, 6)] == expected[cut:]
+            assert second.alarms == whole.alarms
+
+
+class TestStyle:
+    @staticmethod
+    def clips(**severities: float) -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        rows = torch.tensor([severities.get(kind, 0.0) for kind in KINDS]).repeat(16, 1)
+        return damaged(Attributes.draw(16, generator), rows, generator).videos
+
+    def test_statistics_of_known_pictures(self) -> None:
+        videos = torch.zeros(3, 2, 4, 6, 3, dtype=torch.uint8)
+        videos[0] = 40
+        videos[1, ..., 0] = 200
+        videos[2, :, :, 3:] = 100
+        found = appearance(videos)
+        assert found["brightness"].tolist() == pytest.approx([40, 0.299 * 200, 50])
+        assert found["contrast"].tolist() == pytest.approx([0, 0, 50], abs=1e-3)
+        assert found["saturation"].tolist() == [0, 200, 0]
+        assert found["sharpness"].tolist() == pytest.approx([0, 0, 50], abs=1e-3)
+
+    @pytest.mark.parametrize(
+        ("name", "change", "grows"),
+        [
+            ("brightness", lambda v: (v.float() + 60).clamp(0, 255), True),
+            ("contrast", lambda v: v.float().mean() + 0.2 * (v.float() - v.float().mean()), False),
+            ("saturation", lambda v: v.float().mean(dim=4, keepdim=True).expand_as(v), False),
+            (
+                "sharpness",
+                lambda v: sum(v.roll(k % 5, 2).roll(k // 5, 3).float() for k in range(25)) / 25,
+                False,
+            ),
+        ],
+    )
+    def test_each_drift_is_named_and_one_alone_raises_the_alarm(
+        self, name: str, change: Callable[[Tensor], Tensor], grows: bool
+    ) -> None:
+        clips = self.clips()
+        now = change(clips).round().to(torch.uint8)
+        base, after = ({f"style/{key}": value for key, value in appearance(v).items()} for v in (clips, now))
+        _, alarms = Watch(GuardsConfig(style_bound=1.0), 16).observe(7, base, after)
+        assert [alarm.kind for alarm in alarms] == ["style"]
+        assert f"{name} {'+' if grows else '-'}" in alarms[0].text
+        assert Watch(GuardsConfig(style_bound=None), 16).observe(7, base, after)[1] == []
+
+    def test_other_clips_of_the_same_world_are_within_the_bound(self) -> None:
+        base = appearance(self.clips())
+        other = appearance(self.clips(freeze=1.0))
+        assert max(abs(value) for value in style_distance(base, other).values()) < 0.5
+
+    def test_equal_clips_have_the_spread_of_rounding(self) -> None:
+        same = dict.fromkeys(STATISTICS, torch.full((4,), 50.0))
+        assert style_distance(same, {name: value + 1 for name, value in same.items()})["contrast"] == 2.0
+
+
+class TestPrompts:
+    def test_a_reward_that_does_not_read_them_is_named(self) -> None:
+        found = dict.fromkeys(DIMENSIONS, Shuffled(0, 0, 16)) | {"text_alignment": Shuffled(9, 7, 16)}
+        (alarm,) = Watch(GuardsConfig(), 4).prompts(found)
+        assert (alarm.step, alarm.kind, alarm.stops) == (0, "prompt", False)
+        assert "text_alignment 0.56" in alarm.text
+
+    def test_one_dimension_that_reads_them_is_enough(self) -> None:
+        found = dict.fromkeys(DIMENSIONS, Shuffled(0, 0, 16)) | {"text_alignment": Shuffled(15, 1, 16)}
+        assert Watch(GuardsConfig(), 4).prompts(found) == []
+
+    def test_few_clips_say_nothing(self) -> None:
+        assert Watch(GuardsConfig(), 4).prompts(dict.fromkeys(DIMENSIONS, Shuffled(0, 0, 6))) == []
+
+
+def test_the_held_out_reward_is_another_one(small: Make) -> None:
+    with pytest.raises(ValueError, match=r"guards\.reward is the reward that is trained against \(sprites\)"):
+        small("guards.reward.kind=sprites")
+
+
+def test_a_noisy_reward_stops_the_run_with_its_numbers(
+    smallest: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score, calls = SpritesReward.score, iter(range(10**6))
+
+    def noisy(self: SpritesReward, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {name: values + 1e-3 * next(calls) for name, values in score(self, videos, prompts).items()}
+
+    monkeypatch.setattr(SpritesReward, "score", noisy)
+    assert entry.main([*smallest, f"run_dir={tmp_path / 'run'}"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: visual_quality of one clip (")
+    assert "when scored again; rewards have to be deterministic" in last
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+@pytest.fixture
+def exploited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second evaluation on clips score higher, the judge scores them lower, and they are washed out."""
+    from vpo_engine.metrics import held_out
+
+    evaluate, seen = held_out.HeldOut.evaluate, iter(range(100))
+
+    def changed(self: held_out.HeldOut, *arguments: object) -> dict[str, Tensor]:
+        found = evaluate(self, *arguments)  # type: ignore[arg-type]
+        if next(seen):
+            found["reward/selected"] = found["reward/selected"] + 100
+            found["judge/selected"] = found["judge/selected"] - 100
+            found["style/saturation"] = found["style/saturation"] - 500
+        return found
+
+    monkeypatch.setattr(held_out.HeldOut, "evaluate", changed)
+
+
+def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_resumed(
+    smallest: list[str], tmp_path: Path, exploited: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = [*smallest, f"run_dir={run}", "guards.on_alarm=stop"]
+    assert entry.main(arguments) == 1
+    shown = capsys.readouterr()
+    assert "ALARM after step 2: on 2 held-out clips the training reward rose by 1" in shown.err
+    assert (
+        "ALARM after step 2: held-out clips look different from the base policy's: saturation -" in shown.err
+    )
+    assert "stopped by an alarm (guards.on_alarm=stop) after step 2, which is saved; go on with" in shown.out
+    kinds = [json.loads(line)["kind"] for line in (run / "alarms.jsonl").read_text().splitlines()]
+    assert kinds == ["divergence", "style"]
+    report = (run / "report.html").read_text()
+    assert "Training reward and held-out reward part" in report
+    assert "2 alarms: see below" in report
+    (row,) = [
+        row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "eval" and row["step"] == 2
+    ]
+    assert float(row["guards/style/saturation"]) < -1
+    assert float(row["guards/training"]) > float(row["guards/held_out"])
+
+    assert entry.main([*arguments, "checkpoint.resume=true"]) == 0  # each alarm is raised once
+    assert "ALARM" not in capsys.readouterr().err
+    assert [json.loads(line)["kind"] for line in (run / "alarms.jsonl").read_text().splitlines()] == kinds
+    assert (run / "summary.json").is_file()
+
+
+def test_another_held_out_reward_takes_the_judges_place(small: Make, tmp_path: Path) -> None:
+    config = small("steps=1", "evaluation.every=null", "guards.reward.kind=brisque")
+    assert train(config) == 0
+    first, last = (row for row in read_metrics(tmp_path / "run/metrics.jsonl") if row["kind"] == "eval")
+    assert {name for name in first if name.startswith("held_out/judge/")} == {
+        "held_out/judge/visual_quality",
+        "held_out/judge/selected",
+    }
+    assert last["guards/held_out"] == last["held_out/judge/selected"]
+    assert (tmp_path / "run/alarms.jsonl").read_text() == ""
+    assert (
+        "None: nothing that is watched says that the reward is exploited"
+        in (tmp_path / "run/report.html").read_text()
+    )

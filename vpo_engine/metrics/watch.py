@@ -1,0 +1,146 @@
+"""Alarms of a run: what its evaluations say about the reward that it trains against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from vpo_engine.config import GuardsConfig
+from vpo_engine.metrics.appearance import STATISTICS, style_distance
+from vpo_engine.metrics.summary import paired_difference
+from vpo_engine.rewards.guards import DivergenceAlarm, Shuffled
+
+Measured = Mapping[str, Tensor]
+"""What ``HeldOut.evaluate`` gives."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something to look at, noticed after ``step`` steps."""
+
+    step: int
+    kind: Literal["prompt", "divergence", "style"]
+    text: str
+
+    @property
+    def stops(self) -> bool:
+        """Whether guards.on_alarm=stop is about it. One at the start is about the reward, not about the policy."""
+        return self.kind != "prompt"
+
+
+class Watch:
+    """Compares every evaluation with that of the base policy and with those before; raises each kind of alarm once.
+
+    The same on every process, since evaluations are. ``clips``: how many of an evaluation's clips, from the first, are
+    in every evaluation; only they are compared.
+    """
+
+    NOTHING: ClassVar[Mapping[str, Any]] = {"observations": (), "alarms": ()}
+    """The state of a run that did not watch."""
+
+    def __init__(self, settings: GuardsConfig, clips: int) -> None:
+        self._settings, self._clips = settings, clips
+        self._trend = DivergenceAlarm(settings.window)
+        self._observations: list[tuple[int, float, float]] = []
+        self.alarms: list[Alarm] = []
+
+    def prompts(self, found: Mapping[str, Shuffled]) -> list[Alarm]:
+        """An alarm unless some dimension of a reward that should read the prompt does, as far as the clips can say."""
+        level = 0.05 / len(found)
+        if any(shuffled.reads(level) for shuffled in found.values()):
+            return []
+        if any(0.5**shuffled.clips > level for shuffled in found.values()):
+            return []
+        shares = ", ".join(f"{name} {shuffled.share:.2f}" for name, shuffled in found.items())
+        text = (
+            f"the reward does not tell {next(iter(found.values())).clips} held-out clips with their own prompts from "
+            f"the same clips with others' (share that scores higher with its own: {shares}): it will not teach the "
+            "policy to follow prompts, or the base policy does not follow them at all"
+        )
+        return self._raise(Alarm(0, "prompt", text))
+
+    def observe(self, step: int, base: Measured, now: Measured) -> tuple[dict[str, float], list[Alarm]]:
+        """Numbers for the log, named ``guards/...``, and the alarms that this evaluation raises."""
+        alarms: list[Alarm] = []
+        numbers: dict[str, float] = {}
+        if "judge/selected" in now:
+            sides = [
+                self._shared(measured[f"{kind}/selected"])
+                for kind in ("reward", "judge")
+                for measured in (base, now)
+            ]
+            training, held_out = (float(values.double().mean()) for values in sides[1::2])
+            numbers |= {"guards/training": training, "guards/held_out": held_out}
+            self._observations.append((step, training, held_out))
+            said = self._trend(step, training, held_out) or _since_base(step, *sides)
+            if said is not None:
+                alarms += self._raise(Alarm(step, "divergence", said))
+        names = [f"style/{name}" for name in STATISTICS]
+        if all(name in measured for name in names for measured in (base, now)) and self._clips > 1:
+            before, after = (
+                {name: self._shared(measured[f"style/{name}"]) for name in STATISTICS}
+                for measured in (base, now)
+            )
+            distances = style_distance(before, after)
+            numbers |= {f"guards/style/{name}": value for name, value in distances.items()}
+            alarms += self._style(step, distances)
+        return numbers, alarms
+
+    def _style(self, step: int, distances: Mapping[str, float]) -> list[Alarm]:
+        bound = self._settings.style_bound
+        beyond = {
+            name: value for name, value in distances.items() if bound is not None and abs(value) > bound
+        }
+        if not beyond:
+            return []
+        words = ", ".join(f"{name} {value:+.2f}" for name, value in beyond.items())
+        text = (
+            f"held-out clips look different from the base policy's: {words} standard deviations of its clips, more "
+            f"than guards.style_bound={bound:g}; look at them before you believe the reward"
+        )
+        return self._raise(Alarm(step, "style", text))
+
+    def _shared(self, values: Tensor) -> Tensor:
+        return values[: self._clips]
+
+    def _raise(self, alarm: Alarm) -> list[Alarm]:
+        if any(earlier.kind == alarm.kind for earlier in self.alarms):
+            return []
+        self.alarms.append(alarm)
+        return [alarm]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: JSON."""
+        return {"observations": [list(seen) for seen in self._observations], "alarms": [asdict(alarm) for alarm in self.alarms]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Into a fresh one: what is observed from now on is judged as if the run had never stopped."""
+        self.alarms = [Alarm(**fields) for fields in state["alarms"]]
+        for step, training, held_out in state["observations"]:
+            self._observations.append((step, training, held_out))
+            self._trend(step, training, held_out)
+
+
+def _since_base(step: int, *sides: Tensor) -> str | None:
+    """sides: training reward of the same clips before and now, held-out reward before and now, each [M]."""
+    if len(sides[0]) < 2:
+        return None
+    training, held_out = paired_difference(*sides[:2]), paired_difference(*sides[2:])
+    if training.low <= 0 or held_out.high >= 0:
+        return None
+    return (
+        f"on {training.n} held-out clips the training reward rose by {training.mean:.3g} since the base policy (95 % "
+        f"bounds {training.low:.3g} to {training.high:.3g}) while the held-out reward fell by {-held_out.mean:.3g} "
+        f"({-held_out.high:.3g} to {-held_out.low:.3g}): the policy exploits its reward; look at its videos, and go "
+        f"back to a checkpoint before step {step}"
+    )
+
+
+def describe_shuffle(found: Mapping[str, Shuffled]) -> str:
+    """The prompt check, for people to read."""
+    shares: Sequence[str] = [f"{name} {shuffled.share:.2f}" for name, shuffled in found.items()]
+    clips = next(iter(found.values())).clips
+    return f"share of {clips} clips that score higher with their own prompt than with another: {', '.join(shares)}"
