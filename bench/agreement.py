@@ -26,19 +26,30 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import OpenSora
-from vpo_engine.protocols import Reward
+from vpo_engine.protocols import Network, Reward
 from vpo_engine.rewards.combine import combine
 from vpo_engine.rollout.candidates import Rollout
 from vpo_engine.rollout.prune import extremes
+from vpo_engine.rollout.weights import SamplingCopy
 
 CPU = torch.device("cpu")
 SETS = (
+    "rollout.rows=16",
     "rollout.steps=8",
     "rollout.steps=6",
-    "rollout.prune.after=0.5 rollout.prune.keep=2",
     "rollout.cache=0.1",
     "rollout.cache=0.2",
+    "rollout.weights=int8",
+    "rollout.weights=fp8",
+    "rollout.prune.after=0.5 rollout.prune.keep=2",
+    "rollout.explore.steps=6",
+    "rollout.explore.cache=0.1",
+    "rollout.explore.weights=fp8",
+    "rollout.steps=8 rollout.cache=0.1",
+    "rollout.cache=0.1 rollout.weights=fp8",
+    "rollout.explore.steps=8 rollout.explore.cache=0.1",
     "rollout.guidance=7 rollout.guidance_interval=[0.3,1.0]",
+    "rollout.guidance=7 rollout.guidance_interval=[0.3,1.0] rollout.cache=0.1",
 )
 AT_ONCE = 16
 """Prompts after which the next set takes its turn, so that a machine's moods meet all of them."""
@@ -50,12 +61,14 @@ START, END = "<!-- agreement -->\n", "<!-- end of agreement -->"
 class Found:
     """What one set of settings found: numbers of winner and loser, each int64 [P], and the exact scores' pairs.
 
-    scores: [P, N], of the finished candidates, where all are finished.
+    scores: [P, N], of the finished candidates, where all are finished. sampling: processor's seconds in the loops.
+    seconds: in these and in all decoding and scoring, until the pairs are known.
     """
 
     winner: list[Tensor] = field(default_factory=list)
     loser: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    sampling: float = 0.0
     seconds: float = 0.0
 
 
@@ -70,20 +83,25 @@ class Bench:
         self._reward: Reward = build_reward(base, CPU)
 
     def sample(self, config: Config, positions: range, found: Found) -> None:
-        """Candidates of these prompts, added to ``found``. Seconds are those of the rollout, previews included."""
+        """Candidates of these prompts, added to ``found``."""
         captions = self.prompts[positions.start : positions.stop]
-        text, network = self._model.embed(captions), self._model.network
+        text, bits = self._model.embed(captions), config.rollout.first_pass.weights
+        exact: Network = self._model.network
         rollout = Rollout(self._model, config.rollout, config.seed, CPU)
         kept = torch.arange(config.rollout.candidates).expand(len(captions), -1)
-        start = time.perf_counter()
-        begun = rollout.begin(network, text, positions)
+        start = time.process_time()
+        first = exact if bits == "policy" else SamplingCopy(self._model.network, bits)
+        begun = rollout.begin(first, text, positions)
+        found.sampling += time.process_time() - start
         latents = begun.latents
-        if config.rollout.prune is not None:
+        if config.rollout.keep is not None:
             previews = self._score(config, begun.preview, captions)
-            kept = extremes(previews, config.rollout.prune.keep)
-            latents = rollout.finish(network, text, begun.latents, previews)
-        found.seconds += time.perf_counter() - start
+            kept = extremes(previews, config.rollout.keep)
+            again = time.process_time()
+            latents = rollout.finish(exact, text, begun.latents, previews)
+            found.sampling += time.process_time() - again
         scores = self._score(config, latents, captions)
+        found.seconds += time.process_time() - start
         found.winner.append(kept.gather(1, scores.argmax(1, keepdim=True)).squeeze(1))
         found.loser.append(kept.gather(1, scores.argmin(1, keepdim=True)).squeeze(1))
         found.scores.append(scores)
@@ -121,11 +139,12 @@ def line(name: str, found: Found, exact: Found) -> list[str]:
         interval(same_winner.double()),
         interval(same_loser.double()),
         interval(gap(winner, loser), gap(best, worst)),
+        f"{found.sampling / exact.sampling:.2f}",
         f"{found.seconds / exact.seconds:.2f}",
     ]
 
 
-HEADER = ["settings", "same pair", "same winner", "same loser", "gap kept", "seconds"]
+HEADER = ["settings", "same pair", "same winner", "same loser", "gap kept", "sampling", "in all"]
 
 
 def measure(sets: Sequence[str], prompts: int, candidates: int) -> Table:
@@ -149,13 +168,13 @@ def measure(sets: Sequence[str], prompts: int, candidates: int) -> Table:
     return Table(HEADER, lines, [])
 
 
-def replaced(page: str, table: str) -> str:
+def replaced(page: str, table: str, first: str = START, last: str = END) -> str:
     """The page with ``table`` between its markers. ValueError if it has not exactly one pair of them, in order."""
-    head, start, rest = page.partition(START)
-    _, end, tail = rest.partition(END)
-    if not start or not end or START in tail:
+    head, start, rest = page.partition(first)
+    _, end, tail = rest.partition(last)
+    if not start or not end or first in tail:
         raise ValueError(
-            f"the page must hold one line {START.strip()!r} and, after it, one {END!r}; add them"
+            f"the page must hold one line {first.strip()!r} and, after it, one {last!r}; add them"
         )
     return f"{head}{start}\n{table}\n{end}{tail}"
 

@@ -13,6 +13,7 @@ EXACT = Found(
         torch.tensor([[4.0, 3.0, 2.0, 0.0], [1.0, 5.0, 2.0, 3.0]]),
         torch.tensor([[3.0, 1.0, 5.0, 4.0], [3.0, 2.0, 1.0, 7.0]]),
     ],
+    sampling=4.0,
     seconds=8.0,
 )
 
@@ -23,14 +24,18 @@ def shares(cells: list[str]) -> list[str]:
 
 def test_pairs_winners_losers_and_gaps_are_counted_apart() -> None:
     found = Found(
-        winner=[torch.tensor([0, 1, 3, 2])], loser=[torch.tensor([3, 2, 1, 3])], scores=[], seconds=2.0
+        winner=[torch.tensor([0, 1, 3, 2])],
+        loser=[torch.tensor([3, 2, 1, 3])],
+        scores=[],
+        sampling=3.0,
+        seconds=2.0,
     )
     # Gaps in exact scores: 4, 3, 3 and -6, of 4, 4, 4 and 6.
-    assert shares(line("x", found, EXACT)) == ["`x`", "25 %", "50 %", "50 %", "22 %", "0.25"]
+    assert shares(line("x", found, EXACT)) == ["`x`", "25 %", "50 %", "50 %", "22 %", "0.75", "0.25"]
 
 
 def test_the_exact_pairs_keep_their_whole_gap() -> None:
-    assert shares(line("x", EXACT, EXACT)) == ["`x`", "100 %", "100 %", "100 %", "100 %", "1.00"]
+    assert shares(line("x", EXACT, EXACT)) == ["`x`", "100 %", "100 %", "100 %", "100 %", "1.00", "1.00"]
 
 
 def test_an_interval_covers_the_mean_of_many_and_has_no_width_where_nothing_varies() -> None:
@@ -45,9 +50,9 @@ def test_an_interval_covers_the_mean_of_many_and_has_no_width_where_nothing_vari
 
 
 def test_smaller_batches_and_previews_of_the_last_step_agree() -> None:
-    sets = ["rollout.rows=4", "rollout.prune.after=0.9 rollout.prune.keep=3"]
+    sets = ["rollout.rows=4", "rollout.prune.after=0.9 rollout.prune.keep=3", "rollout.explore.steps=11"]
     table = measure(sets, prompts=2, candidates=4)
-    assert [shares(cells)[1:5] for cells in table.lines] == [["100 %"] * 4] * 2
+    assert [shares(cells)[1:5] for cells in table.lines] == [["100 %"] * 4] * 3
 
 
 def test_the_page_needs_its_markers() -> None:

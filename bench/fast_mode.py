@@ -1,0 +1,205 @@
+"""The fast mode of the sprites run against its exact mode: held-out reward and time, seed by seed.
+
+    python bench/fast_mode.py --runs FOLDER --write docs/rollout.md
+
+Every run is a process of its own on one core, `python -m vpo_engine.train CONFIG seed=S`, as long as FOLDER does not
+hold it already. Exact and fast runs take turns, so that a machine's moods meet both. The final policies are then
+evaluated by the exact configuration: the same clips of the same noise for both, the difference clip by clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from agreement import RESAMPLES, replaced
+from report import Table
+from rows import commit, hardware
+from torch import Tensor
+
+from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward
+from vpo_engine.config_file import load_config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.runs.checkpoint import newest_complete
+from vpo_engine.runs.directory import RunDirectory
+
+CPU = torch.device("cpu")
+EXACT, FAST = "sprites.yaml", "sprites_fast.yaml"
+START, END = "<!-- fast mode -->\n", "<!-- end of fast mode -->"
+STAGES = ("rollout", "decode", "reward", "update", "refresh")
+
+
+@dataclass(frozen=True)
+class Took:
+    """What a run took: the processor's seconds, those of the clock, and those of ``STAGES``, by the clock."""
+
+    cpu: float
+    clock: float
+    stages: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run in the study's folder."""
+
+    folder: Path
+    config: str
+    seed: int
+
+    @property
+    def root(self) -> Path:
+        return self.folder / f"{Path(self.config).stem}-{self.seed}"
+
+    @property
+    def record(self) -> Path:
+        """What the run took; written when it has ended well."""
+        return self.root.with_name(f"{self.root.name}.json")
+
+    def took(self) -> Took:
+        return Took(**json.loads(self.record.read_text(encoding="utf-8")))
+
+    def make(self, cpu: int) -> None:
+        """On processor ``cpu`` alone, with one thread. RuntimeError, naming its log, if the run fails."""
+        command = [sys.executable, "-m", "vpo_engine.train", self.config]
+        command += [f"seed={self.seed}", f"run_dir={self.root}", "checkpoint.every=null"]
+        log = self.root.with_name(f"{self.root.name}.log")
+        start = time.perf_counter()
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                preexec_fn=partial(os.sched_setaffinity, 0, {cpu}),
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError(f"the run {self.root} failed; see {log}, delete {self.root} and start again")
+        timings = json.loads(RunDirectory.open(self.root).summary.read_text(encoding="utf-8"))["timings"]
+        stages = sum(timings.get(stage, 0.0) for stage in STAGES)
+        took = Took(usage.ru_utime + usage.ru_stime, time.perf_counter() - start, stages)
+        self.record.write_text(json.dumps(asdict(took)), encoding="utf-8")
+
+
+def make_all(runs: Sequence[Run], cpus: Sequence[int]) -> None:
+    """Those that are not there yet, in their order, one at a time on each processor."""
+    free: SimpleQueue[int] = SimpleQueue()
+    for cpu in cpus:
+        free.put(cpu)
+
+    def make(run: Run) -> None:
+        cpu = free.get()
+        try:
+            run.make(cpu)
+        finally:
+            free.put(cpu)
+        print(f"{run.root.name}: {run.took()}", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(len(cpus)) as pool:
+        list(pool.map(make, [run for run in runs if not run.record.exists()]))
+
+
+def final_rewards(run: Run) -> Tensor:
+    """Of the run's last policy, float64 [clips], by the exact configuration and the run's seed."""
+    newest = newest_complete(RunDirectory.open(run.root).checkpoints)
+    if newest is None:
+        raise ValueError(f"{run.root} has no checkpoint; delete it and its .json, and start again")
+    config = load_config(EXACT, [f"seed={run.seed}", f"model.policy={newest / 'policy'}", "model.device=cpu"])
+    processes = Processes.start("cpu")
+    model = build_model(config, processes, lambda _: None)
+    held_out = build_held_out(config, model, build_prompts(config)[1], build_reward(config, CPU), processes)
+    model.prepare(held_out.prompts)
+    found = held_out.evaluate(model.network, config.evaluation.samples_per_prompt)
+    return found["reward/selected"].double()
+
+
+def interval(differences: Tensor) -> tuple[float, float, float]:
+    """Mean of ``differences`` [clips] and the ends of its 95 % bootstrap interval over clips."""
+    random = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(differences), (RESAMPLES, len(differences)), generator=random)
+    low, high = differences[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(differences.mean()), float(low), float(high)
+
+
+HEADER = [
+    "seed",
+    "exact",
+    "fast",
+    "fast - exact",
+    "processor, s",
+    "share",
+    "clock, s",
+    "share",
+    "stages, s",
+    "share",
+]
+
+
+def table(folder: Path, seeds: Sequence[int]) -> Table:
+    """A line for each seed, and one for all of them."""
+    lines, differences, times = [], [], []
+    for seed in seeds:
+        exact, fast = Run(folder, EXACT, seed), Run(folder, FAST, seed)
+        rewards = final_rewards(exact), final_rewards(fast)
+        differences.append(rewards[1] - rewards[0])
+        times.append((exact.took(), fast.took()))
+        means = [f"{float(values.mean()):.3f}" for values in rewards]
+        lines.append([str(seed), *means, _change(differences[-1]), *_shares(times[-1:])])
+    lines.append(["all", "", "", _change(torch.cat(differences)), *_shares(times)])
+    return Table(HEADER, lines, [])
+
+
+def _change(differences: Tensor) -> str:
+    mean, low, high = interval(differences)
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _shares(times: Sequence[tuple[Took, Took]]) -> list[str]:
+    cells = []
+    for name in ("cpu", "clock", "stages"):
+        exact, fast = (sum(getattr(pair[side], name) for pair in times) for side in (0, 1))
+        cells += [f"{exact:.0f}, {fast:.0f}", f"{fast / exact:.2f}"]
+    return cells
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cpus", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)))
+    parser.add_argument("--configs", nargs="+", default=[EXACT, FAST], help="which runs to make")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
+    given = parser.parse_args(arguments)
+    folder = given.runs.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        make_all([Run(folder, config, seed) for seed in given.seeds for config in given.configs], given.cpus)
+        if list(given.configs) != [EXACT, FAST]:
+            return 0
+        found = table(folder, given.seeds)
+        text = f"{hardware(CPU)}, torch {torch.__version__}, commit {commit()}:\n\n{found.markdown()}\n"
+        print(text)
+        if given.write is not None:
+            page = replaced(given.write.read_text(encoding="utf-8"), text, START, END)
+            given.write.write_text(page, encoding="utf-8")
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
