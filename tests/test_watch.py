@@ -16,7 +16,7 @@ from vpo_engine.data.sprites.damage import KINDS, damaged
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.metrics.appearance import STATISTICS, appearance, style_distance
 from vpo_engine.metrics.watch import Watch
-from vpo_engine.rewards.guards import Shuffled
+from vpo_engine.rewards.guards import Shuffled, motion
 from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.train import train
@@ -243,3 +243,34 @@ def test_another_held_out_reward_takes_the_judges_place(small: Make, tmp_path: P
         "None: nothing that is watched says that the reward is exploited"
         in (tmp_path / "run/report.html").read_text()
     )
+
+
+def test_a_motion_floor_keeps_still_videos_from_winning(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reward prefers the video that moves least; some of either prompt move enough."""
+    from test_online_vpo import PROMPTS, make_algorithm
+
+    class PrefersStillness:
+        dimensions = ("stillness",)
+
+        def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+            return {"stillness": -motion(videos)}
+
+    settings = ("reward.dimensions=global", "rollout.candidates=4")
+    steps = []
+    for floor in ("null", "1.2"):
+        algorithm = make_algorithm(small(*settings, f"guards.motion_floor={floor}"), PrefersStillness())
+        text = algorithm.model.embed(PROMPTS)
+        steps.append(algorithm.step(PROMPTS, text, [0, 1]))
+    free, guarded = steps
+    moved = guarded.pool.scores["motion"]
+    assert torch.equal(free.pool.scores["stillness"], -moved)
+    assert torch.equal(free.pairs.winner, moved.argmin(1))
+    rows = torch.arange(2)[guarded.pairs.kept]
+    assert bool((moved[rows, guarded.pairs.winner[rows]] >= 1.2).all())
+    still = (moved < 1.2).float().mean()
+    assert 0 < still < 1
+    assert guarded.metrics["guards/still"] == pytest.approx(float(still))
+    assert (
+        guarded.metrics["reward/selected"] == free.metrics["reward/selected"]
+    )  # motion is no part of "global"
+    assert "guards/still" not in free.metrics

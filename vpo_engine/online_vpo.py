@@ -25,6 +25,7 @@ from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.objectives.pairs import Pairs, gap_weights, select_pairs
 from vpo_engine.protocols import Network, ReferenceStore, Reward, TextEmbedding, VideoModel
 from vpo_engine.rewards.combine import chosen, combine
+from vpo_engine.rewards.guards import MotionFloor, WithMotion
 from vpo_engine.rollout.candidates import Rollout
 from vpo_engine.rollout.pool import Pool
 from vpo_engine.rollout.rows import Rows
@@ -107,7 +108,10 @@ class OnlineVPO:
         bits = config.rollout.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
         exact: Network = reference if config.rollout.source == "reference" else model.network
-        scoring = Scoring(model, reward, self.rows, self.residency, config.rollout.overlap)
+        floor = config.guards.motion_floor
+        self.floor = None if floor is None else MotionFloor(floor)
+        scorer = reward if floor is None else WithMotion(reward)
+        scoring = Scoring(model, scorer, self.rows, self.residency, config.rollout.overlap)
         self.sampling = Sampling(
             config, exact, self.copy, self.rollout, scoring, processes.team, self.residency
         )
@@ -149,7 +153,8 @@ class OnlineVPO:
     def _select(self, scores: dict[str, Tensor]) -> Pairs:
         reward, rule = self.config.reward, self.config.pairs
         parts = chosen(scores, reward.dimensions) if rule.rule == "pareto" else None
-        return select_pairs(combine(scores, reward.dimensions, reward.normalise), rule.min_gap, parts)
+        barred = None if self.floor is None else self.floor.still(scores)
+        return select_pairs(combine(scores, reward.dimensions, reward.normalise), rule.min_gap, parts, barred)
 
     def _refill(
         self,
@@ -234,6 +239,8 @@ class OnlineVPO:
         scores = {name: value[:, :count] for name, value in scores.items()}
         means = {f"reward/{name}": value.mean() for name, value in scores.items()}
         means["reward/selected"] = combine(scores, self.config.reward.dimensions).mean()
+        if self.floor is not None and self.stored is None:
+            means["guards/still"] = self.floor.still(scores).float().mean()
         means["reward/gap"] = pairs.gap.mean()
         means["tie_rate"] = (~pairs.kept).float().mean()
         if self.config.pairs.refill:

@@ -14,6 +14,7 @@ from vpo_engine.metrics.stages import Stages
 from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.rewards.combine import combine
+from vpo_engine.rewards.guards import MotionFloor
 from vpo_engine.rollout.candidates import Rollout
 from vpo_engine.rollout.pool import Pool
 from vpo_engine.rollout.prune import extremes
@@ -87,6 +88,8 @@ class Sampling:
         previews = self._scoring.score(begun.preview, prompts, stages, ahead)
         latents, scores = self._of_the_team(begun.latents, previews)
         selected = combine(scores, config.reward.dimensions, config.reward.normalise)
+        if config.guards.motion_floor is not None:
+            selected = MotionFloor(config.guards.motion_floor).lower(selected, scores)
         numbers = numbers.gather(1, extremes(selected, keep).cpu())
         ahead = self._scoring.ahead(prompts)
         with stages("rollout"), self._residency.phase("rollout"):

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from vpo_engine.data.sprites.damage import KINDS, Clips, damaged, sample_clean
 from vpo_engine.data.sprites.world import Attributes
+from vpo_engine.objectives.pairs import select_pairs
 from vpo_engine.rewards.guards import (
-    MOTION,
     DivergenceAlarm,
     MotionFloor,
     Shuffled,
+    WithMotion,
     check_deterministic,
     motion,
     prompt_shuffle,
@@ -146,16 +147,53 @@ class TestMotion:
     def test_the_floor_tells_still_from_moving_candidates(self, reward: SpritesReward) -> None:
         """Though the reward prefers some of the still ones."""
         moving, still = hurt(), hurt(freeze=1.0)
-        floor = MotionFloor(0.5)
-        measured = [floor.measure(clips.videos)[MOTION] for clips in (moving, still)]
-        excluded = floor.still({MOTION: torch.stack(measured, dim=1)})  # [P, 2]
+        scorer = WithMotion(reward)
+        assert scorer.dimensions == (*DIMENSIONS, "motion")
+        sides = [scorer.score(clips.videos, clips.captions) for clips in (moving, still)]
+        both = {name: torch.stack([side[name] for side in sides], dim=1) for name in scorer.dimensions}
+        excluded = MotionFloor(0.5).still(both)  # [P, 2]
         assert excluded.shape == (16, 2)
         assert not bool(excluded[:, 0].any())
         assert bool(excluded[:, 1].all())
-        consistency = [
-            reward.score(clips.videos, clips.captions)["temporal_consistency"] for clips in (moving, still)
-        ]
-        assert bool((consistency[1] > consistency[0]).any())
+        consistency = both["temporal_consistency"]
+        assert bool((consistency[:, 1] > consistency[:, 0]).any())
+        lowered = MotionFloor(0.5).lower(consistency, both)
+        assert torch.equal(lowered[:, 0], consistency[:, 0])
+        assert torch.equal(lowered[:, 1], consistency.amin(1))
+
+
+class TestBarredCandidates:
+    """In 200 groups of drawn scores, whatever the rule."""
+
+    scores = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    parts = torch.randn(3, 200, 4, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    barred = torch.rand(200, 4, generator=torch.Generator().manual_seed(2)) < 0.4
+
+    @pytest.mark.parametrize("pareto", [False, True])
+    def test_never_win_and_change_nothing_where_there_are_none(self, pareto: bool) -> None:
+        scores = self.parts.mean(0) if pareto else self.scores
+        parts = self.parts if pareto else None
+        free = select_pairs(scores, 0.1, parts)
+        pairs = select_pairs(scores, 0.1, parts, self.barred)
+        rows = torch.arange(200)
+        assert not bool(self.barred[rows, pairs.winner][pairs.kept].any())
+        assert bool((pairs.gap[pairs.kept] > 0.1).all())
+        none = ~self.barred.any(1)
+        assert int(none.sum()) > 10
+        for name in ("winner", "loser", "gap", "kept"):
+            assert torch.equal(getattr(pairs, name)[none], getattr(free, name)[none])
+        assert not bool(pairs.kept[self.barred.all(1)].any())
+        assert 0 < int(pairs.kept.sum()) < int(free.kept.sum())
+
+    def test_may_lose_and_leave_the_loser_what_it_was(self) -> None:
+        pairs = select_pairs(self.scores, 0.0, None, self.barred)
+        assert torch.equal(pairs.loser, self.scores.argmin(1))
+        lost = self.barred[torch.arange(200), pairs.loser] & pairs.kept
+        assert bool(lost.any())
+
+    def test_a_group_whose_only_free_candidate_is_the_worst_is_a_tie(self) -> None:
+        pairs = select_pairs(torch.tensor([[3.0, 1.0, 2.0]]), 0.0, None, torch.tensor([[True, False, True]]))
+        assert pairs.kept.tolist() == [False]
 
 
 class TestDivergence:

@@ -34,12 +34,16 @@ class Pairs:
         )
 
 
-def select_pairs(scores: Tensor, min_gap: float = 0.0, parts: Tensor | None = None) -> Pairs:
+def select_pairs(
+    scores: Tensor, min_gap: float = 0.0, parts: Tensor | None = None, barred: Tensor | None = None
+) -> Pairs:
     """Best and worst of scores [P, N] (Algorithm 1); gaps of at most ``min_gap`` are ties.
 
     parts: [D, P, N], the dimensions that the scores are made of, for the Pareto rule: the winner is no worse than the
     loser in any of them. Where best and worst violate it, the pair of the widest gap among those that satisfy it is
     taken; where none with a gap above ``min_gap`` does, it is a tie.
+    barred: [P, N], True for candidates that must not win; they may lose. Where no other has a gap above ``min_gap``, it
+    is a tie.
     Of equal scores and gaps the lower places are taken, so that the choice is deterministic. ValueError if a score is
     not finite: a failed scorer never becomes data.
     """
@@ -51,19 +55,23 @@ def select_pairs(scores: Tensor, min_gap: float = 0.0, parts: Tensor | None = No
             f"the reward of prompt {bad[0]}, candidate {bad[1]} of this step is {scores[tuple(bad)].item()}; "
             "every score must be finite. Look at the reward model and its input before going on"
         )
-    winner = scores.argmax(dim=1)
+    if barred is None:
+        barred = torch.zeros_like(scores, dtype=torch.bool)
+    winner = scores.masked_fill(barred, -torch.inf).argmax(dim=1)
     loser = scores.argmin(dim=1)
-    allowed = torch.ones_like(winner, dtype=torch.bool)
+    allowed = ~barred.all(dim=1)
     if parts is not None:
-        winner, loser, allowed = _pareto(scores, parts, winner, loser)
+        winner, loser, allowed = _pareto(scores, parts, barred, winner, loser)
     gap = (scores.gather(1, winner[:, None]) - scores.gather(1, loser[:, None])).squeeze(1).float()
     return Pairs(winner, loser, gap, allowed & (gap > min_gap))
 
 
-def _pareto(scores: Tensor, parts: Tensor, best: Tensor, worst: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pareto(
+    scores: Tensor, parts: Tensor, barred: Tensor, best: Tensor, worst: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Winner and loser [P] that satisfy the rule, the extremes where they do or where none do, and whether they do."""
     fine = (parts.unsqueeze(3) >= parts.unsqueeze(2)).all(dim=0)  # [P, N, N]: row no worse than column
-    fine &= ~torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+    fine &= ~barred.unsqueeze(2) & ~torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
     gaps = (scores.unsqueeze(2) - scores.unsqueeze(1)).masked_fill(~fine, -torch.inf)
     widest = gaps.flatten(1).argmax(dim=1)
     prompts = torch.arange(len(scores), device=scores.device)

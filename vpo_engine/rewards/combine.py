@@ -11,6 +11,8 @@ from torch import Tensor
 Dimensions = Sequence[str] | Mapping[str, float]
 """One name (a bare string too), several (their average), "global" for all of them, or {name: weight}."""
 Normalise = Literal["none", "group"]
+MOTION = "motion"
+"""What stands beside a reward's dimensions where guards.motion_floor is set; no dimension of it, nor of "global"."""
 
 
 def check_dimensions(dimensions: Dimensions, known: Sequence[str]) -> tuple[str, ...]:
@@ -20,7 +22,7 @@ def check_dimensions(dimensions: Dimensions, known: Sequence[str]) -> tuple[str,
     """
     names = (dimensions,) if isinstance(dimensions, str) else tuple(dimensions)
     if names == ("global",) and not isinstance(dimensions, Mapping):
-        return tuple(known)
+        return tuple(name for name in known if name != MOTION)
     listed = ", ".join(known)
     if not names:
         raise ValueError(f'no reward dimension selected; name some of {listed}, or "global" alone for all')

@@ -17,6 +17,7 @@ from torch import Tensor
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.builtin import motion as mean_flow
 from vpo_engine.rewards.builtin import small_luminance
+from vpo_engine.rewards.combine import MOTION
 
 CLEAR = 2.0
 """Standard errors by which a trend has to differ from none."""
@@ -106,8 +107,17 @@ def motion(videos: Tensor) -> Tensor:
     return torch.cat(found).cpu().view(videos.shape[:-4])
 
 
-MOTION = "motion"
-"""The name under which a video's motion stands beside its scores."""
+class WithMotion:
+    """A reward whose scores have MOTION beside them, for a ``MotionFloor``."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.dimensions = (*reward.dimensions, MOTION)
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As the reward, and ``motion``."""
+        scores = self.reward.score(videos, prompts)
+        return scores | {MOTION: motion(videos).to(next(iter(scores.values())).device)}
 
 
 @dataclass(frozen=True)
@@ -116,13 +126,13 @@ class MotionFloor:
 
     floor: float
 
-    def measure(self, videos: Tensor) -> dict[str, Tensor]:
-        """To be kept beside the scores of uint8 videos [B, F, H, W, 3]: {MOTION: float32 [B]}."""
-        return {MOTION: motion(videos)}
-
     def still(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """Which candidates must not win, bool, of scores with their MOTION among them."""
+        """Which candidates must not win, bool [P, N], of scores with their MOTION among them."""
         return scores[MOTION] < self.floor
+
+    def lower(self, selected: Tensor, scores: Mapping[str, Tensor]) -> Tensor:
+        """What was made of scores, [P, N], with the lowest of the prompt for its still candidates."""
+        return torch.where(self.still(scores), selected.amin(dim=1, keepdim=True), selected)
 
 
 class DivergenceAlarm:
