@@ -4,6 +4,7 @@
 
 Without a configuration it trains the embedded sprites world, which needs nothing but this package. Under torchrun
 with several processes each (with processes.per_prompt each team of them) takes its own prompts; gradients are averaged.
+With processes.reward the last process holds the reward model, and scores for the others.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.residency import Residency
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.parts import configurations_are_here
 from vpo_engine.planning.planner import check_fits
+from vpo_engine.protocols import Reward
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.process import ProcessReward, RewardProcessError
+from vpo_engine.rewards.served import ServedReward, serve
+from vpo_engine.rollout.stored import StoredPairs
 from vpo_engine.run_state import check_same_run
 from vpo_engine.runs.checkpoint import CheckpointError
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.rewards.served import ServedReward, serve
-from vpo_engine.rollout.stored import StoredPairs
 from vpo_engine.trainer import Trainer
 
 
@@ -55,28 +58,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); the exit code."""
-    processes = Processes.start(config.model.device, config.processes.per_prompt)
+    own = config.processes
+    processes = Processes.start(config.model.device, own.per_prompt, own.reward)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)
+        if processes.spared:
+            return _serve_reward(config, processes, at_end)
+        served = None
+        if processes.store is not None:
+            served = at_end.enter_context(ServedReward(processes.store, processes.rank))
         check_reward(config)
+        ledger = config.rollout.ledger
+        stored = None if ledger is None else StoredPairs(ledger, config.pairs.min_gap)
         prompts, held_out_prompts = build_prompts(config)
         if configurations_are_here(config):  # else building the model says which is missing
             plan = check_fits(config, processes.device, processes.count)
             if processes.first:
                 print(plan, flush=True)
         model = build_model(config, processes)
-        reward = build_reward(config, processes.device, model.residency)
-        if isinstance(reward, ProcessReward):
-            at_end.callback(reward.close)
-        ledger = config.rollout.ledger
-        stored = None if ledger is None else StoredPairs(ledger, config.pairs.min_gap)
+        reward = served or _build_reward(config, processes, at_end, model.residency)
+        if served is not None:
+            served.wait_until_loaded()
         run = _run_directory(config, processes)
         with model.residency.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
             algorithm = OnlineVPO(config, model, reward, reference, processes, model.residency, stored)
         stream = PromptStream(prompts, config.seed) if stored is None else stored
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
-        outcome = Trainer(config, algorithm, stream, held_out, run, processes).run()
+        trainer = Trainer(
+            config,
+            algorithm,
+            stream,
+            held_out,
+            run,
+            processes,
+            lambda: served is not None and served.stopping,
+        )
+        outcome = trainer.run()
     if outcome.stopped_by and processes.first:
         print(
             f"stopped by {outcome.stopped_by} after step {outcome.steps}, which is saved; go on with\n"
@@ -84,6 +102,22 @@ def train(config: Config) -> int:
             flush=True,
         )
     return 1 if outcome.alarmed else 0
+
+
+def _serve_reward(config: Config, processes: Processes, at_end: ExitStack) -> int:
+    """What the process that is given to the reward model does; the exit code."""
+    assert processes.store is not None
+    serve(lambda: _build_reward(config, processes, at_end), processes.store, processes.count)
+    return 0
+
+
+def _build_reward(
+    config: Config, processes: Processes, at_end: ExitStack, residency: Residency | None = None
+) -> Reward:
+    reward = build_reward(config, processes.device, residency)
+    if isinstance(reward, ProcessReward):
+        at_end.callback(reward.close)
+    return reward
 
 
 def _run_directory(config: Config, processes: Processes) -> RunDirectory:

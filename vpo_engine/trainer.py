@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -22,10 +22,9 @@ from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_ra
 from vpo_engine.metrics.watch import Alarm, Watch, describe_shuffle
 from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.rewards.registry import reward_card
+from vpo_engine.rollout.stored import Recorder, StoredPairs
 from vpo_engine.run_state import capture, restore
 from vpo_engine.runs.alarms import write_alarms
-from vpo_engine.rewards.registry import reward_card
-from vpo_engine.rollout.stored import Recorder, StoredPairs
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, write_held_out, write_pairs
@@ -64,9 +63,12 @@ class Trainer:
         held_out: HeldOut,
         run: RunDirectory,
         processes: Processes,
+        stop_elsewhere: Callable[[], bool] = lambda: False,
     ) -> None:
+        """``stop_elsewhere``: whether a process that does not train was asked to stop."""
         self._config, self._algorithm, self._stream = config, algorithm, stream
         self._held_out, self._run, self._processes = held_out, run, processes
+        self._stop_elsewhere = stop_elsewhere
         self._mine = processes.share(config.pairs_per_step, "pairs_per_step")
         self._seconds: dict[str, float] = defaultdict(float)
         self._stage_seconds: dict[str, float] = {}
@@ -84,6 +86,7 @@ class Trainer:
         log = RunLog(self._run) if self._processes.first else NullLog()
         if start:
             log.resume(start)
+        self._ledger = self._open_ledger(start)
         total = self._config.steps
         with StopRequest() as stop, Progress(total, start, self._processes.first) as self._progress:
             self._log = log
@@ -97,8 +100,7 @@ class Trainer:
                 self._check_reward(exchange=False)
             for step in range(start + 1, total + 1):
                 self._train_step(step)
-        self._ledger = self._open_ledger(start)
-                stopping = self._processes.any(stop.requested) or self._alarmed
+                stopping = self._processes.any(stop.requested or self._stop_elsewhere()) or self._alarmed
                 if stopping or step == total or self._due(self._config.checkpoint.every, step):
                     with self._stage("checkpoint"):
                         self._save(step)
@@ -109,26 +111,6 @@ class Trainer:
         log.close()
         return Outcome(total, summary)
 
-    def _stopped(self, step: int, stop: StopRequest) -> Outcome:
-        if not self._alarmed:
-            return Outcome(step, None, stop.signal_name or "a signal to another process")
-        if self._processes.first:
-            self._progress.note(f"report: {write_report(self._run)}")
-        return Outcome(step, None, "an alarm (guards.on_alarm=stop)", alarmed=True)
-
-    def _encode_text(self) -> None:
-        """All prompts of the run, also those of steps already done: the same batches give the same bits."""
-        self._progress.stage("encoding the text of the prompts")
-        count = self._config.steps * self._config.pairs_per_step
-        prompts = [item.text for item in self._stream.take(0, count)]
-        self._algorithm.model.prepare([*prompts, *self._held_out.prompts])
-
-    def _gauge(self) -> Throughput:
-        """What a row of the network takes and what the device can do; the time that this takes is no step's."""
-        start = time.perf_counter()
-        self._progress.stage("measuring the device")
-        model = self._algorithm.model
-        flops = count_row_flops(model, model.embed(self._held_out.prompts[:_GAUGED]))
     def _stopped(self, step: int, stop: StopRequest) -> Outcome:
         if not self._alarmed:
             return Outcome(step, None, stop.signal_name or "a signal to another process")
@@ -147,6 +129,19 @@ class Trainer:
             return None
         return Recorder(self._config, self._run.ledger, self._processes.rank)
 
+    def _encode_text(self) -> None:
+        """All prompts of the run, also those of steps already done: the same batches give the same bits."""
+        self._progress.stage("encoding the text of the prompts")
+        count = self._config.steps * self._config.pairs_per_step
+        prompts = [item.text for item in self._stream.take(0, count)]
+        self._algorithm.model.prepare([*prompts, *self._held_out.prompts])
+
+    def _gauge(self) -> Throughput:
+        """What a row of the network takes and what the device can do; the time that this takes is no step's."""
+        start = time.perf_counter()
+        self._progress.stage("measuring the device")
+        model = self._algorithm.model
+        flops = count_row_flops(model, model.embed(self._held_out.prompts[:_GAUGED]))
         ceiling = matrix_rate(self._processes.device, getattr(torch, self._config.model.dtype))
         self._taken_at += time.perf_counter() - start
         return Throughput(self._config, flops, ceiling)
@@ -163,6 +158,8 @@ class Trainer:
         self._stage_seconds |= result.seconds
         self._check_pairs(result, step)
         self._record_pairs(result, prompts, step)
+        if self._ledger is not None:
+            self._ledger.record(step, prompts, positions, result.pool, result.pairs, result.weights)
         if self._due(self._config.evaluation.every, step) and step < self._config.steps:
             with self._stage("evaluate"):
                 settings = self._config.evaluation
@@ -176,8 +173,6 @@ class Trainer:
         metrics |= self._throughput.utilisation(result.seconds, result.rows, trained)
         metrics["speed/ceiling"] = self._throughput.ceiling
         self._log.write(step, "train", metrics)
-        if self._ledger is not None:
-            self._ledger.record(step, prompts, positions, result.pool, result.pairs, result.weights)
         self._progress.step(step, metrics)
 
     def _take_seconds(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 import signal
 import socket
 import threading
@@ -194,7 +194,7 @@ def test_a_signal_to_the_server_is_passed_on_and_served_to_the_end() -> None:
 
 def test_a_stranger_is_turned_away() -> None:
     def knocks(store: dist.Store) -> bytes:
-        host, port, _ = pickle.loads(store.get("reward"))
+        host, port, _ = json.loads(store.get("reward"))
         with socket.create_connection((host, port)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
             stranger.settimeout(10)

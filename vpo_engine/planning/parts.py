@@ -160,6 +160,9 @@ def build_model(config: Config, assumed: Assumed, depth: int | None) -> tuple[Pl
 
 def build_reward_network(config: Config, assumed: Assumed) -> VideoScoreNetwork | None:
     """VideoScore's network; None, with a note unless it is negligible, for another reward and on another device."""
+    if config.processes.reward:
+        assumed.notes.append("the reward model has a process, and a device, of its own, which is not planned")
+        return None
     if config.reward.device != "auto":
         assumed.notes.append(f"the reward model is on {config.reward.device}, which is not planned")
         return None

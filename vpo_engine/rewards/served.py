@@ -7,6 +7,7 @@ between several. The scores are those of the same reward in the asking process, 
 from __future__ import annotations
 
 import hmac
+import json
 import os
 import pickle
 import secrets
@@ -50,9 +51,9 @@ class ServedReward:
 
     def __init__(self, store: dist.Store, rank: int) -> None:
         """Connect to the server that meets at ``store``, as process ``rank``; returns before its model is loaded."""
-        host, port, token = pickle.loads(store.get(_KEY))
+        host, port, token = json.loads(store.get(_KEY))
         self._connection = Connection(socket.create_connection((host, port)).detach())
-        self._connection.send_bytes(token)
+        self._connection.send_bytes(bytes.fromhex(token))
         self._connection.send_bytes(pickle.dumps(rank))
         self._lock = threading.Lock()
         self._failure: Exception | None = None
@@ -79,7 +80,7 @@ class ServedReward:
             # Of a server that has failed, the answer says why.
             with suppress(ConnectionError):
                 self._connection.send_bytes(pickle.dumps((tuple(videos.shape), list(prompts))))
-                self._connection.send_bytes(videos.cpu().contiguous().view(-1).numpy())
+                self._connection.send_bytes(videos.cpu().contiguous().view(-1).numpy().data)
             scores, self.stopping = self._receive()
         return dict(scores)
 
@@ -139,6 +140,7 @@ def serve(make: Callable[[], Reward], store: dist.Store, asking: int) -> None:
         door.close()
 
 
+@torch.no_grad()
 def _answer(door: _Door, reward: Reward, stop: StopRequest) -> None:
     while door.members:
         for member in wait(list(door.members)):
@@ -178,7 +180,7 @@ class _Door:
         self._token = secrets.token_bytes(_TOKEN_BYTES)
         self._coming, self._until = asking, time.monotonic() + _ARRIVAL
         self.members: dict[Connection, int] = {}
-        store.set(_KEY, pickle.dumps((host, self._socket.getsockname()[1], self._token)))
+        store.set(_KEY, json.dumps([host, self._socket.getsockname()[1], self._token.hex()]))
 
     def admit_all(self) -> None:
         """RewardProcessError if one is missing ``_ARRIVAL`` seconds after the beginning."""
@@ -216,12 +218,12 @@ class _Door:
         # A connection that is closed on unread requests is reset, and the news lost: read until they leave.
         until = time.monotonic() + _FAREWELL
         while self.members and (here := wait(list(self.members), max(0.0, until - time.monotonic()))):
-            for member in here:
-                assert isinstance(member, Connection)
+            for leaving in here:
+                assert isinstance(leaving, Connection)
                 try:
-                    member.recv_bytes()
+                    leaving.recv_bytes()
                 except (EOFError, ConnectionError):
-                    self.leave(member)
+                    self.leave(leaving)
 
     def leave(self, member: Connection) -> None:
         del self.members[member]
