@@ -1,6 +1,7 @@
-"""The fast mode of the sprites run against its exact mode: held-out reward and time, seed by seed.
+"""The fast mode of the sprites run against its exact mode, seed by seed; what reuse of pairs costs and brings.
 
-    python bench/fast_mode.py --runs FOLDER --write docs/rollout.md
+    python bench/fast_mode.py --runs FOLDER --write docs/rollout.md           # exact and fast, three seeds
+    python bench/fast_mode.py --runs FOLDER --reuse --write docs/rollout.md   # draws and updates, one seed
 
 Every run is a process of its own on one core, `python -m vpo_engine.train CONFIG seed=S`, as long as FOLDER does not
 hold it already. Exact and fast runs take turns, so that a machine's moods meet both. The final policies are then
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from agreement import RESAMPLES, replaced
@@ -29,6 +31,7 @@ from rows import commit, hardware
 from torch import Tensor
 
 from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward
+from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.runs.checkpoint import newest_complete
@@ -36,7 +39,19 @@ from vpo_engine.runs.directory import RunDirectory
 
 CPU = torch.device("cpu")
 EXACT, FAST = "sprites.yaml", "sprites_fast.yaml"
-START, END = "<!-- fast mode -->\n", "<!-- end of fast mode -->"
+REUSE = (
+    FAST,
+    f"{FAST} objective.updates=2 objective.draws=2",
+    f"{FAST} objective.updates=1 objective.draws=4",
+    f"{FAST} objective.updates=2",
+    f"{FAST} objective.updates=8",
+    f"{FAST} objective.updates=1",
+    f"{FAST} objective.updates=1 objective.draws=2",
+    f"{FAST} objective.updates=1 objective.draws=8",
+)
+"""As many rollouts each."""
+MODES = "<!-- fast mode -->\n", "<!-- end of fast mode -->"
+REUSES = "<!-- reuse -->\n", "<!-- end of reuse -->"
 STAGES = ("rollout", "decode", "reward", "update", "refresh")
 
 
@@ -51,27 +66,33 @@ class Took:
 
 @dataclass(frozen=True)
 class Run:
-    """One run in the study's folder."""
+    """One run in the study's folder: of a configuration file, with overrides behind it, separated by blanks."""
 
     folder: Path
-    config: str
+    settings: str
     seed: int
 
     @property
     def root(self) -> Path:
-        return self.folder / f"{Path(self.config).stem}-{self.seed}"
+        name, *overrides = self.settings.split()
+        return self.folder / "-".join([Path(name).stem, *overrides, str(self.seed)])
 
     @property
     def record(self) -> Path:
         """What the run took; written when it has ended well."""
         return self.root.with_name(f"{self.root.name}.json")
 
+    @property
+    def config(self) -> Config:
+        name, *overrides = self.settings.split()
+        return load_config(name, [*overrides, f"seed={self.seed}"])
+
     def took(self) -> Took:
         return Took(**json.loads(self.record.read_text(encoding="utf-8")))
 
     def make(self, cpu: int) -> None:
         """On processor ``cpu`` alone, with one thread. RuntimeError, naming its log, if the run fails."""
-        command = [sys.executable, "-m", "vpo_engine.train", self.config]
+        command = [sys.executable, "-m", "vpo_engine.train", *self.settings.split()]
         command += [f"seed={self.seed}", f"run_dir={self.root}", "checkpoint.every=null"]
         log = self.root.with_name(f"{self.root.name}.log")
         start = time.perf_counter()
@@ -86,10 +107,12 @@ class Run:
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise RuntimeError(f"the run {self.root} failed; see {log}, delete {self.root} and start again")
-        timings = json.loads(RunDirectory.open(self.root).summary.read_text(encoding="utf-8"))["timings"]
-        stages = sum(timings.get(stage, 0.0) for stage in STAGES)
+        stages = sum(self.summary()["timings"].get(stage, 0.0) for stage in STAGES)
         took = Took(usage.ru_utime + usage.ru_stime, time.perf_counter() - start, stages)
         self.record.write_text(json.dumps(asdict(took)), encoding="utf-8")
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads(RunDirectory.open(self.root).summary.read_text(encoding="utf-8"))
 
 
 def make_all(runs: Sequence[Run], cpus: Sequence[int]) -> None:
@@ -160,6 +183,30 @@ def table(folder: Path, seeds: Sequence[int]) -> Table:
     return Table(HEADER, lines, [])
 
 
+def reuse_table(folder: Path, seed: int) -> Table:
+    """A line for each of ``REUSE``: its held-out gain and what it took, without start, evaluation and end."""
+    lines = []
+    for settings in REUSE:
+        run = Run(folder, settings, seed)
+        objective, took, found = (
+            run.config.objective,
+            run.took(),
+            run.summary()["measures"]["reward/selected"],
+        )
+        seconds = took.cpu * took.stages / took.clock
+        gain = found["difference"]
+        lines.append(
+            [
+                str(objective.draws),
+                str(objective.updates),
+                f"{gain:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})",
+                f"{seconds:.0f}",
+                f"{100 * gain / seconds:.2f}",
+            ]
+        )
+    return Table(["draws", "updates", "gain", "processor, s", "gain in 100 s"], lines, [])
+
+
 def _change(differences: Tensor) -> str:
     mean, low, high = interval(differences)
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
@@ -180,20 +227,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cpus", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)))
-    parser.add_argument("--configs", nargs="+", default=[EXACT, FAST], help="which runs to make")
+    parser.add_argument("--settings", nargs="+", help="make only runs of these settings, and no table")
+    parser.add_argument("--reuse", action="store_true", help="the study of reuse, of the first seed")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
     given = parser.parse_args(arguments)
-    folder = given.runs.resolve()
+    folder, seeds = given.runs.resolve(), given.seeds[:1] if given.reuse else given.seeds
     folder.mkdir(parents=True, exist_ok=True)
+    every = given.settings or (REUSE if given.reuse else (EXACT, FAST))
     try:
-        make_all([Run(folder, config, seed) for seed in given.seeds for config in given.configs], given.cpus)
-        if list(given.configs) != [EXACT, FAST]:
+        make_all([Run(folder, settings, seed) for seed in seeds for settings in every], given.cpus)
+        if given.settings:
             return 0
-        found = table(folder, given.seeds)
+        found = reuse_table(folder, seeds[0]) if given.reuse else table(folder, seeds)
         text = f"{hardware(CPU)}, torch {torch.__version__}, commit {commit()}:\n\n{found.markdown()}\n"
         print(text)
         if given.write is not None:
-            page = replaced(given.write.read_text(encoding="utf-8"), text, START, END)
+            markers = REUSES if given.reuse else MODES
+            page = replaced(given.write.read_text(encoding="utf-8"), text, *markers)
             given.write.write_text(page, encoding="utf-8")
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
