@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,16 +28,17 @@ from torch.utils.checkpoint import checkpoint
 
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
+from vpo_engine.memory.offload import OffloadedInputs
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.residency import Residency
 from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.metrics.throughput import without_mask
-from vpo_engine.models.opensora.geometry import latent_size, patch_grid, pixel_size
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.planning.extrapolate import DEEPER, SHALLOW
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.gpus import GIB
 from vpo_engine.planning.parts import DTYPES, Assumed, PlannedModel, build_model, configured_depth
+from vpo_engine.planning.trace import HostCopies
 from vpo_engine.planning.tracker import Tracker
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import HeldReference, build_reference
@@ -59,7 +59,16 @@ PLAIN = (
 )
 """As the paper's run may have been: bfloat16 with float32 masters, checkpointed blocks, winner and loser together."""
 
+LEANEST = (
+    "memory.weights=stochastic",
+    "memory.optimizer_bits=8",
+    "memory.offload=true",
+    "memory.mlp_chunks=8",
+)
+"""What takes least and still adds up the gradients of several pairs."""
+
 METHODS: dict[str, tuple[str, ...]] = {
+    "OnlineVPO, leanest": LEANEST,
     "OnlineVPO, recommended": (),
     "OnlineVPO, plain": PLAIN,
     "ReFL, VAE checkpointed": PLAIN,
@@ -181,11 +190,13 @@ def _planned(method: str, config: Config, depth: int) -> list[int]:
     peaks = []
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(True), tracker:
         model.materialise(tracker)
+        model.network.offloaded = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
         update = Update(method, config, model, tracker)
-        for run, absent in ((update.gradients, {"vae", "optimizer"}), (update.step, {"vae"})):
+        for run, sent_away in ((update.gradients, {"vae", "optimizer"}), (update.step, {"vae"})):
             with tracker.making("activations"), tracker.phase() as phase:
                 run()
-            peaks.append(sum(tracker.peak(phase, frozenset(absent if elsewhere else ())).values()))
+            absent = frozenset({"host"} | (sent_away if elsewhere else set()))
+            peaks.append(sum(tracker.peak(phase, absent).values()))
     return peaks
 
 
@@ -231,29 +242,14 @@ def measured_peaks() -> Peaks:
 
 
 def planned_peaks() -> Peaks:
-    """The smallest and the largest video are planned; between them bytes grow as a straight line in the tokens."""
-    smallest, largest = (RESOLUTIONS[0], FRAMES[0]), (RESOLUTIONS[-1], FRAMES[-1])
     found: Peaks = {}
     for method in METHODS:
-        low, high = (planned(method, config_of(method, *size)) for size in (smallest, largest))
-        for size, ends in ((smallest, low), (largest, high)):
-            print(method, *size, *(f"{value / GIB:.2f} GiB" for value in ends), flush=True)
-        found[method] = {
-            name: [_at(tokens(name, count), low, high) for count in FRAMES] for name in RESOLUTIONS
-        }
+        for name in RESOLUTIONS:
+            for count in FRAMES:
+                gradients, step = planned(method, config_of(method, name, count))
+                print(f"{method}, {name} x {count}: {gradients / GIB:.2f}, {step / GIB:.2f} GiB", flush=True)
+                found.setdefault(method, {}).setdefault(name, []).append(max(gradients, step) / GIB)
     return found
-
-
-def tokens(resolution: str, frames: int) -> int:
-    """Of a video."""
-    return math.prod(patch_grid(latent_size(frames, *pixel_size(resolution, "9:16"))))
-
-
-def _at(count: int, low: Sequence[float], high: Sequence[float]) -> float:
-    """GiB of the higher of the peaks at so many tokens, from the smallest and the largest video's."""
-    first, last = tokens(RESOLUTIONS[0], FRAMES[0]), tokens(RESOLUTIONS[-1], FRAMES[-1])
-    share = (count - first) / (last - first)
-    return max(a + share * (b - a) for a, b in zip(low, high, strict=True)) / GIB
 
 
 def markdown(found: dict[str, dict[str, list[float]]]) -> str:

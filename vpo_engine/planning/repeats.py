@@ -1,5 +1,5 @@
-"""Modules that do the same again and again, traced once: the network in a sampling loop, blocks without gradients,
-micro-batches of a decoder."""
+"""What is done again and again, traced once: the network in a sampling loop, blocks without gradients, micro-batches of
+a decoder, AdamW on weights of one shape."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
 from vpo_engine.models.opensora.reuse import Reuse
@@ -121,3 +122,38 @@ def _again(item: Any, leaves: list[Any]) -> Any:
         return leaves[item]
     shape, stride, dtype = item
     return torch.empty_strided(shape, stride, dtype=dtype)
+
+
+@contextmanager
+def repeated_steps(tracker: Tracker) -> Iterator[None]:
+    """Steps of AdamWs that have one weight each are traced for the first weight of a shape and type; the later ones
+    count as much, make an equal state and reach the same height. The AdamWs must have the same settings."""
+    own, original = vars(AdamW).get("step"), AdamW.step
+    known: dict[Hashable, tuple[Phase, int]] = {}
+    states: dict[Hashable, dict[str, Tensor]] = {}
+
+    def step(self: AdamW) -> None:
+        [[weight]] = (group["params"] for group in self.param_groups)
+        kind = (_signature(weight), _signature(weight.grad))
+        fresh = weight not in self.state
+        if (kind, fresh) not in known:
+            before = tracker.live()
+            with tracker.phase() as phase:
+                original(self)
+            known[kind, fresh] = phase, tracker.height(phase) - (tracker.live() - before)
+            states[kind] = self.state[weight]
+            return
+        if fresh:
+            self.state[weight] = {name: torch.zeros_like(like) for name, like in states[kind].items()}
+        phase, transient = known[kind, fresh]
+        tracker.add(phase.flops, phase.traffic, transient)
+
+    step.hooked = True  # type: ignore[attr-defined]  # else AdamW's constructor wraps it for the profiler
+    AdamW.step = step  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del AdamW.step
+        else:
+            AdamW.step = own  # type: ignore[method-assign]

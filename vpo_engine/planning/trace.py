@@ -7,6 +7,7 @@ for, ``gpu_rules`` brings its autocast.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from vpo_engine.planning.parts import (
     build_text_encoder,
     materialise,
 )
-from vpo_engine.planning.repeats import repeated
+from vpo_engine.planning.repeats import repeated, repeated_steps
 from vpo_engine.planning.tracker import Peak, Phase, Tracker
 from vpo_engine.protocols import SamplerSettings, TextEmbedding
 from vpo_engine.reference.store import build_reference
@@ -128,7 +129,13 @@ class _Tracing:
         self._trace = Trace(self._tracker, notes=assumed.notes, depth=configured)
 
     def run(self, network_only: bool) -> Trace:
-        with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(self._on_gpu), self._tracker:
+        with (
+            _without_collections(),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            as_on_gpu(self._on_gpu),
+            self._tracker,
+            repeated_steps(self._tracker),
+        ):
             self._build()
             networks = (self._model.network, self._reference.network)
             with repeated(self._tracker, networks, *self._groups(networks)):
@@ -186,7 +193,13 @@ class _Tracing:
         )
         with tracker.making("optimizer"):
             self._optimizer.begin(config.optimizer.lr)
-            torch.autograd.backward(trained, [torch.zeros_like(parameter) for parameter in trained])
+            zeros = [torch.zeros_like(parameter) for parameter in trained]
+            if config.memory.step_in_backward:
+                torch.autograd.backward(trained, zeros)
+            else:
+                for parameter, zero in zip(trained, zeros, strict=True):
+                    parameter.grad = zero
+            del zeros
             self._optimizer.step()
         tracker.label(self._optimizer.state_dict().values(), "optimizer")
         self._trained = trained
@@ -301,6 +314,18 @@ class _Tracing:
         every = config.reference.refresh_every
         with self._phase("refresh", updates / every if every else 0.0):
             self._reference.refresh(self._model.network)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Storages go by their counted references; looking for cycles would take a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _empty(module: nn.Module) -> None:
