@@ -27,6 +27,7 @@ from vpo_engine.runs.video import read_video
 from vpo_engine.train import train
 
 Make = Callable[..., Config]
+SCORER_THAT = str(Path(__file__).with_name("scorer_that.py"))
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -265,11 +266,16 @@ def test_a_reward_of_nan_stops_the_run(
     assert "nan" in capsys.readouterr().err
 
 
-def start(arguments: list[str], processes: int = 0) -> subprocess.Popen[str]:
+def start(
+    arguments: list[str],
+    processes: int = 0,
+    what: tuple[str, ...] = ("-m", "vpo_engine.train"),
+    threads: int = 1,
+) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29533"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MASTER_PORT": "29533"}
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "vpo_engine.train", *arguments],
+        [sys.executable, *launcher, *what, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -326,6 +332,43 @@ def test_two_processes_train_as_one(smallest: list[str], small: Make, tmp_path: 
             # A bias that all keys share cancels in the softmax: its gradient is rounding, of which Adam makes a step.
             value, other = value.chunk(2)[1], other.chunk(2)[1]
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_process_for_the_reward_goes_on_without_it_bit_for_bit(
+    finished: Path, smallest: list[str], small: Make, tmp_path: Path
+) -> None:
+    """The process with the reward model is asked to stop in step 2, and with it all; one process does the rest."""
+    run = tmp_path / "run"
+    arguments = [*smallest, f"run_dir={run}", "processes.reward=true"]
+    process = start(arguments, 2, (SCORER_THAT, "stops", "2"), torch.get_num_threads())
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "stopped by a signal to another process after step 2" in output
+    assert train(small("checkpoint.resume=true")) == 0
+    assert_same_run(finished, run, 4)
+
+
+@pytest.mark.slow
+def test_a_scorer_that_fails_ends_every_process_with_its_error(smallest: list[str], tmp_path: Path) -> None:
+    """Of two that train one asks and one waits for the other; no time limit of the process group has to pass."""
+    run = tmp_path / "run"
+    shares = ["rollout.candidates=4", "processes.per_prompt=2", "processes.reward=true"]
+    process = start([*smallest, *shares, f"run_dir={run}"], 3, (SCORER_THAT, "fails", "3"))
+    output, _ = process.communicate(timeout=300)
+    took = time.time() - (run / "metrics.jsonl").stat().st_mtime
+    assert process.returncode == 1
+    assert output.count("error: the scorer broke down\n") == 3, output
+    assert took < 60, output
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1]
+
+
+def test_one_process_cannot_be_given_away(small: Make) -> None:
+    with pytest.raises(
+        ValueError, match="gives the last of 1 processes to the reward model, which leaves none"
+    ):
+        train(small("processes.reward=true"))
 
 
 def test_prompts_that_cannot_be_shared_equally_are_refused(small: Make) -> None:
