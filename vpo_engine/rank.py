@@ -1,6 +1,7 @@
 """Score video files with a reward model, and see how well it agrees with what people prefer.
 
     python -m vpo_engine.rank VIDEOS --reward NAME [--reward-path DIR] [--preferences FILE] [--out DIR]
+                              [--time-limit SECONDS]
     python -m vpo_engine.rank --list
 
 VIDEOS is a folder of mp4 files. Prompts stand beside them in prompts.csv (columns video,prompt), prompts.jsonl
@@ -17,9 +18,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from vpo_engine.data.clips import Clip, Preference, find_clips, read_preferences
@@ -32,7 +36,9 @@ from vpo_engine.metrics.ranking_report import (
     write_ranking_csv,
     write_scores_csv,
 )
+from vpo_engine.protocols import Reward
 from vpo_engine.rewards.combine import combine
+from vpo_engine.rewards.process import ProcessReward, RewardProcessError
 from vpo_engine.rewards.registry import NAMES, build_reward, format_cards, knows_frame_rate, reward_card
 from vpo_engine.runs.video import read_video
 
@@ -55,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("ranking"), metavar="DIR", help="folder for the files (%(default)s)"
     )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="score in a process of its own, and stop if one video takes longer",
+    )
     parser.add_argument("--list", action="store_true", help="print every reward model's card, and stop")
     given = parser.parse_args(arguments)
     if given.list:
@@ -63,19 +75,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.videos is None or given.reward is None:
         parser.error("give VIDEOS and --reward NAME, or --list")
     try:
-        rank(given.videos, given.reward, given.reward_path, given.preferences, given.out)
-    except (ValueError, FileNotFoundError) as error:
+        rank(given.videos, given.reward, given.reward_path, given.preferences, given.out, given.time_limit)
+    except (ValueError, FileNotFoundError, RewardProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def rank(folder: Path, name: str, weights: Path | None, preferences: Path | None, out: Path) -> None:
+def rank(
+    folder: Path,
+    name: str,
+    weights: Path | None,
+    preferences: Path | None,
+    out: Path,
+    time_limit: float | None = None,
+) -> None:
     """Score, print and write; see above."""
     reward_card(name)
     preferred = None if preferences is None else read_preferences(preferences, folder)
     clips = find_clips(folder) if preferred is None else [clip for row in preferred for clip in row.clips]
-    scores = score_clips(clips, name, weights)
+    scores = score_clips(clips, name, weights, time_limit)
     out.mkdir(parents=True, exist_ok=True)
     write_scores_csv(out / "scores.csv", scores)
     if preferred is None:
@@ -90,8 +109,13 @@ def rank(folder: Path, name: str, weights: Path | None, preferences: Path | None
 
 
 @torch.no_grad()
-def score_clips(clips: Sequence[Clip], name: str, weights: Path | None) -> Scores:
-    """Every clip scored once, one at a time. ValueError, naming the file, for one that cannot be."""
+def score_clips(
+    clips: Sequence[Clip], name: str, weights: Path | None, time_limit: float | None = None
+) -> Scores:
+    """Every clip scored once, one at a time. ValueError, naming the file, for one that cannot be.
+
+    time_limit: seconds for each, in a process of its own. RewardProcessError, naming the file, if they are over.
+    """
     if reward_card(name).reads_prompt:
         for clip in clips:
             if not clip.prompt.strip():
@@ -102,25 +126,37 @@ def score_clips(clips: Sequence[Clip], name: str, weights: Path | None) -> Score
     rate = read_video(clips[0].path)[1] if timed else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    reward = build_reward(name, weights, device=device, dtype=dtype, fps=rate)
+    make = partial(build_reward, name, weights, device=device, dtype=dtype, fps=rate)
     scores: Scores = {}
-    for clip in tqdm(clips, unit="video", disable=None):
-        if (clip.name, clip.prompt) in scores:
-            continue
-        video, fps = read_video(clip.path)
-        if rate is not None and fps != rate:
-            raise ValueError(
-                f"{clips[0].name} has {rate:g} frames per second and {clip.name} {fps:g}, but {name} samples by "
-                "seconds; rank videos of one frame rate at a time"
-            )
-        try:
-            found = reward.score(video.unsqueeze(0), [clip.prompt])
-        except ValueError as error:
-            raise ValueError(f"video {clip.name}: {error}") from error
-        if len(found) > 1:
-            found = {**found, GLOBAL: combine(found, "global")}
-        scores[clip.name, clip.prompt] = {dimension: values.item() for dimension, values in found.items()}
+    with ExitStack() as at_end:
+        reward: Reward
+        if time_limit is None:
+            reward = make()
+        else:
+            reward = at_end.enter_context(ProcessReward(make, name=name, time_limit=time_limit))
+        for clip in tqdm(clips, unit="video", disable=None):
+            if (clip.name, clip.prompt) in scores:
+                continue
+            video, fps = read_video(clip.path)
+            if rate is not None and fps != rate:
+                raise ValueError(
+                    f"{clips[0].name} has {rate:g} frames per second and {clip.name} {fps:g}, but {name} samples by "
+                    "seconds; rank videos of one frame rate at a time"
+                )
+            found = _score(reward, clip, video)
+            scores[clip.name, clip.prompt] = {dimension: values.item() for dimension, values in found.items()}
     return scores
+
+
+def _score(reward: Reward, clip: Clip, video: Tensor) -> dict[str, Tensor]:
+    """With the mean of all, if there are several."""
+    try:
+        found = reward.score(video.unsqueeze(0), [clip.prompt])
+    except ValueError as error:
+        raise ValueError(f"video {clip.name}: {error}") from error
+    except RewardProcessError as error:
+        raise RewardProcessError(f"video {clip.name}: {error}") from error
+    return {**found, GLOBAL: combine(found, "global")} if len(found) > 1 else found
 
 
 def rank_scores(scores: Scores, preferences: Sequence[Preference]) -> dict[str, Ranking]:

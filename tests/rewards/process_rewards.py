@@ -74,5 +74,11 @@ class _HangingSprites(SpritesReward):
         return super().score(videos, prompts)
 
 
+def scorer_that_hangs(*_: object, **__: object) -> SpritesReward:
+    reward = _HangingSprites()
+    reward.calls = 3
+    return reward
+
+
 def sprites_that_hang(*_: object, **__: object) -> SpritesReward:
     return _HangingSprites()

@@ -9,11 +9,14 @@ import process_rewards
 import pytest
 import torch
 
+from vpo_engine import rank as rank_module
 from vpo_engine import train as entry
 from vpo_engine.build import build_reward
 from vpo_engine.config import Config
+from vpo_engine.data.sprites.damage import sample_clean
 from vpo_engine.rewards import registry
 from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.video import write_mp4
 
 Make = Callable[..., Config]
 BRIEF = ("steps=2", "evaluation.every=null", "checkpoint.every=1")
@@ -71,3 +74,38 @@ class TestSettings:
         monkeypatch.setattr(registry, "build_reward", lambda *_, **options: seen.update(options))
         build_reward(small("reward.device=cpu"), torch.device("cuda", 0))
         assert (seen["device"], seen["dtype"]) == (torch.device("cpu"), torch.float32)
+
+
+class TestRanking:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        clips = sample_clean(2, torch.Generator().manual_seed(0))
+        for video, caption in zip(clips.videos, clips.captions, strict=True):
+            write_mp4(tmp_path / f"{caption.replace(' ', '-')}.mp4", video, 8)
+        return tmp_path
+
+    def test_scores_of_a_process_with_a_time_limit_are_the_same(self, folder: Path, tmp_path: Path) -> None:
+        arguments = [str(folder), "--reward", "sprites", "--out"]
+        assert rank_module.main([*arguments, str(tmp_path / "here")]) == 0
+        assert rank_module.main([*arguments, str(tmp_path / "there"), "--time-limit", "60"]) == 0
+        here, there = ((tmp_path / name / "scores.csv").read_bytes() for name in ("here", "there"))
+        assert here == there
+
+    def test_a_scorer_that_hangs_is_one_line_with_the_file(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(rank_module, "build_reward", process_rewards.scorer_that_hangs)
+        assert rank_module.main([str(folder), "--reward", "sprites", "--time-limit", "1"]) == 1
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err.count("\n")) == ("", 1)
+        first = min(path.name for path in folder.glob("*.mp4"))
+        assert shown.err.startswith(
+            f"error: video {first}: reward 'sprites' took longer than its time limit of 1 s"
+        )
+
+    def test_a_time_limit_is_a_time(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert rank_module.main([str(folder), "--reward", "sprites", "--time-limit", "0"]) == 1
+        assert (
+            "error: the time limit is 0.0 seconds, expected a finite number above 0"
+            in capsys.readouterr().err
+        )

@@ -195,8 +195,12 @@ class TestScores:
         assert (base[1] - other[1]).abs().max() > 1e-3
         assert (base[0] - base[1]).abs().max() > 1e-3
 
-    def test_one_frame_is_scored(self, scorer: VideoScore) -> None:
-        assert stacked(scorer.score(clips(1, frames=1), [CAT])).isfinite().all()
+    def test_one_frame_is_refused(self, scorer: VideoScore) -> None:
+        with pytest.raises(
+            ValueError, match="videos have 1 frame, expected at least 2: VideoScore judges motion too"
+        ):
+            scorer.score(clips(1, frames=1), [CAT])
+        assert stacked(scorer.score(clips(1, frames=2), [CAT])).isfinite().all()
 
     def test_max_frames_decides_what_is_seen(self, folder: Path) -> None:
         """v1 sees every other frame of 32, v1.1 all of them."""

@@ -206,6 +206,15 @@ def check_videos(videos: Tensor, prompts: Sequence[str]) -> None:
     _check("video", videos, 5, 4, "[B, F, H, W, 3]", prompts)
 
 
+def check_moving(videos: Tensor, reader: str) -> None:
+    """ValueError for videos [B, F, ...] of a single frame; ``reader`` is the model that judges them."""
+    if videos.shape[1] < 2:
+        raise ValueError(
+            f"videos have {videos.shape[1]} frame, expected at least 2: {reader} judges motion too, which a picture "
+            "does not have"
+        )
+
+
 def check_images(images: Tensor, prompts: Sequence[str]) -> None:
     """ValueError unless ``images`` are uint8 [B, H, W, 3] with B prompts."""
     _check_bytes("image", images)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vpo_engine.rewards import qwen_vl
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.frames import check_prompts, check_videos
+from vpo_engine.rewards.frames import check_moving, check_prompts, check_videos
 from vpo_engine.rewards.qwen_judge import Clip, QwenJudge, shown
 
 Version = Literal[1, 2]
@@ -260,12 +260,13 @@ class UnifiedReward:
         return cls(judge, version=version, fps=fps)
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3] and B prompts to {dimension: float32 [B]}, on the CPU; version 1 wants F >= 2.
+        """uint8 videos [B, F, H, W, 3], F >= 2, and B prompts to {dimension: float32 [B]}, on the CPU.
 
         One answer after the other. ValueError for a wrong shape or type, for a prompt without text or with a special
         token in it, for an answer without an end and for one that does not parse.
         """
         check_videos(videos, prompts)
+        check_moving(videos, NAME)
         check_prompts(prompts, NAME)
         rows = []
         for video, prompt in zip(videos, prompts, strict=True):

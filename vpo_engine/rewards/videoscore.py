@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import Idefics2Config, Idefics2Model
 
 from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.frames import check_moving
 from vpo_engine.rewards.quantize import Bits, check_bits, quantise
 
 DIMENSIONS = (
@@ -226,11 +227,12 @@ class VideoScore:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """uint8 videos [B, F, H, W, 3] and B prompts to {dimension: float32 [B]}, on the CPU.
 
-        Videos come at their own size. Deterministic. One frame is scored, as by the authors' code, although
-        its motion says nothing. ValueError for a wrong shape or type, for a prompt without text or with a
-        special token of the tokenizer (such as "<image>") in it, and for a score that is not finite.
+        Videos come at their own size. Deterministic. ValueError for a wrong shape or type, for videos of one
+        frame (which the authors' code scores, motion and all), for a prompt without text or with a special token
+        of the tokenizer (such as "<image>") in it, and for a score that is not finite.
         """
         _check_videos(videos, prompts)
+        check_moving(videos, "VideoScore")
         parts = []
         for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
