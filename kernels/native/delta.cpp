@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "gil.h"
 #include "parallel.h"
 
 namespace nb = nanobind;
@@ -78,7 +79,7 @@ void encode_delta(const std::string& instruction_set, std::int64_t elements, std
     const int used = useful_threads(elements, threads);
     std::vector<std::int64_t> first(count);  // spilled elements of a chunk, then of those before it
     {
-        const nb::gil_scoped_release released;
+        const WithoutGil released;
         for_each(count, used, [&](std::int64_t i) noexcept {
             const std::int64_t begin = i * kChunk, length = std::min(kChunk, elements - begin);
             first[i] = chosen.encode(reference + begin, policy + begin, delta.difference + begin, length);
@@ -88,7 +89,7 @@ void encode_delta(const std::string& instruction_set, std::int64_t elements, std
     const auto [index_at, value_at] = nb::cast<std::pair<std::uintptr_t, std::uintptr_t>>(allocate(delta.spilled));
     delta.index = array<std::int32_t>(index_at);
     delta.value = array<std::int16_t>(value_at);
-    const nb::gil_scoped_release released;
+    const WithoutGil released;
     for_each(count, used, [&](std::int64_t i) noexcept {
         const std::int64_t begin = i * kChunk, end = std::min(begin + kChunk, elements);
         if (first[i] < (i + 1 < count ? first[i + 1] : delta.spilled)) collect(delta, reference, begin, end, first[i]);
@@ -103,7 +104,7 @@ void decode_delta(const std::string& instruction_set, std::int64_t elements, std
     auto* out = array<std::int16_t>(out_at);
     const Delta delta{elements, array<std::int8_t>(difference_at), array<std::int32_t>(index_at),
                       array<std::int16_t>(value_at), spilled};
-    const nb::gil_scoped_release released;
+    const WithoutGil released;
     for_each(chunks(elements), useful_threads(elements, threads), [&](std::int64_t i) noexcept {
         const std::int64_t begin = i * kChunk, end = std::min(begin + kChunk, elements);
         chosen.decode(delta.difference + begin, policy + begin, out + begin, end - begin);

@@ -1,4 +1,4 @@
-// Element types, vectors of eight and groups of 32 of them, for any little-endian instruction set to which GCC and
+// Element types, vectors of eight and groups of 16 of them, for any little-endian instruction set to which GCC and
 // Clang can lower vectors.
 // Included inside the namespace of one instruction set, so that no function is shared between two of them.
 
@@ -86,6 +86,9 @@ inline F32x8 load(const F16* from) {
 #endif
 }
 
+inline F64x8 widen(F64x8 values) { return values; }
+inline F64x8 widen(F32x8 values) { return __builtin_convertvector(values, F64x8); }
+
 // --- from float: to nearest, ties to even ----------------------------------------------------------------
 
 inline void store(float* to, F32x8 values) { std::memcpy(to, &values, sizeof(values)); }
@@ -99,10 +102,14 @@ inline void store_bits(void* to, U32x8 bits) {
 
 // Rounded to bfloat16 in the upper halves; the lower ones hold anything.
 inline U32x8 rounded_bf16(F32x8 values) {
-    const U32x8 bits = bit_cast<U32x8>(values);
-    const I32x8 rounded = bit_cast<I32x8>(bits + 0x7fff + ((bits >> 16) & 1));
+    const U32x8 bits = bit_cast<U32x8>(values), rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const I32x8 number = values == values;
-    return bit_cast<U32x8>(select(number, rounded, I32x8{} + 0x7fc00000));
+#if defined(__AVX2__)  // one instruction, for which GCC 12 takes three
+    const __m256i nan = _mm256_set1_epi32(0x7fc00000);
+    return bit_cast<U32x8>(_mm256_blendv_epi8(nan, bit_cast<__m256i>(rounded), bit_cast<__m256i>(number)));
+#else
+    return bit_cast<U32x8>(select(number, bit_cast<I32x8>(rounded), I32x8{} + 0x7fc00000));
+#endif
 }
 
 inline void store(Bf16* to, F32x8 values) {
@@ -147,11 +154,13 @@ inline To narrow(A value) {
     }
 }
 
-// --- groups of 32 elements -------------------------------------------------------------------------------
+// --- groups of 16 elements -------------------------------------------------------------------------------
 //
 // Bfloat16 widens fastest in pairs: a 32-bit word holds an even and an odd element, each half a float already. So
-// the group that a bfloat16 prediction makes is split by parity, 16 elements at a time; all others keep their order.
-// `split` says which; every group of one expression has the same.
+// the group that a bfloat16 prediction makes is split by parity; all others keep their order. `split` says which;
+// every group of one expression has the same.
+
+constexpr int kGroup = 16;
 
 template <class P>
 constexpr bool kSplit = false;
@@ -160,17 +169,16 @@ inline constexpr bool kSplit<Bf16> = true;
 
 template <class A>
 struct Group {
-    typename Arithmetic<A>::Vector part[4];
+    typename Arithmetic<A>::Vector part[2];
 
-    // Element i of the group is added to lanes[i].
-    void add_to(double* lanes, bool split) const {
-        A each[4][8];
-        std::memcpy(each, part, sizeof(each));
-        for (int k = 0; k < 4; ++k) {
-            for (int i = 0; i < 8; ++i) lanes[split ? 16 * (k / 2) + 2 * i + k % 2 : 8 * k + i] += each[k][i];
-        }
+    // Each is added to the double where it stands in the group.
+    void add_to(double* lanes) const {
+        for (int k = 0; k < 2; ++k) store(lanes + 8 * k, load(lanes + 8 * k) + widen(part[k]));
     }
 };
+
+// Where a group has its element i.
+constexpr int place(int i, bool split) { return split ? 8 * (i % 2) + i / 2 : i; }
 
 // 16 elements, split by parity.
 inline void load_split(const Bf16* from, F32x8& even, F32x8& odd) {
@@ -199,12 +207,10 @@ inline void load_split(const float* from, F32x8& even, F32x8& odd) {
 template <bool split, class A, class T>
 inline Group<A> load_group(const T* from) {
     Group<A> group;
-    for (int k = 0; k < 4; k += split ? 2 : 1) {
-        if constexpr (split) {
-            load_split(from + 8 * k, group.part[k], group.part[k + 1]);
-        } else {
-            group.part[k] = load(from + 8 * k);
-        }
+    if constexpr (split) {
+        load_split(from, group.part[0], group.part[1]);
+    } else {
+        for (int k = 0; k < 2; ++k) group.part[k] = load(from + 8 * k);
     }
     return group;
 }
@@ -212,13 +218,16 @@ inline Group<A> load_group(const T* from) {
 template <bool split, class P, class A>
 inline void store_group(P* to, const Group<A>& group) {
     if constexpr (split) {
-        for (int k = 0; k < 4; k += 2) {
-            const U32x8 even = rounded_bf16(group.part[k]), odd = rounded_bf16(group.part[k + 1]);
-            const U32x8 words = (even >> 16) | (odd & 0xffff0000);
-            std::memcpy(to + 8 * k, &words, sizeof(words));
-        }
+        const U32x8 even = rounded_bf16(group.part[0]), odd = rounded_bf16(group.part[1]);
+#if defined(__AVX2__)  // one instruction, for which GCC 12 takes two
+        const __m256i low = bit_cast<__m256i>(even >> 16), high = bit_cast<__m256i>(odd);
+        const U32x8 words = bit_cast<U32x8>(_mm256_blend_epi16(low, high, 0xaa));
+#else
+        const U32x8 words = (even >> 16) | (odd & 0xffff0000);
+#endif
+        std::memcpy(to, &words, sizeof(words));
     } else {
-        for (int k = 0; k < 4; ++k) store(to + 8 * k, group.part[k]);
+        for (int k = 0; k < 2; ++k) store(to + 8 * k, group.part[k]);
     }
 }
 
@@ -226,13 +235,13 @@ inline void store_group(P* to, const Group<A>& group) {
 template <bool split, class A>
 inline void hide(const std::uint8_t* mask, Group<A>& group) {
     typedef typename Arithmetic<A>::Mask Mask;
-    Mask bytes[4];
-    for (int k = 0; k < 4; k += split ? 2 : 1) {
-        if constexpr (split) {
-            const I32x8 pairs = bit_cast<I32x8>(load_bits(mask + 8 * k));
-            bytes[k] = pairs & 0xff;
-            bytes[k + 1] = pairs >> 8;
-        } else {
+    Mask bytes[2];
+    if constexpr (split) {
+        const I32x8 pairs = bit_cast<I32x8>(load_bits(mask));
+        bytes[0] = pairs & 0xff;
+        bytes[1] = pairs >> 8;
+    } else {
+        for (int k = 0; k < 2; ++k) {
 #if defined(__AVX2__)
             const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask + 8 * k));
             const I32x8 words = bit_cast<I32x8>(_mm256_cvtepu8_epi32(eight));
@@ -244,7 +253,7 @@ inline void hide(const std::uint8_t* mask, Group<A>& group) {
             bytes[k] = __builtin_convertvector(words, Mask);
         }
     }
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 2; ++k) {
         const Mask kept = bytes[k] != 0;
         group.part[k] = bit_cast<typename Arithmetic<A>::Vector>(kept & bit_cast<Mask>(group.part[k]));
     }

@@ -24,6 +24,7 @@
 #include "delta.h"
 #include "dispatch.h"
 #include "finish.h"
+#include "gil.h"
 #include "parallel.h"
 #include "views.h"
 
@@ -39,7 +40,7 @@ using Scaled = std::tuple<Tensor, Numbers, Numbers>;    // noise, x0_scale, nois
 using Chosen = std::tuple<Numbers, Numbers, bool, double, std::optional<double>>;  // as in contract.Options
 using Graded = std::tuple<Tensor, Tensor, Tensor, std::uintptr_t>;                 // policy, target, gradient, coefficient
 
-constexpr std::int64_t kElementsPerThread = 1 << 17;  // below, starting a thread costs more than it brings
+constexpr std::int64_t kElementsPerThread = 1 << 17;  // below, waking a thread costs more than it brings
 
 // The views of one call, and the merged sizes and strides that they point to.
 class Views {
@@ -183,7 +184,7 @@ void forward(const std::string& instruction_set, const Sizes& shape, const std::
     job.products = winner_anchor != 0 || loser_scaling;
     const auto at = [&](int i) { return reinterpret_cast<void*>(out[i]); };
     const Results results{at(0), at(1), at(2), at(3), static_cast<double*>(at(4))};
-    const nb::gil_scoped_release released;
+    const WithoutGil released;
     const std::vector<double> found = sums(chosen, views, job, wide, threads);
     (wide ? finish<double> : finish<float>)(
         found.data(), views.pairs(), per_pair(counted),
@@ -205,7 +206,7 @@ void gradient(const std::string& instruction_set, const Sizes& shape, const std:
     const std::int64_t chunks = views.chunks(), per_member = views.pairs() * chunks;
     const std::int64_t count = per_member * static_cast<std::int64_t>(jobs.size());
     const std::int64_t elements = views.pairs() * views.elements() * static_cast<std::int64_t>(jobs.size());
-    const nb::gil_scoped_release released;
+    const WithoutGil released;
     for_each(count, useful_threads(elements, threads), [&](std::int64_t i) noexcept {
         const auto [begin, end] = chunk_bounds(views, i % chunks);
         chosen.gradient(jobs[i / per_member], wide, i % per_member / chunks, begin, end);
@@ -216,6 +217,7 @@ void gradient(const std::string& instruction_set, const Sizes& shape, const std:
 }  // namespace vpo
 
 NB_MODULE(_native, m) {
+    vpo::forget_pool_in_forks();
     m.def("instruction_sets", &vpo::instruction_sets);
     m.def("forward", &vpo::forward, nb::arg("instruction_set"), nb::arg("shape"), nb::arg("sextet"),
           nb::arg("noise").none(), nb::arg("mask").none(), nb::arg("counted"), nb::arg("options"), nb::arg("wide"),

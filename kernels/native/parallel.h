@@ -1,42 +1,48 @@
-// A loop over independent pieces of work, shared among threads.
+// A loop over independent pieces of work, shared among threads that are kept from call to call.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
-#include <vector>
 
 namespace vpo {
 
-class Joined {
+// The pieces of one loop. Each thread takes the next when it is done with one, so a busy core delays little.
+class Loop {
   public:
-    ~Joined() {
-        for (std::thread& thread : threads_) thread.join();
-    }
+    Loop(std::int64_t count, void (*work)(const void*, std::int64_t) noexcept, const void* context)
+        : count_(count), work_(work), context_(context) {}
 
-    template <class Work>
-    void start(const Work& work) {
-        threads_.emplace_back(work);
+    // Until none is left to take.
+    void take() noexcept {
+        for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) work_(context_, i);
     }
 
   private:
-    std::vector<std::thread> threads_;
+    const std::int64_t count_;
+    void (*const work_)(const void*, std::int64_t) noexcept;
+    const void* const context_;
+    std::atomic<std::int64_t> next_{0};
 };
 
-// Calls work(i) for each i in [0, count), on this thread and at most threads - 1 others, which live only as long
-// as the call: nothing is left behind that a fork could lose. Each thread takes the next piece when it is done
-// with one, so a busy core delays little; hence work(i) must not depend on who does it. It must not throw.
+// Takes the loop's pieces on this thread and on at most `helpers` of the pool; returns when all are done. While
+// another thread has the pool, this one takes them alone.
+void share(Loop& loop, int helpers) noexcept;
+
+// Leaves the pool behind in a child of fork, which has none of its threads; the child makes its own. To be called once.
+void forget_pool_in_forks();
+
+// Calls work(i) for each i in [0, count), on this thread and at most threads - 1 others. It must not depend on who
+// does it, and must not throw.
 template <class Work>
 void for_each(std::int64_t count, int threads, const Work& work) {
     static_assert(noexcept(work(count)));
-    std::atomic<std::int64_t> next{0};
-    const auto take = [&] {
-        for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
-    };
-    Joined others;
-    for (std::int64_t i = 1; i < std::min<std::int64_t>(threads, count); ++i) others.start(take);
-    take();
+    Loop loop(count, [](const void* it, std::int64_t i) noexcept { (*static_cast<const Work*>(it))(i); }, &work);
+    const std::int64_t helpers = (threads < count ? threads : count) - 1;
+    if (helpers > 0) {
+        share(loop, static_cast<int>(helpers));
+    } else {
+        loop.take();
+    }
 }
 
 }  // namespace vpo

@@ -108,7 +108,7 @@ def check_modulation(operation: str, x: Tensor, **modulations: Tensor) -> None:
     for name, tensor in modulations.items():
         fits = 1 <= tensor.ndim <= x.ndim and tensor.shape[-1] == x.shape[-1]
         ours = x.shape[x.ndim - tensor.ndim :]
-        if not fits or any(size not in (1, full) for size, full in zip(tensor.shape, ours, strict=True)):
+        if not fits or any(size != 1 and size != full for size, full in zip(tensor.shape, ours, strict=True)):
             raise ValueError(
                 f"{name} of {operation} has shape {list(tensor.shape)}, but must broadcast to that of x, "
                 f"{list(x.shape)}, with all {x.shape[-1]} channels; for x [B, T, S, C] give "

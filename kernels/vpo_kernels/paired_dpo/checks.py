@@ -11,6 +11,8 @@ from torch import Tensor
 
 from vpo_kernels.paired_dpo.contract import Mask, PerPair, Reduction
 
+_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+
 
 def check_tensors(named: Sequence[tuple[str, object]]) -> None:
     """All are floating point tensors of the first one's shape, [P, ...] and not empty, and on its device."""
@@ -18,15 +20,13 @@ def check_tensors(named: Sequence[tuple[str, object]]) -> None:
     for name, tensor in named:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is {type(tensor).__name__}, but must be a tensor [P, ...]")
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}, but must be floating point; pass {name}.float()"
+        if tensor.dtype not in _DTYPES:
+            kinds, remedy = (
+                ("float16, bfloat16, float32 or float64", "bfloat16")
+                if tensor.is_floating_point()
+                else ("floating point", "float")
             )
-        if tensor.element_size() == 1:
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}, but must be float16, bfloat16, float32 or float64; "
-                f"pass {name}.bfloat16()"
-            )
+            raise ValueError(f"{name} has dtype {tensor.dtype}, but must be {kinds}; pass {name}.{remedy}()")
         assert isinstance(first, Tensor)
         if tensor.shape != first.shape:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 Views are read where they lie, whatever their strides; nothing is allocated but gradients and a few numbers per
 pair. Sums are formed in an order that depends on the number of elements alone, so bits depend neither on the
-number of threads nor on the processor. Threads are as many as torch's, where the work is worth them.
+number of threads nor on the processor. Threads are as many as torch's, where the work is worth them; they are kept
+from call to call (kernels/native/pool.cpp), and a forked child makes its own.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,23 +146,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     )
 
 
-def _below_autograd(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, where no graph is wanted, less the 0.05 ms that its registered gradient takes to say so."""
-    if torch.compiler.is_compiling():
-        return operation
-
-    def run(*inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operation(*inputs)
-
-    return run
-
-
 def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, x0_scale_each, noise_scale_each, coefficient = ctx.saved_tensors
     want_winner, want_loser = ctx.needs_input_grad[:2]
-    compute = _gradient if torch.is_grad_enabled() else _below_autograd(_gradient)
-    winner, loser = compute(
+    inputs = (
         *tensors,
         ctx.numbers[0],
         x0_scale_each,
@@ -175,20 +161,46 @@ def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | No
         want_loser,
         ctx.backend,
     )
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        winner, loser = _gradient(*inputs)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            winner, loser = _gradient(*inputs)
     return winner if want_winner else None, loser if want_loser else None, *[None] * 18
 
 
-class _Loss(torch.autograd.Function):
-    """The operator with its gradient, less the 0.2 ms a call that torch.library's own way to it takes."""
+class _Attach(torch.autograd.Function):
+    """Gives a loss that is known its gradient.
+
+    The operator has that gradient, too, but torch.library's way to it takes 0.2 ms a call.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _below_autograd(_paired_dpo)(*inputs)
+    def forward(
+        ctx: Any,
+        policy_winner: Tensor,
+        policy_loser: Tensor,
+        inputs: tuple[Any, ...],
+        output: tuple[Tensor, ...],
+    ) -> Tensor:
         _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[1:])
-        return output
+        return output[0]
 
-    backward = staticmethod(_differentiate)
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, grad_loss)[:4]
+
+
+def _compute(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What the operator returns, with a graph from the loss to the policy predictions if one is wanted."""
+    if torch.compiler.is_compiling():
+        return _paired_dpo(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        output = _paired_dpo(*inputs)
+    policy = inputs[:2]
+    if torch.is_grad_enabled() and (policy[0].requires_grad or policy[1].requires_grad):
+        return _Attach.apply(*policy, inputs, output), *output[1:]
+    return output
 
 
 torch.library.register_autograd("vpo_kernels::paired_dpo", _differentiate, setup_context=_save)
@@ -273,10 +285,13 @@ def paired_dpo_loss(
     weight: PerPair = 1.0 if pair_weight is None else pair_weight
     if pair_weight is not None and not isinstance(pair_weight, Tensor):
         raise ValueError(f"pair_weight is {pair_weight!r}, but must be a tensor [P], one weight per pair")
-    loss, margin, winner_gap, loser_gap, _ = _Loss.apply(
+    inputs = (
         policy_winner,
         policy_loser,
-        *(tensor.detach() for _, tensor in named[2:]),
+        reference_winner.detach(),
+        reference_loser.detach(),
+        target_winner.detach(),
+        target_loser.detach(),
         None if target_noise is None else target_noise.detach(),
         checks.check_mask(mask, policy_winner),
         *_split(checks.check_beta(beta, policy_winner)),
@@ -288,4 +303,4 @@ def paired_dpo_loss(
         None if loser_scaling is None else float(loser_scaling),
         backend,
     )
-    return PairedDPOLoss(loss, margin, winner_gap, loser_gap)
+    return PairedDPOLoss(*_compute(inputs)[:4])

@@ -1,0 +1,138 @@
+// The threads behind for_each. They start at the first loop that wants them and wait for the next one: awake for a
+// moment, as backward follows forward, then asleep.
+
+#include <pthread.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#include "parallel.h"
+
+namespace vpo {
+namespace {
+
+constexpr auto kAwake = std::chrono::microseconds(200);
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Whether the condition came true within kAwake.
+template <class Condition>
+bool soon(const Condition& condition) {
+    const auto until = std::chrono::steady_clock::now() + kAwake;
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (condition()) return true;
+            relax();
+        }
+    } while (std::chrono::steady_clock::now() < until);
+    return false;
+}
+
+// Lives until the process ends: its threads are never joined, and hold nothing.
+class Pool {
+  public:
+    void share(Loop& loop, int helpers) noexcept {
+        const std::unique_lock<std::mutex> mine(caller_, std::try_to_lock);
+        if (mine) open(loop, helpers);
+        loop.take();
+        if (mine) close();
+    }
+
+  private:
+    void open(Loop& loop, int helpers) noexcept {
+        std::unique_lock<std::mutex> lock(mutex_);
+        while (threads_ < helpers && start()) ++threads_;
+        loop_ = &loop;
+        places_ = helpers;
+        opened_.fetch_add(1, std::memory_order_release);
+        const bool wake = asleep_ > 0;
+        lock.unlock();
+        if (wake) wake_.notify_all();
+    }
+
+    // Nobody enters from now on; who is inside finishes what it took.
+    void close() noexcept {
+        std::unique_lock<std::mutex> lock(mutex_);
+        loop_ = nullptr;
+        if (inside_ == 0) return;
+        lock.unlock();
+        soon([this] { return inside_.load(std::memory_order_acquire) == 0; });
+        lock.lock();
+        empty_.wait(lock, [this] { return inside_ == 0; });
+    }
+
+    bool start() noexcept {
+        try {
+            std::thread([this] { serve(); }).detach();
+            return true;
+        } catch (const std::system_error&) {
+            return false;  // the system has no thread to spare: fewer do the work
+        }
+    }
+
+    void serve() noexcept {
+        std::uint64_t seen = 0;
+        std::unique_lock<std::mutex> lock(mutex_);
+        const auto opened = [&] { return opened_.load(std::memory_order_acquire) != seen; };
+        for (;;) {
+            if (!opened()) {
+                lock.unlock();
+                const bool busy = soon(opened);
+                lock.lock();
+                if (!busy) {
+                    ++asleep_;
+                    wake_.wait(lock, opened);
+                    --asleep_;
+                }
+            }
+            seen = opened_;
+            if (!loop_ || places_ == 0) continue;
+            Loop& loop = *loop_;
+            --places_;
+            ++inside_;
+            lock.unlock();
+            loop.take();
+            lock.lock();
+            if (--inside_ == 0) empty_.notify_one();
+        }
+    }
+
+    std::mutex caller_;  // held for the length of a loop
+    std::mutex mutex_;   // guards what follows; the atomics are also watched without it
+    std::condition_variable wake_, empty_;
+    Loop* loop_ = nullptr;  // open to helpers
+    int threads_ = 0, asleep_ = 0;
+    int places_ = 0;  // helpers that may still enter
+    std::atomic<int> inside_{0};
+    std::atomic<std::uint64_t> opened_{0};  // loops so far
+};
+
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() noexcept {
+    Pool* found = current.load(std::memory_order_acquire);
+    if (found) return *found;
+    Pool* made = new Pool;
+    if (current.compare_exchange_strong(found, made, std::memory_order_acq_rel)) return *made;
+    delete made;
+    return *found;
+}
+
+}  // namespace
+
+void share(Loop& loop, int helpers) noexcept { pool().share(loop, helpers); }
+
+void forget_pool_in_forks() {
+    pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_relaxed); });
+}
+
+}  // namespace vpo

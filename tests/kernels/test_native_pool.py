@@ -1,0 +1,146 @@
+"""The threads that the native kernels keep: forks, callers at once, changes of their number, the process's end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vpo_kernels.paired_dpo.contract import Forward, Options, Sextet
+
+native: Any = pytest.importorskip("vpo_kernels.paired_dpo.native", exc_type=ImportError)
+
+PLAIN = Options(500.0, 1.0, "mean", 0.0, None)
+SECONDS = 60  # within which a child process must have ended
+
+TENSORS_OF_A_CHILD = """
+import os, sys, threading
+import torch
+from vpo_kernels.paired_dpo import native
+from vpo_kernels.paired_dpo.contract import Options, Sextet
+
+torch.set_num_threads(4)
+tensors = Sextet(*(torch.randn(2, 300_000).bfloat16() for _ in range(6)))
+plain = Options(500.0, 1.0, "mean", 0.0, None)
+native.forward(tensors, None, None, plain)
+"""
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def sextet(seed: int = 0, elements: int = 300_000) -> Sextet:
+    generator = torch.Generator().manual_seed(seed)
+    return Sextet(*(torch.randn(2, elements, generator=generator).bfloat16() for _ in range(6)))
+
+
+def bits(tensors: Sextet) -> list[bytes]:
+    """Of everything that forward and backward compute."""
+    found: Forward = native.forward(tensors, None, None, PLAIN)
+    wanted = (True, True)
+    steps = native.gradient(tensors[:2], tensors[4:], None, None, found.coefficient, torch.ones(()), wanted)
+    return [
+        each.contiguous().view(torch.uint8).numpy().tobytes()
+        for each in (found.out.loss.view(1), *found.out[1:], found.coefficient, *steps)
+    ]
+
+
+def kept_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_many_calls_have_the_same_bits_and_start_no_more_threads() -> None:
+    tensors = sextet()
+    first = bits(tensors)
+    running = kept_threads()
+    assert all(bits(tensors) == first for _ in range(100))
+    assert kept_threads() == running
+
+
+def test_the_number_of_threads_may_change_between_calls() -> None:
+    tensors = sextet()
+    torch.set_num_threads(1)
+    alone = bits(tensors)
+    for count in (4, 2, 9, 1, 3):
+        torch.set_num_threads(count)
+        assert bits(tensors) == alone
+
+
+def test_callers_at_once_get_their_own_results() -> None:
+    each = [sextet(seed) for seed in range(3)]
+    alone = [bits(tensors) for tensors in each]
+    with ThreadPoolExecutor(3) as callers:
+        together = list(callers.map(lambda i: bits(each[i % 3]), range(60)))
+    assert together == alone * 20
+
+
+def test_forks_of_forks_compute_after_their_parents_did() -> None:
+    tensors = sextet()
+    wanted = bits(tensors)
+    child = os.fork()
+    if child == 0:
+        right = bits(tensors) == wanted
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(0 if bits(tensors) == wanted else 1)
+        right = right and os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) == 0
+        os._exit(0 if right and bits(tensors) == wanted else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert bits(tensors) == wanted
+
+
+def test_a_fork_while_another_thread_computes() -> None:
+    tensors, other = sextet(), sextet(1, 3_000_000)
+    wanted = bits(tensors)
+    with ThreadPoolExecutor(1) as busy:
+        computing = busy.submit(lambda: [native.forward(other, None, None, PLAIN) for _ in range(10)])
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if bits(tensors) == wanted else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        computing.result()
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(0)"])
+def test_a_process_ends_while_the_threads_wait(end: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", TENSORS_OF_A_CHILD + end], timeout=SECONDS)
+    assert ran.returncode == 0
+
+
+def test_a_process_ends_while_a_daemon_thread_computes() -> None:
+    """The thread calls the extension alone: torch's own calls may abort a process that ends under them."""
+    computing = """
+views = [native._view(tensor) for tensor in tensors]
+out = [torch.empty(2, dtype=torch.float64) for _ in range(4)] + [torch.empty(2, 2, dtype=torch.float64)]
+inputs = (native._INSTRUCTION_SET, (2, 300_000), views, None, None, (3e5, 0))
+rest = (((500.0, 0), (1.0, 0), True, 0.0, None), False, 4, [each.data_ptr() for each in out])
+started = threading.Event()
+
+def compute():
+    while True:
+        native._native.forward(*inputs, *rest)
+        started.set()
+
+threading.Thread(target=compute, daemon=True).start()
+started.wait()
+"""
+    for _ in range(2):
+        ran = subprocess.run(
+            [sys.executable, "-c", TENSORS_OF_A_CHILD + computing],
+            timeout=SECONDS,
+            capture_output=True,
+            text=True,
+        )
+        assert (ran.returncode, ran.stderr) == (0, "")
