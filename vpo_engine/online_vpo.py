@@ -22,10 +22,10 @@ from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.memory.residency import Residency
 from vpo_engine.metrics.stages import Stages
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
-from vpo_engine.objectives.pairs import Pairs, gap_weights, select_pairs
+from vpo_engine.objectives.pairs import Pairs
+from vpo_engine.pairing import Pairing
 from vpo_engine.protocols import Network, ReferenceStore, Reward, TextEmbedding, VideoModel
-from vpo_engine.rewards.combine import chosen, combine
-from vpo_engine.rewards.guards import MotionFloor, WithMotion
+from vpo_engine.rewards.guards import WithMotion
 from vpo_engine.rollout.candidates import Rollout
 from vpo_engine.rollout.pool import Pool
 from vpo_engine.rollout.rows import Rows
@@ -108,13 +108,12 @@ class OnlineVPO:
         bits = config.rollout.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
         exact: Network = reference if config.rollout.source == "reference" else model.network
-        floor = config.guards.motion_floor
-        self.floor = None if floor is None else MotionFloor(floor)
-        scorer = reward if floor is None else WithMotion(reward)
+        scorer = reward if config.guards.motion_floor is None else WithMotion(reward)
         scoring = Scoring(model, scorer, self.rows, self.residency, config.rollout.overlap)
         self.sampling = Sampling(
             config, exact, self.copy, self.rollout, scoring, processes.team, self.residency
         )
+        self.pairing = Pairing(config, processes)
         self.stored = stored
 
     @property
@@ -124,15 +123,20 @@ class OnlineVPO:
     def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
         """One step on this team's prompts, which stand at ``positions`` of the prompt stream."""
         stages = Stages(self.processes.device)
-        pool, first = self._candidates(prompts, text, positions, stages)
-        pool, pairs = self._refill(pool, first, prompts, text, positions, stages)
-        weights = self._weights(pairs)
+        if self.stored is None:
+            pool = self.sampling.candidates(prompts, text, positions, stages)
+            first = self.pairing.select(pool.scores)
+            pool, pairs = self.pairing.refill(self.sampling, pool, first, prompts, text, positions, stages)
+        else:
+            pool, pairs = self.stored.compared(positions, self.model.latent_shape)
+            first = pairs
+        weights = self.pairing.weights(pairs)
         for update in range(self.config.objective.updates):
             with stages("update"):
                 metrics = self._update(pool, pairs, weights, text, positions, update)
             with stages("refresh"):
                 self._refresh()
-        metrics |= self._reward_metrics(pool.scores, pairs, first)
+        metrics |= self.pairing.metrics(pool.scores, pairs, first)
         metrics |= {
             "optimizer_steps": self.optimizer_steps,
             "reference_age": self.optimizer_steps - self.refreshed_at,
@@ -140,51 +144,6 @@ class OnlineVPO:
             **stages.peaks(),
         }
         return Step(metrics, pool, pairs, weights, stages.seconds)
-
-    def _candidates(
-        self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int], stages: Stages
-    ) -> tuple[Pool, Pairs]:
-        """Rollout, reward and pair of every prompt: sampled and scored, or as they were stored."""
-        if self.stored is not None:
-            return self.stored.compared(positions, self.model.latent_shape)
-        pool = self.sampling.candidates(prompts, text, positions, stages)
-        return pool, self._select(pool.scores)
-
-    def _select(self, scores: dict[str, Tensor]) -> Pairs:
-        reward, rule = self.config.reward, self.config.pairs
-        parts = chosen(scores, reward.dimensions) if rule.rule == "pareto" else None
-        barred = None if self.floor is None else self.floor.still(scores)
-        return select_pairs(combine(scores, reward.dimensions, reward.normalise), rule.min_gap, parts, barred)
-
-    def _refill(
-        self,
-        pool: Pool,
-        pairs: Pairs,
-        prompts: Sequence[str],
-        text: TextEmbedding,
-        positions: Sequence[int],
-        stages: Stages,
-    ) -> tuple[Pool, Pairs]:
-        """N more candidates for prompts that are a tie, up to pairs.refill times; pairs are made of all they have."""
-        for block in range(1, 1 + self.config.pairs.refill):
-            tied = (~pairs.kept).nonzero().squeeze(1)
-            if not len(tied):
-                break
-            rows = tied.tolist()
-            more = self.sampling.candidates(
-                [prompts[row] for row in rows], text[tied], [positions[row] for row in rows], stages, block
-            )
-            pool = pool.wider(tied, more)
-            pairs = pairs.with_rows(
-                tied, self._select({name: each[tied] for name, each in pool.scores.items()})
-            )
-        return pool, pairs
-
-    def _weights(self, pairs: Pairs) -> Tensor:
-        """Weights of the pairs' losses, float32 [P], 0 for ties."""
-        here, power = self.processes.device, self.config.pairs.gap_power
-        # Of every member of a team, which cancels.
-        return gap_weights(pairs, power, lambda sums: self.processes.sum(sums.to(here)))
 
     def _update(
         self,
@@ -232,18 +191,3 @@ class OnlineVPO:
             with self.residency.phase("refresh"):
                 self.reference.refresh(self.model.network)
             self.refreshed_at = self.optimizer_steps
-
-    def _reward_metrics(self, scores: dict[str, Tensor], pairs: Pairs, first: Pairs) -> dict[str, float]:
-        """Means over the prompts of all processes, of scores over their first candidates; ``first``: before refill."""
-        count = self.config.rollout.keep or self.config.rollout.candidates
-        scores = {name: value[:, :count] for name, value in scores.items()}
-        means = {f"reward/{name}": value.mean() for name, value in scores.items()}
-        means["reward/selected"] = combine(scores, self.config.reward.dimensions).mean()
-        if self.floor is not None and self.stored is None:
-            means["guards/still"] = self.floor.still(scores).float().mean()
-        means["reward/gap"] = pairs.gap.mean()
-        means["tie_rate"] = (~pairs.kept).float().mean()
-        if self.config.pairs.refill:
-            means["tie_rate_before_refill"] = (~first.kept).float().mean()
-        summed = self.processes.sum(torch.stack([*means.values()]).to(self.processes.device))
-        return dict(zip(means, (summed / self.processes.count).tolist(), strict=True))

@@ -171,15 +171,17 @@ class Throughput:
         }
 
     def rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Candidates per second of all processes, and the share of the time that no stage accounts for.
+        """Candidates per second of all processes, if any are sampled, and the share of the time outside of all stages.
+
+        Candidates that ``pairs.refill`` adds are not counted.
 
         seconds: of every stage since the last call, and of everything as "step".
         """
         whole = seconds["step"]
         staged = sum(value for stage, value in seconds.items() if stage != "step")
         between = sum(seconds.get(stage, 0.0) for stage in BETWEEN)
-        candidates = self._config.pairs_per_step * self._config.rollout.candidates
-        return {
-            "speed/samples_per_second": candidates / (whole - between),
-            "speed/idle": max(0.0, 1 - staged / whole),
-        }
+        rates = {"speed/idle": max(0.0, 1 - staged / whole)}
+        if self._config.rollout.source != "ledger":
+            candidates = self._config.pairs_per_step * self._config.rollout.candidates
+            rates["speed/samples_per_second"] = candidates / (whole - between)
+        return rates

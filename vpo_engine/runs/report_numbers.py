@@ -152,10 +152,13 @@ def _speed(rows: Rows, ceiling: Sequence[Point]) -> str:
     """What the column "of peak" says, and the candidates per second."""
     if not ceiling:
         return ""
-    samples = _median(rows.points("train", "speed/samples_per_second"))
+    samples = rows.points("train", "speed/samples_per_second")
+    sampled = (
+        f"{format_number(_median(samples))} candidates per second in a typical step. " if samples else ""
+    )
     return (
-        f'<p class="soft">{format_number(samples)} candidates per second in a typical step. Of peak: how much of the '
-        f"arithmetic that the device could have done in that time went into the network. The device's peak is "
+        f'<p class="soft">{sampled}Of peak: how much of the arithmetic that the device could have done in that time '
+        f"went into the network. The device's peak is "
         f"{_flops(ceiling[-1][1])}, the fastest matrix product measured when the run started.</p>"
     )
 
