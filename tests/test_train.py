@@ -88,7 +88,9 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     eval_rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "eval"]
     assert [row["step"] for row in eval_rows] == [0, 2, 4]
     kinds = {name.rsplit("/", 1)[0] for name in eval_rows[0] if "/" in name}
-    assert kinds == {"held_out/reward", "held_out/judge", "held_out/pixels"}
+    held_out = {"held_out/reward", "held_out/judge", "held_out/pixels"}
+    assert kinds == {*held_out, "guards", "guards/style", "guards/prompt"}
+    assert (finished / "alarms.jsonl").is_file()
 
 
 def test_the_same_seed_gives_the_same_run(finished: Path, small: Make, tmp_path: Path) -> None:
