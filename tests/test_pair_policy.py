@@ -321,12 +321,12 @@ def test_stored_pairs_go_round_and_know_a_wider_min_gap(written: Path) -> None:
     assert [item.text for item in stored.take(6, 4)] == [*prompts[6:], *prompts[:2]]
     gaps = sorted(pair.gap for pair in read_ledger(written) if pair.kept)
     shape = next(pair for pair in read_ledger(written) if pair.kept).latents()[0].shape
-    _, pairs = StoredPairs(written, gaps[-2]).compared(range(8), shape)
+    _, pairs = StoredPairs(written, gaps[-2]).compared(range(8), shape, torch.device("cpu"))
     assert int(pairs.kept.sum()) == 1
     with pytest.raises(ValueError, match=r"all 8 pairs of the ledger at .* are ties; nothing is learned"):
         StoredPairs(written, gaps[-1])
     with pytest.raises(ValueError, match=r"the ledger holds latents .*, but the model's are \[9, 9, 9, 9\]"):
-        stored.compared(range(8), (9, 9, 9, 9))
+        stored.compared(range(8), (9, 9, 9, 9), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

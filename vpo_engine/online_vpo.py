@@ -128,7 +128,7 @@ class OnlineVPO:
             first = self.pairing.select(pool.scores)
             pool, pairs = self.pairing.refill(self.sampling, pool, first, prompts, text, positions, stages)
         else:
-            pool, pairs = self.stored.compared(positions, self.model.latent_shape)
+            pool, pairs = self.stored.compared(positions, self.model.latent_shape, self.processes.device)
             first = pairs
         weights = self.pairing.weights(pairs)
         for update in range(self.config.objective.updates):

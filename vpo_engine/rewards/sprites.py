@@ -372,8 +372,8 @@ class SpritesOfFiles(SpritesReward):
         if (
             videos.ndim == 5
             and videos.shape[2] == videos.shape[3]
+            and videos.shape[2] > SIZE
             and videos.shape[2] % SIZE == 0
-            and videos.numel()
         ):
             squares = videos.unflatten(3, (SIZE, -1)).unflatten(2, (SIZE, -1))  # [B, F, SIZE, n, SIZE, n, 3]
             videos = squares.float().mean(dim=(3, 5)).round().to(videos.dtype)

@@ -101,10 +101,13 @@ class StoredPairs:
         places = (position % len(self) for position in range(cursor, cursor + count))
         return [PromptItem(place, self._pairs[place].prompt) for place in places]
 
-    def compared(self, positions: Sequence[int], latent_shape: Sequence[int]) -> tuple[Pool, Pairs]:
+    def compared(
+        self, positions: Sequence[int], latent_shape: Sequence[int], device: torch.device
+    ) -> tuple[Pool, Pairs]:
         """Winner and loser, in this order, of the prompts at these places of the stream, and the pairs of them.
 
-        Latents are [P, 2, *latent_shape], zeros where a pair is a tie; ValueError if the stored ones are of another.
+        Latents are [P, 2, *latent_shape] on ``device``, zeros where a pair is a tie; ValueError if the stored ones are
+        of another shape.
         """
         lines = [self._pairs[position % len(self)] for position in positions]
         kept = torch.tensor([self._is_kept(line) for line in lines])
@@ -122,7 +125,7 @@ class StoredPairs:
         scores = {name: torch.tensor([[one[name] for one in pair] for pair in both]) for name in both[0][0]}
         first = torch.zeros(len(lines), dtype=torch.int64)
         gap = torch.tensor([line.gap for line in lines])
-        return Pool(latents, scores, numbers), Pairs(first, first + 1, gap, kept)
+        return Pool(latents.to(device), scores, numbers), Pairs(first, first + 1, gap, kept)
 
     def _is_kept(self, pair: LedgerPair) -> bool:
         return pair.kept and pair.gap > self._min_gap
