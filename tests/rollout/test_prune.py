@@ -78,7 +78,7 @@ def test_pruning_in_groups_of_rows_is_the_same() -> None:
 
 
 def test_a_judge_is_needed() -> None:
-    with pytest.raises(ValueError, match=r"rollout\.prune needs a judge"):
+    with pytest.raises(ValueError, match=r"rollout\.prune and rollout\.explore need a judge"):
         sampled(settings(prune=HALF))
 
 
