@@ -18,6 +18,7 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.planning.trace import trace_step
 from vpo_engine.reference.store import build_reference
 
 PROMPTS = (
@@ -116,6 +117,16 @@ def test_two_processes_share_the_candidates_of_a_prompt_and_train_as_one(tmp_pat
             assert (one["gradient"] - expected).norm() <= 1e-3 * expected.norm(), case
             assert one["metrics"] == pytest.approx(alone["metrics"], rel=1e-3, abs=1e-5), case
         assert one["metrics"]["pairs"] == CASES[case][0] - (CASES[case][0] > 1)
+
+
+def test_the_plan_of_a_process_of_a_team_is_of_its_part() -> None:
+    settings = ["pairs_per_step=1", "rollout.candidates=4", "rollout.steps=1", "objective.draws=4"]
+    shared = [*settings, "processes.per_prompt=2"]
+    alone = trace_step(load_config(None, settings), on_gpu=False, network_only=True)
+    part = trace_step(load_config(None, shared), on_gpu=False, network_only=True, processes=2)
+    assert part.flops("update") == alone.flops("update") / 2
+    # Keys and values of the text are made once a prompt.
+    assert part.flops("rollout") == pytest.approx(alone.flops("rollout") / 2, rel=0.02)
 
 
 def member(rank: int, count: int, size: int) -> Processes:

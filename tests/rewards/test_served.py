@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -111,6 +113,46 @@ def test_what_the_scorer_raises_reaches_everyone_at_once() -> None:
         assert str(error) == "the scorer saw a caption it cannot score"
         assert "in fails" in error.__notes__[0]
     assert time.monotonic() - begun < 5
+
+
+def test_a_failure_reaches_one_whose_request_a_thread_makes() -> None:
+    def fails_slowly(prompts: Sequence[str]) -> float:
+        time.sleep(0.3)
+        return fails(prompts)
+
+    def asks_in_a_thread(store: dist.Store) -> object:
+        with ServedReward(store, 0) as reward, ThreadPoolExecutor(1) as pool:
+            pool.submit(reward.score, VIDEOS, CAPTIONS)
+            time.sleep(0.1)
+            raise RuntimeError("Connection closed by peer")
+
+    clients = Clients(asks_in_a_thread)
+    with pytest.raises(ValueError, match="a caption it cannot score"):
+        serve(lambda: Scripted(fails_slowly), clients.store, 1)
+    assert isinstance(clients.join()[0], ValueError)
+
+
+def test_leaving_wakes_a_thread_that_waits_for_scores() -> None:
+    def leaves(store: dist.Store) -> object:
+        with ThreadPoolExecutor(1) as pool:
+            with suppress(ValueError), ServedReward(store, 0) as reward:
+                waiting = pool.submit(reward.score, VIDEOS, CAPTIONS)
+                time.sleep(0.2)
+                raise ValueError("its own mistake")
+            begun = time.monotonic()
+            assert waiting.exception(timeout=5) is not None
+            return time.monotonic() - begun
+
+    def slow(prompts: Sequence[str]) -> float:
+        time.sleep(1.0)
+        return 1.0
+
+    clients = Clients(leaves)
+    with pytest.raises(RewardProcessError, match="process 0 ended before the run did"):
+        serve(lambda: Scripted(slow), clients.store, 1)
+    (waited,) = clients.join()
+    assert isinstance(waited, float)
+    assert waited < 0.5
 
 
 def test_what_loading_raises_reaches_everyone() -> None:

@@ -118,7 +118,9 @@ class _Tracing:
 
     def __init__(self, config: Config, on_gpu: bool, processes: int, depth: int | None) -> None:
         self._config, self._on_gpu = config, on_gpu
-        self._pairs = max(1, config.pairs_per_step // processes)
+        team = config.processes.per_prompt
+        self._team = 1 if processes % team else team
+        self._pairs = max(1, config.pairs_per_step * self._team // processes)
         assumed = Assumed()
         self._model, configured = build_model(config, assumed, depth)
         if config.model.lora is not None:
@@ -260,7 +262,7 @@ class _Tracing:
             parts.append((settings, slice(0 if explored else config.prune_step, None), config.keep))
         self._tracker.answer = lambda: 0.0
         for settings, part, candidates in parts:
-            everything = Group(range(self._pairs), range(candidates))
+            everything = Group(range(self._pairs), range(candidates // self._team))
             group = everything.split(config.rows)[0]
             row_text = text[group.prompts.start : group.prompts.stop]
             with self._phase("rollout", len(everything) / len(group)):
@@ -269,8 +271,9 @@ class _Tracing:
 
     def _score(self, latents: Tensor) -> None:
         rollout = self._config.rollout
-        rows = min(rollout.rows or len(latents), len(latents))
-        scored = len(latents) + self._pairs * (rollout.keep or 0)
+        mine = len(latents) // self._team
+        rows = min(rollout.rows or mine, mine)
+        scored = mine + self._pairs * (rollout.keep or 0) // self._team
         with self._phase("decode", scored / rows):
             video = self._model.decode(latents[:rows])
         if self._reward is None:
@@ -290,7 +293,7 @@ class _Tracing:
 
     def _update(self, latents: Tensor, text: TextEmbedding) -> None:
         config, draws = self._config, self._config.objective.draws
-        total = self._pairs * draws
+        total = -(-self._pairs * draws // self._team)
         rows = min(config.objective.rows or total, total)
         objective = DPO(
             self._model,

@@ -52,7 +52,8 @@ class ServedReward:
     def __init__(self, store: dist.Store, rank: int) -> None:
         """Connect to the server that meets at ``store``, as process ``rank``; returns before its model is loaded."""
         host, port, token = json.loads(store.get(_KEY))
-        self._connection = Connection(socket.create_connection((host, port)).detach())
+        self._socket = socket.create_connection((host, port))
+        self._connection = Connection(self._socket.dup().detach())
         self._connection.send_bytes(bytes.fromhex(token))
         self._connection.send_bytes(pickle.dumps(rank))
         self._lock = threading.Lock()
@@ -93,12 +94,22 @@ class ServedReward:
         try:
             if error is None:
                 self._connection.send_bytes(pickle.dumps(None))
-            elif isinstance(error, RuntimeError) and self._failure is None:
-                with suppress(_SilenceError):
-                    while self._connection.poll(_LATE_NEWS):
-                        self._receive()
+            elif isinstance(error, RuntimeError) and error is not self._failure:
+                self._raise_late_news()
         finally:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that still waits for scores
+            self._socket.close()
             self._connection.close()
+
+    def _raise_late_news(self) -> None:
+        if self._lock.acquire(timeout=_LATE_NEWS):
+            with suppress(_SilenceError):
+                while self._failure is None and self._connection.poll(_LATE_NEWS):
+                    self._receive()
+            self._lock.release()
+        if self._failure is not None:
+            raise self._failure
 
     def _receive(self) -> Any:
         try:
