@@ -74,7 +74,7 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
             trained = f"{model.network.num_trainable:,} parameters are trained"
             say(f"LoRA of rank {settings.lora.rank} in {len(layers)} layers: {trained}")
     hold_in_bfloat16(model.network, memory.weights, dtype)
-    model.decode_frames = memory.decode_frames
+    model.decode_frames, model.decode_rows = memory.decode_frames, memory.decode_rows
     model.stay_by(Residency.from_config(config, processes.device))
     return model
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
+from vpo_engine.models.opensora.vae_strips import _statistics
 
 DATA = Path(__file__).parent.parent / "data" / "opensora"
 TINY = json.loads((DATA / "vae_tiny.json").read_text())
@@ -123,6 +124,31 @@ def test_other_micro_batches_in_float64_give_the_same_bytes(tiny: OpenSoraVAE) -
     assert torch.equal(vae.decode_uint8(z, 34, 1), vae.decode_uint8(z, 34))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+@torch.no_grad()
+def test_strips_of_rows_give_the_published_pixels(tiny: OpenSoraVAE, rows: int) -> None:
+    """Maps of 4 to 32 rows, odd strips, the recorded output of the public code, and in float64 next to nothing."""
+    recorded = load_file(DATA / "vae_tiny_outputs.safetensors")
+    x_z, expected = recorded["f20.x_z_dec"] / tiny.spatial_scaling, recorded["f20.decoded"]
+    found = torch.cat(list(tiny.spatial_vae.decode_parts(x_z, None, rows)))
+    found = found.unflatten(0, (len(x_z), -1)).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    exact = copy.deepcopy(tiny.spatial_vae).double()
+    z = latents(1, 2).double()
+    whole, strips = (torch.cat(list(exact.decode_parts(z, None, count))) for count in (None, rows))
+    torch.testing.assert_close(strips, whole, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_group_norms_of_strips_hold_far_from_zero(tiny: OpenSoraVAE) -> None:
+    """Statistics over a map whose mean is a thousand times its spread, strip by strip."""
+    x = 1000 + torch.randn(2, 16, 9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, variance = _statistics(x.float(), 4, 2)
+    groups = x.float().double().unflatten(1, (4, -1)).flatten(2)
+    torch.testing.assert_close(mean.double(), groups.mean(2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), groups.var(2, correction=0), rtol=1e-3, atol=0)
+
+
 @torch.no_grad()
 def test_no_float_video_is_ever_made(tiny: OpenSoraVAE) -> None:
     z = latents(2)
@@ -146,6 +172,8 @@ def test_faults(tiny: OpenSoraVAE) -> None:
         tiny.decode_uint8(latents(1), 34, 0)
     with pytest.raises(ValueError, match=r"shape \(4, 10, 4, 5\); 34 frames need \[B, 4, 10, h, w\]"):
         tiny.decode_uint8(latents(1)[0], 34)
+    with pytest.raises(ValueError, match="rows_at_once is 0; it counts rows: 1 or more, or None for all"):
+        tiny.decode_uint8(latents(1), 34, None, 0)
     z = latents(1)
     z[0, 0, 7] = float("nan")
     with pytest.raises(ValueError, match="values that are not finite; check the latents and the VAE"):
@@ -166,3 +194,17 @@ def test_peak_at_720p() -> None:
     widest = 256 * 720 * 1280 * 2 / GIB
     for frames, peak in peaks.items():
         assert peak == pytest.approx(3 * frames * widest, rel=0.02), peaks
+
+
+def test_peak_at_720p_in_strips() -> None:
+    """One frame: a map of 256 channels, one of 128, and the strips."""
+    widest = 256 * 720 * 1280 * 2 / GIB
+    with published(torch.bfloat16) as vae:
+        z = torch.zeros(1, 4, 1, 90, 160, dtype=torch.bfloat16)
+        peaks = {}
+        for rows in (16, 8):
+            with LiveBytes() as count:
+                for pixels in vae.spatial_vae.decode_parts(z, 1, rows):
+                    assert pixels.shape == (1, 3, 720, 1280)
+            peaks[rows] = count.peak / GIB
+    assert 1.5 * widest < peaks[8] < peaks[16] < 0.72, peaks

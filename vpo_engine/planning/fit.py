@@ -24,6 +24,7 @@ CHANGES: tuple[tuple[str, Any, Sequence[str], Sequence[str]], ...] = (
     ("rollout.rows", 1, _ROLLOUT, _COMPUTED),
     ("reward.rows", 1, ("reward",), _COMPUTED),
     ("memory.decode_frames", 1, ("decode",), _COMPUTED),
+    ("memory.decode_rows", 16, ("decode",), _COMPUTED),
     ("memory.mlp_chunks", 4, ("rollout", "update"), _COMPUTED),
     ("memory.sequential", True, _UPDATE, _COMPUTED),
     ("memory.recompute", "block", _UPDATE, _COMPUTED),

@@ -110,8 +110,9 @@ class PlannedModel(OpenSora):
 
     @property
     def decoders(self) -> list[nn.Module]:
-        """What decodes a micro-batch of frames, and a chunk of latents."""
-        return [self.vae.spatial_vae.module.decoder, self.vae.temporal_vae.decoder]
+        """What decodes a micro-batch of frames, whole or in strips, and a chunk of latents."""
+        images = self.vae.spatial_vae
+        return [images.module.decoder, images.strips, self.vae.temporal_vae.decoder]
 
 
 class _NoText:
@@ -154,7 +155,7 @@ def build_model(config: Config, assumed: Assumed, depth: int | None) -> tuple[Pl
     network.activations = Activations(memory.recompute, memory.offload, memory.mlp_chunks)
     dtype = DTYPES[settings.dtype]
     model = PlannedModel(network, vae, _NoText(), geometry, flow, device=META, dtype=dtype)
-    model.decode_frames = memory.decode_frames
+    model.decode_frames, model.decode_rows = memory.decode_frames, memory.decode_rows
     return model, configured
 
 

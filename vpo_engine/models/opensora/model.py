@@ -50,7 +50,7 @@ class OpenSora:
     ``dtype`` is that of the arithmetic and of the VAE. With bfloat16, networks of float32 weights run under autocast,
     others as they are, and t is rounded to bfloat16 as the published bfloat16 model does, for policy and reference
     alike (opensora/models/stdit/stdit3.py casts t to the model's dtype). ``decode_frames`` bounds the frames that the
-    image decoder takes at once (None: as published).
+    image decoder takes at once, ``decode_rows`` the rows of its maps (None: as published).
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class OpenSora:
         self._flow = flow
         self.device, self.dtype = device, dtype
         self.decode_frames: int | None = None
+        self.decode_rows: int | None = None
         self.residency = Residency.everything()
         self.num_frames, self.fps = geometry.num_frames, geometry.fps
         size = self.vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
@@ -162,7 +163,7 @@ class OpenSora:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         with self.residency.phase("decode"):
-            return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames)
+            return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames, self.decode_rows)
 
     def save_policy(self, folder: Path) -> None:
         """The published layout; of a policy with an adapter the adapter alone, in PEFT's."""

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from vpo_engine.models.opensora.checkpoint import load_config, load_strict
+from vpo_engine.models.opensora.vae_strips import StripDecoder
 from vpo_engine.models.opensora.vae_temporal import Posterior, TemporalConfig, TemporalVAE
 
 SPATIAL_SCALING = 0.18215
@@ -58,6 +59,7 @@ class SpatialVAE(nn.Module):
         self.micro_batch_size = micro_batch_size
         self.latent_channels = int(self.module.config.latent_channels)
         self.factor = 2 ** (len(self.module.config.block_out_channels) - 1)
+        self.strips = StripDecoder()
 
     def micro_batches(self, frames: int) -> list[int]:
         """Sizes of the micro-batches that ``frames`` frames are cut into."""
@@ -77,11 +79,19 @@ class SpatialVAE(nn.Module):
         pixels = _cat(list(self.decode_parts(latents)))
         return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
 
-    def decode_parts(self, latents: Tensor, size: int | None = None) -> Iterator[Tensor]:
-        """[B, C, F, h, w] -> frames [n, 3, H, W], one micro-batch (of ``size``, if given) after the other."""
+    def decode_parts(
+        self, latents: Tensor, size: int | None = None, rows: int | None = None
+    ) -> Iterator[Tensor]:
+        """[B, C, F, h, w] -> frames [n, 3, H, W], one micro-batch (of ``size``, if given) after the other, and within
+        it ``rows`` rows of every map, if given: the same up to rounding."""
         frames = latents.transpose(1, 2).flatten(0, 1)
         for part in frames.split(size or self.micro_batches(len(frames))):
-            yield self.module.decode(part).sample
+            if rows is None:
+                yield self.module.decode(part).sample
+            else:
+                convolution = self.module.post_quant_conv
+                z = part if convolution is None else convolution(part)
+                yield self.strips(self.module.decoder, z, rows)
 
 
 class OpenSoraVAE(nn.Module):
@@ -247,12 +257,21 @@ class OpenSoraVAE(nn.Module):
         """Normalised latents [B, C, T, h, w] to video [B, 3, num_frames, H, W], near [-1, 1], not clamped."""
         return self.decode_spatial(self.decode_temporal(self._raw(z), num_frames))
 
-    def decode_uint8(self, z: Tensor, num_frames: int, frames_at_once: int | None = None) -> Tensor:
+    def decode_uint8(
+        self,
+        z: Tensor,
+        num_frames: int,
+        frames_at_once: int | None = None,
+        rows_at_once: int | None = None,
+    ) -> Tensor:
         """``to_uint8(decode(z, num_frames))``, bit for bit, of which only one micro-batch is ever in floating point.
 
         ``frames_at_once`` makes the micro-batches of the spatial part that large and takes the temporal part clip by
-        clip: the same up to the rounding of other batch shapes. uint8 [B, num_frames, H, W, 3].
+        clip: the same up to the rounding of other batch shapes. ``rows_at_once`` lets the spatial part go over so many
+        rows of its maps at a time: the same up to rounding. uint8 [B, num_frames, H, W, 3].
         """
+        if rows_at_once is not None and rows_at_once < 1:
+            raise ValueError(f"rows_at_once is {rows_at_once}; it counts rows: 1 or more, or None for all")
         if frames_at_once is not None and frames_at_once < 1:
             raise ValueError(
                 f"frames_at_once is {frames_at_once}; it counts frames: 1 or more, or None as published"
@@ -264,7 +283,7 @@ class OpenSoraVAE(nn.Module):
         for latents, clip in zip(z.split(clips), video.split(clips), strict=True):
             x_z = self.decode_temporal(self._raw(latents), num_frames) / self.spatial_scaling
             frames, done = clip.flatten(0, 1), 0
-            for pixels in self.spatial_vae.decode_parts(x_z, frames_at_once):
+            for pixels in self.spatial_vae.decode_parts(x_z, frames_at_once, rows_at_once):
                 frames[done : done + len(pixels)] = to_uint8(pixels.unsqueeze(2)).squeeze(1)
                 done += len(pixels)
         return video
