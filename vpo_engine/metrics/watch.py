@@ -114,7 +114,10 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: JSON."""
-        return {"observations": [list(seen) for seen in self._observations], "alarms": [asdict(alarm) for alarm in self.alarms]}
+        return {
+            "observations": [list(seen) for seen in self._observations],
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Into a fresh one: what is observed from now on is judged as if the run had never stopped."""
