@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,9 @@ class TextEmbedding:
         )
 
 
+Compile = Literal["none", "blocks", "graphs"]
+
+
 @dataclass(frozen=True)
 class SamplerSettings:
     """How noise becomes latents; see ``RolloutConfig``. The defaults behind guidance are no approximation."""
@@ -63,6 +66,7 @@ class SamplerSettings:
     guidance: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     cache: float | None = None
+    compile: Compile = "none"
 
     def guided_at(self, time: float) -> bool:
         """Whether guidance applies at a time from 0 (clean) to 1 (noise)."""
@@ -80,6 +84,15 @@ class Denoised:
 
     latents: Tensor
     preview: Tensor
+
+
+@runtime_checkable
+class Replayed(Protocol):
+    """A network that is told of calls that a device repeats without it."""
+
+    def replayed(self) -> None:
+        """The last call again, with other values."""
+        ...
 
 
 class Network(Protocol):

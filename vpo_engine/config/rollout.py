@@ -58,6 +58,10 @@ class RolloutConfig(Section):
     """Decode and score groups of ``rows`` while the next are sampled: on a GPU in a stream of its own, on a CPU, whose
     cores sampling takes, between groups. Scores stay the same. The seconds of decoding and scoring that sampling hides
     count as the rollout's. It needs the memory of both at once, and excludes memory.residency=phases."""
+    compile: Literal["none", "blocks", "graphs"] = "none"
+    """blocks: the policy's blocks go through torch.compile while it samples for training, as three functions for any
+    depth and number of rows; candidates differ by rounding, and a CPU needs a C++ compiler. graphs: all steps of a loop
+    but the first are replays of one CUDA graph, of the same kernels; GPUs only."""
     guidance_interval: tuple[float, float] | None = None
     """[low, high]: guidance only at times t / 1000 in it (arXiv 2404.07724), one branch at all others; null: always."""
     prune: PruneConfig | None = None
@@ -101,6 +105,23 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"source={self.source} and ledger={'null' if self.ledger is None else self.ledger} do not go together: "
                 "source ledger reads pairs from the run directory that rollout.ledger names"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled(self) -> Self:
+        first = self.first_pass
+        if self.compile == "none":
+            return self
+        if self.source != "policy" or {self.weights, first.weights} != {"policy"}:
+            raise ValueError(
+                f"compile={self.compile} is for the policy's own weights, but source={self.source} and "
+                f"weights={first.weights if self.weights == 'policy' else self.weights}; set compile=none"
+            )
+        if self.compile == "graphs" and (self.cache is not None or first.cache is not None):
+            raise ValueError(
+                "compile=graphs replays the same kernels in every step, but cache chooses in each step which to run; "
+                "set compile=none, or cache=null"
             )
         return self
 

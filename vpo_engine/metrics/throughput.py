@@ -45,13 +45,18 @@ class CountedRows:
     """A network whose rows are counted as they go through it."""
 
     def __init__(self, network: Network) -> None:
-        self._network, self.rows = network, 0
+        self._network, self.rows, self._last = network, 0, 0
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
         """The network's forward, whose first argument is [rows, ...]."""
         assert isinstance(args[0], Tensor)
-        self.rows += len(args[0])
+        self._last = len(args[0])
+        self.rows += self._last
         return self._network(*args, **kwargs)
+
+    def replayed(self) -> None:
+        """A CUDA graph makes the last call again."""
+        self.rows += self._last
 
 
 def count_row_flops(model: VideoModel, text: TextEmbedding) -> RowFlops:

@@ -42,12 +42,21 @@ class Rollout:
         self._team = team or Processes(0, 1, device)
         self._seed, self._device = seed, device
         self._rows = rows or Rows(config.rows)
+        if config.compile == "graphs" and device.type != "cuda":
+            raise ValueError(
+                f"rollout.compile=graphs needs a CUDA device, but this is {device.type}; set rollout.compile=none, or "
+                "blocks"
+            )
         first = config.first_pass
         self._first = SamplerSettings(
-            first.steps or config.steps, config.guidance, first.guidance_interval, first.cache
+            first.steps or config.steps,
+            config.guidance,
+            first.guidance_interval,
+            first.cache,
+            compile=config.compile,
         )
         self._settings = SamplerSettings(
-            config.steps, config.guidance, config.guidance_interval, config.cache
+            config.steps, config.guidance, config.guidance_interval, config.cache, compile=config.compile
         )
 
     @torch.no_grad()

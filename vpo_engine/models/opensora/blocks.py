@@ -8,6 +8,7 @@ as there are samples to a caption.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,10 +117,13 @@ class CrossAttention(nn.Module):
 
         The plan's rows are captions, each with the queries of all its samples: one attention to each caption.
         """
-        q = self.q_linear(x).unflatten(-1, (self.heads, -1))
+        return self.proj(self.attend(self.q_linear(x), text, plan))
+
+    def attend(self, q: Tensor, text: Tensor | KeysValues, plan: TextPlan) -> Tensor:
+        """``forward`` between its two projections, [B, N, C] to [B, N, C]."""
         k, v = text if isinstance(text, KeysValues) else self.project_text(text)
-        by_caption = q.flatten(0, 1).unflatten(0, (plan.rows, -1))
-        return self.proj(text_attention(by_caption, k, v, plan).reshape(x.shape))
+        by_caption = q.unflatten(-1, (self.heads, -1)).flatten(0, 1).unflatten(0, (plan.rows, -1))
+        return text_attention(by_caption, k, v, plan).reshape(q.shape)
 
 
 class Block(Backed):
@@ -160,14 +164,21 @@ class Block(Backed):
 
         mlp_chunks: over how many parts of the patches the MLP goes, one after the other.
         """
-        modulation = (self.scale_shift_table + time).unsqueeze(3).unbind(2)
-        shift, scale, gate, *mlp_modulation = modulation
+        modulation = self.modulation(time)
+        x = self.mix(x, modulation[:3], rope)
+        x = x + self.cross_attn(x.flatten(1, 2), text, plan).view(x.shape)
+        return in_parts(self.feed_forward, x, modulation[3:], dim=2, parts=mlp_chunks)
+
+    def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
+        """time [B, 1 or T, 6, C] to shift, scale and gate of the self-attention, then of the MLP."""
+        return (self.scale_shift_table + time).unsqueeze(3).unbind(2)
+
+    def mix(self, x: Tensor, modulation: Sequence[Tensor], rope: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, T, S, C]: x + gate * self-attention of the modulated norm of x; modulation: shift, scale and gate."""
+        shift, scale, gate = modulation
         backend = self.backends.companions
         mixed = self.attend(modulated_norm(x, shift, scale, NORM_EPSILON, backend), rope)
-        x = gated_residual(x, gate, mixed, backend)
-        del mixed
-        x = x + self.cross_attn(x.flatten(1, 2), text, plan).view(x.shape)
-        return in_parts(self.feed_forward, x, tuple(mlp_modulation), dim=2, parts=mlp_chunks)
+        return gated_residual(x, gate, mixed, backend)
 
     def feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """[B, T, S, C], token by token: x + gate * MLP of the modulated norm of x."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from torch import Tensor
 from vpo_engine.memory.residency import Residency, module_tensors
 from vpo_engine.models.lora import has_adapter, save_adapter
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
+from vpo_engine.models.opensora.compiled import CompiledBlocks
+from vpo_engine.models.opensora.graphs import StepGraph
 from vpo_engine.models.opensora.rectified_flow import (
     RectifiedFlow,
     caption_states,
@@ -72,6 +74,7 @@ class OpenSora:
         self.device, self.dtype = device, dtype
         self.decode_frames: int | None = None
         self.decode_rows: int | None = None
+        self._compiled: CompiledBlocks | None = None
         self.residency = Residency.everything()
         self.num_frames, self.fps = geometry.num_frames, geometry.fps
         size = self.vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
@@ -138,21 +141,32 @@ class OpenSora:
         part: slice = slice(None),
     ) -> Denoised:
         """See the protocol. Text is projected for all blocks once, in the first step of either number of branches."""
-        branches: dict[float, tuple[Tensor, Reuse]] = {}
+        branches: dict[float, Callable[[Tensor, Tensor], Tensor]] = {}
 
         def predict(z: Tensor, time: float) -> Tensor:
             scale = settings.guidance if settings.guided_at(time / self._flow.num_timesteps) else 1.0
             if scale not in branches:
-                captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, scale)
-                branches[scale] = captions, Reuse(settings.cache)
-            captions, reuse = branches[scale]
-            t = self._rounded(torch.full((len(z),), time, device=z.device))
+                branches[scale] = self._branch(network, text, settings, scale)
+            return branches[scale](z, self._rounded(torch.full((len(z),), time, device=z.device)))
+
+        times, lengths = self.schedule(settings.steps)
+        return Denoised(*self._flow.integrate(predict, latents, times[part], lengths[part]))
+
+    def _branch(
+        self, network: Network, text: TextEmbedding, settings: SamplerSettings, scale: float
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The predictions (z, t [B]) of one loop at one guidance scale."""
+        if settings.compile == "blocks":
+            self._compiled = self._compiled or CompiledBlocks(self.device)
+        captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, scale)
+        reuse = Reuse(settings.cache, self._compiled if settings.compile == "blocks" else None)
+
+        def predict(z: Tensor, t: Tensor) -> Tensor:
             with self._autocast():
                 velocity = velocity_of(network, z, t, captions, text.mask, scale, reuse=reuse, **self._size())
             return velocity.float()
 
-        times, lengths = self.schedule(settings.steps)
-        return Denoised(*self._flow.integrate(predict, latents, times[part], lengths[part]))
+        return StepGraph(predict, network) if settings.compile == "graphs" else predict
 
     def schedule(self, steps: int) -> tuple[list[float], list[float]]:
         """Times of the sampling steps, in the schedule's units, and their lengths."""

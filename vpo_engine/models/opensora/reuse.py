@@ -32,10 +32,12 @@ class Reuse:
     2 C numbers for each text token and block. Whoever samples makes one, and drops it afterwards.
 
     cache: None, or the relative change below which ``blocks`` lets a step take over what the last blocks added.
+    run: computes a block in place of its forward, of the same arguments; None: that.
     """
 
-    def __init__(self, cache: float | None = None) -> None:
+    def __init__(self, cache: float | None = None, run: Callable[..., Tensor] | None = None) -> None:
         self.blocks = None if cache is None else BlockCache(cache)
+        self.run = run
         self._owner: object = None
         self._text: Tensor | None = None
         self._constants: Constants | None = None

@@ -36,7 +36,7 @@ from vpo_engine.models.opensora.embeddings import (
     ScalarEmbedder,
     position_embedding,
 )
-from vpo_engine.models.opensora.reuse import BlockCache, Constants, Reuse
+from vpo_engine.models.opensora.reuse import Constants, Reuse
 
 _IGNORED_KEYS = frozenset(
     {
@@ -241,7 +241,7 @@ class STDiT3(nn.Module):
                 self, y, len(x), lambda: self._constants(tokens, timestep, y, mask, fps, project=True)
             )
         time, time_blocks, clean_time = self._embed_time(timestep, constants.rate, x_mask)
-        tokens = self._run_blocks(tokens, constants, time_blocks, None if reuse is None else reuse.blocks)
+        tokens = self._run_blocks(tokens, constants, time_blocks, reuse)
         patches = self.final_layer(tokens, time, clean_time, x_mask)
         out = self._unpatchify(patches, grid)[..., :rows, :columns]
         return out if out.dtype == torch.float64 else out.float()
@@ -307,18 +307,20 @@ class STDiT3(nn.Module):
         """A spatial and a temporal block each, as they run."""
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
 
-    def _run_blocks(
-        self, tokens: Tensor, constants: Constants, time: Tensor, cache: BlockCache | None
-    ) -> Tensor:
-        """Tokens [B, T, S, C] through all blocks, or through the first pair where ``cache`` knows what follows."""
+    def _run_blocks(self, tokens: Tensor, constants: Constants, time: Tensor, reuse: Reuse | None) -> Tensor:
+        """Tokens [B, T, S, C] through all blocks, or through the first pair where the cache knows what follows."""
+        cache, apart = (None, None) if reuse is None else (reuse.blocks, reuse.run)
         sender = self.offloaded.forward_pass()
         texts = iter(constants.texts)
 
         def run(tokens: Tensor, pairs: Sequence[tuple[Block, Block]]) -> Tensor:
             for pair in pairs:
                 for block in pair:
-                    text = next(texts)
-                    tokens = self._run(block, sender, tokens, text, constants.plan, time, constants.rope)
+                    others = (next(texts), constants.plan, time, constants.rope)
+                    if apart is None:
+                        tokens = self._run(block, sender, tokens, *others)
+                    else:
+                        tokens = apart(block, tokens, *others)
             return tokens
 
         pairs = self._pairs()
