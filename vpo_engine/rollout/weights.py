@@ -83,9 +83,7 @@ class QuantisedLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         codes, scales = rounded(x.flatten(0, -2), self._bits)
-        product = (
-            multiplied if not _has_8_bit_product(self._bits, codes, self.codes) else PRODUCTS[self._bits]
-        )
+        product = PRODUCTS[self._bits] if _has_8_bit_product(self._bits, codes, self.codes) else multiplied
         out = product(codes, self.codes, scales, self.scales).to(dtype)
         if self.bias is not None:
             out = out + self.bias.to(dtype)
