@@ -38,7 +38,8 @@ from vpo_engine.planning.extrapolate import DEEPER, SHALLOW
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.gpus import GIB
 from vpo_engine.planning.parts import DTYPES, Assumed, PlannedModel, build_model, configured_depth
-from vpo_engine.planning.trace import HostCopies
+from vpo_engine.planning.repeats import repeated_steps
+from vpo_engine.planning.trace import HostCopies, without_collections
 from vpo_engine.planning.tracker import Tracker
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import HeldReference, build_reference
@@ -79,19 +80,21 @@ METHODS: dict[str, tuple[str, ...]] = {
 PAGE = """# Memory of an update
 
 Full fine-tuning of STDiT3-XL/2, one pair at a time, as in Figure 7 of OnlineVPO (arXiv 2412.15159): GiB at the peak
-of an update or of the optimizer's step, bold beyond what an A100 of 80 GB has ({limit} GiB). {how}
+of an update or of the optimizer's step, bold beyond what an A100 of 80 GB has ({limit} GiB). {how} What repeats over
+the depth is planned with 2 and with 4 pairs of blocks, and continued to 28 on a straight line.
 `python bench/figure7.py` writes this page.
 
 - Policy, gradients, optimizer, reference and VAE count. Text encoder, reward model, CUDA's context and fragmentation
   do not; `python -m vpo_engine.plan` adds them.
+- *OnlineVPO, leanest* is the recommended configuration with `memory.weights=stochastic memory.optimizer_bits=8
+  memory.offload=true memory.mlp_chunks=8`.
 - *OnlineVPO, recommended* is `configs/opensora_v1_2_720p.yaml`. *Plain* has bfloat16 weights with float32 masters,
   checkpointed blocks, a copied reference, winner and loser in one batch, and everything resident.
 - *ReFL* has plain's settings without a reference: one prediction with its graph, the clean latents that it implies,
   all frames decoded in the graph, a gradient from the pixels. What a reward model keeps for that gradient comes on
   top. *VAE checkpointed* computes the decoder again, a micro-batch of 4 frames at a time.
 - The recommended configuration lies flat: at nearly all sizes its peak is the optimizer's step, where float32 masters
-  and moments (13.4 GiB), weights and gradients are together. Less than that takes `memory.weights=stochastic` and
-  `memory.optimizer_bits=8`.
+  and moments (13.4 GiB), weights and gradients are together. The leanest does so up to 480p.
 
 ![Peak memory against frames](memory.png)
 
@@ -188,7 +191,13 @@ def _planned(method: str, config: Config, depth: int) -> list[int]:
     model, _ = build_model(config, Assumed(), depth)
     elsewhere = config.memory.residency == "phases"
     peaks = []
-    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(True), tracker:
+    with (
+        without_collections(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        as_on_gpu(True),
+        tracker,
+        repeated_steps(tracker),
+    ):
         model.materialise(tracker)
         model.network.offloaded = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
         update = Update(method, config, model, tracker)
@@ -264,14 +273,16 @@ def markdown(found: dict[str, dict[str, list[float]]]) -> str:
 
 def picture(found: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(RESOLUTIONS), figsize=(13, 4), sharey=True, layout="constrained")
-    styles = ("-o", "--o", "--s", "-s")
+    styles = (":o", "-o", "--o", "--s", "-s")
     for axis, resolution in zip(axes, RESOLUTIONS, strict=True):
         for (method, rows), style in zip(found.items(), styles, strict=True):
             colour = "tab:blue" if method.startswith("OnlineVPO") else "tab:red"
             axis.plot(FRAMES, rows[resolution], style, color=colour, label=method, markersize=4)
         axis.axhline(A100_GIB, color="black", linewidth=1, linestyle=":")
         axis.set(title=resolution, xlabel="frames", xticks=FRAMES, yscale="log")
-        axis.set_yticks([10, 20, 40, 80, 160, 320, 640], ["10", "20", "40", "80", "160", "320", "640"])
+        axis.set_yticks(
+            [5, 10, 20, 40, 80, 160, 320, 640], ["5", "10", "20", "40", "80", "160", "320", "640"]
+        )
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("peak of an update, GiB")
@@ -287,10 +298,7 @@ def main() -> int:
     if torch.cuda.is_available():
         found, how = measured_peaks(), f"Measured on {torch.cuda.get_device_name()}."
     else:
-        found, how = (
-            planned_peaks(),
-            "Planned, not measured: 240p x 17 and 720p x 68; between them lies a straight line in the tokens.",
-        )
+        found, how = planned_peaks(), "Planned, not measured, point by point."
     picture(found, ROOT / "docs" / "memory.png")
     page = PAGE.format(how=how, limit=A100_GIB, table=markdown(found))
     (ROOT / "docs" / "memory.md").write_text(page, encoding="utf-8")

@@ -132,7 +132,7 @@ class _Tracing:
 
     def run(self, network_only: bool) -> Trace:
         with (
-            _without_collections(),
+            without_collections(),
             FakeTensorMode(allow_non_fake_inputs=True),
             as_on_gpu(self._on_gpu),
             self._tracker,
@@ -263,7 +263,7 @@ class _Tracing:
         self._tracker.answer = lambda: 0.0
         for settings, part, candidates in parts:
             everything = Group(range(self._pairs), range(candidates // self._team))
-            group = everything.split(config.rows)[0]
+            group = everything.split(config.most_rows)[0]
             row_text = text[group.prompts.start : group.prompts.stop]
             with self._phase("rollout", len(everything) / len(group)):
                 self._model.denoise(network, latents[: len(group)], row_text, settings, part)
@@ -272,7 +272,7 @@ class _Tracing:
     def _score(self, latents: Tensor) -> None:
         rollout = self._config.rollout
         mine = len(latents) // self._team
-        rows = min(rollout.rows or mine, mine)
+        rows = min(rollout.most_rows or mine, mine)
         scored = mine + self._pairs * (rollout.keep or 0) // self._team
         with self._phase("decode", scored / rows):
             video = self._model.decode(latents[:rows])
@@ -320,7 +320,7 @@ class _Tracing:
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """Storages go by their counted references; looking for cycles would take a tenth of the time."""
     enabled = gc.isenabled()
     gc.disable()
