@@ -1,7 +1,7 @@
-"""The fast mode of the sprites run against its exact mode, seed by seed; what reuse of pairs costs and brings.
+"""The fast mode of the sprites run against its exact mode, seed by seed; what single options cost and bring.
 
     python bench/fast_mode.py --runs FOLDER --write docs/rollout.md           # exact and fast, three seeds
-    python bench/fast_mode.py --runs FOLDER --reuse --write docs/rollout.md   # draws and updates, one seed
+    python bench/fast_mode.py --runs FOLDER --list --write docs/rollout.md    # the fast mode with other settings
 
 Every run is a process of its own on one core, `python -m vpo_engine.train CONFIG seed=S`, as long as FOLDER does not
 hold it already. Exact and fast runs take turns, so that a machine's moods meet both. The final policies are then
@@ -31,7 +31,6 @@ from rows import commit, hardware
 from torch import Tensor
 
 from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward
-from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.runs.checkpoint import newest_complete
@@ -39,19 +38,27 @@ from vpo_engine.runs.directory import RunDirectory
 
 CPU = torch.device("cpu")
 EXACT, FAST = "sprites.yaml", "sprites_fast.yaml"
-REUSE = (
-    FAST,
-    f"{FAST} objective.updates=2 objective.draws=2",
-    f"{FAST} objective.updates=1 objective.draws=4",
-    f"{FAST} objective.updates=2",
-    f"{FAST} objective.updates=8",
-    f"{FAST} objective.updates=1",
-    f"{FAST} objective.updates=1 objective.draws=2",
-    f"{FAST} objective.updates=1 objective.draws=8",
+OTHERS = (
+    "",
+    "objective.updates=2 objective.draws=2",
+    "objective.updates=1 objective.draws=4",
+    "objective.updates=1 objective.draws=1",
+    "objective.updates=1 objective.draws=2",
+    "objective.updates=1 objective.draws=8",
+    "objective.updates=2",
+    "objective.updates=8",
+    "rollout.cache=null",
+    "rollout.cache=0.2",
+    "rollout.cache=null rollout.steps=8 evaluation.steps=12",
+    "rollout.steps=8 evaluation.steps=12",
+    "rollout.cache=null rollout.prune.after=0.5 rollout.prune.keep=2",
+    "rollout.cache=null rollout.explore.steps=6",
+    "rollout.cache=null rollout.weights=int8",
+    "rollout.cache=null rollout.weights=fp8",
 )
-"""As many rollouts each."""
+"""The fast mode with other settings; as many rollouts each."""
 MODES = "<!-- fast mode -->\n", "<!-- end of fast mode -->"
-REUSES = "<!-- reuse -->\n", "<!-- end of reuse -->"
+LIST = "<!-- options -->\n", "<!-- end of options -->"
 STAGES = ("rollout", "decode", "reward", "update", "refresh")
 
 
@@ -81,11 +88,6 @@ class Run:
     def record(self) -> Path:
         """What the run took; written when it has ended well."""
         return self.root.with_name(f"{self.root.name}.json")
-
-    @property
-    def config(self) -> Config:
-        name, *overrides = self.settings.split()
-        return load_config(name, [*overrides, f"seed={self.seed}"])
 
     def took(self) -> Took:
         return Took(**json.loads(self.record.read_text(encoding="utf-8")))
@@ -183,28 +185,23 @@ def table(folder: Path, seeds: Sequence[int]) -> Table:
     return Table(HEADER, lines, [])
 
 
-def reuse_table(folder: Path, seed: int) -> Table:
-    """A line for each of ``REUSE``: its held-out gain and what it took, without start, evaluation and end."""
+def list_table(folder: Path, settings: Sequence[str], seed: int) -> Table:
+    """A line for each: its held-out gain and what it took, without start, evaluation and end."""
     lines = []
-    for settings in REUSE:
-        run = Run(folder, settings, seed)
-        objective, took, found = (
-            run.config.objective,
-            run.took(),
-            run.summary()["measures"]["reward/selected"],
-        )
+    for name in settings:
+        run = Run(folder, f"{FAST} {name}", seed)
+        took, found = run.took(), run.summary()["measures"]["reward/selected"]
         seconds = took.cpu * took.stages / took.clock
         gain = found["difference"]
         lines.append(
             [
-                str(objective.draws),
-                str(objective.updates),
+                f"`{name}`" if name else "fast mode",
                 f"{gain:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})",
                 f"{seconds:.0f}",
                 f"{100 * gain / seconds:.2f}",
             ]
         )
-    return Table(["draws", "updates", "gain", "processor, s", "gain in 100 s"], lines, [])
+    return Table(["settings", "gain", "processor, s", "gain in 100 s"], lines, [])
 
 
 def _change(differences: Tensor) -> str:
@@ -227,23 +224,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cpus", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)))
-    parser.add_argument("--settings", nargs="+", help="make only runs of these settings, and no table")
-    parser.add_argument("--reuse", action="store_true", help="the study of reuse, of the first seed")
+    parser.add_argument("--list", action="store_true", help="the fast mode with other settings; one seed")
+    parser.add_argument("--settings", nargs="+", help="which other settings; without it the page's list")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
     given = parser.parse_args(arguments)
-    folder, seeds = given.runs.resolve(), given.seeds[:1] if given.reuse else given.seeds
+    folder, seeds = given.runs.resolve(), given.seeds[:1] if given.list else given.seeds
     folder.mkdir(parents=True, exist_ok=True)
-    every = given.settings or (REUSE if given.reuse else (EXACT, FAST))
+    others = given.settings or OTHERS
+    every = [f"{FAST} {name}" for name in others] if given.list else [EXACT, FAST]
     try:
         make_all([Run(folder, settings, seed) for seed in seeds for settings in every], given.cpus)
-        if given.settings:
-            return 0
-        found = reuse_table(folder, seeds[0]) if given.reuse else table(folder, seeds)
+        found = list_table(folder, others, seeds[0]) if given.list else table(folder, seeds)
         text = f"{hardware(CPU)}, torch {torch.__version__}, commit {commit()}:\n\n{found.markdown()}\n"
         print(text)
         if given.write is not None:
-            markers = REUSES if given.reuse else MODES
-            page = replaced(given.write.read_text(encoding="utf-8"), text, *markers)
+            page = replaced(given.write.read_text(encoding="utf-8"), text, *(LIST if given.list else MODES))
             given.write.write_text(page, encoding="utf-8")
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
