@@ -83,7 +83,7 @@ class OnlineVPO:
         """
         self.config, self.model, self.reward, self.reference = config, model, reward, reference
         self.processes = processes
-        self.rows = Rows(config.rollout.rows)
+        self.rows = Rows(config.rollout.most_rows)
         self.rollout = Rollout(
             model, config.rollout, config.seed, processes.device, self.rows, processes.team
         )

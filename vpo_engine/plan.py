@@ -15,7 +15,7 @@ from vpo_engine.config_file import load_config
 from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.fit import fitting_changes, most_frames
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
-from vpo_engine.planning.planner import plan_run
+from vpo_engine.planning.planner import granted, plan_run
 from vpo_engine.planning.report import as_json, provenance, table, verdict
 
 RESOLUTIONS = ("240p", "360p", "480p", "720p")
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not plan.fits:
             changes = [
-                f"  {c}: {c.plan.peak.total / GIB:.2f} GiB" for c in fitting_changes(config, plan, planner)
+                f"  {c}: {c.plan.peak.total / GIB:.2f} GiB"
+                for c in fitting_changes(granted(config, gpu), plan, planner)
             ]
             found = (
                 "single settings with which it fits, cheapest first:"

@@ -72,7 +72,7 @@ def train(config: Config) -> int:
         stored = None if ledger is None else StoredPairs(ledger, config.pairs.min_gap)
         prompts, held_out_prompts = build_prompts(config)
         if configurations_are_here(config):  # else building the model says which is missing
-            plan = check_fits(config, processes.device, processes.count)
+            config, plan = check_fits(config, processes.device, processes.count)
             if processes.first:
                 print(plan, flush=True)
         model = build_model(config, processes)

@@ -10,8 +10,8 @@ import torch
 from vpo_engine import plan, train
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
-from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, Plan, estimate
-from vpo_engine.planning.fit import most_frames, with_setting
+from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, PhasePlan, Plan, estimate
+from vpo_engine.planning.fit import most_frames, with_granted_rows, with_setting
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
 from vpo_engine.planning.parts import (
     Assumed,
@@ -110,13 +110,56 @@ def test_the_nearest_change_that_fits_is_named_and_true():
     with pytest.raises(ValueError, match="it fits with ") as refused:
         check_fits(load_config(None, [f"memory.limit_gib={limit}"]), CPU)
     named = str(refused.value).split("it fits with ")[1].split(" (")[0]
-    assert "plan: " in check_fits(load_config(None, [f"memory.limit_gib={limit}", named]), CPU)
+    assert "plan: " in check_fits(load_config(None, [f"memory.limit_gib={limit}", named]), CPU)[1]
 
 
 def test_overcommit_goes_on():
-    assert "limit 0.00 GiB" in check_fits(
-        load_config(None, ["memory.limit_gib=0.001", "memory.overcommit=true"]), CPU
-    )
+    _, line = check_fits(load_config(None, ["memory.limit_gib=0.001", "memory.overcommit=true"]), CPU)
+    assert "limit 0.00 GiB" in line
+
+
+@pytest.mark.parametrize("candidates", [4, 6])
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_rows_are_granted_in_whole_prompts_or_even_parts_of_one(candidates: int, processes: int):
+    config = load_config(None, ["pairs_per_step=8", f"rollout.candidates={candidates}"])
+    everything = 8 // processes * candidates
+    update = PhasePlan("update", {"activations": 10**9}, 0, 0.0, None)  # which rows do not lessen
+
+    def granted_of(most: int) -> int | None:
+        def planner(changed: Config) -> Plan:
+            rows = min(changed.rollout.most_rows or everything, everything)
+            phases = (PhasePlan("rollout", {"activations": rows}, 0, 0.0, None), update)
+            return Plan(phases, most, "a test", None, ())
+
+        return with_granted_rows(config, planner, processes).rollout.most_rows
+
+    for most in range(everything):
+        rows = granted_of(most)
+        assert rows is not None
+        assert 1 <= rows <= max(1, most)
+        assert 2 * rows > most / 2, "a half, rounded, of what would fit at least"
+        assert rows % candidates == 0 or rows < candidates
+    assert granted_of(everything) is granted_of(10**6) is None
+    fixed = load_config(None, ["rollout.rows=7"])
+    assert with_granted_rows(fixed, pytest.fail) is fixed
+
+
+def test_a_run_takes_the_rows_that_its_plan_grants(monkeypatch, capsys, tmp_path):
+    class ThatIsAll(Exception):  # noqa: N818
+        pass
+
+    def build(config: Config, *_: object) -> None:
+        raise ThatIsAll(config.rollout.rows)
+
+    monkeypatch.setattr(train, "build_model", build)
+    phases = plan_run(load_config(None, ["rollout.rows=16"]), None).phases
+    enough = max(phase.total for phase in phases if phase.name in ("rollout", "decode")) / GIB
+    for limit, rows in ((enough, 16), (20, None)):
+        settings = ["model.device=cpu", "memory.overcommit=true", f"memory.limit_gib={limit}"]
+        with pytest.raises(ThatIsAll) as built:
+            train.main([*settings, f"run_dir={tmp_path / 'run'}"])
+        assert built.value.args == (rows,)
+        assert ("16 candidates at once" in capsys.readouterr().out) == (rows == 16)
 
 
 def test_changes_that_are_made_or_excluded_are_not_proposed():

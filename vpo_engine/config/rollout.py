@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -51,9 +51,10 @@ class RolloutConfig(Section):
     ledger: Path | None = None
     """Run directory (or its ledger folder) whose pairs source ledger trains on, in the order in which they were made,
     again and again; it was written with pairs.ledger=latents."""
-    rows: int | None = Field(None, ge=1)
+    rows: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
     """The most candidates that go through the network and the decoder at once, as whole prompts or as even parts of
-    one; null: all of a step."""
+    one; null: all of a step. auto: as many as the plan says fit; give the number that the run prints where a resumed
+    run is to be the same bit for bit on a device with other memory."""
     overlap: bool = False
     """Decode and score groups of ``rows`` while the next are sampled: on a GPU in a stream of its own, on a CPU, whose
     cores sampling takes, between groups. Scores stay the same. The seconds of decoding and scoring that sampling hides
@@ -74,6 +75,11 @@ class RolloutConfig(Section):
     rollout. It is meant for GPUs that have such products; elsewhere it takes longer than the policy."""
     explore: ExploreConfig | None = None
     """null: candidates are sampled once."""
+
+    @property
+    def most_rows(self) -> int | None:
+        """``rows`` as a number, None for all; all, too, where nobody planned what auto may take."""
+        return None if self.rows == "auto" else self.rows
 
     @property
     def prune_step(self) -> int:

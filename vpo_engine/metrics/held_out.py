@@ -99,7 +99,7 @@ class HeldOut:
         return self.prompts[clip % len(self.prompts)]
 
     def _chunks(self, clips: Sequence[int]) -> list[Sequence[int]]:
-        rows = self._config.rollout.rows or 64
+        rows = self._config.rollout.most_rows or 64
         return [clips[start : start + rows] for start in range(0, len(clips), rows)]
 
     @torch.no_grad()
@@ -133,6 +133,9 @@ class HeldOut:
                     scores = scorer.score(videos, captions)
                 scores = scores | {"selected": combine(scores, dimensions)}
                 found |= {f"{name}/{key}": value.float().cpu() for key, value in scores.items()}
-        for name, measures in (("pixels", instruments.pixels(videos, captions)), ("style", appearance(videos))):
+        for name, measures in (
+            ("pixels", instruments.pixels(videos, captions)),
+            ("style", appearance(videos)),
+        ):
             found |= {f"{name}/{key}": value.float().cpu() for key, value in measures.items()}
         return found

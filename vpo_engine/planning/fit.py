@@ -95,6 +95,41 @@ def _takes_more(config: Config, name: str, value: Any) -> bool:
     return key.endswith(("rows", "frames", "bits")) and now is not None and now <= value
 
 
+def with_granted_rows(config: Config, planner: Planner, processes: int = 1) -> Config:
+    """rollout.rows=auto as the number that the plan grants: all candidates of a process's step, else the most of whole
+    prompts or of even parts of one with which sampling and decoding fit; 1 if not even one fits."""
+    if config.rollout.rows != "auto":
+        return config
+    team = config.processes.per_prompt
+    each = max(1, config.rollout.candidates // team)
+    prompts = max(1, config.pairs_per_step * team // processes)
+    choices = [*_halvings(each)[:0:-1], *(each * number for number in reversed(_halvings(prompts)))]
+
+    def fits(changed: Config) -> bool:
+        plan = planner(changed)
+        return all(phase.total <= plan.limit for phase in plan.phases if phase.name in _ROLLOUT)
+
+    if fits(everything := _with_rows(config, None)):
+        return everything
+    low, high = 0, len(choices) - 1  # choices[high] does not fit; choices[low] does, if any
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(_with_rows(config, choices[middle])) else (low, middle)
+    return _with_rows(config, choices[low])
+
+
+def _halvings(number: int) -> list[int]:
+    """number, its half rounded up, and so on to 1."""
+    found = [number]
+    while found[-1] > 1:
+        found.append(-(-found[-1] // 2))
+    return found
+
+
+def _with_rows(config: Config, rows: int | None) -> Config:
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"rows": rows})})
+
+
 CHUNK = 17
 """Frames in a chunk of the VAE."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from vpo_engine.config import Config
 from vpo_engine.planning.estimate import Plan, estimate
 from vpo_engine.planning.extrapolate import Traced, traced
-from vpo_engine.planning.fit import fitting_changes
+from vpo_engine.planning.fit import fitting_changes, with_granted_rows
 from vpo_engine.planning.gpus import GIB, Gpu, present_gpu
 from vpo_engine.planning.report import line, shortfall
 
@@ -20,6 +21,11 @@ def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
 
     Its limit is memory.limit_gib, else the GPU's capacity or the memory that this machine has available.
     """
+    if config.rollout.rows == "auto":
+        config = granted(config, gpu, processes)
+        plan = plan_run(config, gpu, processes)
+        note = f"rollout.rows=auto grants {config.rollout.rows or 'all'} candidates at once"
+        return replace(plan, notes=(*plan.notes, note))
     given = config.memory.limit_gib
     if given is not None:
         limit, limited_by = int(given * GIB), f"memory.limit_gib={given:g}"
@@ -30,15 +36,25 @@ def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
     return estimate(config, _trace(_as_traced(config), gpu is not None, processes), gpu, limit, limited_by)
 
 
-def check_fits(config: Config, device: torch.device, processes: int = 1) -> str:
-    """The plan of a run on ``device`` in one line. ValueError, unless memory.overcommit, if it cannot fit there:
-    phase, need, limit, and the cheapest single settings that would make it fit."""
+def granted(config: Config, gpu: Gpu | None, processes: int = 1) -> Config:
+    """The configuration with rollout.rows=auto as the number that the plan on ``gpu`` (None: this CPU) grants."""
+    return with_granted_rows(config, lambda changed: plan_run(changed, gpu, processes), processes)
+
+
+def check_fits(config: Config, device: torch.device, processes: int = 1) -> tuple[Config, str]:
+    """The configuration with its rows granted, and its plan on ``device`` in one line.
+
+    ValueError, unless memory.overcommit, if it cannot fit there: phase, need, limit, and the cheapest single settings
+    that would make it fit.
+    """
     gpu = present_gpu() if device.type == "cuda" else None
+    config = granted(config, gpu, processes)
     plan = plan_run(config, gpu, processes)
     if not plan.fits and not config.memory.overcommit:
         changes = fitting_changes(config, plan, lambda changed: plan_run(changed, gpu, processes))
         raise ValueError(shortfall(plan, next(changes, None)))
-    return line(plan)
+    rows = config.rollout.rows
+    return config, line(plan) + (f"; {rows} candidates at once" if rows else "")
 
 
 def available_memory() -> int:

@@ -41,7 +41,7 @@ class Rollout:
         self._model, self._config = model, config
         self._team = team or Processes(0, 1, device)
         self._seed, self._device = seed, device
-        self._rows = rows or Rows(config.rows)
+        self._rows = rows or Rows(config.most_rows)
         if config.compile == "graphs" and device.type != "cuda":
             raise ValueError(
                 f"rollout.compile=graphs needs a CUDA device, but this is {device.type}; set rollout.compile=none, or "
