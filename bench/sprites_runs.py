@@ -59,6 +59,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row("BRISQUE (builtin), for aesthetic", "brisque", (40.1, 95.04, 52.33)),
         Row("sprites_image, for ImageReward", "image", (46.0, 96.26, 51.04)),
         Row("sprites, temporal consistency, for VideoScore", "temporal_consistency", _TEMPORAL),
+        Row("sprites, mean of all, the engine's default", "global", None),
     ),
     "4b": (
         Row("visual quality", "visual_quality", (38.0, 96.56, 52.97)),

@@ -183,7 +183,7 @@ class TestTables:
         assert text.count("words") == 3
         assert "| sprites, mean of all | 75.0 [50.0, 100.0] |" in text
         assert text.count("| base policy | 2.000 |") == 2
-        for name in ("2", "4a", "4b"):
+        for name in ("2", "4b"):
             assert (tmp_path / f"sprites_table{name}.png").stat().st_size > 5000
         assert capsys.readouterr().out.count("Table ") == 3
         page.write_text("no markers")
