@@ -77,11 +77,13 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 
+PLANNED = """Every point is
+planned, none is measured: with 2 and with 4 pairs of blocks, continued to 28 on a straight line."""
+
 PAGE = """# Memory of an update
 
 Full fine-tuning of STDiT3-XL/2, one pair at a time, as in Figure 7 of OnlineVPO (arXiv 2412.15159): GiB at the peak
-of an update or of the optimizer's step, bold beyond what an A100 of 80 GB has ({limit} GiB). {how} What repeats over
-the depth is planned with 2 and with 4 pairs of blocks, and continued to 28 on a straight line.
+of an update or of the optimizer's step, bold beyond what an A100 of 80 GB has ({limit} GiB). {how}
 `python bench/figure7.py` writes this page.
 
 - Policy, gradients, optimizer, reference and VAE count. Text encoder, reward model, CUDA's context and fragmentation
@@ -94,7 +96,7 @@ the depth is planned with 2 and with 4 pairs of blocks, and continued to 28 on a
   all frames decoded in the graph, a gradient from the pixels. What a reward model keeps for that gradient comes on
   top. *VAE checkpointed* computes the decoder again, a micro-batch of 4 frames at a time.
 - The recommended configuration lies flat: at nearly all sizes its peak is the optimizer's step, where float32 masters
-  and moments (13.4 GiB), weights and gradients are together. The leanest does so up to 480p.
+  and moments (13.4 GiB), weights and gradients are together. So it is with the leanest up to 480p x 34.
 
 ![Peak memory against frames](memory.png)
 
@@ -298,7 +300,7 @@ def main() -> int:
     if torch.cuda.is_available():
         found, how = measured_peaks(), f"Measured on {torch.cuda.get_device_name()}."
     else:
-        found, how = planned_peaks(), "Planned, not measured, point by point."
+        found, how = planned_peaks(), PLANNED
     picture(found, ROOT / "docs" / "memory.png")
     page = PAGE.format(how=how, limit=A100_GIB, table=markdown(found))
     (ROOT / "docs" / "memory.md").write_text(page, encoding="utf-8")

@@ -100,9 +100,7 @@ def test_ties_are_skipped_counted_and_leave_the_policy_alone(small: Make) -> Non
 
 def test_min_gap_widens_what_counts_as_a_tie(small: Make) -> None:
     scores = ScriptedReward([0.0, 0.4, 0.0, 0.6])
-    metrics = run_step(
-        make_algorithm(small("reward.dimensions=global", "pairs.min_gap=0.5"), scores)
-    ).metrics
+    metrics = run_step(make_algorithm(small("reward.dimensions=global", "pairs.min_gap=0.5"), scores)).metrics
     assert (metrics["tie_rate"], metrics["pairs"]) == (0.5, 1)
 
 

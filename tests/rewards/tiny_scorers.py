@@ -67,3 +67,5 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
 }
 IMAGES = ("laion_aesthetic", "imagereward", "mps", "hpsv2", "pickscore")
 """Those that score frames one by one."""
+PICTURES = (*IMAGES, "q_align")
+"""Those that score a single frame; Q-Align with its ``frames`` set, as its fixtures have it."""

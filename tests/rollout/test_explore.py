@@ -175,7 +175,8 @@ def test_the_copy_rounds_the_blocks_matrices_and_shares_everything_else(bits: Bi
     rows = sum(len(policy.get_submodule(name).weight) for name in linears)  # type: ignore[arg-type]
     assert sampling.nbytes == expected + 4 * rows
     exact, found = sampled(settings()), sampled(settings(), sampling)
-    assert 0 < (found - exact).norm() < 0.3 * exact.norm()  # seen: 4 % and 10 %; a wrong scale anywhere gives 100 %
+    # Seen: 4 % and 10 %; a wrong scale anywhere gives 100 %.
+    assert 0 < (found - exact).norm() < 0.3 * exact.norm()
     with moved(policy, 0.01):
         sampling.refresh()
         fresh = SamplingCopy(policy, bits)

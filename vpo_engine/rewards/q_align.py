@@ -28,7 +28,6 @@ from torch import Tensor
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import (
     check_finite,
-    check_moving,
     check_video_pixels,
     check_videos,
     spread_frames,
@@ -195,11 +194,10 @@ class QAlign:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """uint8 videos [B, F, H, W, 3] and B prompts, which are not read, to {dimension: float32 [B]} on the CPU.
 
-        ValueError for a wrong shape or type, for videos of one frame, for those shorter than a second where ``frames``
-        is None, and for a score that is not finite.
+        ValueError for a wrong shape or type, for videos shorter than a second where ``frames`` is None, and for a score
+        that is not finite. With ``frames`` set, a single frame is scored as the published code scores it.
         """
         check_videos(videos, prompts)
-        check_moving(videos, "Q-Align")
         indices = self.frame_indices(videos.shape[1])
         parts = []
         for start in range(0, len(prompts), self.batch_size):
