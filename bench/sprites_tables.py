@@ -143,19 +143,25 @@ def draw_runs(path: Path, rows: Sequence[sprites_runs.Row], found: Summaries) ->
     here, there = figure.subplots(1, 2)
     x, y = (COLUMNS[name] for name in ("dynamic degree", "temporal consistency"))
     base = found[rows[0].run]["measures"]
-    here.plot(base[x]["before"], base[y]["before"], "kx")
-    here.annotate(
-        "base", (base[x]["before"], base[y]["before"]), (5, 4), textcoords="offset points", fontsize=8
-    )
-    there.plot(*PAPER_BASE[:2], "kx")
-    there.annotate("base", PAPER_BASE[:2], (5, 4), textcoords="offset points", fontsize=8)
+    ours = {"base": (base[x]["before"], base[y]["before"])}
+    theirs = {"base": PAPER_BASE[:2]}
     for row in rows:
         measures = found[row.run]["measures"]
-        points = [(here, (measures[x]["after"], measures[y]["after"]))]
-        points += [] if row.paper is None else [(there, row.paper[:2])]
-        for axis, point in points:
-            axis.plot(*point, "o", color="#4269d0")
-            axis.annotate(row.label, point, (5, 4), textcoords="offset points", fontsize=8)
+        ours[row.label] = (measures[x]["after"], measures[y]["after"])
+        if row.paper is not None:
+            theirs[row.label] = row.paper[:2]
+    for axis, points in ((here, ours), (there, theirs)):
+        for place, (label, point) in enumerate(sorted(points.items(), key=lambda named: named[1])):
+            axis.plot(*point, "x" if label == "base" else "o", color="k" if label == "base" else "#4269d0")
+            # Neighbours have their labels above and below.
+            axis.annotate(
+                label,
+                point,
+                (0, -13 if place % 2 else 6),
+                textcoords="offset points",
+                fontsize=8,
+                ha="center",
+            )
     here.set(title="sprites, by the judge", xlabel="dynamic degree", ylabel="temporal consistency")
     there.set(title="the paper, VBench", xlabel="dynamic degree, %", ylabel="subject consistency, %")
     for axis in (here, there):
