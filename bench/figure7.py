@@ -104,7 +104,7 @@ of an update or of the optimizer's step, bold beyond what an A100 of 80 GB has (
 
 ## How many frames fit in 80 GB
 
-`python -m vpo_engine.plan opensora_v1_2_720p.yaml --gpu a100-80g --frames`, with *plain*'s settings for the second row;
+`python -m vpo_engine.plan opensora_v1_2_720p.yaml --gpu a100-80g`, with *plain*'s settings for the second row;
 here text encoder, VideoScore, CUDA's context and fragmentation count too. Whole chunks of 17 frames at 24 a second;
 planned, not measured.
 

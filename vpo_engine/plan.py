@@ -1,20 +1,24 @@
 """What a run will take: memory, operations and seconds of every phase of a step, without a GPU and without weights.
 
-python -m vpo_engine.plan CONFIG.yaml [key.path=value ...] [--gpu a100-80g] [--frames] [--json]
+python -m vpo_engine.plan CONFIG.yaml [key.path=value ...] [--gpu a100-80g] [--no-frames] [--json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.fit import fitting_changes, most_frames
-from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
+from vpo_engine.planning.gpus import GIB, GPUS, Gpu, find_gpu
 from vpo_engine.planning.planner import granted, plan_run
 from vpo_engine.planning.report import as_json, provenance, table, verdict
 
@@ -34,44 +38,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", help=f"{', '.join(GPUS)}; default: the one that is here, else a100-80g")
     parser.add_argument("--json", action="store_true", help="numbers for machines")
     parser.add_argument(
-        "--frames", action="store_true", help=f"also the most frames that fit at {', '.join(RESOLUTIONS)}"
+        "--no-frames",
+        action="store_true",
+        help=f"without the most frames that fit at {', '.join(RESOLUTIONS)}, which take minutes to find",
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     source, overrides = given.config, given.overrides
     if source is not None and "=" in source:
         source, overrides = None, [source, *overrides]
     try:
         config, gpu = load_config(source, overrides), find_gpu(given.gpu)
         plan = plan_run(config, gpu)
+        frames = () if given.no_frames or config.model.kind == "sprites" else RESOLUTIONS
         if given.json:
-            print(json.dumps(as_json(plan), indent=1))
+            found = as_json(plan) | ({"most_frames": dict(frames_that_fit(config, gpu))} if frames else {})
+            print(json.dumps(found, indent=1))
             return 0
         print(table(plan), *provenance(plan), verdict(plan), sep="\n", flush=True)
-
-        def planner(changed: Config) -> Plan:
-            return plan_run(changed, gpu)
-
         if not plan.fits:
-            changes = [
-                f"  {c}: {c.plan.peak.total / GIB:.2f} GiB"
-                for c in fitting_changes(granted(config, gpu), plan, planner)
-            ]
-            found = (
-                "single settings with which it fits, cheapest first:"
-                if changes
-                else "no single setting makes it fit"
+            print(*_remedies(config, gpu, plan), sep="\n", flush=True)
+        if frames:
+            print(
+                "most frames that fit, otherwise configured so (minutes; --no-frames leaves them out):",
+                flush=True,
             )
-            print(found, *changes, sep="\n", flush=True)
-        if given.frames:
-            for resolution in RESOLUTIONS:
-                frames = most_frames(config, resolution, planner)
-                print(
-                    f"most frames at {resolution}: {frames} ({frames / config.model.fps:.1f} s)", flush=True
-                )
+            for resolution, count in frames_that_fit(config, gpu):
+                print(f"  {resolution}: {count} ({count / config.model.fps:.1f} s)", flush=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _remedies(config: Config, gpu: Gpu | None, plan: Plan) -> list[str]:
+    """What would make a run fit that does not."""
+    changes = fitting_changes(granted(config, gpu), plan, lambda changed: plan_run(changed, gpu))
+    lines = [f"  {change}: {change.plan.peak.total / GIB:.2f} GiB" for change in changes]
+    if not lines:
+        return ["no single setting makes it fit"]
+    return ["single settings with which it fits, cheapest first:", *lines]
+
+
+def frames_that_fit(config: Config, gpu: Gpu | None) -> Iterator[tuple[str, int]]:
+    """The most frames at each of the ``RESOLUTIONS``; as many at a time as there are cores."""
+    with ProcessPoolExecutor(
+        min(os.cpu_count() or 1, len(RESOLUTIONS)), multiprocessing.get_context("spawn")
+    ) as pool:
+        yield from zip(RESOLUTIONS, pool.map(partial(_most_frames, config, gpu), RESOLUTIONS), strict=True)
+
+
+def _most_frames(config: Config, gpu: Gpu | None, resolution: str) -> int:
+    return most_frames(config, resolution, lambda changed: plan_run(changed, gpu))
 
 
 if __name__ == "__main__":

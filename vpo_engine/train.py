@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's"
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     source, overrides = given.config, given.overrides
     if source is not None and "=" in source:
         source, overrides = None, [source, *overrides]

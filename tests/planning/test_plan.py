@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -179,9 +181,8 @@ class Straight:
 
     def __call__(self, config: Config) -> Plan:
         self.calls += 1
-        found = plan_run(load_config(None), None)
         size = int(GIB * (1 + 2 * config.model.num_frames // 17))
-        phase = found.phases[0].__class__("update", {"activations": size}, 0, 0.0, None)
+        phase = PhasePlan("update", {"activations": size}, 0, 0.0, None)
         return Plan((phase,), int(10.5 * GIB), "a test", None, ())
 
 
@@ -189,6 +190,20 @@ def test_the_most_frames_are_whole_chunks_and_confirmed():
     planner = Straight()
     assert most_frames(xl(), "720p", planner) == 4 * 17
     assert planner.calls <= 5
+
+
+def test_frames_at_each_resolution_follow_the_plan(monkeypatch, capsys):
+    """Settings after options count too."""
+    monkeypatch.setattr(plan, "plan_run", lambda config, gpu: Straight()(config))
+    monkeypatch.setattr(plan, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
+    command = ["opensora_v1_2_720p.yaml", "--gpu", "h200", "model.fps=17"]
+    assert plan.main(command) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("  240p: 68 (4.0 s)\n  360p: 68 (4.0 s)\n  480p: 68 (4.0 s)\n  720p: 68 (4.0 s)\n")
+    assert plan.main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["most_frames"] == dict.fromkeys(plan.RESOLUTIONS, 68)
+    assert plan.main([*command, "--no-frames"]) == 0
+    assert "most frames" not in capsys.readouterr().out
 
 
 def test_json_and_text_say_the_same(capsys):
@@ -209,7 +224,7 @@ def test_unknown_gpus_are_refused(capsys):
 
 
 def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes(monkeypatch):
-    """The engine's own step, sprites at two pairs, with tensors that have memory."""
+    """The engine's own step, sprites at two pairs, with tensors that have memory, every block and every step run."""
     config = load_config(None, ["pairs_per_step=2", "objective.draws=1"])
 
     class NoFakes:
@@ -219,8 +234,11 @@ def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes(monkeyp
 
     fake = trace_step(config, on_gpu=False)
     monkeypatch.setattr("vpo_engine.planning.trace.FakeTensorMode", NoFakes)
+    monkeypatch.setattr("vpo_engine.planning.trace.repeated", lambda *_: nullcontext())
+    monkeypatch.setattr("vpo_engine.planning.trace.repeated_steps", lambda _: nullcontext())
     monkeypatch.setattr("vpo_engine.planning.trace.materialise", _random)
     monkeypatch.setattr("vpo_engine.planning.parts.materialise", _random)
+    torch.manual_seed(0)
     real = trace_step(config, on_gpu=False)
     for name in ("rollout", "update", "optimizer", "refresh"):
         assert fake.peak(name) == real.peak(name), name
@@ -244,11 +262,12 @@ def test_720p_and_68_frames_fit_in_24_gib():
 
 
 def test_the_sprites_world_has_no_other_sizes(capsys):
-    assert plan.main(["--gpu", "h200", "--frames"]) == 1
-    assert (
-        "the sprites world has videos of one size: --frames needs model.kind=opensora"
-        in capsys.readouterr().err
-    )
+    assert plan.main(["--gpu", "h200"]) == 0
+    assert "most frames" not in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"the sprites world has videos of one size; plan model.kind=opensora"
+    ):
+        most_frames(load_config(None, []), "720p", Straight())
 
 
 def test_adapters_are_planned():

@@ -379,7 +379,7 @@ class TestRefusals:
 
     def test_videos_shorter_than_a_second(self, folder: Path) -> None:
         published = QAlign.from_pretrained(folder)
-        with pytest.raises(ValueError, match="1 frames, less than a second at 24 fps.*set its frames"):
+        with pytest.raises(ValueError, match=r"1 frames, less than a second at 24 fps.*set its frames"):
             published.score(clips(1, frames=1), ["a"])
         with pytest.raises(ValueError, match="16 frames, less than a second at 24 fps"):
             published.score(clips(1, frames=16), ["a"])

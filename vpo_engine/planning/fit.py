@@ -138,10 +138,15 @@ def most_frames(config: Config, resolution: str, planner: Planner) -> int:
     """The most frames, in whole chunks of the VAE, with which the run fits at ``resolution``; 0 if not even one chunk.
 
     Every phase grows with the frames in nearly a straight line: two plans give a guess, and more confirm that it fits
-    and that a chunk more does not. ValueError for the sprites world, whose videos have one size.
+    and that a chunk more does not. With rollout.rows=auto that is one row: any run that fits at all fits so. ValueError
+    for the sprites world, whose videos have one size.
     """
     if config.model.kind == "sprites":
-        raise ValueError("the sprites world has videos of one size: --frames needs model.kind=opensora")
+        raise ValueError(
+            "the sprites world has videos of one size; plan model.kind=opensora for the most frames"
+        )
+    if config.rollout.rows == "auto":
+        config = _with_rows(config, 1)
 
     def plan(chunks: int) -> Plan:
         size = {"resolution": resolution, "num_frames": CHUNK * chunks}
