@@ -178,7 +178,7 @@ def test_cards_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(blocks) == NAMES
     assert "cannot be imported: " in blocks["mps"]
     assert "parameters      8.27 billion (15.4 GiB in bfloat16, 7.7 in 8 bits)" in blocks["videoscore"]
-    assert "dimensions      visual_quality, naturalness 0..1, temporal_consistency -1..1" in blocks["builtin"]
+    assert "dimensions      visual_quality (unbounded), naturalness 0..1, temporal_consistency -1..1" in blocks["builtin"]
     assert "reads prompt    no" in blocks["builtin"]
 
 

@@ -183,9 +183,9 @@ def _lines(card: RewardCard) -> list[str]:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    """ " 1..4"; an open side is left out, as is a range without any."""
+    """ " 1..4"; an open side is left out."""
     if low is None and high is None:
-        return ""
+        return " (unbounded)"
     return f" {'' if low is None else f'{low:g}'}..{'' if high is None else f'{high:g}'}"
 
 
