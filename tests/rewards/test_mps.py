@@ -230,9 +230,12 @@ class TestLoading:
             ({"model_type": "blip"}, "has model_type 'blip', expected 'clip'"),
             (
                 {"text_config": CONFIG["clip"]["text_config"] | {"eos_token_id": 7}},
-                "end token 95, config.json 96 and 7",
+                "ends texts with 95, config.json with 7",
             ),
-            ({"text_config": CONFIG["clip"]["text_config"] | {"vocab_size": 90}}, "has 96 tokens"),
+            (
+                {"text_config": CONFIG["clip"]["text_config"] | {"vocab_size": 90}},
+                "has 96 tokens for 90 embeddings",
+            ),
         ],
     )
     def test_wrong_settings(self, copy: Path, change: dict, message: str) -> None:

@@ -379,7 +379,9 @@ class TestRefusals:
 
     def test_videos_shorter_than_a_second(self, folder: Path) -> None:
         published = QAlign.from_pretrained(folder)
-        with pytest.raises(ValueError, match=r"1 frames, less than a second at 24 fps.*set its frames"):
+        with pytest.raises(
+            ValueError, match=r"videos have 1 frame, less than a second at 24 fps.*set its frames"
+        ):
             published.score(clips(1, frames=1), ["a"])
         with pytest.raises(ValueError, match="16 frames, less than a second at 24 fps"):
             published.score(clips(1, frames=16), ["a"])
@@ -388,5 +390,5 @@ class TestRefusals:
         scorer = QAlign.from_pretrained(copy, dtype=torch.float32, frames=8)
         with torch.no_grad():
             scorer.network.model.norm.weight[3] = float("nan")
-        with pytest.raises(ValueError, match=r"Q-Align's quality gave nan for input 0 \('a cat'\)"):
+        with pytest.raises(ValueError, match=r"Q-Align \(quality\) gave nan for input 0 \('a cat'\)"):
             scorer.score(clips(2), ["a cat", "a dog"])

@@ -178,7 +178,8 @@ def test_cards_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(blocks) == NAMES
     assert "cannot be imported: " in blocks["mps"]
     assert "parameters      8.27 billion (15.4 GiB in bfloat16, 7.7 in 8 bits)" in blocks["videoscore"]
-    assert "dimensions      visual_quality (unbounded), naturalness 0..1, temporal_consistency -1..1" in blocks["builtin"]
+    dimensions = "visual_quality (unbounded), naturalness 0..1, temporal_consistency -1..1"
+    assert f"dimensions      {dimensions}" in blocks["builtin"]
     assert "reads prompt    no" in blocks["builtin"]
 
 

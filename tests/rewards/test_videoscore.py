@@ -291,13 +291,13 @@ class TestLoading:
         write_weights(folder, weights)
         with pytest.raises(ValueError, match=re.escape(message)) as caught:
             VideoScore.from_pretrained(folder)
-        assert "is not a VideoScore checkpoint" in str(caught.value)
+        assert "is not a checkpoint of VideoScore, 1 weights disagree" in str(caught.value)
 
     @pytest.mark.parametrize(
         ("name", "change", "message"),
         [
             ("config.json", {"model_type": "qwen2_vl"}, "has model_type 'qwen2_vl', expected 'idefics2'"),
-            ("config.json", {"image_token_id": 6}, "gives <image> the id 5, but config.json has 6"),
+            ("config.json", {"image_token_id": 6}, "gives <image> the id 5, expected 6"),
             (
                 "preprocessor_config.json",
                 {"image_mean": [0.48] * 3},
@@ -362,5 +362,5 @@ class TestRefusals:
         scorer = VideoScore.from_pretrained(copy, dtype=torch.float32, batch_size=1)
         with torch.no_grad():
             scorer.network.score.bias[3] = float("nan")
-        with pytest.raises(ValueError, match=r"VideoScore gave text_alignment = nan for video 0 \('A cat"):
+        with pytest.raises(ValueError, match=r"VideoScore \(text_alignment\) gave nan for input 0 \('A cat"):
             scorer.score(clips(2), [CAT, ODD])

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPConfig, CLIPTokenizer
 
 from vpo_engine.rewards.frames import check_image_pixels, check_images
 
@@ -187,6 +187,32 @@ class ClipTokenizer:
                 except Exception as error:  # tokenizers raises plain Exception
                     raise ValueError(f"{path} cannot be used ({error}); {remedy}") from error
         raise FileNotFoundError(f"no tokenizer.json or {_BPE} in {folder}; {remedy}")
+
+    @staticmethod
+    def of_config(folder: str | Path, config: CLIPConfig, remedy: str) -> ClipTokenizer:
+        """The tokenizer of transformers' CLIP: texts of the model's length, padded with end tokens.
+
+        Errors as of ``from_folder`` and ``check_rows``, and ValueError for another end token than the model reads at.
+        """
+        text = config.text_config
+        tokenizer = ClipTokenizer.from_folder(folder, remedy, length=text.max_position_embeddings)
+        tokenizer.check_rows(text.vocab_size, folder, remedy)
+        if text.eos_token_id not in (
+            2,
+            tokenizer.end,
+        ):  # 2: configurations before 2023-07, read as the highest id
+            raise ValueError(
+                f"the tokenizer in {folder} ends texts with {tokenizer.end}, config.json with {text.eos_token_id}; "
+                f"{remedy}"
+            )
+        return tokenizer
+
+    def check_rows(self, rows: int, folder: str | Path, remedy: str) -> None:
+        """ValueError for more tokens than the model has embeddings."""
+        if len(self) > rows:
+            raise ValueError(
+                f"the tokenizer in {folder} has {len(self)} tokens for {rows} embeddings; {remedy}"
+            )
 
     def __len__(self) -> int:
         """Rows that a table of embeddings needs."""

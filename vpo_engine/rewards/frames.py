@@ -40,6 +40,16 @@ class DifferentiableImageScorer(ImageScorer, Protocol):
         ...
 
 
+def batches(count: int, size: int) -> list[slice]:
+    """The rows of ``count`` inputs in groups of ``size``, the last one of what is left."""
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def counted_frames(count: int) -> str:
+    """ "1 frame", "2 frames"."""
+    return f"{count} frame" if count == 1 else f"{count} frames"
+
+
 def spread_frames(num_frames: int, count: int | None) -> list[int]:
     """The middle frames of ``count`` equal parts of a video, or all its frames if ``count`` is None or too many."""
     if count is None or count >= num_frames:
@@ -56,7 +66,7 @@ def segment_frames(num_frames: int, segments: int, generator: torch.Generator | 
     span = num_frames // segments
     if span == 0:
         raise ValueError(
-            f"videos have {num_frames} frames for {segments} segments; set segments to at most {num_frames}"
+            f"videos have {counted_frames(num_frames)} for {segments} segments; set segments to at most {num_frames}"
         )
     starts = span * torch.arange(segments)
     if generator is None:
@@ -132,8 +142,8 @@ class VideoOfFrames:
         rows = torch.arange(videos.shape[0]).unsqueeze(1).expand_as(indices).flatten()
         columns = indices.flatten()
         parts = []
-        for start in range(0, len(rows), self.batch_size):
-            row, column = rows[start : start + self.batch_size], columns[start : start + self.batch_size]
+        for part in batches(len(rows), self.batch_size):
+            row, column = rows[part], columns[part]
             images = videos[row.to(videos.device), column.to(videos.device)]
             parts.append(self.scorer.score_images(images, [prompts[int(index)] for index in row]))
         scores = torch.cat(parts).view(indices.shape)
@@ -157,10 +167,7 @@ class VideoOfFrames:
         rows = torch.arange(videos.shape[0]).unsqueeze(1).expand_as(indices)
         images = videos[rows.to(videos.device), indices.to(videos.device)].flatten(0, 1)
         texts = [prompts[int(row)] for row in rows.flatten()]
-        parts = [
-            differentiable(images[start : start + self.batch_size], texts[start : start + self.batch_size])
-            for start in range(0, len(texts), self.batch_size)
-        ]
+        parts = [differentiable(images[part], texts[part]) for part in batches(len(texts), self.batch_size)]
         scores = torch.cat(parts).view(indices.shape)
         return {self.dimensions[0]: self._reduce(scores, indices, videos.shape[1])}
 
@@ -215,6 +222,14 @@ def check_moving(videos: Tensor, reader: str) -> None:
         )
 
 
+def check_enough_frames(num_frames: int, count: int, reader: str) -> None:
+    """ValueError for fewer frames than the ``count`` that ``reader`` takes: repeating some would show a standstill."""
+    if num_frames < count:
+        raise ValueError(
+            f"videos have {counted_frames(num_frames)}, but {reader} reads {count}; give it at least {count}"
+        )
+
+
 def check_images(images: Tensor, prompts: Sequence[str]) -> None:
     """ValueError unless ``images`` are uint8 [B, H, W, 3] with B prompts."""
     _check_bytes("image", images)
@@ -238,6 +253,26 @@ def check_prompts(prompts: Sequence[str], reader: str) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {row} is {prompt!r}, expected text: {reader} judges by it")
+
+
+def check_special_tokens(prompt: str, tokens: Sequence[str], reader: str) -> None:
+    """ValueError for a prompt with one of the special ``tokens`` in it; the tokenizer is that of ``reader``."""
+    for token in tokens:
+        if token in prompt:
+            raise ValueError(
+                f"prompt {prompt!r} contains {token!r}, which {reader}'s tokenizer reads as a special token; "
+                "remove it from the prompt"
+            )
+
+
+def by_dimension(
+    scores: Tensor, dimensions: Sequence[str], prompts: Sequence[str], name: str
+) -> dict[str, Tensor]:
+    """Scores [B, D] of model ``name`` as {dimension: [B]}. ValueError as of ``check_finite``, naming the dimension."""
+    columns = dict(zip(dimensions, scores.unbind(1), strict=True))
+    for dimension, column in columns.items():
+        check_finite(column.detach(), prompts, f"{name} ({dimension})")
+    return columns
 
 
 def check_finite(scores: Tensor, prompts: Sequence[str], name: str) -> None:

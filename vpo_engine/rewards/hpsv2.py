@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from vpo_engine.rewards.clip import (
     paired_cosine,
 )
 from vpo_engine.rewards.frames import check_finite, check_prompts
-from vpo_engine.rewards.loading import load_strict, read_file
+from vpo_engine.rewards.loading import find_file, load_strict, local_folder, read_under
 from vpo_engine.rewards.open_clip import Transformer
 
 NAME = "HPSv2"
@@ -138,27 +138,15 @@ class HPSv2(PreprocessedImages):
         for files of another model.
         """
         shape = shape or ClipShape()
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder at {folder}; {REMEDY}")
+        folder = local_folder(folder, REMEDY)
         preprocess = ImagePreprocessor.named(preprocessing, shape.image_size)
         tokenizer = ClipTokenizer.from_folder(folder, REMEDY, length=shape.context_length, pad=0, clean=True)
-        if len(tokenizer) > shape.vocab_size:
-            raise ValueError(
-                f"the tokenizer in {folder} has {len(tokenizer)} tokens for {shape.vocab_size} embeddings; {REMEDY}"
-            )
+        tokenizer.check_rows(shape.vocab_size, folder, REMEDY)
         with torch.device("meta"):
             network = OpenClip(shape)
         path = _weight_file(folder, version)
-        load_strict(
-            network,
-            _state_dict(path),
-            where=path,
-            model=NAME,
-            remedy=REMEDY,
-            dtype=dtype,
-            device=device,
-        )
+        weights = read_under(path, "state_dict", REMEDY)
+        load_strict(network, weights, where=path, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
         return cls(network, tokenizer, preprocess)
 
     @torch.no_grad()
@@ -191,18 +179,4 @@ class HPSv2(PreprocessedImages):
 def _weight_file(folder: Path, version: str) -> Path:
     if version not in get_args(Version):
         raise ValueError(f"version is {version!r}, expected one of {', '.join(get_args(Version))}")
-    stem = f"HPS_{version}_compressed"
-    for name in (f"{stem}.safetensors", f"{stem}.pt"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"no {stem}.pt in {folder}; {REMEDY}")
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The weights of a file; those of a .pt lie under "state_dict"."""
-    content: dict[str, Any] = read_file(path)
-    if path.suffix == ".pt":
-        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise ValueError(f'{path} holds no "state_dict"; {REMEDY}')
-        return content["state_dict"]
-    return content
+    return find_file(folder, [f"HPS_{version}_compressed.{end}" for end in ("safetensors", "pt")], REMEDY)

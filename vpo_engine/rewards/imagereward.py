@@ -28,9 +28,9 @@ from vpo_engine.rewards.clip import (
     fill_position_ids,
     without_position_ids,
 )
-from vpo_engine.rewards.frames import check_finite, check_prompts
+from vpo_engine.rewards.frames import check_finite, check_prompts, check_special_tokens
 from vpo_engine.rewards.laion_aesthetic import AestheticHead
-from vpo_engine.rewards.loading import load_strict, read_file, read_json
+from vpo_engine.rewards.loading import find_file, load_strict, read_file, read_json
 
 NAME = "ImageReward"
 REMEDY = (
@@ -187,15 +187,22 @@ class ImageReward(PreprocessedImages):
         preprocess = ImagePreprocessor.named(preprocessing, shape.image_size)
         with torch.device("meta"):
             network = ImageRewardNetwork(shape, text)
-        path = _weight_file(folder)
+        path = find_file(folder, ["ImageReward.safetensors", "ImageReward.pt"], REMEDY)
         weights = {
             key: weight
             for key, weight in without_position_ids(read_file(path)).items()
             if not key.startswith(_UNUSED)
         }
-        load_strict(network, weights, where=path, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
-        for key, parameter in network.mlp.named_parameters():
-            parameter.data = weights[f"mlp.{key}"].to(device, torch.float32, copy=True)
+        load_strict(
+            network,
+            weights,
+            where=path,
+            model=NAME,
+            remedy=REMEDY,
+            dtype=dtype,
+            device=device,
+            float32=("mlp.",),
+        )
         fill_position_ids(network, device)
         return cls(network, tokenizer, preprocess)
 
@@ -215,12 +222,7 @@ class ImageReward(PreprocessedImages):
         mask = torch.zeros_like(ids)
         start, end = self.tokenizer.token_to_id("[CLS]"), self.tokenizer.token_to_id("[SEP]")
         for row, prompt in enumerate(prompts):
-            for token in _SPECIAL:
-                if token in prompt:
-                    raise ValueError(
-                        f"prompt {prompt!r} contains {token!r}, which BERT's tokenizer reads as a special token; "
-                        "remove it from the prompt"
-                    )
+            check_special_tokens(prompt, _SPECIAL, "BERT")
             words = self.tokenizer.encode(prompt, add_special_tokens=False).ids[: TOKENS - 2]
             ids[row, : len(words) + 2] = torch.tensor([start, *words, end])
             mask[row, : len(words) + 2] = 1
@@ -268,10 +270,3 @@ def _read_tokenizer(folder: Path, config: BlipTextConfig) -> Tokenizer:
             f"{REMEDY}"
         )
     return tokenizer
-
-
-def _weight_file(folder: Path) -> Path:
-    for name in ("ImageReward.safetensors", "ImageReward.pt"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"no ImageReward.pt in {folder}; {REMEDY}")

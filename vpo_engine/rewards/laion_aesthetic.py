@@ -25,7 +25,7 @@ from vpo_engine.rewards.clip import (
     without_position_ids,
 )
 from vpo_engine.rewards.frames import check_finite
-from vpo_engine.rewards.loading import load_strict, read_file, read_json, read_weights
+from vpo_engine.rewards.loading import find_file, load_strict, read_config, read_file, read_weights
 
 NAME = "LAION's aesthetic predictor"
 HEAD = "sac+logos+ava1-l14-linearMSE"
@@ -107,11 +107,7 @@ class LaionAesthetic(PreprocessedImages):
         another model.
         """
         folder = Path(folder)
-        fields = read_json(folder, "config.json", REMEDY)
-        if fields.get("model_type") != "clip":
-            raise ValueError(
-                f"{folder / 'config.json'} has model_type {fields.get('model_type')!r}, expected 'clip'; {REMEDY}"
-            )
+        fields = read_config(folder, "clip", REMEDY)
         config = CLIPConfig.from_dict(fields).vision_config
         config.projection_dim = fields.get("projection_dim", config.projection_dim)
         preprocess = ImagePreprocessor.named(preprocessing, config.image_size)
@@ -139,10 +135,7 @@ def read_head(folder: Path, features: int, device: torch.device | str = "cpu") -
 
     The repository's other file, of a head with ReLUs between other layers, is refused.
     """
-    names = (f"{HEAD}.safetensors", f"{HEAD}.pth")
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"no {HEAD}.pth in {folder}; {REMEDY}")
+    path = find_file(folder, [f"{HEAD}.safetensors", f"{HEAD}.pth"], REMEDY)
     weights = read_file(path)
     with torch.device("meta"):
         head = AestheticHead([features, *_widths(weights)])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -22,15 +23,21 @@ INDEXES = tuple(f"{name}.index.json" for name in WHOLE)
 _SHOWN = 4
 
 
-def read_json(folder: str | Path, name: str, remedy: str) -> dict[str, Any]:
-    """The object in a folder's JSON file.
-
-    ``remedy``: the sentence that ends an error. FileNotFoundError where folder or file is missing, ValueError for a
-    file that is no JSON object.
-    """
+def local_folder(folder: str | Path, remedy: str) -> Path:
+    """The folder's path. ``remedy``: the sentence that ends an error. FileNotFoundError where there is no folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}; {remedy}")
+    return folder
+
+
+def read_json(folder: str | Path, name: str, remedy: str) -> dict[str, Any]:
+    """The object in a folder's JSON file.
+
+    FileNotFoundError where folder or file is missing, ValueError for a file that is no JSON object; both end with
+    ``remedy``.
+    """
+    folder = local_folder(folder, remedy)
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"no {name} in {folder}; {remedy}")
@@ -43,6 +50,25 @@ def read_json(folder: str | Path, name: str, remedy: str) -> dict[str, Any]:
     return fields
 
 
+def read_config(folder: str | Path, model_type: str, remedy: str) -> dict[str, Any]:
+    """The object in config.json. Errors as of ``read_json``, and ValueError for another ``model_type``."""
+    fields = read_json(folder, "config.json", remedy)
+    kind = fields.get("model_type")
+    if kind != model_type:
+        raise ValueError(
+            f"{Path(folder) / 'config.json'} has model_type {kind!r}, expected {model_type!r}; {remedy}"
+        )
+    return fields
+
+
+def find_file(folder: Path, names: Sequence[str], remedy: str) -> Path:
+    """The first of these files that exists. FileNotFoundError where none does, naming the last: the published one."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no {names[-1]} in {folder}; {remedy}")
+
+
 def read_weights(folder: str | Path, remedy: str, names: Sequence[str] = ()) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder, on the CPU, in the files' types.
 
@@ -53,11 +79,8 @@ def read_weights(folder: str | Path, remedy: str, names: Sequence[str] = ()) -> 
     folder = Path(folder)
     for whole, index in zip(WHOLE, INDEXES, strict=True):
         if (folder / index).is_file():
-            shards = sorted(set(read_json(folder, index, remedy)["weight_map"].values()))
-            for shard in shards:
-                if not (folder / shard).is_file():
-                    raise FileNotFoundError(f"no weight file {shard} in {folder}; {remedy}")
-            return {key: weight for name in shards for key, weight in read_file(folder / name).items()}
+            shards = shard_files(folder, index, remedy)
+            return {key: weight for path in shards for key, weight in read_file(path).items()}
         if (folder / whole).is_file():
             return read_file(folder / whole)
     for name in names:
@@ -65,6 +88,15 @@ def read_weights(folder: str | Path, remedy: str, names: Sequence[str] = ()) -> 
             return read_file(folder / name)
     wanted = " or ".join((*WHOLE, *names))
     raise FileNotFoundError(f"no weight file in {folder}, expected {wanted}; {remedy}")
+
+
+def shard_files(folder: Path, index: str, remedy: str) -> list[Path]:
+    """The weight files that the index names. FileNotFoundError where one is missing."""
+    paths = [folder / name for name in sorted(set(read_json(folder, index, remedy)["weight_map"].values()))]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no weight file {path.name} in {folder}; {remedy}")
+    return paths
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -78,6 +110,43 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({reason}); fetch it again") from error
 
 
+def read_under(path: Path, key: str, remedy: str) -> dict[str, Tensor]:
+    """The weights of a file, in a pickle those under ``key``. ValueError as of ``read_file``, and where it lacks it."""
+    content = read_file(path)
+    if path.suffix == ".safetensors":
+        return content
+    if not isinstance(content, Mapping) or not isinstance(content.get(key), Mapping):
+        raise ValueError(f'{path} holds no "{key}"; {remedy}')
+    return dict(content[key])
+
+
+def check_weights(
+    network: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    where: str | Path,
+    model: str,
+    remedy: str,
+) -> None:
+    """ValueError unless the keys and shapes of weights are exactly those of the network's state dict.
+
+    ``where`` and ``model`` are named in it.
+    """
+    expected = {key: tuple(weight.shape) for key, weight in network.state_dict().items()}
+    faults = [f"missing {key}" for key in expected if key not in shapes]
+    faults += [f"unexpected {key}" for key in shapes if key not in expected]
+    faults += [
+        f"{key} is {list(shapes[key])}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in shapes and shapes[key] != shape
+    ]
+    if faults:
+        raise ValueError(
+            f"{where} is not a checkpoint of {model}, {len(faults)} weights disagree: "
+            f"{'; '.join(faults[:_SHOWN])}; {remedy}"
+        )
+
+
 def load_strict(
     network: nn.Module,
     weights: Mapping[str, Tensor],
@@ -87,27 +156,49 @@ def load_strict(
     remedy: str,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    float32: tuple[str, ...] = (),
 ) -> None:
     """Give a network made on the meta device its weights, copied to ``device`` and, floating ones, to ``dtype``.
 
-    ValueError unless the keys and shapes are exactly those of the network's state dict. ``where`` and ``model`` are
-    named in it. Buffers outside of the state dict stay as they are: make them in forward, or afterwards.
+    ``float32``: beginnings of the keys that are kept in float32 instead. ValueError as of ``check_weights``. Buffers
+    outside of the state dict stay as they are: make them in forward, or afterwards.
     """
-    expected = {key: tuple(weight.shape) for key, weight in network.state_dict().items()}
-    faults = [f"missing {key}" for key in expected if key not in weights]
-    faults += [f"unexpected {key}" for key in weights if key not in expected]
-    faults += [
-        f"{key} is {list(weights[key].shape)}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in weights and tuple(weights[key].shape) != shape
-    ]
-    if faults:
-        raise ValueError(
-            f"{where} is not a checkpoint of {model}, {len(faults)} weights disagree: "
-            f"{'; '.join(faults[:_SHOWN])}; {remedy}"
-        )
-    kept = {
-        key: weight.to(device, dtype if weight.is_floating_point() else None, copy=True)
-        for key, weight in weights.items()
-    }
+    shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
+    check_weights(network, shapes, where=where, model=model, remedy=remedy)
+
+    def kind(key: str, weight: Tensor) -> torch.dtype | None:
+        if not weight.is_floating_point():
+            return None
+        return torch.float32 if key.startswith(float32) else dtype
+
+    kept = {key: weight.to(device, kind(key, weight), copy=True) for key, weight in weights.items()}
     network.load_state_dict(kept, strict=True, assign=True)
+
+
+def special_tokens(tokenizer: Tokenizer) -> list[str]:
+    """What the tokenizer reads as special tokens wherever a text has it."""
+    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+
+
+def read_tokenizer(path: Path, expected: Mapping[str, int | None], vocabulary: int, remedy: str) -> Tokenizer:
+    """A tokenizer.json, whole texts in, no padding.
+
+    ``expected``: special tokens it must have, with the id where the model's config gives one. ``vocabulary``: rows of
+    the model's embedding. FileNotFoundError without the file, ValueError for one of another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; {remedy}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the only class it raises
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for token, wanted in expected.items():
+        found = tokenizer.token_to_id(token)
+        if found is None or (wanted is not None and found != wanted):
+            raise ValueError(f"{path} gives {token} the id {found}, expected {wanted or 'one'}; {remedy}")
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if highest >= vocabulary:
+        raise ValueError(f"{path} has ids up to {highest} for the model's {vocabulary} embeddings; {remedy}")
+    return tokenizer

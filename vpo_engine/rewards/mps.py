@@ -29,7 +29,7 @@ from vpo_engine.rewards.clip import (
     without_position_ids,
 )
 from vpo_engine.rewards.frames import check_finite, check_prompts
-from vpo_engine.rewards.loading import load_strict, read_file, read_json, read_weights
+from vpo_engine.rewards.loading import load_strict, read_config, read_file, read_weights
 
 NAME = "MPS"
 CARD = RewardCard(
@@ -238,14 +238,10 @@ class MPS(PreprocessedImages):
         FileNotFoundError for a missing file, ValueError for files of another model.
         """
         folder = Path(folder)
-        fields = read_json(folder, "config.json", REMEDY)
-        if fields.get("model_type") != "clip":
-            raise ValueError(
-                f"{folder / 'config.json'} has model_type {fields.get('model_type')!r}, expected 'clip'; {REMEDY}"
-            )
+        fields = read_config(folder, "clip", REMEDY)
         config = CLIPConfig.from_dict(fields)
         preprocess = ImagePreprocessor.named(preprocessing, config.vision_config.image_size)
-        tokenizer = _read_tokenizer(folder, config)
+        tokenizer = ClipTokenizer.of_config(folder, config, REMEDY)
         network = _read_network(folder, config, fields.get("cross_model", CROSS_MODEL), dtype, device)
         return cls(network, tokenizer, preprocess, threshold=threshold)
 
@@ -261,19 +257,6 @@ class MPS(PreprocessedImages):
         scores = self.network(pixel_values.to(device), tokens[1:][rows], ends[1:][rows], kept[rows])
         check_finite(scores, prompts, NAME)
         return scores
-
-
-def _read_tokenizer(folder: Path, config: CLIPConfig) -> ClipTokenizer:
-    """With the network's length, padded with end tokens."""
-    text = config.text_config
-    tokenizer = ClipTokenizer.from_folder(folder, REMEDY, length=text.max_position_embeddings)
-    # 2 is what configs of that time have for "the highest id"
-    if len(tokenizer) > text.vocab_size or text.eos_token_id not in (2, tokenizer.end):
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens and the end token {tokenizer.end}, config.json "
-            f"{text.vocab_size} and {text.eos_token_id}; {REMEDY}"
-        )
-    return tokenizer
 
 
 def _read_network(
@@ -300,7 +283,15 @@ def _read_network(
     }
     with torch.device("meta"):
         network = MPSNetwork(config, cross_model)
-    load_strict(network, weights, where=path or folder, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
-    network.model.logit_scale.data = weights["model.logit_scale"].to(device, torch.float32)
+    load_strict(
+        network,
+        weights,
+        where=path or folder,
+        model=NAME,
+        remedy=REMEDY,
+        dtype=dtype,
+        device=device,
+        float32=("model.logit_scale",),
+    )
     fill_position_ids(network, device)
     return network

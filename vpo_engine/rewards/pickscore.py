@@ -27,7 +27,7 @@ from vpo_engine.rewards.clip import (
     without_position_ids,
 )
 from vpo_engine.rewards.frames import check_finite, check_prompts
-from vpo_engine.rewards.loading import load_strict, read_json, read_weights
+from vpo_engine.rewards.loading import load_strict, read_config, read_weights
 
 NAME = "PickScore"
 REMEDY = (
@@ -71,17 +71,22 @@ class PickScore(PreprocessedImages):
         ``dtype`` is the towers'; cosines are float32. ``preprocessing``: a name of ``clip.CONVENTIONS``.
         FileNotFoundError for a missing file, ValueError for files of another model.
         """
-        config = _read_config(Path(folder))
-        tokenizer = ClipTokenizer.from_folder(
-            folder, REMEDY, length=config.text_config.max_position_embeddings
-        )
-        _check_tokenizer(tokenizer, config, folder)
+        config = CLIPConfig.from_dict(read_config(folder, "clip", REMEDY))
+        tokenizer = ClipTokenizer.of_config(folder, config, REMEDY)
         preprocess = ImagePreprocessor.named(preprocessing, config.vision_config.image_size)
         with torch.device("meta"):
             network = CLIPModel(config)
         weights = without_position_ids(read_weights(folder, REMEDY))
-        load_strict(network, weights, where=folder, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
-        network.logit_scale.data = weights["logit_scale"].to(device, torch.float32, copy=True)
+        load_strict(
+            network,
+            weights,
+            where=folder,
+            model=NAME,
+            remedy=REMEDY,
+            dtype=dtype,
+            device=device,
+            float32=("logit_scale",),
+        )
         fill_position_ids(network, device)
         return cls(network, tokenizer, preprocess)
 
@@ -98,24 +103,3 @@ class PickScore(PreprocessedImages):
         """Text features [len(texts), D]. Padding is behind the token that is read, and unseen by it."""
         ids = self.tokenizer(texts).to(self.network.device)
         return self.network.get_text_features(ids).pooler_output
-
-
-def _read_config(folder: Path) -> CLIPConfig:
-    fields = read_json(folder, "config.json", REMEDY)
-    kind = fields.get("model_type")
-    if kind != "clip":
-        raise ValueError(f"{folder / 'config.json'} has model_type {kind!r}, expected 'clip'; {REMEDY}")
-    return CLIPConfig.from_dict(fields)
-
-
-def _check_tokenizer(tokenizer: ClipTokenizer, config: CLIPConfig, folder: str | Path) -> None:
-    """ValueError for a tokenizer with more tokens than the model, or with another end token than the one it reads."""
-    rows, end = config.text_config.vocab_size, config.text_config.eos_token_id
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens for {rows} embeddings; {REMEDY}"
-        )
-    if end not in (2, tokenizer.end):  # 2: configurations before 2023-07, read as the highest id
-        raise ValueError(
-            f"the tokenizer in {folder} ends texts with {tokenizer.end}, config.json with {end}; {REMEDY}"
-        )

@@ -27,9 +27,11 @@ from torch import Tensor
 
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import (
-    check_finite,
+    batches,
+    by_dimension,
     check_video_pixels,
     check_videos,
+    counted_frames,
     spread_frames,
 )
 from vpo_engine.rewards.loading import load_strict, read_json, read_weights
@@ -71,8 +73,8 @@ def frames_of_seconds(num_frames: int, fps: float) -> list[int]:
     indices = [int(fps * second) for second in range(int(num_frames / fps))]
     if not indices:
         raise ValueError(
-            f"videos have {num_frames} frames, less than a second at {fps:g} fps, and Q-Align looks at one frame a "
-            "second; set its frames to a number instead"
+            f"videos have {counted_frames(num_frames)}, less than a second at {fps:g} fps, and Q-Align looks at one "
+            "frame a second; set its frames to a number instead"
         )
     return indices
 
@@ -200,14 +202,11 @@ class QAlign:
         check_videos(videos, prompts)
         indices = self.frame_indices(videos.shape[1])
         parts = []
-        for start in range(0, len(prompts), self.batch_size):
-            frames = videos[start : start + self.batch_size, indices].cpu()
+        for rows in batches(len(prompts), self.batch_size):
+            frames = videos[rows, indices].cpu()
             pixels = self.processor(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-            parts.append(torch.stack([*self._scores(pixels).values()]).cpu())
-        scores = dict(zip(DIMENSIONS, torch.cat(parts, dim=1), strict=True))
-        for name, values in scores.items():
-            check_finite(values, prompts, f"Q-Align's {name}")
-        return scores
+            parts.append(torch.stack([*self._scores(pixels).values()], dim=1).cpu())
+        return by_dimension(torch.cat(parts), DIMENSIONS, prompts, "Q-Align")
 
     def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on the device, with gradients.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -21,7 +22,8 @@ from transformers import (
 )
 
 from vpo_engine.rewards import qwen_vl
-from vpo_engine.rewards.loading import read_json
+from vpo_engine.rewards.frames import check_special_tokens
+from vpo_engine.rewards.loading import read_config, read_tokenizer, special_tokens
 
 DIGITS = "12345"
 
@@ -60,7 +62,7 @@ class QwenJudge:
     def __init__(
         self,
         network: Qwen2_5_VLForConditionalGeneration,
-        tokenizer: qwen_vl.Tokenizer,
+        tokenizer: Tokenizer,
         *,
         name: str,
         max_new_tokens: int,
@@ -90,11 +92,7 @@ class QwenJudge:
         FileNotFoundError for a missing file, ValueError for files of another model; both end with ``remedy``.
         """
         folder = Path(path)
-        kind = read_json(folder, "config.json", remedy).get("model_type")
-        if kind != "qwen2_5_vl":
-            raise ValueError(
-                f"{folder / 'config.json'} has model_type {kind!r}, expected 'qwen2_5_vl'; {remedy}"
-            )
+        read_config(folder, "qwen2_5_vl", remedy)
         if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
             raise FileNotFoundError(f"no model.safetensors and no index of its shards in {folder}; {remedy}")
         network = _read_network(folder, dtype, name, remedy)
@@ -102,7 +100,7 @@ class QwenJudge:
         expected = {qwen_vl.VIDEO: config.video_token_id, qwen_vl.IMAGE: config.image_token_id}
         marks = (qwen_vl.VISION_START, qwen_vl.VISION_END, qwen_vl.TURN_START, qwen_vl.TURN_END, *DIGITS)
         rows = config.text_config.vocab_size
-        tokenizer = qwen_vl.read_tokenizer(
+        tokenizer = read_tokenizer(
             folder / "tokenizer.json", {**expected, **dict.fromkeys(marks)}, rows, remedy
         )
         return cls(network.to(device), tokenizer, name=name, max_new_tokens=max_new_tokens)
@@ -110,7 +108,7 @@ class QwenJudge:
     @torch.no_grad()
     def answer(self, clips: Sequence[Clip], question: str, prompt: str) -> Answer:
         """Show the clips, then ask; ``question`` has ``prompt`` in it. ValueError for an answer without an end."""
-        qwen_vl.check_special_tokens(self.tokenizer, prompt, self.name)
+        check_special_tokens(prompt, special_tokens(self.tokenizer), self.name)
         inputs = self._inputs(clips, question)
         recorder = _DigitRecorder(self._digits)
         settings = GenerationConfig(

@@ -8,12 +8,9 @@ Letters: f frames that are seen, t = ceil(f / 2) temporal patches, N patches of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2
@@ -105,37 +102,3 @@ def chat(content: str) -> str:
     return "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in turns) + (
         f"{TURN_START}assistant\n"
     )
-
-
-def read_tokenizer(path: Path, expected: Mapping[str, int | None], vocabulary: int, remedy: str) -> Tokenizer:
-    """A tokenizer.json, whole texts in, no padding.
-
-    ``expected``: special tokens it must have, with the id where the model's config gives one. ``vocabulary``: rows of
-    the model's embedding. FileNotFoundError without the file, ValueError for one of another model.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; {remedy}")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the only class it raises
-        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    for token, wanted in expected.items():
-        found = tokenizer.token_to_id(token)
-        if found is None or (wanted is not None and found != wanted):
-            raise ValueError(f"{path} gives {token} the id {found}, expected {wanted or 'one'}; {remedy}")
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    if highest >= vocabulary:
-        raise ValueError(f"{path} has ids up to {highest} for the model's {vocabulary} embeddings; {remedy}")
-    return tokenizer
-
-
-def check_special_tokens(tokenizer: Tokenizer, prompt: str, reader: str) -> None:
-    """ValueError for a prompt with one of the tokenizer's special tokens in it; ``reader`` is the model."""
-    for token in tokenizer.get_added_tokens_decoder().values():
-        if token.special and token.content in prompt:
-            raise ValueError(
-                f"prompt {prompt!r} contains {token.content!r}, which {reader}'s tokenizer reads as a special token; "
-                "remove it from the prompt"
-            )

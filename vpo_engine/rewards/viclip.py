@@ -11,7 +11,7 @@ channels of a tower.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,16 @@ from torch import Tensor, nn
 
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.clip import ClipTokenizer, encode_once, paired_cosine
-from vpo_engine.rewards.frames import check_finite, check_prompts, check_video_pixels, check_videos
+from vpo_engine.rewards.frames import (
+    batches,
+    check_enough_frames,
+    check_finite,
+    check_prompts,
+    check_video_pixels,
+    check_videos,
+)
 from vpo_engine.rewards.imagenet import square_clips
-from vpo_engine.rewards.loading import load_strict, read_file
+from vpo_engine.rewards.loading import find_file, load_strict, local_folder, read_under
 from vpo_engine.rewards.open_clip import Transformer
 
 NAME = "ViCLIP"
@@ -129,11 +136,8 @@ def frame_indices(num_frames: int, count: int, generator: torch.Generator | None
 
     ValueError for fewer frames than ``count``.
     """
+    check_enough_frames(num_frames, count, NAME)
     step = num_frames // count
-    if step == 0:
-        raise ValueError(
-            f"videos have {num_frames} frames, but {NAME} reads {count}; give it at least {count}"
-        )
     first = 0 if generator is None else int(torch.randint(step, (), generator=generator))
     return [first + step * index for index in range(count)]
 
@@ -166,20 +170,13 @@ class ViCLIP:
         is downloaded. FileNotFoundError for a missing file, ValueError for files of another model.
         """
         shape = shape or ViCLIPShape()
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder at {folder}; {REMEDY}")
+        folder = local_folder(folder, REMEDY)
         tokenizer = ClipTokenizer.from_folder(folder, REMEDY, length=shape.context_length, pad=0, clean=True)
-        if len(tokenizer) > shape.vocab_size:
-            raise ValueError(
-                f"the tokenizer in {folder} has {len(tokenizer)} tokens for {shape.vocab_size} embeddings; {REMEDY}"
-            )
-        path = next((folder / name for name in FILES if (folder / name).is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"no {FILES[-1]} in {folder}; {REMEDY}")
+        tokenizer.check_rows(shape.vocab_size, folder, REMEDY)
+        path = find_file(folder, FILES, REMEDY)
         with torch.device("meta"):
             network = ViCLIPNetwork(shape)
-        weights = _state_dict(path)
+        weights = read_under(path, "model", REMEDY)
         load_strict(network, weights, where=path, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
         return cls(network, tokenizer, batch_size=batch_size)
 
@@ -194,8 +191,7 @@ class ViCLIP:
         check_prompts(prompts, NAME)
         indices = frame_indices(videos.shape[1], self.network.shape.num_frames)
         parts = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        for rows in batches(len(prompts), self.batch_size):
             frames = videos[rows, indices].to(self.network.temp.device).permute(0, 1, 4, 2, 3).float() / 255
             parts.append(self.scores(self.preprocess(frames), prompts[rows]).cpu())
         scores = torch.cat(parts)
@@ -214,7 +210,7 @@ class ViCLIP:
         check_prompts(prompts, NAME)
         frames = videos[:, frame_indices(videos.shape[1], self.network.shape.num_frames, generator)]
         clips = self.preprocess(frames.to(self.network.temp.device), generator)
-        rows = [slice(start, start + self.batch_size) for start in range(0, len(prompts), self.batch_size)]
+        rows = batches(len(prompts), self.batch_size)
         scores = torch.cat([self.scores(clips[part], prompts[part]) for part in rows])
         check_finite(scores, prompts, NAME)
         return {self.dimensions[0]: scores}
@@ -231,13 +227,3 @@ class ViCLIP:
     def _encode(self, texts: list[str]) -> Tensor:
         """Text features [len(texts), embed_dim]."""
         return self.network.text_encoder(self.tokenizer(texts).to(self.network.temp.device))
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The weights of a file; those of a .pth lie under "model"."""
-    content = read_file(path)
-    if path.suffix == ".safetensors":
-        return content
-    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
-        raise ValueError(f'{path} holds no "model"; {REMEDY}')
-    return dict(content["model"])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -24,8 +25,22 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 
 from vpo_engine.rewards import qwen_vl
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.frames import check_finite, check_prompts, check_video_pixels, check_videos
-from vpo_engine.rewards.loading import load_strict, read_json, read_weights
+from vpo_engine.rewards.frames import (
+    batches,
+    by_dimension,
+    check_prompts,
+    check_special_tokens,
+    check_video_pixels,
+    check_videos,
+)
+from vpo_engine.rewards.loading import (
+    load_strict,
+    read_config,
+    read_json,
+    read_tokenizer,
+    read_weights,
+    special_tokens,
+)
 
 DIMENSIONS = ("visual_quality", "motion_quality", "text_alignment")
 MARKS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
@@ -179,7 +194,7 @@ class VideoAlign:
     def __init__(
         self,
         network: VideoAlignNetwork,
-        tokenizer: qwen_vl.Tokenizer,
+        tokenizer: Tokenizer,
         *,
         fps: float = 24.0,
         sampled_fps: float = 2.0,
@@ -249,11 +264,10 @@ class VideoAlign:
         check_prompts(prompts, NAME)
         indices, size = self._geometry(videos.shape[1], videos.shape[2], videos.shape[3])
         parts = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        for rows in batches(len(prompts), self.batch_size):
             clips = [qwen_vl.resize_levels(video[indices].cpu(), size) / 255 for video in videos[rows]]
             parts.append(self._scores(clips, prompts[rows]).cpu())
-        return self._by_dimension(torch.cat(parts), prompts)
+        return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on the network's device, with gradients.
@@ -264,15 +278,14 @@ class VideoAlign:
         check_prompts(prompts, NAME)
         indices, size = self._geometry(videos.shape[1], videos.shape[3], videos.shape[4])
         parts = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        for rows in batches(len(prompts), self.batch_size):
             clips = [qwen_vl.resize(video[indices].float(), size) for video in videos[rows]]
             parts.append(self._scores(clips, prompts[rows]))
-        return self._by_dimension(torch.cat(parts), prompts)
+        return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def encode(self, prompt: str, grid: qwen_vl.Grid) -> Tensor:
         """Ids, int64 [L], of the whole chat about a clip of this grid. ValueError for a special token in the prompt."""
-        qwen_vl.check_special_tokens(self.tokenizer, prompt, NAME)
+        check_special_tokens(prompt, special_tokens(self.tokenizer), NAME)
         text = qwen_vl.chat(qwen_vl.slots(qwen_vl.VIDEO, grid) + TEMPLATE.format(text_prompt=prompt))
         return torch.tensor(self.tokenizer.encode(text).ids)
 
@@ -298,12 +311,6 @@ class VideoAlign:
         patches, grids = zip(*(qwen_vl.patchify(clip) for clip in clips), strict=True)
         ids = [self.encode(prompt, grid) for prompt, grid in zip(prompts, grids, strict=True)]
         return self.calibrated(self.logits(ids, torch.cat(patches), grids))
-
-    @staticmethod
-    def _by_dimension(scores: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        for name, column in zip(DIMENSIONS, scores.detach().unbind(1), strict=True):
-            check_finite(column, prompts, f"{NAME} ({name})")
-        return dict(zip(DIMENSIONS, scores.unbind(1), strict=True))
 
 
 def merge_lora(weights: Mapping[str, Tensor], *, scale: float) -> dict[str, Tensor]:
@@ -380,24 +387,20 @@ def _read_config(folder: Path, weights: Mapping[str, Tensor]) -> Qwen2VLConfig:
     """The base's sizes, with as many embeddings as the checkpoint has: training cuts them to the tokenizer's length."""
     fields: dict[str, Any] = {"model_type": "qwen2_vl", **QWEN2_VL_2B}
     if (folder / "config.json").is_file():
-        fields = read_json(folder, "config.json", REMEDY)
-    if fields.get("model_type") != "qwen2_vl":
-        raise ValueError(
-            f"{folder / 'config.json'} has model_type {fields.get('model_type')!r}, expected 'qwen2_vl'; {REMEDY}"
-        )
+        fields = read_config(folder, "qwen2_vl", REMEDY)
     embeddings = weights.get("model.embed_tokens.weight")
     if embeddings is not None:
         fields = {**fields, "vocab_size": len(embeddings)}
     return Qwen2VLConfig.from_dict(fields)
 
 
-def _read_tokenizer(folder: Path, checkpoint: Path, config: Qwen2VLConfig) -> qwen_vl.Tokenizer:
+def _read_tokenizer(folder: Path, checkpoint: Path, config: Qwen2VLConfig) -> Tokenizer:
     places = [place / "tokenizer.json" for place in (checkpoint / "tokenizer", checkpoint, folder)]
     path = next((place for place in places if place.is_file()), places[0])
     expected = dict.fromkeys(
         (*MARKS, qwen_vl.VISION_START, qwen_vl.VISION_END, qwen_vl.TURN_START, qwen_vl.TURN_END)
     )
-    return qwen_vl.read_tokenizer(
+    return read_tokenizer(
         path, {qwen_vl.VIDEO: config.video_token_id, **expected}, config.text_config.vocab_size, REMEDY
     )
 
@@ -411,8 +414,16 @@ def _read_network(
 ) -> VideoAlignNetwork:
     with torch.device("meta"):
         network = VideoAlignNetwork(config)
-    load_strict(network, weights, where=where, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
-    network.rm_head.weight = nn.Parameter(weights["rm_head.weight"].to(device, torch.float32, copy=True))
+    load_strict(
+        network,
+        weights,
+        where=where,
+        model=NAME,
+        remedy=REMEDY,
+        dtype=dtype,
+        device=device,
+        float32=("rm_head.",),
+    )
     text, vision = network.model.rotary_emb, network.visual.rotary_pos_emb  # computed, not stored
     network.model.rotary_emb = type(text)(config.text_config).to(device)
     network.visual.rotary_pos_emb = type(vision)(config.vision_config).to(device)

@@ -11,7 +11,6 @@ Letters: B videos, F frames of a video, f frames that are scored, L text tokens,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +26,24 @@ from torch import Tensor, nn
 from transformers import Idefics2Config, Idefics2Model
 
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.frames import check_moving
+from vpo_engine.rewards.frames import (
+    batches,
+    by_dimension,
+    check_moving,
+    check_prompts,
+    check_special_tokens,
+    check_videos,
+)
+from vpo_engine.rewards.loading import (
+    INDEXES,
+    WHOLE,
+    check_weights,
+    read_config,
+    read_json,
+    read_tokenizer,
+    shard_files,
+    special_tokens,
+)
 from vpo_engine.rewards.quantize import Bits, check_bits, quantise
 
 DIMENSIONS = (
@@ -83,6 +99,7 @@ CARD_V1_1 = replace(
 )
 
 IMAGE, IMAGE_BOUNDARY = "<image>", "<fake_token_around_image>"
+NAME = "VideoScore"
 REMEDY = "VideoScore needs a whole local copy of TIGER-Lab/VideoScore or TIGER-Lab/VideoScore-v1.1"
 
 
@@ -190,9 +207,7 @@ class VideoScore:
         self.network = network.eval().requires_grad_(False)
         self.tokenizer, self.processor = tokenizer, processor
         self.max_frames, self.batch_size = max_frames, batch_size
-        self._special = [
-            token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
-        ]
+        self._special = special_tokens(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -215,9 +230,7 @@ class VideoScore:
         """
         check_bits(bits)
         folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder at {folder}; {REMEDY}")
-        config = _read_config(folder)
+        config = Idefics2Config.from_dict(read_config(folder, "idefics2", REMEDY))
         processor = _read_processor(folder)
         tokenizer = _read_tokenizer(folder, config)
         network = _read_network(folder, config, dtype, torch.device(device), bits)
@@ -231,21 +244,14 @@ class VideoScore:
         frame (which the authors' code scores, motion and all), for a prompt without text or with a special token
         of the tokenizer (such as "<image>") in it, and for a score that is not finite.
         """
-        _check_videos(videos, prompts)
-        check_moving(videos, "VideoScore")
-        parts = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            parts.append(self.logits(self.preprocess(videos[rows]), prompts[rows]).cpu())
-        logits = torch.cat(parts)
-        if not bool(logits.isfinite().all()):
-            row, column = (int(index) for index in (~logits.isfinite()).nonzero()[0])
-            raise ValueError(
-                f"VideoScore gave {DIMENSIONS[column]} = {logits[row, column].item()} for video {row} "
-                f"({prompts[row]!r}); its weights are damaged or overflow {self.network.model.dtype}: "
-                "load them anew, or with dtype=torch.bfloat16 or torch.float32"
-            )
-        return dict(zip(DIMENSIONS, logits.unbind(1), strict=True))
+        check_videos(videos, prompts)
+        check_moving(videos, NAME)
+        check_prompts(prompts, NAME)
+        parts = [
+            self.logits(self.preprocess(videos[rows]), prompts[rows]).cpu()
+            for rows in batches(len(prompts), self.batch_size)
+        ]
+        return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def preprocess(self, videos: Tensor) -> Tensor:
         """uint8 [B, F, H, W, 3] to the frames that are scored, float32 [B, f, 3, h, w] on the CPU."""
@@ -265,12 +271,7 @@ class VideoScore:
 
     def encode(self, prompt: str, num_frames: int) -> Tensor:
         """Ids, int64 [L], of the question with every placeholder expanded and one start token in front."""
-        for token in self._special:
-            if token in prompt:
-                raise ValueError(
-                    f"prompt {prompt!r} contains {token!r}, which VideoScore's tokenizer reads as a special "
-                    "token; remove it from the prompt"
-                )
+        check_special_tokens(prompt, self._special, NAME)
         config = self.network.model.config
         slots = IMAGE_BOUNDARY + IMAGE * config.perceiver_config.resampler_n_latents + IMAGE_BOUNDARY
         ids = self.tokenizer.encode(question(prompt, num_frames).replace(IMAGE, slots)).ids
@@ -278,42 +279,9 @@ class VideoScore:
         return torch.tensor(ids if ids[0] == start else [start, *ids])
 
 
-def _check_videos(videos: Tensor, prompts: Sequence[str]) -> None:
-    if videos.dtype != torch.uint8:
-        raise ValueError(f"videos are {videos.dtype}, expected torch.uint8 levels 0..255")
-    if videos.ndim != 5 or videos.shape[4] != 3 or 0 in videos.shape:
-        raise ValueError(
-            f"videos have shape {tuple(videos.shape)}, expected [B, F, H, W, 3] with at least one video, "
-            "frame and pixel; videos of different sizes go in separate calls"
-        )
-    if len(prompts) != videos.shape[0]:
-        raise ValueError(f"{len(prompts)} prompts for {videos.shape[0]} videos; give one prompt a video")
-    for row, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise ValueError(f"prompt {row} is {prompt!r}, expected text: VideoScore judges the video by it")
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    if not path.is_file():
-        raise FileNotFoundError(f"no {name} in {folder}; {REMEDY}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {REMEDY}") from error
-
-
-def _read_config(folder: Path) -> Idefics2Config:
-    fields = _read_json(folder, "config.json")
-    kind = fields.get("model_type")
-    if kind != "idefics2":
-        raise ValueError(f"{folder / 'config.json'} has model_type {kind!r}, expected 'idefics2'; {REMEDY}")
-    return Idefics2Config.from_dict(fields)
-
-
 def _read_processor(folder: Path) -> FrameProcessor:
     name = "preprocessor_config.json"
-    fields = _read_json(folder, name)
+    fields = read_json(folder, name, REMEDY)
     expected = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": int(Image.Resampling.BILINEAR)}
     for key, value in expected.items():
         if fields.get(key, value) != value:
@@ -328,33 +296,17 @@ def _read_processor(folder: Path) -> FrameProcessor:
 
 def _read_tokenizer(folder: Path, config: Idefics2Config) -> Tokenizer:
     """The tokenizer exactly as tokenizer.json has it: transformers' Llama class loses the start token."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer.json in {folder}; {REMEDY}")
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    found, expected = tokenizer.token_to_id(IMAGE), config.image_token_id
-    if found != expected or tokenizer.token_to_id(IMAGE_BOUNDARY) is None:
-        raise ValueError(f"{path} gives {IMAGE} the id {found}, but config.json has {expected}; {REMEDY}")
-    rows = config.text_config.vocab_size
-    if tokenizer.get_vocab_size() > rows:
-        raise ValueError(
-            f"{path} has {tokenizer.get_vocab_size()} tokens for the model's {rows} embeddings; {REMEDY}"
-        )
-    return tokenizer
+    special = {IMAGE: config.image_token_id, IMAGE_BOUNDARY: None}
+    return read_tokenizer(folder / "tokenizer.json", special, config.text_config.vocab_size, REMEDY)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_read_json(folder, index.name)["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no weight file {name} in {folder} (safetensors only); {REMEDY}")
-    return [folder / name for name in names]
+    """Safetensors only, whose headers can be read by themselves."""
+    if (folder / INDEXES[0]).is_file():
+        return shard_files(folder, INDEXES[0], REMEDY)
+    if not (folder / WHOLE[0]).is_file():
+        raise FileNotFoundError(f"no weight file {WHOLE[0]} in {folder} (safetensors only); {REMEDY}")
+    return [folder / WHOLE[0]]
 
 
 @contextmanager
@@ -366,27 +318,14 @@ def _opened(path: Path, device: torch.device) -> Iterator[Any]:
         raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
 
 
-def _check_weights(network: nn.Module, files: Sequence[Path]) -> None:
-    """ValueError unless the files hold exactly the network's weights; reads their headers only."""
-    found: dict[str, tuple[int, ...]] = {}
+def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Those of all weights, from the headers of the files."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         with _opened(path, torch.device("cpu")) as archive:
             for key in archive.keys():  # noqa: SIM118
-                found[key] = tuple(archive.get_slice(key).get_shape())
-    expected = {key: tuple(weight.shape) for key, weight in network.state_dict().items()}
-    faults = [f"missing {key}" for key in expected if key not in found]
-    faults += [f"unexpected {key}" for key in found if key not in expected]
-    faults += [
-        f"{key} is {list(found[key])}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    if faults:
-        listed = "; ".join(sorted(faults, key=lambda fault: "score" not in fault)[:4])
-        raise ValueError(
-            f"{files[0].parent} is not a VideoScore checkpoint, {len(faults)} weights disagree: {listed}; "
-            f"{REMEDY}"
-        )
+                shapes[key] = tuple(archive.get_slice(key).get_shape())
+    return shapes
 
 
 def _read_network(
@@ -396,7 +335,7 @@ def _read_network(
     files = _weight_files(folder)
     with torch.device("meta"):
         network = VideoScoreNetwork(config)
-    _check_weights(network, files)
+    check_weights(network, _shapes(files), where=folder, model=NAME, remedy=REMEDY)
     layers = _quantised_layers(network) if bits != 16 else {}
     weights: dict[str, Tensor] = {}
     for path in files:

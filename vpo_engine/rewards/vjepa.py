@@ -22,9 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.frames import check_finite, check_video_pixels, check_videos
+from vpo_engine.rewards.frames import (
+    batches,
+    check_enough_frames,
+    check_finite,
+    check_video_pixels,
+    check_videos,
+)
 from vpo_engine.rewards.imagenet import square_clips
-from vpo_engine.rewards.loading import WHOLE, load_strict, read_file, read_json
+from vpo_engine.rewards.loading import WHOLE, load_strict, local_folder, read_file, read_json
 
 NAME = "V-JEPA"
 CARD = RewardCard(
@@ -203,12 +209,9 @@ class VJepaNetwork(nn.Module):
 def frame_indices(num_frames: int, count: int, stride: int = STRIDE) -> list[int]:
     """``count`` frames ``stride`` apart, less where the video is too short for it, around its middle.
 
-    ValueError for fewer frames than ``count``: repeating some would show a video that stands still.
+    ValueError for fewer frames than ``count``.
     """
-    if num_frames < count:
-        raise ValueError(
-            f"videos have {num_frames} frames, but {NAME} reads {count}; give it at least {count}"
-        )
+    check_enough_frames(num_frames, count, NAME)
     stride = min(stride, (num_frames - 1) // max(count - 1, 1))
     start = (num_frames - 1 - stride * (count - 1)) // 2
     return [start + stride * index for index in range(count)]
@@ -281,9 +284,7 @@ class VJepa:
         config.json with VJepaConfig's fields describes sizes other than the published ones; model.safetensors without
         one is a ViT-L/16. FileNotFoundError for a missing file, ValueError for files of another model.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder at {folder}; {REMEDY}")
+        folder = local_folder(folder, REMEDY)
         path = next((folder / name for name in (WHOLE[0], *CHECKPOINTS) if (folder / name).is_file()), None)
         if path is None:
             raise FileNotFoundError(f"no weight file in {folder}; {REMEDY}")
@@ -306,8 +307,8 @@ class VJepa:
         check_videos(videos, prompts)
         device = next(self.network.parameters()).device
         parts = []
-        for start in range(0, len(prompts), self.batch_size):
-            frames = videos[start : start + self.batch_size, self._frames(videos.shape[1])].to(device)
+        for rows in batches(len(prompts), self.batch_size):
+            frames = videos[rows, self._frames(videos.shape[1])].to(device)
             parts.append(self._scores(frames.permute(0, 1, 4, 2, 3).float() / 255).cpu())
         scores = torch.cat(parts)
         check_finite(scores, prompts, NAME)
