@@ -164,6 +164,25 @@ def test_a_run_takes_the_rows_that_its_plan_grants(monkeypatch, capsys, tmp_path
         assert ("16 candidates at once" in capsys.readouterr().out) == (rows == 16)
 
 
+def test_scoring_beside_the_sampling_takes_its_memory_there(sprites: Trace):
+    """On a GPU; a CPU scores between two groups."""
+    one_by_one, beside = (load_config(None, [f"rollout.overlap={value}"]) for value in ("false", "true"))
+    before, after = (
+        estimate(config, sprites, A100, 2**40, "a test").phases for config in (one_by_one, beside)
+    )
+    _, rollout, decode, *others = before
+    together = after[1]
+    assert (rollout.name, decode.name, together.name) == ("rollout", "decode", "rollout")
+    scoring = decode.bytes["activations"] + decode.bytes.get("workspace", 0)
+    assert together.bytes["activations"] == rollout.bytes["activations"] + scoring
+    assert together.total > rollout.total + scoring
+    assert [*after[2:]] == [decode, *others]
+    assert (
+        estimate(beside, sprites, None, 2**40, "").phases
+        == estimate(one_by_one, sprites, None, 2**40, "").phases
+    )
+
+
 def test_changes_that_are_made_or_excluded_are_not_proposed():
     config = load_config(None)
     assert with_setting(config, "memory.optimizer_bits", 32) is None

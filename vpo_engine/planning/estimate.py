@@ -10,6 +10,7 @@ from vpo_engine.memory.residency import PartName, needs_of
 from vpo_engine.planning.extrapolate import Traced
 from vpo_engine.planning.gpus import GIB, Gpu
 from vpo_engine.planning.trace import PHASES, PhaseName
+from vpo_engine.planning.tracker import Peak
 
 CONTEXT = int(0.6 * GIB)
 """CUDA's context with the kernels of torch, cuBLAS and cuDNN, and their workspaces: 0.45 to 0.6 GiB are commonly seen
@@ -22,6 +23,9 @@ estimate for runs whose shapes do not change from step to step."""
 MATRIX_EFFICIENCY, TRAFFIC_EFFICIENCY = 0.75, 0.8
 """Shares of the measured rate of matrix products, and of the bandwidth, that a whole network is taken to reach.
 Estimates."""
+
+COMPUTED = ("activations", "workspace")
+"""Categories of what operators make and take for themselves."""
 
 _PARTS: tuple[PartName, ...] = ("policy", "reference", "optimizer", "vae", "reward")
 """What moves; in plans the policy is called weights, the others have their names."""
@@ -92,10 +96,20 @@ def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None) -> P
     if config.memory.residency == "phases" and gpu is not None:
         needs = needs_of(config)
         absent |= {part for part in _PARTS if name not in needs[part].phases}
-    found = trace.peak(name, frozenset("weights" if part == "policy" else part for part in absent))
+    left_out = frozenset("weights" if part == "policy" else part for part in absent)
+    found = trace.peak(name, left_out)
+    if name == "rollout" and config.rollout.overlap and gpu is not None:
+        found = _with_scoring(found, trace, left_out)
     allowance = 0 if gpu is None else CONTEXT + int(FRAGMENTATION * sum(found.values()))
     seconds = None
     if gpu is not None and gpu.flops is not None and gpu.bandwidth is not None:
         seconds = trace.flops(name) / (MATRIX_EFFICIENCY * gpu.flops)
         seconds += trace.traffic(name) / (TRAFFIC_EFFICIENCY * gpu.bandwidth)
     return PhasePlan(name, {**found, "allowance": allowance}, trace.host(name), trace.flops(name), seconds)
+
+
+def _with_scoring(rollout: Peak, trace: Traced, absent: frozenset[str]) -> Peak:
+    """The rollout's peak while the group before is decoded or scored beside it."""
+    peaks = [trace.peak(name, absent) for name in ("decode", "reward") if name in trace.names]
+    beside = max((sum(peak.get(part, 0) for part in COMPUTED) for peak in peaks), default=0)
+    return {**rollout, "activations": rollout.get("activations", 0) + beside}

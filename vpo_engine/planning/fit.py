@@ -7,32 +7,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpo_engine.config import Config
-from vpo_engine.planning.estimate import FRAGMENTATION, Plan
+from vpo_engine.planning.estimate import COMPUTED, FRAGMENTATION, Plan
 from vpo_engine.planning.trace import PHASES
 
 Planner = Callable[[Config], Plan]
 
 _ROLLOUT, _UPDATE = ("rollout", "decode"), ("update",)
 _EVERYWHERE = PHASES
-_COMPUTED = ("activations", "workspace")
 _PARTS = ("weights", "optimizer", "reference", "vae", "reward")
 
 CHANGES: tuple[tuple[str, Any, Sequence[str], Sequence[str]], ...] = (
     ("memory.residency", "phases", _EVERYWHERE, _PARTS),
-    ("objective.rows", 1, _UPDATE, _COMPUTED),
-    ("rollout.rows", 4, _ROLLOUT, _COMPUTED),
-    ("rollout.rows", 1, _ROLLOUT, _COMPUTED),
-    ("reward.rows", 1, ("reward",), _COMPUTED),
-    ("memory.decode_frames", 1, ("decode",), _COMPUTED),
-    ("memory.decode_rows", 16, ("decode",), _COMPUTED),
-    ("memory.mlp_chunks", 4, ("rollout", "update"), _COMPUTED),
-    ("memory.sequential", True, _UPDATE, _COMPUTED),
-    ("memory.recompute", "block", _UPDATE, _COMPUTED),
-    ("memory.offload", True, _UPDATE, _COMPUTED),
+    ("rollout.overlap", False, _ROLLOUT, COMPUTED),
+    ("objective.rows", 1, _UPDATE, COMPUTED),
+    ("rollout.rows", 4, _ROLLOUT, COMPUTED),
+    ("rollout.rows", 1, _ROLLOUT, COMPUTED),
+    ("reward.rows", 1, ("rollout", "reward"), COMPUTED),
+    ("memory.decode_frames", 1, _ROLLOUT, COMPUTED),
+    ("memory.decode_rows", 16, _ROLLOUT, COMPUTED),
+    ("memory.mlp_chunks", 4, ("rollout", "update"), COMPUTED),
+    ("memory.sequential", True, _UPDATE, COMPUTED),
+    ("memory.recompute", "block", _UPDATE, COMPUTED),
+    ("memory.offload", True, _UPDATE, COMPUTED),
     ("reference.storage", "bf16", _EVERYWHERE, ("reference",)),
     ("reference.storage", "exact8", _EVERYWHERE, ("reference",)),
     ("memory.optimizer_bits", 8, _EVERYWHERE, ("optimizer",)),
-    ("memory.weights", "stochastic", _EVERYWHERE, (*_PARTS, *_COMPUTED, "gradients")),
+    ("memory.weights", "stochastic", _EVERYWHERE, (*_PARTS, *COMPUTED, "gradients")),
     ("reward.bits", 8, _EVERYWHERE, ("reward",)),
     ("reference.storage", "int8", _EVERYWHERE, ("reference",)),
     ("reward.bits", 4, _EVERYWHERE, ("reward",)),

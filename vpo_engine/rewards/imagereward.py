@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel
@@ -31,6 +30,7 @@ from vpo_engine.rewards.clip import (
 from vpo_engine.rewards.frames import check_finite, check_prompts, check_special_tokens
 from vpo_engine.rewards.laion_aesthetic import AestheticHead
 from vpo_engine.rewards.loading import find_file, load_strict, read_file, read_json
+from vpo_engine.rewards.vit import Block
 
 NAME = "ImageReward"
 REMEDY = (
@@ -70,32 +70,6 @@ class VisionShape:
     head: tuple[int, ...] = (1024, 128, 64, 16, 1)
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = _Attention(width, heads)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("fc1", nn.Linear(width, 4 * width))
-        self.mlp.add_module("act", nn.GELU())
-        self.mlp.add_module("fc2", nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class _Patches(nn.Module):
     def __init__(self, width: int, patch: int) -> None:
         super().__init__()
@@ -114,7 +88,7 @@ class _Vision(nn.Module):
         self.patch_embed = _Patches(width, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, (shape.image_size // patch) ** 2 + 1, width))
-        self.blocks = nn.Sequential(*(_Block(width, shape.heads) for _ in range(shape.layers)))
+        self.blocks = nn.Sequential(*(Block(width, shape.heads) for _ in range(shape.layers)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

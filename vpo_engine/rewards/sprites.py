@@ -125,20 +125,43 @@ class _OverTime(nn.Module):
         return track + self.out(F.gelu(wide))
 
 
-class RewardNetwork(nn.Module):
-    """Soft-argmax keypoints with what lies there, and each frame's layout, convolved over time."""
+class _Frames(nn.Module):
+    """What frames show: soft-argmax keypoints with what lies there, edge strengths and layout."""
 
-    grid: Tensor
+    seen: int
+    """Channels that ``look`` gives of a frame."""
 
-    def __init__(self, keypoints: int = 8, width: int = 96) -> None:
+    def __init__(self, keypoints: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 4, stride=2, padding=1)
         self.heat = nn.Conv2d(24, keypoints, 3, padding=1)
         self.near = nn.Sequential(nn.Conv2d(24, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU())
         self.far = nn.Sequential(nn.Conv2d(32, 48, 3, stride=2, padding=1), nn.ReLU())
         self.layout = nn.Conv2d(48, 64, SIZE // 8)
-        seen = 24 * (keypoints + 2) + 32 + 48 + 64
-        self.track = nn.Linear(3 * (2 * keypoints + 3) + seen, width)
+        self.seen = 24 * (keypoints + 2) + 32 + 48 + 64
+
+    def look(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Frames [n, 3, H, W] as of ``_pixels`` to where the keypoints are, what lies there, layout and edges.
+
+        Shares [n, K, 256] of the 16 x 16 places, and [n, 24 K], [n, 64] and [n, 128].
+        """
+        stem = F.relu(self.stem(frames))  # [n, 24, 16, 16]
+        share = self.heat(stem).flatten(2).softmax(2)  # [n, K, 256]
+        there = (share @ stem.flatten(2).transpose(1, 2)).flatten(1)
+        near = self.near(stem)  # [n, 32, 8, 8]
+        far = self.far(near)  # [n, 48, 4, 4]
+        edges = torch.cat((stem.mean(dim=(2, 3)), _peak(stem), _peak(near), _peak(far)), dim=1)
+        return share, there, self.layout(far).flatten(1), edges
+
+
+class RewardNetwork(_Frames):
+    """Soft-argmax keypoints with what lies there, and each frame's layout, convolved over time."""
+
+    grid: Tensor
+
+    def __init__(self, keypoints: int = 8, width: int = 96) -> None:
+        super().__init__(keypoints)
+        self.track = nn.Linear(3 * (2 * keypoints + 3) + self.seen, width)
         self.mix = nn.ModuleList(_OverTime(width) for _ in range(2))
         self.head = nn.Sequential(
             nn.LayerNorm(2 * width), nn.Linear(2 * width, 128), nn.GELU(), nn.Linear(128, sum(OUTPUTS))
@@ -149,22 +172,10 @@ class RewardNetwork(nn.Module):
         """uint8 [B, F, H, W, 3] to what is seen in them."""
         count = videos.shape[0]
         frames, level = _pixels(videos)
-        stem = F.relu(self.stem(frames))  # [B F, 24, 16, 16]
-        share = self.heat(stem).flatten(2).softmax(2)  # [B F, K, 256]
+        share, *seen = self.look(frames)
         points = torch.cat(((share @ self.grid).flatten(1), level), dim=1).view(count, FRAMES, -1)
         speed = F.pad(points.diff(dim=1), (0, 0, 1, 0))
         bend = F.pad(points.diff(n=2, dim=1), (0, 0, 1, 1))
-        there = (share @ stem.flatten(2).transpose(1, 2)).flatten(1)
-        near = self.near(stem)  # [B F, 32, 8, 8]
-        far = self.far(near)  # [B F, 48, 4, 4]
-        seen = (
-            there,
-            self.layout(far).flatten(1),
-            stem.mean(dim=(2, 3)),
-            _peak(stem),
-            _peak(near),
-            _peak(far),
-        )
         frame = torch.cat(seen, dim=1)
         track = self.track(torch.cat((points, 16 * speed, 8 * bend, frame.view(count, FRAMES, -1)), dim=2))
         for layer in self.mix:
@@ -219,20 +230,15 @@ class JudgeNetwork(nn.Module):
         return Reading.split(self.head(torch.cat((token.mean(1), token.amax(1)), dim=1)))
 
 
-class FrameNetwork(nn.Module):
+class FrameNetwork(_Frames):
     """What one frame shows: keypoints with what lies there, edge strengths and layout. See ``sprites_image``."""
 
     outputs = (2, len(COLOURS), len(SHAPES))
     """Logits of blur and invalidity; then of the attributes that a frame shows."""
 
     def __init__(self, keypoints: int = 4, width: int = 96) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 24, 4, stride=2, padding=1)
-        self.heat = nn.Conv2d(24, keypoints, 3, padding=1)
-        self.near = nn.Sequential(nn.Conv2d(24, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU())
-        self.far = nn.Sequential(nn.Conv2d(32, 48, 3, stride=2, padding=1), nn.ReLU())
-        self.layout = nn.Conv2d(48, 64, SIZE // 8)
-        seen = 3 + 24 * (keypoints + 2) + 32 + 48 + 64
+        super().__init__(keypoints)
+        seen = 3 + self.seen
         self.head = nn.Sequential(
             nn.LayerNorm(seen), nn.Linear(seen, width), nn.GELU(), nn.Linear(width, sum(self.outputs))
         )
@@ -240,15 +246,9 @@ class FrameNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 [n, H, W, 3] to logits: defects [n, 2], colour [n, 5] and shape [n, 3]."""
         frames, level = _pixels(images.unsqueeze(1))
-        stem = F.relu(self.stem(frames))  # [n, 24, 16, 16]
-        share = self.heat(stem).flatten(2).softmax(2)
-        there = (share @ stem.flatten(2).transpose(1, 2)).flatten(1)
-        near = self.near(stem)
-        far = self.far(near)
-        seen = (level, there, stem.mean(dim=(2, 3)), _peak(stem), _peak(near), _peak(far))
-        defects, colour, shape = self.head(torch.cat((*seen, self.layout(far).flatten(1)), dim=1)).split(
-            self.outputs, dim=1
-        )
+        _, there, layout, edges = self.look(frames)
+        seen = torch.cat((level, there, edges, layout), dim=1)
+        defects, colour, shape = self.head(seen).split(self.outputs, dim=1)
         return defects, colour, shape
 
 

@@ -31,6 +31,7 @@ from vpo_engine.rewards.frames import (
 )
 from vpo_engine.rewards.imagenet import square_clips
 from vpo_engine.rewards.loading import WHOLE, load_strict, local_folder, read_file, read_json
+from vpo_engine.rewards.vit import Block
 
 NAME = "V-JEPA"
 CARD = RewardCard(
@@ -81,37 +82,6 @@ CHECKPOINTS = {
     "vith16.pth.tar": VJepaConfig(embed_dim=1280, depth=32),
     "vith16-384.pth.tar": VJepaConfig(embed_dim=1280, depth=32, img_size=384),
 }
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, heads), Mlp(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 def pick(tokens: Tensor, indices: Tensor) -> Tensor:
