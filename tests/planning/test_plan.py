@@ -24,6 +24,7 @@ from vpo_engine.planning.parts import (
 )
 from vpo_engine.planning.planner import check_fits, plan_run
 from vpo_engine.planning.trace import Trace, trace_step
+from vpo_engine.rewards.registry import reward_card
 
 CPU = torch.device("cpu")
 A100 = GPUS["a100-80g"]
@@ -162,6 +163,31 @@ def test_a_run_takes_the_rows_that_its_plan_grants(monkeypatch, capsys, tmp_path
             train.main([*settings, f"run_dir={tmp_path / 'run'}"])
         assert built.value.args == (rows,)
         assert ("16 candidates at once" in capsys.readouterr().out) == (rows == 16)
+
+
+def test_rewards_that_are_known_by_their_cards_count_with_their_weights():
+    """The training reward in its own phase, unless it has a process; the held-out reward in none of a step's."""
+    names = [
+        "reward.kind=pickscore",
+        "reward.path=p",
+        "reward.dimensions=global",
+        "guards.reward.kind=hpsv2",
+        "guards.reward.path=h",
+    ]
+    trace = trace_step(load_config(None, names), on_gpu=True)
+    assert sum("only its weights are planned" in note for note in trace.notes) == 2
+    held = {}
+    for residency, process in (("all", False), ("phases", False), ("phases", True)):
+        settings = [f"memory.residency={residency}", f"reward.process={str(process).lower()}"]
+        phases = estimate(load_config(None, [*names, *settings]), trace, A100, 2**40, "a test").phases
+        for part in ("reward", "judge"):
+            held[residency, process, part] = {phase.name: phase.bytes.get(part, 0) for phase in phases}
+    reward, judge = (-(-2 * reward_card(name).parameters // 512) * 512 for name in ("pickscore", "hpsv2"))
+    assert set(held["all", False, "reward"].values()) == {reward}
+    assert set(held["all", False, "judge"].values()) == {judge}
+    assert {name for name, size in held["phases", False, "reward"].items() if size} == {"reward"}
+    assert set(held["phases", True, "reward"].values()) == {reward}
+    assert set(held["phases", False, "judge"].values()) == {0}
 
 
 def test_scoring_beside_the_sampling_takes_its_memory_there(sprites: Trace):

@@ -27,7 +27,7 @@ Estimates."""
 COMPUTED = ("activations", "workspace")
 """Categories of what operators make and take for themselves."""
 
-_PARTS: tuple[PartName, ...] = ("policy", "reference", "optimizer", "vae", "reward")
+_PARTS: tuple[PartName, ...] = ("policy", "reference", "optimizer", "vae", "reward", "judge")
 """What moves; in plans the policy is called weights, the others have their names."""
 
 
@@ -95,7 +95,8 @@ def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None) -> P
     absent = {"host"}
     if config.memory.residency == "phases" and gpu is not None:
         needs = needs_of(config)
-        absent |= {part for part in _PARTS if name not in needs[part].phases}
+        staying = {"reward"} if config.reward.process else set()
+        absent |= {part for part in _PARTS if name not in needs[part].phases} - staying
     left_out = frozenset("weights" if part == "policy" else part for part in absent)
     found = trace.peak(name, left_out)
     if name == "rollout" and config.rollout.overlap and gpu is not None:

@@ -160,7 +160,7 @@ def build_model(config: Config, assumed: Assumed, depth: int | None) -> tuple[Pl
 
 
 def build_reward_network(config: Config, assumed: Assumed) -> VideoScoreNetwork | None:
-    """VideoScore's network; None, with a note unless it is negligible, for another reward and on another device."""
+    """VideoScore's network, on the meta device; None for other rewards (see ``bare_weights``) and on another device."""
     if config.processes.reward:
         assumed.notes.append("the reward model has a process, and a device, of its own, which is not planned")
         return None
@@ -170,16 +170,30 @@ def build_reward_network(config: Config, assumed: Assumed) -> VideoScoreNetwork 
     if config.reward.process:
         assumed.notes.append("in a process of its own the reward model stays on the device in every phase")
     if config.reward.kind not in _PLANNED:
-        card = reward_card(config.reward.kind)
-        if card.parameters > _NEGLIGIBLE:
-            assumed.notes.append(
-                f"{card.name} is not planned: {card.gib_bf16:.1f} GiB of weights come on top"
-            )
         return None
     fields = assumed.config(config.reward.path, IDEFICS2_8B, "VideoScore (Idefics2-8B)")
     with META:
         network = VideoScoreNetwork(Idefics2Config.from_dict(fields))
     return network.eval().requires_grad_(False)
+
+
+def bare_weights(config: Config, assumed: Assumed) -> dict[str, int]:
+    """Bytes of the "reward" model and of the "judge", the held-out reward, where they are known by their cards alone:
+    their weights in 16 bits. Noted; without those that are negligible."""
+    kinds: dict[str, str] = {}
+    if config.reward.kind not in _PLANNED and config.reward.device == "auto" and not config.processes.reward:
+        kinds["reward"] = config.reward.kind
+    if config.guards.reward is not None:
+        kinds["judge"] = config.guards.reward.kind
+    found = {}
+    for part, kind in kinds.items():
+        card = reward_card(kind)
+        if card.parameters > _NEGLIGIBLE:
+            assumed.notes.append(
+                f"of {card.name} only its weights are planned, {card.gib_bf16:.1f} GiB: neither activations nor seconds"
+            )
+            found[part] = 2 * card.parameters
+    return found
 
 
 def build_text_encoder(config: Config, assumed: Assumed) -> T5EncoderModel:

@@ -19,7 +19,7 @@ _COLUMNS = {
     "gradients": ("gradients",),
     "optimizer": ("optimizer",),
     "reference": ("reference",),
-    "VAE, reward": ("vae", "reward", "text encoder"),
+    "VAE, reward": ("vae", "reward", "judge", "text encoder"),
     "activations": ("activations", "workspace"),
     "other": ("other",),
     "allowance": ("allowance",),

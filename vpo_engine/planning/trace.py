@@ -29,6 +29,7 @@ from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.parts import (
     DTYPES,
     Assumed,
+    bare_weights,
     build_model,
     build_reward_network,
     build_text_encoder,
@@ -125,7 +126,7 @@ class _Tracing:
         self._model, configured = build_model(config, assumed, depth)
         if config.model.lora is not None:
             inject_adapter(self._model.network, config.model.lora, config.seed)
-        self._reward = build_reward_network(config, assumed)
+        self._reward, self._bare = build_reward_network(config, assumed), bare_weights(config, assumed)
         self._text_encoder = build_text_encoder(config, assumed)
         self._tracker = Tracker(scratch=on_gpu)
         self._trace = Trace(self._tracker, notes=assumed.notes, depth=configured)
@@ -181,6 +182,10 @@ class _Tracing:
         network.offloaded = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
         if self._reward is not None:
             self._build_reward(self._reward)
+        self._held = []
+        for part, size in self._bare.items():
+            with tracker.making(part):
+                self._held.append(torch.zeros(size, dtype=torch.uint8))
         with tracker.making("reference"):
             self._reference = build_reference(config.reference.storage, network)
         bits = config.rollout.first_pass.weights
@@ -277,6 +282,9 @@ class _Tracing:
         with self._phase("decode", scored / rows):
             video = self._model.decode(latents[:rows])
         if self._reward is None:
+            if "reward" in self._bare:
+                with self._phase("reward", 0.0):
+                    pass
             return
         settings, network = self._config.reward, self._reward
         at_once = min(settings.rows or 4, rows)
