@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_clip import spelled, write_words
-from torch import Tensor
+from tiny_videos import noise
 
 from vpo_engine.rewards.frames import VideoOfFrames
 from vpo_engine.rewards.hpsv2 import CARD, ClipShape, HPSv2, OpenClip
@@ -61,15 +61,6 @@ def scorer(folder: Path) -> HPSv2:
     return load(folder)
 
 
-@pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def frames(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
-
-
 class TestScores:
     def test_ids(self, scorer: HPSv2) -> None:
         assert torch.equal(scorer.tokenizer(PROMPTS), IO["input_ids"])
@@ -101,23 +92,9 @@ class TestScores:
         torch.testing.assert_close(pixels.grad, IO["grad_pixel_values"], rtol=1e-4, atol=1e-7)
         assert all(weight.grad is None for weight in scorer.network.parameters())
 
-    def test_score_images(self, scorer: HPSv2) -> None:
-        images, before = frames(3, 30, 44, 3), torch.get_rng_state()
-        scores = scorer.score_images(images, PROMPTS)
-        assert scores.shape == (3,)
-        assert scores.dtype == torch.float32
-        assert not scores.requires_grad
-        assert torch.equal(scores, scorer.score_images(images, PROMPTS))
-        assert torch.equal(torch.get_rng_state(), before)
-        alone = torch.cat([scorer.score_images(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
-        torch.testing.assert_close(scores, alone, rtol=0, atol=ATOL)
-        torch.testing.assert_close(
-            scorer.scores(scorer.preprocess(images), PROMPTS), scores, rtol=0, atol=ATOL
-        )
-
     def test_pixels_are_scored_as_bytes_are_and_get_gradients(self, scorer: HPSv2) -> None:
         """The package resizes floats itself, so there is no difference but rounding."""
-        images = frames(3, 30, 44, 3)
+        images = noise(3, 30, 44, 3)
         pixels = (images.permute(0, 3, 1, 2).float() / 255).requires_grad_()
         found = scorer.score_image_pixels(pixels, PROMPTS)
         torch.testing.assert_close(found.detach(), scorer.score_images(images, PROMPTS), rtol=0, atol=ATOL)
@@ -126,7 +103,7 @@ class TestScores:
         assert pixels.grad.abs().amin() > 0
 
     def test_videos(self, scorer: HPSv2) -> None:
-        videos, prompts = frames(2, 5, 30, 44, 3), PROMPTS[:2]
+        videos, prompts = noise(2, 5, 30, 44, 3), PROMPTS[:2]
         scores = VideoOfFrames(scorer, reduce="min", batch_size=3).score(videos, prompts)
         assert tuple(scores) == tuple(CARD.dimensions)
         one = torch.stack([scorer.score_images(videos[row], [prompts[row]] * 5).min() for row in range(2)])
@@ -145,7 +122,7 @@ class TestScores:
 
 class TestPreprocessing:
     def test_the_packages_letterbox_is_the_default(self, scorer: HPSv2, folder: Path) -> None:
-        images = frames(2, 30, 44, 3)
+        images = noise(2, 30, 44, 3)
         default = scorer.score_images(images, PROMPTS[:2])
         named = load(folder, preprocessing="hpsv2").score_images(images, PROMPTS[:2])
         assert torch.equal(default, named)
@@ -155,10 +132,10 @@ class TestPreprocessing:
 
     def test_frames_that_stay_oblong(self, folder: Path) -> None:
         scorer = load(folder, preprocessing="instructvideo")
-        assert scorer.score_images(frames(1, 40, 40, 3), PROMPTS[:1]).isfinite().all()
+        assert scorer.score_images(noise(1, 40, 40, 3), PROMPTS[:1]).isfinite().all()
         message = "preprocessed pixels have shape (1, 3, 28, 41), expected [B, 3, 28, 28]"
         with pytest.raises(ValueError, match=re.escape(message)):
-            scorer.score_images(frames(1, 30, 44, 3), PROMPTS[:1])
+            scorer.score_images(noise(1, 30, 44, 3), PROMPTS[:1])
 
 
 class TestLoading:
@@ -166,20 +143,13 @@ class TestLoading:
     @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
     def test_versions_and_files(self, scorer: HPSv2, tmp_path: Path, version: str, suffix: str) -> None:
         other = load(write_checkpoint(tmp_path / "a", version, suffix), version=version)
-        images = frames(3, 30, 44, 3)
+        images = noise(3, 30, 44, 3)
         assert torch.equal(other.score_images(images, PROMPTS), scorer.score_images(images, PROMPTS))
 
     def test_safetensors_come_first(self, copy: Path) -> None:
         save_file(load_file(TINY / "weights.safetensors"), copy / "HPS_v2.1_compressed.safetensors")
         (copy / "HPS_v2.1_compressed.pt").write_bytes(b"damaged")
         load(copy)
-
-    def test_weights_keep_the_published_names(self, scorer: HPSv2) -> None:
-        published, state = load_file(TINY / "weights.safetensors"), scorer.network.state_dict()
-        assert state.keys() == published.keys()
-        assert all(torch.equal(state[name], published[name]) for name in published)
-        assert not any(weight.requires_grad for weight in scorer.network.parameters())
-        assert not scorer.network.training
 
     def test_half_precision_checkpoint_and_bfloat16(self, scorer: HPSv2, copy: Path) -> None:
         weights = {key: weight.half() for key, weight in load_file(TINY / "weights.safetensors").items()}
@@ -202,11 +172,9 @@ class TestLoading:
         with pytest.raises(FileNotFoundError, match=rf"no {re.escape(name)} .*in .*copy; .*xswu/HPSv2"):
             load(copy)
 
-    def test_missing_version_and_folder(self, folder: Path) -> None:
+    def test_missing_version(self, folder: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"no HPS_v2_compressed\.pt in"):
             load(folder, version="v2")
-        with pytest.raises(FileNotFoundError, match="no folder at xswu/HPSv2"):
-            load(Path("xswu/HPSv2"))
         with pytest.raises(ValueError, match=r"version is 'v3', expected one of v2, v2\.1"):
             load(folder, version="v3")
 
@@ -232,23 +200,3 @@ class TestLoading:
         shutil.copy(DATA / "clip_tokenizer" / "tokenizer.json", copy / "tokenizer.json")
         with pytest.raises(ValueError, match="has 49408 tokens for 96 embeddings"):
             load(copy)
-
-
-class TestRefusals:
-    def test_images(self, scorer: HPSv2) -> None:
-        with pytest.raises(ValueError, match=r"images are torch\.float32, expected torch\.uint8"):
-            scorer.score_images(torch.zeros(1, 8, 8, 3), ["w1"])
-        with pytest.raises(ValueError, match=r"images have shape \(1, 8, 8, 4\), expected \[B, H, W, 3\]"):
-            scorer.score_images(frames(1, 8, 8, 4), ["w1"])
-        with pytest.raises(ValueError, match=r"2 prompts for 1 images"):
-            scorer.score_image_pixels(torch.zeros(1, 3, 8, 8), ["w1", "w2"])
-
-    def test_prompts(self, scorer: HPSv2) -> None:
-        with pytest.raises(ValueError, match=r"prompt 0 is '', expected text: HPSv2 judges by it"):
-            scorer.score_images(frames(1, 8, 8, 3), [""])
-
-    def test_scores_that_are_not_finite(self, copy: Path) -> None:
-        scorer = load(copy)
-        scorer.network.visual.proj.fill_(float("inf"))
-        with pytest.raises(ValueError, match=r"HPSv2 gave nan for input 0 \('w1'\); its weights are damaged"):
-            scorer.score_images(frames(1, 8, 8, 3), ["w1"])

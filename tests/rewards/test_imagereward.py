@@ -2,14 +2,13 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_videos import noise
 from tokenizers import BertWordPieceTokenizer
-from torch import Tensor
 from transformers import BlipTextConfig
 
 from vpo_engine.rewards.frames import VideoOfFrames
@@ -59,15 +58,6 @@ def scorer(folder: Path) -> ImageReward:
     return load(folder)
 
 
-@pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def frames(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
-
-
 class TestText:
     def test_ids_and_mask(self, scorer: ImageReward) -> None:
         ids, mask = scorer.encode(TEXTS)
@@ -112,20 +102,8 @@ class TestScores:
         torch.testing.assert_close(pixels.grad, IO["grad_pixel_values"], rtol=1e-3, atol=1e-8)
         assert all(weight.grad is None for weight in scorer.network.parameters())
 
-    def test_score_images(self, scorer: ImageReward) -> None:
-        images, prompts, before = frames(3, 30, 44, 3), [*TEXTS, "a dog"], torch.get_rng_state()
-        scores = scorer.score_images(images, prompts)
-        assert scores.shape == (3,)
-        assert scores.dtype == torch.float32
-        assert not scores.requires_grad
-        assert torch.equal(scores, scorer.score_images(images, prompts))
-        assert torch.equal(torch.get_rng_state(), before)
-        alone = torch.cat([scorer.score_images(images[i : i + 1], prompts[i : i + 1]) for i in range(3)])
-        torch.testing.assert_close(scores, alone, rtol=0, atol=ATOL)
-        torch.testing.assert_close(scorer.scores(scorer.preprocess(images), prompts), scores)
-
     def test_pixels_are_scored_as_bytes_are_and_get_gradients(self, scorer: ImageReward) -> None:
-        images = frames(2, 30, 44, 3)
+        images = noise(2, 30, 44, 3)
         pixels = (images.permute(0, 3, 1, 2).float() / 255).requires_grad_()
         found, expected = scorer.score_image_pixels(pixels, TEXTS), scorer.score_images(images, TEXTS)
         torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-3)
@@ -135,7 +113,7 @@ class TestScores:
         assert pixels.grad[..., 8:-8].abs().amin((0, 1)).min() > 0
 
     def test_videos(self, scorer: ImageReward) -> None:
-        videos = frames(2, 3, 30, 44, 3)
+        videos = noise(2, 3, 30, 44, 3)
         scores = VideoOfFrames(scorer, batch_size=4).score(videos, TEXTS)
         assert tuple(scores) == tuple(CARD.dimensions)
         one = torch.stack([scorer.score_images(videos[row], [TEXTS[row]] * 3).mean() for row in range(2)])
@@ -146,17 +124,8 @@ class TestLoading:
     def test_safetensors_come_first(self, scorer: ImageReward, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path / "a", "safetensors")
         (other / "ImageReward.pt").write_bytes(b"damaged")
-        images = frames(2, 30, 44, 3)
+        images = noise(2, 30, 44, 3)
         assert torch.equal(load(other).score_images(images, TEXTS), scorer.score_images(images, TEXTS))
-
-    def test_weights_keep_the_published_names(self, scorer: ImageReward) -> None:
-        published, state = load_file(TINY / "weights.safetensors"), scorer.network.state_dict()
-        left_out = {"blip.text_encoder.embeddings.position_ids"}
-        left_out |= {f"blip.{side}_proj.{kind}" for side in ("text", "vision") for kind in ("weight", "bias")}
-        assert state.keys() == published.keys() - left_out
-        assert all(torch.equal(state[name], published[name]) for name in state)
-        assert not any(weight.requires_grad for weight in scorer.network.parameters())
-        assert not scorer.network.training
 
     def test_bfloat16_keeps_a_float32_head(self, folder: Path) -> None:
         scorer = load(folder, dtype=torch.bfloat16)
@@ -195,10 +164,6 @@ class TestLoading:
         with pytest.raises(FileNotFoundError, match=rf"no {wanted} in .*THUDM/ImageReward"):
             load(copy)
 
-    def test_missing_folder_is_not_downloaded(self) -> None:
-        with pytest.raises(FileNotFoundError, match="no folder at THUDM/ImageReward"):
-            load(Path("THUDM/ImageReward"))
-
     def test_another_models_weights(self, copy: Path) -> None:
         weights = load_file(TINY / "weights.safetensors")
         del weights["mlp.layers.7.bias"]
@@ -227,25 +192,3 @@ class TestLoading:
         (copy / "med_config.json").write_text(json.dumps(SIZES["med"]))
         with pytest.raises(ValueError, match=r"has no \[CLS\] and \[SEP\]"):
             load(copy)
-
-
-class TestRefusals:
-    def test_images(self, scorer: ImageReward) -> None:
-        with pytest.raises(ValueError, match=r"images are torch\.float32, expected torch\.uint8"):
-            scorer.score_images(torch.zeros(1, 8, 8, 3), ["a"])
-        with pytest.raises(ValueError, match=r"images have shape \(1, 8, 8, 3\), expected \[B, 3, H, W\]"):
-            scorer.score_image_pixels(torch.zeros(1, 8, 8, 3), ["a"])
-
-    def test_prompts(self, scorer: ImageReward) -> None:
-        with pytest.raises(ValueError, match=r"prompt 0 is '\\n', expected text: ImageReward judges by it"):
-            scorer.score_images(frames(1, 8, 8, 3), ["\n"])
-        with pytest.raises(
-            ValueError, match=r"contains '\[SEP\]', which BERT's tokenizer reads as a special"
-        ):
-            scorer.score_images(frames(1, 8, 8, 3), ["a cat [SEP]"])
-
-    def test_scores_that_are_not_finite(self, copy: Path) -> None:
-        scorer = load(copy)
-        scorer.network.blip.visual_encoder.norm.bias.fill_(float("nan"))
-        with pytest.raises(ValueError, match=r"ImageReward gave nan for input 0 \('a'\); its weights are"):
-            scorer.score_images(frames(1, 8, 8, 3), ["a"])

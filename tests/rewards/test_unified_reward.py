@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_qwen import write_judge
+from tiny_videos import noise
 from torch import Tensor
 
 from vpo_engine.rewards import qwen_vl
@@ -33,8 +34,7 @@ CAT = "A cat jumps over a wall"
 
 
 def clips(count: int, frames: int = 4) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(0, 256, (count, frames, 24, 30, 3), generator=generator, dtype=torch.uint8)
+    return noise(count, frames, 24, 30, 3)
 
 
 class Shown(UnifiedReward):

@@ -1,15 +1,13 @@
 """ViCLIP against the authors' code on tiny weights, loaded as the published checkpoint is."""
 
 import json
-import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_clip import spelled, write_words
+from tiny_videos import noise, pixels
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -55,18 +53,8 @@ def scorer(folder: Path) -> ViCLIP:
     return ViCLIP.from_pretrained(folder, shape=TINY)
 
 
-@pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
 def videos(count: int, frames: int = 8, size: tuple[int, int] = (30, 44)) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(0, 256, (count, frames, *size, 3), generator=generator, dtype=torch.uint8)
-
-
-def pixels(clips: Tensor) -> Tensor:
-    return clips.permute(0, 1, 4, 2, 3).float() / 255
+    return noise(count, frames, *size, 3)
 
 
 class TestNetwork:
@@ -146,36 +134,10 @@ class TestFrames:
 
 
 class TestScores:
-    def test_score(self, scorer: ViCLIP) -> None:
-        scores = scorer.score(videos(3), [*PROMPTS, "w4 w2"])
-        assert tuple(scores) == scorer.dimensions == ("viclip",)
-        value = scores["viclip"]
-        assert value.shape == (3,)
-        assert value.dtype == torch.float32
-        assert (value.abs() <= 1).all()
-        assert value.unique().numel() == 3
-
     def test_is_the_score_of_the_chosen_frames(self, scorer: ViCLIP) -> None:
         clips = videos(2, 17)
         expected = scorer.scores(scorer.preprocess(pixels(clips[:, 0:16:2])), PROMPTS)
         torch.testing.assert_close(scorer.score(clips, PROMPTS)["viclip"], expected, rtol=0, atol=1e-6)
-
-    def test_the_batch_does_not_matter(self, scorer: ViCLIP) -> None:
-        clips, prompts = videos(5), [*PROMPTS, "w4 w2", *PROMPTS]
-        together = scorer.score(clips, prompts)["viclip"]
-        small = ViCLIP(scorer.network, scorer.tokenizer, batch_size=2)
-        torch.testing.assert_close(small.score(clips, prompts)["viclip"], together, rtol=0, atol=1e-6)
-        alone = [scorer.score(clips[i : i + 1], prompts[i : i + 1])["viclip"] for i in range(5)]
-        torch.testing.assert_close(torch.cat(alone), together, rtol=0, atol=1e-6)
-
-    def test_is_deterministic_and_leaves_no_trace(self, scorer: ViCLIP) -> None:
-        clips, before = videos(2), torch.get_rng_state()
-        kept = clips.clone()
-        first, second = (scorer.score(clips, PROMPTS)["viclip"] for _ in range(2))
-        assert torch.equal(first, second)
-        assert not first.requires_grad
-        assert torch.equal(torch.get_rng_state(), before)
-        assert torch.equal(clips, kept)
 
     def test_order_of_frames_counts(self, scorer: ViCLIP) -> None:
         clips = videos(2)
@@ -215,12 +177,6 @@ class TestScores:
 
 
 class TestLoading:
-    def test_weights_keep_the_published_names(self, scorer: ViCLIP) -> None:
-        state = scorer.network.state_dict()
-        assert state.keys() == WEIGHTS.keys()
-        assert all(torch.equal(state[name], WEIGHTS[name]) for name in WEIGHTS)
-        assert not any(weight.requires_grad for weight in scorer.network.parameters())
-
     @pytest.mark.parametrize("name", [f"{NAME}.safetensors", "model.safetensors"])
     def test_safetensors_are_preferred(self, scorer: ViCLIP, copy: Path, name: str) -> None:
         save_file(WEIGHTS, copy / name)
@@ -230,8 +186,6 @@ class TestLoading:
         assert torch.equal(*pair)
 
     def test_missing_files(self, copy: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"no folder at nowhere; ViCLIP needs a local folder"):
-            ViCLIP.from_pretrained("nowhere")
         (copy / f"{NAME}.pth").unlink()
         with pytest.raises(FileNotFoundError, match=rf"no {NAME}\.pth in .*ViCLIP needs"):
             ViCLIP.from_pretrained(copy, shape=TINY)
@@ -253,71 +207,8 @@ class TestLoading:
         with pytest.raises(ValueError, match="has 100 tokens for 96 embeddings"):
             ViCLIP.from_pretrained(copy, shape=TINY)
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda w: w.pop("temp"), "1 weights disagree: missing temp"),
-            (lambda w: w.update({"head.weight": torch.zeros(1, 16)}), "unexpected head.weight"),
-            (
-                lambda w: w.update({"text_encoder.positional_embedding": torch.zeros(77, 24)}),
-                "text_encoder.positional_embedding is [77, 24], expected [32, 24]",
-            ),
-        ],
-        ids=["missing", "unexpected", "shape"],
-    )
-    def test_wrong_weights(
-        self, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
-    ) -> None:
-        weights = dict(WEIGHTS)
-        change(weights)
-        with pytest.raises(ValueError, match=re.escape(message)):
-            ViCLIP.from_pretrained(write_checkpoint(tmp_path / "wrong", weights), shape=TINY)
-
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("clips", "message"),
-        [
-            (torch.zeros(1, 8, 24, 30, 3), "videos are torch.float32, expected torch.uint8"),
-            (
-                torch.zeros(1, 0, 24, 30, 3, dtype=torch.uint8),
-                "videos have shape (1, 0, 24, 30, 3), expected",
-            ),
-            (
-                torch.zeros(1, 3, 8, 24, 30, dtype=torch.uint8),
-                "videos have shape (1, 3, 8, 24, 30), expected",
-            ),
-            (torch.zeros(2, 8, 24, 30, 3, dtype=torch.uint8), "1 prompts for 2 videos"),
-        ],
-    )
-    def test_videos(self, scorer: ViCLIP, clips: Tensor, message: str) -> None:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            scorer.score(clips, PROMPTS[:1])
-
-    @pytest.mark.parametrize("prompt", ["", " \n"])
-    def test_prompt_without_text(self, scorer: ViCLIP, prompt: str) -> None:
-        message = re.escape(f"prompt 1 is {prompt!r}, expected text: ViCLIP")
-        with pytest.raises(ValueError, match=message):
-            scorer.score(videos(2), [PROMPTS[0], prompt])
-        with pytest.raises(ValueError, match=message):
-            scorer.score_pixels(pixels(videos(2)), [PROMPTS[0], prompt])
-
-    def test_special_token_in_a_prompt(self, scorer: ViCLIP) -> None:
-        with pytest.raises(
-            ValueError, match=r"contains '<\|endoftext\|>', which .* remove it from the prompt"
-        ):
-            scorer.score(videos(1), ["w1 <|endoftext|>"])
-
     def test_batch_size(self, folder: Path) -> None:
         with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
             ViCLIP.from_pretrained(folder, batch_size=0, shape=TINY)
-
-    def test_scores_that_are_not_finite(self, copy: Path) -> None:
-        scorer = ViCLIP.from_pretrained(copy, batch_size=1, shape=TINY)
-        with torch.no_grad():
-            scorer.network.vision_encoder.proj[0, 0] = float("nan")
-        message = r"ViCLIP gave nan for input 0 \('w89 .*its weights are damaged"
-        with pytest.raises(ValueError, match=message):
-            scorer.score(videos(2), PROMPTS)
-        with pytest.raises(ValueError, match=message):
-            scorer.score_pixels(pixels(videos(2)), PROMPTS)

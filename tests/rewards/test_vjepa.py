@@ -1,14 +1,13 @@
 """V-JEPA against the authors' code on tiny weights, loaded as the published checkpoints are."""
 
 import json
-import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_videos import noise, pixels
 from torch import Tensor
 
 from vpo_engine.rewards.vjepa import (
@@ -52,18 +51,8 @@ def scorer(folder: Path) -> VJepa:
     return VJepa.from_pretrained(folder)
 
 
-@pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
 def clips(count: int, frames: int = 6, size: tuple[int, int] = (40, 56)) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(0, 256, (count, frames, *size, 3), generator=generator, dtype=torch.uint8)
-
-
-def pixels(videos: Tensor) -> Tensor:
-    return videos.permute(0, 1, 4, 2, 3).float() / 255
+    return noise(count, frames, *size, 3)
 
 
 class TestNetwork:
@@ -150,31 +139,12 @@ class TestFrames:
 
 
 class TestScores:
-    def test_score(self, scorer: VJepa) -> None:
-        scores = scorer.score(clips(3), [CAT] * 3)
-        assert tuple(scores) == scorer.dimensions == tuple(CARD.dimensions)
-        value = scores["vjepa"]
-        assert value.shape == (3,)
-        assert value.dtype == torch.float32
-        assert (value < 0).all()
-        assert value.unique().numel() == 3
-
     def test_is_minus_the_loss(self, scorer: VJepa) -> None:
         videos = clips(2)
         clip = scorer.preprocess(pixels(videos)[:, 1:5])
         masks = [(seen.expand(2, -1), hidden.expand(2, -1)) for seen, hidden in scorer.masks]
         found = scorer.score(videos, [CAT] * 2)["vjepa"]
         torch.testing.assert_close(found, -scorer.network(clip, masks), rtol=0, atol=1e-6)
-
-    def test_batch_prompt_and_chance_do_not_matter(self, scorer: VJepa) -> None:
-        videos, before = clips(5), torch.get_rng_state()
-        together = scorer.score(videos, [CAT] * 5)["vjepa"]
-        for row in range(5):
-            alone = scorer.score(videos[row : row + 1], [""])["vjepa"]
-            torch.testing.assert_close(alone, together[row : row + 1], rtol=0, atol=1e-6)
-        assert torch.equal(scorer.score(videos, [CAT] * 5)["vjepa"], together)
-        assert torch.equal(torch.get_rng_state(), before)
-        assert not together.requires_grad
 
     def test_the_seed_decides_the_masks(self, scorer: VJepa, folder: Path) -> None:
         def score(seed: int) -> Tensor:
@@ -209,12 +179,6 @@ class TestScores:
 
 
 class TestLoading:
-    def test_weights_keep_the_published_names(self, scorer: VJepa) -> None:
-        state = scorer.network.state_dict()
-        assert state.keys() == WEIGHTS.keys()
-        assert all(torch.equal(state[name], WEIGHTS[name]) for name in WEIGHTS)
-        assert not any(weight.requires_grad for weight in scorer.network.parameters())
-
     def test_safetensors_are_preferred(self, scorer: VJepa, copy: Path) -> None:
         save_file(WEIGHTS, copy / "model.safetensors")
         (copy / "vitl16.pth.tar").write_bytes(b"no pickle")
@@ -223,8 +187,6 @@ class TestLoading:
         assert torch.equal(*pair)
 
     def test_missing_files(self, copy: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"no folder at nowhere; .*vitl16\.pth\.tar"):
-            VJepa.from_pretrained("nowhere")
         (copy / "vitl16.pth.tar").unlink()
         with pytest.raises(FileNotFoundError, match=r"no weight file in .*vitl16\.pth\.tar"):
             VJepa.from_pretrained(copy)
@@ -249,68 +211,8 @@ class TestLoading:
         with pytest.raises(ValueError, match=r"vitl16\.pth\.tar cannot be read"):
             VJepa.from_pretrained(copy)
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (
-                lambda w: w.pop("predictor.module.backbone.predictor_norm.bias"),
-                "1 weights disagree: missing predictor.module.backbone.predictor_norm.bias",
-            ),
-            (
-                lambda w: w.update({"encoder.module.backbone.cls_token": torch.zeros(1, 1, 16)}),
-                "unexpected encoder.module.backbone.cls_token",
-            ),
-            (
-                lambda w: w.update({"target_encoder.module.backbone.norm.bias": torch.zeros(8)}),
-                "target_encoder.module.backbone.norm.bias is [8], expected [16]",
-            ),
-        ],
-        ids=["missing", "unexpected", "shape"],
-    )
-    def test_wrong_weights(
-        self, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
-    ) -> None:
-        weights = dict(WEIGHTS)
-        change(weights)
-        with pytest.raises(ValueError, match=re.escape(message)):
-            VJepa.from_pretrained(write_checkpoint(tmp_path / "wrong", weights))
-
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("videos", "message"),
-        [
-            (torch.zeros(1, 4, 24, 30, 3), "videos are torch.float32, expected torch.uint8"),
-            (
-                torch.zeros(1, 0, 24, 30, 3, dtype=torch.uint8),
-                "videos have shape (1, 0, 24, 30, 3), expected",
-            ),
-            (
-                torch.zeros(1, 3, 4, 24, 30, dtype=torch.uint8),
-                "videos have shape (1, 3, 4, 24, 30), expected",
-            ),
-            (torch.zeros(2, 4, 24, 30, 3, dtype=torch.uint8), "1 prompts for 2 videos"),
-        ],
-    )
-    def test_videos(self, scorer: VJepa, videos: Tensor, message: str) -> None:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            scorer.score(videos, [CAT])
-
-    def test_pixels(self, scorer: VJepa) -> None:
-        with pytest.raises(ValueError, match=r"videos are torch\.uint8, expected floats"):
-            scorer.score_pixels(clips(1), [CAT])
-        with pytest.raises(ValueError, match=r"expected \[B, F, 3, H, W\]"):
-            scorer.score_pixels(torch.zeros(1, 4, 24, 30, 3), [CAT])
-
     def test_batch_size(self, folder: Path) -> None:
         with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
             VJepa.from_pretrained(folder, batch_size=0)
-
-    def test_scores_that_are_not_finite(self, copy: Path) -> None:
-        scorer = VJepa.from_pretrained(copy)
-        with torch.no_grad():
-            scorer.network.predictor.module["backbone"].predictor_proj.bias[3] = float("nan")
-        with pytest.raises(
-            ValueError, match=r"V-JEPA gave nan for input 0 \('a cat'\); its weights are damaged"
-        ):
-            scorer.score(clips(2), [CAT, CAT])

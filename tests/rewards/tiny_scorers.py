@@ -21,6 +21,8 @@ from tiny_qwen import write_judge
 
 from vpo_engine.rewards.builtin import Builtin
 from vpo_engine.rewards.frames import VideoOfFrames
+from vpo_engine.rewards.hpsv2 import HPSv2
+from vpo_engine.rewards.imagereward import ImageReward
 from vpo_engine.rewards.laion_aesthetic import LaionAesthetic
 from vpo_engine.rewards.mps import MPS
 from vpo_engine.rewards.pickscore import PickScore
@@ -65,6 +67,21 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
         PickScore.from_pretrained(test_pickscore.write_checkpoint(folder))
     ),
 }
+PUBLISHED: dict[str, tuple[Any, str]] = {
+    "videoscore": (VideoScore, "VideoScore"),
+    "videoscore2": (VideoScore2, "VideoScore2"),
+    "videoalign": (VideoAlign, "VideoAlign"),
+    "q_align": (QAlign, "Q-Align"),
+    "unified_reward": (UnifiedReward, "UnifiedReward"),
+    "viclip": (ViCLIP, "ViCLIP"),
+    "vjepa": (VJepa, "V-JEPA"),
+    "laion_aesthetic": (LaionAesthetic, "LAION's aesthetic predictor"),
+    "imagereward": (ImageReward, "ImageReward"),
+    "mps": (MPS, "MPS"),
+    "hpsv2": (HPSv2, "HPSv2"),
+    "pickscore": (PickScore, "PickScore"),
+}
+"""Those with weights to download: the class, and what errors call it."""
 IMAGES = ("laion_aesthetic", "imagereward", "mps", "hpsv2", "pickscore")
 """Those that score frames one by one."""
 PICTURES = (*IMAGES, "q_align")
