@@ -17,8 +17,8 @@ import test_videoscore
 import test_vjepa
 import torch
 from safetensors.torch import load_file
-from tiny_scorers import IMAGES, MAKERS, PUBLISHED
-from tiny_videos import noise, stacked
+from tiny_scorers import IMAGES, PUBLISHED, make
+from tiny_videos import noise, pixels, stacked
 from torch import Tensor
 
 from vpo_engine.rewards.registry import reward_card
@@ -42,7 +42,7 @@ PROMPTS = ["w3 a cat", "w7 w9 the red dog", "w20"]
 
 @pytest.fixture(scope="module", params=ATOL)
 def scorer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    return request.param, MAKERS[request.param](tmp_path_factory.mktemp("scorer") / "tiny")
+    return request.param, make(request.param, tmp_path_factory.mktemp("scorer") / "tiny")
 
 
 def test_every_differentiable_scorer_is_here() -> None:
@@ -104,6 +104,24 @@ class TestScoresOfImages:
         torch.testing.assert_close(made.scores(prepared, PROMPTS), scores, rtol=0, atol=ATOL[name])
 
 
+@pytest.mark.parametrize(
+    ("scorer", "atol", "spread"),
+    [("laion_aesthetic", 0.02, 0.03), ("imagereward", 1e-3, 5e-3), ("pickscore", 0.2, 1)],
+    indirect=["scorer"],
+)
+def test_cropped_pixels_score_nearly_like_bytes_and_take_gradients(
+    scorer: tuple[str, Any], atol: float, spread: float
+) -> None:
+    made, images = scorer[1].scorer, noise(2, 30, 44, 3)
+    inputs = pixels(images).requires_grad_()
+    found, expected = made.score_image_pixels(inputs, PROMPTS[:2]), made.score_images(images, PROMPTS[:2])
+    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=atol)
+    assert (expected[0] - expected[1]).abs() > spread
+    found.sum().backward()
+    assert inputs.grad is not None
+    assert inputs.grad[..., 8:-8].abs().amin((0, 1)).min() > 0
+
+
 STORED = {
     "videoscore": test_videoscore.TINY,
     "q_align": test_q_align.TINY,
@@ -147,8 +165,6 @@ WRONG = {
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
 def test_wrong_weights(tmp_path: Path, name: str, fault: str) -> None:
     module, key, shape = WRONG[name]
-    scorer, called = PUBLISHED[name]
-    sizes = {"shape": module.TINY} if name == "viclip" else {}
     weights: dict[str, Tensor] = dict(module.WEIGHTS)
     if fault == "missing":
         del weights[key]
@@ -159,6 +175,23 @@ def test_wrong_weights(tmp_path: Path, name: str, fault: str) -> None:
     else:
         weights[key] = torch.zeros(3, *shape)
         words = f"{key} is {[3, *shape]}, expected {shape}"
-    message = f"is not a checkpoint of {called}, 1 weights disagree: {words}; "
+    message = f"is not a checkpoint of {PUBLISHED[name].called}, 1 weights disagree: {words}; "
     with pytest.raises(ValueError, match=re.escape(message)):
-        scorer.from_pretrained(module.write_checkpoint(tmp_path / "wrong", weights), **sizes)
+        PUBLISHED[name].load(module.write_checkpoint(tmp_path / "wrong", weights))
+
+
+POSITIVE = {
+    "videoscore": (["max_frames", "batch_size"], "at least 1"),
+    "videoalign": (["fps", "batch_size"], "a finite number above 0"),
+    "q_align": (["fps", "frames", "batch_size"], "a number above 0"),
+    "viclip": (["batch_size"], "at least 1"),
+    "vjepa": (["batch_size"], "at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_numbers_are_positive(tmp_path: Path, name: str) -> None:
+    folder, (settings, expected) = PUBLISHED[name].write(tmp_path / "tiny"), POSITIVE[name]
+    for setting in settings:
+        with pytest.raises(ValueError, match=f"{setting} is 0, expected {expected}"):
+            PUBLISHED[name].load(folder, **{setting: 0})

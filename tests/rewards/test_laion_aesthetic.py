@@ -98,16 +98,6 @@ class TestScores:
         torch.testing.assert_close(pixels.grad, IO["grad_pixel_values"], rtol=1e-4, atol=1e-6)
         assert all(weight.grad is None for weight in scorer.network.parameters())
 
-    def test_pixels_are_scored_as_bytes_are_and_get_gradients(self, scorer: LaionAesthetic) -> None:
-        images = noise(3, 30, 44, 3)
-        pixels = (images.permute(0, 3, 1, 2).float() / 255).requires_grad_()
-        found, expected = scorer.score_image_pixels(pixels, [""] * 3), scorer.score_images(images, [""] * 3)
-        torch.testing.assert_close(found.detach(), expected, rtol=0, atol=0.02)
-        assert expected.std() > 0.02
-        found.sum().backward()
-        assert pixels.grad is not None
-        assert pixels.grad[..., 8:-8].abs().amin((0, 1)).min() > 0
-
     def test_videos(self, scorer: LaionAesthetic) -> None:
         videos = noise(2, 5, 30, 44, 3)
         scores = VideoOfFrames(scorer, frames=2).score(videos, ["", "a"])

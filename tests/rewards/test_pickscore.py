@@ -61,16 +61,6 @@ class TestScores:
         torch.testing.assert_close(pixels.grad, IO["grad_pixel_values"], rtol=1e-4, atol=1e-5)
         assert all(weight.grad is None for weight in scorer.network.parameters())
 
-    def test_pixels_are_scored_as_bytes_are_and_get_gradients(self, scorer: PickScore) -> None:
-        images = noise(2, 30, 44, 3)
-        pixels = (images.permute(0, 3, 1, 2).float() / 255).requires_grad_()
-        found, expected = scorer.score_image_pixels(pixels, PROMPTS), scorer.score_images(images, PROMPTS)
-        torch.testing.assert_close(found.detach(), expected, rtol=0, atol=0.2)
-        assert (expected[0] - expected[1]).abs() > 1
-        found.sum().backward()
-        assert pixels.grad is not None
-        assert pixels.grad[..., 8:-8].abs().amin((0, 1)).min() > 0
-
     def test_videos(self, scorer: PickScore) -> None:
         videos = noise(2, 3, 30, 44, 3)
         scores = VideoOfFrames(scorer, batch_size=4).score(videos, PROMPTS)

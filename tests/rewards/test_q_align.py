@@ -318,11 +318,6 @@ class TestLoading:
         with pytest.raises(ValueError, match=r"begins excellent, good, .* with ids \[0, 4, 5, 6, 0\]"):
             QAlign.from_pretrained(copy)
 
-    @pytest.mark.parametrize("name", ["fps", "frames", "batch_size"])
-    def test_counts_are_positive(self, folder: Path, name: str) -> None:
-        with pytest.raises(ValueError, match=f"{name} is 0, expected a number above 0"):
-            QAlign.from_pretrained(folder, **{name: 0})
-
 
 class TestRefusals:
     def test_videos_shorter_than_a_second(self, folder: Path) -> None:

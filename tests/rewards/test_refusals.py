@@ -14,7 +14,7 @@ import test_hpsv2
 import test_pickscore
 import test_videoscore
 import torch
-from tiny_scorers import IMAGES, MAKERS, PICTURES, PUBLISHED
+from tiny_scorers import IMAGES, PICTURES, PUBLISHED, SCORERS, make
 from tiny_videos import noise, pixels
 from torch import Tensor, nn
 
@@ -46,9 +46,9 @@ SPECIAL = {
 """A special token of each tokenizer that has any, and whose the tokenizer is."""
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=SCORERS)
 def scorer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    return request.param, MAKERS[request.param](tmp_path_factory.mktemp("scorer") / "tiny")
+    return request.param, make(request.param, tmp_path_factory.mktemp("scorer") / "tiny")
 
 
 def video(name: str, frames: int = 17, count: int = 1) -> Tensor:
@@ -80,8 +80,7 @@ class TestEveryScorer:
     def test_is_here(self) -> None:
         """The variants of one scorer count as one."""
         variants = {"videoscore_v1_1", "hpsv2_1", "brisque", "sprites_image"}
-        assert set(MAKERS) == set(NAMES) - variants
-        assert set(PUBLISHED) == set(MAKERS) - {"sprites", "builtin"}
+        assert set(SCORERS) == set(NAMES) - variants
 
     def test_refuses_videos_without_frames_and_none_at_all(self, scorer: tuple[str, Any]) -> None:
         name, made = scorer
@@ -129,7 +128,7 @@ class TestEveryScorer:
                 refused(made, video(name), [prompt], f"prompt 0 is {prompt!r}", "caption ")
             if name in PUBLISHED and name not in NO_PROMPT:
                 row = 17 if name in IMAGES else 1  # of the frames
-                words = f"prompt {row} is {prompt!r}, expected text: {PUBLISHED[name][1]} judges by it"
+                words = f"prompt {row} is {prompt!r}, expected text: {PUBLISHED[name].called} judges by it"
                 videos, prompts = video(name, count=2), [CAPTION, prompt]
                 refused(made, videos, prompts, words)
                 if hasattr(made, "score_pixels"):
@@ -153,7 +152,7 @@ class TestEveryScorer:
         name, made = scorer
         if name not in PUBLISHED or not reward_card(name).differentiable:
             return
-        called = PUBLISHED[name][1]
+        called = PUBLISHED[name].called
         if len(made.dimensions) > 1:
             called += f" ({made.dimensions[0]})"
         words = f"{called} gave nan for input 0 ({CAPTION!r}); its weights are damaged"
@@ -201,7 +200,7 @@ class TestEveryImageScorer:
     def test_prompts_without_text(self, scorer: tuple[str, Any], prompt: str) -> None:
         name, made = scorer[0], scorer[1].scorer
         if name not in NO_PROMPT:
-            words = f"is {prompt!r}, expected text: {PUBLISHED[name][1]} judges by it"
+            words = f"is {prompt!r}, expected text: {PUBLISHED[name].called} judges by it"
             with pytest.raises(ValueError, match=re.escape(f"prompt 1 {words}")):
                 made.score_images(noise(2, 8, 8, 3), ["a", prompt])
             with pytest.raises(ValueError, match=re.escape(f"prompt 0 {words}")):
@@ -210,7 +209,7 @@ class TestEveryImageScorer:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_missing_folders_are_not_downloaded(name: str) -> None:
-    scorer = PUBLISHED[name][0]
+    scorer = PUBLISHED[name].scorer
     module = inspect.getmodule(scorer)
     assert module is not None
     assert " needs a " in module.REMEDY

@@ -206,9 +206,3 @@ class TestLoading:
         write_words(copy / "tokenizer.json", 100)
         with pytest.raises(ValueError, match="has 100 tokens for 96 embeddings"):
             ViCLIP.from_pretrained(copy, shape=TINY)
-
-
-class TestRefusals:
-    def test_batch_size(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
-            ViCLIP.from_pretrained(folder, batch_size=0, shape=TINY)

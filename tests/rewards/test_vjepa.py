@@ -210,9 +210,3 @@ class TestLoading:
         (copy / "vitl16.pth.tar").write_bytes(b"no pickle")
         with pytest.raises(ValueError, match=r"vitl16\.pth\.tar cannot be read"):
             VJepa.from_pretrained(copy)
-
-
-class TestRefusals:
-    def test_batch_size(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
-            VJepa.from_pretrained(folder, batch_size=0)

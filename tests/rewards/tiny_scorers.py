@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,54 +36,62 @@ from vpo_engine.rewards.videoscore import VideoScore
 from vpo_engine.rewards.videoscore2 import VideoScore2
 from vpo_engine.rewards.vjepa import VJepa
 
-MAKERS: dict[str, Callable[[Path], Any]] = {
-    "sprites": lambda _: SpritesOfFiles.from_pretrained(),
-    "builtin": lambda _: Builtin(),
-    "videoscore": lambda folder: VideoScore.from_pretrained(
-        test_videoscore.write_checkpoint(folder), dtype=torch.float32
+
+@dataclass(frozen=True)
+class Published:
+    """A scorer with weights to download. called: what errors call it. write: its tiny checkpoint into a folder.
+
+    options: of ``from_pretrained``, for the tiny sizes.
+    """
+
+    scorer: Any
+    called: str
+    write: Callable[[Path], Path]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def load(self, folder: Path, **options: object) -> Any:
+        return self.scorer.from_pretrained(folder, **self.options, **options)
+
+
+EXACT = {"dtype": torch.float32}
+PUBLISHED = {
+    "videoscore": Published(VideoScore, "VideoScore", test_videoscore.write_checkpoint, EXACT),
+    "videoscore2": Published(VideoScore2, "VideoScore2", write_judge, EXACT),
+    "videoalign": Published(VideoAlign, "VideoAlign", test_videoalign.write_checkpoint, EXACT),
+    "q_align": Published(QAlign, "Q-Align", test_q_align.write_checkpoint, EXACT),
+    "unified_reward": Published(UnifiedReward, "UnifiedReward", write_judge, EXACT),
+    "viclip": Published(
+        ViCLIP,
+        "ViCLIP",
+        lambda folder: test_viclip.write_checkpoint(folder, test_viclip.WEIGHTS),
+        {"shape": test_viclip.TINY},
     ),
-    "videoscore2": lambda folder: VideoScore2.from_pretrained(write_judge(folder), dtype=torch.float32),
-    "videoalign": lambda folder: VideoAlign.from_pretrained(
-        test_videoalign.write_checkpoint(folder), dtype=torch.float32
+    "vjepa": Published(
+        VJepa, "V-JEPA", lambda folder: test_vjepa.write_checkpoint(folder, test_vjepa.WEIGHTS)
     ),
-    "q_align": lambda folder: QAlign.from_pretrained(
-        test_q_align.write_checkpoint(folder), dtype=torch.float32, frames=4
+    "laion_aesthetic": Published(
+        LaionAesthetic, "LAION's aesthetic predictor", test_laion_aesthetic.write_checkpoint
     ),
-    "unified_reward": lambda folder: UnifiedReward.from_pretrained(write_judge(folder), dtype=torch.float32),
-    "viclip": lambda folder: ViCLIP.from_pretrained(
-        test_viclip.write_checkpoint(folder, test_viclip.WEIGHTS), shape=test_viclip.TINY
+    "imagereward": Published(
+        ImageReward, "ImageReward", test_imagereward.write_checkpoint, {"shape": test_imagereward.SHAPE}
     ),
-    "vjepa": lambda folder: VJepa.from_pretrained(test_vjepa.write_checkpoint(folder, test_vjepa.WEIGHTS)),
-    "laion_aesthetic": lambda folder: VideoOfFrames(
-        LaionAesthetic.from_pretrained(test_laion_aesthetic.write_checkpoint(folder))
-    ),
-    "imagereward": lambda folder: VideoOfFrames(
-        test_imagereward.load(test_imagereward.write_checkpoint(folder))
-    ),
-    "mps": lambda folder: VideoOfFrames(
-        MPS.from_pretrained(test_mps.write_checkpoint(folder, test_mps.WEIGHTS))
-    ),
-    "hpsv2": lambda folder: VideoOfFrames(test_hpsv2.load(test_hpsv2.write_checkpoint(folder))),
-    "pickscore": lambda folder: VideoOfFrames(
-        PickScore.from_pretrained(test_pickscore.write_checkpoint(folder))
-    ),
+    "mps": Published(MPS, "MPS", lambda folder: test_mps.write_checkpoint(folder, test_mps.WEIGHTS)),
+    "hpsv2": Published(HPSv2, "HPSv2", test_hpsv2.write_checkpoint, {"shape": test_hpsv2.SHAPE}),
+    "pickscore": Published(PickScore, "PickScore", test_pickscore.write_checkpoint),
 }
-PUBLISHED: dict[str, tuple[Any, str]] = {
-    "videoscore": (VideoScore, "VideoScore"),
-    "videoscore2": (VideoScore2, "VideoScore2"),
-    "videoalign": (VideoAlign, "VideoAlign"),
-    "q_align": (QAlign, "Q-Align"),
-    "unified_reward": (UnifiedReward, "UnifiedReward"),
-    "viclip": (ViCLIP, "ViCLIP"),
-    "vjepa": (VJepa, "V-JEPA"),
-    "laion_aesthetic": (LaionAesthetic, "LAION's aesthetic predictor"),
-    "imagereward": (ImageReward, "ImageReward"),
-    "mps": (MPS, "MPS"),
-    "hpsv2": (HPSv2, "HPSv2"),
-    "pickscore": (PickScore, "PickScore"),
-}
-"""Those with weights to download: the class, and what errors call it."""
 IMAGES = ("laion_aesthetic", "imagereward", "mps", "hpsv2", "pickscore")
 """Those that score frames one by one."""
 PICTURES = (*IMAGES, "q_align")
-"""Those that score a single frame; Q-Align with its ``frames`` set, as its fixtures have it."""
+"""Those that score a single frame; Q-Align with its ``frames`` set."""
+SCORERS = ("sprites", "builtin", *PUBLISHED)
+
+
+def make(name: str, folder: Path) -> Any:
+    """The scorer of videos, its checkpoint in the folder, which does not exist yet."""
+    if name == "sprites":
+        return SpritesOfFiles.from_pretrained()
+    if name == "builtin":
+        return Builtin()
+    tiny = PUBLISHED[name]
+    scorer = tiny.load(tiny.write(folder), **({"frames": 4} if name == "q_align" else {}))
+    return VideoOfFrames(scorer) if name in IMAGES else scorer
