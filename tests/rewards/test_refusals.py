@@ -148,7 +148,7 @@ class TestEveryScorer:
             assert name in (*NO_PROMPT, "sprites")
 
     def test_refuses_scores_that_are_not_finite(self, scorer: tuple[str, Any]) -> None:
-        """Except for judges that write; Q-Align's ``score_pixels`` does not look."""
+        """Except for judges that write."""
         name, made = scorer
         if name not in PUBLISHED or not reward_card(name).differentiable:
             return
@@ -159,7 +159,7 @@ class TestEveryScorer:
         videos, prompts = video(name), [CAPTION]
         with damaged(made.network):
             refused(made, videos, prompts, words)
-            if hasattr(made, "score_pixels") and name != "q_align":
+            if hasattr(made, "score_pixels"):
                 with pytest.raises(ValueError, match=re.escape(words)):
                     made.score_pixels(pixels(videos), prompts)
         assert all(bool(values.isfinite().all()) for values in made.score(videos, prompts).values())

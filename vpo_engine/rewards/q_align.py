@@ -205,19 +205,19 @@ class QAlign:
         for rows in batches(len(prompts), self.batch_size):
             frames = videos[rows, indices].cpu()
             pixels = self.processor(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-            parts.append(torch.stack([*self._scores(pixels).values()], dim=1).cpu())
+            parts.append(self._scores(pixels).cpu())
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, "Q-Align")
 
     def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on the device, with gradients.
 
-        All in one forward. Differs from ``score`` by the rounding of the resized frames to 256 levels.
+        All in one forward. Differs from ``score`` by the rounding of the resized frames to 256 levels; errors are the
+        same.
         """
         check_video_pixels(videos, prompts)
         frames = videos[:, self.frame_indices(videos.shape[1])].to(self.network.lm_head.weight.device)
-        return self._scores(
-            self.processor.of_pixels(frames.flatten(0, 1).float()).unflatten(0, frames.shape[:2])
-        )
+        seen = self.processor.of_pixels(frames.flatten(0, 1).float()).unflatten(0, frames.shape[:2])
+        return by_dimension(self._scores(seen), DIMENSIONS, prompts, "Q-Align")
 
     def frame_indices(self, num_frames: int) -> list[int]:
         """Which frames of a video are looked at."""
@@ -246,12 +246,12 @@ class QAlign:
         before, after = text.split(IMAGE)
         return torch.tensor([self._bos, *self._encode(before)]), torch.tensor(self._encode(after))
 
-    def _scores(self, pixels: Tensor) -> dict[str, Tensor]:
+    def _scores(self, pixels: Tensor) -> Tensor:
+        """Of each of the DIMENSIONS, [B, D]."""
         seen = self.see(pixels)
         worth = torch.tensor(list(LEVELS.values()), device=seen.device)
-        return {
-            name: self.level_logits(seen, text).softmax(-1) @ worth for name, text in self.questions.items()
-        }
+        answers = [self.level_logits(seen, self.questions[name]).softmax(-1) for name in DIMENSIONS]
+        return torch.stack(answers, dim=1) @ worth
 
 
 def _read_processor(folder: str | Path, size: int) -> SquareFrames:
