@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch: each worker, and what it starts, takes its share of cores
+if (
+    "PYTEST_XDIST_WORKER_COUNT" in os.environ
+):  # before torch: each worker, and what it starts, takes its share of cores
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
