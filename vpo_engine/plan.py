@@ -20,7 +20,7 @@ from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.fit import fitting_changes, most_frames
 from vpo_engine.planning.gpus import GIB, GPUS, Gpu, find_gpu
 from vpo_engine.planning.planner import granted, plan_run
-from vpo_engine.planning.report import as_json, provenance, table, verdict
+from vpo_engine.planning.report import as_json, whole
 
 RESOLUTIONS = ("240p", "360p", "480p", "720p")
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = as_json(plan) | ({"most_frames": dict(frames_that_fit(config, gpu))} if frames else {})
             print(json.dumps(found, indent=1))
             return 0
-        print(table(plan), *provenance(plan), verdict(plan), sep="\n", flush=True)
+        print(whole(plan), flush=True)
         if not plan.fits:
             print(*_remedies(config, gpu, plan), sep="\n", flush=True)
         if frames:

@@ -116,6 +116,13 @@ def test_the_nearest_change_that_fits_is_named_and_true():
     assert "plan: " in check_fits(load_config(None, [f"memory.limit_gib={limit}", named]), CPU)[1]
 
 
+def test_on_a_gpu_a_run_begins_with_the_plan_that_the_command_prints(monkeypatch, capsys):
+    monkeypatch.setattr("vpo_engine.planning.planner.present_gpu", lambda: A100)
+    _, said = check_fits(load_config(None, ["rollout.rows=64"]), torch.device("cuda"))
+    assert plan.main(["rollout.rows=64", "--gpu", "a100-80g"]) == 0
+    assert said == capsys.readouterr().out.rstrip() + "; 64 candidates at once"
+
+
 def test_overcommit_goes_on():
     _, line = check_fits(load_config(None, ["memory.limit_gib=0.001", "memory.overcommit=true"]), CPU)
     assert "limit 0.00 GiB" in line

@@ -13,7 +13,7 @@ from vpo_engine.planning.estimate import Plan, estimate
 from vpo_engine.planning.extrapolate import Traced, traced
 from vpo_engine.planning.fit import fitting_changes, with_granted_rows
 from vpo_engine.planning.gpus import GIB, Gpu, present_gpu
-from vpo_engine.planning.report import line, shortfall
+from vpo_engine.planning.report import line, shortfall, whole
 
 
 def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
@@ -42,7 +42,8 @@ def granted(config: Config, gpu: Gpu | None, processes: int = 1) -> Config:
 
 
 def check_fits(config: Config, device: torch.device, processes: int = 1) -> tuple[Config, str]:
-    """The configuration with its rows granted, and its plan on ``device`` in one line.
+    """The configuration with its rows granted, and its plan on ``device``: as ``vpo_engine.plan`` prints it, or one line
+    on a CPU.
 
     ValueError, unless memory.overcommit, if it cannot fit there: phase, need, limit, and the cheapest single settings
     that would make it fit.
@@ -54,7 +55,8 @@ def check_fits(config: Config, device: torch.device, processes: int = 1) -> tupl
         changes = fitting_changes(config, plan, lambda changed: plan_run(changed, gpu, processes))
         raise ValueError(shortfall(plan, next(changes, None)))
     rows = config.rollout.rows
-    return config, line(plan) + (f"; {rows} candidates at once" if rows else "")
+    said = line(plan) if gpu is None else whole(plan)
+    return config, said + (f"; {rows} candidates at once" if rows else "")
 
 
 def available_memory() -> int:

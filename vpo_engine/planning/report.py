@@ -73,8 +73,13 @@ def provenance(plan: Plan) -> list[str]:
     return lines
 
 
+def whole(plan: Plan) -> str:
+    """Table, provenance and verdict."""
+    return "\n".join([table(plan), *provenance(plan), verdict(plan)])
+
+
 def line(plan: Plan) -> str:
-    """The plan in one line, for the beginning of a run."""
+    """The plan in one line, for the beginning of a run on a CPU, whose rates are not known."""
     peaks = ", ".join(f"{phase.name} {_gib(phase.total)}" for phase in plan.phases)
     return f"plan: {peaks} GiB; limit {_gib(plan.limit)} GiB, {plan.limited_by}"
 
