@@ -42,8 +42,8 @@ def granted(config: Config, gpu: Gpu | None, processes: int = 1) -> Config:
 
 
 def check_fits(config: Config, device: torch.device, processes: int = 1) -> tuple[Config, str]:
-    """The configuration with its rows granted, and its plan on ``device``: as ``vpo_engine.plan`` prints it, or one line
-    on a CPU.
+    """The configuration with its rows granted, and its plan on ``device``: as ``vpo_engine.plan`` prints it, or one
+    line on a CPU.
 
     ValueError, unless memory.overcommit, if it cannot fit there: phase, need, limit, and the cheapest single settings
     that would make it fit.
