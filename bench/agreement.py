@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from candidates import sample_candidates
 from report import Table
 from rows import commit, hardware
 from torch import Tensor
@@ -28,9 +29,7 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.protocols import Network, Reward
 from vpo_engine.rewards.combine import combine
-from vpo_engine.rollout.candidates import Rollout
-from vpo_engine.rollout.prune import extremes
-from vpo_engine.rollout.weights import SamplingCopy
+from vpo_engine.rollout.quantised_copy import SamplingCopy
 
 CPU = torch.device("cpu")
 SETS = (
@@ -87,23 +86,26 @@ class Bench:
         captions = self.prompts[positions.start : positions.stop]
         text, bits = self._model.embed(captions), config.rollout.first_pass.weights
         exact: Network = self._model.network
-        rollout = Rollout(self._model, config.rollout, config.seed, CPU)
-        kept = torch.arange(config.rollout.candidates).expand(len(captions), -1)
-        start = time.process_time()
+        start, judged = time.process_time(), 0.0
+
+        def judge(latents: Tensor) -> Tensor:
+            nonlocal judged
+            begun = time.process_time()
+            scores = self._score(config, latents, captions)
+            judged += time.process_time() - begun
+            return scores
+
         first = exact if bits == "policy" else SamplingCopy(self._model.network, bits)
-        begun = rollout.begin(first, text, positions)
-        found.sampling += time.process_time() - start
-        latents = begun.latents
-        if config.rollout.keep is not None:
-            previews = self._score(config, begun.preview, captions)
-            kept = extremes(previews, config.rollout.keep)
-            again = time.process_time()
-            latents = rollout.finish(exact, text, begun.latents, previews)
-            found.sampling += time.process_time() - again
-        scores = self._score(config, latents, captions)
-        found.seconds += time.process_time() - start
-        found.winner.append(kept.gather(1, scores.argmax(1, keepdim=True)).squeeze(1))
-        found.loser.append(kept.gather(1, scores.argmin(1, keepdim=True)).squeeze(1))
+        candidates = sample_candidates(
+            self._model, (first, exact), text, positions, config.rollout, config.seed, CPU, judge
+        )
+        taken = time.process_time() - start
+        found.sampling += taken - judged
+        found.seconds += taken
+        numbers = torch.tensor([[candidate.number for candidate in each] for each in candidates])
+        scores = torch.tensor([[candidate.scores["judge"] for candidate in each] for each in candidates])
+        found.winner.append(numbers.gather(1, scores.argmax(1, keepdim=True)).squeeze(1))
+        found.loser.append(numbers.gather(1, scores.argmin(1, keepdim=True)).squeeze(1))
         found.scores.append(scores)
 
     def _score(self, config: Config, latents: Tensor, captions: Sequence[str]) -> Tensor:

@@ -33,7 +33,7 @@ from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.residency import Residency
 from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.metrics.throughput import without_mask
-from vpo_engine.objectives.dpo import DPO, PreferenceBatch
+from vpo_engine.objectives.dpo import DPO
 from vpo_engine.planning.extrapolate import DEEPER, SHALLOW
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.gpus import GIB
@@ -43,6 +43,7 @@ from vpo_engine.planning.trace import HostCopies, without_collections
 from vpo_engine.planning.tracker import Tracker
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import HeldReference, build_reference
+from vpo_engine.values import Candidate, Pair, Prompt
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -169,7 +170,9 @@ class Update:
             self._refl(latents, text)
             return
         objective = DPO(self._model, self._config.objective, 1.0, 0, self._config.memory.sequential)
-        objective.step(PreferenceBatch(latents, latents, text, [0], 8), self._reference)
+        prompt = Prompt("", text, 0)
+        pair = Pair(*(Candidate(prompt, number, latents[0], {}) for number in range(2)))
+        objective.backward([pair], self._reference, total=8)
 
     def _refl(self, latents: Tensor, text: TextEmbedding) -> None:
         t = torch.full((1,), 500.0)

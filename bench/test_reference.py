@@ -9,7 +9,6 @@ training serves all storages; its weights are float32 (storages round them) or o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -22,85 +21,71 @@ from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.models.opensora.model import OpenSora
-from vpo_engine.objectives.dpo import DPO
-from vpo_engine.objectives.pairs import select_pairs
+from vpo_engine.objectives.dpo import MicroBatch
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import Network, ReferenceStore, TextEmbedding
 from vpo_engine.reference.store import Storage, build_reference
-from vpo_engine.rewards.combine import combine
-from vpo_engine.rollout.candidates import sample_candidates
+from vpo_engine.values import embed_prompts
 
-STEPS, PROMPTS, ROWS = 200, 16, 4
+STEPS, PROMPTS, BATCH = 200, 16, 4
 STORAGES: dict[str, tuple[Storage, ...]] = {
     "float32": ("copy", "bf16", "int8"),
     "masters": ("copy", "bf16", "int8", "exact8"),
 }
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Pairs with their times and noise, a row for each draw."""
+def samples(config: Config, model: OpenSora, count: int) -> MicroBatch:
+    """The policy's best and worst candidate for each of ``count`` prompts, by the sprites reward, without ties.
 
-    winner: Tensor
-    loser: Tensor
-    text: TextEmbedding
-    times: Tensor
-    noise: Tensor
-
-    def __getitem__(self, which: slice) -> Rows:
-        return Rows(
-            self.winner[which], self.loser[which], self.text[which], self.times[which], self.noise[which]
-        )
-
-
-def pairs(config: Config, model: OpenSora, count: int) -> Rows:
-    """The policy's best and worst candidate for each of ``count`` prompts, by the sprites reward, without ties."""
+    Every timestep of every pair is a sample.
+    """
     train, _ = build_prompts(config)
     prompts = [train[index] for index in range(count)]
     model.prepare(prompts)
-    text, device = model.embed(prompts), torch.device("cpu")
-    candidates = sample_candidates(
-        model, model.network, text, range(count), config.rollout, config.seed, device
+    alone = Processes(0, 1, torch.device("cpu"))
+    algorithm = OnlineVPO(
+        config, model, build_reward(config, alone.device), build_reference("copy", model.network), alone
     )
-    captions = [prompt for prompt in prompts for _ in range(config.rollout.candidates)]
-    scores = build_reward(config, device).score(model.decode(candidates.flatten(0, 1)), captions)
-    by_prompt = {name: score.unflatten(0, candidates.shape[:2]) for name, score in scores.items()}
-    chosen = select_pairs(combine(by_prompt, config.reward.dimensions))
-    times, noise = DPO(model, config.objective, 1.0, config.seed)._draws(range(count), device)
-    row = torch.arange(count).repeat_interleave(config.objective.draws)
-    row, keep = row[chosen.kept[row]], chosen.kept[row]
-    return Rows(
-        candidates[row, chosen.winner[row]],
-        candidates[row, chosen.loser[row]],
-        text[row],
-        times[keep],
-        noise[keep],
+    found = algorithm.sampler.sample(embed_prompts(model, prompts, range(count)))
+    pairs, objective = algorithm.selector.pairs(algorithm.selector.choose(found)), algorithm.objective
+    every = range(len(pairs) * config.objective.draws)
+    return objective.micro_batch(pairs, 0, every, objective.timesteps(pairs, 0, every))
+
+
+def part_of(batch: MicroBatch, which: slice | Tensor) -> MicroBatch:
+    """Some samples of a batch whose pairs all weigh the same."""
+    text, times, noise = batch.text[which], batch.times[which], batch.noise[which]
+    return MicroBatch(batch.winner[which], batch.loser[which], text, times, noise, None)
+
+
+def predictions(model: OpenSora, network: Network, batch: MicroBatch) -> tuple[Tensor, ...]:
+    noised = torch.cat(
+        [model.add_noise(one, batch.noise, batch.times) for one in (batch.winner, batch.loser)]
     )
+    both_texts = TextEmbedding.cat([batch.text, batch.text])
+    return model.predict(network, noised, batch.times.repeat(2), both_texts).chunk(2)
 
 
-def predictions(model: OpenSora, network: Network, rows: Rows) -> tuple[Tensor, ...]:
-    noised = torch.cat([model.add_noise(one, rows.noise, rows.times) for one in (rows.winner, rows.loser)])
-    both_texts = TextEmbedding.cat([rows.text, rows.text])
-    return model.predict(network, noised, rows.times.repeat(2), both_texts).chunk(2)
-
-
-def loss(model: OpenSora, reference: Network, rows: Rows, beta: float):
-    frozen = predictions(model, reference, rows)
-    policy = predictions(model, model.network, rows)
+def loss(model: OpenSora, reference: Network, batch: MicroBatch, beta: float):
+    frozen = predictions(model, reference, batch)
+    policy = predictions(model, model.network, batch)
     return paired_dpo_loss(
         *policy,
         *frozen,
-        rows.winner,
-        rows.loser,
+        batch.winner,
+        batch.loser,
         beta=beta,
-        target_noise=rows.noise,
-        target_scales=model.target_scales(rows.times),
+        target_noise=batch.noise,
+        target_scales=model.target_scales(batch.times),
     )
 
 
 @torch.no_grad()
-def margins(model: OpenSora, references: Mapping[str, ReferenceStore], rows: Rows) -> dict[str, Tensor]:
-    """float64 [rows] at beta 1, to which margins are proportional."""
-    parts = [rows[slice(start, start + ROWS)] for start in range(0, len(rows.times), ROWS)]
+def margins(
+    model: OpenSora, references: Mapping[str, ReferenceStore], batch: MicroBatch
+) -> dict[str, Tensor]:
+    """float64 [samples] at beta 1, to which margins are proportional."""
+    parts = [part_of(batch, slice(start, start + BATCH)) for start in range(0, len(batch.times), BATCH)]
     return {
         name: torch.cat([loss(model, reference, part, 1.0).margin.double() for part in parts])
         for name, reference in references.items()
@@ -108,9 +93,9 @@ def margins(model: OpenSora, references: Mapping[str, ReferenceStore], rows: Row
 
 
 def train(
-    config: Config, model: OpenSora, references: Mapping[str, ReferenceStore], rows: Rows, steps: int
+    config: Config, model: OpenSora, references: Mapping[str, ReferenceStore], batch: MicroBatch, steps: int
 ) -> None:
-    """DPO on the pairs, ``ROWS`` rows a step, against the copy."""
+    """DPO on the pairs, ``BATCH`` samples a step, against the copy."""
     parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
     followed = references.get("exact8", references["copy"]).following
     optimizer = PolicyOptimizer(
@@ -119,11 +104,9 @@ def train(
     random = torch.Generator().manual_seed(0)
     for _ in range(steps):
         optimizer.begin(config.optimizer.lr)
-        which = torch.randperm(len(rows.times), generator=random)[:ROWS]
-        batch = Rows(
-            rows.winner[which], rows.loser[which], rows.text[which], rows.times[which], rows.noise[which]
-        )
-        loss(model, references["copy"], batch, config.objective.beta).loss.backward()
+        which = torch.randperm(len(batch.times), generator=random)[:BATCH]
+        part = part_of(batch, which)
+        loss(model, references["copy"], part, config.objective.beta).loss.backward()
         optimizer.step()
 
 
@@ -135,11 +118,11 @@ def test_reference_storage(weights: str, benchmark, add_row) -> None:
     config = load_config(None, [f"memory.weights={weights}"])
     model = build_model(config, Processes.start("cpu"))
     references = {storage: build_reference(storage, model.network) for storage in STORAGES[weights]}
-    rows = pairs(config, model, prompts)
-    fresh = margins(model, references, rows)
+    batch = samples(config, model, prompts)
+    fresh = margins(model, references, batch)
     assert fresh["copy"].count_nonzero() == 0
-    benchmark.pedantic(train, args=(config, model, references, rows, steps), rounds=1)
-    later = margins(model, references, rows)
+    benchmark.pedantic(train, args=(config, model, references, batch, steps), rounds=1)
+    later = margins(model, references, batch)
     assert torch.equal(later.get("exact8", later["copy"]), later["copy"])
     for storage in references:
         noise = later[storage] - later["copy"]
@@ -157,5 +140,5 @@ def test_reference_storage(weights: str, benchmark, add_row) -> None:
                 f"noise_at_beta_{beta:.0f}": beta * float(fresh[storage].std()),
                 f"margin_at_beta_{beta:.0f}": beta * float(later["copy"].std()),
             }
-        case = {"weights": weights, "storage": storage, "rows": str(len(rows.times)), "steps": str(steps)}
+        case = {"weights": weights, "storage": storage, "rows": str(len(batch.times)), "steps": str(steps)}
         add_row("reference", case, numbers, torch.device("cpu"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from candidates import sample_candidates, stacked
 from measure import device, on_gpu, synchronize
 from rows import quantiles
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from vpo_engine.models.opensora.model import Geometry, OpenSora
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.protocols import TextEmbedding
-from vpo_engine.rollout.candidates import sample_candidates
 from vpo_engine.seeding import normal
 
 ROUNDS = 3
@@ -71,7 +71,8 @@ def compare(
     positions, where = range(len(text)), text.embeddings.device
 
     def engine() -> Tensor:
-        return sample_candidates(model, model.network, text, positions, config, 0, where)
+        networks = model.network, model.network
+        return stacked(sample_candidates(model, networks, text, positions, config, 0, where))
 
     def plain() -> Tensor:
         return plain_rollout(model, text, positions, config, 0)

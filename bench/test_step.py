@@ -12,6 +12,7 @@ from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
+from vpo_engine.values import embed_prompts
 
 ROUNDS = 3
 
@@ -26,13 +27,12 @@ def test_sprites_step(benchmark, add_row) -> None:
     model.prepare(prompts)
     reward = build_reward(config, processes.device)
     algorithm = OnlineVPO(config, model, reward, build_reference("copy", model.network), processes)
-    text = model.embed(prompts)
     stages: list[dict[str, float]] = []
 
     def step() -> None:
         first = len(stages) * len(prompts)
         positions = range(first, first + len(prompts))
-        stages.append(algorithm.step(prompts, text, positions).seconds)
+        stages.append(algorithm.step(embed_prompts(model, prompts, positions)).seconds)
 
     benchmark.pedantic(step, rounds=ROUNDS, warmup_rounds=1)
     if benchmark.disabled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,10 @@ if (
 ):  # before torch: each worker, and what it starts, takes its share of cores
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+sys.path.insert(
+    0, str(Path(__file__).parent.parent / "bench")
+)  # as pytest does for the benchmarks themselves
 
 import pytest
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from step_case import step_on
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -31,6 +32,7 @@ from vpo_engine.planning.estimate import TRAFFIC_EFFICIENCY
 from vpo_engine.planning.gpus import GPUS
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference
+from vpo_engine.values import Prompt, embed_prompts
 
 PROMPTS = ("a red circle moving left", "a blue square moving up")
 LAUNCH = 10e-6
@@ -139,10 +141,10 @@ def operators(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Outside:
         build_reference("copy", model.network),
         processes,
     )
-    text = model.embed(PROMPTS)
-    algorithm.step(PROMPTS, text, [0, 1])
+    step_on(algorithm, PROMPTS, [0, 1])
+    prompts = embed_prompts(model, PROMPTS, [2, 3])
     with monkeypatch.context() as patch, counting(algorithm, patch) as outside:
-        algorithm.step(PROMPTS, text, [2, 3])
+        algorithm.step(prompts)
     return outside
 
 
@@ -208,9 +210,9 @@ def hollow_step(config: Config, size: tuple[int, int, int], monkeypatch: pytest.
     algorithm = OnlineVPO(config, model, CountingUp(), build_reference("copy", model.network), processes)
     pairs = config.pairs_per_step
     text = TextEmbedding(torch.zeros(pairs, 300, 4096), torch.ones(pairs, 300, dtype=torch.bool))
-    prompts = ["a prompt"] * pairs
+    prompts = [Prompt("a prompt", text[row : row + 1], row) for row in range(pairs)]
     with counting(algorithm, monkeypatch) as outside:
-        algorithm.step(prompts, text, range(pairs))
+        algorithm.step(prompts)
     return outside
 
 

@@ -392,10 +392,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
     whole_step = OnlineVPO.step
 
-    def dies_in_step_four(self: OnlineVPO, prompts: object, text: object, positions: object) -> object:
+    def dies_in_step_four(self: OnlineVPO, prompts: object) -> object:
         if self.optimizer_steps == 3:
             raise RuntimeError("power cut")
-        return whole_step(self, prompts, text, positions)  # type: ignore[arg-type]
+        return whole_step(self, prompts)  # type: ignore[arg-type]
 
     monkeypatch.setattr(OnlineVPO, "step", dies_in_step_four)
     with pytest.raises(RuntimeError, match="power cut"):

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from step_case import candidates_of, pairs_of, sample_candidates, step_on, times_and_noise
 from torch import Tensor
 
 from vpo_engine.build import build_model, build_reward
 from vpo_engine.config import Config, OptimizerConfig
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import learning_rate
-from vpo_engine.objectives.dpo import DPO, PreferenceBatch
-from vpo_engine.objectives.pairs import select_pairs
 from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.reference.store import build_reference
-from vpo_engine.rollout.candidates import sample_candidates
 from vpo_engine.run_state import capture, restore
+from vpo_engine.selection import select_pairs
+from vpo_engine.values import Pair
 
 PROMPTS = ("a red circle moving left", "a blue square moving up")
 Make = Callable[..., Config]
@@ -36,8 +36,7 @@ def make_algorithm(config: Config, reward: object = None) -> OnlineVPO:
 
 
 def run_step(algorithm: OnlineVPO, number: int = 0) -> Step:
-    text = algorithm.model.embed(PROMPTS)
-    return algorithm.step(PROMPTS, text, [2 * number, 2 * number + 1])
+    return step_on(algorithm, PROMPTS, [2 * number, 2 * number + 1])
 
 
 class ScriptedReward:
@@ -109,7 +108,7 @@ def test_winner_is_argmax_and_loser_argmin() -> None:
     assert pairs.winner.tolist() == [1, 2]
     assert pairs.loser.tolist() == [2, 1]
     assert pairs.gap.tolist() == pytest.approx([0.8, 2.0])
-    assert pairs.kept.all()
+    assert not pairs.tied.any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -131,16 +130,16 @@ def test_the_pair_order_reaches_the_policy_the_right_way_round(small: Make) -> N
         algorithm = make_algorithm(config)
         latents = torch.randn(2, 2, *algorithm.model.latent_shape, generator=torch.Generator().manual_seed(1))
         text = algorithm.model.embed(PROMPTS)
-        batch = PreferenceBatch(latents[:, 0], latents[:, 1], text, [0, 1], total=2)
-        exchanged = PreferenceBatch(latents[:, 1], latents[:, 0], text, [0, 1], total=2)
+        pairs = pairs_of(latents[:, 0], latents[:, 1], text, [0, 1])
+        exchanged = [Pair(winner=pair.loser, loser=pair.winner) for pair in pairs]
         optimizer = torch.optim.SGD(algorithm.parameters, 1e-4)
         for _ in range(3):
-            algorithm.objective.step(exchanged if swap else batch, algorithm.reference)
+            algorithm.objective.backward(exchanged if swap else pairs, algorithm.reference)
             optimizer.step()
             optimizer.zero_grad()
-        sums = algorithm.objective.step(batch, algorithm.reference)
+        sums = algorithm.objective.backward(pairs, algorithm.reference)
         margins.append(sums["margin"])
-        flipped = algorithm.objective.step(exchanged, algorithm.reference)
+        flipped = algorithm.objective.backward(exchanged, algorithm.reference)
         assert flipped["margin"] == pytest.approx(-sums["margin"], rel=1e-4)
     assert margins[0] > 0 > margins[1]
 
@@ -169,7 +168,7 @@ def test_policy_and_reference_see_identical_batches(small: Make, branch: str) ->
     algorithm.model.network.train()
     latents = torch.randn(2, 2, *algorithm.model.latent_shape)
     text = algorithm.model.embed(PROMPTS)
-    algorithm.objective.step(PreferenceBatch(latents[0], latents[1], text, [0, 1], 2), reference)  # type: ignore[arg-type]
+    algorithm.objective.backward(pairs_of(latents[0], latents[1], text, [0, 1]), reference)  # type: ignore[arg-type]
     assert len(policy.calls) == len(reference.calls) == 1
     (first, first_named, out), (second, second_named, frozen) = policy.calls[0], reference.calls[0]
     for one, other in zip(first, second, strict=True):
@@ -184,7 +183,7 @@ def test_no_graph_reaches_reward_or_decoder(small: Make) -> None:
     reward = ScriptedReward([0.0, 1.0, 2.0, 0.0])
     algorithm = make_algorithm(small("reward.dimensions=global"), reward)
     result = run_step(algorithm)
-    assert not result.candidates.requires_grad
+    assert not candidates_of(result).requires_grad
     assert all(video.dtype == torch.uint8 for video in reward.seen)
     vae = algorithm.model.vae  # type: ignore[attr-defined]
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in vae.parameters())
@@ -200,8 +199,7 @@ def test_rows_at_once_change_neither_candidates_nor_gradient(small: Make) -> Non
             algorithm.model, algorithm.model.network, text, [0, 1], config.rollout, 0, torch.device("cpu")
         )
         latents = torch.randn(2, 2, *algorithm.model.latent_shape, generator=torch.Generator().manual_seed(2))
-        batch = PreferenceBatch(latents[0], latents[1], text, [0, 1], 2)
-        algorithm.objective.step(batch, algorithm.reference)
+        algorithm.objective.backward(pairs_of(latents[0], latents[1], text, [0, 1]), algorithm.reference)
         results.append((candidates, [p.grad for p in algorithm.parameters if p.grad is not None]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-4)
     for one, other in zip(results[0][1], results[1][1], strict=True):
@@ -210,14 +208,13 @@ def test_rows_at_once_change_neither_candidates_nor_gradient(small: Make) -> Non
 
 def test_times_of_several_draws_are_stratified_and_shared_by_the_pair(small: Make) -> None:
     algorithm = make_algorithm(small("objective.draws=4"))
-    objective: DPO = algorithm.objective
-    times, noise = objective._draws([5, 6], torch.device("cpu"))
+    times, noise = times_and_noise(algorithm, [5, 6])
     assert len(times) == len(noise) == 8
     ratio = 5**0.5  # the shift by five latent frames at the world's own resolution
     unshifted = times / 1000 / (ratio - (ratio - 1) * times / 1000)
     quarters = torch.special.ndtr(torch.logit(unshifted)).unflatten(0, (2, 4)) * 4
     assert quarters.floor().tolist() == [[0, 1, 2, 3]] * 2
-    again, _ = objective._draws([6], torch.device("cpu"))
+    again, _ = times_and_noise(algorithm, [6])
     assert torch.equal(again, times[4:])
 
 
@@ -227,7 +224,7 @@ def test_weighting_moves_the_space_in_which_beta_is_constant(small: Make, weight
     for name in ("prediction", weighting):
         algorithm = make_algorithm(small(f"objective.weighting={name}", "objective.draws=1"))
         margins[name] = margin_away_from_the_reference(algorithm)["margin"]
-        times, _ = algorithm.objective._draws([3], torch.device("cpu"))
+        times, _ = times_and_noise(algorithm, [3])
     t = float(times[0]) / 1000
     assert margins[weighting] == pytest.approx(margins["prediction"] * (1 - t, t)[share] ** 2, rel=1e-5)
 
@@ -250,9 +247,7 @@ def margin_away_from_the_reference(algorithm: OnlineVPO) -> dict[str, float]:
             parameter.mul_(1.01)
     latents = torch.randn(2, 1, *algorithm.model.latent_shape, generator=torch.Generator().manual_seed(4))
     text = algorithm.model.embed(PROMPTS[:1])
-    return algorithm.objective.step(
-        PreferenceBatch(latents[0], latents[1], text, [3], 1), algorithm.reference
-    )
+    return algorithm.objective.backward(pairs_of(latents[0], latents[1], text, [3]), algorithm.reference)
 
 
 def test_candidates_depend_on_the_stream_position_only(small: Make) -> None:

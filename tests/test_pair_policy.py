@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from step_case import candidates_of, sample_candidates, step_on
 from torch import Tensor
 
 from vpo_engine import train as entry
@@ -20,9 +21,11 @@ from vpo_engine.config_file import load_config
 from vpo_engine.data.ledger import LedgerPair, read_ledger
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference
-from vpo_engine.rollout.stored import StoredPairs
+from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.runs.log import read_metrics
+from vpo_engine.values import Prompt
 
 PROMPTS = ("a red circle moving left", "a blue square moving up", "a green triangle moving right")
 POSITIONS = (5, 6, 7)
@@ -53,8 +56,12 @@ def make(config: Config, reward: object) -> OnlineVPO:
 
 
 def run_step(algorithm: OnlineVPO, count: int = 3) -> Step:
-    text = algorithm.model.embed(PROMPTS[:count])
-    return algorithm.step(PROMPTS[:count], text, POSITIONS[:count])
+    return step_on(algorithm, PROMPTS[:count], POSITIONS[:count])
+
+
+def numbers_of(step: Step) -> list[list[int]]:
+    """Return the numbers of the candidates of each prompt."""
+    return [[candidate.number for candidate in choice.candidates] for choice in step.choices]
 
 
 # --- Refill ---
@@ -68,11 +75,10 @@ def test_only_tied_prompts_get_more_candidates_and_pairs_are_of_all(small: Make)
     result = run_step(make(config, reward))
     assert [len(asked) for asked in reward.asked] == [6, 4, 2]
     assert reward.asked[1] == [PROMPTS[1]] * 2 + [PROMPTS[2]] * 2
-    assert result.pairs.kept.all()
-    assert result.pairs.winner.tolist() == [1, 3, 0]
-    assert result.pairs.loser.tolist() == [0, 0, 5]
-    assert result.pairs.gap.tolist() == [2.0, 7.0, 3.5]
-    assert result.pool.numbers.tolist() == [[0, 1, -1, -1, -1, -1], [0, 1, 2, 3, -1, -1], [0, 1, 2, 3, 4, 5]]
+    assert [pair.winner.number for pair in result.pairs] == [1, 3, 0]
+    assert [pair.loser.number for pair in result.pairs] == [0, 0, 5]
+    assert [pair.gap for pair in result.pairs] == [2.0, 7.0, 3.5]
+    assert numbers_of(result) == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
     assert result.metrics["tie_rate"] == 0
     assert result.metrics["tie_rate_before_refill"] == pytest.approx(2 / 3)
     assert result.metrics["reward/temporal_consistency"] == pytest.approx(
@@ -88,22 +94,29 @@ def test_what_refill_samples_is_a_function_of_seed_position_and_number(small: Ma
     both = run_step(make(config, Scripted(tie, [1.0, 2.0, 3.0, 4.0])), 2)
     alone = run_step(make(config, Scripted([5.0, 6.0, 1.0, 1.0], [3.0, 4.0])), 2)
     plain = run_step(make(small("rollout.candidates=2"), Scripted([5.0, 6.0, 1.0, 1.0])), 2)
-    torch.testing.assert_close(both.candidates[1], alone.candidates[1], rtol=0, atol=2e-5)
-    torch.testing.assert_close(plain.candidates, alone.candidates[:, :2], rtol=0, atol=2e-5)
-    flat = both.candidates.flatten(0, 1).flatten(1)
+    assert numbers_of(both) == [[0, 1, 2, 3]] * 2
+    assert numbers_of(alone) == [[0, 1], [0, 1, 2, 3]]
+    assert numbers_of(plain) == [[0, 1]] * 2
+
+    def latents(step: Step, row: int, count: int = 4) -> Tensor:
+        return torch.stack([candidate.latents for candidate in step.choices[row].candidates[:count]])
+
+    torch.testing.assert_close(latents(both, 1), latents(alone, 1), rtol=0, atol=2e-5)
+    for row in range(2):
+        torch.testing.assert_close(latents(plain, row), latents(alone, row, 2), rtol=0, atol=2e-5)
+    flat = candidates_of(both).flatten(0, 1).flatten(1)
     assert torch.cdist(flat, flat).fill_diagonal_(1e9).min() > 1
-    assert alone.candidates[0, 2:].abs().max() == 0
     again = run_step(make(config, Scripted(tie, [1.0, 2.0, 3.0, 4.0])), 2)
-    assert torch.equal(again.candidates, both.candidates)
+    assert torch.equal(candidates_of(again), candidates_of(both))
 
 
 def test_prompts_that_stay_a_tie_are_skipped_and_counted(small: Make) -> None:
     config = small("rollout.candidates=2", "pairs.refill=2", "pairs.min_gap=0.5")
     result = run_step(make(config, Scripted([1.0, 1.4, 1.0, 2.0], [1.1, 1.3], [1.45, 1.2])), 2)
-    assert result.pairs.kept.tolist() == [False, True]
+    assert [choice.tied for choice in result.choices] == [True, False]
     assert result.metrics["tie_rate"] == 0.5
     assert result.metrics["pairs"] == 1
-    assert result.weights.tolist() == [0.0, 1.0]
+    assert [(pair.prompt.position, pair.weight) for pair in result.pairs] == [(6, 1.0)]
 
 
 def test_pruned_candidates_keep_their_numbers(small: Make) -> None:
@@ -113,8 +126,8 @@ def test_pruned_candidates_keep_their_numbers(small: Make) -> None:
     previews, tie = [0.0, 3.0, 1.0, 2.0], [1.0, 1.0]
     reward = Scripted(previews, tie, [5.0, 6.0, 7.0, 4.0], [1.0, 0.0])
     result = run_step(make(config, reward), 1)
-    assert result.pool.numbers.tolist() == [[0, 1, 6, 7]]
-    assert (int(result.pairs.winner[0]), int(result.pairs.loser[0])) == (0, 3)
+    assert numbers_of(result) == [[0, 1, 6, 7]]
+    assert [(pair.winner.number, pair.loser.number) for pair in result.pairs] == [(0, 7)]
 
 
 # --- Weights ---
@@ -135,10 +148,10 @@ def test_gap_weights_scale_each_pairs_gradient(small: Make) -> None:
         found: list[Tensor] = []
         algorithm.optimizer.step = lambda: found.extend(p.grad.clone() for p in algorithm.parameters) or 0.0  # type: ignore[method-assign, func-returns-value, union-attr]
         prompts, positions = PROMPTS[shift : shift + count], POSITIONS[shift : shift + count]
-        result = algorithm.step(prompts, algorithm.model.embed(prompts), positions)
+        result = step_on(algorithm, prompts, positions)
         if count == 2:
             expected = [0.5, 1.5] if "pairs.gap_power=1" in overrides else [1.0, 1.0]
-            assert result.weights.tolist() == expected
+            assert [pair.weight for pair in result.pairs] == expected
         return found
 
     first = gradient(script=scores[:2], count=1)
@@ -161,8 +174,8 @@ def test_pareto_and_normalised_dimensions_reach_the_choice(small: Make) -> None:
 
     def chosen(*overrides: str) -> tuple[int, int]:
         config = small("rollout.candidates=3", dimensions, *overrides)
-        pairs = run_step(make(config, Scripted(scores, more={"dynamic_degree": other})), 1).pairs
-        return int(pairs.winner[0]), int(pairs.loser[0])
+        (pair,) = run_step(make(config, Scripted(scores, more={"dynamic_degree": other})), 1).pairs
+        return pair.winner.number, pair.loser.number
 
     assert chosen() == (0, 1)  # the larger numbers rule
     assert chosen("pairs.rule=pareto") == (2, 1)  # 0 is better than 1 in the one, worse in the other
@@ -225,20 +238,26 @@ def test_a_run_writes_what_an_audit_needs(written: Path) -> None:
 
 def test_latents_of_the_ledger_are_what_seed_and_number_sample_again(written: Path) -> None:
     """An audit: candidate numbers, seed and position give the stored latents back, from the policy of step 1."""
-    from vpo_engine.rollout.candidates import Rollout
-
     config = load_config(written / "config.yaml")
     model = build_model(config, Processes.start("cpu"), lambda _: None)
     first = [pair for pair in read_ledger(written) if pair.step == 1 and pair.kept]
     assert first
     model.prepare([pair.prompt for pair in first])
-    rollout = Rollout(model, config.rollout, first[0].seed, torch.device("cpu"))
     for pair in first:
         for number, stored in zip((pair.winner, pair.loser), pair.latents(), strict=True):
             block, place = divmod(number, config.rollout.candidates)
             text = model.embed([pair.prompt])
-            sampled = rollout.begin(model.network, text, [pair.position], block=block).latents[0, place]
-            torch.testing.assert_close(sampled, stored, rtol=0, atol=5e-5)
+            sampled = sample_candidates(
+                model,
+                model.network,
+                text,
+                [pair.position],
+                config.rollout,
+                pair.seed,
+                torch.device("cpu"),
+                attempt=block,
+            )
+            torch.testing.assert_close(sampled[0, place], stored, rtol=0, atol=5e-5)
 
 
 def test_training_from_the_ledger_repeats_the_run_bit_for_bit(
@@ -291,10 +310,10 @@ def test_a_resumed_run_writes_the_same_ledger(
     run = tmp_path / "run"
     whole = OnlineVPO.step
 
-    def dies(self: OnlineVPO, prompts: Sequence[str], text: object, positions: Sequence[int]) -> Step:
-        if positions[0] == 6:
+    def dies(self: OnlineVPO, prompts: Sequence[Prompt]) -> Step:
+        if prompts[0].position == 6:
             raise RuntimeError("power cut")
-        return whole(self, prompts, text, positions)  # type: ignore[arg-type]
+        return whole(self, prompts)
 
     arguments = [*smallest, *LEDGER, f"run_dir={run}"]
     monkeypatch.setattr(OnlineVPO, "step", dies)
@@ -321,12 +340,14 @@ def test_stored_pairs_go_round_and_know_a_wider_min_gap(written: Path) -> None:
     assert [item.text for item in stored.take(6, 4)] == [*prompts[6:], *prompts[:2]]
     gaps = sorted(pair.gap for pair in read_ledger(written) if pair.kept)
     shape = next(pair for pair in read_ledger(written) if pair.kept).latents()[0].shape
-    _, pairs = StoredPairs(written, gaps[-2]).compared(range(8), shape, torch.device("cpu"))
-    assert int(pairs.kept.sum()) == 1
+    text = TextEmbedding(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
+    stream = [Prompt(prompt, text, position) for position, prompt in enumerate(prompts)]
+    choices = StoredPairs(written, gaps[-2]).choices(stream, shape, torch.device("cpu"))
+    assert [choice.gap for choice in choices if not choice.tied] == [gaps[-1]]
     with pytest.raises(ValueError, match=r"all 8 pairs of the ledger at .* are ties; nothing is learned"):
         StoredPairs(written, gaps[-1])
     with pytest.raises(ValueError, match=r"the ledger holds latents .*, but the model's are \[9, 9, 9, 9\]"):
-        stored.compared(range(8), (9, 9, 9, 9), torch.device("cpu"))
+        stored.choices(stream, (9, 9, 9, 9), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from step_case import pairs_of
 from torch import Tensor
 
 from vpo_engine.config import ObjectiveConfig
 from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow, guided_velocity
 from vpo_engine.models.opensora.stdit3 import STDiT3
-from vpo_engine.objectives.dpo import DPO, PreferenceBatch
+from vpo_engine.objectives.dpo import DPO
 from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.reference.store import HeldReference, build_reference
+from vpo_engine.values import Pair
 
 MANIFEST = json.loads((Path(__file__).parent / "data" / "opensora" / "stdit3_tiny.json").read_text())
 LATENT = (4, 2, 6, 4)
@@ -47,7 +49,7 @@ class Video:
         return guided_velocity(network, latents, t, text.embeddings, text.mask, null, guidance, **SIZE)
 
 
-def problem(dtype: torch.dtype) -> tuple[Video, HeldReference, PreferenceBatch]:
+def problem(dtype: torch.dtype) -> tuple[Video, HeldReference, list[Pair]]:
     """A policy away from its reference, and pairs with captions of several lengths."""
     model = Video(dtype)
     reference = build_reference("copy", model.network)
@@ -57,7 +59,7 @@ def problem(dtype: torch.dtype) -> tuple[Video, HeldReference, PreferenceBatch]:
     winner, loser = torch.randn(2, PAIRS, *LATENT, dtype=dtype)
     mask = torch.arange(7) < torch.tensor([[7], [4], [5]])
     text = TextEmbedding(torch.randn(PAIRS, 7, 32, dtype=dtype), mask)
-    return model, reference, PreferenceBatch(winner, loser, text, [4, 9, 2], total=PAIRS)
+    return model, reference, pairs_of(winner, loser, text, [4, 9, 2])
 
 
 def run(
@@ -65,7 +67,7 @@ def run(
 ) -> tuple[dict[str, float], dict[str, Tensor], Video]:
     model, reference, batch = problem(dtype)
     objective = DPO(model, ObjectiveConfig(**options), 3.0, 0, sequential)  # type: ignore[arg-type]
-    metrics = objective.step(batch, reference, world)
+    metrics = objective.backward(batch, reference, processes=world)
     named = model.network.named_parameters()
     return metrics, {name: p.grad for name, p in named if p.grad is not None}, model
 
@@ -117,7 +119,7 @@ def test_policy_and_reference_see_the_same_members_in_the_same_geometry() -> Non
 def test_the_margin_is_exactly_zero_at_the_reference() -> None:
     model, _, batch = problem(torch.float32)
     objective = DPO(model, ObjectiveConfig(), 3.0, 0, sequential=True)  # type: ignore[arg-type]
-    metrics = objective.step(batch, build_reference("copy", model.network))
+    metrics = objective.backward(batch, build_reference("copy", model.network))
     assert metrics["margin"] == metrics["winner_gap"] == metrics["loser_gap"] == 0.0
 
 
@@ -165,7 +167,7 @@ def test_one_members_graph_exists_at_a_time(recompute: Any) -> None:
         model.network.activations = Activations(recompute)
         saved = Saved()
         with saved.counting():
-            DPO(model, ObjectiveConfig(), 3.0, 0, sequential).step(batch, reference)  # type: ignore[arg-type]
+            DPO(model, ObjectiveConfig(), 3.0, 0, sequential).backward(batch, reference)  # type: ignore[arg-type]
         network = saved_by_rows(recompute, rows)
         assert network < saved.most <= network + of_the_loss
         assert saved.now == 0

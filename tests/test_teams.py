@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from step_case import candidates_of, places_of, step_on
 from torch import Tensor
 
 from vpo_engine.build import build_model
@@ -77,12 +78,13 @@ def steps(case: str, processes: Processes) -> list[dict[str, object]]:
         mine = processes.share(config.pairs_per_step, "pairs_per_step")
         prompts = [PROMPTS[index] for index in mine]
         positions = [number * config.pairs_per_step + index for index in mine]
-        step = algorithm.step(prompts, model.embed(prompts), positions)
+        step = step_on(algorithm, prompts, positions)
+        winners, losers = places_of(step.choices)
         found.append(
             {
                 "metrics": {name: value for name, value in step.metrics.items() if "memory/" not in name},
-                "pairs": torch.stack([step.pairs.winner, step.pairs.loser, step.pairs.kept.long()]),
-                "candidates": step.candidates,
+                "pairs": torch.tensor([winners, losers, [not choice.tied for choice in step.choices]]),
+                "candidates": candidates_of(step),
                 "rows": step.rows,
                 "gradient": gradients[-1],
             }

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from step_case import step_on, times_and_noise
 from torch import Tensor
 
 from vpo_engine.build import build_held_out, build_model, build_reward
 from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.objectives.dpo import PreferenceBatch
 from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.reference.store import build_reference
 from vpo_engine.run_state import capture, check_same_run, restore
@@ -33,7 +33,7 @@ def make(config: Config) -> OnlineVPO:
 
 
 def step(algorithm: OnlineVPO, number: int = 0) -> Step:
-    return algorithm.step(PROMPTS, algorithm.model.embed(PROMPTS), [2 * number, 2 * number + 1])
+    return step_on(algorithm, PROMPTS, [2 * number, 2 * number + 1])
 
 
 def weights(algorithm: OnlineVPO) -> list[Tensor]:
@@ -44,32 +44,32 @@ def test_two_updates_are_two_steps_on_the_same_pairs_with_other_draws(
     small: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     algorithm = make(small("objective.updates=2", "optimizer.lr=1e-4"))
-    batches: list[PreferenceBatch] = []
+    noised: list[tuple[Tensor, Tensor, Tensor]] = []
     after: list[list[Tensor]] = []
-    learn = algorithm.objective.step
+    add_noise = algorithm.model.add_noise
 
-    def noted(batch: PreferenceBatch, *others: object) -> dict[str, float]:
-        batches.append(batch)
+    def noted(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        noised.append((latents, noise, t))
         after.append(weights(algorithm))
-        return learn(batch, *others)  # type: ignore[arg-type]
+        return add_noise(latents, noise, t)
 
-    monkeypatch.setattr(algorithm.objective, "step", noted)
+    monkeypatch.setattr(algorithm.model, "add_noise", noted)
     result = step(algorithm)
-    first, second = batches
-    assert torch.equal(first.winner, second.winner)
-    assert torch.equal(first.loser, second.loser)
-    (times, noise), (other_times, other_noise) = (
-        algorithm.objective._draws([0, 1], CPU, update) for update in (0, 1)
-    )
-    assert (first.update, second.update) == (0, 1)
-    assert not (times == other_times).any()
-    assert not (noise == other_noise).flatten(1).all(1).any()
+    winners, losers, later_winners, later_losers = noised
+    for one, other in ((winners, later_winners), (losers, later_losers)):
+        assert torch.equal(one[0], other[0])
+        assert not (one[2] == other[2]).any()
+        assert not (one[1] == other[1]).flatten(1).all(1).any()
+    for update, (_, noise, times) in enumerate((winners, later_winners)):
+        expected_times, expected_noise = times_and_noise(algorithm, [0, 1], update)
+        assert torch.equal(times, expected_times)
+        assert torch.equal(noise, expected_noise)
     assert result.metrics["optimizer_steps"] == algorithm.optimizer_steps == 2
     assert result.metrics["margin"] != 0.0  # of the second, by which the policy has left the reference
     # The first of them is the step of a run that makes one, at the rate of a run of as many optimizer steps.
     alone = make(small("optimizer.lr=1e-4"))
     step(alone)
-    assert all(torch.equal(one, other) for one, other in zip(after[1], weights(alone), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(after[2], weights(alone), strict=True))
 
 
 def test_the_reference_is_refreshed_between_the_updates_of_a_step(small: Make) -> None:

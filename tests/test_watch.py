@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from step_case import places_of, scores_of, step_on
 from torch import Tensor
 
 from vpo_engine import train as entry
@@ -259,14 +260,13 @@ def test_a_motion_floor_keeps_still_videos_from_winning(small: Make, monkeypatch
     steps = []
     for floor in ("null", "1.2"):
         algorithm = make_algorithm(small(*settings, f"guards.motion_floor={floor}"), PrefersStillness())
-        text = algorithm.model.embed(PROMPTS)
-        steps.append(algorithm.step(PROMPTS, text, [0, 1]))
+        steps.append(step_on(algorithm, PROMPTS, [0, 1]))
     free, guarded = steps
-    moved = guarded.pool.scores["motion"]
-    assert torch.equal(free.pool.scores["stillness"], -moved)
-    assert torch.equal(free.pairs.winner, moved.argmin(1))
-    rows = torch.arange(2)[guarded.pairs.kept]
-    assert bool((moved[rows, guarded.pairs.winner[rows]] >= 1.2).all())
+    moved = scores_of(guarded, "motion")
+    assert torch.equal(scores_of(free, "stillness"), -moved)
+    assert places_of(free.choices)[0] == moved.argmin(1).tolist()
+    assert guarded.pairs
+    assert all(pair.winner.scores["motion"] >= 1.2 for pair in guarded.pairs)
     still = (moved < 1.2).float().mean()
     assert 0 < still < 1
     assert guarded.metrics["guards/still"] == pytest.approx(float(still))

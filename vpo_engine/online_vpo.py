@@ -1,11 +1,11 @@
 """Algorithm 1 of OnlineVPO (arXiv 2412.15159, section 3), as the paper writes it.
 
 for each step:
-    sample N videos per prompt from the current policy          rollout
-    decode and score them with the video reward                 reward
-    winner = argmax, loser = argmin                             pair
-    one Diffusion-DPO update on their latents                   update
-    every K optimizer steps: reference <- policy                refresh
+    sample N videos per prompt from the current policy          rollout/sampler.py
+    decode and score them with the video reward                 rollout/scorer.py
+    winner = argmax, loser = argmin                             selection.py
+    one Diffusion-DPO update on their latents                   objectives/dpo.py
+    every K optimizer steps: reference <- policy                reference/store.py
 """
 
 from __future__ import annotations
@@ -14,54 +14,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.memory.residency import Residency
-from vpo_engine.metrics.stages import Stages
-from vpo_engine.objectives.dpo import DPO, PreferenceBatch
-from vpo_engine.objectives.pairs import Pairs
-from vpo_engine.pairing import Pairing
-from vpo_engine.protocols import Network, ReferenceStore, Reward, TextEmbedding, VideoModel
+from vpo_engine.metrics.stage_timer import StageTimer
+from vpo_engine.metrics.throughput import CountedRows
+from vpo_engine.objectives.dpo import DPO
+from vpo_engine.protocols import Network, ReferenceStore, Reward, VideoModel
 from vpo_engine.rewards.guards import WithMotion
-from vpo_engine.rollout.candidates import Rollout
-from vpo_engine.rollout.pool import Pool
-from vpo_engine.rollout.rows import Rows
-from vpo_engine.rollout.stored import StoredPairs
-from vpo_engine.rollout.weights import SamplingCopy
-from vpo_engine.sampling import Sampling
-from vpo_engine.scoring import Scoring
+from vpo_engine.rollout.batches import Batches
+from vpo_engine.rollout.preference_dataset import StoredPairs
+from vpo_engine.rollout.quantised_copy import SamplingCopy
+from vpo_engine.rollout.sampler import CandidateSampler, Denoiser
+from vpo_engine.rollout.scorer import VideoScorer
+from vpo_engine.selection import Selector
+from vpo_engine.values import Choice, Pair, Prompt
 
 
 @dataclass
 class Step:
-    """What one step made: for the log (metrics), the gallery and the ledger (this team's candidates and pairs).
+    """What one step made, for the log, the gallery and the preference dataset.
 
-    weights: float32 [P], of the pairs' losses, 0 for ties.
+    metrics: for the log. choices: the candidates of this team's prompts, with the best and the worst of each, ties
+    included. pairs: what was learned from. seconds: of each stage. rows: how many inputs this process's rollout sent
+    through the network.
     """
 
     metrics: dict[str, float]
-    pool: Pool
-    pairs: Pairs
-    weights: Tensor
+    choices: list[Choice]
+    pairs: list[Pair]
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def candidates(self) -> Tensor:
-        """Clean latents [P, N, C, T, H, W], with rollout.prune or explore those of the finished candidates."""
-        return self.pool.latents
-
-    @property
-    def scores(self) -> dict[str, Tensor]:
-        """{dimension: float32 [P, N]}."""
-        return self.pool.scores
-
-    @property
-    def rows(self) -> int:
-        """Rows that this process's rollout sent through the network."""
-        return self.pool.rows
+    rows: int = 0
 
 
 class OnlineVPO:
@@ -81,113 +66,156 @@ class OnlineVPO:
 
         ``stored``: with rollout.source=ledger, the pairs to train on in place of candidates.
         """
+        _check(config, processes)
         self.config, self.model, self.reward, self.reference = config, model, reward, reference
-        self.processes = processes
-        self.rows = Rows(config.rollout.most_rows)
-        self.rollout = Rollout(
-            model, config.rollout, config.seed, processes.device, self.rows, processes.team
-        )
-        self.objective = DPO(
-            model, config.objective, config.rollout.guidance, config.seed, config.memory.sequential
-        )
+        self.processes, self.stored = processes, stored
+        self.residency = residency or Residency.everything()
         self.parameters = [p for p in model.network.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the policy requires a gradient; there is nothing to train")
-        if config.memory.step_in_backward and processes.count > 1:
-            raise ValueError(
-                f"memory.step_in_backward=true excludes {processes.count} processes: each would step by its own "
-                "gradients, before their mean is known. Run one process, or set it to false"
-            )
         self.optimizer = PolicyOptimizer(
             self.parameters, config.optimizer, config.memory, seed=config.seed, following=reference.following
         )
-        self.refreshed_at = 0
-        self.residency = residency or Residency.everything()
         self.residency.register("reference", reference.tensors)
         self.residency.register("optimizer", self.optimizer.tensors)
-        bits = config.rollout.first_pass.weights
-        self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
-        exact: Network = reference if config.rollout.source == "reference" else model.network
-        scorer = reward if config.guards.motion_floor is None else WithMotion(reward)
-        scoring = Scoring(model, scorer, self.rows, self.residency, config.rollout.overlap)
-        self.sampling = Sampling(
-            config, exact, self.copy, self.rollout, scoring, processes.team, self.residency
+        self.refreshed_at = 0
+        self.objective = DPO(
+            model, config.objective, config.rollout.guidance, config.seed, config.memory.sequential
         )
-        self.pairing = Pairing(config, processes)
-        self.stored = stored
+        self.selector = Selector(config, processes)
+        self.timer = StageTimer(processes.device)
+        self.sampler = self._build_sampler()
+        # Stages are timed, and idle parts are sent to the host, around the functions that do the work.
+        self._sample = self.timer.timed("rollout", self.sampler.sample)
+        self._update_policy = self.timer.timed("update", self._update)
+        self._refresh_reference = self.timer.timed("refresh", self._refresh)
+        self._backward = self.residency.during("update", self.objective.backward)
+        self._optimizer_step = self.residency.during("optimizer", self._average_and_step)
 
     @property
     def optimizer_steps(self) -> int:
         return self.optimizer.steps
 
-    def step(self, prompts: Sequence[str], text: TextEmbedding, positions: Sequence[int]) -> Step:
-        """One step on this team's prompts, which stand at ``positions`` of the prompt stream."""
-        stages = Stages(self.processes.device)
-        if self.stored is None:
-            pool = self.sampling.candidates(prompts, text, positions, stages)
-            first = self.pairing.select(pool.scores)
-            pool, pairs = self.pairing.refill(self.sampling, pool, first, prompts, text, positions, stages)
-        else:
-            pool, pairs = self.stored.compared(positions, self.model.latent_shape, self.processes.device)
-            first = pairs
-        weights = self.pairing.weights(pairs)
+    def step(self, prompts: Sequence[Prompt]) -> Step:
+        """Make one step on this team's prompts."""
+        choices = self._compare(prompts)
+        pairs = self.selector.pairs(choices)
         for update in range(self.config.objective.updates):
-            with stages("update"):
-                metrics = self._update(pool, pairs, weights, text, positions, update)
-            with stages("refresh"):
-                self._refresh()
-        metrics |= self.pairing.metrics(pool.scores, pairs, first)
-        metrics |= {
-            "optimizer_steps": self.optimizer_steps,
-            "reference_age": self.optimizer_steps - self.refreshed_at,
-            **{f"reference/{name}": value for name, value in self.reference.numbers().items()},
-            **stages.peaks(),
-        }
-        return Step(metrics, pool, pairs, weights, stages.seconds)
+            metrics = self._update_policy(pairs, update)
+            self._refresh_reference()
+        return self._step_made(choices, pairs, metrics)
 
-    def _update(
-        self,
-        pool: Pool,
-        pairs: Pairs,
-        weights: Tensor,
-        text: TextEmbedding,
-        positions: Sequence[int],
-        update: int,
-    ) -> dict[str, float]:
-        team = self.processes.team
-        kept = pairs.kept.nonzero().squeeze(1)
-        mine = team.part(len(kept) * self.config.objective.draws)
-        total = int(self.processes.sum(torch.tensor(len(kept), device=self.processes.device))) // team.count
-        sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=self.processes.device)
+    def _compare(self, prompts: Sequence[Prompt]) -> list[Choice]:
+        """Sample and score candidates of each prompt, and choose the best and the worst.
+
+        Prompts that are a tie get N more candidates, up to pairs.refill times; all of theirs are then compared.
+        """
+        if self.stored is not None:
+            return self.stored.choices(prompts, self.model.latent_shape, self.processes.device)
+        self._refresh_copy()
+        choices = self.selector.choose(self._sample(prompts))
+        for attempt in range(1, 1 + self.config.pairs.refill):
+            tied = [row for row, choice in enumerate(choices) if choice.tied]
+            if not tied:
+                break
+            more = self._sample([prompts[row] for row in tied], attempt)
+            again = self.selector.choose(
+                [[*choices[row].candidates, *added] for row, added in zip(tied, more, strict=True)]
+            )
+            for row, choice in zip(tied, again, strict=True):
+                choices[row] = choice
+        return choices
+
+    def _update(self, pairs: Sequence[Pair], update: int) -> dict[str, float]:
+        """Make one optimizer step on the pairs of all processes, or none where there are no pairs."""
+        team, here = self.processes.team, self.processes.device
+        mine = team.part(len(pairs) * self.config.objective.draws)
+        total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // team.count
+        sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=here)
         rate = learning_rate(self.config.optimizer, self.optimizer_steps, self.config.optimizer_steps)
         self.optimizer.begin(rate)
         if len(mine):
-            batch = PreferenceBatch(
-                winner=pool.pick(kept, pairs.winner[kept]),
-                loser=pool.pick(kept, pairs.loser[kept]),
-                text=text[kept],
-                positions=[positions[i] for i in kept.tolist()],
-                total=total,
+            local = self._backward(
+                pairs,
+                self.reference,
                 update=update,
-                rows=mine,
-                weight=weights[kept] if self.config.pairs.gap_power else None,
+                samples=mine,
+                total=total * self.config.objective.draws,
+                processes=self.processes.count,
             )
-            with self.residency.phase("update"):
-                local = self.objective.step(batch, self.reference, self.processes.count)
-            sums += torch.tensor([local[name] for name in (*DPO.METRICS, "rows")], device=sums.device)
+            sums += torch.tensor([local[name] for name in (*DPO.METRICS, "samples")], device=here)
         metrics: dict[str, float] = {"pairs": total, "lr": rate}
         if total:
-            *totals, rows = self.processes.sum(sums).tolist()
-            metrics |= {name: value / rows for name, value in zip(DPO.METRICS, totals, strict=True)}
-            with self.residency.phase("optimizer"):
-                self.processes.average_gradients(self.parameters)
-                metrics["grad_norm"] = self.optimizer.step()
+            *totals, samples = self.processes.sum(sums).tolist()
+            metrics |= {name: value / samples for name, value in zip(DPO.METRICS, totals, strict=True)}
+            metrics["grad_norm"] = self._optimizer_step()
         return metrics
 
+    def _average_and_step(self) -> float:
+        self.processes.average_gradients(self.parameters)
+        return self.optimizer.step()
+
     def _refresh(self) -> None:
-        """reference <- policy after every K optimizer steps: steps without an update do not count."""
+        """Copy the policy into the reference after every K optimizer steps; steps without an update do not count."""
         every = self.config.reference.refresh_every
         if every and self.optimizer_steps - self.refreshed_at >= every:
             with self.residency.phase("refresh"):
                 self.reference.refresh(self.model.network)
             self.refreshed_at = self.optimizer_steps
+
+    def _step_made(self, choices: list[Choice], pairs: list[Pair], metrics: dict[str, float]) -> Step:
+        seconds, peaks = self.timer.take()
+        metrics |= self.selector.metrics(choices)
+        metrics |= {
+            "optimizer_steps": self.optimizer_steps,
+            "reference_age": self.optimizer_steps - self.refreshed_at,
+            **{f"reference/{name}": value for name, value in self.reference.numbers().items()},
+            **peaks,
+        }
+        return Step(metrics, choices, pairs, seconds, sum(network.take() for network in self._networks))
+
+    def _build_sampler(self) -> CandidateSampler:
+        """Join what samples (the policy, the reference, or an 8-bit copy of the policy), decodes and scores."""
+        config, model, device = self.config.rollout, self.model, self.processes.device
+        batches = Batches(config.most_rows)
+        exact: Network = self.reference if config.source == "reference" else model.network
+        bits = config.first_pass.weights
+        self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
+        first = exact if self.copy is None else self.copy
+        refresh = (lambda: None) if self.copy is None else self.copy.refresh
+        self._refresh_copy = self.timer.timed("rollout", self.residency.during("rollout", refresh))
+        self._networks = CountedRows(first), CountedRows(exact if config.weights == "policy" else first)
+        reward = self.reward if self.config.guards.motion_floor is None else WithMotion(self.reward)
+        scorer = VideoScorer(
+            self.timer.timed("decode", lambda latents: model.decode(latents)),
+            self.residency.during("reward", lambda videos, texts: reward.score(videos, texts)),
+            reward.dimensions,
+            batches,
+            overlap=config.overlap,
+            take_turns=self.residency.active,
+        )
+        denoiser = Denoiser(model, batches, device)
+        return CandidateSampler(
+            config,
+            self.config.seed,
+            model.latent_shape,
+            self._networks,
+            self.residency.during("rollout", denoiser),
+            scorer.overlapped,
+            self.timer.timed("reward", scorer),
+            self.selector.extremes,
+            self.processes.team,
+        )
+
+
+def _check(config: Config, processes: Processes) -> None:
+    if config.memory.step_in_backward and processes.count > 1:
+        raise ValueError(
+            f"memory.step_in_backward=true excludes {processes.count} processes: each would step by its own "
+            "gradients, before their mean is known. Run one process, or set it to false"
+        )
+    if config.rollout.compile == "graphs" and processes.device.type != "cuda":
+        raise ValueError(
+            f"rollout.compile=graphs needs a CUDA device, but this is {processes.device.type}; set "
+            "rollout.compile=none, or blocks"
+        )

@@ -28,7 +28,7 @@ from vpo_engine.protocols import Reward
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.process import ProcessReward, RewardProcessError
 from vpo_engine.rewards.served import ServedReward, serve
-from vpo_engine.rollout.stored import StoredPairs
+from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.run_state import check_same_run
 from vpo_engine.runs.checkpoint import CheckpointError
 from vpo_engine.runs.directory import RunDirectory

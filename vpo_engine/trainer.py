@@ -22,7 +22,7 @@ from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_ra
 from vpo_engine.metrics.watch import Alarm, Watch, describe_shuffle
 from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.rewards.registry import reward_card
-from vpo_engine.rollout.stored import Recorder, StoredPairs
+from vpo_engine.rollout.preference_dataset import PairRecorder, StoredPairs
 from vpo_engine.run_state import capture, restore
 from vpo_engine.runs.alarms import write_alarms
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
@@ -32,6 +32,7 @@ from vpo_engine.runs.log import NullLog, RunLog
 from vpo_engine.runs.progress import Progress
 from vpo_engine.runs.report import write_report
 from vpo_engine.runs.signals import StopRequest
+from vpo_engine.values import Candidate, embed_prompts
 
 _GALLERY_CLIPS = 16
 _GALLERY_STEPS = 8
@@ -86,7 +87,7 @@ class Trainer:
         log = RunLog(self._run) if self._processes.first else NullLog()
         if start:
             log.resume(start)
-        self._ledger = self._open_ledger(start)
+        self._recorder = self._open_recorder(start)
         total = self._config.steps
         with StopRequest() as stop, Progress(total, start, self._processes.first) as self._progress:
             self._log = log
@@ -118,7 +119,7 @@ class Trainer:
             self._progress.note(f"report: {write_report(self._run)}")
         return Outcome(step, None, "an alarm (guards.on_alarm=stop)", alarmed=True)
 
-    def _open_ledger(self, start: int) -> Recorder | None:
+    def _open_recorder(self, start: int) -> PairRecorder | None:
         """The run's ledger, in which nothing is left of steps after ``start``; one process of a team writes it."""
         if self._config.pairs.ledger == "none":
             return None
@@ -127,7 +128,7 @@ class Trainer:
         self._processes.wait()
         if not self._processes.team.first:
             return None
-        return Recorder(self._config, self._run.ledger, self._processes.rank)
+        return PairRecorder(self._config, self._run.ledger, self._processes.rank)
 
     def _encode_text(self) -> None:
         """All prompts of the run, also those of steps already done: the same batches give the same bits."""
@@ -148,18 +149,17 @@ class Trainer:
 
     def _train_step(self, step: int) -> None:
         first = (step - 1) * self._config.pairs_per_step
-        items = self._stream.take(first + self._mine.start, len(self._mine))
-        prompts = [item.text for item in items]
         positions = range(first + self._mine.start, first + self._mine.stop)
+        texts = [item.text for item in self._stream.take(positions.start, len(positions))]
         with self._stage("text"):
-            text = self._algorithm.model.embed(prompts)
+            prompts = embed_prompts(self._algorithm.model, texts, positions)
         self._progress.stage("training")
-        result = self._algorithm.step(prompts, text, positions)
+        result = self._algorithm.step(prompts)
         self._stage_seconds |= result.seconds
         self._check_pairs(result, step)
-        self._record_pairs(result, prompts, step)
-        if self._ledger is not None:
-            self._ledger.record(step, prompts, positions, result.pool, result.pairs, result.weights)
+        self._show_pairs(result, step)
+        if self._recorder is not None:
+            self._recorder.record(step, result.choices, result.pairs)
         if self._due(self._config.evaluation.every, step) and step < self._config.steps:
             with self._stage("evaluate"):
                 settings = self._config.evaluation
@@ -169,7 +169,7 @@ class Trainer:
         seconds = self._take_seconds()
         metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
         metrics |= self._throughput.rates(seconds)
-        trained = int(result.pairs.kept.sum()) / self._processes.team.count
+        trained = len(result.pairs) / self._processes.team.count
         metrics |= self._throughput.utilisation(result.seconds, result.rows, trained)
         metrics["speed/ceiling"] = self._throughput.ceiling
         self._log.write(step, "train", metrics)
@@ -262,32 +262,27 @@ class Trainer:
         )
         write_held_out(self._run.held_out_gallery, gallery)
 
-    def _record_pairs(self, result: Step, prompts: Sequence[str], step: int) -> None:
-        """A few pairs of about eight steps of the run, with the widest gaps first, for the report."""
+    def _show_pairs(self, result: Step, step: int) -> None:
+        """Keep a few pairs of about eight steps of the run, with the widest gaps first, for the report."""
         every = max(1, self._config.steps // _GALLERY_STEPS)
-        if not self._processes.first or (step != 1 and step % every) or not result.pairs.kept.any():
+        if not self._processes.first or (step != 1 and step % every) or not result.pairs:
             return
-        gaps = result.pairs.gap.masked_fill(~result.pairs.kept, -1.0)
-        chosen = gaps.argsort(descending=True)[: min(_GALLERY_PAIRS, int(result.pairs.kept.sum()))]
-        sides: dict[str, tuple[Tensor, list[dict[str, float]]]] = {}
-        for side, picks in (("winner", result.pairs.winner), ("loser", result.pairs.loser)):
-            candidate = picks[chosen]
-            videos = self._algorithm.model.decode(result.candidates[chosen, candidate]).cpu()
-            scores = [
-                {name: float(value[row, pick]) for name, value in result.scores.items()}
-                for row, pick in zip(chosen.tolist(), candidate.tolist(), strict=True)
-            ]
-            sides[side] = (videos, scores)
+        shown = sorted(result.pairs, key=lambda pair: pair.gap, reverse=True)[:_GALLERY_PAIRS]
+        winners, losers = [pair.winner for pair in shown], [pair.loser for pair in shown]
         gallery = PairGallery(
-            winner=sides["winner"][0],
-            loser=sides["loser"][0],
-            prompts=[prompts[row] for row in chosen.tolist()],
-            winner_scores=sides["winner"][1],
-            loser_scores=sides["loser"][1],
-            gap=[float(result.pairs.gap[row]) for row in chosen.tolist()],
+            winner=self._decoded(winners),
+            loser=self._decoded(losers),
+            prompts=[pair.prompt.text for pair in shown],
+            winner_scores=[candidate.scores for candidate in winners],
+            loser_scores=[candidate.scores for candidate in losers],
+            gap=[pair.gap for pair in shown],
             fps=self._algorithm.model.fps,
         )
         write_pairs(self._run.pairs_file(step), gallery)
+
+    def _decoded(self, candidates: Sequence[Candidate]) -> Tensor:
+        latents = torch.stack([candidate.latents for candidate in candidates])
+        return self._algorithm.model.decode(latents).cpu()
 
     def _save(self, step: int) -> None:
         if self._processes.first:

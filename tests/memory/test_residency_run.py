@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from fake_device import FakeDevice
+from step_case import candidates_of, step_on
 from torch import Tensor, nn
 
 from vpo_engine.build import build_held_out, build_model, build_reward
@@ -81,9 +82,9 @@ class Run:
     def results(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for number in range(2):
-            step = self.algorithm.step(PROMPTS, self.model.embed(PROMPTS), [2 * number, 2 * number + 1])
+            step = step_on(self.algorithm, PROMPTS, [2 * number, 2 * number + 1])
             found |= {f"{number}.{name}": torch.tensor(value) for name, value in step.metrics.items()}
-            found[f"{number}.candidates"] = step.candidates
+            found[f"{number}.candidates"] = candidates_of(step)
         found |= self.held_out.evaluate(self.model.network, 1)
         found["clips"] = self.held_out.videos(self.model.network, [1])
         found |= {f"policy.{name}": value for name, value in self.model.network.state_dict().items()}

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vpo_engine.data.sprites.damage import KINDS, Clips, damaged, sample_clean
 from vpo_engine.data.sprites.world import Attributes
-from vpo_engine.objectives.pairs import select_pairs
 from vpo_engine.rewards.guards import (
     DivergenceAlarm,
     MotionFloor,
@@ -20,6 +19,7 @@ from vpo_engine.rewards.guards import (
     prompt_shuffle,
 )
 from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
+from vpo_engine.selection import select_pairs
 
 
 @pytest.fixture(scope="module")
@@ -176,24 +176,24 @@ class TestBarredCandidates:
         free = select_pairs(scores, 0.1, parts)
         pairs = select_pairs(scores, 0.1, parts, self.barred)
         rows = torch.arange(200)
-        assert not bool(self.barred[rows, pairs.winner][pairs.kept].any())
-        assert bool((pairs.gap[pairs.kept] > 0.1).all())
+        assert not bool(self.barred[rows, pairs.winner][~pairs.tied].any())
+        assert bool((pairs.gap[~pairs.tied] > 0.1).all())
         none = ~self.barred.any(1)
         assert int(none.sum()) > 10
-        for name in ("winner", "loser", "gap", "kept"):
+        for name in ("winner", "loser", "gap", "tied"):
             assert torch.equal(getattr(pairs, name)[none], getattr(free, name)[none])
-        assert not bool(pairs.kept[self.barred.all(1)].any())
-        assert 0 < int(pairs.kept.sum()) < int(free.kept.sum())
+        assert bool(pairs.tied[self.barred.all(1)].all())
+        assert 0 < int((~pairs.tied).sum()) < int((~free.tied).sum())
 
     def test_may_lose_and_leave_the_loser_what_it_was(self) -> None:
         pairs = select_pairs(self.scores, 0.0, None, self.barred)
         assert torch.equal(pairs.loser, self.scores.argmin(1))
-        lost = self.barred[torch.arange(200), pairs.loser] & pairs.kept
+        lost = self.barred[torch.arange(200), pairs.loser] & ~pairs.tied
         assert bool(lost.any())
 
     def test_a_group_whose_only_free_candidate_is_the_worst_is_a_tie(self) -> None:
         pairs = select_pairs(torch.tensor([[3.0, 1.0, 2.0]]), 0.0, None, torch.tensor([[True, False, True]]))
-        assert pairs.kept.tolist() == [False]
+        assert pairs.tied.tolist() == [True]
 
 
 class TestDivergence:

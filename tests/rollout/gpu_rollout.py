@@ -6,6 +6,7 @@ import functools
 
 import torch
 from rollout_case import PROMPTS
+from step_case import sample_candidates
 from torch import Tensor
 
 from vpo_engine.build import build_model
@@ -15,7 +16,6 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.protocols import TextEmbedding
-from vpo_engine.rollout.candidates import sample_candidates
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from step_case import Judge, sample_candidates
 from torch import Tensor
 
 from vpo_engine.build import build_model
@@ -18,7 +19,6 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.protocols import TextEmbedding
-from vpo_engine.rollout.candidates import Judge, sample_candidates
 from vpo_engine.seeding import normal
 
 PROMPTS = ("a red circle moving left", "a yellow triangle moving up")

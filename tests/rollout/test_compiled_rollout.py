@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch._dynamo
 from rollout_case import CPU, PROMPTS, sampled, settings, sprites
 
+from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.models.opensora.compiled import CompiledBlocks
 from vpo_engine.models.opensora.reuse import Reuse
 from vpo_engine.models.opensora.stdit3 import STDiT3
-from vpo_engine.objectives.pairs import select_pairs
 from vpo_engine.protocols import Compile, SamplerSettings
 from vpo_engine.rewards.combine import combine
 from vpo_engine.rewards.sprites import SpritesReward
-from vpo_engine.rollout.candidates import Rollout
+from vpo_engine.selection import select_pairs
 
 
 @pytest.mark.slow
@@ -92,9 +94,11 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         CompiledBlocks(CPU)
 
 
-def test_graphs_need_a_gpu() -> None:
+def test_graphs_need_a_gpu(small: Callable[..., Config]) -> None:
+    from test_online_vpo import make_algorithm
+
     with pytest.raises(ValueError, match=r"rollout\.compile=graphs needs a CUDA device, but this is cpu"):
-        Rollout(sprites()[0], settings(compile="graphs"), 0, CPU)
+        make_algorithm(small("rollout.compile=graphs"))
 
 
 @pytest.mark.parametrize(

@@ -23,17 +23,17 @@ from rollout_case import (
     settings,
     sprites,
 )
+from step_case import sample_candidates
 from torch import Tensor, nn
 
 from vpo_engine.models.opensora.reuse import Reuse
 from vpo_engine.models.opensora.stdit3 import STDiT3
-from vpo_engine.objectives.pairs import select_pairs
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.combine import combine
 from vpo_engine.rewards.sprites import SpritesReward
-from vpo_engine.rollout.candidates import sample_candidates
-from vpo_engine.rollout.rows import Group
+from vpo_engine.rollout.batches import Batch
+from vpo_engine.selection import select_pairs
 
 
 def pairs_of(candidates: Tensor) -> tuple[list[int], list[int]]:
@@ -204,7 +204,7 @@ def test_samples_that_captions_do_not_divide_are_refused() -> None:
 @pytest.mark.parametrize("candidates", [1, 2, 4, 5])
 @pytest.mark.parametrize("rows", [None, 1, 2, 3, 4, 7, 9, 100])
 def test_groups_hold_every_candidate_once_in_order(prompts: int, candidates: int, rows: int | None) -> None:
-    whole = Group(range(prompts), range(candidates))
+    whole = Batch(range(prompts), range(candidates))
     groups = whole.split(rows)
     found = [
         (prompt, candidate) for group in groups for prompt in group.prompts for candidate in group.candidates

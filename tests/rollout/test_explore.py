@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
-from rollout_case import PROMPTS, Counting, sampled, settings, sprites
+from rollout_case import CPU, PROMPTS, Counting, sampled, settings, sprites
+from step_case import candidates_of, sample_candidates, step_on
 from torch import Tensor, nn
 
 from vpo_engine.build import build_model, build_reward
@@ -17,10 +17,9 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
-from vpo_engine.protocols import Denoised, Network, TextEmbedding
 from vpo_engine.reference.store import build_reference
-from vpo_engine.rollout import weights
-from vpo_engine.rollout.weights import (
+from vpo_engine.rollout import quantised_copy as weights
+from vpo_engine.rollout.quantised_copy import (
     Bits,
     QuantisedLinear,
     SamplingCopy,
@@ -95,14 +94,15 @@ def test_pairs_are_scored_again_before_they_are_trained_on(small: Make) -> None:
     reward = Noted([0.3, 0.9, 0.1, 0.5, 2.0, 5.0, 4.0, 3.0], [1.0, 4.0, 7.0, 6.0])
     algorithm = make(config, reward)
     text = algorithm.model.embed(PROMPTS)
-    plain = make(small("rollout.candidates=4"))
-    every = plain.rollout.begin(plain.model.network, text, [0, 1]).latents
-    result = algorithm.step(PROMPTS, text, [0, 1])
+    plain = small("rollout.candidates=4").rollout
+    every = sample_candidates(algorithm.model, algorithm.model.network, text, [0, 1], plain, 0, CPU)
+    result = step_on(algorithm, PROMPTS, [0, 1])
+    latents = candidates_of(result)
     assert [len(videos) for videos in reward.videos] == [8, 4]
-    assert (result.candidates[0] - every[0, [1, 2]]).abs().max() <= 2e-5
-    assert (result.candidates[1] - every[1, [0, 1]]).abs().max() <= 2e-5
-    assert (result.pairs.winner.tolist(), result.pairs.loser.tolist()) == ([1, 0], [0, 1])
-    assert result.pairs.gap.tolist() == [3.0, 1.0]
+    assert (latents[0] - every[0, [1, 2]]).abs().max() <= 2e-5
+    assert (latents[1] - every[1, [0, 1]]).abs().max() <= 2e-5
+    assert [(pair.winner.number, pair.loser.number) for pair in result.pairs] == [(2, 1), (0, 1)]
+    assert [pair.gap for pair in result.pairs] == [3.0, 1.0]
     assert result.rows == 8 + 2 * 4
 
 
@@ -188,18 +188,21 @@ def test_every_rollout_samples_from_the_policy_as_it_is(
     small: Make, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     algorithm = make(small("rollout.candidates=3", f"{place}=int8", "optimizer.lr=1e-2"))
-    text, begin = algorithm.model.embed(PROMPTS), algorithm.rollout.begin
-    previews: list[Tensor] = []
+    text, decode = algorithm.model.embed(PROMPTS), algorithm.model.decode
+    decoded: list[Tensor] = []
 
-    def noted(network: Network, text: TextEmbedding, positions: Sequence[int], *rest: Any) -> Denoised:
-        previews.append((begun := begin(network, text, positions, *rest)).preview)
-        return begun
+    def noted(latents: Tensor) -> Tensor:
+        decoded.append(latents)
+        return decode(latents)
 
-    monkeypatch.setattr(algorithm.rollout, "begin", noted)
+    monkeypatch.setattr(algorithm.model, "decode", noted)
+    plain = algorithm.config.rollout.model_copy(update={"explore": None})
     for positions in ([0, 1], [2, 3]):
-        expected = begin(SamplingCopy(algorithm.model.network, "int8"), text, positions)
-        algorithm.step(PROMPTS, text, positions)
-        assert torch.equal(previews[-1], expected.preview)
+        rounded = SamplingCopy(algorithm.model.network, "int8")
+        expected = sample_candidates(algorithm.model, rounded, text, positions, plain, 0, CPU)
+        decoded.clear()
+        step_on(algorithm, PROMPTS, positions)
+        assert torch.equal(decoded[0], expected.flatten(0, 1))
 
 
 def test_an_adapter_is_not_rounded(small: Make) -> None:

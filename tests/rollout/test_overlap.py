@@ -13,12 +13,13 @@ from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
-from vpo_engine.memory.residency import Residency
-from vpo_engine.metrics.stages import Stages
+from vpo_engine.distributed.processes import Processes
 from vpo_engine.rewards.sprites import SpritesReward
-from vpo_engine.rollout.candidates import Rollout
-from vpo_engine.rollout.rows import Rows
-from vpo_engine.scoring import Scoring
+from vpo_engine.rollout.batches import Batches
+from vpo_engine.rollout.sampler import CandidateSampler, Denoiser
+from vpo_engine.rollout.scorer import VideoScorer
+from vpo_engine.selection import extremes
+from vpo_engine.values import Prompt
 
 PRUNED = {"after": 0.5, "keep": 2}
 
@@ -58,24 +59,41 @@ def run(
     network: Callable[..., Tensor] | None = None,
     **changes: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Candidates and scores; with prune of the previews and, after them, of what is finished."""
+    """Return candidates and their scores, with prune also those of the previews."""
     model, text = sprites()
     config = settings(steps=2, guidance=1.0, **{"rows": 4, **changes})
-    rows, stages = Rows(config.rows), Stages(CPU)
-    rollout = Rollout(model, config, 0, CPU, rows)
-    scoring = Scoring(model, reward, rows, Residency.everything(), overlap, threaded)
-    ahead = scoring.ahead(PROMPTS)
-    begun = rollout.begin(network or model.network, text, [7, 8], ahead)
-    if config.prune is None:
-        return begun.latents, scoring.score(begun.latents, PROMPTS, stages, ahead)
-    previews = scoring.score(begun.preview, PROMPTS, stages, ahead)
-    ahead = scoring.ahead(PROMPTS)
-    finished = rollout.finish(
-        network or model.network, text, begun.latents, previews["visual_quality"], ahead
+    batches, previews = Batches(config.most_rows), list[Tensor]()
+
+    def keep_extremes(scores: dict[str, Tensor], keep: int) -> Tensor:
+        previews.append(scores["visual_quality"])
+        return extremes(scores["visual_quality"], keep)
+
+    scorer = VideoScorer(
+        lambda latents: model.decode(latents),
+        reward.score,
+        reward.dimensions,
+        batches,
+        overlap=overlap,
+        threaded=threaded,
     )
-    return finished, scoring.score(finished, PROMPTS, stages, ahead) | {
-        "previews": previews["visual_quality"]
+    sampler = CandidateSampler(
+        config,
+        0,
+        model.latent_shape,
+        (network or model.network,) * 2,
+        Denoiser(model, batches, CPU),
+        scorer.overlapped,
+        scorer,
+        keep_extremes,
+        Processes(0, 1, CPU),
+    )
+    found = sampler.sample([Prompt(PROMPTS[row], text[row : row + 1], 7 + row) for row in range(2)])
+    scores = {
+        name: torch.tensor([[candidate.scores[name] for candidate in each] for each in found])
+        for name in reward.dimensions
     }
+    latents = torch.stack([torch.stack([candidate.latents for candidate in each]) for each in found])
+    return latents, scores | {f"previews {number}": each for number, each in enumerate(previews)}
 
 
 @pytest.mark.parametrize("threaded", [False, True])

@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from rollout_case import CPU, PROMPTS, Counting, batched, noise_of, sampled, schedule, settings, sprites
+from step_case import candidates_of, scores_of, step_on
 from torch import Tensor
 
 from vpo_engine.build import build_model
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.protocols import SamplerSettings
 from vpo_engine.reference.store import build_reference
-from vpo_engine.rollout.candidates import Rollout
-from vpo_engine.rollout.prune import extremes
+from vpo_engine.rollout.batches import Batches
+from vpo_engine.rollout.sampler import Denoiser, Pass
 from vpo_engine.run_state import capture, restore
+from vpo_engine.seeding import normal
+from vpo_engine.selection import extremes
 
 Make = Callable[..., Config]
 HALF = {"after": 0.5, "keep": 2}
@@ -61,25 +65,21 @@ def test_finished_candidates_are_those_of_a_rollout_without_pruning() -> None:
 def test_previews_are_where_the_last_prediction_points_to() -> None:
     model, text = sprites()
     config = settings(prune=HALF)
-    begun = Rollout(model, config, 0, CPU).begin(model.network, text, [7, 8])
-    steps = schedule(4)
+    denoise, steps = Denoiser(model, Batches(None), CPU), schedule(4)
+    given = SamplerSettings(config.steps, config.guidance)
+    begun = denoise(Pass(model.network, given, slice(0, 2)), noise_of(config), text)
     before = batched(noise_of(config), 3.0, steps[:1])
     reached = batched(noise_of(config), 3.0, steps[:2])
     assert torch.equal(begun.latents, reached)
     velocity = (reached - before) / steps[1][1]
     assert torch.allclose(begun.preview, before + steps[1][0] / 1000 * velocity, atol=1e-5)
-    whole = Rollout(model, settings(), 0, CPU).begin(model.network, text, [7, 8])
+    whole = denoise(Pass(model.network, given), noise_of(config), text)
     assert torch.allclose(whole.preview, whole.latents, atol=1e-5)
 
 
 def test_pruning_in_groups_of_rows_is_the_same() -> None:
     found = [sampled(settings(prune=HALF, rows=rows), None, lambda _: SCORES) for rows in (None, 3)]
     assert (found[0] - found[1]).abs().max() <= 2e-5
-
-
-def test_a_judge_is_needed() -> None:
-    with pytest.raises(ValueError, match=r"rollout\.prune and rollout\.explore need a judge"):
-        sampled(settings(prune=HALF))
 
 
 # --- Algorithm 1 ---
@@ -115,7 +115,7 @@ def make(config: Config, reward: Script) -> OnlineVPO:
 
 
 def step(algorithm: OnlineVPO, number: int = 0) -> Step:
-    return algorithm.step(PROMPTS, algorithm.model.embed(PROMPTS), [2 * number, 2 * number + 1])
+    return step_on(algorithm, PROMPTS, [2 * number, 2 * number + 1])
 
 
 @pytest.fixture
@@ -133,9 +133,10 @@ def test_pairs_and_metrics_are_of_finished_candidates_only(pruning: Config) -> N
     result = step(make(pruning, reward))
     assert [len(videos) for videos in reward.videos] == [8, 4]
     assert reward.prompts == [[p for p in PROMPTS for _ in range(count)] for count in (4, 2)]
-    assert result.candidates.shape[:2] == (2, 2)
-    assert result.scores["first"].tolist() == [[1.0, 4.0], [7.0, 7.0]]
-    assert (result.pairs.winner[0], result.pairs.loser[0]) == (1, 0)
+    latents = candidates_of(result)
+    assert latents.shape[:2] == (2, 2)
+    assert scores_of(result, "first").tolist() == [[1.0, 4.0], [7.0, 7.0]]
+    assert [(pair.winner.number, pair.loser.number) for pair in result.pairs] == [(2, 1)]
     metrics = result.metrics
     assert metrics["reward/first"] == metrics["reward/selected"] == pytest.approx(4.75)
     assert metrics["reward/second"] == pytest.approx(-4.75)
@@ -144,15 +145,14 @@ def test_pairs_and_metrics_are_of_finished_candidates_only(pruning: Config) -> N
     assert set(result.seconds) == {"rollout", "decode", "reward", "update", "refresh"}
     # What is judged first are previews; what is trained on, the latents of candidates 1 and 2 of the first prompt.
     fresh = make(pruning, reward)
-    text = fresh.model.embed(PROMPTS)
-    begun = fresh.rollout.begin(fresh.model.network, text, [0, 1])
+    noise = torch.stack([normal((4, *latents.shape[2:]), 0, "rollout", position) for position in (0, 1)])
+    text, given = fresh.model.embed(PROMPTS), SamplerSettings(4, 1.0)
+    denoise = Denoiser(fresh.model, Batches(None), CPU)
+    begun = denoise(Pass(fresh.model.network, given, slice(0, 2)), noise, text)
     assert torch.equal(reward.videos[0], fresh.model.decode(begun.preview.flatten(0, 1)))
     assert not torch.equal(reward.videos[0], fresh.model.decode(begun.latents.flatten(0, 1)))
-    whole = make(
-        pruning.model_copy(update={"rollout": pruning.rollout.model_copy(update={"prune": None})}), reward
-    )
-    every = whole.rollout.begin(whole.model.network, text, [0, 1]).latents
-    assert (result.candidates[0] - every[0, [1, 2]]).abs().max() <= 2e-5
+    every = denoise(Pass(fresh.model.network, given), noise, text).latents
+    assert (latents[0] - every[0, [1, 2]]).abs().max() <= 2e-5
 
 
 def test_a_bad_preview_score_leaves_the_policy_alone(pruning: Config) -> None:
@@ -180,7 +180,7 @@ def test_approximate_runs_resume_bit_for_bit(small: Make, tmp_path: Path) -> Non
     whole.model.save_policy(tmp_path)
     assert restore(resumed, saved["tensors"], saved["state"], tmp_path) == (1, {})
     one, other = step(whole, 1), step(resumed, 1)
-    assert torch.equal(one.candidates, other.candidates)
+    assert torch.equal(candidates_of(one), candidates_of(other))
     assert one.metrics == other.metrics
 
 
@@ -201,5 +201,5 @@ def test_a_decoder_that_runs_out_of_memory_gets_half_of_the_videos(
     monkeypatch.setattr(algorithm.model, "decode", failing)
     result = step(algorithm)
     assert seen == [4, 2, 2]
-    assert result.scores["first"].tolist() == [[0.0, 1.0], [2.0, 0.0]]
+    assert scores_of(result, "first").tolist() == [[0.0, 1.0], [2.0, 0.0]]
     assert capsys.readouterr().out.count("set rollout.rows=2 to start so") == 1

@@ -11,13 +11,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vpo_engine.config import Config
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 PartName = Literal["policy", "reference", "optimizer", "vae", "reward", "judge"]
 Phase = Literal["rollout", "evaluation", "decode", "reward", "judge", "update", "optimizer", "refresh"]
 """rollout: candidates are sampled, by whom rollout.source says, with the policy's embedding of no caption. evaluation:
@@ -239,6 +241,15 @@ class Residency:
             self._entered.pop()
             if self._entered:
                 self._enter(self._entered[-1])
+
+    def during(self, name: Phase, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        """Return ``function``, during whose calls what ``name`` needs is on the device."""
+
+        def moved(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return moved
 
     def nbytes(self, phase: Phase) -> int:
         """Bytes of registered tensors that are on the device in a phase; ValueError when nothing is moved."""

@@ -58,6 +58,11 @@ class CountedRows:
         """A CUDA graph makes the last call again."""
         self.rows += self._last
 
+    def take(self) -> int:
+        """The rows since the last call of this."""
+        rows, self.rows = self.rows, 0
+        return rows
+
 
 def count_row_flops(model: VideoModel, text: TextEmbedding) -> RowFlops:
     """Of the policy with its adapter, for captions as long as those of ``text`` are on average.

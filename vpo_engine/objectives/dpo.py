@@ -14,32 +14,16 @@ from vpo_kernels import PairedDPOLoss, error_weight, paired_dpo_loss, sequential
 from vpo_engine.config import ObjectiveConfig
 from vpo_engine.protocols import Network, ReferenceStore, TextEmbedding, VideoModel
 from vpo_engine.seeding import generator, normal
+from vpo_engine.values import Pair
 
 
 @dataclass(frozen=True)
-class PreferenceBatch:
-    """Pairs to learn from.
+class MicroBatch:
+    """What goes through the networks at once: B pairs, each with a timestep and noise.
 
-    winner, loser: clean latents [P, C, T, H, W]. text: their P prompts. positions: where each prompt stands in
-    the stream, which seeds its noise. total: pairs of the whole step, over all processes. update: how many optimizer
-    steps were made on these pairs before; each has draws of its own. rows: which of the P * draws draws of (t, noise),
-    those of a pair in a row, are learned from here; None: all. weight: float32 [P], what the pairs' losses are
-    multiplied by, of mean 1 over all pairs of the step; None: 1.
+    winner, loser: clean latents [B, C, T, H, W]. text: the embeddings of the pairs' prompts. times: [B]. noise:
+    [B, C, T, H, W], the same for winner and loser. weight: float32 [B], of the pairs' losses; None: 1.
     """
-
-    winner: Tensor
-    loser: Tensor
-    text: TextEmbedding
-    positions: Sequence[int]
-    total: int
-    update: int = 0
-    rows: range | None = None
-    weight: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What goes through the networks at once: clean latents [R, C, T, H, W], prompts, times [R], noise, weights [R]."""
 
     winner: Tensor
     loser: Tensor
@@ -50,10 +34,10 @@ class _Rows:
 
 
 class DPO:
-    """The paired loss against the reference, ``draws`` times (t, noise) per pair with a sigmoid each.
+    """The paired loss against the reference, at ``draws`` timesteps per pair with a sigmoid each.
 
-    Winner and loser of a pair share t and noise. Policy and reference see the same rows in the same order in
-    the same autocast state; neither is in a state with dropout.
+    Winner and loser of a pair share timestep and noise. Policy and reference see the same micro-batches in the same
+    order in the same autocast state; neither is in a state with dropout.
 
     sequential: winner and loser go through the networks one after the other, so that one member's graph exists at
     a time; the policy's forward pass of the winner is made twice. Same gradient and metrics but for rounding.
@@ -75,64 +59,80 @@ class DPO:
         self._seed = seed
         self._backward = self._one_by_one if sequential else self._jointly
 
-    def step(self, batch: PreferenceBatch, reference: ReferenceStore, world: int = 1) -> dict[str, float]:
-        """Add this batch's gradient to the policy's parameters and return the metrics' sums over its rows.
+    def backward(
+        self,
+        pairs: Sequence[Pair],
+        reference: ReferenceStore,
+        *,
+        update: int = 0,
+        samples: range | None = None,
+        total: int | None = None,
+        processes: int = 1,
+    ) -> dict[str, float]:
+        """Add the gradient of the loss to the policy's parameters, and return the sums of its metrics.
 
-        The gradient is that of ``world`` times the sum over rows divided by all rows of the step, so that the
-        mean over ``world`` processes is the gradient of the mean over all pairs, however they are spread.
-        Keys of the result: METRICS and "rows".
+        A sample is a pair at one of its timesteps, each with noise of its own; the samples of a pair follow one
+        another. The gradient is that of ``processes`` times the sum over samples divided by ``total``, so that its mean
+        over processes is the gradient of the mean over all pairs, however their samples are spread.
+
+        update: how many optimizer steps were made on these pairs before; each has timesteps and noise of its own.
+        samples: those of the P * draws samples to learn from in this process; None: all of them. total: the samples of
+        the whole step, on all processes; None: as many as ``pairs`` have. Keys of the result: METRICS and "samples".
         """
         draws = self._config.draws
-        mine = range(len(batch.positions) * draws) if batch.rows is None else batch.rows
-        times, noise = self._draws(batch.positions, batch.winner.device, batch.update, mine)
-        pair_of_row = torch.arange(mine.start, mine.stop) // draws  # on the host, where text masks are
-        weights = None if batch.weight is None else batch.weight.to(times.device)
-        rows = self._config.rows or len(times)
-        sums = dict.fromkeys((*self.METRICS, "rows"), 0.0)
-        for start in range(0, len(times), rows):
-            index = pair_of_row[start : start + rows]
-            pairs = _Rows(
-                batch.winner[index],
-                batch.loser[index],
-                batch.text[index],
-                times[start : start + rows],
-                noise[start : start + rows],
-                None if weights is None else weights[index.to(weights.device)],
-            )
-            result = self._backward(pairs, reference, len(index) * world / (batch.total * draws))
-            sums["loss"] += float(result.loss) * len(index)
+        mine = range(len(pairs) * draws) if samples is None else samples
+        times = self.timesteps(pairs, update, mine)
+        size = self._config.rows or len(mine)
+        sums = dict.fromkeys((*self.METRICS, "samples"), 0.0)
+        for start in range(0, len(mine), size):
+            chosen = mine[start : start + size]
+            batch = self.micro_batch(pairs, update, chosen, times[start : start + size])
+            scale = len(chosen) * processes / (total or len(pairs) * draws)
+            result = self._backward(batch, reference, scale)
+            sums["loss"] += float(result.loss) * len(chosen)
             sums["margin"] += float(result.margin.sum())
             sums["implicit_accuracy"] += float((result.margin > 0).sum())
             sums["winner_gap"] += float(result.winner_gap.sum())
             sums["loser_gap"] += float(result.loser_gap.sum())
-            sums["rows"] += len(index)
+            sums["samples"] += len(chosen)
         return sums
 
-    def _draws(
-        self, positions: Sequence[int], device: torch.device, update: int = 0, rows: range | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Times [P * draws] and noise [P * draws, C, T, H, W], a pair's draws in a row; or ``rows`` of them.
+    def timesteps(self, pairs: Sequence[Pair], update: int, samples: range) -> Tensor:
+        """Return the times of these samples, float32 [len(samples)] on the host.
 
-        The draws of one pair are stratified: each falls in another of ``draws`` equal parts of (0, 1), which
+        The timesteps of one pair are stratified: each falls in another of ``draws`` equal parts of (0, 1), which
         leaves their distribution as it is and lowers the variance of the mean.
         """
-        draws, shape = self._config.draws, self._model.latent_shape
-        strata, noise = [], []
-        which = [update] if update else []
-        rows = range(len(positions) * draws) if rows is None else rows
-        for number, position in enumerate(positions):
-            own = slice(max(rows.start - number * draws, 0), max(rows.stop - number * draws, 0))
-            random = generator(self._seed, "time", position, *which)
-            strata.append(((torch.arange(draws) + torch.rand(draws, generator=random)) / draws)[own])
-            if len(strata[-1]):
-                noise.append(normal((draws, *shape), self._seed, "noise", position, *which)[own])
-        times = self._model.draw_timesteps(torch.cat(strata).clamp(1e-6, 1 - 1e-6))
-        return times.to(device), torch.cat(noise).to(device)
+        draws = self._config.draws
+        uniform = []
+        for number, part in _by_pair(samples, draws).items():
+            random = generator(self._seed, "time", pairs[number].prompt.position, *_later(update))
+            uniform.append(((torch.arange(draws) + torch.rand(draws, generator=random)) / draws)[part])
+        return self._model.draw_timesteps(torch.cat(uniform).clamp(1e-6, 1 - 1e-6))
 
-    def _jointly(self, rows: _Rows, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
+    def micro_batch(self, pairs: Sequence[Pair], update: int, samples: range, times: Tensor) -> MicroBatch:
+        """Return these samples of the pairs at their ``times``, on the device of the latents."""
+        draws, shape = self._config.draws, self._model.latent_shape
+        noise = [
+            normal((draws, *shape), self._seed, "noise", pairs[number].prompt.position, *_later(update))[part]
+            for number, part in _by_pair(samples, draws).items()
+        ]
+        chosen = [pairs[sample // draws] for sample in samples]
+        device = chosen[0].winner.latents.device
+        weights = torch.tensor([pair.weight for pair in chosen])
+        return MicroBatch(
+            winner=torch.stack([pair.winner.latents for pair in chosen]),
+            loser=torch.stack([pair.loser.latents for pair in chosen]),
+            text=TextEmbedding.cat([pair.prompt.embedding for pair in chosen]),
+            times=times.to(device),
+            noise=torch.cat(noise).to(device),
+            weight=None if bool((weights == 1).all()) else weights.to(device),
+        )
+
+    def _jointly(self, batch: MicroBatch, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
         """Add ``scale`` times the loss's gradient, winners and losers in one batch."""
-        inputs = torch.cat([self._noised(rows, rows.winner), self._noised(rows, rows.loser)])
-        times, text = rows.times.repeat(2), TextEmbedding.cat([rows.text, rows.text])
+        inputs = torch.cat([self._noised(batch, batch.winner), self._noised(batch, batch.loser)])
+        times, text = batch.times.repeat(2), TextEmbedding.cat([batch.text, batch.text])
 
         def predict(network: Network) -> tuple[Tensor, ...]:
             return self._model.predict(network, inputs, times, text, self._guidance).chunk(2)
@@ -140,39 +140,45 @@ class DPO:
         reference_winner, reference_loser = predict(reference)
         winner, loser = predict(self._model.network)
         out = paired_dpo_loss(
-            winner, loser, reference_winner, reference_loser, rows.winner, rows.loser, **self._options(rows)
+            winner,
+            loser,
+            reference_winner,
+            reference_loser,
+            batch.winner,
+            batch.loser,
+            **self._options(batch),
         )
         (out.loss * scale).backward()
         return PairedDPOLoss(*(value.detach() for value in out))
 
-    def _one_by_one(self, rows: _Rows, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
+    def _one_by_one(self, batch: MicroBatch, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
         """As ``_jointly``, one member at a time."""
 
         def predict(network: Network, latents: Tensor) -> Tensor:
-            inputs = self._noised(rows, latents)
-            return self._model.predict(network, inputs, rows.times, rows.text, self._guidance)
+            inputs = self._noised(batch, latents)
+            return self._model.predict(network, inputs, batch.times, batch.text, self._guidance)
 
         return sequential_backward(
-            partial(predict, self._model.network, rows.winner),
-            partial(predict, self._model.network, rows.loser),
-            predict(reference, rows.winner),
-            predict(reference, rows.loser),
-            rows.winner,
-            rows.loser,
+            partial(predict, self._model.network, batch.winner),
+            partial(predict, self._model.network, batch.loser),
+            predict(reference, batch.winner),
+            predict(reference, batch.loser),
+            batch.winner,
+            batch.loser,
             scale=scale,
-            **self._options(rows),
+            **self._options(batch),
         )
 
-    def _noised(self, rows: _Rows, latents: Tensor) -> Tensor:
-        return self._model.add_noise(latents, rows.noise, rows.times)
+    def _noised(self, batch: MicroBatch, latents: Tensor) -> Tensor:
+        return self._model.add_noise(latents, batch.noise, batch.times)
 
-    def _options(self, rows: _Rows) -> dict[str, Any]:
+    def _options(self, batch: MicroBatch) -> dict[str, Any]:
         """Of ``paired_dpo_loss``, whose targets are the clean latents and the noise."""
         return {
-            "beta": self._beta(rows.times),
-            "pair_weight": rows.weight,
-            "target_noise": rows.noise,
-            "target_scales": self._model.target_scales(rows.times),
+            "beta": self._beta(batch.times),
+            "pair_weight": batch.weight,
+            "target_noise": batch.noise,
+            "target_scales": self._model.target_scales(batch.times),
             "winner_anchor": self._config.winner_anchor,
             "loser_scaling": self._config.loser_scaling,
         }
@@ -181,3 +187,17 @@ class DPO:
         if self._config.weighting == "prediction":
             return self._config.beta
         return self._config.beta * error_weight(self._config.weighting, *self._model.noising_scales(times))
+
+
+def _by_pair(samples: range, draws: int) -> dict[int, slice]:
+    """Return which of each pair's samples are among ``samples``: {number of the pair: part of its ``draws``}."""
+    numbers = range(samples.start // draws, -(-samples.stop // draws))
+    return {
+        number: slice(max(samples.start - number * draws, 0), min(samples.stop - number * draws, draws))
+        for number in numbers
+    }
+
+
+def _later(update: int) -> tuple[int, ...]:
+    """Return what is added to the key of random numbers, so that updates on the same pairs differ."""
+    return (update,) if update else ()

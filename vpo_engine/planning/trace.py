@@ -24,7 +24,7 @@ from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.metrics.throughput import without_mask
 from vpo_engine.models.lora import inject_adapter
 from vpo_engine.models.opensora.text import MAX_LENGTH
-from vpo_engine.objectives.dpo import DPO, PreferenceBatch
+from vpo_engine.objectives.dpo import DPO
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.parts import (
     DTYPES,
@@ -40,8 +40,9 @@ from vpo_engine.planning.tracker import Peak, Phase, Tracker
 from vpo_engine.protocols import SamplerSettings, TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.videoscore import VideoScoreNetwork, frame_indices
-from vpo_engine.rollout.rows import Group
-from vpo_engine.rollout.weights import SamplingCopy
+from vpo_engine.rollout.batches import Batch
+from vpo_engine.rollout.quantised_copy import SamplingCopy
+from vpo_engine.values import Candidate, Pair, Prompt
 
 PhaseName = Literal["text", "rollout", "decode", "reward", "update", "optimizer", "refresh"]
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
@@ -267,9 +268,9 @@ class _Tracing:
             parts.append((settings, slice(0 if explored else config.prune_step, None), config.keep))
         self._tracker.answer = lambda: 0.0
         for settings, part, candidates in parts:
-            everything = Group(range(self._pairs), range(candidates // self._team))
+            everything = Batch(range(self._pairs), range(candidates // self._team))
             group = everything.split(config.most_rows)[0]
-            row_text = text[group.prompts.start : group.prompts.stop]
+            row_text = text[group.index[0]]
             with self._phase("rollout", len(everything) / len(group)):
                 self._model.denoise(network, latents[: len(group)], row_text, settings, part)
         self._tracker.answer = lambda: 1.0
@@ -315,11 +316,12 @@ class _Tracing:
             for parameter in self._trained:
                 parameter.grad = torch.zeros_like(parameter)
                 self._label_gradient(parameter)
-        which = torch.arange(rows) // draws
-        batch = PreferenceBatch(latents[which], latents[which], text[which], range(rows), total)
+        pairs = [
+            _pair(latents[row // draws], text[row // draws : row // draws + 1], row) for row in range(rows)
+        ]
         updates = config.objective.updates
         with self._phase("update", updates * total / rows):
-            objective.step(batch, self._reference)
+            objective.backward(pairs, self._reference)
         with self._phase("optimizer", updates):
             self._optimizer.step()
         every = config.reference.refresh_every
@@ -337,6 +339,11 @@ def without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _pair(latents: Tensor, embedding: TextEmbedding, position: int) -> Pair:
+    prompt = Prompt("", embedding, position)
+    return Pair(Candidate(prompt, 0, latents, {}), Candidate(prompt, 1, latents, {}))
 
 
 def _empty(module: nn.Module) -> None:

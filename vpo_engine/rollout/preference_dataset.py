@@ -1,0 +1,133 @@
+"""The preference dataset of a run: its pairs are written to it, and an offline run trains on them without a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vpo_engine.config import Config
+from vpo_engine.data.ledger import LedgerPair, LedgerWriter, read_ledger
+from vpo_engine.data.prompts import PromptItem
+from vpo_engine.values import Candidate, Choice, Pair, Prompt
+
+
+class PairRecorder:
+    """Write the choices of a run's steps; the first process of every team has a recorder."""
+
+    def __init__(self, config: Config, folder: Path, rank: int) -> None:
+        """``folder``: where the run keeps its preference dataset."""
+        self._seed = config.seed
+        self._with_latents = config.pairs.ledger == "latents"
+        self._writer = LedgerWriter(folder, rank)
+
+    def record(self, step: int, choices: Sequence[Choice], pairs: Sequence[Pair]) -> None:
+        """Append the choices of a step, ties included, and the latents of the pairs that were made of them."""
+        weights = {pair.prompt.position: pair.weight for pair in pairs}
+        rows = {position: row for row, position in enumerate(weights)} if self._with_latents else {}
+        lines = [
+            LedgerPair(
+                step=step,
+                position=choice.prompt.position,
+                prompt=choice.prompt.text,
+                seed=self._seed,
+                candidates=tuple(candidate.number for candidate in choice.candidates),
+                scores=_by_dimension(choice.candidates),
+                selected=choice.selected,
+                winner=choice.winner.number,
+                loser=choice.loser.number,
+                gap=choice.gap,
+                kept=not choice.tied,
+                weight=weights.get(choice.prompt.position, 0.0),
+                row=rows.get(choice.prompt.position),
+            )
+            for choice in choices
+        ]
+        latents = None
+        if rows:
+            latents = (
+                torch.stack([pair.winner.latents for pair in pairs]),
+                torch.stack([pair.loser.latents for pair in pairs]),
+            )
+        self._writer.write(step, lines, latents)
+
+
+def _by_dimension(candidates: Sequence[Candidate]) -> dict[str, tuple[float, ...]]:
+    return {name: tuple(each.scores[name] for each in candidates) for name in candidates[0].scores}
+
+
+class StoredPairs:
+    """The pairs of a preference dataset as an endless stream of prompts, in the order they were made, ties included.
+
+    Place q of the stream is pair q modulo the number of pairs, so that a run of the same settings takes the same
+    pairs in the same steps, and with the same timesteps and noise, as the run that wrote them.
+    """
+
+    def __init__(self, path: Path, min_gap: float = 0.0) -> None:
+        """``path``: see ``read_ledger``. Pairs with gaps of at most ``min_gap`` are ties, as are those that were.
+
+        ValueError for a dataset without any other, or without their latents.
+        """
+        self._pairs = list(read_ledger(path))
+        self._min_gap = min_gap
+        untied = [pair for pair in self._pairs if not self._is_tied(pair)]
+        if not untied:
+            raise ValueError(
+                f"all {len(self._pairs)} pairs of the ledger at {path} are ties; nothing is learned"
+            )
+        if any(pair.row is None for pair in untied):
+            raise ValueError(
+                f"the ledger at {path} holds scores without latents, which cannot be trained on; write it with "
+                "pairs.ledger=latents"
+            )
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def take(self, cursor: int, count: int) -> list[PromptItem]:
+        """Return the prompts at ``cursor, ..., cursor + count - 1`` of the stream, as a ``PromptStream`` does."""
+        places = (position % len(self) for position in range(cursor, cursor + count))
+        return [PromptItem(place, self._pairs[place].prompt) for place in places]
+
+    def choices(
+        self, prompts: Sequence[Prompt], latent_shape: Sequence[int], device: torch.device
+    ) -> list[Choice]:
+        """Return the stored choices of prompts of this stream, each of the winner and the loser alone.
+
+        Latents are [*latent_shape] on ``device``, and empty where a pair is a tie. ValueError if the stored ones are of
+        another shape.
+        """
+        return [self._choice(prompt, tuple(latent_shape), device) for prompt in prompts]
+
+    def _choice(self, prompt: Prompt, latent_shape: tuple[int, ...], device: torch.device) -> Choice:
+        stored = self._pairs[prompt.position % len(self)]
+        tied = self._is_tied(stored)
+        latents = (torch.empty(0), torch.empty(0)) if tied else _latents(stored, latent_shape)
+        winner, loser = (
+            Candidate(prompt, number, value.to(device), stored.score(number))
+            for number, value in zip((stored.winner, stored.loser), latents, strict=True)
+        )
+        selected = dict(zip(stored.candidates, stored.selected, strict=True))
+        return Choice(
+            (winner, loser),
+            (selected[winner.number], selected[loser.number]),
+            winner,
+            loser,
+            stored.gap,
+            tied,
+        )
+
+    def _is_tied(self, pair: LedgerPair) -> bool:
+        return not pair.kept or pair.gap <= self._min_gap
+
+
+def _latents(stored: LedgerPair, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    latents = stored.latents()
+    if tuple(latents[0].shape) != latent_shape:
+        raise ValueError(
+            f"the ledger holds latents {list(latents[0].shape)}, but the model's are {list(latent_shape)}; "
+            "train the model, resolution and num_frames that wrote it"
+        )
+    return latents
