@@ -17,7 +17,7 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
-from vpo_engine.protocols import Denoised, Network, TextEmbedding
+from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rollout import weights
 from vpo_engine.rollout.weights import (

@@ -1,4 +1,4 @@
-"""A deep network's step from two shallow ones: blocks repeat, so bytes and operations grow by the same per pair."""
+"""A deep network's step from two shallow ones: blocks repeat, so each adds the same bytes and operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpo_engine.planning.tracker import Peak
 
 SHALLOW, DEEPER = 2, 4
 """Depths that are traced where blocks keep nothing but their input, autocast holds no casts of weights, and gradients
-stay. Where in a phase the peak falls could change with depth; there it did not from two pairs of blocks on, in any
+stay. Where in a phase the peak falls could change with depth; there it did not from depth two on, in any
 setting tried: tests/planning/test_depth.py compares with deeper networks, and with the full depth. Elsewhere it did."""
 
 _ALWAYS = ("weights", "optimizer", "reference")

@@ -1,4 +1,4 @@
-"""Which settings would make a run fit, and how many frames would: found by planning with them."""
+"""Find, by planning with them, the settings and the number of frames with which a run fits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpo_engine.config import Config
+from vpo_engine.models.registry import model_family
 from vpo_engine.planning.estimate import COMPUTED, FRAGMENTATION, Plan
 from vpo_engine.planning.trace import PHASES
 
@@ -130,26 +131,24 @@ def _with_rows(config: Config, rows: int | None) -> Config:
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"rows": rows})})
 
 
-CHUNK = 17
-"""Frames in a chunk of the VAE."""
-
-
 def most_frames(config: Config, resolution: str, planner: Planner) -> int:
-    """The most frames, in whole chunks of the VAE, with which the run fits at ``resolution``; 0 if not even one chunk.
+    """Return the most frames with which the run fits at ``resolution``; 0 if not even the fewest fit.
 
-    Every phase grows with the frames in nearly a straight line: two plans give a guess, and more confirm that it fits
-    and that a chunk more does not. With rollout.rows=auto that is one row: any run that fits at all fits so. ValueError
-    for the sprites world, whose videos have one size.
+    Counted are whole groups of frames, as the model's ``SizeRule`` has them. Every phase grows with the frames in
+    nearly a straight line: two plans give a guess, and more confirm that it fits and that a group more does not. With
+    rollout.rows=auto that is one row: any run that fits at all fits so. ValueError for a model whose videos have one
+    size.
     """
-    if config.model.kind == "sprites":
+    card = model_family(config.model.kind).card
+    if not card.resolutions:
         raise ValueError(
-            "the sprites world has videos of one size; plan model.kind=opensora for the most frames"
+            f"{card.name} has videos of one size; the most frames are planned for models with several sizes"
         )
     if config.rollout.rows == "auto":
         config = _with_rows(config, 1)
 
-    def plan(chunks: int) -> Plan:
-        size = {"resolution": resolution, "num_frames": CHUNK * chunks}
+    def plan(groups: int) -> Plan:
+        size = {"resolution": resolution, "num_frames": card.sizes.frames(groups)}
         return planner(config.model_copy(update={"model": config.model.model_copy(update=size)}))
 
     plans = {1: plan(1)}
@@ -161,7 +160,7 @@ def most_frames(config: Config, resolution: str, planner: Planner) -> int:
         else:
             fails = min(fails, newest)
         if fails == fits + 1:
-            return CHUNK * fits
+            return card.sizes.frames(fits) if fits else 0
         if len(plans) > 1:
             guess = _crossing(*list(plans.items())[-2:])
         guess = min(max(guess, fits + 1), fails - 1)

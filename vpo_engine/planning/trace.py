@@ -21,27 +21,25 @@ from vpo_engine.config import Config
 from vpo_engine.memory.offload import OffloadedInputs, PlainCopies
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.rounding import hold_in_bfloat16
-from vpo_engine.metrics.throughput import without_mask
 from vpo_engine.models.lora import inject_adapter
-from vpo_engine.models.opensora.text import MAX_LENGTH
 from vpo_engine.objectives.dpo import DPO, PreferenceBatch
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.parts import (
-    DTYPES,
     Assumed,
     bare_weights,
-    build_model,
+    blueprint_of,
     build_reward_network,
-    build_text_encoder,
     materialise,
+    materialise_model,
 )
 from vpo_engine.planning.repeats import repeated, repeated_steps
 from vpo_engine.planning.tracker import Peak, Phase, Tracker
-from vpo_engine.protocols import SamplerSettings, TextEmbedding
+from vpo_engine.protocols import SamplerSettings, SamplerState, TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.videoscore import VideoScoreNetwork, frame_indices
 from vpo_engine.rollout.rows import Group
 from vpo_engine.rollout.weights import SamplingCopy
+from vpo_engine.video_model import repeating_blocks
 
 PhaseName = Literal["text", "rollout", "decode", "reward", "update", "optimizer", "refresh"]
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
@@ -123,13 +121,15 @@ class _Tracing:
         self._team = 1 if processes % team else team
         self._pairs = max(1, config.pairs_per_step * self._team // processes)
         assumed = Assumed()
-        self._model, configured = build_model(config, assumed, depth)
+        blueprint = blueprint_of(config, assumed, depth)
+        self._model = blueprint.model
         if config.model.lora is not None:
-            inject_adapter(self._model.network, config.model.lora, config.seed)
+            targets = self._model.card.lora_targets
+            inject_adapter(self._model.network, config.model.lora, targets, config.seed)
         self._reward, self._bare = build_reward_network(config, assumed), bare_weights(config, assumed)
-        self._text_encoder = build_text_encoder(config, assumed)
+        self._text_encoder = None if blueprint.text_encoder is None else blueprint.text_encoder()
         self._tracker = Tracker(scratch=on_gpu)
-        self._trace = Trace(self._tracker, notes=assumed.notes, depth=configured)
+        self._trace = Trace(self._tracker, notes=assumed.notes, depth=blueprint.depth)
 
     def run(self, network_only: bool) -> Trace:
         with (
@@ -154,11 +154,8 @@ class _Tracing:
     def _groups(self, networks: Iterable[nn.Module]) -> list[Iterable[nn.Module]]:
         """Modules that do the same again and again."""
         groups: list[Iterable[nn.Module]] = [[part] for part in self._model.decoders]
-        for network in networks:
-            groups += [
-                network.get_submodule(name).children() for name in ("spatial_blocks", "temporal_blocks")
-            ]
-        groups.append(self._text_encoder.encoder.block)
+        for network in (*networks, *([] if self._text_encoder is None else [self._text_encoder])):
+            groups += repeating_blocks(network).values()
         if self._reward is not None:
             trunk = self._reward.model
             groups += [trunk.vision_model.encoder.layers, trunk.text_model.layers]
@@ -175,11 +172,12 @@ class _Tracing:
     def _build(self) -> None:
         """Policy, VAE, reward model, reference, optimizer with its state, as they are after the first step."""
         config, tracker, network = self._config, self._tracker, self._model.network
-        self._model.materialise(tracker)
-        hold_in_bfloat16(network, config.memory.weights, DTYPES[config.model.dtype])
+        materialise_model(self._model, tracker)
+        hold_in_bfloat16(network, config.memory.weights, self._model.dtype)
         tracker.label([*network.parameters(), *network.buffers()], "weights")
-        network.register_forward_pre_hook(without_mask)
-        network.offloaded = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
+        if "memory.offload" in self._model.card.supports:
+            copies = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
+            network.offloaded = copies  # type: ignore[assignment]
         if self._reward is not None:
             self._build_reward(self._reward)
         self._held = []
@@ -227,25 +225,23 @@ class _Tracing:
 
     def _candidates(self) -> tuple[Tensor, TextEmbedding]:
         """Latents of a step's candidates, text of its prompts: captions of the greatest length."""
-        network, latent = self._model.network.settings, self._model.latent_shape
+        text, latent = self._model.text_rule, self._model.latent_shape
         with self._tracker.making("other"):
             latents = torch.zeros(self._pairs * self._config.rollout.candidates, *latent)
-            embeddings = torch.zeros(
-                self._pairs, network.model_max_length, network.caption_channels, dtype=self._text_dtype()
-            )
+            size = (self._pairs, text.max_tokens, text.channels)
+            embeddings = torch.zeros(*size, dtype=self._model.dtype)
         return latents, TextEmbedding(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool))
-
-    def _text_dtype(self) -> torch.dtype:
-        return DTYPES[self._config.model.dtype]
 
     # --- phases --------------------------------------------------------------------------------------------
 
     def _text(self) -> None:
-        encoder, length = self._text_encoder, min(MAX_LENGTH, self._model.network.settings.model_max_length)
+        encoder = self._text_encoder
+        if encoder is None:
+            return
         with self._phase("text", 1.0), torch.no_grad():
             with self._tracker.making("text encoder"):
-                materialise(encoder, self._text_dtype())
-            ids = torch.zeros(TEXT_BATCH, length, dtype=torch.int64)
+                materialise(encoder, self._model.dtype)
+            ids = torch.zeros(TEXT_BATCH, self._model.text_rule.max_tokens, dtype=torch.int64)
             encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
             _empty(encoder)
 
@@ -262,16 +258,18 @@ class _Tracing:
         cheap = SamplerSettings(
             first.steps or config.steps, config.guidance, first.guidance_interval, first.cache
         )
-        parts = [(cheap, slice(0, None if explored else config.prune_step), config.candidates)]
+        parts = [(cheap, 0, None if explored else config.prune_step, config.candidates)]
         if config.keep is not None:
-            parts.append((settings, slice(0 if explored else config.prune_step, None), config.keep))
+            parts.append((settings, 0 if explored else config.prune_step or 0, None, config.keep))
         self._tracker.answer = lambda: 0.0
-        for settings, part, candidates in parts:
+        for settings, first_step, stop, candidates in parts:
             everything = Group(range(self._pairs), range(candidates // self._team))
             group = everything.split(config.most_rows)[0]
             row_text = text[group.prompts.start : group.prompts.stop]
             with self._phase("rollout", len(everything) / len(group)):
-                self._model.denoise(network, latents[: len(group)], row_text, settings, part)
+                noise = latents[: len(group)]
+                state = SamplerState(noise, noise, first_step)
+                self._model.denoise(network, state, row_text, settings, stop)
         self._tracker.answer = lambda: 1.0
 
     def _score(self, latents: Tensor) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.protocols import Denoised, Network, SamplerSettings, TextEmbedding, VideoModel
+from vpo_engine.protocols import Network, SamplerSettings, SamplerState, TextEmbedding, VideoModel
 from vpo_engine.rollout.prune import extremes
 from vpo_engine.rollout.rows import Group, Rows
 from vpo_engine.seeding import normal
@@ -18,6 +19,14 @@ Done = Callable[[Group, Tensor], None]
 """Is given each group as soon as it is sampled: clean latents, or the previews to be scored, [P * N, C, T, H, W]."""
 Judge = Callable[[Tensor], Tensor]
 """Latents [P, N, C, T, H, W] to the one number per candidate that pairs are made of, [P, N]."""
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What some or all steps of sampling made: latents and previews, see ``SamplerState``."""
+
+    latents: Tensor
+    preview: Tensor
 
 
 class Rollout:
@@ -122,10 +131,11 @@ class Rollout:
     ) -> Denoised:
         """previews: ``done`` is given these, not where the candidates are."""
 
-        def denoise(group: Group) -> tuple[Group, Denoised]:
+        def denoise(group: Group) -> tuple[Group, SamplerState]:
             prompts, candidates = _slice(group.prompts), _slice(group.candidates)
             rows = latents[prompts, candidates].flatten(0, 1).to(self._device)
-            return group, self._model.denoise(network, rows, text[prompts], settings, part)
+            state = replace(self._model.start(rows), step=part.start or 0)
+            return group, self._model.denoise(network, state, text[prompts], settings, part.stop)
 
         parts = []
         for group, made in self._rows.run(denoise, *latents.shape[:2]):

@@ -1,21 +1,14 @@
-"""The blocks of a sampling loop through torch.compile. Modules stay as they are, so training computes as before."""
+"""STDiT3's blocks through torch.compile, for sampling. Modules stay as they are, so training computes as before."""
 
 from __future__ import annotations
-
-import os
-import shutil
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as shapes
 from vpo_kernels.attention import TextPlan
 
+from vpo_engine.models.compiling import check_compiler, compiled
 from vpo_engine.models.opensora.blocks import Block, KeysValues
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class CompiledBlocks:
@@ -29,9 +22,9 @@ class CompiledBlocks:
     def __init__(self, device: torch.device, backend: str = "inductor") -> None:
         """ValueError where torch.compile would need a C++ compiler and finds none."""
         if backend == "inductor":
-            _check_compiler(device)
-        self._before = _compiled(_before, backend)
-        self._after = _compiled(_after, backend)
+            check_compiler(device)
+        self._before = compiled(_before, backend)
+        self._after = compiled(_after, backend)
 
     def __call__(
         self,
@@ -50,19 +43,6 @@ class CompiledBlocks:
             attended = block.cross_attn.attend(q, text, plan)
             # A view would be told apart by the layout of what it looks into, so as many functions as layouts.
             return self._after(block, mixed, attended.contiguous().data, time)
-
-
-def _check_compiler(device: torch.device) -> None:
-    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
-        raise ValueError(
-            f"rollout.compile=blocks needs a C++ compiler on a CPU, but none of {', '.join(names)} is there; install "
-            "one, name it in the environment variable CXX, or set rollout.compile=none"
-        )
-
-
-def _compiled(function: Callable[P, T], backend: str) -> Callable[P, T]:
-    return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
 
 def _before(block: Block, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,18 @@ Shape letters: B samples, C x T x H x W latent channels, frames, rows and column
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-Predict = Callable[..., Tensor]
-"""(z [B, C, T, H, W], t [B]) -> velocity [B, C, T, H, W]; with a frame mask, (z, t, x_mask bool [B, T])."""
+from vpo_engine.models.guidance import mixed
+from vpo_engine.models.solvers import EulerFlow
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(z [B, C, T, H, W], t [B]) to the velocity [B, C, T, H, W]."""
 
 BASE_PIXELS = 512 * 512
 
@@ -94,103 +97,43 @@ class RectifiedFlow:
             t = self.timestep_transform(t, height, width, num_frames)
         return t, (t - torch.cat([t[1:], t.new_zeros(1)])) / self.num_timesteps
 
-    @torch.no_grad()
-    def sample(
-        self,
-        predict: Predict,
-        noise: Tensor,
-        *,
-        steps: int,
-        height: float,
-        width: float,
-        num_frames: int,
-        frame_mask: Tensor | None = None,
-        draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
-    ) -> Tensor:
-        """Integrate noise [B, C, T, H, W] to latents by Euler steps, float32 or better.
+    def solver(self, steps: int, height: float, width: float, num_frames: int) -> EulerFlow:
+        """Return the Euler steps of ``sampling_timesteps``."""
+        times, lengths = self.sampling_timesteps(steps, height, width, num_frames)
+        return EulerFlow(times.tolist(), lengths.tolist(), self.num_timesteps)
 
-        frame_mask [B, T] conditions on frames already in ``noise``: 0 keeps a clean frame, 1 generates it,
-        and a fraction lets it take part from that fraction of the noise on: when it joins, it is noised to
-        the time reached. ``predict`` then gets the frames that take part as a third argument. ``draw_noise``
-        is asked for fresh noise like z at every step of such a run, needed or not, as the published loop
-        does.
+    def training_loss(self, predict: Predict, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the mean squared velocity error of each sample, float32 [B].
+
+        latents, noise: [B, C, T, H, W]; t: [B].
         """
-        times, lengths = (
-            values.tolist() for values in self.sampling_timesteps(steps, height, width, num_frames)
-        )
-        if frame_mask is None:
-            return self.integrate(lambda z, time: predict(z, _times(z, time)), noise, times, lengths)[0]
-        z = noise if noise.dtype == torch.float64 else noise.float()
-        joined = frame_mask == 1
-        for time, length in zip(times, lengths, strict=True):
-            t = _times(z, time)
-            # Rounding can put the first time an ulp above pure noise; frames to generate take part even then.
-            active = frame_mask * self.num_timesteps >= min(time, self.num_timesteps)
-            joining = (active & ~joined)[:, None, :, None, None]
-            held = z
-            z = torch.where(joining, self.add_noise(held, draw_noise(held), t), held)
-            moved = z + predict(z, t, active) * length
-            z = torch.where(active[:, None, :, None, None], moved, held)
-            joined = active
-        return z
-
-    @torch.no_grad()
-    def integrate(
-        self,
-        predict: Callable[[Tensor, float], Tensor],
-        z: Tensor,
-        times: Sequence[float],
-        lengths: Sequence[float],
-    ) -> tuple[Tensor, Tensor]:
-        """Euler steps from z [B, C, T, H, W] at times[0], of some or all of ``sampling_timesteps``.
-
-        predict: (z, the one time of all samples) -> velocity. Returns what was reached, float32 or better, and the
-        clean latents that the last velocity points to from there: z + t * velocity, with t as a share.
-        """
-        z = z if z.dtype == torch.float64 else z.float()
-        velocity = torch.zeros_like(z)
-        for time, length in zip(times, lengths, strict=True):
-            velocity = predict(z, time)
-            z = z + velocity * length
-        left = times[-1] / self.num_timesteps - lengths[-1]
-        return z, z + velocity * left
-
-    def training_loss(
-        self, predict: Predict, latents: Tensor, noise: Tensor, t: Tensor, frame_mask: Tensor | None = None
-    ) -> Tensor:
-        """Squared velocity error of each sample, float32 [B], mean over what is generated.
-
-        latents, noise: [B, C, T, H, W]; t: [B]. frame_mask bool [B, T]: frames with False are fed clean and
-        do not count; ``predict`` gets it as a third argument.
-        """
-        x_t = self.add_noise(latents, noise, t)
-        if frame_mask is None:
-            velocity = predict(x_t, t)
-        else:
-            x_t = torch.where(frame_mask[:, None, :, None, None], x_t, latents)
-            velocity = predict(x_t, t, frame_mask)
+        velocity = predict(self.add_noise(latents, noise, t), t)
         error = (velocity - self.target(latents, noise)).float().square()
-        if frame_mask is None:
-            return error.flatten(1).mean(1)
-        by_frame = error.mean(dim=(1, 3, 4))
-        return (by_frame * frame_mask).sum(1) / frame_mask.sum(1)
+        return error.flatten(1).mean(1)
 
 
-def caption_states(text: Tensor, null_embedding: Tensor, guidance: float) -> Tensor:
-    """The network's y of a guided prediction: text [P, L, D] and, unless guidance is 1, as many null captions after it.
+def null_captions(text: Tensor, null_embedding: Tensor) -> Tensor:
+    """Return as many null captions as there are captions in ``text`` [P, L, D], of the same shape and dtype.
 
-    null_embedding: [max length, D]. Result [P or 2 P, 1, L, D]; ValueError for text longer than the null caption.
+    null_embedding: [max length, D]. ValueError for text longer than the null caption.
     """
-    if guidance == 1.0:
-        return text[:, None]
     length = text.shape[1]
     if null_embedding.shape[0] < length:
         raise ValueError(
             f"text has {length} tokens, but the null caption only {null_embedding.shape[0]}; "
             "encode prompts with at most the model's model_max_length tokens"
         )
-    null = null_embedding[:length].to(text.dtype).expand_as(text)
-    return torch.cat([text, null])[:, None]
+    return null_embedding[:length].to(text.dtype).expand_as(text)
+
+
+def caption_states(text: Tensor, null_embedding: Tensor, guidance: float) -> Tensor:
+    """Return the network's y of a guided prediction, [P or 2 P, 1, L, D].
+
+    It holds text [P, L, D] and, unless guidance is 1, as many null captions after it; see ``null_captions``.
+    """
+    if guidance == 1.0:
+        return text[:, None]
+    return torch.cat([text, null_captions(text, null_embedding)])[:, None]
 
 
 def guided_velocity(
@@ -201,18 +144,17 @@ def guided_velocity(
     text_mask: Tensor | None,
     null_embedding: Tensor,
     guidance: float,
-    x_mask: Tensor | None = None,
     **named: Any,
 ) -> Tensor:
-    """Classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B rows.
+    """Return the classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B samples.
 
-    text [P, L, D], text_mask [P, L], null_embedding [max length, D]; a prompt is that of B / P samples in a row. As in
-    the published sampler, prompts come before nulls and a null row uses its prompt's mask. guidance 1 is the plain
-    conditional prediction, from B rows. ``named`` (fps, height, width) goes to the network as it is. The network's
-    further channels are not used, so they get no gradient.
+    text [P, L, D], text_mask [P, L], null_embedding [max length, D]; each prompt is that of B / P samples next to each
+    other. As in the published sampler, prompts come before nulls, and a null uses its prompt's mask. Guidance 1 gives
+    the plain conditional prediction, from B samples. ``named`` (fps, height, width) goes to the network as it is. The
+    network's further channels are not used, so they get no gradient.
     """
     captions = caption_states(text, null_embedding, guidance)
-    return velocity_of(network, z, t, captions, text_mask, guidance, x_mask, **named)
+    return velocity_of(network, z, t, captions, text_mask, guidance, **named)
 
 
 def velocity_of(
@@ -222,18 +164,12 @@ def velocity_of(
     captions: Tensor,
     text_mask: Tensor | None,
     guidance: float,
-    x_mask: Tensor | None = None,
     **named: Any,
 ) -> Tensor:
-    """``guided_velocity`` of ``caption_states``, which a sampling loop makes once."""
+    """Return the ``guided_velocity`` from ``caption_states``, which a sampling loop makes once."""
     channels = z.shape[1]
     if guidance == 1.0:
-        return network(z, t, captions, text_mask, x_mask, **named)[:, :channels]
-    both_masks = None if x_mask is None else x_mask.repeat(2, 1)
-    out = network(torch.cat([z, z]), torch.cat([t, t]), captions, text_mask, both_masks, **named)
+        return network(z, t, captions, text_mask, **named)[:, :channels]
+    out = network(torch.cat([z, z]), torch.cat([t, t]), captions, text_mask, **named)
     prompted, unprompted = out[:, :channels].chunk(2)
-    return unprompted + guidance * (prompted - unprompted)
-
-
-def _times(z: Tensor, time: float) -> Tensor:
-    return torch.full((z.shape[0],), time, device=z.device)
+    return mixed(prompted, unprompted, guidance)

@@ -9,6 +9,7 @@ from torch import Tensor
 from vpo_kernels.attention import TextPlan
 
 from vpo_engine.models.opensora.blocks import KeysValues
+from vpo_engine.models.step_cache import BlockCache
 
 
 @dataclass(frozen=True)
@@ -55,37 +56,3 @@ class Reuse:
         assert self._text is text, "keys and values belong to the text that they were made of"
         assert len(self._constants.rate) == rows, "a sampling loop keeps its batch size"
         return self._constants
-
-
-class BlockCache:
-    """First-block caching (as ParaAttention has it): what all pairs of blocks but the first add to the tokens is taken
-    from the last step that computed it, while what the first adds is nearly what it added then.
-
-    Near is a mean absolute change below ``threshold`` times the mean absolute value, in every sample of the batch; so
-    samples depend on their batch, and the host waits for the device once a step.
-    computed, reused: calls of either kind.
-    """
-
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
-        self.computed = self.reused = 0
-        self._first: Tensor | None = None
-        self._rest: Tensor | None = None
-
-    def after_first(self, first: Tensor) -> Tensor | None:
-        """What the later blocks add where the first pair added ``first`` [B, ...]; None: it has to be computed."""
-        if self._rest is not None and self._near(first):
-            self.reused += 1
-            return self._rest
-        self._first = first
-        return None
-
-    def keep(self, rest: Tensor) -> None:
-        """What the later blocks were computed to add."""
-        self.computed += 1
-        self._rest = rest
-
-    def _near(self, first: Tensor) -> bool:
-        assert self._first is not None
-        change = (first - self._first).flatten(1).float().abs().mean(1)
-        return bool((change < self.threshold * self._first.flatten(1).float().abs().mean(1)).all())

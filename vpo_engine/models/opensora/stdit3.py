@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from vpo_kernels.attention import (
     AttentionName,
     Choice,
@@ -338,9 +339,9 @@ class STDiT3(nn.Module):
         """Cached: where in [B * L] the tokens that count stand (None: all count), and the attention's plan.
 
         The cache goes by the mask's values, so that a prepared text is laid out, and sent to the device, once
-        for all blocks, sampling steps and networks.
+        for all blocks, sampling steps and networks. A mask of FakeTensorMode has no values: all tokens count.
         """
-        counts = None if mask is None else _checked_mask(mask, y)
+        counts = None if mask is None or isinstance(mask, FakeTensor) else _checked_mask(mask, y)
         queries, dtype = tokens.shape[:3].numel() // y.shape[0], attention_dtype(tokens)
         values = None if counts is None else counts.numpy().tobytes()
         key = (values, y.shape, queries, dtype, y.device, self._backends.attention)
