@@ -20,6 +20,7 @@ from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rollout import weights
+from vpo_engine.rollout.candidates import Denoised
 from vpo_engine.rollout.weights import (
     Bits,
     QuantisedLinear,

@@ -1,8 +1,8 @@
-"""One step of Algorithm 1 under fake tensors: its phases, with what they allocate and compute.
+"""Trace one step of Algorithm 1 with fake tensors: its phases, with what they allocate and compute.
 
 The objects are the engine's own: network, objective, optimizer, reference, sampler and VAE; only weights and values
-are missing. Tensors lie on the CPU of FakeTensorMode, so a plan is the same on every machine; where a GPU is planned
-for, ``gpu_rules`` brings its autocast.
+are missing. Tensors are on the CPU of FakeTensorMode, so a plan is the same on every machine. Where a GPU is planned
+for, ``gpu_rules`` adds the rules of its autocast.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TEXT_BATCH = 16
 """Prompts that the text encoder takes at once (vpo_engine/data/text_source.py)."""
 
 QUESTION_TOKENS, TOKENS_AROUND_A_FRAME = 400, 3
-"""VideoScore's question with a long caption; boundaries and space of a frame."""
+"""Tokens of VideoScore's question with a long caption, and tokens around each frame: its boundaries and a space."""
 
 SHORTEST, LONGEST = 378, 980
 """Edges to which VideoScore's preprocessor_config.json resizes frames."""
@@ -73,20 +73,20 @@ class Trace:
         return tuple(self.phases)
 
     def peak(self, name: PhaseName, absent: frozenset[str] = frozenset()) -> Peak:
-        """Bytes by category at a phase's peak, without those of ``absent``."""
+        """Return the bytes by category at a phase's peak, without the categories ``absent``."""
         peaks = [self.tracker.peak(part, absent) for part, _ in self.phases[name]]
         return max(peaks, key=lambda peak: sum(peak.values()))
 
     def host(self, name: PhaseName) -> int:
-        """The most bytes that the host holds for the device in a phase."""
+        """Return the most bytes that the host holds for the device in a phase."""
         return max(self.tracker.peak_of(part, "host") for part, _ in self.phases[name])
 
     def flops(self, name: PhaseName) -> float:
-        """Of a step."""
+        """Return the operations of a phase in one step."""
         return sum(part.flops * times for part, times in self.phases[name])
 
     def traffic(self, name: PhaseName) -> float:
-        """Of a step, in bytes."""
+        """Return the bytes that a phase reads and writes in one step."""
         return sum(part.traffic * times for part, times in self.phases[name])
 
 
@@ -101,7 +101,7 @@ def trace_step(
 
 
 class HostCopies(PlainCopies):
-    """Copies whose host side is told apart."""
+    """Copies whose host memory has a category of its own."""
 
     def __init__(self, device: torch.device, tracker: Tracker) -> None:
         super().__init__(device)
@@ -113,7 +113,7 @@ class HostCopies(PlainCopies):
 
 
 class _Tracing:
-    """The fake step in the making."""
+    """Builds the parts of a fake step and runs its phases."""
 
     def __init__(self, config: Config, on_gpu: bool, processes: int, depth: int | None) -> None:
         self._config, self._on_gpu = config, on_gpu
@@ -152,7 +152,7 @@ class _Tracing:
         return self._trace
 
     def _groups(self, networks: Iterable[nn.Module]) -> list[Iterable[nn.Module]]:
-        """Modules that do the same again and again."""
+        """Return groups of modules that do the same again and again."""
         groups: list[Iterable[nn.Module]] = [[part] for part in self._model.decoders]
         for network in (*networks, *([] if self._text_encoder is None else [self._text_encoder])):
             groups += repeating_blocks(network).values()
@@ -170,7 +170,7 @@ class _Tracing:
     # --- parts ---------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        """Policy, VAE, reward model, reference, optimizer with its state, as they are after the first step."""
+        """Make policy, VAE, reward model, reference, and the optimizer with its state after the first step."""
         config, tracker, network = self._config, self._tracker, self._model.network
         materialise_model(self._model, tracker)
         hold_in_bfloat16(network, config.memory.weights, self._model.dtype)
@@ -224,7 +224,7 @@ class _Tracing:
             self._tracker.label([parameter.grad], "gradients")
 
     def _candidates(self) -> tuple[Tensor, TextEmbedding]:
-        """Latents of a step's candidates, text of its prompts: captions of the greatest length."""
+        """Return the latents of a step's candidates, and the text of its prompts, all of the greatest length."""
         text, latent = self._model.text_rule, self._model.latent_shape
         with self._tracker.making("other"):
             latents = torch.zeros(self._pairs * self._config.rollout.candidates, *latent)
@@ -246,10 +246,10 @@ class _Tracing:
             _empty(encoder)
 
     def _rollout(self, latents: Tensor, text: TextEmbedding) -> None:
-        """One group of candidates through the sampling loop; with rollout.prune in two parts, with explore twice.
+        """Send one group of candidates through the sampling loop; with rollout.prune in two parts, with explore twice.
 
-        A copy in 8 bits is planned as if it were the policy, but for the memory it holds. No step reuses another's
-        blocks, whatever the cache says: how often it would is not known beforehand.
+        A copy in 8 bits is planned like the policy, except for the memory it holds. The step cache is planned as if it
+        never applied, because nobody knows beforehand how often it will.
         """
         config = self._config.rollout
         network = self._model.network if config.source == "policy" else self._reference
@@ -327,7 +327,7 @@ class _Tracing:
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Storages go by their counted references; looking for cycles would take a tenth of the time."""
+    """Switch the search for reference cycles off: counts free all storages, and it takes a tenth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -338,7 +338,7 @@ def without_collections() -> Iterator[None]:
 
 
 def _empty(module: nn.Module) -> None:
-    """Let a module's tensors go."""
+    """Release the tensors of a module."""
     for part in module.modules():
         for held in (part._parameters, part._buffers):
             held.clear()

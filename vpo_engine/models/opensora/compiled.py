@@ -12,15 +12,16 @@ from vpo_engine.models.opensora.blocks import Block, KeysValues
 
 
 class CompiledBlocks:
-    """Runs a block without grad as two compiled functions, before and after the attention to the text.
+    """Runs a block without gradients as two compiled functions, before and after the attention to the text.
 
-    All blocks share them, at every number of rows, frames, patches and text tokens: there is one of the first for
-    blocks over space and one for blocks over time, one of the second, and as many again for a single row, which
-    torch.compile sees apart. The attention to the text runs as it is: its layout depends on the captions' lengths.
+    All blocks share them, for every number of samples, frames, patches and text tokens. torch.compile makes three
+    functions: the first for blocks over space, the first for blocks over time, and the second; and three more for a
+    single sample, which it treats as a case of its own. The attention to the text is not compiled, because its layout
+    depends on the lengths of the captions.
     """
 
     def __init__(self, device: torch.device, backend: str = "inductor") -> None:
-        """ValueError where torch.compile would need a C++ compiler and finds none."""
+        """Raise ValueError where torch.compile needs a C++ compiler and finds none."""
         if backend == "inductor":
             check_compiler(device)
         self._before = compiled(_before, backend)
@@ -35,7 +36,7 @@ class CompiledBlocks:
         time: Tensor,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """``Block.forward``, up to rounding."""
+        """Compute ``Block.forward``, up to rounding."""
         assert not torch.is_grad_enabled()
         # Sizes that happen to be equal must not be taken to be so always.
         with shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
@@ -46,7 +47,7 @@ class CompiledBlocks:
 
 
 def _before(block: Block, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """x [B, T, S, C] after self-attention, and its queries to the text, [B, T * S, C]."""
+    """Return x [B, T, S, C] after self-attention, and its queries to the text, [B, T * S, C]."""
     x = block.mix(x, block.modulation(time)[:3], rope)
     return x, block.cross_attn.q_linear(x.flatten(1, 2))
 

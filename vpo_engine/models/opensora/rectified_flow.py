@@ -25,7 +25,7 @@ BASE_PIXELS = 512 * 512
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """The schedule. Heights and widths are pixels, frame counts are video frames.
+    """The schedule. Heights and widths are in pixels, frame counts are those of the video.
 
     num_timesteps: the time of pure noise.
     use_timestep_transform: shift times towards noise for large and long videos (the released recipe does).
@@ -35,7 +35,7 @@ class RectifiedFlow:
     """
 
     TARGET_SCALES: ClassVar[tuple[float, float]] = (1.0, -1.0)
-    """Of latents and noise in the velocity that the network predicts, at all times."""
+    """The factors of latents and noise in the velocity that the network predicts, at all times."""
 
     num_timesteps: int = 1000
     use_timestep_transform: bool = True
@@ -43,7 +43,7 @@ class RectifiedFlow:
     geometry_dtype: torch.dtype = torch.float32
 
     def timestep_transform(self, t: Tensor, height: float, width: float, num_frames: int) -> Tensor:
-        """Times of a 512 x 512 image to the equally noisy-looking times of this geometry, any shape.
+        """Map times of a 512 x 512 image, of any shape, to times that look equally noisy at this size.
 
         With r = sqrt(height * width / 512^2) * sqrt(frames) * transform_scale, where frames is 1 for an image
         and floor(num_frames / 17) * 5 otherwise: u -> r * u / (1 + (r - 1) * u), u = t / num_timesteps.
@@ -61,32 +61,32 @@ class RectifiedFlow:
         return float(ratio) * u / (1 + excess * u) * self.num_timesteps
 
     def draw_timesteps(self, u: Tensor, height: float, width: float, num_frames: int) -> Tensor:
-        """Uniform numbers in (0, 1), any shape, to training times: logit-normal(0, 1), then the transform."""
+        """Map uniform numbers in (0, 1), of any shape, to training times: logit-normal(0, 1), then the transform."""
         return self.timesteps_from_normal(torch.special.ndtri(u), height, width, num_frames)
 
     def timesteps_from_normal(self, z: Tensor, height: float, width: float, num_frames: int) -> Tensor:
-        """Standard normal numbers, any shape, to training times, as the published sampler maps its draws."""
+        """Map standard normal numbers, of any shape, to training times, as the published code does."""
         t = torch.sigmoid(z) * self.num_timesteps
         return self.timestep_transform(t, height, width, num_frames) if self.use_timestep_transform else t
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t of latents [B, ...] at times t [B], in the widest of the dtypes."""
+        """Return x_t of latents [B, ...] at times t [B], in the widest of the dtypes."""
         kept, added = (scale.view(-1, *[1] * (latents.dim() - 1)) for scale in self.noising_scales(t))
         return kept * latents + added * noise
 
     def noising_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of latents and noise in x_t, each [B], at times t [B]."""
+        """Return the factors of latents and noise in x_t, each [B], at times t [B]."""
         kept = 1 - t / self.num_timesteps
         return kept, 1 - kept
 
     def target(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The velocity that the network should predict at any time."""
+        """Return the velocity that the network should predict, at any time."""
         return latents - noise
 
     def sampling_timesteps(
         self, steps: int, height: float, width: float, num_frames: int
     ) -> tuple[Tensor, Tensor]:
-        """Times [steps] at which the network is asked, and the step lengths [steps] that follow.
+        """Return the times [steps] at which the network is asked, and the lengths [steps] of the steps.
 
         Both float32, CPU. Step i adds velocity * length[i]; the lengths sum to times[0] / num_timesteps.
         """

@@ -1,4 +1,4 @@
-"""What the steps of one sampling loop need not compute again."""
+"""Keep what the steps of one sampling loop share, so that it is computed once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vpo_engine.models.step_cache import BlockCache
 
 @dataclass(frozen=True)
 class Constants:
-    """What of a prediction depends neither on the noisy latents nor on the time.
+    """The parts of a prediction that depend neither on the noisy latents nor on the time.
 
     texts: packed text, [tokens, C] or keys and values, for each block in the order in which they run. plan: how it is
     divided. rope: tables of the temporal attention. rate: embedded frame rate, [B, C].
@@ -27,10 +27,10 @@ class Constants:
 
 
 class Reuse:
-    """Goes through the calls of one sampling loop: the first fills it, the later ones read.
+    """An argument of all calls of one sampling loop: the first call fills it, the later ones read it.
 
-    For one network with unchanged weights, one text (the same tensor) and one batch size, without grad. It holds
-    2 C numbers for each text token and block. Whoever samples makes one, and drops it afterwards.
+    It serves one network with unchanged weights, one text (the same tensor) and one batch size, without gradients. It
+    holds 2 C numbers for each text token and block. Each sampling loop makes its own.
 
     cache: None, or the relative change below which ``blocks`` lets a step take over what the last blocks added.
     run: computes a block in place of its forward, of the same arguments; None: that.
@@ -45,11 +45,11 @@ class Reuse:
 
     @property
     def filled(self) -> bool:
-        """Whether a first call was made."""
+        """Whether the first call was made."""
         return self._constants is not None
 
     def constants(self, owner: object, text: Tensor, rows: int, make: Callable[[], Constants]) -> Constants:
-        """Made by the first call, for ``owner``'s prediction of ``rows`` samples of ``text``."""
+        """Return what predictions of ``owner`` for ``rows`` samples of ``text`` share; the first call makes it."""
         if self._constants is None:
             self._owner, self._text, self._constants = owner, text, make()
         assert self._owner is owner, "keys and values belong to the network that made them"
