@@ -2,8 +2,8 @@
 
     python -m vpo_engine.train examples/own_model.yaml
 
-docs/models.md goes through it line by line. Videos are 8 frames of 32 x 32 pixels, and latents are the videos
-themselves at a quarter of the size, so there is no VAE. Weights start at random: it learns to please the reward, not
+docs/models.md goes through it line by line. Videos are 8 frames of 96 x 192 pixels, and latents are the videos
+themselves at an eighth of the size, so there is no VAE. Weights start at random: it learns to please the reward, not
 to make good videos.
 """
 
@@ -24,7 +24,7 @@ from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.video_model import LoadContext, ModelCard, SizeRule, TextRule, TextSource
 
 CHANNELS, WIDTH, TOKENS = 3, 16, 32
-LATENTS = (CHANNELS, 8, 8, 8)
+LATENTS = (CHANNELS, 8, 12, 24)
 
 
 class Block(nn.Module):
@@ -117,7 +117,7 @@ class ToyModel(BaseModel):
         return EulerFlow([1 - step / steps for step in range(steps)], [1 / steps] * steps, num_timesteps=1)
 
     def to_video(self, latents: Tensor) -> Tensor:
-        frames = latents.repeat_interleave(4, 3).repeat_interleave(4, 4)
+        frames = latents.repeat_interleave(8, 3).repeat_interleave(8, 4)
         return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
 
     def save_full_policy(self, folder: Path) -> None:

@@ -108,7 +108,7 @@ def test_sizes_that_a_model_cannot_represent_name_the_nearest(own_module: str) -
     assert "model.num_frames=34 must be 4k + 1 for this model; set it to 33 or 37" in message
     rule = SizeRule(side=16)
     rule.check_sides(240, 416)
-    with pytest.raises(ValueError, match="240 x 426 pixels must be divisible by 16 .* is 240 x 432"):
+    with pytest.raises(ValueError, match=r"240 x 426 pixels must be divisible by 16 .* is 240 x 432"):
         rule.check_sides(240, 426)
     assert "resolution is '241p'; known: 144p, 240p" in refused(
         "model.kind=opensora", "model.policy=p", "model.vae=v", "model.text_encoder=t", "model.resolution=241p"

@@ -1,4 +1,4 @@
-"""The one place that knows every model family: which class a ``model.kind`` stands for, and what a run may ask of it."""
+"""The one place that knows every model family: the class that ``model.kind`` names, and what a run may ask of it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def check_model(config: Config) -> None:
     if family.card.float32_modules and config.memory.weights != "float32":
         raise ValueError(
             f"memory.weights={config.memory.weights} would hold all weights in bfloat16, but "
-            f"model.kind={settings.kind} needs {', '.join(family.card.float32_modules)} in float32; set memory.weights=float32"
+            f"model.kind={settings.kind} needs {', '.join(family.card.float32_modules)} in float32; set "
+            "memory.weights=float32"
         )
 
 
