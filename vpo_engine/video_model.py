@@ -326,7 +326,7 @@ class VideoModel(ABC):
         """The modules that ``decode`` calls again and again with equal shapes; the planner traces one call of each."""
 
     @abstractmethod
-    def use_memory(self, settings: MemoryConfig) -> None:
+    def use_memory(self, memory: MemoryConfig) -> None:
         """Take over the settings among ``Option`` that the family supports; the others have been refused."""
 
     @abstractmethod

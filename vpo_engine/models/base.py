@@ -84,7 +84,7 @@ class BaseModel(VideoModel):
     def decoders(self) -> Sequence[nn.Module]:
         return []
 
-    def use_memory(self, settings: MemoryConfig) -> None:
+    def use_memory(self, memory: MemoryConfig) -> None:
         """Nothing to take over: a family that supports settings of memory overrides this."""
 
     def choose_backends(self, settings: ModelConfig) -> str:

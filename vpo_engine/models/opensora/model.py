@@ -258,9 +258,9 @@ class OpenSora(BaseModel):
         images = self.vae.spatial_vae
         return [images.module.decoder, images.strips, self.vae.temporal_vae.decoder]
 
-    def use_memory(self, settings: MemoryConfig) -> None:
-        self.network.activations = Activations(settings.recompute, settings.offload, settings.mlp_chunks)
-        self.decode_frames, self.decode_rows = settings.decode_frames, settings.decode_rows
+    def use_memory(self, memory: MemoryConfig) -> None:
+        self.network.activations = Activations(memory.recompute, memory.offload, memory.mlp_chunks)
+        self.decode_frames, self.decode_rows = memory.decode_frames, memory.decode_rows
 
     def choose_backends(self, settings: ModelConfig) -> str:
         return str(self.network.choose_backends(settings.attention, settings.companions, dtype=self.dtype))
