@@ -111,7 +111,11 @@ def test_sizes_that_a_model_cannot_represent_name_the_nearest(own_module: str) -
     with pytest.raises(ValueError, match=r"240 x 426 pixels must be divisible by 16 .* is 240 x 432"):
         rule.check_sides(240, 426)
     assert "resolution is '241p'; known: 144p, 240p" in refused(
-        "model.kind=opensora", "model.policy=p", "model.vae=v", "model.text_encoder=t", "model.resolution=241p"
+        "model.kind=opensora",
+        "model.policy=p",
+        "model.vae=v",
+        "model.text_encoder=t",
+        "model.resolution=241p",
     )
 
 

@@ -104,7 +104,8 @@ def test_chosen_and_gathered_samples_go_on_as_they_would_have(model: OpenSora) -
     assert len(gathered) == 4
     chosen, prompts = gathered[torch.tensor([3, 0])], text[torch.tensor([1, 0])]
     found = sampling.denoise(model.network, chosen, prompts, settings)
-    assert (found.latents - whole.latents[[3, 0]]).abs().max() <= 2e-5  # batches of other sizes round otherwise
+    difference = found.latents - whole.latents[[3, 0]]
+    assert difference.abs().max() <= 2e-5  # batches of other sizes round otherwise
     with pytest.raises(AssertionError, match=r"different numbers of steps: \[3, 6\]"):
         SamplerState.cat([halves[0], whole])
 

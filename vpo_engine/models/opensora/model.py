@@ -28,7 +28,8 @@ from vpo_engine.models.opensora.rectified_flow import (
     velocity_of,
 )
 from vpo_engine.models.opensora.reuse import Reuse
-from vpo_engine.models.opensora.stdit3 import STDiT3, STDiT3Config
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.stdit3_config import STDiT3Config
 from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt
 from vpo_engine.models.opensora.vae import OpenSoraVAE
 from vpo_engine.models.solvers import EulerFlow
