@@ -201,8 +201,8 @@ class Solver(Protocol):
 class VideoModel(ABC):
     """A text-to-video model: the policy that is trained, with everything around it.
 
-    network: the policy, the only module that is trained. Its repeating blocks are the members of its lists
-        (nn.ModuleList); see ``repeating_blocks``. In the forward pass nothing may be random.
+    network: the policy, the only module that is trained. Its repeating blocks are the members of the lists
+        (nn.ModuleList) that are its attributes; see ``repeating_blocks``. Nothing in its forward pass may be random.
     latent_shape: (C, T, H, W) of one sample. fps: frames a second of the videos. text_rule: see ``TextRule``.
     device, dtype: where the model is, and its arithmetic. residency: says what is on the device; see ``stay_by``.
     """
