@@ -32,12 +32,12 @@ from vpo_engine.memory.offload import OffloadedInputs
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.residency import Residency
 from vpo_engine.memory.rounding import hold_in_bfloat16
-from vpo_engine.metrics.throughput import without_mask
+from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.objectives.dpo import DPO
 from vpo_engine.planning.extrapolate import DEEPER, SHALLOW
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.gpus import GIB
-from vpo_engine.planning.parts import DTYPES, Assumed, PlannedModel, build_model, configured_depth
+from vpo_engine.planning.parts import Assumed, blueprint_of, configured_depth, materialise_model
 from vpo_engine.planning.repeats import repeated_steps
 from vpo_engine.planning.trace import HostCopies, without_collections
 from vpo_engine.planning.tracker import Tracker
@@ -126,14 +126,20 @@ def config_of(method: str, resolution: str, frames: int) -> Config:
     return load_config("opensora_v1_2_720p.yaml", [*METHODS[method], *size])
 
 
+def model_of(config: Config, depth: int | None = None) -> OpenSora:
+    """Policy and VAE without weights."""
+    model = blueprint_of(config, Assumed(), depth).model
+    assert isinstance(model, OpenSora)
+    return model
+
+
 class Update:
     """Everything that an update needs on ``device``; what it allocates is told to ``tracker``."""
 
-    def __init__(self, method: str, config: Config, model: PlannedModel, tracker: Tracker) -> None:
+    def __init__(self, method: str, config: Config, model: OpenSora, tracker: Tracker) -> None:
         self._method, self._config, self._model = method, config, model
         network = model.network
-        hold_in_bfloat16(network, config.memory.weights, DTYPES[config.model.dtype])
-        network.register_forward_pre_hook(without_mask)
+        hold_in_bfloat16(network, config.memory.weights, model.dtype)
         self._trained = [p for p in network.parameters() if p.requires_grad]
         self._reference: HeldReference | None = None
         if not method.startswith("ReFL"):
@@ -193,7 +199,7 @@ def planned(method: str, config: Config) -> list[float]:
 
 def _planned(method: str, config: Config, depth: int) -> list[int]:
     tracker = Tracker(scratch=True)
-    model, _ = build_model(config, Assumed(), depth)
+    model = model_of(config, depth)
     elsewhere = config.memory.residency == "phases"
     peaks = []
     with (
@@ -203,7 +209,7 @@ def _planned(method: str, config: Config, depth: int) -> list[int]:
         tracker,
         repeated_steps(tracker),
     ):
-        model.materialise(tracker)
+        materialise_model(model, tracker)
         model.network.offloaded = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
         update = Update(method, config, model, tracker)
         for run, sent_away in ((update.gradients, {"vae", "optimizer"}), (update.step, {"vae"})):
@@ -217,12 +223,12 @@ def _planned(method: str, config: Config, depth: int) -> list[int]:
 def measured(method: str, config: Config) -> int:
     """The same on this machine's GPU, where the engine's own residency moves the parts."""
     device, tracker = torch.device("cuda"), Tracker()
-    model, _ = build_model(config, Assumed(), None)
+    model = model_of(config)
     with torch.device(device):
-        model.materialise(tracker, device)
+        materialise_model(model, tracker, device)
         for tensor in (*model.network.parameters(), *model.vae.parameters()):
             torch.nn.init.normal_(tensor, std=0.02)
-        model.network.choose_backends(dtype=DTYPES[config.model.dtype])
+        model.network.choose_backends(dtype=model.dtype)
         residency = Residency.from_config(config, device)
         model.stay_by(residency)
         with residency.phase("refresh"):

@@ -64,7 +64,6 @@ def test_overrides_replace_and_scientific_notation_is_a_number() -> None:
         ),
         ("objective.beta=-5", "objective.beta=-5: Input should be greater than 0"),
         ("objective.beta=.inf", "objective.beta=inf: Input should be a finite number"),
-        ("model.kind=opensora", "these are not set: policy, vae, text_encoder"),
         ("reward.kind=videoscore", "kind videoscore needs reward.path, a local folder"),
         ("reward.kind=hpsv2_1", "kind hpsv2_1 needs reward.path, a local folder"),
         ("reward.frame_decay=0.5", "frame_decay=0.5 weighs segments, but frame_reduce=mean"),

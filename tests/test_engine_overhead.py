@@ -239,7 +239,9 @@ def seconds_of_the_model(config: Config, size: tuple[int, int, int], gpu: str) -
         return network(latents, t, text.embeddings[:, None], text.mask, fps=24.0, height=720, width=1280)
 
     shape = (4, *size)
-    model: Any = SimpleNamespace(network=network, latent_shape=shape, predict=predict)
+    model: Any = SimpleNamespace(
+        network=network, latent_shape=shape, predict=predict, row_flops=lambda _: None
+    )
     text = TextEmbedding(torch.zeros(1, 1, 4096), torch.ones(1, 1, dtype=torch.bool))
     row = count_row_flops(model, text)
     rollout = 2 * config.rollout.candidates * config.rollout.steps * row.forward

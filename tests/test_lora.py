@@ -35,7 +35,8 @@ from vpo_engine.seeding import normal
 
 Make = Callable[..., Config]
 
-SETTINGS = LoraConfig(rank=3, alpha=5.0)
+TARGETS = OpenSora.card.lora_targets
+SETTINGS = LoraConfig(rank=3, alpha=5.0, targets=TARGETS)
 LORA = ("model.lora.rank=4", "model.lora.alpha=8", "reference.storage=adapter", "optimizer.lr=1e-3")
 LAYERS_PER_BLOCK = 5
 PROMPT = "a red circle moving left"
@@ -90,7 +91,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_policy_starts_as_the_base_bit_for_bit(weights: torch.dtype, autocast: bool) -> None:
     base, policy = load_policy().eval().to(weights), load_policy().eval().to(weights)
-    inject_adapter(policy, SETTINGS, seed=0)
+    inject_adapter(policy, SETTINGS, TARGETS, seed=0)
     assert {weight.dtype for weight in adapter_parameters(policy).values()} == {weights}
     outputs = []
     for change in (lambda _: None, disturb):
@@ -102,7 +103,7 @@ def test_the_policy_starts_as_the_base_bit_for_bit(weights: torch.dtype, autocas
 
 
 def test_the_adapter_adds_its_scaled_product(network: STDiT3) -> None:
-    inject_adapter(network, SETTINGS, seed=0)
+    inject_adapter(network, SETTINGS, TARGETS, seed=0)
     disturb(network)
     full = load_policy().eval().double()
     full.load_state_dict(merged(network), strict=True)
@@ -112,7 +113,7 @@ def test_the_adapter_adds_its_scaled_product(network: STDiT3) -> None:
 
 def test_only_the_adapter_is_trained_and_all_of_it(network: STDiT3) -> None:
     names = [name for name, _ in network.named_parameters()]
-    layers = inject_adapter(network, SETTINGS, seed=0)
+    layers = inject_adapter(network, SETTINGS, TARGETS, seed=0)
     assert len(layers) == 2 * network.settings.depth * LAYERS_PER_BLOCK
     linears = [network.get_submodule(name) for name in layers]
     assert network.num_trainable == sum(3 * (part.in_features + part.out_features) for part in linears)
@@ -140,7 +141,7 @@ def test_only_the_adapter_is_trained_and_all_of_it(network: STDiT3) -> None:
     ids=str,
 )
 def test_recomputing_activations_gives_the_same_gradients(network: STDiT3, activations: Activations) -> None:
-    inject_adapter(network, SETTINGS, seed=0)
+    inject_adapter(network, SETTINGS, TARGETS, seed=0)
     disturb(network)
     gradients = []
     for network.activations in (Activations(), activations):
@@ -151,7 +152,7 @@ def test_recomputing_activations_gives_the_same_gradients(network: STDiT3, activ
 
 
 def test_an_mlp_in_parts_gives_its_adapter_the_same_gradients(network: STDiT3) -> None:
-    inject_adapter(network.double(), LoraConfig(rank=3, targets=("mlp.fc1", "mlp.fc2")), seed=0)
+    inject_adapter(network.double(), LoraConfig(rank=3, targets=("mlp.fc1", "mlp.fc2")), TARGETS, seed=0)
     disturb(network)
     gradients = []
     for network.activations in (Activations(), Activations("block", mlp_chunks=4)):
@@ -166,7 +167,7 @@ def test_an_mlp_in_parts_gives_its_adapter_the_same_gradients(network: STDiT3) -
 def test_base_and_adapter_are_held_in_bfloat16_alike(
     network: STDiT3, weights: Literal["masters", "stochastic"], dtype: torch.dtype
 ) -> None:
-    inject_adapter(network, SETTINGS, seed=0)
+    inject_adapter(network, SETTINGS, TARGETS, seed=0)
     unrounded = {name: weight.detach().clone() for name, weight in adapter_parameters(network).items()}
     hold_in_bfloat16(network, weights, dtype)
     base = load_policy().eval()
@@ -189,7 +190,7 @@ def test_the_start_depends_on_the_seed_and_on_nothing_else() -> None:
         before = torch.random.get_rng_state()
         policy = load_policy()
         torch.random.set_rng_state(before)
-        inject_adapter(policy, SETTINGS, seed)
+        inject_adapter(policy, SETTINGS, TARGETS, seed)
         assert torch.equal(torch.random.get_rng_state(), before)
         starts.append({name: weight.detach() for name, weight in adapter_parameters(policy).items()})
     assert same(starts[0], starts[1])
@@ -226,7 +227,7 @@ def test_the_start_depends_on_the_seed_and_on_nothing_else() -> None:
 def test_a_target_of_no_use_is_named(network: STDiT3, targets: tuple[str, ...], text: str) -> None:
     state = list(network.state_dict())
     with pytest.raises(ValueError, match=text):
-        inject_adapter(network, LoraConfig(targets=targets), seed=0)
+        inject_adapter(network, LoraConfig(targets=targets), TARGETS, seed=0)
     assert list(network.state_dict()) == state
 
 
@@ -252,7 +253,7 @@ def test_peft_is_needed_for_adapters_only(small: Make, monkeypatch: pytest.Monke
 
 
 def test_peft_loads_the_saved_adapter_on_a_fresh_published_policy(network: STDiT3, tmp_path: Path) -> None:
-    layers = inject_adapter(network, SETTINGS, seed=0, base=WEIGHTS / "policy")
+    layers = inject_adapter(network, SETTINGS, TARGETS, seed=0, base=WEIGHTS / "policy")
     disturb(network)
     save_adapter(network, tmp_path / "policy")
     assert {file.name for file in (tmp_path / "policy").iterdir()} == {
@@ -281,7 +282,7 @@ def test_peft_loads_the_saved_adapter_on_a_fresh_published_policy(network: STDiT
 def test_an_adapter_comes_back_bit_for_bit(weights: torch.dtype, tmp_path: Path) -> None:
     one, other = load_policy().to(weights), load_policy().to(weights)
     for policy, seed in ((one, 0), (other, 1)):
-        inject_adapter(policy, SETTINGS, seed)
+        inject_adapter(policy, SETTINGS, TARGETS, seed)
     disturb(one)
     save_adapter(one, tmp_path)
     load_adapter(other, tmp_path)
@@ -301,10 +302,10 @@ def test_an_adapter_comes_back_bit_for_bit(weights: torch.dtype, tmp_path: Path)
 def test_an_adapter_of_other_settings_is_refused_whole(
     network: STDiT3, tmp_path: Path, settings: LoraConfig, text: str
 ) -> None:
-    inject_adapter(network, SETTINGS, seed=0)
+    inject_adapter(network, SETTINGS, TARGETS, seed=0)
     save_adapter(network, tmp_path)
     other = load_policy()
-    inject_adapter(other, settings, seed=1)
+    inject_adapter(other, settings, TARGETS, seed=1)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=text):
         load_adapter(other, tmp_path)
@@ -355,7 +356,7 @@ def test_a_run_trains_the_adapter_and_leaves_the_base(finished: tuple[Path, Open
     assert same(saved, {name: weight.detach() for name, weight in adapter_parameters(model.network).items()})
     assert all(value.any() for value in saved.values())
     fresh = load_policy()
-    inject_adapter(fresh, LoraConfig(rank=4, alpha=8.0), seed=0)
+    inject_adapter(fresh, LoraConfig(rank=4, alpha=8.0), TARGETS, seed=0)
     moved = [not torch.equal(weight, saved[name]) for name, weight in adapter_parameters(fresh).items()]
     assert all(moved)
 

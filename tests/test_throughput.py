@@ -17,6 +17,7 @@ from vpo_engine.data.sprites.assets import load_sprites
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.throughput import CountedRows, RowFlops, Throughput, count_row_flops, matrix_rate
 from vpo_engine.models.lora import inject_adapter
+from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.rectified_flow import guided_velocity
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.protocols import TextEmbedding
@@ -41,7 +42,7 @@ def model_of(network: STDiT3) -> Any:
         y = text.embeddings[:, None]
         return network(latents, t, y, text.mask, fps=24.0, height=96, width=80)[:, :4]
 
-    return SimpleNamespace(network=network, latent_shape=SHAPE, predict=predict)
+    return SimpleNamespace(network=network, latent_shape=SHAPE, predict=predict, row_flops=lambda _: None)
 
 
 def captions(*lengths: int) -> TextEmbedding:
@@ -106,7 +107,7 @@ def test_training_an_adapter_leaves_out_the_gradients_of_frozen_weights() -> Non
     network = STDiT3.from_config(
         CONFIG | {"depth": 6}
     )  # the shallower, the more of it lies before any adapter
-    inject_adapter(network, LoraConfig(rank=4, alpha=8.0), 0, None)
+    inject_adapter(network, LoraConfig(rank=4, alpha=8.0), OpenSora.card.lora_targets, 0)
     counted = count_row_flops(model_of(network), captions(TOKENS))
     assert counted.training == pytest.approx(whole_pass(network), rel=0.03)
     assert counted.training < 2.4 * counted.forward

@@ -1,4 +1,4 @@
-"""From configuration to parts: the one place that knows every kind of model and reward."""
+"""Build the parts of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ from pathlib import Path
 
 import torch
 
-from vpo_engine.config import Config, ModelConfig
+from vpo_engine.config import Config
 from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.data.prompts import PromptFile, Prompts
-from vpo_engine.data.sprites.assets import GEOMETRY, load_sprites
+from vpo_engine.data.sprites.assets import GEOMETRY
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.memory.residency import Residency, module_tensors
 from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.metrics.held_out import HeldOut, Instruments
 from vpo_engine.metrics.pixels import pixel_measures
 from vpo_engine.models.lora import inject_adapter
-from vpo_engine.models.opensora.load import load_opensora
-from vpo_engine.models.opensora.model import OpenSora
-from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt
-from vpo_engine.protocols import Reward
+from vpo_engine.models.registry import check_loaded, check_model, model_family
+from vpo_engine.protocols import Reward, VideoModel
 from vpo_engine.rewards import registry
 from vpo_engine.rewards.combine import check_dimensions
 from vpo_engine.rewards.process import ProcessReward
 from vpo_engine.rewards.sprites import SpritesJudge
+from vpo_engine.video_model import Encoder, LoadContext
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,64 +46,50 @@ def build_prompts(config: Config) -> tuple[Prompts, list[str]]:
     return train, list(held_out[: config.evaluation.prompts])
 
 
-def build_model(config: Config, processes: Processes, say: Callable[[str], None] = print) -> OpenSora:
-    """The model with its policy, and a fresh adapter under model.lora; text embeddings of the Open-Sora kind are kept
-    on disk.
+def build_model(config: Config, processes: Processes, say: Callable[[str], None] = print) -> VideoModel:
+    """Load the model with its policy, and give it a fresh adapter under model.lora.
 
-    The first process ``say``s which attention was chosen, and why, and how much of the policy an adapter trains;
-    ValueError if the attention asked for cannot run, or if the adapter's targets do not fit.
+    The first process ``say``s which attention was chosen, and why, and how much of the policy an adapter trains.
+    ValueError if the model cannot run so, or if the adapter's targets do not fit.
     """
-    settings = config.model
+    check_model(config)
+    settings, memory = config.model, config.memory
     dtype = DTYPES[settings.dtype]
-    if settings.kind == "sprites":
-        model = load_sprites(processes, dtype, settings.policy)
-    else:
-        beside = config.run_dir.parent if config.run_dir else Path("runs")
-        cache = config.prompts.cache or beside / "embeddings"
-        model = _build_opensora(settings, processes, dtype, cache)
-    memory = config.memory
-    model.network.activations = Activations(memory.recompute, memory.offload, memory.mlp_chunks)
-    choice = model.network.choose_backends(settings.attention, settings.companions, dtype=dtype)
-    if processes.first:
-        say(str(choice))
+    model = model_family(settings.kind).load(settings, _load_context(config, processes, dtype))
+    network = check_loaded(settings.kind, model).network
+    model.use_memory(memory)
+    said = [model.choose_backends(settings)]
     if settings.lora is not None:
-        layers = inject_adapter(model.network, settings.lora, config.seed, settings.policy)
-        if processes.first:
-            trained = f"{model.network.num_trainable:,} parameters are trained"
-            say(f"LoRA of rank {settings.lora.rank} in {len(layers)} layers: {trained}")
-    hold_in_bfloat16(model.network, memory.weights, dtype)
-    model.decode_frames, model.decode_rows = memory.decode_frames, memory.decode_rows
+        targets = model.card.lora_targets
+        layers = inject_adapter(network, settings.lora, targets, config.seed, settings.policy)
+        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        said.append(
+            f"LoRA of rank {settings.lora.rank} in {len(layers)} layers: {trained:,} parameters are trained"
+        )
+    if processes.first:
+        for line in filter(None, said):
+            say(line)
+    hold_in_bfloat16(network, memory.weights, dtype)
     model.stay_by(Residency.from_config(config, processes.device))
     return model
 
 
-def _build_opensora(settings: ModelConfig, processes: Processes, dtype: torch.dtype, cache: Path) -> OpenSora:
-    folder = settings.text_encoder
-    # The configuration has checked these.
-    assert settings.policy is not None
-    assert settings.vae is not None
-    assert folder is not None
+def _load_context(config: Config, processes: Processes, dtype: torch.dtype) -> LoadContext:
+    """Embeddings on disk lie in prompts.cache, or beside the run."""
+    beside = config.run_dir.parent if config.run_dir else Path("runs")
+    folder = config.prompts.cache or beside / "embeddings"
 
-    def load_encoder() -> T5Encoder:
-        return T5Encoder.from_pretrained(folder, dtype=dtype).to(processes.device)
+    def text_source(
+        load_encoder: Callable[[], Encoder],
+        encoder_id: str,
+        rewrite: Callable[[str], str] = str,
+        *,
+        on_disk: bool = True,
+    ) -> TextSource:
+        cache = EmbeddingCache(folder if on_disk else None, encoder_id)
+        return TextSource(cache, load_encoder, processes, rewrite)
 
-    text = TextSource(
-        EmbeddingCache(cache, f"{folder}, {MAX_LENGTH} tokens, {settings.dtype}"),
-        load_encoder,
-        processes,
-        lambda prompt: prepare_prompt(prompt, aes=settings.aesthetic_score),
-    )
-    return load_opensora(
-        settings.policy,
-        settings.vae,
-        text,
-        resolution=settings.resolution,
-        aspect=settings.aspect,
-        num_frames=settings.num_frames,
-        fps=settings.fps,
-        device=processes.device,
-        dtype=dtype,
-    )
+    return LoadContext(processes.device, dtype, text_source)
 
 
 def check_reward(config: Config) -> None:
@@ -173,7 +157,7 @@ def _present(name: str) -> torch.device:
 
 
 def build_held_out(
-    config: Config, model: OpenSora, prompts: Sequence[str], reward: Reward, processes: Processes
+    config: Config, model: VideoModel, prompts: Sequence[str], reward: Reward, processes: Processes
 ) -> HeldOut:
     """With guards.reward as the judge, on the policy's device; else the sprites world's own, or none."""
     sprites, settings = config.model.kind == "sprites", config.guards.reward

@@ -200,6 +200,7 @@ class OnlineVPO:
             self.config.seed,
             model.latent_shape,
             self._networks,
+            model.start,
             self.residency.during("rollout", denoiser),
             scorer.overlapped,
             self.timer.timed("reward", scorer),

@@ -1,4 +1,4 @@
-"""What a run will take: memory, operations and seconds of every phase of a step, without a GPU and without weights.
+"""Plan what a run will take: memory, operations and seconds of every phase of a step, without a GPU or weights.
 
 python -m vpo_engine.plan CONFIG.yaml [key.path=value ...] [--gpu a100-80g] [--no-frames] [--json]
 """
@@ -16,13 +16,12 @@ from functools import partial
 
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
+from vpo_engine.models.registry import model_family
 from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.fit import fitting_changes, most_frames
 from vpo_engine.planning.gpus import GIB, GPUS, Gpu, find_gpu
 from vpo_engine.planning.planner import granted, plan_run
 from vpo_engine.planning.report import as_json, whole
-
-RESOLUTIONS = ("240p", "360p", "480p", "720p")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-frames",
         action="store_true",
-        help=f"without the most frames that fit at {', '.join(RESOLUTIONS)}, which take minutes to find",
+        help="leave out the most frames that fit at each resolution, which take minutes to find",
     )
     given = parser.parse_intermixed_args(arguments)
     source, overrides = given.config, given.overrides
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, gpu = load_config(source, overrides), find_gpu(given.gpu)
         plan = plan_run(config, gpu)
-        frames = () if given.no_frames or config.model.kind == "sprites" else RESOLUTIONS
+        frames = not given.no_frames and bool(model_family(config.model.kind).card.resolutions)
         if given.json:
             found = as_json(plan) | ({"most_frames": dict(frames_that_fit(config, gpu))} if frames else {})
             print(json.dumps(found, indent=1))
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _remedies(config: Config, gpu: Gpu | None, plan: Plan) -> list[str]:
-    """What would make a run fit that does not."""
+    """Return the lines that say what would make the run fit."""
     changes = fitting_changes(granted(config, gpu), plan, lambda changed: plan_run(changed, gpu))
     lines = [f"  {change}: {change.plan.peak.total / GIB:.2f} GiB" for change in changes]
     if not lines:
@@ -80,11 +79,11 @@ def _remedies(config: Config, gpu: Gpu | None, plan: Plan) -> list[str]:
 
 
 def frames_that_fit(config: Config, gpu: Gpu | None) -> Iterator[tuple[str, int]]:
-    """The most frames at each of the ``RESOLUTIONS``; as many at a time as there are cores."""
-    with ProcessPoolExecutor(
-        min(os.cpu_count() or 1, len(RESOLUTIONS)), multiprocessing.get_context("spawn")
-    ) as pool:
-        yield from zip(RESOLUTIONS, pool.map(partial(_most_frames, config, gpu), RESOLUTIONS), strict=True)
+    """Find the most frames at each resolution of the model's family, as many at a time as there are cores."""
+    resolutions = model_family(config.model.kind).card.resolutions
+    workers = min(os.cpu_count() or 1, len(resolutions))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from zip(resolutions, pool.map(partial(_most_frames, config, gpu), resolutions), strict=True)
 
 
 def _most_frames(config: Config, gpu: Gpu | None, resolution: str) -> int:

@@ -21,6 +21,7 @@ from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.residency import Residency
+from vpo_engine.models.registry import check_model
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.parts import configurations_are_here
 from vpo_engine.planning.planner import check_fits
@@ -67,6 +68,7 @@ def train(config: Config) -> int:
         served = None
         if processes.store is not None:
             served = at_end.enter_context(ServedReward(processes.store, processes.rank))
+        check_model(config)
         check_reward(config)
         ledger = config.rollout.ledger
         stored = None if ledger is None else StoredPairs(ledger, config.pairs.min_gap)

@@ -1,12 +1,15 @@
 """Sizes against the tables written down from Open-Sora v1.2.0."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from vpo_engine.models.opensora import geometry
+from vpo_engine.models.opensora.published import VAE_V1_2
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.vae import OpenSoraVAE
 
 DATA = Path(__file__).parent.parent / "data" / "opensora"
 TABLE = json.loads((DATA / "aspect_table.json").read_text())
@@ -22,7 +25,6 @@ def test_every_pixel_size_of_the_table():
 def test_the_names_are_exactly_those_of_the_table():
     assert set(geometry.RESOLUTIONS) == set(TABLE["sizes"])
     assert all(set(geometry.ASPECTS) == set(aspects) for aspects in TABLE["sizes"].values())
-    assert TABLE["num_frames_names"] == geometry.FRAMES
 
 
 def test_9_16_is_landscape_with_the_nominal_pixel_count():
@@ -32,33 +34,41 @@ def test_9_16_is_landscape_with_the_nominal_pixel_count():
         assert height * width == pixels
 
 
-def test_frame_counts_by_name_number_and_digits():
-    assert geometry.num_frames("4s") == 102
-    assert geometry.num_frames(34) == geometry.num_frames("34") == 34
+@pytest.fixture(scope="module")
+def vae() -> OpenSoraVAE:
+    with torch.device("meta"):
+        return OpenSoraVAE.from_config(VAE_V1_2)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['resolution']}-{row['num_frames']}")
-def test_latents_tokens_and_decoded_size(row):
+def test_latents_and_decoded_size(row, vae):
     height, width, frames = row["height"], row["width"], row["num_frames"]
     assert geometry.pixel_size(row["resolution"], row["aspect"]) == (height, width)
-    latent = geometry.latent_size(frames, height, width)
-    grid = geometry.patch_grid(latent)
+    latent = vae.latent_size(frames, height, width)
     assert list(latent) == row["latent"]
-    assert list(grid) == row["patch_grid"]
-    assert [2 * grid[1], 2 * grid[2]] == row["padded_latent_hw"]
-    assert math.prod(grid) == row["tokens"]
-    assert grid[1] * grid[2] == row["tokens_per_frame"]
-    assert round(math.sqrt(grid[1] * grid[2])) == row["base_size"]
-    assert geometry.position_scale(height, width) == pytest.approx(row["pos_scale"], rel=1e-15)
-    assert list(geometry.decoded_size(height, width)) == row["decoded_hw"]
-    assert geometry.chunk_frames(frames) == row["chunks"]
+    assert [vae.spatial_factor * side for side in latent[1:]] == row["decoded_hw"]
+    assert vae.chunks(frames) == row["chunks"]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['resolution']}-{row['num_frames']}")
+def test_tokens_of_the_policy(row):
+    with torch.device("meta"):
+        network = STDiT3.from_config({"depth": 1, "hidden_size": 8, "num_heads": 2, "caption_channels": 4})
+        latents, y = torch.zeros(1, 4, *row["latent"]), torch.zeros(1, 1, 1, 4)
+        seen = []
+        network.spatial_blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+        network(latents, torch.zeros(1), y, fps=24.0, height=row["height"], width=row["width"])
+    ((_, frames, patches, _),) = seen
+    assert frames == row["patch_grid"][0]
+    assert patches == row["tokens_per_frame"] == row["patch_grid"][1] * row["patch_grid"][2]
+    assert frames * patches == row["tokens"]
 
 
 @pytest.mark.parametrize(
     ("frames", "latents"), [(1, 1), (4, 1), (5, 2), (16, 4), (17, 5), (18, 6), (20, 6), (34, 10)]
 )
-def test_latent_frames_of_incomplete_chunks(frames, latents):
-    assert geometry.latent_size(frames, 64, 64)[0] == latents
+def test_latent_frames_of_incomplete_chunks(frames, latents, vae):
+    assert vae.latent_size(frames, 64, 64)[0] == latents
 
 
 def test_unknown_names_list_the_known_ones():
@@ -66,7 +76,3 @@ def test_unknown_names_list_the_known_ones():
         geometry.pixel_size("241p", "9:16")
     with pytest.raises(ValueError, match=r"aspect \(height:width\) is '16/9'; known: .*9:16"):
         geometry.pixel_size("240p", "16/9")
-    with pytest.raises(ValueError, match="frames is '3s'; give a number or one of 1x, 2x"):
-        geometry.num_frames("3s")
-    with pytest.raises(ValueError, match="frames is 0; a video needs 1 frame or more"):
-        geometry.num_frames(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vpo_engine.models.opensora.rectified_flow import RectifiedFlow, guided_velocity
+from vpo_engine.models.opensora.rectified_flow import RectifiedFlow, caption_states, guided_velocity
 from vpo_engine.models.opensora.stdit3 import STDiT3
 
 DATA = Path(__file__).parents[1] / "data" / "opensora"
@@ -102,23 +103,15 @@ def test_sampling_needs_a_step():
 
 def test_noising_target_and_losses_equal_the_public_code():
     recorded = load_file(DATA / "rflow_training.safetensors")
-    x0, noise, t, keep = (recorded[name] for name in ("x0", "noise", "t", "x_mask"))
+    x0, noise, t = (recorded[name] for name in ("x0", "noise", "t"))
     flow = RectifiedFlow()
     torch.testing.assert_close(flow.add_noise(x0, noise, t), recorded["x_t"], rtol=0, atol=1e-6)
     assert torch.equal(flow.target(x0, noise), recorded["target"])
 
-    seen: list[Tensor] = []
-
-    def predict(x_t: Tensor, t: Tensor, x_mask: Tensor | None = None) -> Tensor:
-        seen.append(x_t)
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
         return TRAINING["gain"] * x_t + TRAINING["bias"] * t[:, None, None, None, None] / 1000
 
     torch.testing.assert_close(flow.training_loss(predict, x0, noise, t), recorded["loss"], rtol=1e-6, atol=0)
-    masked = flow.training_loss(predict, x0, noise, t, keep)
-    torch.testing.assert_close(masked, recorded["loss_masked"], rtol=1e-6, atol=0)
-    torch.testing.assert_close(seen[1], recorded["x_t_masked"], rtol=0, atol=1e-6)
-    held = ~keep[:, None, :, None, None].expand_as(x0)
-    assert torch.equal(seen[1][held], x0[held])
 
 
 def test_times_0_and_1000_are_exactly_clean_and_noise():
@@ -140,6 +133,42 @@ def test_bfloat16_latents_are_noised_in_float32():
 # --- Sampling ---
 
 
+@torch.no_grad()
+def integrated(
+    flow: RectifiedFlow, predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, *, steps: int, **size: Any
+) -> Tensor:
+    """Noise to latents by the flow's solver."""
+    solver = flow.solver(steps, **size)
+    for step, time in enumerate(solver.times):
+        z, _ = solver.advance(step, z, predict(z, torch.full((len(z),), time)), ())
+    return z
+
+
+@torch.no_grad()
+def conditioned(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    z: Tensor,
+    frame_mask: Tensor,
+    draws: Iterator[Tensor],
+    *,
+    steps: int,
+    **size: Any,
+) -> Tensor:
+    """The published loop with frames that are given: mask [B, T] is 0 where a frame stays clean, 1 where it is made,
+    and a fraction where it joins at that share of the noise."""
+    flow = RectifiedFlow()
+    solver, joined = flow.solver(steps, **size), frame_mask == 1
+    for step, time in enumerate(solver.times):
+        t = torch.full((len(z),), time)
+        active = frame_mask * flow.num_timesteps >= min(time, flow.num_timesteps)
+        joining = (active & ~joined)[:, None, :, None, None]
+        noised = torch.where(joining, flow.add_noise(z, next(draws), t), z)
+        moved, _ = solver.advance(step, noised, predict(noised, t, active), ())
+        z = torch.where(active[:, None, :, None, None], moved, noised)
+        joined = active
+    return z
+
+
 @pytest.mark.parametrize("case", sorted(LOOPS))
 def test_sampling_loop_equals_the_public_code(case):
     recorded, settings = load_file(DATA / "rflow_sampling_loop.safetensors"), LOOPS[case]
@@ -154,7 +183,8 @@ def test_sampling_loop_equals_the_public_code(case):
         return unprompted + settings["cfg"] * (prompted - unprompted)
 
     flow = RectifiedFlow(use_timestep_transform=settings["transform"])
-    out = flow.sample(
+    out = integrated(
+        flow,
         predict,
         recorded[f"{case}.z0"],
         steps=settings["steps"],
@@ -173,45 +203,39 @@ def tiny() -> STDiT3:
     return network
 
 
-def run_tiny(
-    network: STDiT3, inputs: dict[str, Tensor], **masking: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
-    """The recorded run: result, and per step z, t and the frames that took part."""
-    settings, info = TINY["sample"], TINY["sample"]["info"]
-    size = {"height": info["height"], "width": info["width"]}
-    steps: list[tuple[Tensor, Tensor, Tensor | None]] = []
+class RunOfTiny:
+    """The recorded run of the tiny model: predictions, and per step z, t and the frames that took part."""
 
-    def predict(z: Tensor, t: Tensor, x_mask: Tensor | None = None) -> Tensor:
-        steps.append((z, t, x_mask))
-        return guided_velocity(
-            network,
-            z,
-            t,
-            inputs["sample.y"][:, 0],
-            inputs["sample.mask"],
-            network.y_embedder.y_embedding,
-            settings["cfg"],
-            x_mask,
-            fps=info["fps"],
-            **size,
-        )
+    def __init__(self, network: STDiT3, inputs: dict[str, Tensor]) -> None:
+        self._network, self._inputs = network, inputs
+        info = TINY["sample"]["info"]
+        self.size = {name: info[name] for name in ("height", "width", "num_frames")}
+        self.steps: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._named = {name: info[name] for name in ("fps", "height", "width")}
 
-    out = RectifiedFlow().sample(
-        predict,
-        inputs["sample.z0"],
-        steps=settings["steps"],
-        num_frames=info["num_frames"],
-        **size,
-        **masking,
-    )
-    trajectory, times, active = zip(*steps, strict=True)
-    return out, list(trajectory), list(times), list(active)
+    def predict(self, z: Tensor, t: Tensor) -> Tensor:
+        self.steps.append((z, t, None))
+        captions = self._inputs["sample.y"][:, 0]
+        null, guidance = self._network.y_embedder.y_embedding, TINY["sample"]["cfg"]
+        mask = self._inputs["sample.mask"]
+        return guided_velocity(self._network, z, t, captions, mask, null, guidance, **self._named)
+
+    def predict_some(self, z: Tensor, t: Tensor, x_mask: Tensor) -> Tensor:
+        self.steps.append((z, t, x_mask))
+        null, guidance = self._network.y_embedder.y_embedding, TINY["sample"]["cfg"]
+        y = caption_states(self._inputs["sample.y"][:, 0], null, guidance)
+        both = (torch.cat([z, z]), torch.cat([t, t]), y, self._inputs["sample.mask"], x_mask.repeat(2, 1))
+        prompted, unprompted = self._network(*both, **self._named)[:, : z.shape[1]].chunk(2)
+        return unprompted + guidance * (prompted - unprompted)
 
 
 def test_guided_sampling_with_the_tiny_model_equals_the_public_code(tiny):
     inputs = load_file(DATA / "stdit3_tiny_inputs.safetensors")
     recorded = load_file(DATA / "stdit3_tiny_outputs.safetensors")
-    out, trajectory, times, _ = run_tiny(tiny, inputs)
+    run = RunOfTiny(tiny, inputs)
+    count = TINY["sample"]["steps"]
+    out = integrated(RectifiedFlow(), run.predict, inputs["sample.z0"], steps=count, **run.size)
+    trajectory, times, _ = zip(*run.steps, strict=True)
     torch.testing.assert_close(torch.stack(times), recorded["sample.timesteps"], rtol=TIME_TOLERANCE, atol=0)
     torch.testing.assert_close(
         torch.stack(trajectory), recorded["sample.trajectory"], rtol=0, atol=LOOP_TOLERANCE
@@ -220,13 +244,13 @@ def test_guided_sampling_with_the_tiny_model_equals_the_public_code(tiny):
 
 
 def test_conditioned_sampling_with_the_tiny_model_equals_the_public_code(tiny):
+    """The engine conditions on no frames; the published forward takes x_mask, and is held to it."""
     inputs = load_file(DATA / "stdit3_tiny_inputs.safetensors")
     recorded = load_file(DATA / "stdit3_tiny_outputs.safetensors")
-    draws = iter(inputs["sample_masked.noise"])
-    frame_mask = inputs["sample_masked.mask"]
-    out, trajectory, _, active = run_tiny(
-        tiny, inputs, frame_mask=frame_mask, draw_noise=lambda _: next(draws)
-    )
+    run, frame_mask = RunOfTiny(tiny, inputs), inputs["sample_masked.mask"]
+    count, draws = TINY["sample"]["steps"], iter(inputs["sample_masked.noise"])
+    out = conditioned(run.predict_some, inputs["sample.z0"], frame_mask, draws, steps=count, **run.size)
+    trajectory, _, active = zip(*run.steps, strict=True)
     assert torch.equal(
         torch.stack([mask for mask in active if mask is not None]), recorded["sample_masked.x_mask"]
     )
@@ -234,39 +258,22 @@ def test_conditioned_sampling_with_the_tiny_model_equals_the_public_code(tiny):
         torch.stack(trajectory), recorded["sample_masked.trajectory"], rtol=0, atol=LOOP_TOLERANCE
     )
     torch.testing.assert_close(out, recorded["sample_masked.out"], rtol=0, atol=LOOP_TOLERANCE)
-    kept = (frame_mask == 0)[:, None, :, None, None].expand_as(out)
-    assert torch.equal(out[kept], inputs["sample.z0"][kept])
 
 
 @pytest.mark.parametrize("steps", [1, 3, 30])
 def test_a_straight_flow_is_integrated_exactly_in_any_number_of_steps(steps):
     x0, noise = torch.randn(2, 2, 4, 5, 3, 3).unbind(0)
-    out = RectifiedFlow().sample(
-        lambda z, t: x0 - noise, noise, steps=steps, height=240, width=426, num_frames=34
-    )
+    size = {"height": 240, "width": 426, "num_frames": 34}
+    out = integrated(RectifiedFlow(), lambda z, t: x0 - noise, noise, steps=steps, **size)
     torch.testing.assert_close(out, x0, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize(("height", "width", "frames"), [(64, 64, 17), (64, 184, 1), (240, 426, 34)])
-def test_generating_every_frame_is_sampling_without_a_mask(height, width, frames):
-    """At the first two sizes the first time rounds to an ulp above 1000."""
-    noise, size = torch.randn(2, 4, 5, 3, 3), {"height": height, "width": width, "num_frames": frames}
-
-    def predict(z: Tensor, t: Tensor, x_mask: Tensor | None = None) -> Tensor:
-        assert x_mask is None or bool(x_mask.all())
-        return 0.3 * z + t[:, None, None, None, None] / 1000
-
-    plain = RectifiedFlow().sample(predict, noise, steps=5, **size)
-    masked = RectifiedFlow().sample(predict, noise, steps=5, frame_mask=torch.ones(2, 5), **size)
-    assert torch.equal(plain, masked)
-
-
-def test_sampling_builds_no_graph_and_keeps_the_noise():
-    noise, weight = torch.randn(1, 4, 5, 3, 3), torch.ones((), requires_grad=True)
-    before = noise.clone()
-    out = RectifiedFlow().sample(lambda z, t: weight * z, noise, steps=2, height=64, width=64, num_frames=17)
-    assert not out.requires_grad
-    assert torch.equal(noise, before)
+def test_a_preview_of_a_straight_flow_is_where_it_ends():
+    x0, noise = torch.randn(2, 2, 4, 5, 3, 3).unbind(0)
+    solver = RectifiedFlow().solver(4, 240, 426, 34)
+    after, _ = solver.advance(0, noise, x0 - noise, ())
+    assert (after - x0).abs().max() > 0.1
+    torch.testing.assert_close(solver.preview(0, noise, after, x0 - noise), x0, rtol=0, atol=5e-6)
 
 
 # --- Guidance ---
@@ -278,8 +285,8 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def __call__(self, z: Tensor, t: Tensor, y: Tensor, mask: Any, x_mask: Any, **geometry: Any) -> Tensor:
-        self.calls.append({"z": z, "t": t, "y": y, "mask": mask, "x_mask": x_mask, **geometry})
+    def __call__(self, z: Tensor, t: Tensor, y: Tensor, mask: Any, **geometry: Any) -> Tensor:
+        self.calls.append({"z": z, "t": t, "y": y, "mask": mask, **geometry})
         velocity = y.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1, 1).expand_as(z)
         return torch.cat([velocity, torch.full_like(z, 123.0)], dim=1)
 
@@ -287,15 +294,13 @@ class Recorder:
 def test_guidance_runs_prompts_then_nulls_in_one_pass_with_the_prompts_masks():
     z, t, text = torch.randn(2, 4, 3, 2, 2), torch.tensor([5.0, 6.0]), torch.randn(2, 7, 8)
     null, mask = torch.randn(9, 8), torch.ones(2, 7, dtype=torch.bool)
-    frames = torch.tensor([[True, True, False], [True, True, True]])
     network = Recorder()
-    out = guided_velocity(network, z, t, text, mask, null, 7.0, frames, fps=24, height=16, width=16)
+    out = guided_velocity(network, z, t, text, mask, null, 7.0, fps=24, height=16, width=16)
     (call,) = network.calls
     assert torch.equal(call["z"], torch.cat([z, z]))
     assert call["t"].tolist() == [5, 6, 5, 6]
     assert torch.equal(call["y"], torch.cat([text, null[:7].expand(2, 7, 8)])[:, None])
     assert call["mask"] is mask
-    assert torch.equal(call["x_mask"], torch.cat([frames, frames]))
     assert (call["fps"], call["height"], call["width"]) == (24, 16, 16)
     prompted, unprompted = text.mean((1, 2)), null[:7].mean()
     expected = (unprompted + 7.0 * (prompted - unprompted)).view(2, 1, 1, 1, 1).expand_as(z)

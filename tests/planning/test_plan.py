@@ -15,13 +15,7 @@ from vpo_engine.config_file import load_config
 from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, PhasePlan, Plan, estimate
 from vpo_engine.planning.fit import most_frames, with_granted_rows, with_setting
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
-from vpo_engine.planning.parts import (
-    Assumed,
-    build_model,
-    build_reward_network,
-    build_text_encoder,
-    materialise,
-)
+from vpo_engine.planning.parts import Assumed, blueprint_of, build_reward_network, materialise
 from vpo_engine.planning.planner import check_fits, plan_run
 from vpo_engine.planning.trace import Trace, trace_step
 from vpo_engine.rewards.registry import reward_card
@@ -45,11 +39,12 @@ def sprites() -> Trace:
 def test_published_sizes_stand_in_for_files_that_are_not_here():
     assumed = Assumed()
     config = xl()
-    model, depth = build_model(config, assumed, None)
-    reward, encoder = build_reward_network(config, assumed), build_text_encoder(config, assumed)
-    assert depth == 28
-    assert model.network.num_trainable == TRAINED
-    assert sum(p.numel() for p in encoder.parameters()) == 4_762_310_656
+    blueprint, reward = blueprint_of(config, assumed), build_reward_network(config, assumed)
+    assert blueprint.depth == 28
+    trained = [p.numel() for p in blueprint.model.network.parameters() if p.requires_grad]
+    assert sum(trained) == TRAINED
+    assert blueprint.text_encoder is not None
+    assert sum(p.numel() for p in blueprint.text_encoder().parameters()) == 4_762_310_656
     assert reward is not None
     assert sum(p.numel() for p in reward.parameters()) == 8_271_704_309
     assert [note.partition(" has no ")[0] for note in assumed.notes] == [
@@ -62,7 +57,7 @@ def test_published_sizes_stand_in_for_files_that_are_not_here():
 
 def test_weights_optimizer_and_gradients_are_counted_in_full(sprites: Trace):
     config = load_config(None)
-    model, _ = build_model(config, Assumed(), None)
+    model = blueprint_of(config, Assumed()).model
     numbers = [p.numel() for p in model.network.parameters() if p.requires_grad]
     sizes = [-(-4 * n // 512) * 512 for n in numbers]
     blocks = sum(sizes)
@@ -253,7 +248,9 @@ def test_frames_at_each_resolution_follow_the_plan(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.endswith("  240p: 68 (4.0 s)\n  360p: 68 (4.0 s)\n  480p: 68 (4.0 s)\n  720p: 68 (4.0 s)\n")
     assert plan.main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["most_frames"] == dict.fromkeys(plan.RESOLUTIONS, 68)
+    assert json.loads(capsys.readouterr().out)["most_frames"] == dict.fromkeys(
+        ("240p", "360p", "480p", "720p"), 68
+    )
     assert plan.main([*command, "--no-frames"]) == 0
     assert "most frames" not in capsys.readouterr().out
 
@@ -316,21 +313,26 @@ def test_720p_and_68_frames_fit_in_24_gib():
 def test_the_sprites_world_has_no_other_sizes(capsys):
     assert plan.main(["--gpu", "h200"]) == 0
     assert "most frames" not in capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match=r"the sprites world has videos of one size; plan model.kind=opensora"
-    ):
+    with pytest.raises(ValueError, match=r"the sprites world has videos of one size"):
         most_frames(load_config(None, []), "720p", Straight())
 
 
 def test_adapters_are_planned():
     config = load_config(None, ["model.lora.rank=4", "reference.storage=adapter", "pairs_per_step=2"])
     found = trace_step(config, on_gpu=False)
-    model, _ = build_model(config, Assumed(), None)
+    model = blueprint_of(config, Assumed()).model
     from vpo_engine.models.lora import adapter_parameters, inject_adapter
 
     assert config.model.lora is not None
-    inject_adapter(model.network, config.model.lora, config.seed)
+    inject_adapter(model.network, config.model.lora, model.card.lora_targets, config.seed)
     sizes = [-(-4 * p.numel() // 512) * 512 for p in adapter_parameters(model.network).values()]
     peak = found.peak("optimizer")
     assert peak["optimizer"] == 2 * sum(sizes) + 512 * len(sizes)
     assert peak["reference"] >= sum(sizes)
+
+
+def test_weights_of_dimensions_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are a dictionary, which plans are found by."""
+    weighted = load_config(None, ["reward.dimensions={temporal_consistency: 2, visual_quality: 1}"])
+    _, plan = check_fits(weighted, torch.device("cpu"))
+    assert plan.startswith("plan: ")

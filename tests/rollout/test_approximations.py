@@ -10,7 +10,7 @@ import torch
 from rollout_case import STEPS, Counting, batched, noise_of, sampled, schedule, settings, sprites
 
 from vpo_engine.config_file import load_config
-from vpo_engine.models.opensora.reuse import BlockCache
+from vpo_engine.models.step_cache import BlockCache
 from vpo_engine.protocols import SamplerSettings
 
 TIMES = [time / 1000 for time, _ in schedule(STEPS)]

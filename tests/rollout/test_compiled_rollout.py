@@ -136,10 +136,10 @@ def test_the_sampler_loop_never_waits_for_the_gpu(compiled: Compile) -> None:
 
     model, text = gpu_sprites()
     given = SamplerSettings(5, 3.0, (0.2, 0.9), compile=compiled)
-    noise = torch.randn(8, *model.latent_shape, device="cuda")
-    model.denoise(model.network, noise, text, given)  # layouts are sent to the device once
+    state = model.start(torch.randn(8, *model.latent_shape, device="cuda"))
+    model.denoise(model.network, state, text, given)  # layouts are sent to the device once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.denoise(model.network, noise, text, given)
+        model.denoise(model.network, state, text, given)
     finally:
         torch.cuda.set_sync_debug_mode("default")

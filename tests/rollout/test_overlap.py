@@ -81,6 +81,7 @@ def run(
         0,
         model.latent_shape,
         (network or model.network,) * 2,
+        model.start,
         Denoiser(model, batches, CPU),
         scorer.overlapped,
         scorer,

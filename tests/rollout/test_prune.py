@@ -17,7 +17,7 @@ from vpo_engine.build import build_model
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO, Step
-from vpo_engine.protocols import SamplerSettings
+from vpo_engine.protocols import SamplerSettings, SamplerState
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.sampler import Denoiser, Pass
@@ -62,18 +62,22 @@ def test_finished_candidates_are_those_of_a_rollout_without_pruning() -> None:
         assert (pruned[prompt] - whole[prompt, kept]).abs().max() <= 2e-5
 
 
+def started(noise: Tensor) -> SamplerState:
+    return SamplerState(noise, noise)
+
+
 def test_previews_are_where_the_last_prediction_points_to() -> None:
     model, text = sprites()
     config = settings(prune=HALF)
     denoise, steps = Denoiser(model, Batches(None), CPU), schedule(4)
     given = SamplerSettings(config.steps, config.guidance)
-    begun = denoise(Pass(model.network, given, slice(0, 2)), noise_of(config), text)
+    begun = denoise(Pass(model.network, given, 2), started(noise_of(config)), text)
     before = batched(noise_of(config), 3.0, steps[:1])
     reached = batched(noise_of(config), 3.0, steps[:2])
     assert torch.equal(begun.latents, reached)
     velocity = (reached - before) / steps[1][1]
     assert torch.allclose(begun.preview, before + steps[1][0] / 1000 * velocity, atol=1e-5)
-    whole = denoise(Pass(model.network, given), noise_of(config), text)
+    whole = denoise(Pass(model.network, given), started(noise_of(config)), text)
     assert torch.allclose(whole.preview, whole.latents, atol=1e-5)
 
 
@@ -148,10 +152,10 @@ def test_pairs_and_metrics_are_of_finished_candidates_only(pruning: Config) -> N
     noise = torch.stack([normal((4, *latents.shape[2:]), 0, "rollout", position) for position in (0, 1)])
     text, given = fresh.model.embed(PROMPTS), SamplerSettings(4, 1.0)
     denoise = Denoiser(fresh.model, Batches(None), CPU)
-    begun = denoise(Pass(fresh.model.network, given, slice(0, 2)), noise, text)
+    begun = denoise(Pass(fresh.model.network, given, 2), started(noise), text)
     assert torch.equal(reward.videos[0], fresh.model.decode(begun.preview.flatten(0, 1)))
     assert not torch.equal(reward.videos[0], fresh.model.decode(begun.latents.flatten(0, 1)))
-    every = denoise(Pass(fresh.model.network, given), noise, text).latents
+    every = denoise(Pass(fresh.model.network, given), started(noise), text).latents
     assert (latents[0] - every[0, [1, 2]]).abs().max() <= 2e-5
 
 

@@ -1,11 +1,11 @@
-"""What is trained."""
+"""Settings of the model that is trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from vpo_kernels.attention import AttentionName
 from vpo_kernels.companions import BackendName as CompanionName
 
@@ -18,26 +18,23 @@ class LoraConfig(Section):
     rank: int = Field(64, ge=1)
     alpha: float = Field(128.0, gt=0, allow_inf_nan=False)
     """The adapter's product is scaled by alpha / rank."""
-    targets: tuple[str, ...] = (
-        "attn.qkv",
-        "attn.proj",
-        "cross_attn.q_linear",
-        "cross_attn.kv_linear",
-        "cross_attn.proj",
-    )
-    """Ends of the names of the linear layers that get one."""
+    targets: tuple[str, ...] | None = None
+    """Ends of the names of the linear layers that get one; null: those that the model's family names."""
 
 
 class ModelConfig(Section):
-    """What is trained."""
+    """The model that is trained, its files, and the size of its videos."""
 
-    kind: Literal["sprites", "opensora"] = "sprites"
+    kind: str = Field("sprites", pattern=r"^(\w[\w-]*|\w+(\.\w+)*:\w+)$")
+    """The model's family: sprites, one that comes with the engine or an installed package (see docs/models.md), or
+    package.module:Class for one of your own."""
     policy: Path | None = None
-    """STDiT3 folder (model.safetensors, config.json). sprites: the shipped weights unless given."""
+    """Folder of the weights that training starts from, as their project publishes them. sprites: the shipped weights
+    unless given."""
     vae: Path | None = None
-    """OpenSora-VAE-v1.2 folder. Used by kind opensora only."""
+    """Folder of the VAE, for families that need one."""
     text_encoder: Path | None = None
-    """T5 v1.1 XXL folder. Used by kind opensora only."""
+    """Folder of the text encoder, for families that need one."""
     resolution: str = "240p"
     """Candidates are sampled at 240p (paper, section 4.1)."""
     aspect: str = "9:16"
@@ -59,13 +56,3 @@ class ModelConfig(Section):
     attention: reference is plain torch, triton the fused kernels (GPU only). auto: those measured to win."""
     lora: LoraConfig | None = None
     """Train a low-rank adapter in place of the weights; null: full fine-tuning (paper)."""
-
-    @model_validator(mode="after")
-    def _needs_weights(self) -> Self:
-        missing = [name for name in ("policy", "vae", "text_encoder") if getattr(self, name) is None]
-        if self.kind == "opensora" and missing:
-            raise ValueError(
-                f"kind opensora needs local checkpoints, but these are not set: {', '.join(missing)}; "
-                "give them as model.NAME=/path/to/folder"
-            )
-        return self

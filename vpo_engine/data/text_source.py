@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.protocols import TextEmbedding
+from vpo_engine.video_model import Encoder
 
 _BATCH = 16
-
-
-class Encoder(Protocol):
-    def encode(self, prompts: list[str]) -> TextEmbedding: ...
 
 
 class TextSource:

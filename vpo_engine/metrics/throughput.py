@@ -1,7 +1,7 @@
 """How well a step uses the device: samples per second, model FLOP utilisation, and time outside of all stages.
 
-Operations are those of the model as the algorithm asks for it, a multiplication with its addition counted as two:
-what memory settings compute a second time is not counted, so that they lower the utilisation.
+Operations are those that the algorithm asks of the model; a multiplication and its addition count as two. What memory
+settings compute a second time is not counted, so such settings lower the utilisation.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vpo_engine.config import Config
-from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.model_values import RowFlops
 from vpo_engine.protocols import Network, TextEmbedding, VideoModel
+from vpo_engine.video_model import repeating_blocks
 
 SMALLEST, LARGEST = 128, 8192
 """Sides of the matrices whose products are timed."""
@@ -30,15 +30,13 @@ BETWEEN = ("evaluate", "checkpoint")
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-@dataclass(frozen=True)
-class RowFlops:
-    """Floating point operations of one row of the network.
+@runtime_checkable
+class ChoosesBackends(Protocol):
+    """A network whose attention and fused operations come in several implementations."""
 
-    forward: a prediction. training: a prediction and its backward pass, with nothing computed twice.
-    """
-
-    forward: float
-    training: float
+    def choose_backends(self, attention: str, companions: str, *, dtype: torch.dtype) -> object:
+        """Choose what computes from now on; "sdpa" and "reference" are plain torch."""
+        ...
 
 
 class CountedRows:
@@ -65,20 +63,17 @@ class CountedRows:
 
 
 def count_row_flops(model: VideoModel, text: TextEmbedding) -> RowFlops:
-    """Of the policy with its adapter, for captions as long as those of ``text`` are on average.
+    """Return the cost of one sample of the policy, with its adapter, for captions of the mean length of ``text``.
 
-    The prediction is counted on fake tensors; of a deep network two shallow ones, since blocks repeat. A backward pass
-    makes each attention product twice, once for either operand; of a product with weights the half that gives the
-    weights' gradient only for the share of weights that trains.
+    A prediction is counted on tensors without values. Of a deep network shallow ones are counted, since blocks repeat.
+    A backward pass makes each attention product twice, once for either operand, and each product with weights once for
+    its input and once for the weights, as far as these train.
     """
-    tokens = max(1, round(float(text.mask.sum()) / len(text)))
+    known = model.row_flops(text)
+    if known is not None:
+        return known
     network = model.network
-    depth = len(network.spatial_blocks) if isinstance(network, STDiT3) else 1
-    if depth <= 3:
-        weights, attention = _products(model, tokens, text.embeddings.shape[-1], depth)
-    else:
-        one, two = (_products(model, tokens, text.embeddings.shape[-1], shallow) for shallow in (1, 2))
-        weights, attention = (low + (depth - 1) * (high - low) for low, high in zip(one, two, strict=True))
+    weights, attention = _by_depth(model, text)
     matrices = [parameter for parameter in network.parameters() if parameter.dim() > 1]
     trained = sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
     share = trained / sum(matrix.numel() for matrix in matrices)
@@ -86,10 +81,30 @@ def count_row_flops(model: VideoModel, text: TextEmbedding) -> RowFlops:
     return RowFlops(forward, forward + (1 + share) * weights + 2 * attention)
 
 
-def _products(model: VideoModel, tokens: int, width: int, depth: int) -> tuple[int, int]:
-    """Operations of one row: of products with weights, and of attention; with ``depth`` pairs of blocks."""
+def _by_depth(model: VideoModel, text: TextEmbedding) -> tuple[int, int]:
+    """Return the operations of products with weights and of attention, of one sample of the whole network.
+
+    Lists of repeating blocks that are equally long grow together: one block of each, then two.
+    """
+    tokens, width = max(1, round(float(text.mask.sum()) / len(text))), text.embeddings.shape[-1]
+    lists = repeating_blocks(model.network)
+    depths = {len(blocks) for blocks in lists.values()}
+    if max(depths, default=0) <= 3:
+        return _products(model, tokens, width, {})
+    one = dict.fromkeys(lists, 1)
+    weights, attention = base = _products(model, tokens, width, one)
+    for depth in depths - {1}:
+        two = one | {name: 2 for name, blocks in lists.items() if len(blocks) == depth}
+        high = _products(model, tokens, width, two)
+        weights += (depth - 1) * (high[0] - base[0])
+        attention += (depth - 1) * (high[1] - base[1])
+    return weights, attention
+
+
+def _products(model: VideoModel, tokens: int, width: int, depths: Mapping[str, int]) -> tuple[int, int]:
+    """Count one sample, with only so many blocks of each list of ``depths``."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    network = _without_data(model.network, depth, mode)
+    network = _without_data(model.network, depths, mode)
     with mode, torch.no_grad():
         latents, times = torch.empty(1, *model.latent_shape), torch.empty(1)
         text = TextEmbedding(torch.empty(1, tokens, width), torch.ones(1, tokens, dtype=torch.bool))
@@ -104,24 +119,19 @@ def _attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) 
     return sdpa_flop_count(q, k, v)
 
 
-def _without_data(network: nn.Module, depth: int, mode: FakeTensorMode) -> nn.Module:
-    """A copy whose parameters and buffers are fake ones of the CPU, computing in plain torch."""
+def _without_data(network: nn.Module, depths: Mapping[str, int], mode: FakeTensorMode) -> nn.Module:
+    """Copy a network with fake parameters and buffers of the CPU, computing in plain torch."""
     memo: dict[int, object] = {}
     with mode:
         for tensor in (*network.parameters(), *network.buffers()):
             empty = torch.empty(tensor.shape, dtype=tensor.dtype)
             memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     bare = copy.deepcopy(network, memo)
-    if isinstance(bare, STDiT3):
-        bare.spatial_blocks, bare.temporal_blocks = bare.spatial_blocks[:depth], bare.temporal_blocks[:depth]
-        bare.choose_backends("sdpa", "reference", dtype=bare.dtype)
-        bare.register_forward_pre_hook(without_mask)
+    for name, depth in depths.items():
+        bare.set_submodule(name, bare.get_submodule(name)[:depth])  # type: ignore[index]
+    if isinstance(bare, ChoosesBackends):
+        bare.choose_backends("sdpa", "reference", dtype=next(bare.parameters()).dtype)
     return bare
-
-
-def without_mask(network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A forward pre-hook of STDiT3: every token counts, since a fake mask has no values to read lengths from."""
-    return (*arguments[:3], None, *arguments[4:])
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

@@ -2,7 +2,7 @@
 
 The network stays the object it was: PEFT exchanges its linear layers in place, so ``X.weight`` becomes
 ``X.base_layer.weight`` beside ``X.lora_A.default.weight`` [rank, in] and ``X.lora_B.default.weight`` [out, rank].
-PEFT is imported when an adapter is asked for, not before.
+PEFT is imported only when an adapter is asked for.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from vpo_engine.config import LoraConfig
-from vpo_engine.models.opensora.checkpoint import read_weights
 from vpo_engine.seeding import generator
 
 WEIGHTS = "adapter_model.safetensors"
@@ -30,15 +30,20 @@ _PREFIX = "base_model.model."
 
 
 def inject_adapter(
-    network: nn.Module, settings: LoraConfig, seed: int, base: Path | None = None
+    network: nn.Module,
+    settings: LoraConfig,
+    family_targets: Sequence[str],
+    seed: int,
+    base: Path | None = None,
 ) -> list[str]:
-    """Give ``network`` an adapter, the only thing of it that is trained from now on; names of the layers that got one.
+    """Give ``network`` an adapter, the only part of it that is trained from now on; return the layers that got one.
 
-    The network computes what it did, bit for bit: B starts at zero. A is uniform within 1 / sqrt(in), PEFT's usual
-    start, drawn from ``seed`` and the layer's name and rounded to bfloat16 values, whatever dtype holds them: that of
-    the layer's own weight. ``base``: where the network's weights are from, for the adapter's file.
+    The network computes the same as before, bit for bit: B starts at zero. A is uniform within 1 / sqrt(in), PEFT's
+    usual start, drawn from ``seed`` and the layer's name and rounded to bfloat16 values; the layer's own dtype holds
+    them. ``family_targets``: what gets an adapter where ``settings.targets`` is null. ``base``: the folder of the
+    network's weights, for the adapter's file.
 
-    ValueError: PEFT is missing, or a target names no linear layer, or something else beside linear layers.
+    ValueError: PEFT is missing, a target names no linear layer, or a target names something else as well.
     """
     try:
         import peft
@@ -46,11 +51,12 @@ def inject_adapter(
         raise ValueError(
             f'model.lora needs PEFT, which cannot be imported ({error}); pip install "vpo-engine[lora]"'
         ) from error
-    layers = _targeted(network, settings.targets)
+    targets = family_targets if settings.targets is None else settings.targets
+    layers = _targeted(network, targets)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a plain factor; PEFT says int
-        target_modules=list(settings.targets),
+        target_modules=list(targets),
         bias="none",
         lora_dropout=0.0,
         base_model_name_or_path=None if base is None else str(base),
@@ -67,11 +73,12 @@ def inject_adapter(
 
 
 def has_adapter(network: nn.Module) -> bool:
+    """Return whether ``inject_adapter`` was called for this network."""
     return hasattr(network, "peft_config")
 
 
 def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's weights under the names that PEFT's files give them."""
+    """Return the adapter's weights under the names that PEFT's files give them."""
     marks = (f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight")
     return {
         _PREFIX + name.replace(f".{_ADAPTER}.weight", ".weight"): parameter
@@ -95,10 +102,10 @@ def save_adapter(network: nn.Module, folder: Path) -> None:
 def load_adapter(network: nn.Module, folder: Path) -> None:
     """Put back what ``save_adapter`` wrote, into a network with an adapter of the same targets and rank.
 
-    FileNotFoundError where the file is missing; ValueError where it is damaged or does not fit, and then the network
-    is as it was.
+    FileNotFoundError where the file is missing; ValueError where it is damaged or does not fit. Then the network is
+    unchanged.
     """
-    saved, own = read_weights(folder / WEIGHTS), adapter_parameters(network)
+    saved, own = _read(folder / WEIGHTS), adapter_parameters(network)
     wrong = sorted(saved.keys() ^ own.keys())
     if wrong:
         raise ValueError(
@@ -115,8 +122,18 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
         weight.copy_(saved[name])
 
 
+def _read(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; expected the adapter that a run has saved")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise ValueError(f"{file} is damaged or incomplete ({size} bytes: {error}); copy it again") from error
+
+
 def _targeted(network: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers that end in one of ``targets``; ValueError names a target that is of no use."""
+    """Return the linear layers whose names end in one of ``targets``; ValueError names a target that fits none."""
     if not targets:
         raise ValueError("model.lora.targets is empty: there is nothing to train; name ends of linear layers")
     modules = dict(network.named_modules())

@@ -1,4 +1,4 @@
-"""From a traced step to a plan: bytes and seconds of every phase on one device, and whether they fit."""
+"""Turn a traced step into a plan: bytes and seconds of every phase on one device, and whether they fit."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from vpo_engine.planning.trace import PHASES, PhaseName
 from vpo_engine.planning.tracker import Peak
 
 CONTEXT = int(0.6 * GIB)
-"""CUDA's context with the kernels of torch, cuBLAS and cuDNN, and their workspaces: 0.45 to 0.6 GiB are commonly seen
-on A100 and H100 (nvidia-smi of an idle torch process), plus up to 32 MiB of cuBLAS workspace. An estimate."""
+"""Bytes of CUDA's context with the kernels of torch, cuBLAS and cuDNN, and of their workspaces. This is an estimate:
+0.45 to 0.6 GiB are common on A100 and H100 (nvidia-smi of an idle torch process), plus up to 32 MiB for cuBLAS."""
 
 FRAGMENTATION = 0.03
-"""Share of what tensors take that the allocator holds beyond it, for blocks that do not fit into what is free. An
-estimate for runs whose shapes do not change from step to step."""
+"""Memory that the allocator holds beyond what tensors take, as a share of that: blocks that do not fit into gaps. This
+is an estimate for runs whose shapes do not change from step to step."""
 
 MATRIX_EFFICIENCY, TRAFFIC_EFFICIENCY = 0.75, 0.8
-"""Shares of the measured rate of matrix products, and of the bandwidth, that a whole network is taken to reach.
-Estimates."""
+"""Estimated shares of the measured rate of matrix products, and of the bandwidth, that a whole network reaches."""
 
 COMPUTED = ("activations", "workspace")
-"""Categories of what operators make and take for themselves."""
+"""Categories of memory that operators allocate."""
 
 _PARTS: tuple[PartName, ...] = ("policy", "reference", "optimizer", "vae", "reward", "judge")
-"""What moves; in plans the policy is called weights, the others have their names."""
+"""The parts that are moved. A plan calls the policy "weights", and the others by their names."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class PhasePlan:
 
     @property
     def largest(self) -> str:
-        """The category that takes most, allowances aside."""
+        """The category that takes the most memory, apart from the allowance."""
         return max((name for name in self.bytes if name != "allowance"), key=lambda name: self.bytes[name])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step on one device. limit: bytes that the run may take; limited_by: what sets it."""
+    """The plan of a step on one device. limit: bytes that the run may take. limited_by: what sets the limit."""
 
     phases: tuple[PhasePlan, ...]
     limit: int
@@ -76,7 +75,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of one step."""
+        """Seconds of one step; None where rates are not known."""
         each = [phase.seconds for phase in self.phases if phase.name != "text"]
         return (
             None
@@ -86,7 +85,7 @@ class Plan:
 
 
 def estimate(config: Config, trace: Traced, gpu: Gpu | None, limit: int, limited_by: str) -> Plan:
-    """The plan of a traced step; ``gpu`` None is the CPU, which has no context of its own."""
+    """Return the plan of a traced step on ``gpu``; None is the CPU, which has no context of its own."""
     phases = tuple(_phase(config, trace, name, gpu) for name in PHASES if name in trace.names)
     return Plan(phases, limit, limited_by, gpu, tuple(trace.notes))
 
@@ -110,7 +109,7 @@ def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None) -> P
 
 
 def _with_scoring(rollout: Peak, trace: Traced, absent: frozenset[str]) -> Peak:
-    """The rollout's peak while the group before is decoded or scored beside it."""
+    """Return the rollout's peak while the previous group is decoded or scored at the same time."""
     peaks = [trace.peak(name, absent) for name in ("decode", "reward") if name in trace.names]
     beside = max((sum(peak.get(part, 0) for part in COMPUTED) for peak in peaks), default=0)
     return {**rollout, "activations": rollout.get("activations", 0) + beside}

@@ -1,4 +1,4 @@
-"""A deep network's step from two shallow ones: blocks repeat, so bytes and operations grow by the same per pair."""
+"""Plan a deep network's step from two shallow ones: blocks repeat, so each adds the same bytes and operations."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vpo_engine.planning.tracker import Peak
 
 SHALLOW, DEEPER = 2, 4
 """Depths that are traced where blocks keep nothing but their input, autocast holds no casts of weights, and gradients
-stay. Where in a phase the peak falls could change with depth; there it did not from two pairs of blocks on, in any
+stay. Where in a phase the peak falls could change with depth; there it did not from depth two on, in any
 setting tried: tests/planning/test_depth.py compares with deeper networks, and with the full depth. Elsewhere it did."""
 
 _ALWAYS = ("weights", "optimizer", "reference")
-"""Categories that a phase in which the network takes no part holds too."""
+"""Categories of memory that are held even in phases that do not use the network."""
 
 
 class Traced(Protocol):
-    """A step's phases as ``estimate`` reads them; see ``Trace``."""
+    """The phases of a step as ``estimate`` reads them; see ``Trace``."""
 
     @property
     def names(self) -> tuple[PhaseName, ...]: ...
@@ -40,7 +40,7 @@ class Traced(Protocol):
 
 @dataclass(frozen=True)
 class Extrapolated:
-    """Straight lines through two traces at the depth that is configured."""
+    """A step at the configured depth, on straight lines through two traces."""
 
     shallow: Trace
     deeper: Trace
@@ -82,7 +82,7 @@ class Extrapolated:
 
 
 def traced(config: Config, *, on_gpu: bool, processes: int = 1) -> Traced:
-    """A step of the configured network: extrapolated where its peaks keep their places, else traced itself."""
+    """Trace a step of the configured network, or extrapolate it where peaks do not move with depth."""
     memory = config.memory
     autocast = config.model.dtype == "bfloat16" and memory.weights == "float32"
     straight = memory.recompute == "block" and not autocast and not memory.step_in_backward

@@ -1,4 +1,4 @@
-"""Which settings would make a run fit, and how many frames would: found by planning with them."""
+"""Find, by planning with them, the settings and the number of frames with which a run fits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpo_engine.config import Config
+from vpo_engine.models.registry import model_family
 from vpo_engine.planning.estimate import COMPUTED, FRAGMENTATION, Plan
 from vpo_engine.planning.trace import PHASES
 
@@ -37,13 +38,13 @@ CHANGES: tuple[tuple[str, Any, Sequence[str], Sequence[str]], ...] = (
     ("reference.storage", "int8", _EVERYWHERE, ("reference",)),
     ("reward.bits", 4, _EVERYWHERE, ("reward",)),
 )
-"""Settings that take less memory, in the order of what they cost: first what only moves or orders the work otherwise,
-then what computes or copies again, then what rounds. With each, the phases and the categories that it can lessen."""
+"""Settings that take less memory, the cheapest first: those that only move or reorder work, then those that compute or
+copy more, then those that round. With each stand the phases and the categories that it can reduce."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting, and the plan with it."""
+    """One setting, and the plan with that setting."""
 
     name: str
     value: Any
@@ -55,7 +56,7 @@ class Change:
 
 
 def with_setting(config: Config, name: str, value: Any) -> Config | None:
-    """The configuration with one more setting; None where it is set so already or excluded by another."""
+    """Return the configuration with one setting changed; None if it has that value, or another setting excludes it."""
     section, key = name.split(".")
     values = config.model_dump()
     if values[section][key] == value:
@@ -68,7 +69,7 @@ def with_setting(config: Config, name: str, value: Any) -> Config | None:
 
 
 def fitting_changes(config: Config, plan: Plan, planner: Planner) -> Iterator[Change]:
-    """Single settings with which the run of ``plan``, which does not fit, would; the cheapest first."""
+    """Yield the single settings that make a run fit which does not, the cheapest first."""
     for name, value, phases, categories in CHANGES:
         if not _could_suffice(plan, phases, categories) or _takes_more(config, name, value):
             continue
@@ -80,7 +81,10 @@ def fitting_changes(config: Config, plan: Plan, planner: Planner) -> Iterator[Ch
 
 
 def _could_suffice(plan: Plan, phases: Sequence[str], categories: Sequence[str]) -> bool:
-    """Whether every phase would fit if the categories took nothing in the phases; saves planning the hopeless."""
+    """Return whether every phase would fit if these categories took nothing in these phases.
+
+    Settings that cannot suffice need not be planned.
+    """
     for phase in plan.phases:
         lessened = sum(phase.bytes.get(name, 0) for name in categories) if phase.name in phases else 0
         if phase.total - (1 + FRAGMENTATION) * lessened > plan.limit:
@@ -89,15 +93,18 @@ def _could_suffice(plan: Plan, phases: Sequence[str], categories: Sequence[str])
 
 
 def _takes_more(config: Config, name: str, value: Any) -> bool:
-    """Whether a number of rows, frames or bits is less already; None is all of them."""
+    """Return whether a number of rows, frames or bits is at or below ``value`` already; None means all of them."""
     section, key = name.split(".")
     now = getattr(getattr(config, section), key)
     return key.endswith(("rows", "frames", "bits")) and now is not None and now <= value
 
 
 def with_granted_rows(config: Config, planner: Planner, processes: int = 1) -> Config:
-    """rollout.rows=auto as the number that the plan grants: all candidates of a process's step, else the most of whole
-    prompts or of even parts of one with which sampling and decoding fit; 1 if not even one fits."""
+    """Replace rollout.rows=auto by the number that the plan grants.
+
+    That is all candidates of a process's step, or else the most whole prompts, or even parts of one, with which
+    sampling and decoding fit. It is 1 if not even one fits.
+    """
     if config.rollout.rows != "auto":
         return config
     team = config.processes.per_prompt
@@ -119,7 +126,7 @@ def with_granted_rows(config: Config, planner: Planner, processes: int = 1) -> C
 
 
 def _halvings(number: int) -> list[int]:
-    """number, its half rounded up, and so on to 1."""
+    """Return the number, its half rounded up, and so on down to 1."""
     found = [number]
     while found[-1] > 1:
         found.append(-(-found[-1] // 2))
@@ -130,26 +137,24 @@ def _with_rows(config: Config, rows: int | None) -> Config:
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"rows": rows})})
 
 
-CHUNK = 17
-"""Frames in a chunk of the VAE."""
-
-
 def most_frames(config: Config, resolution: str, planner: Planner) -> int:
-    """The most frames, in whole chunks of the VAE, with which the run fits at ``resolution``; 0 if not even one chunk.
+    """Return the most frames with which the run fits at ``resolution``; 0 if not even the fewest fit.
 
-    Every phase grows with the frames in nearly a straight line: two plans give a guess, and more confirm that it fits
-    and that a chunk more does not. With rollout.rows=auto that is one row: any run that fits at all fits so. ValueError
-    for the sprites world, whose videos have one size.
+    Counted are whole groups of frames, as the model's ``SizeRule`` has them. Every phase grows with the frames in
+    nearly a straight line: two plans give a guess, and more confirm that it fits and that a group more does not. With
+    rollout.rows=auto that is one row: any run that fits at all fits so. ValueError for a model whose videos have one
+    size.
     """
-    if config.model.kind == "sprites":
+    card = model_family(config.model.kind).card
+    if not card.resolutions:
         raise ValueError(
-            "the sprites world has videos of one size; plan model.kind=opensora for the most frames"
+            f"{card.name} has videos of one size; the most frames are planned for models with several sizes"
         )
     if config.rollout.rows == "auto":
         config = _with_rows(config, 1)
 
-    def plan(chunks: int) -> Plan:
-        size = {"resolution": resolution, "num_frames": CHUNK * chunks}
+    def plan(groups: int) -> Plan:
+        size = {"resolution": resolution, "num_frames": card.sizes.frames(groups)}
         return planner(config.model_copy(update={"model": config.model.model_copy(update=size)}))
 
     plans = {1: plan(1)}
@@ -161,7 +166,7 @@ def most_frames(config: Config, resolution: str, planner: Planner) -> int:
         else:
             fails = min(fails, newest)
         if fails == fits + 1:
-            return CHUNK * fits
+            return card.sizes.frames(fits) if fits else 0
         if len(plans) > 1:
             guess = _crossing(*list(plans.items())[-2:])
         guess = min(max(guess, fits + 1), fails - 1)
@@ -169,8 +174,10 @@ def most_frames(config: Config, resolution: str, planner: Planner) -> int:
 
 
 def _crossing(one: tuple[int, Plan], other: tuple[int, Plan]) -> int:
-    """The largest number at which every phase's line through two plans is below the limit; four times the larger number
-    if none grows."""
+    """Return the largest number at which the line of every phase through two plans stays below the limit.
+
+    It is four times the larger number if no phase grows.
+    """
     (a, first), (b, second) = sorted((one, other), key=lambda item: item[0])
     most = 4 * b
     for low, high in zip(first.phases, second.phases, strict=True):

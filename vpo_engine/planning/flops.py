@@ -15,17 +15,17 @@ _aten, _ours = torch.ops.aten, torch.ops.vpo_kernels
 
 
 def _attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
-    """Two matrix products; q [..., N, D], k and v [..., M, D]."""
+    """Count two matrix products; q [..., N, D], k and v [..., M, D]."""
     return 4 * math.prod(q.shape) * k.shape[-2]
 
 
 def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
-    """Five matrix products: the scores again, and the gradients of v, of the scores, of q and of k."""
+    """Count five matrix products: the scores again, and the gradients of v, of the scores, of q and of k."""
     return 10 * math.prod(q.shape) * k.shape[-2]
 
 
 def _temporal_attention(q: Tensor, *_: Any, **__: Any) -> int:
-    """q [..., N, heads, D], attention over N."""
+    """Count attention over N; q [..., N, heads, D]."""
     return 4 * math.prod(q.shape) * q.shape[-3]
 
 
@@ -45,8 +45,11 @@ arguments and ``out_val``. Operators without an entry have next to none: their t
 
 
 def _flash_backward(grad: Tensor, q: Tensor, *_: Any, **__: Any) -> int:
-    """FlashAttention 2's float32 sums on a GPU: of dq, head dim rounded up to 32, and of rows; N rounded up to 128
-    (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd)."""
+    """Return the bytes of FlashAttention 2's float32 sums on a GPU: of dq and of rows.
+
+    The head dimension is rounded up to 32 and N to 128 (aten/src/ATen/native/transformers/cuda/flash_attn/
+    flash_api.cpp, mha_bwd).
+    """
     rows = math.prod(q.shape[:-2]) * -(-q.shape[-2] // 128) * 128
     return 4 * rows * (-(-q.shape[-1] // 32) * 32 + 1)
 

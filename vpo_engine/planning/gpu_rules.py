@@ -1,4 +1,4 @@
-"""What a GPU does otherwise than a CPU, for steps that are traced with CPU tensors."""
+"""Make CPU tensors follow the rules of a GPU, for steps that are traced with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AT_FORALL_FP32) and the CPU's leaves in the type that they get: those of them th
 
 @contextmanager
 def as_on_gpu(enabled: bool) -> Iterator[None]:
-    """Under the CPU's autocast these functions round as under CUDA's, in this process, until the end of the block."""
+    """Let these functions round under the CPU's autocast as under CUDA's, in this process, inside the context."""
     originals = {name: getattr(F, name) for name in _IN_FLOAT32}
     try:
         for name, original in originals.items() if enabled else ():

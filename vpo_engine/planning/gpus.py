@@ -1,4 +1,4 @@
-"""What GPUs hold and how fast they compute, as far as it is known."""
+"""The memory and the speed of GPUs, as far as they are known."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _NAMES = {
 
 
 def find_gpu(name: str | None) -> Gpu:
-    """The named entry; without a name the present CUDA device, else an A100 of 80 GB. ValueError for other names."""
+    """Return the named GPU; without a name the one that is here, else an A100 of 80 GB. ValueError for other names."""
     if name is None:
         return present_gpu() or GPUS[DEFAULT]
     if name not in GPUS:
@@ -65,7 +65,7 @@ def find_gpu(name: str | None) -> Gpu:
 
 
 def present_gpu() -> Gpu | None:
-    """The CUDA device of this process, with the rates of its kind where they are known."""
+    """Return the CUDA device of this process, with the rates of its kind where they are known."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

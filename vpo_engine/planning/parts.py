@@ -1,8 +1,9 @@
-"""The parts of a run as fake tensors: built from configurations alone, no weight is read."""
+"""The parts of a run without weights, built from configurations alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,52 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import Idefics2Config, T5Config, T5EncoderModel
+from transformers import Idefics2Config
 
-from vpo_engine.build import DTYPES
 from vpo_engine.config import Config
-from vpo_engine.data.sprites.assets import GEOMETRY, WEIGHTS
-from vpo_engine.data.sprites.pretrain import FLOW
-from vpo_engine.memory.checkpointing import Activations
-from vpo_engine.models.opensora.checkpoint import load_config
-from vpo_engine.models.opensora.geometry import pixel_size
-from vpo_engine.models.opensora.model import Geometry, OpenSora
-from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
-from vpo_engine.models.opensora.stdit3 import STDiT3, STDiT3Config
-from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.models.registry import check_model, model_family
 from vpo_engine.planning.tracker import Tracker
-from vpo_engine.protocols import TextEmbedding
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rewards.videoscore import VideoScoreNetwork
+from vpo_engine.video_model import Blueprint, Solver, VideoModel
 
 _PLANNED = ("videoscore", "videoscore_v1_1")
 """Rewards whose network is traced."""
 _NEGLIGIBLE = 10**7
 """Parameters of a reward that need no planning."""
 CPU, META = torch.device("cpu"), torch.device("meta")
-
-STDIT3_XL2: dict[str, Any] = {"freeze_y_embedder": True}
-"""hpcai-tech/OpenSora-STDiT-v3, where it differs from the class's defaults."""
-
-VAE_V1_2: dict[str, Any] = {
-    "scale": [3.85, 2.32, 2.33, 3.06],
-    "shift": [-0.10, 0.34, 0.27, 0.98],
-    "vae_2d": {"from_pretrained": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"},
-    "vae_temporal": {"type": "VAE_Temporal_SD"},
-}
-"""hpcai-tech/OpenSora-VAE-v1.2."""
-
-T5_V1_1_XXL: dict[str, Any] = {
-    "d_ff": 10240,
-    "d_kv": 64,
-    "d_model": 4096,
-    "feed_forward_proj": "gated-gelu",
-    "num_heads": 64,
-    "num_layers": 24,
-    "tie_word_embeddings": False,
-    "vocab_size": 32128,
-}
-"""DeepFloyd/t5-v1_1-xxl."""
 
 IDEFICS2_8B: dict[str, Any] = {
     "text_config": {"model_type": "mistral", "vocab_size": 32003, "max_position_embeddings": 32768},
@@ -78,89 +47,87 @@ class Assumed:
     notes: list[str] = field(default_factory=list)
 
     def config(self, folder: Path | None, published: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """``folder``'s config.json, else the published one, with a note."""
+        """Return the contents of the folder's config.json, else the published ones with a note."""
         if folder is not None and (folder / "config.json").is_file():
-            return load_config(folder)
+            return _read_json(folder / "config.json")
         self.notes.append(f"{folder} has no config.json here: sizes of {name}")
         return dict(published)
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}, expected an object of settings")
+    return found
+
+
 def configurations_are_here(config: Config) -> bool:
-    """Whether every folder that the configuration names holds a config.json, so that no size has to be assumed."""
+    """Return whether the run can be planned without assuming any size.
+
+    Every folder that the configuration names must hold a config.json, and the model's family must have a blueprint.
+    """
+    family = model_family(config.model.kind)
+    names = {"policy", *family.card.files}
     reward = config.reward.path if config.reward.kind in _PLANNED else None
-    folders = (config.model.policy, config.model.vae, config.model.text_encoder, reward)
-    return all((folder / "config.json").is_file() for folder in folders if folder is not None)
+    folders = (*(getattr(config.model, name) for name in sorted(names)), reward)
+    if not all((folder / "config.json").is_file() for folder in folders if folder is not None):
+        return False
+    return family.blueprint(config.model, Assumed().config, 1) is not None
 
 
-class PlannedModel(OpenSora):
-    """The video model without weights: on the meta device until it is given fake tensors."""
+def blueprint_of(config: Config, assumed: Assumed, depth: int | None = None) -> Blueprint:
+    """Return the configured model without weights; ``depth`` is other than configured, for extrapolation.
 
-    def materialise(self, tracker: Tracker, device: torch.device = CPU) -> None:
-        """Give it uninitialised tensors, fake ones in FakeTensorMode. (Module.to cannot exchange fake parameters.)"""
-        self.device = device
-        with tracker.making("weights"):
-            materialise(self.network, None, device)
-        with tracker.making("vae"):
-            materialise(self.vae, self.dtype, device)
+    ValueError for a family that cannot be planned.
+    """
+    check_model(config)
+    family = model_family(config.model.kind)
+    blueprint = family.blueprint(config.model, assumed.config, depth)
+    if blueprint is None:
+        raise ValueError(
+            f"model.kind={config.model.kind} ({family.card.name}) cannot be planned: its class has no blueprint (see "
+            "docs/models.md). Its runs start without a plan; set rollout.rows to a number"
+        )
+    model = blueprint.model
+    model.use_memory(config.memory)
+    model.solver = _without_modes(model.solver)  # type: ignore[method-assign, assignment]
+    return blueprint
 
-    def schedule(self, steps: int) -> tuple[list[float], list[float]]:
-        """True numbers: they say which steps are guided."""
+
+def _without_modes(function: Callable[[int], Solver]) -> Callable[[int], Solver]:
+    """Compute with true numbers under FakeTensorMode: a solver's times say which steps are guided."""
+
+    def called(steps: int) -> Solver:
         with _disable_current_modes():
-            return super().schedule(steps)
+            return function(steps)
 
-    @property
-    def decoders(self) -> list[nn.Module]:
-        """What decodes a micro-batch of frames, whole or in strips, and a chunk of latents."""
-        images = self.vae.spatial_vae
-        return [images.module.decoder, images.strips, self.vae.temporal_vae.decoder]
-
-
-class _NoText:
-    """Embeddings are given to the model directly."""
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        raise AssertionError
-
-    def __call__(self, prompts: Sequence[str]) -> TextEmbedding:
-        raise AssertionError
+    return called
 
 
 def configured_depth(config: Config) -> int:
-    """Pairs of blocks of the policy."""
-    return STDiT3Config.from_dict(_network_config(config, Assumed())).depth
+    """Return the number of blocks in each list of the policy's repeating blocks."""
+    return blueprint_of(config, Assumed(), 1).depth
 
 
-def _network_config(config: Config, assumed: Assumed) -> dict[str, Any]:
-    if config.model.kind == "sprites":
-        return load_config(config.model.policy or WEIGHTS / "policy")
-    return assumed.config(config.model.policy, STDIT3_XL2, "STDiT3-XL/2")
+def materialise_model(model: VideoModel, tracker: Tracker, device: torch.device = CPU) -> None:
+    """Give the parts of a blueprint's model uninitialised tensors, fake ones in FakeTensorMode.
 
-
-def build_model(config: Config, assumed: Assumed, depth: int | None) -> tuple[PlannedModel, int]:
-    """Policy and VAE, and the network's configured depth; ``depth`` is another, for extrapolation."""
-    settings, network_config = config.model, _network_config(config, assumed)
-    if settings.kind == "sprites":
-        vae_config, geometry, flow = load_config(WEIGHTS / "vae"), GEOMETRY, FLOW
-    else:
-        vae_config = assumed.config(settings.vae, VAE_V1_2, "OpenSora-VAE-v1.2")
-        geometry = Geometry(
-            *pixel_size(settings.resolution, settings.aspect), settings.num_frames, settings.fps
-        )
-        flow = RectifiedFlow(use_timestep_transform=True)
-    configured = STDiT3Config.from_dict(network_config).depth
-    network_config["depth"] = depth or configured
-    with META:
-        network, vae = STDiT3.from_config(network_config), OpenSoraVAE.from_config(vae_config)
-    memory = config.memory
-    network.activations = Activations(memory.recompute, memory.offload, memory.mlp_chunks)
-    dtype = DTYPES[settings.dtype]
-    model = PlannedModel(network, vae, _NoText(), geometry, flow, device=META, dtype=dtype)
-    model.decode_frames, model.decode_rows = memory.decode_frames, memory.decode_rows
-    return model, configured
+    (``Module.to`` cannot exchange fake parameters.)
+    """
+    model.device = device
+    for name, part in model.parts.items():
+        with tracker.making("weights" if name == "policy" else name):
+            materialise(part, None if name == "policy" else model.dtype, device)
 
 
 def build_reward_network(config: Config, assumed: Assumed) -> VideoScoreNetwork | None:
-    """VideoScore's network, on the meta device; None for other rewards (see ``bare_weights``) and on another device."""
+    """Return VideoScore's network on the meta device.
+
+    It is None for other rewards (see ``bare_weights``), and for a reward on another device.
+    """
     if config.processes.reward:
         assumed.notes.append("the reward model has a process, and a device, of its own, which is not planned")
         return None
@@ -178,8 +145,10 @@ def build_reward_network(config: Config, assumed: Assumed) -> VideoScoreNetwork 
 
 
 def bare_weights(config: Config, assumed: Assumed) -> dict[str, int]:
-    """Bytes of the "reward" model and of the "judge", the held-out reward, where they are known by their cards alone:
-    their weights in 16 bits. Noted; without those that are negligible."""
+    """Return the bytes of the "reward" model and of the "judge" (the held-out reward) that only their cards tell.
+
+    These are their weights in 16 bits. A note says so; models of negligible size are left out.
+    """
     kinds: dict[str, str] = {}
     if config.reward.kind not in _PLANNED and config.reward.device == "auto" and not config.processes.reward:
         kinds["reward"] = config.reward.kind
@@ -196,19 +165,11 @@ def bare_weights(config: Config, assumed: Assumed) -> dict[str, int]:
     return found
 
 
-def build_text_encoder(config: Config, assumed: Assumed) -> T5EncoderModel:
-    if config.model.kind == "sprites":
-        fields = load_config(WEIGHTS / "text_encoder")
-    else:
-        fields = assumed.config(config.model.text_encoder, T5_V1_1_XXL, "T5 v1.1 XXL")
-    with META:
-        encoder = T5EncoderModel(T5Config(**fields))
-    return encoder.eval().requires_grad_(False)
-
-
 def materialise(module: nn.Module, dtype: torch.dtype | None = None, device: torch.device = CPU) -> None:
-    """Uninitialised tensors on ``device`` in place of those on the meta device, floats in ``dtype``; shared ones stay
-    shared."""
+    """Put uninitialised tensors on ``device`` in place of those on the meta device, floats in ``dtype``.
+
+    Shared tensors stay shared.
+    """
     made: dict[int, Any] = {}
     for part in module.modules():
         for held in (part._parameters, part._buffers):

@@ -1,4 +1,4 @@
-"""A run's plan on a device, and whether the run may start."""
+"""Plan a run on a device, and decide whether it may start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vpo_engine.planning.report import line, shortfall, whole
 
 
 def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
-    """The plan of one of ``processes`` processes on ``gpu``, or on this machine's CPU for None.
+    """Return the plan of one of ``processes`` processes on ``gpu``, or on this machine's CPU for None.
 
     Its limit is memory.limit_gib, else the GPU's capacity or the memory that this machine has available.
     """
@@ -37,16 +37,15 @@ def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
 
 
 def granted(config: Config, gpu: Gpu | None, processes: int = 1) -> Config:
-    """The configuration with rollout.rows=auto as the number that the plan on ``gpu`` (None: this CPU) grants."""
+    """Replace rollout.rows=auto by the number that the plan on ``gpu`` (None: this CPU) grants."""
     return with_granted_rows(config, lambda changed: plan_run(changed, gpu, processes), processes)
 
 
 def check_fits(config: Config, device: torch.device, processes: int = 1) -> tuple[Config, str]:
-    """The configuration with its rows granted, and its plan on ``device``: as ``vpo_engine.plan`` prints it, or one
-    line on a CPU.
+    """Return the configuration with its rows granted, and the text of its plan on ``device``.
 
-    ValueError, unless memory.overcommit, if it cannot fit there: phase, need, limit, and the cheapest single settings
-    that would make it fit.
+    The text is what ``vpo_engine.plan`` prints, or one line on a CPU. Unless memory.overcommit is set, a run that does
+    not fit is a ValueError with the phase, the need, the limit, and the cheapest single setting that would make it fit.
     """
     gpu = present_gpu() if device.type == "cuda" else None
     config = granted(config, gpu, processes)
@@ -60,7 +59,7 @@ def check_fits(config: Config, device: torch.device, processes: int = 1) -> tupl
 
 
 def available_memory() -> int:
-    """Bytes that new programs can take without swapping (Linux), else 2^63: then nothing is refused."""
+    """Return the bytes that new programs can take without swapping (Linux), else 2^63, so that nothing is refused."""
     path = Path("/proc/meminfo")
     if not path.exists():
         return 2**63
@@ -74,6 +73,6 @@ def _trace(config: Config, on_gpu: bool, processes: int) -> Traced:
 
 
 def _as_traced(config: Config) -> Config:
-    """The configuration without what does not reach the trace, so that traces are shared."""
+    """Return the configuration without settings that do not change the trace, so that traces are shared."""
     memory = config.memory.model_copy(update={"residency": "all", "limit_gib": None, "overcommit": False})
     return config.model_copy(update={"memory": memory, "name": "", "run_dir": None, "steps": 10**9})

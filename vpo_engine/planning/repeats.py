@@ -1,5 +1,8 @@
-"""What is done again and again, traced once: the network in a sampling loop, blocks without gradients, micro-batches of
-a decoder, AdamW on weights of one shape."""
+"""Trace once what a step does again and again.
+
+That is the network in a sampling loop, blocks without gradients, micro-batches of a decoder, and AdamW on weights of
+one shape.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
-from vpo_engine.models.opensora.reuse import Reuse
+from vpo_engine.model_values import StepMemo
 from vpo_engine.planning.tracker import BLOCK, Phase, Tracker
 
 
@@ -22,7 +25,8 @@ from vpo_engine.planning.tracker import BLOCK, Phase, Tracker
 class _Call:
     """What a call did: operations, bytes, its highest memory above that at its start, and its results.
 
-    results: for each, the number of the argument whose memory it is, else an empty tensor like it; other values.
+    results: for each tensor, the number of the argument whose memory it is, else shape, stride and dtype; other values
+    as they are.
     """
 
     flops: int
@@ -34,12 +38,12 @@ class _Call:
 
 @contextmanager
 def repeated(tracker: Tracker, networks: Iterable[nn.Module], *groups: Iterable[nn.Module]) -> Iterator[None]:
-    """Calls without gradients of a network, or of a group's modules, are traced for the first of equal arguments; the
-    later ones count as much, allocate equal results and reach the same height. A group's modules must differ in
-    weights only.
+    """Trace calls without gradients, of a network or of a group's modules, for the first of equal arguments only.
 
-    Always traced: a network's call that fills a sampling loop's ``Reuse``, and calls in a group after which more is
-    held than their results (autocast holds casts of weights until a network's call is over).
+    The later calls count as much, allocate equal results and reach the same height. A group's modules must differ in
+    weights only. Two kinds of calls are always traced: those of a network that fill the ``StepMemo`` of a sampling
+    loop, and those of a group after which more is held than their results (autocast holds casts of weights until a
+    network's call is over).
     """
     with ExitStack() as restore:
         for modules, whole in (
@@ -58,7 +62,7 @@ def _remembering(
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         leaves = list(tree_iter((args, kwargs)))
-        filling = any(isinstance(leaf, Reuse) and not leaf.filled for leaf in leaves)
+        filling = any(isinstance(leaf, StepMemo) and not leaf.filled for leaf in leaves)
         if torch.is_grad_enabled() or filling:
             return original(*args, **kwargs)
         key = (torch.is_autocast_enabled("cpu"), *(_signature(leaf) for leaf in leaves))
@@ -79,7 +83,7 @@ def _remembering(
 
 
 def _nbytes(results: list[Any]) -> int:
-    """Of results in memory of their own."""
+    """Return the bytes of results that have memory of their own."""
     shapes = (item for item in results if isinstance(item, tuple))
     return sum(-(-math.prod(shape) * dtype.itemsize // BLOCK) * BLOCK for shape, _, dtype in shapes)
 
@@ -126,8 +130,11 @@ def _again(item: Any, leaves: list[Any]) -> Any:
 
 @contextmanager
 def repeated_steps(tracker: Tracker) -> Iterator[None]:
-    """Steps of AdamWs that have one weight each are traced for the first weight of a shape and type; the later ones
-    count as much, make an equal state and reach the same height. The AdamWs must have the same settings."""
+    """Trace steps of AdamWs that have one weight each for the first weight of a shape and type only.
+
+    The later steps count as much, make an equal state and reach the same height. All AdamWs must have the same
+    settings.
+    """
     own, original = vars(AdamW).get("step"), AdamW.step
     known: dict[Hashable, tuple[Phase, int]] = {}
     states: dict[Hashable, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Plans as text and as JSON."""
+"""Write plans as text and as JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COLUMNS = {
 
 
 def table(plan: Plan) -> str:
-    """A line per phase: GiB at its peak by category, operations, time, share of the step."""
+    """Return a table with a line per phase: GiB at its peak by category, operations, time, share of the step."""
     header = ["phase", "peak GiB", *_COLUMNS, "FLOP", "time", "share"]
     lines = [header]
     for phase in plan.phases:
@@ -44,7 +44,7 @@ def table(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, its peak and what dominates that, the time of a step."""
+    """Return a sentence: whether the run fits, its peak, what takes most of it, and the time of a step."""
     peak = plan.peak
     fits = "fits" if plan.fits else "does not fit"
     time = "" if plan.seconds is None else f"; {duration(plan.seconds)} a step"
@@ -55,7 +55,7 @@ def verdict(plan: Plan) -> str:
 
 
 def provenance(plan: Plan) -> list[str]:
-    """What the numbers rest on."""
+    """Return lines that say where the numbers come from."""
     lines = [*plan.notes]
     host = max(phase.host for phase in plan.phases)
     if host:
@@ -74,18 +74,18 @@ def provenance(plan: Plan) -> list[str]:
 
 
 def whole(plan: Plan) -> str:
-    """Table, provenance and verdict."""
+    """Return table, provenance and verdict."""
     return "\n".join([table(plan), *provenance(plan), verdict(plan)])
 
 
 def line(plan: Plan) -> str:
-    """The plan in one line, for the beginning of a run on a CPU, whose rates are not known."""
+    """Return the plan in one line, for runs on a CPU, whose rates are not known."""
     peaks = ", ".join(f"{phase.name} {_gib(phase.total)}" for phase in plan.phases)
     return f"plan: {peaks} GiB; limit {_gib(plan.limit)} GiB, {plan.limited_by}"
 
 
 def shortfall(plan: Plan, change: Change | None) -> str:
-    """Why a run is refused, and what to do."""
+    """Return the error of a run that is refused: why, and what to do."""
     peak = plan.peak
     remedy = "no single setting makes it fit: see python -m vpo_engine.plan"
     if change is not None:
@@ -98,6 +98,7 @@ def shortfall(plan: Plan, change: Change | None) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan for machines."""
     return {
         "fits": plan.fits,
         "limit_bytes": plan.limit,
@@ -120,7 +121,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that leaves a number of at most three digits, two of them counting."""
+    """Return seconds in the unit that suits them, with two significant digits."""
     for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}"

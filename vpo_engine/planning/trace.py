@@ -1,8 +1,8 @@
-"""One step of Algorithm 1 under fake tensors: its phases, with what they allocate and compute.
+"""Trace one step of Algorithm 1 with fake tensors: its phases, with what they allocate and compute.
 
 The objects are the engine's own: network, objective, optimizer, reference, sampler and VAE; only weights and values
-are missing. Tensors lie on the CPU of FakeTensorMode, so a plan is the same on every machine; where a GPU is planned
-for, ``gpu_rules`` brings its autocast.
+are missing. Tensors are on the CPU of FakeTensorMode, so a plan is the same on every machine. Where a GPU is planned
+for, ``gpu_rules`` adds the rules of its autocast.
 """
 
 from __future__ import annotations
@@ -21,28 +21,26 @@ from vpo_engine.config import Config
 from vpo_engine.memory.offload import OffloadedInputs, PlainCopies
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.rounding import hold_in_bfloat16
-from vpo_engine.metrics.throughput import without_mask
 from vpo_engine.models.lora import inject_adapter
-from vpo_engine.models.opensora.text import MAX_LENGTH
 from vpo_engine.objectives.dpo import DPO
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.parts import (
-    DTYPES,
     Assumed,
     bare_weights,
-    build_model,
+    blueprint_of,
     build_reward_network,
-    build_text_encoder,
     materialise,
+    materialise_model,
 )
 from vpo_engine.planning.repeats import repeated, repeated_steps
 from vpo_engine.planning.tracker import Peak, Phase, Tracker
-from vpo_engine.protocols import SamplerSettings, TextEmbedding
+from vpo_engine.protocols import SamplerSettings, SamplerState, TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.videoscore import VideoScoreNetwork, frame_indices
 from vpo_engine.rollout.batches import Batch
 from vpo_engine.rollout.quantised_copy import SamplingCopy
 from vpo_engine.values import Candidate, Pair, Prompt
+from vpo_engine.video_model import repeating_blocks
 
 PhaseName = Literal["text", "rollout", "decode", "reward", "update", "optimizer", "refresh"]
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
@@ -51,7 +49,7 @@ TEXT_BATCH = 16
 """Prompts that the text encoder takes at once (vpo_engine/data/text_source.py)."""
 
 QUESTION_TOKENS, TOKENS_AROUND_A_FRAME = 400, 3
-"""VideoScore's question with a long caption; boundaries and space of a frame."""
+"""Tokens of VideoScore's question with a long caption, and tokens around each frame: its boundaries and a space."""
 
 SHORTEST, LONGEST = 378, 980
 """Edges to which VideoScore's preprocessor_config.json resizes frames."""
@@ -76,20 +74,20 @@ class Trace:
         return tuple(self.phases)
 
     def peak(self, name: PhaseName, absent: frozenset[str] = frozenset()) -> Peak:
-        """Bytes by category at a phase's peak, without those of ``absent``."""
+        """Return the bytes by category at a phase's peak, without the categories ``absent``."""
         peaks = [self.tracker.peak(part, absent) for part, _ in self.phases[name]]
         return max(peaks, key=lambda peak: sum(peak.values()))
 
     def host(self, name: PhaseName) -> int:
-        """The most bytes that the host holds for the device in a phase."""
+        """Return the most bytes that the host holds for the device in a phase."""
         return max(self.tracker.peak_of(part, "host") for part, _ in self.phases[name])
 
     def flops(self, name: PhaseName) -> float:
-        """Of a step."""
+        """Return the operations of a phase in one step."""
         return sum(part.flops * times for part, times in self.phases[name])
 
     def traffic(self, name: PhaseName) -> float:
-        """Of a step, in bytes."""
+        """Return the bytes that a phase reads and writes in one step."""
         return sum(part.traffic * times for part, times in self.phases[name])
 
 
@@ -104,7 +102,7 @@ def trace_step(
 
 
 class HostCopies(PlainCopies):
-    """Copies whose host side is told apart."""
+    """Copies whose host memory has a category of its own."""
 
     def __init__(self, device: torch.device, tracker: Tracker) -> None:
         super().__init__(device)
@@ -116,7 +114,7 @@ class HostCopies(PlainCopies):
 
 
 class _Tracing:
-    """The fake step in the making."""
+    """Builds the parts of a fake step and runs its phases."""
 
     def __init__(self, config: Config, on_gpu: bool, processes: int, depth: int | None) -> None:
         self._config, self._on_gpu = config, on_gpu
@@ -124,13 +122,15 @@ class _Tracing:
         self._team = 1 if processes % team else team
         self._pairs = max(1, config.pairs_per_step * self._team // processes)
         assumed = Assumed()
-        self._model, configured = build_model(config, assumed, depth)
+        blueprint = blueprint_of(config, assumed, depth)
+        self._model = blueprint.model
         if config.model.lora is not None:
-            inject_adapter(self._model.network, config.model.lora, config.seed)
+            targets = self._model.card.lora_targets
+            inject_adapter(self._model.network, config.model.lora, targets, config.seed)
         self._reward, self._bare = build_reward_network(config, assumed), bare_weights(config, assumed)
-        self._text_encoder = build_text_encoder(config, assumed)
+        self._text_encoder = None if blueprint.text_encoder is None else blueprint.text_encoder()
         self._tracker = Tracker(scratch=on_gpu)
-        self._trace = Trace(self._tracker, notes=assumed.notes, depth=configured)
+        self._trace = Trace(self._tracker, notes=assumed.notes, depth=blueprint.depth)
 
     def run(self, network_only: bool) -> Trace:
         with (
@@ -153,13 +153,10 @@ class _Tracing:
         return self._trace
 
     def _groups(self, networks: Iterable[nn.Module]) -> list[Iterable[nn.Module]]:
-        """Modules that do the same again and again."""
+        """Return groups of modules that do the same again and again."""
         groups: list[Iterable[nn.Module]] = [[part] for part in self._model.decoders]
-        for network in networks:
-            groups += [
-                network.get_submodule(name).children() for name in ("spatial_blocks", "temporal_blocks")
-            ]
-        groups.append(self._text_encoder.encoder.block)
+        for network in (*networks, *([] if self._text_encoder is None else [self._text_encoder])):
+            groups += repeating_blocks(network).values()
         if self._reward is not None:
             trunk = self._reward.model
             groups += [trunk.vision_model.encoder.layers, trunk.text_model.layers]
@@ -174,13 +171,14 @@ class _Tracing:
     # --- parts ---------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        """Policy, VAE, reward model, reference, optimizer with its state, as they are after the first step."""
+        """Make policy, VAE, reward model, reference, and the optimizer with its state after the first step."""
         config, tracker, network = self._config, self._tracker, self._model.network
-        self._model.materialise(tracker)
-        hold_in_bfloat16(network, config.memory.weights, DTYPES[config.model.dtype])
+        materialise_model(self._model, tracker)
+        hold_in_bfloat16(network, config.memory.weights, self._model.dtype)
         tracker.label([*network.parameters(), *network.buffers()], "weights")
-        network.register_forward_pre_hook(without_mask)
-        network.offloaded = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
+        if "memory.offload" in self._model.card.supports:
+            copies = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
+            network.offloaded = copies  # type: ignore[assignment]
         if self._reward is not None:
             self._build_reward(self._reward)
         self._held = []
@@ -227,34 +225,32 @@ class _Tracing:
             self._tracker.label([parameter.grad], "gradients")
 
     def _candidates(self) -> tuple[Tensor, TextEmbedding]:
-        """Latents of a step's candidates, text of its prompts: captions of the greatest length."""
-        network, latent = self._model.network.settings, self._model.latent_shape
+        """Return the latents of a step's candidates, and the text of its prompts, all of the greatest length."""
+        text, latent = self._model.text_rule, self._model.latent_shape
         with self._tracker.making("other"):
             latents = torch.zeros(self._pairs * self._config.rollout.candidates, *latent)
-            embeddings = torch.zeros(
-                self._pairs, network.model_max_length, network.caption_channels, dtype=self._text_dtype()
-            )
+            size = (self._pairs, text.max_tokens, text.channels)
+            embeddings = torch.zeros(*size, dtype=self._model.dtype)
         return latents, TextEmbedding(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool))
-
-    def _text_dtype(self) -> torch.dtype:
-        return DTYPES[self._config.model.dtype]
 
     # --- phases --------------------------------------------------------------------------------------------
 
     def _text(self) -> None:
-        encoder, length = self._text_encoder, min(MAX_LENGTH, self._model.network.settings.model_max_length)
+        encoder = self._text_encoder
+        if encoder is None:
+            return
         with self._phase("text", 1.0), torch.no_grad():
             with self._tracker.making("text encoder"):
-                materialise(encoder, self._text_dtype())
-            ids = torch.zeros(TEXT_BATCH, length, dtype=torch.int64)
+                materialise(encoder, self._model.dtype)
+            ids = torch.zeros(TEXT_BATCH, self._model.text_rule.max_tokens, dtype=torch.int64)
             encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
             _empty(encoder)
 
     def _rollout(self, latents: Tensor, text: TextEmbedding) -> None:
-        """One group of candidates through the sampling loop; with rollout.prune in two parts, with explore twice.
+        """Send one group of candidates through the sampling loop; with rollout.prune in two parts, with explore twice.
 
-        A copy in 8 bits is planned as if it were the policy, but for the memory it holds. No step reuses another's
-        blocks, whatever the cache says: how often it would is not known beforehand.
+        A copy in 8 bits is planned like the policy, except for the memory it holds. The step cache is planned as if it
+        never applied, because nobody knows beforehand how often it will.
         """
         config = self._config.rollout
         network = self._model.network if config.source == "policy" else self._reference
@@ -263,16 +259,18 @@ class _Tracing:
         cheap = SamplerSettings(
             first.steps or config.steps, config.guidance, first.guidance_interval, first.cache
         )
-        parts = [(cheap, slice(0, None if explored else config.prune_step), config.candidates)]
+        parts = [(cheap, 0, None if explored else config.prune_step, config.candidates)]
         if config.keep is not None:
-            parts.append((settings, slice(0 if explored else config.prune_step, None), config.keep))
+            parts.append((settings, 0 if explored else config.prune_step or 0, None, config.keep))
         self._tracker.answer = lambda: 0.0
-        for settings, part, candidates in parts:
+        for settings, first_step, stop, candidates in parts:
             everything = Batch(range(self._pairs), range(candidates // self._team))
             group = everything.split(config.most_rows)[0]
             row_text = text[group.index[0]]
             with self._phase("rollout", len(everything) / len(group)):
-                self._model.denoise(network, latents[: len(group)], row_text, settings, part)
+                noise = latents[: len(group)]
+                state = SamplerState(noise, noise, first_step)
+                self._model.denoise(network, state, row_text, settings, stop)
         self._tracker.answer = lambda: 1.0
 
     def _score(self, latents: Tensor) -> None:
@@ -331,7 +329,7 @@ class _Tracing:
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Storages go by their counted references; looking for cycles would take a tenth of the time."""
+    """Switch the search for reference cycles off: counts free all storages, and it takes a tenth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -347,7 +345,7 @@ def _pair(latents: Tensor, embedding: TextEmbedding, position: int) -> Pair:
 
 
 def _empty(module: nn.Module) -> None:
-    """Let a module's tensors go."""
+    """Release the tensors of a module."""
     for part in module.modules():
         for held in (part._parameters, part._buffers):
             held.clear()

@@ -1,4 +1,4 @@
-"""What a program allocates and computes, counted operator by operator; on fake tensors, without running it.
+"""Count what a program allocates and computes, operator by operator; on fake tensors, without running it.
 
 A ``Tracker`` sees every operator below autograd. It follows storages from their first tensor to their release, and
 adds up floating point operations and bytes read and written. Peaks are worked out afterwards, from the log of
@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vpo_engine.planning.flops import FLOPS, SCRATCH, WRITES_NOTHING
 
 BLOCK = 512
-"""Bytes to a multiple of which the CUDA allocator rounds (c10/cuda/CUDACachingAllocator: kMinBlockSize)."""
+"""The CUDA allocator rounds sizes up to a multiple of so many bytes (c10/cuda/CUDACachingAllocator: kMinBlockSize)."""
 
 Peak = dict[str, int]
-"""Bytes by category at the moment when most are live."""
+"""Bytes by category, at the moment when their sum is largest."""
 
 
 @dataclass(eq=False)
@@ -51,11 +51,11 @@ class _Storage:
 class _Log:
     storages: list[_Storage] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
-    """number + 1 when storage ``number`` appears, its negative when it goes."""
+    """One entry for each event: number + 1 when a storage appears, -(number + 1) when it is freed."""
 
 
 class Tracker(TorchDispatchMode):
-    """Counts while it is entered, inside of FakeTensorMode if there is one.
+    """Counts operators while its context is entered, inside of FakeTensorMode if there is one.
 
     ``answer`` is what a fake tensor's value is taken to be where the program asks for it (``float(loss)``,
     ``bool(mask.all())``); tensors with a known value give that. ``scratch``: count what GPU kernels take for
@@ -76,7 +76,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def making(self, category: str) -> Iterator[None]:
-        """Storages that appear inside are of this category."""
+        """Give this category to storages that appear inside the context."""
         before, self._category = self._category, category
         try:
             yield
@@ -84,16 +84,16 @@ class Tracker(TorchDispatchMode):
             self._category = before
 
     def label(self, tensors: Iterable[Tensor], category: str) -> None:
-        """These tensors' storages are of this category, from the beginning; unknown ones are live from now on."""
+        """Give this category to the tensors' storages, from the beginning; unknown storages are live from now on."""
         for tensor in tensors:
             self._log.storages[self._follow(tensor)].category = category
 
     def resize(self, tensor: Tensor, size: int) -> None:
-        """A tensor's storage takes ``size`` bytes, from the beginning: its encoding is not that of the fake."""
+        """Let a tensor's storage take ``size`` bytes from the beginning, for encodings that the fake does not have."""
         self._log.storages[self._follow(tensor)].size = _rounded(size)
 
     def live(self, category: str | None = None) -> int:
-        """Bytes that are live now, of one category or of all."""
+        """Return the bytes that are live now, of one category or of all."""
         storages = (self._log.storages[number] for number in self._numbers.values())
         return sum(s.size for s in storages if category in (None, s.category))
 
@@ -101,7 +101,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def phase(self) -> Iterator[Phase]:
-        """The log and the sums from here to the end of the block."""
+        """Record the log and the sums inside the context."""
         phase = Phase(len(self._log.events), resident=frozenset(self._numbers.values()))
         self._phases.append(phase)
         try:
@@ -111,7 +111,7 @@ class Tracker(TorchDispatchMode):
             phase.stop = len(self._log.events)
 
     def peak(self, phase: Phase, absent: frozenset[str] = frozenset()) -> Peak:
-        """Bytes by category when their sum is largest in a phase; categories in ``absent`` are not counted."""
+        """Return the bytes by category when their sum is largest in a phase, without the categories ``absent``."""
         storages = self._log.storages
         now: Peak = {}
         for number in phase.resident:
@@ -135,12 +135,12 @@ class Tracker(TorchDispatchMode):
         return {name: size for name, size in (now if rising else peak).items() if size}
 
     def peak_of(self, phase: Phase, category: str) -> int:
-        """The most bytes of one category in a phase."""
+        """Return the most bytes of one category in a phase."""
         others = frozenset(storage.category for storage in self._log.storages) - {category}
         return sum(self.peak(phase, others).values())
 
     def height(self, phase: Phase) -> int:
-        """How far the live bytes rose in a phase above those at its start."""
+        """Return how far the live bytes rise in a phase above those at its start."""
         now = most = 0
         for event in self._log.events[phase.start : phase.stop]:
             size = self._log.storages[abs(event) - 1].size
@@ -149,7 +149,7 @@ class Tracker(TorchDispatchMode):
         return most
 
     def add(self, flops: int, traffic: int, transient: int) -> None:
-        """Count what is not run: sums, and memory that is taken and given back."""
+        """Count work that is not run: operations, bytes, and memory that is taken and given back."""
         for phase in self._phases:
             phase.flops += flops
             phase.traffic += traffic
@@ -175,7 +175,7 @@ class Tracker(TorchDispatchMode):
         self._log.events.append(-(number + 1))
 
     def _borrow(self, size: int, category: str) -> None:
-        """Memory that is taken and given back at once."""
+        """Count memory that is taken and given back at once."""
         number = len(self._log.storages)
         self._log.storages.append(_Storage(_rounded(size), category))
         self._log.events += [number + 1, -(number + 1)]
@@ -229,7 +229,7 @@ def _rounded(size: int) -> int:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in an operator's arguments or result: a tensor, or lists of them."""
+    """Yield the tensors in an operator's arguments or result."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

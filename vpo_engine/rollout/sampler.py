@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.protocols import Denoised, Network, SamplerSettings, TextEmbedding, VideoModel
+from vpo_engine.protocols import Network, SamplerSettings, SamplerState, TextEmbedding, VideoModel
 from vpo_engine.rollout.batches import Batch, Batches, as_slice
 from vpo_engine.rollout.scorer import OverlappedScores, Scores
 from vpo_engine.seeding import normal
@@ -23,15 +23,15 @@ Extremes = Callable[[Scores, int], Tensor]
 
 
 class Pass(NamedTuple):
-    """A run of all or some steps of the sampling loop.
+    """A part of the sampling loop, or the whole of it.
 
-    network: what predicts. steps: which of the settings' steps. previews: whether the clean latents that the last
-    prediction points to are scored, and not the latents that are reached.
+    network: what predicts. stop: after how many of the settings' steps the pass ends; None: after all. previews:
+    whether the clean latents that the last prediction points to are scored, and not the latents that are reached.
     """
 
     network: Network
     settings: SamplerSettings
-    steps: slice = slice(None)
+    stop: int | None = None
     previews: bool = False
 
 
@@ -43,26 +43,23 @@ class Denoiser:
 
     @torch.no_grad()
     def __call__(
-        self,
-        run: Pass,
-        latents: Tensor,
-        text: TextEmbedding,
-        sampled: Sampled | None = None,
-    ) -> Denoised:
-        """Advance latents [P, N, C, T, H, W] of the P prompts of ``text``; both results have that shape."""
+        self, run: Pass, state: SamplerState, text: TextEmbedding, sampled: Sampled | None = None
+    ) -> SamplerState:
+        """Go on from ``state``, whose tensors are [P, N, ...], with the P prompts of ``text``.
 
-        def denoise(batch: Batch) -> Denoised:
-            rows = latents[batch.index].flatten(0, 1).to(self._device)
-            made = self._model.denoise(run.network, rows, text[batch.index[0]], run.settings, run.steps)
+        ``sampled``: is given each batch as soon as it is there.
+        """
+
+        def denoise(batch: Batch) -> SamplerState:
+            begun = state.map(lambda tensor: tensor[batch.index].flatten(0, 1).to(self._device))
+            made = self._model.denoise(run.network, begun, text[batch.index[0]], run.settings, run.stop)
             if sampled is not None:
                 sampled(batch, made.preview if run.previews else made.latents)
             return made
 
-        parts = list(self._batches.run(denoise, *latents.shape[:2]))
-        return Denoised(
-            torch.cat([part.latents for part in parts]).view(latents.shape),
-            torch.cat([part.preview for part in parts]).view(latents.shape),
-        )
+        size = state.latents.shape[:2]
+        made = SamplerState.cat(list(self._batches.run(denoise, *size)))
+        return made.map(lambda tensor: tensor.unflatten(0, size))
 
 
 class CandidateSampler:
@@ -79,7 +76,8 @@ class CandidateSampler:
         seed: int,
         latent_shape: Sequence[int],
         networks: tuple[Network, Network],
-        denoise: Callable[[Pass, Tensor, TextEmbedding, Sampled | None], Denoised],
+        start: Callable[[Tensor], SamplerState],
+        denoise: Callable[[Pass, SamplerState, TextEmbedding, Sampled | None], SamplerState],
         overlapped: Callable[[Sequence[str]], OverlappedScores | None],
         score: Callable[[Tensor, Sequence[str], OverlappedScores | None], Scores],
         extremes: Extremes,
@@ -87,12 +85,12 @@ class CandidateSampler:
     ) -> None:
         """``networks``: what predicts in the first pass, and in the second where there is one.
 
-        ``denoise``: a ``Denoiser``. ``overlapped`` and ``score``: of a ``VideoScorer``. All may be wrapped, to be timed
-        for example. ``team``: the processes that share the candidates of every prompt; each samples and scores an
-        equal part.
+        ``start``: the model's. ``denoise``: a ``Denoiser``. ``overlapped`` and ``score``: of a ``VideoScorer``. All may
+        be wrapped, to be timed for example. ``extremes``: the selector's. ``team``: the processes that share the
+        candidates of every prompt; each samples and scores an equal part.
         """
         self._config, self._seed, self._shape = config, seed, tuple(latent_shape)
-        self._denoise, self._overlapped, self._score = denoise, overlapped, score
+        self._start, self._denoise, self._overlapped, self._score = start, denoise, overlapped, score
         self._extremes, self._team = extremes, team
         first = config.first_pass
         cheap = SamplerSettings(
@@ -108,9 +106,8 @@ class CandidateSampler:
         if config.explore is not None:
             self._first, self._second = Pass(networks[0], cheap), Pass(networks[1], exact)
         else:
-            cut, pruned = config.prune_step, config.prune is not None
-            self._first = Pass(networks[0], cheap, slice(0, cut), previews=pruned)
-            self._second = Pass(networks[1], exact, slice(cut, None))
+            self._first = Pass(networks[0], cheap, config.prune_step, previews=config.prune is not None)
+            self._second = Pass(networks[1], exact)
 
     def sample(self, prompts: Sequence[Prompt], attempt: int = 0) -> list[list[Candidate]]:
         """Return the scored candidates of each prompt, all that the team made, in the order of their numbers.
@@ -119,43 +116,46 @@ class CandidateSampler:
         """
         count, keep = self._config.candidates, self._config.keep
         numbers = torch.arange(attempt * count, (attempt + 1) * count).repeat(len(prompts), 1)
-        noise = self._noise(prompts, attempt)
-        latents, scores = self._shared(self._first, noise, prompts)
+        begun = self._begun(prompts, attempt)
+        made, scores = self._shared(self._first, begun, prompts)
         if keep is not None:
             kept = self._extremes(scores, keep).cpu()
             rows = torch.arange(len(prompts))[:, None]
-            begun = noise if self._config.explore is not None else latents
-            latents, scores = self._shared(self._second, begun[rows, kept], prompts)
+            begun = (begun if self._config.explore is not None else made).map(
+                lambda tensor: tensor[rows, kept]
+            )
+            made, scores = self._shared(self._second, begun, prompts)
             numbers = numbers.gather(1, kept)
         return [
             [
-                Candidate(prompt, number, latents[row, place], scores_of[place])
+                Candidate(prompt, number, made.latents[row, place], scores_of[place])
                 for place, number in enumerate(numbers[row].tolist())
             ]
             for row, (prompt, scores_of) in enumerate(zip(prompts, _by_candidate(scores), strict=True))
         ]
 
-    def _noise(self, prompts: Sequence[Prompt], attempt: int) -> Tensor:
-        """Return the noise of all candidates, [P, N, C, T, H, W], on the host."""
+    def _begun(self, prompts: Sequence[Prompt], attempt: int) -> SamplerState:
+        """Return all candidates before the first step, [P, N, ...], on the host."""
         shape, which = (self._config.candidates, *self._shape), [attempt] if attempt else []
-        return torch.stack(
-            [normal(shape, self._seed, "rollout", prompt.position, *which) for prompt in prompts]
-        )
+        noise = [normal(shape, self._seed, "rollout", prompt.position, *which) for prompt in prompts]
+        return self._start(torch.cat(noise)).map(lambda tensor: tensor.unflatten(0, (len(prompts), -1)))
 
-    def _shared(self, run: Pass, latents: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Scores]:
+    def _shared(
+        self, run: Pass, state: SamplerState, prompts: Sequence[Prompt]
+    ) -> tuple[SamplerState, Scores]:
         """Let each process of the team run an equal part of the candidates [P, N, ...]; return what all have made."""
-        mine = as_slice(self._team.part(latents.shape[1]))
-        made, scores = self._run(run, latents[:, mine], prompts)
-        return self._team.gather(made, 1), {
+        mine = as_slice(self._team.part(state.latents.shape[1]))
+        made, scores = self._run(run, state.map(lambda tensor: tensor[:, mine]), prompts)
+        return made.map(lambda tensor: self._team.gather(tensor, 1)), {
             name: self._team.gather(value, 1) for name, value in scores.items()
         }
 
-    def _run(self, run: Pass, latents: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Scores]:
-        """Return the latents that a pass reaches from ``latents`` [P, N, ...], and their scores [P, N]."""
+    def _run(self, run: Pass, state: SamplerState, prompts: Sequence[Prompt]) -> tuple[SamplerState, Scores]:
+        """Return what a pass reaches from ``state``, [P, N, ...], and the scores [P, N]."""
         texts = [prompt.text for prompt in prompts]
         begun = self._overlapped(texts)
-        made = self._denoise(run, latents, stacked_embeddings(prompts), None if begun is None else begun.add)
-        return made.latents, self._score(made.preview if run.previews else made.latents, texts, begun)
+        made = self._denoise(run, state, stacked_embeddings(prompts), None if begun is None else begun.add)
+        return made, self._score(made.preview if run.previews else made.latents, texts, begun)
 
 
 def _by_candidate(scores: Scores) -> list[list[dict[str, float]]]:

@@ -7,12 +7,14 @@ precision; loaded as float32): ``weights/policy``, ``weights/vae``, ``weights/te
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
+from vpo_engine.config import ModelConfig
 from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.data.sprites.pretrain import FLOW, FPS
 from vpo_engine.data.sprites.train_text import MAX_LENGTH
@@ -24,6 +26,8 @@ from vpo_engine.models.opensora.model import Geometry, OpenSora
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
 from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.video_model import Blueprint, LoadContext, ReadConfig
+from vpo_engine.video_model import TextSource as EncodedText
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -47,12 +51,44 @@ def load_text_encoder(folder: Path | None = None) -> T5Encoder:
     return _load(build, folder or WEIGHTS / "text_encoder").eval()
 
 
-def load_sprites(processes: Processes, dtype: torch.dtype, policy: Path | None = None) -> OpenSora:
-    """The sprites model, with the shipped policy or that of a folder (a run's ``checkpoints/*/policy``)."""
+class Sprites(OpenSora):
+    """The family of the sprites world: Open-Sora's classes at one small size, with shipped weights."""
+
+    card = replace(OpenSora.card, name="the sprites world", files=(), resolutions=())
+
+    @classmethod
+    def check(cls, settings: ModelConfig) -> None:
+        """Nothing to refuse: size and frame rate are those of the world, whatever the settings say."""
+
+    @classmethod
+    def load(cls, settings: ModelConfig, context: LoadContext) -> Self:
+        """Load the shipped policy, or that of a folder (a run's ``checkpoints/*/policy``)."""
+        text = context.text_source(load_text_encoder, "sprites", on_disk=False)
+        return cls.of_policy(settings.policy, text, context.device, context.dtype)
+
+    @classmethod
+    def of_policy(
+        cls, policy: Path | None, text: EncodedText, device: torch.device, dtype: torch.dtype
+    ) -> Self:
+        return cls(load_policy(policy), load_vae(), text, GEOMETRY, FLOW, device=device, dtype=dtype)
+
+    @classmethod
+    def blueprint(cls, settings: ModelConfig, read: ReadConfig, depth: int | None = None) -> Blueprint:
+        return cls.without_weights(
+            load_config(settings.policy or WEIGHTS / "policy"),
+            load_config(WEIGHTS / "vae"),
+            lambda: load_config(WEIGHTS / "text_encoder"),
+            GEOMETRY,
+            FLOW,
+            dtype=getattr(torch, settings.dtype),
+            depth=depth,
+        )
+
+
+def load_sprites(processes: Processes, dtype: torch.dtype, policy: Path | None = None) -> Sprites:
+    """Load the sprites model without a configuration; see ``Sprites.load``."""
     text = TextSource(EmbeddingCache(None, "sprites"), load_text_encoder, processes)
-    return OpenSora(
-        load_policy(policy), load_vae(), text, GEOMETRY, FLOW, device=processes.device, dtype=dtype
-    )
+    return Sprites.of_policy(policy, text, processes.device, dtype)
 
 
 def _load(build: Callable[[dict[str, Any]], Part], folder: Path) -> Part:

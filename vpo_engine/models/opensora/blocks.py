@@ -30,7 +30,7 @@ NORM_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Backends:
-    """What computes the attention, and the small operations around it."""
+    """The implementations of attention and of the small operations around it."""
 
     attention: BackendName = "sdpa"
     companions: CompanionName = "auto"
@@ -50,13 +50,13 @@ class HeadNorm(Backed):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """[..., N, heads, channels] to the same shape and dtype."""
+        """Normalise [..., N, heads, channels]; shape and dtype stay."""
         cos, sin = rope or (None, None)
         return qk_norm_rope(x, self.weight, cos, sin, NORM_EPSILON, self.backends.companions)
 
 
 def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles position * frequency, [length, 1, pairs], in ``dtype``.
+    """Return cos and sin of the angles position * frequency, [length, 1, pairs], in ``dtype``.
 
     The angles keep the dtype of the stored frequencies, so that a bf16 model turns by the angles it was
     trained with. Constants: the frequencies are stored as a parameter, but never trained.
@@ -79,7 +79,7 @@ class SelfAttention(Backed):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """[rows, N, C] to [rows, N, C], attention within a row."""
+        """Attend within each sequence of [sequences, N, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         q, k = self.q_norm(q, rope), self.k_norm(k, rope)
         companions = self.backends.companions
@@ -92,7 +92,7 @@ class SelfAttention(Backed):
 
 
 class KeysValues(NamedTuple):
-    """Packed text as one block's cross-attention reads it, each [tokens, heads, channels of a head]."""
+    """Packed text as the cross-attention of one block reads it, each [tokens, heads, channels of a head]."""
 
     keys: Tensor
     values: Tensor
@@ -109,18 +109,18 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def project_text(self, text: Tensor) -> KeysValues:
-        """Packed text [tokens, C] to what ``forward`` takes in its place, at any time and for any samples."""
+        """Project packed text [tokens, C] to keys and values, which serve at any time and for all samples."""
         return KeysValues(*self.kv_linear(text).unflatten(-1, (2, self.heads, -1)).unbind(1))
 
     def forward(self, x: Tensor, text: Tensor | KeysValues, plan: TextPlan) -> Tensor:
-        """x [B, N, C] and packed text, divided between captions by ``plan``, to [B, N, C].
+        """Attend from x [B, N, C] to packed text, which ``plan`` divides between captions; return [B, N, C].
 
-        The plan's rows are captions, each with the queries of all its samples: one attention to each caption.
+        The plan's rows are captions. There is one attention for each caption, with the queries of all its samples.
         """
         return self.proj(self.attend(self.q_linear(x), text, plan))
 
     def attend(self, q: Tensor, text: Tensor | KeysValues, plan: TextPlan) -> Tensor:
-        """``forward`` between its two projections, [B, N, C] to [B, N, C]."""
+        """Compute ``forward`` between its two projections, from queries [B, N, C] to [B, N, C]."""
         k, v = text if isinstance(text, KeysValues) else self.project_text(text)
         by_caption = q.unflatten(-1, (self.heads, -1)).flatten(0, 1).unflatten(0, (plan.rows, -1))
         return text_attention(by_caption, k, v, plan).reshape(q.shape)
@@ -141,11 +141,12 @@ class Block(Backed):
         self.mlp = Mlp(channels, mlp_channels, channels)
 
     def start_without_effect(self) -> None:
+        """Let the block return its input, as published for the start of training."""
         for layer in (self.attn.proj, self.cross_attn.proj, self.mlp.fc2):
             nn.init.zeros_(layer.weight)
 
     def attend(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, T, S, C]: attention over T at each patch with rope, or over S in each frame without."""
+        """Attend within [B, T, S, C]: over T at each patch with rope, or over S in each frame without."""
         if self.temporal:
             out = self.attn(x.transpose(1, 2).flatten(0, 1), rope)
             return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
@@ -160,9 +161,10 @@ class Block(Backed):
         rope: tuple[Tensor, Tensor],
         mlp_chunks: int = 1,
     ) -> Tensor:
-        """x [B, T, S, C], text [tokens, C] or its keys and values, time [B, 1 or T, 6, C] to [B, T, S, C].
+        """Compute the block: x [B, T, S, C] to [B, T, S, C].
 
-        mlp_chunks: over how many parts of the patches the MLP goes, one after the other.
+        text: [tokens, C], or its keys and values. time: modulations [B, 1 or T, 6, C]. mlp_chunks: the MLP goes over so
+        many parts of the patches, one after the other.
         """
         modulation = self.modulation(time)
         x = self.mix(x, modulation[:3], rope)
@@ -170,25 +172,25 @@ class Block(Backed):
         return in_parts(self.feed_forward, x, modulation[3:], dim=2, parts=mlp_chunks)
 
     def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
-        """time [B, 1 or T, 6, C] to shift, scale and gate of the self-attention, then of the MLP."""
+        """Return shift, scale and gate of the self-attention, then of the MLP, from time [B, 1 or T, 6, C]."""
         return (self.scale_shift_table + time).unsqueeze(3).unbind(2)
 
     def mix(self, x: Tensor, modulation: Sequence[Tensor], rope: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, T, S, C]: x + gate * self-attention of the modulated norm of x; modulation: shift, scale and gate."""
+        """Return x + gate * self-attention of the modulated norm of x [B, T, S, C]; modulation: shift, scale, gate."""
         shift, scale, gate = modulation
         backend = self.backends.companions
         mixed = self.attend(modulated_norm(x, shift, scale, NORM_EPSILON, backend), rope)
         return gated_residual(x, gate, mixed, backend)
 
     def feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """[B, T, S, C], token by token: x + gate * MLP of the modulated norm of x."""
+        """Return x + gate * MLP of the modulated norm of x [B, T, S, C]; each token by itself."""
         backend = self.backends.companions
         normed = modulated_norm(x, shift, scale, NORM_EPSILON, backend)
         return gated_residual(x, gate, self.mlp(normed), backend)
 
 
 class FinalLayer(Backed):
-    """Modulated norm and projection to the values of a patch, channel fastest."""
+    """Modulated norm, and projection to the values of a patch; the channel is the fastest index."""
 
     def __init__(self, channels: int, patch_values: int) -> None:
         super().__init__()
@@ -196,7 +198,7 @@ class FinalLayer(Backed):
         self.linear = nn.Linear(channels, patch_values)
 
     def forward(self, x: Tensor, time: Tensor, clean_time: Tensor | None, x_mask: Tensor | None) -> Tensor:
-        """x [B, T, S, C], time [B, C] to [B, T, S, patch_values].
+        """Compute patches [B, T, S, patch_values] from x [B, T, S, C] and time [B, C].
 
         With x_mask [B, T], conditioned frames (False) are normalised a second time, on top of the modulation
         by ``time``, now with ``clean_time`` [B, C]. The published model does so and was trained so

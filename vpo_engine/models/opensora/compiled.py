@@ -1,37 +1,31 @@
-"""The blocks of a sampling loop through torch.compile. Modules stay as they are, so training computes as before."""
+"""STDiT3's blocks through torch.compile, for sampling. Modules stay as they are, so training computes as before."""
 
 from __future__ import annotations
-
-import os
-import shutil
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as shapes
 from vpo_kernels.attention import TextPlan
 
+from vpo_engine.models.compiling import check_compiler, compiled
 from vpo_engine.models.opensora.blocks import Block, KeysValues
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class CompiledBlocks:
-    """Runs a block without grad as two compiled functions, before and after the attention to the text.
+    """Runs a block without gradients as two compiled functions, before and after the attention to the text.
 
-    All blocks share them, at every number of rows, frames, patches and text tokens: there is one of the first for
-    blocks over space and one for blocks over time, one of the second, and as many again for a single row, which
-    torch.compile sees apart. The attention to the text runs as it is: its layout depends on the captions' lengths.
+    All blocks share them, for every number of samples, frames, patches and text tokens. torch.compile makes three
+    functions: the first for blocks over space, the first for blocks over time, and the second; and three more for a
+    single sample, which it treats as a case of its own. The attention to the text is not compiled, because its layout
+    depends on the lengths of the captions.
     """
 
     def __init__(self, device: torch.device, backend: str = "inductor") -> None:
-        """ValueError where torch.compile would need a C++ compiler and finds none."""
+        """Raise ValueError where torch.compile needs a C++ compiler and finds none."""
         if backend == "inductor":
-            _check_compiler(device)
-        self._before = _compiled(_before, backend)
-        self._after = _compiled(_after, backend)
+            check_compiler(device)
+        self._before = compiled(_before, backend)
+        self._after = compiled(_after, backend)
 
     def __call__(
         self,
@@ -42,7 +36,7 @@ class CompiledBlocks:
         time: Tensor,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """``Block.forward``, up to rounding."""
+        """Compute ``Block.forward``, up to rounding."""
         assert not torch.is_grad_enabled()
         # Sizes that happen to be equal must not be taken to be so always.
         with shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
@@ -52,21 +46,8 @@ class CompiledBlocks:
             return self._after(block, mixed, attended.contiguous().data, time)
 
 
-def _check_compiler(device: torch.device) -> None:
-    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
-        raise ValueError(
-            f"rollout.compile=blocks needs a C++ compiler on a CPU, but none of {', '.join(names)} is there; install "
-            "one, name it in the environment variable CXX, or set rollout.compile=none"
-        )
-
-
-def _compiled(function: Callable[P, T], backend: str) -> Callable[P, T]:
-    return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
-
-
 def _before(block: Block, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """x [B, T, S, C] after self-attention, and its queries to the text, [B, T * S, C]."""
+    """Return x [B, T, S, C] after self-attention, and its queries to the text, [B, T * S, C]."""
     x = block.mix(x, block.modulation(time)[:3], rope)
     return x, block.cross_attn.q_linear(x.flatten(1, 2))
 

@@ -28,7 +28,7 @@ class PatchProjection(nn.Module):
         nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in, T, H, W], H and W multiples of the patch, to tokens [B, T, S, C]."""
+        """Turn [B, in, T, H, W], with H and W multiples of the patch, into tokens [B, T, S, C]."""
         batch, channels, frames, height, width = x.shape
         rows, columns = self.weight.shape[-2:]
         patches = x.view(batch, channels, frames, height // rows, rows, width // columns, columns)
@@ -37,6 +37,8 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
+    """The patch projection under its published name."""
+
     def __init__(self, in_channels: int, hidden_size: int, patch: tuple[int, int]) -> None:
         super().__init__()
         self.proj = PatchProjection(in_channels, hidden_size, patch)
@@ -46,7 +48,7 @@ class PatchEmbedder(nn.Module):
 
 
 def position_embedding(rows: int, columns: int, channels: int, scale: float, like: Tensor) -> Tensor:
-    """Sinusoids of a frame's patch grid, [rows * columns, channels] in ``like``'s dtype and on its device.
+    """Return sinusoids of a frame's patch grid, [rows * columns, channels], in ``like``'s dtype and on its device.
 
     The first half of the channels encodes the column, the second half the row, each as cat(sin, cos).
     Coordinate i of an axis of n patches is (i / scale) * (base / n), with base the rounded square root of the
@@ -69,7 +71,7 @@ def position_embedding(rows: int, columns: int, channels: int, scale: float, lik
 
 
 class ScalarEmbedder(nn.Module):
-    """A number per sample to [B, C]: cat(cos, sin) of 128 frequencies, then Linear, SiLU, Linear."""
+    """Embeds one number per sample: cat(cos, sin) of 128 frequencies, then Linear, SiLU, Linear."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -78,6 +80,7 @@ class ScalarEmbedder(nn.Module):
         )
 
     def start_without_effect(self) -> None:
+        """Let the result start at zero, but for the last bias, as published for the frame rate."""
         first, _, last = self.mlp
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
@@ -85,7 +88,7 @@ class ScalarEmbedder(nn.Module):
         nn.init.zeros_(last.weight)
 
     def forward(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B] to [B, C]; the sinusoid is float32, as published, then cast to ``dtype``."""
+        """Embed [B] to [B, C]. The sinusoid is float32, as published, and then cast to ``dtype``."""
         half = FREQUENCY_CHANNELS // 2
         steps = torch.arange(half, device=value.device, dtype=torch.float32)
         angles = value[:, None].float() * torch.exp(-math.log(10000.0) * steps / half)
@@ -93,7 +96,7 @@ class ScalarEmbedder(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, tanh-GELU, Linear."""
+    """An MLP: Linear, tanh-GELU, Linear."""
 
     def __init__(self, in_channels: int, middle: int, out_channels: int) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class Mlp(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text-encoder states to hidden channels. The buffer ``y_embedding`` is the null caption's states."""
+    """Projects states of the text encoder to hidden channels. The buffer ``y_embedding`` holds the null caption."""
 
     y_embedding: Tensor
 
@@ -115,16 +118,16 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("y_embedding", torch.randn(max_length, caption_channels) / caption_channels**0.5)
 
     def forward(self, y: Tensor) -> Tensor:
-        """[..., L, D] to [..., L, C]."""
+        """Project [..., L, D] to [..., L, C]."""
         return self.y_proj(y)
 
     def replace(self, y: Tensor, rows: Tensor) -> Tensor:
-        """Captions y [B, 1, L, D] with those of the marked rows (bool [B]) exchanged for the null caption."""
+        """Replace the marked captions (bool [B]) of y [B, 1, L, D] by the null caption."""
         null = self.y_embedding[: y.shape[-2]].to(y.dtype)
         return torch.where(rows[:, None, None, None], null, y)
 
     def drop(self, y: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
-        """Caption dropout for pretraining: a sample's whole caption becomes the null one, its mask stays.
+        """Apply caption dropout, for pretraining: a sample's whole caption becomes the null one, its mask stays.
 
         Never applied by ``STDiT3.forward``, whatever its mode: policy and reference must see the same
         captions.

@@ -1,11 +1,9 @@
-"""Sizes: pixels by resolution and aspect, frame-count names, latents, tokens (Open-Sora v1.2.0).
+"""The published sizes of videos in pixels, by resolution and aspect (Open-Sora v1.2.0).
 
-The tables are those of ``opensora/datasets/aspect.py``; an aspect is height:width, so "9:16" is landscape.
+The table is that of ``opensora/datasets/aspect.py``; an aspect is height:width, so "9:16" is landscape.
 """
 
 from __future__ import annotations
-
-import math
 
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p", "1080p")
 
@@ -31,71 +29,14 @@ _PIXELS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 ASPECTS = tuple(_PIXELS)
 
-FRAMES = {
-    "1x": 51,
-    "2x": 102,
-    "4x": 204,
-    "8x": 408,
-    "16x": 816,
-    "2s": 51,
-    "4s": 102,
-    "8s": 204,
-    "16s": 408,
-    "32s": 816,
-}
-"""Frame counts by name: multiples of 51 frames, or seconds as the project rounds them."""
-
 CHUNK_FRAMES = 17
-TEMPORAL_FACTOR = 4
-SPATIAL_FACTOR = 8
-PATCH = 2
-POSITION_SIZE = 512
-"""Side in pixels of the square whose position embedding is unscaled."""
+"""Frames that the VAE encodes and decodes as one chunk."""
 
 
 def pixel_size(resolution: str, aspect: str) -> tuple[int, int]:
-    """(height, width) in pixels; ``aspect`` is height:width."""
+    """Return (height, width) in pixels; ``aspect`` is height:width."""
     if resolution not in RESOLUTIONS:
         raise ValueError(f"resolution is {resolution!r}; known: {', '.join(RESOLUTIONS)}")
     if aspect not in _PIXELS:
         raise ValueError(f"aspect (height:width) is {aspect!r}; known: {', '.join(ASPECTS)}")
     return _PIXELS[aspect][RESOLUTIONS.index(resolution)]
-
-
-def num_frames(frames: str | int) -> int:
-    """A frame count, or its name ("2s", "1x"), as a number."""
-    if isinstance(frames, str) and not frames.isdecimal():
-        if frames not in FRAMES:
-            raise ValueError(f"frames is {frames!r}; give a number or one of {', '.join(FRAMES)}")
-        return FRAMES[frames]
-    count = int(frames)
-    if count < 1:
-        raise ValueError(f"frames is {count}; a video needs 1 frame or more")
-    return count
-
-
-def chunk_frames(frames: int) -> list[int]:
-    """Frame counts of the chunks that the VAE handles one by one."""
-    full, rest = divmod(frames, CHUNK_FRAMES)
-    return [CHUNK_FRAMES] * full + ([rest] if rest else [])
-
-
-def latent_size(frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """(T, h, w) of the published VAE: 5 per chunk of 17 frames and ceil(rest / 4); 8 pixels per cell."""
-    latents = sum(-(-chunk // TEMPORAL_FACTOR) for chunk in chunk_frames(frames))
-    return latents, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
-
-
-def decoded_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) in pixels of what the decoder gives back: 240 x 426 comes back as 240 x 424."""
-    return height // SPATIAL_FACTOR * SPATIAL_FACTOR, width // SPATIAL_FACTOR * SPATIAL_FACTOR
-
-
-def patch_grid(latent: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(T, rows, columns) of STDiT3's tokens for a latent size; odd rows or columns are padded by one."""
-    return latent[0], -(-latent[1] // PATCH), -(-latent[2] // PATCH)
-
-
-def position_scale(height: int, width: int) -> float:
-    """By how much STDiT3 shrinks patch coordinates, for a size in pixels."""
-    return math.sqrt(height * width) / POSITION_SIZE

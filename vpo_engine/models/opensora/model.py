@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
-from vpo_engine.memory.residency import Residency, module_tensors
-from vpo_engine.models.lora import has_adapter, save_adapter
+from vpo_engine.config import MemoryConfig, ModelConfig
+from vpo_engine.memory.checkpointing import Activations
+from vpo_engine.models.base import BaseModel
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.compiled import CompiledBlocks
-from vpo_engine.models.opensora.graphs import StepGraph
+from vpo_engine.models.opensora.geometry import CHUNK_FRAMES, pixel_size
+from vpo_engine.models.opensora.load import load_stdit3
+from vpo_engine.models.opensora.published import STDIT3_XL2, T5_V1_1_XXL, VAE_V1_2
 from vpo_engine.models.opensora.rectified_flow import (
     RectifiedFlow,
     caption_states,
     guided_velocity,
+    null_captions,
     velocity_of,
 )
 from vpo_engine.models.opensora.reuse import Reuse
 from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.stdit3_config import STDiT3Config
+from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt
 from vpo_engine.models.opensora.vae import OpenSoraVAE
-from vpo_engine.protocols import Denoised, Network, SamplerSettings, TextEmbedding
-
-
-class TextSource(Protocol):
-    """Text embeddings of prompts, encoded beforehand."""
-
-    def prepare(self, prompts: Sequence[str]) -> None: ...
-
-    def __call__(self, prompts: Sequence[str]) -> TextEmbedding: ...
+from vpo_engine.models.solvers import EulerFlow
+from vpo_engine.models.step_graph import Predict
+from vpo_engine.protocols import Network, SamplerSettings, TextEmbedding
+from vpo_engine.video_model import (
+    Blueprint,
+    LoadContext,
+    ModelCard,
+    ReadConfig,
+    SizeRule,
+    TextRule,
+    TextSource,
+)
 
 
 @dataclass(frozen=True)
@@ -46,14 +56,45 @@ class Geometry:
     fps: int
 
 
-class OpenSora:
-    """The policy network with everything around it; see ``vpo_engine.protocols.VideoModel``.
+class OpenSora(BaseModel):
+    """The policy network with everything around it.
 
     ``dtype`` is that of the arithmetic and of the VAE. With bfloat16, networks of float32 weights run under autocast,
     others as they are, and t is rounded to bfloat16 as the published bfloat16 model does, for policy and reference
     alike (opensora/models/stdit/stdit3.py casts t to the model's dtype). ``decode_frames`` bounds the frames that the
     image decoder takes at once, ``decode_rows`` the rows of its maps (None: as published).
     """
+
+    card = ModelCard(
+        name="Open-Sora 1.2",
+        files=("policy", "vae", "text_encoder"),
+        lora_targets=(
+            "attn.qkv",
+            "attn.proj",
+            "cross_attn.q_linear",
+            "cross_attn.kv_linear",
+            "cross_attn.proj",
+        ),
+        sizes=SizeRule(frame_step=CHUNK_FRAMES),
+        resolutions=("240p", "360p", "480p", "720p"),
+        supports=frozenset(
+            {
+                "model.attention",
+                "model.companions",
+                "memory.recompute",
+                "memory.offload",
+                "memory.mlp_chunks",
+                "memory.decode_frames",
+                "memory.decode_rows",
+                "rollout.guidance",
+                "rollout.guidance_interval",
+                "rollout.cache",
+                "rollout.compile=blocks",
+                "rollout.compile=graphs",
+            }
+        ),
+    )
+    network: STDiT3
 
     def __init__(
         self,
@@ -66,39 +107,103 @@ class OpenSora:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.network = network.to(device).eval()
-        self.vae = vae.to(device, dtype).eval().requires_grad_(False)
-        self._text = text
+        super().__init__(network, vae, text, device=device, dtype=dtype)
+        self.vae = vae
         self._geometry = geometry
         self._flow = flow
-        self.device, self.dtype = device, dtype
         self.decode_frames: int | None = None
         self.decode_rows: int | None = None
         self._compiled: CompiledBlocks | None = None
-        self.residency = Residency.everything()
         self.num_frames, self.fps = geometry.num_frames, geometry.fps
         size = self.vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
-        self.latent_shape = (network.config["in_channels"], *size)
+        config = network.config
+        self.latent_shape = (config["in_channels"], *size)
+        self.text_rule = TextRule(min(MAX_LENGTH, config["model_max_length"]), config["caption_channels"])
 
-    def stay_by(self, residency: Residency) -> None:
-        """Let ``residency`` say when the policy and the VAE are on the device."""
-        self.residency = residency
-        residency.register("policy", lambda: module_tensors(self.network))
-        residency.register("vae", lambda: module_tensors(self.vae))
+    # --- before anything is loaded -------------------------------------------------------------------------
 
-    def prepare(self, prompts: Sequence[str]) -> None:
-        self._text.prepare(prompts)
+    @classmethod
+    def check(cls, settings: ModelConfig) -> None:
+        """See ``VideoModel``; resolution and aspect must stand in the published table."""
+        super().check(settings)
+        pixel_size(settings.resolution, settings.aspect)
 
-    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
-        text = self._text(prompts)
-        longest = int(text.mask.sum(dim=1).max())
-        text = TextEmbedding(text.embeddings[:, :longest], text.mask[:, :longest])
-        return text.to(self.device)
+    @classmethod
+    def load(cls, settings: ModelConfig, context: LoadContext) -> Self:
+        """Load the published policy and VAE; the text encoder is loaded when prompts are prepared."""
+        folder = settings.text_encoder
+        # The settings have been checked.
+        assert settings.policy is not None
+        assert settings.vae is not None
+        assert folder is not None
+
+        def load_encoder() -> T5Encoder:
+            return T5Encoder.from_pretrained(folder, dtype=context.dtype).to(context.device)
+
+        text = context.text_source(
+            load_encoder,
+            f"{folder}, {MAX_LENGTH} tokens, {settings.dtype}",
+            lambda prompt: prepare_prompt(prompt, aes=settings.aesthetic_score),
+        )
+        return cls(
+            load_stdit3(settings.policy),
+            OpenSoraVAE.from_pretrained(settings.vae),
+            text,
+            _geometry(settings),
+            RectifiedFlow(use_timestep_transform=True),
+            device=context.device,
+            dtype=context.dtype,
+        )
+
+    @classmethod
+    def blueprint(cls, settings: ModelConfig, read: ReadConfig, depth: int | None = None) -> Blueprint:
+        return cls.without_weights(
+            read(settings.policy, STDIT3_XL2, "STDiT3-XL/2"),
+            read(settings.vae, VAE_V1_2, "OpenSora-VAE-v1.2"),
+            lambda: read(settings.text_encoder, T5_V1_1_XXL, "T5 v1.1 XXL"),
+            _geometry(settings),
+            RectifiedFlow(use_timestep_transform=True),
+            dtype=getattr(torch, settings.dtype),
+            depth=depth,
+        )
+
+    @classmethod
+    def without_weights(
+        cls,
+        network_config: Mapping[str, Any],
+        vae_config: Mapping[str, Any],
+        text_config: Callable[[], Mapping[str, Any]],
+        geometry: Geometry,
+        flow: RectifiedFlow,
+        *,
+        dtype: torch.dtype,
+        depth: int | None,
+    ) -> Blueprint:
+        """Build the parts from the contents of their config.json, on the meta device."""
+        meta, configured = torch.device("meta"), STDiT3Config.from_dict(network_config).depth
+        with meta:
+            network = STDiT3.from_config({**network_config, "depth": depth or configured})
+            vae = OpenSoraVAE.from_config(vae_config)
+
+        def text_encoder() -> nn.Module:
+            with meta:
+                encoder = T5EncoderModel(T5Config(**text_config()))
+            return encoder.eval().requires_grad_(False)
+
+        model = cls(network, vae, _NoText(), geometry, flow, device=meta, dtype=dtype)
+        return Blueprint(model, configured, text_encoder)
+
+    # --- the interface -------------------------------------------------------------------------------------
+
+    def null_text(self, text: TextEmbedding) -> TextEmbedding:
+        """See ``VideoModel``. A null caption keeps its prompt's mask, as in the published sampler."""
+        null = null_captions(text.embeddings, self.network.y_embedder.y_embedding)
+        return TextEmbedding(null, text.mask)
 
     def predict(
         self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding, guidance: float = 1.0
     ) -> Tensor:
-        """The velocity x0 - noise, float32 [B, C, T, H, W]; the network's other output channels are dropped."""
+        """Return the velocity x0 - noise; the network's other output channels are dropped."""
         with self._autocast():
             velocity = guided_velocity(
                 network,
@@ -112,12 +217,28 @@ class OpenSora:
             )
         return velocity.float()
 
+    def predictor(
+        self, network: Network, text: TextEmbedding, settings: SamplerSettings, guidance: float
+    ) -> Predict:
+        """See ``BaseModel``. Text is projected for all blocks once, in the first step."""
+        run = None
+        if settings.compile == "blocks":
+            run = self._compiled = self._compiled or CompiledBlocks(self.device)
+        captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, guidance)
+        reuse = Reuse(settings.cache, run)
+
+        def predict(z: Tensor, t: Tensor) -> Tensor:
+            with self._autocast():
+                velocity = velocity_of(
+                    network, z, self._rounded(t), captions, text.mask, guidance, reuse=reuse, **self._size()
+                )
+            return velocity.float()
+
+        return predict
+
     def draw_timesteps(self, u: Tensor) -> Tensor:
         size = self._geometry
         return self._flow.draw_timesteps(u, size.height, size.width, size.num_frames)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return self._flow.add_noise(latents, noise, t)
 
     def noising_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self._flow.noising_scales(t)
@@ -125,66 +246,28 @@ class OpenSora:
     def target_scales(self, t: Tensor) -> tuple[float, float]:
         return self._flow.TARGET_SCALES
 
-    @torch.no_grad()
-    def sample(
-        self, network: Network, noise: Tensor, text: TextEmbedding, *, steps: int, guidance: float
-    ) -> Tensor:
-        return self.denoise(network, noise, text, SamplerSettings(steps, guidance)).latents
-
-    @torch.no_grad()
-    def denoise(
-        self,
-        network: Network,
-        latents: Tensor,
-        text: TextEmbedding,
-        settings: SamplerSettings,
-        part: slice = slice(None),
-    ) -> Denoised:
-        """See the protocol. Text is projected for all blocks once, in the first step of either number of branches."""
-        branches: dict[float, Callable[[Tensor, Tensor], Tensor]] = {}
-
-        def predict(z: Tensor, time: float) -> Tensor:
-            scale = settings.guidance if settings.guided_at(time / self._flow.num_timesteps) else 1.0
-            if scale not in branches:
-                branches[scale] = self._branch(network, text, settings, scale)
-            return branches[scale](z, self._rounded(torch.full((len(z),), time, device=z.device)))
-
-        times, lengths = self.schedule(settings.steps)
-        return Denoised(*self._flow.integrate(predict, latents, times[part], lengths[part]))
-
-    def _branch(
-        self, network: Network, text: TextEmbedding, settings: SamplerSettings, scale: float
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The predictions (z, t [B]) of one loop at one guidance scale."""
-        if settings.compile == "blocks":
-            self._compiled = self._compiled or CompiledBlocks(self.device)
-        captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, scale)
-        reuse = Reuse(settings.cache, self._compiled if settings.compile == "blocks" else None)
-
-        def predict(z: Tensor, t: Tensor) -> Tensor:
-            with self._autocast():
-                velocity = velocity_of(network, z, t, captions, text.mask, scale, reuse=reuse, **self._size())
-            return velocity.float()
-
-        return StepGraph(predict, network) if settings.compile == "graphs" else predict
-
-    def schedule(self, steps: int) -> tuple[list[float], list[float]]:
-        """Times of the sampling steps, in the schedule's units, and their lengths."""
+    def solver(self, steps: int) -> EulerFlow:
         size = self._geometry
-        times, lengths = self._flow.sampling_timesteps(steps, size.height, size.width, size.num_frames)
-        return times.tolist(), lengths.tolist()
+        return self._flow.solver(steps, size.height, size.width, size.num_frames)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        with self.residency.phase("decode"):
-            return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames, self.decode_rows)
+    def to_video(self, latents: Tensor) -> Tensor:
+        return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames, self.decode_rows)
 
-    def save_policy(self, folder: Path) -> None:
-        """The published layout; of a policy with an adapter the adapter alone, in PEFT's."""
-        if has_adapter(self.network):
-            save_adapter(self.network, folder)
-        else:
-            save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
+    @property
+    def decoders(self) -> Sequence[nn.Module]:
+        """What decodes a micro-batch of frames, whole or in strips, and a chunk of latents."""
+        images = self.vae.spatial_vae
+        return [images.module.decoder, images.strips, self.vae.temporal_vae.decoder]
+
+    def use_memory(self, memory: MemoryConfig) -> None:
+        self.network.activations = Activations(memory.recompute, memory.offload, memory.mlp_chunks)
+        self.decode_frames, self.decode_rows = memory.decode_frames, memory.decode_rows
+
+    def choose_backends(self, settings: ModelConfig) -> str:
+        return str(self.network.choose_backends(settings.attention, settings.companions, dtype=self.dtype))
+
+    def save_full_policy(self, folder: Path) -> None:
+        save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
 
     def _rounded(self, t: Tensor) -> Tensor:
         return t.to(self.dtype).float()
@@ -195,3 +278,18 @@ class OpenSora:
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != self.network.dtype)
+
+
+class _NoText:
+    """The text of a model without weights: embeddings are given to it directly."""
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        raise AssertionError
+
+    def __call__(self, prompts: Sequence[str]) -> TextEmbedding:
+        raise AssertionError
+
+
+def _geometry(settings: ModelConfig) -> Geometry:
+    size = pixel_size(settings.resolution, settings.aspect)
+    return Geometry(*size, settings.num_frames, settings.fps)

@@ -7,22 +7,25 @@ Shape letters: B samples, C x T x H x W latent channels, frames, rows and column
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-Predict = Callable[..., Tensor]
-"""(z [B, C, T, H, W], t [B]) -> velocity [B, C, T, H, W]; with a frame mask, (z, t, x_mask bool [B, T])."""
+from vpo_engine.models.guidance import mixed
+from vpo_engine.models.solvers import EulerFlow
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(z [B, C, T, H, W], t [B]) to the velocity [B, C, T, H, W]."""
 
 BASE_PIXELS = 512 * 512
 
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """The schedule. Heights and widths are pixels, frame counts are video frames.
+    """The schedule. Heights and widths are in pixels, frame counts are those of the video.
 
     num_timesteps: the time of pure noise.
     use_timestep_transform: shift times towards noise for large and long videos (the released recipe does).
@@ -32,7 +35,7 @@ class RectifiedFlow:
     """
 
     TARGET_SCALES: ClassVar[tuple[float, float]] = (1.0, -1.0)
-    """Of latents and noise in the velocity that the network predicts, at all times."""
+    """The factors of latents and noise in the velocity that the network predicts, at all times."""
 
     num_timesteps: int = 1000
     use_timestep_transform: bool = True
@@ -40,7 +43,7 @@ class RectifiedFlow:
     geometry_dtype: torch.dtype = torch.float32
 
     def timestep_transform(self, t: Tensor, height: float, width: float, num_frames: int) -> Tensor:
-        """Times of a 512 x 512 image to the equally noisy-looking times of this geometry, any shape.
+        """Map times of a 512 x 512 image, of any shape, to times that look equally noisy at this size.
 
         With r = sqrt(height * width / 512^2) * sqrt(frames) * transform_scale, where frames is 1 for an image
         and floor(num_frames / 17) * 5 otherwise: u -> r * u / (1 + (r - 1) * u), u = t / num_timesteps.
@@ -58,32 +61,32 @@ class RectifiedFlow:
         return float(ratio) * u / (1 + excess * u) * self.num_timesteps
 
     def draw_timesteps(self, u: Tensor, height: float, width: float, num_frames: int) -> Tensor:
-        """Uniform numbers in (0, 1), any shape, to training times: logit-normal(0, 1), then the transform."""
+        """Map uniform numbers in (0, 1), of any shape, to training times: logit-normal(0, 1), then the transform."""
         return self.timesteps_from_normal(torch.special.ndtri(u), height, width, num_frames)
 
     def timesteps_from_normal(self, z: Tensor, height: float, width: float, num_frames: int) -> Tensor:
-        """Standard normal numbers, any shape, to training times, as the published sampler maps its draws."""
+        """Map standard normal numbers, of any shape, to training times, as the published code does."""
         t = torch.sigmoid(z) * self.num_timesteps
         return self.timestep_transform(t, height, width, num_frames) if self.use_timestep_transform else t
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t of latents [B, ...] at times t [B], in the widest of the dtypes."""
+        """Return x_t of latents [B, ...] at times t [B], in the widest of the dtypes."""
         kept, added = (scale.view(-1, *[1] * (latents.dim() - 1)) for scale in self.noising_scales(t))
         return kept * latents + added * noise
 
     def noising_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of latents and noise in x_t, each [B], at times t [B]."""
+        """Return the factors of latents and noise in x_t, each [B], at times t [B]."""
         kept = 1 - t / self.num_timesteps
         return kept, 1 - kept
 
     def target(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The velocity that the network should predict at any time."""
+        """Return the velocity that the network should predict, at any time."""
         return latents - noise
 
     def sampling_timesteps(
         self, steps: int, height: float, width: float, num_frames: int
     ) -> tuple[Tensor, Tensor]:
-        """Times [steps] at which the network is asked, and the step lengths [steps] that follow.
+        """Return the times [steps] at which the network is asked, and the lengths [steps] of the steps.
 
         Both float32, CPU. Step i adds velocity * length[i]; the lengths sum to times[0] / num_timesteps.
         """
@@ -94,103 +97,43 @@ class RectifiedFlow:
             t = self.timestep_transform(t, height, width, num_frames)
         return t, (t - torch.cat([t[1:], t.new_zeros(1)])) / self.num_timesteps
 
-    @torch.no_grad()
-    def sample(
-        self,
-        predict: Predict,
-        noise: Tensor,
-        *,
-        steps: int,
-        height: float,
-        width: float,
-        num_frames: int,
-        frame_mask: Tensor | None = None,
-        draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
-    ) -> Tensor:
-        """Integrate noise [B, C, T, H, W] to latents by Euler steps, float32 or better.
+    def solver(self, steps: int, height: float, width: float, num_frames: int) -> EulerFlow:
+        """Return the Euler steps of ``sampling_timesteps``."""
+        times, lengths = self.sampling_timesteps(steps, height, width, num_frames)
+        return EulerFlow(times.tolist(), lengths.tolist(), self.num_timesteps)
 
-        frame_mask [B, T] conditions on frames already in ``noise``: 0 keeps a clean frame, 1 generates it,
-        and a fraction lets it take part from that fraction of the noise on: when it joins, it is noised to
-        the time reached. ``predict`` then gets the frames that take part as a third argument. ``draw_noise``
-        is asked for fresh noise like z at every step of such a run, needed or not, as the published loop
-        does.
+    def training_loss(self, predict: Predict, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the mean squared velocity error of each sample, float32 [B].
+
+        latents, noise: [B, C, T, H, W]; t: [B].
         """
-        times, lengths = (
-            values.tolist() for values in self.sampling_timesteps(steps, height, width, num_frames)
-        )
-        if frame_mask is None:
-            return self.integrate(lambda z, time: predict(z, _times(z, time)), noise, times, lengths)[0]
-        z = noise if noise.dtype == torch.float64 else noise.float()
-        joined = frame_mask == 1
-        for time, length in zip(times, lengths, strict=True):
-            t = _times(z, time)
-            # Rounding can put the first time an ulp above pure noise; frames to generate take part even then.
-            active = frame_mask * self.num_timesteps >= min(time, self.num_timesteps)
-            joining = (active & ~joined)[:, None, :, None, None]
-            held = z
-            z = torch.where(joining, self.add_noise(held, draw_noise(held), t), held)
-            moved = z + predict(z, t, active) * length
-            z = torch.where(active[:, None, :, None, None], moved, held)
-            joined = active
-        return z
-
-    @torch.no_grad()
-    def integrate(
-        self,
-        predict: Callable[[Tensor, float], Tensor],
-        z: Tensor,
-        times: Sequence[float],
-        lengths: Sequence[float],
-    ) -> tuple[Tensor, Tensor]:
-        """Euler steps from z [B, C, T, H, W] at times[0], of some or all of ``sampling_timesteps``.
-
-        predict: (z, the one time of all samples) -> velocity. Returns what was reached, float32 or better, and the
-        clean latents that the last velocity points to from there: z + t * velocity, with t as a share.
-        """
-        z = z if z.dtype == torch.float64 else z.float()
-        velocity = torch.zeros_like(z)
-        for time, length in zip(times, lengths, strict=True):
-            velocity = predict(z, time)
-            z = z + velocity * length
-        left = times[-1] / self.num_timesteps - lengths[-1]
-        return z, z + velocity * left
-
-    def training_loss(
-        self, predict: Predict, latents: Tensor, noise: Tensor, t: Tensor, frame_mask: Tensor | None = None
-    ) -> Tensor:
-        """Squared velocity error of each sample, float32 [B], mean over what is generated.
-
-        latents, noise: [B, C, T, H, W]; t: [B]. frame_mask bool [B, T]: frames with False are fed clean and
-        do not count; ``predict`` gets it as a third argument.
-        """
-        x_t = self.add_noise(latents, noise, t)
-        if frame_mask is None:
-            velocity = predict(x_t, t)
-        else:
-            x_t = torch.where(frame_mask[:, None, :, None, None], x_t, latents)
-            velocity = predict(x_t, t, frame_mask)
+        velocity = predict(self.add_noise(latents, noise, t), t)
         error = (velocity - self.target(latents, noise)).float().square()
-        if frame_mask is None:
-            return error.flatten(1).mean(1)
-        by_frame = error.mean(dim=(1, 3, 4))
-        return (by_frame * frame_mask).sum(1) / frame_mask.sum(1)
+        return error.flatten(1).mean(1)
 
 
-def caption_states(text: Tensor, null_embedding: Tensor, guidance: float) -> Tensor:
-    """The network's y of a guided prediction: text [P, L, D] and, unless guidance is 1, as many null captions after it.
+def null_captions(text: Tensor, null_embedding: Tensor) -> Tensor:
+    """Return as many null captions as there are captions in ``text`` [P, L, D], of the same shape and dtype.
 
-    null_embedding: [max length, D]. Result [P or 2 P, 1, L, D]; ValueError for text longer than the null caption.
+    null_embedding: [max length, D]. ValueError for text longer than the null caption.
     """
-    if guidance == 1.0:
-        return text[:, None]
     length = text.shape[1]
     if null_embedding.shape[0] < length:
         raise ValueError(
             f"text has {length} tokens, but the null caption only {null_embedding.shape[0]}; "
             "encode prompts with at most the model's model_max_length tokens"
         )
-    null = null_embedding[:length].to(text.dtype).expand_as(text)
-    return torch.cat([text, null])[:, None]
+    return null_embedding[:length].to(text.dtype).expand_as(text)
+
+
+def caption_states(text: Tensor, null_embedding: Tensor, guidance: float) -> Tensor:
+    """Return the network's y of a guided prediction, [P or 2 P, 1, L, D].
+
+    It holds text [P, L, D] and, unless guidance is 1, as many null captions after it; see ``null_captions``.
+    """
+    if guidance == 1.0:
+        return text[:, None]
+    return torch.cat([text, null_captions(text, null_embedding)])[:, None]
 
 
 def guided_velocity(
@@ -201,18 +144,17 @@ def guided_velocity(
     text_mask: Tensor | None,
     null_embedding: Tensor,
     guidance: float,
-    x_mask: Tensor | None = None,
     **named: Any,
 ) -> Tensor:
-    """Classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B rows.
+    """Return the classifier-free guided velocity [B, C, T, H, W], both branches in one pass of 2 B samples.
 
-    text [P, L, D], text_mask [P, L], null_embedding [max length, D]; a prompt is that of B / P samples in a row. As in
-    the published sampler, prompts come before nulls and a null row uses its prompt's mask. guidance 1 is the plain
-    conditional prediction, from B rows. ``named`` (fps, height, width) goes to the network as it is. The network's
-    further channels are not used, so they get no gradient.
+    text [P, L, D], text_mask [P, L], null_embedding [max length, D]; each prompt is that of B / P samples next to each
+    other. As in the published sampler, prompts come before nulls, and a null uses its prompt's mask. Guidance 1 gives
+    the plain conditional prediction, from B samples. ``named`` (fps, height, width) goes to the network as it is. The
+    network's further channels are not used, so they get no gradient.
     """
     captions = caption_states(text, null_embedding, guidance)
-    return velocity_of(network, z, t, captions, text_mask, guidance, x_mask, **named)
+    return velocity_of(network, z, t, captions, text_mask, guidance, **named)
 
 
 def velocity_of(
@@ -222,18 +164,12 @@ def velocity_of(
     captions: Tensor,
     text_mask: Tensor | None,
     guidance: float,
-    x_mask: Tensor | None = None,
     **named: Any,
 ) -> Tensor:
-    """``guided_velocity`` of ``caption_states``, which a sampling loop makes once."""
+    """Return the ``guided_velocity`` from ``caption_states``, which a sampling loop makes once."""
     channels = z.shape[1]
     if guidance == 1.0:
-        return network(z, t, captions, text_mask, x_mask, **named)[:, :channels]
-    both_masks = None if x_mask is None else x_mask.repeat(2, 1)
-    out = network(torch.cat([z, z]), torch.cat([t, t]), captions, text_mask, both_masks, **named)
+        return network(z, t, captions, text_mask, **named)[:, :channels]
+    out = network(torch.cat([z, z]), torch.cat([t, t]), captions, text_mask, **named)
     prompted, unprompted = out[:, :channels].chunk(2)
-    return unprompted + guidance * (prompted - unprompted)
-
-
-def _times(z: Tensor, time: float) -> Tensor:
-    return torch.full((z.shape[0],), time, device=z.device)
+    return mixed(prompted, unprompted, guidance)

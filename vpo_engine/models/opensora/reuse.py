@@ -1,4 +1,4 @@
-"""What the steps of one sampling loop need not compute again."""
+"""Keep what the steps of one sampling loop share, so that it is computed once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 from vpo_kernels.attention import TextPlan
 
 from vpo_engine.models.opensora.blocks import KeysValues
+from vpo_engine.models.step_cache import BlockCache
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What of a prediction depends neither on the noisy latents nor on the time.
+    """The parts of a prediction that depend neither on the noisy latents nor on the time.
 
     texts: packed text, [tokens, C] or keys and values, for each block in the order in which they run. plan: how it is
     divided. rope: tables of the temporal attention. rate: embedded frame rate, [B, C].
@@ -26,10 +27,10 @@ class Constants:
 
 
 class Reuse:
-    """Goes through the calls of one sampling loop: the first fills it, the later ones read.
+    """An argument of all calls of one sampling loop: the first call fills it, the later ones read it.
 
-    For one network with unchanged weights, one text (the same tensor) and one batch size, without grad. It holds
-    2 C numbers for each text token and block. Whoever samples makes one, and drops it afterwards.
+    It serves one network with unchanged weights, one text (the same tensor) and one batch size, without gradients. It
+    holds 2 C numbers for each text token and block. Each sampling loop makes its own.
 
     cache: None, or the relative change below which ``blocks`` lets a step take over what the last blocks added.
     run: computes a block in place of its forward, of the same arguments; None: that.
@@ -44,48 +45,14 @@ class Reuse:
 
     @property
     def filled(self) -> bool:
-        """Whether a first call was made."""
+        """Whether the first call was made."""
         return self._constants is not None
 
     def constants(self, owner: object, text: Tensor, rows: int, make: Callable[[], Constants]) -> Constants:
-        """Made by the first call, for ``owner``'s prediction of ``rows`` samples of ``text``."""
+        """Return what predictions of ``owner`` for ``rows`` samples of ``text`` share; the first call makes it."""
         if self._constants is None:
             self._owner, self._text, self._constants = owner, text, make()
         assert self._owner is owner, "keys and values belong to the network that made them"
         assert self._text is text, "keys and values belong to the text that they were made of"
         assert len(self._constants.rate) == rows, "a sampling loop keeps its batch size"
         return self._constants
-
-
-class BlockCache:
-    """First-block caching (as ParaAttention has it): what all pairs of blocks but the first add to the tokens is taken
-    from the last step that computed it, while what the first adds is nearly what it added then.
-
-    Near is a mean absolute change below ``threshold`` times the mean absolute value, in every sample of the batch; so
-    samples depend on their batch, and the host waits for the device once a step.
-    computed, reused: calls of either kind.
-    """
-
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
-        self.computed = self.reused = 0
-        self._first: Tensor | None = None
-        self._rest: Tensor | None = None
-
-    def after_first(self, first: Tensor) -> Tensor | None:
-        """What the later blocks add where the first pair added ``first`` [B, ...]; None: it has to be computed."""
-        if self._rest is not None and self._near(first):
-            self.reused += 1
-            return self._rest
-        self._first = first
-        return None
-
-    def keep(self, rest: Tensor) -> None:
-        """What the later blocks were computed to add."""
-        self.computed += 1
-        self._rest = rest
-
-    def _near(self, first: Tensor) -> bool:
-        assert self._first is not None
-        change = (first - self._first).flatten(1).float().abs().mean(1)
-        return bool((change < self.threshold * self._first.flatten(1).float().abs().mean(1)).all())

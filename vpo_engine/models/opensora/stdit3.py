@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from vpo_kernels.attention import (
     AttentionName,
     Choice,
@@ -37,88 +37,10 @@ from vpo_engine.models.opensora.embeddings import (
     position_embedding,
 )
 from vpo_engine.models.opensora.reuse import Constants, Reuse
-
-_IGNORED_KEYS = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "enable_flash_attn",
-        "enable_layernorm_kernel",
-        "enable_sequence_parallelism",
-        "input_size",
-        "only_train_temporal",
-        "torch_dtype",
-        "transformers_version",
-    }
-)
-"""Published keys that choose how the original runs, not what it computes."""
+from vpo_engine.models.opensora.stdit3_config import STDiT3Config
 
 _CACHE_ENTRIES = 4
-"""Sizes whose positions, and batches of captions whose layout, are kept on the device."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class STDiT3Config:
-    """The keys of the published config.json that define the function; defaults are the published class's.
-
-    ``class_dropout_prob`` is a record for whoever pretrains: nothing here applies it (see
-    ``CaptionEmbedder.drop``). ``freeze_y_embedder`` keeps the caption projection out of training, as in the
-    released recipe.
-    """
-
-    input_sq_size: int = 512
-    in_channels: int = 4
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    class_dropout_prob: float = 0.1
-    pred_sigma: bool = True
-    drop_path: float = 0.0
-    caption_channels: int = 4096
-    model_max_length: int = 300
-    qk_norm: bool = True
-    freeze_y_embedder: bool = False
-    skip_y_embedder: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        required = {"drop_path": 0.0, "qk_norm": True, "skip_y_embedder": False}
-        for name, value in required.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"STDiT3 config: {name}={getattr(self, name)!r} is not supported; every published STDiT3 "
-                    f"has {name}={value!r}"
-                )
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise ValueError(f"STDiT3 config: patch_size={self.patch_size} must be (1, rows, columns)")
-        if self.hidden_size % (2 * self.num_heads) or self.hidden_size % 4:
-            raise ValueError(
-                f"STDiT3 config: hidden_size={self.hidden_size} must be divisible by 4 and give each of "
-                f"num_heads={self.num_heads} an even number of channels"
-            )
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> STDiT3Config:
-        """From the contents of config.json; an unknown key, or another model's file, is a ValueError."""
-        if config.get("model_type", "STDiT3") != "STDiT3":
-            raise ValueError(f"config.json says model_type={config['model_type']!r}, expected 'STDiT3'")
-        known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in config.items() if key not in _IGNORED_KEYS | {"model_type"}}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"STDiT3 config: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}"
-            )
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``from_dict`` and the published loader take."""
-        values = asdict(self)
-        values["patch_size"] = list(self.patch_size)
-        return {"architectures": ["STDiT3"], "model_type": "STDiT3", **values}
+"""How many position embeddings, and how many layouts of captions, are kept on the device."""
 
 
 class STDiT3(nn.Module):
@@ -157,28 +79,28 @@ class STDiT3(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> STDiT3:
-        """From the contents of a published config.json, freshly initialised."""
+        """Build the network from the contents of a published config.json, freshly initialised."""
         return cls(STDiT3Config.from_dict(config))
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``from_config`` would take."""
+        """The dictionary that ``from_config`` takes."""
         return self.settings.to_dict()
 
     @property
     def num_trainable(self) -> int:
-        """Parameters that an optimizer would see."""
+        """The number of parameters that train."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; the time is rounded to it on entry, as the published model does."""
+        """The dtype of the weights. The time is rounded to it on entry, as in the published model."""
         return self.x_embedder.proj.weight.dtype
 
     def choose_backends(
         self, attention: AttentionName = "auto", companions: CompanionName = "auto", *, dtype: torch.dtype
     ) -> Choice:
-        """Decide what computes, from now on; the attention's choice, with its reason.
+        """Choose what computes from now on; return the choice of attention, with its reason.
 
         attention: as for ``vpo_kernels.attention.choose_attention``. companions: backend of the modulated norm,
         the gated residual, the query-key norm with rope, and, where its kernel is taken, of temporal attention.
@@ -279,7 +201,10 @@ class STDiT3(nn.Module):
         *,
         project: bool,
     ) -> Constants:
-        """project: keys and values of all blocks now, rather than each block's when it runs."""
+        """Compute what the steps of a sampling loop share.
+
+        project: compute keys and values of all blocks now; else each block does when it runs.
+        """
         places, plan = self._text(y, mask, tokens)
         y = y.to(timestep.dtype).flatten(0, 2)
         text = self.y_embedder(y if places is None else y.index_select(0, places))
@@ -294,7 +219,7 @@ class STDiT3(nn.Module):
     def _embed_time(
         self, timestep: Tensor, rate: Tensor, x_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Time [B, C], modulations [B, 1 or T, 6, C], clean frames' time [B, C] (None without x_mask)."""
+        """Return time [B, C], modulations [B, 1 or T, 6, C], and clean frames' time [B, C] (None without x_mask)."""
         time = self.t_embedder(timestep, timestep.dtype) + rate
         blocks = self.t_block(time)[:, None]
         clean_time = None
@@ -304,11 +229,11 @@ class STDiT3(nn.Module):
         return time, blocks.unflatten(-1, (6, -1)), clean_time
 
     def _pairs(self) -> list[tuple[Block, Block]]:
-        """A spatial and a temporal block each, as they run."""
+        """Return pairs of a spatial and a temporal block, in the order in which they run."""
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
 
     def _run_blocks(self, tokens: Tensor, constants: Constants, time: Tensor, reuse: Reuse | None) -> Tensor:
-        """Tokens [B, T, S, C] through all blocks, or through the first pair where the cache knows what follows."""
+        """Send tokens [B, T, S, C] through all blocks, or only through the first pair where the cache has the rest."""
         cache, apart = (None, None) if reuse is None else (reuse.blocks, reuse.run)
         sender = self.offloaded.forward_pass()
         texts = iter(constants.texts)
@@ -335,12 +260,12 @@ class STDiT3(nn.Module):
         return tokens
 
     def _text(self, y: Tensor, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor | None, TextPlan]:
-        """Cached: where in [B * L] the tokens that count stand (None: all count), and the attention's plan.
+        """Return where in [B * L] the tokens that count are (None: all count), and the attention's plan.
 
         The cache goes by the mask's values, so that a prepared text is laid out, and sent to the device, once
-        for all blocks, sampling steps and networks.
+        for all blocks, sampling steps and networks. A mask of FakeTensorMode has no values: all tokens count.
         """
-        counts = None if mask is None else _checked_mask(mask, y)
+        counts = None if mask is None or isinstance(mask, FakeTensor) else _checked_mask(mask, y)
         queries, dtype = tokens.shape[:3].numel() // y.shape[0], attention_dtype(tokens)
         values = None if counts is None else counts.numpy().tobytes()
         key = (values, y.shape, queries, dtype, y.device, self._backends.attention)
@@ -371,7 +296,7 @@ class STDiT3(nn.Module):
         return places, plan
 
     def _position(self, grid: tuple[int, int], height: float, width: float, like: Tensor) -> Tensor:
-        """The cached position embedding [S, C] of a grid at a pixel size."""
+        """Return the position embedding [S, C] of a grid at a size in pixels, from a cache."""
         scale = (height * width) ** 0.5 / self.settings.input_sq_size
         key = (*grid, scale, like.dtype, like.device)
         if key not in self._positions:
@@ -388,14 +313,14 @@ class STDiT3(nn.Module):
             return checkpointed(block, tokens, *others, settings.mlp_chunks, recompute=settings.recompute)
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, T, S, rows * columns * channels] to [B, channels, T, H, W]."""
+        """Rearrange [B, T, S, rows * columns * channels] to [B, channels, T, H, W]."""
         patch_rows, patch_columns = self.settings.patch_size[1:]
         split = patches.unflatten(-1, (patch_rows, patch_columns, self.out_channels)).unflatten(2, grid)
         return split.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """The published initialisation: Xavier, and temporal blocks and frame rate start without effect."""
+        """Initialise as published: Xavier; temporal blocks and frame rate start without effect."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -407,19 +332,19 @@ class STDiT3(nn.Module):
 
 
 def _number(value: Tensor | float) -> float:
-    """A number, or the first element of a vector of them."""
+    """Return a number, or the first element of a vector, as a float."""
     return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
 
 
 def _per_sample(value: Tensor | float, like: Tensor) -> Tensor:
-    """A value, or one per sample, as [B] like ``like``; a number is filled in on the device, without a copy."""
+    """Return one value per sample, [B] like ``like``; a number is filled in on the device, without a copy."""
     if isinstance(value, Tensor):
         return value.to(like).expand_as(like)
     return torch.full_like(like, value)
 
 
 def _checked_mask(mask: Tensor, y: Tensor) -> Tensor:
-    """The mask [rows, L] of y [B, 1, L, D] as bool on the CPU; every row has a token."""
+    """Return the mask [rows, L] of y [B, 1, L, D] as bool on the CPU; ValueError for a row without a token."""
     if mask.dim() != 2 or y.shape[0] % mask.shape[0] or mask.shape[1] != y.shape[2]:
         raise ValueError(
             f"mask is {list(mask.shape)}, expected [rows, {y.shape[2]}] with rows dividing {y.shape[0]}"

@@ -88,7 +88,7 @@ _WORDS = _rules(
 def append_scores(
     prompt: str, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None
 ) -> str:
-    """The prompt with the score sentences the model was trained on; one already there is not repeated."""
+    """Append the score sentences that the model was trained on; one that is there already is not repeated."""
     suffixes = (
         ("aesthetic score:", None if aes is None else f"{aes:.1f}"),
         ("motion score:", None if flow is None else f"{flow:.1f}"),
@@ -99,7 +99,7 @@ def append_scores(
 
 
 def clean_caption(text: str) -> str:
-    """One pass of the published cleaning: lower case; no links, markup, CJK, codes, sizes, sales words."""
+    """Clean once as published: lower case; no links, markup, CJK, codes, sizes, sales words."""
     text = _apply(_ADDRESSES, urllib.parse.unquote_plus(text).strip().lower())
     text = _apply(_CHARACTERS, BeautifulSoup(text, features="html.parser").text)
     if len(_JOINERS.findall(text)) > 3:
@@ -111,7 +111,7 @@ def clean_caption(text: str) -> str:
 def prepare_prompt(
     prompt: str, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None
 ) -> str:
-    """What the tokenizer sees: scores appended, then cleaned twice."""
+    """Return what the tokenizer sees: the prompt with scores appended, cleaned twice."""
     return clean_caption(clean_caption(append_scores(prompt, aes, flow, camera_motion)))
 
 
@@ -122,7 +122,7 @@ def _apply(rules: _Rules, text: str) -> str:
 
 
 class Tokenizer(Protocol):
-    """Strings to token ids, int64 [B, L], and their mask, bool [B, L]; padded and truncated to a fixed L."""
+    """Turns strings into token ids, int64 [B, L], and a mask, bool [B, L], padded and truncated to a fixed L."""
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
 
@@ -170,7 +170,7 @@ class PieceTokenizer:
 
 
 class T5Encoder(nn.Module):
-    """A T5 encoder with its tokenizer. State-dict keys are transformers' (the published), under ``model.``"""
+    """A T5 encoder with its tokenizer. State-dict keys are the published ones of transformers, under ``model.``"""
 
     def __init__(self, model: T5EncoderModel, tokenizer: Tokenizer):
         super().__init__()
@@ -179,14 +179,14 @@ class T5Encoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tokenizer: Tokenizer) -> T5Encoder:
-        """Random weights; ``config`` holds T5Config's arguments."""
+        """Build an encoder with random weights; ``config`` holds the arguments of T5Config."""
         return cls(T5EncoderModel(T5Config(**config)).eval(), tokenizer)
 
     @classmethod
     def from_pretrained(
         cls, folder: Path, *, dtype: torch.dtype = torch.float32, max_length: int = MAX_LENGTH
     ) -> T5Encoder:
-        """A local copy of DeepFloyd/t5-v1_1-xxl: config.json, spiece.model, and .bin or .safetensors weights.
+        """Load a local copy of DeepFloyd/t5-v1_1-xxl: config.json, spiece.model, and .bin or .safetensors weights.
 
         Open-Sora encodes in float32 at inference and in bfloat16 in training. Nothing is downloaded.
         """
@@ -200,7 +200,7 @@ class T5Encoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
-        """Prepared prompts to embeddings [B, L, D], in the module's dtype and on its device."""
+        """Encode prepared prompts to embeddings [B, L, D], in the module's dtype and on its device."""
         ids, mask = self.tokenizer(prompts)
         device = self.model.shared.weight.device
         mask = mask.to(device)

@@ -62,12 +62,12 @@ class SpatialVAE(nn.Module):
         self.strips = StripDecoder()
 
     def micro_batches(self, frames: int) -> list[int]:
-        """Sizes of the micro-batches that ``frames`` frames are cut into."""
+        """Return the sizes of the micro-batches that ``frames`` frames are cut into."""
         size = self.micro_batch_size or frames
         return [min(size, frames - start) for start in range(0, frames, size)]
 
     def posterior(self, video: Tensor) -> Posterior:
-        """[B, 3, F, H, W] -> posterior over [B * F, C, h, w], frames of a clip next to each other."""
+        """Encode [B, 3, F, H, W] to a posterior over [B * F, C, h, w], frames of a clip next to each other."""
         frames = video.transpose(1, 2).flatten(0, 1)
         parts = [
             self.module.encode(part).latent_dist for part in frames.split(self.micro_batches(len(frames)))
@@ -75,15 +75,17 @@ class SpatialVAE(nn.Module):
         return Posterior(_cat([part.mean for part in parts]), _cat([part.logvar for part in parts]))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, C, F, h, w] -> [B, 3, F, H, W]."""
+        """Decode [B, C, F, h, w] to [B, 3, F, H, W]."""
         pixels = _cat(list(self.decode_parts(latents)))
         return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
 
     def decode_parts(
         self, latents: Tensor, size: int | None = None, rows: int | None = None
     ) -> Iterator[Tensor]:
-        """[B, C, F, h, w] -> frames [n, 3, H, W], one micro-batch (of ``size``, if given) after the other, and within
-        it ``rows`` rows of every map, if given: the same up to rounding."""
+        """Decode [B, C, F, h, w] to frames [n, 3, H, W], one micro-batch (of ``size``, if given) after the other.
+
+        With ``rows``, so many rows of every map are computed at a time: the same up to rounding.
+        """
         frames = latents.transpose(1, 2).flatten(0, 1)
         for part in frames.split(size or self.micro_batches(len(frames))):
             if rows is None:
@@ -172,23 +174,23 @@ class OpenSoraVAE(nn.Module):
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent pixel along one axis: 8 as published."""
+        """The pixels per latent pixel along one axis: 8 as published."""
         return self.spatial_vae.factor
 
     @property
     def temporal_factor(self) -> int:
-        """Frames per latent frame within a chunk: 4 as published."""
+        """The frames per latent frame within a chunk: 4 as published."""
         return self.temporal_vae.config.factor
 
     def chunks(self, num_frames: int) -> list[int]:
-        """Frame counts of the chunks that ``num_frames`` frames are cut into."""
+        """Return the frame counts of the chunks that ``num_frames`` frames are cut into."""
         if num_frames < 1:
             raise ValueError(f"num_frames is {num_frames}; a video needs 1 frame or more")
         full, rest = divmod(num_frames, self.micro_frame_size)
         return [self.micro_frame_size] * full + ([rest] if rest else [])
 
     def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T, h, w) of a clip; pixels beyond the last full latent cell are lost."""
+        """Return (T, h, w) of a clip; pixels beyond the last full latent cell are lost."""
         frames = sum(self.temporal_vae.latent_frames(chunk) for chunk in self.chunks(num_frames))
         if min(height, width) < self.spatial_factor:
             raise ValueError(
@@ -205,7 +207,7 @@ class OpenSoraVAE(nn.Module):
         sample: bool = True,
         noise: Iterator[Tensor] | None = None,
     ) -> Tensor:
-        """Video [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, h, w].
+        """Encode video [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, h, w].
 
         Both posteriors are sampled, as published; ``sample=False`` takes both means. Noise is drawn first for
         the spatial part, once per micro-batch of frames, then once per chunk of the temporal part; ``noise``
@@ -226,7 +228,7 @@ class OpenSoraVAE(nn.Module):
         return (_cat(z, dim=2) - self.shift) / self.scale
 
     def spatial_posterior(self, x: Tensor) -> Posterior:
-        """Video [B, 3, F, H, W] to the posterior over unscaled spatial latents, [B, C, F, h, w]."""
+        """Encode video [B, 3, F, H, W] to the posterior over unscaled spatial latents, [B, C, F, h, w]."""
         posterior = self.spatial_vae.posterior(x.to(self.scale.dtype))
         clips = (x.shape[0], x.shape[2])
         return Posterior(
@@ -235,14 +237,14 @@ class OpenSoraVAE(nn.Module):
         )
 
     def temporal_posterior(self, x_z: Tensor) -> Posterior:
-        """Scaled spatial latents [B, C, F, h, w] to the posterior over raw latents, [B, C, T, h, w]."""
+        """Encode scaled spatial latents [B, C, F, h, w] to the posterior over raw latents, [B, C, T, h, w]."""
         chunks = [self.temporal_vae.posterior(part) for part in x_z.split(self.chunks(x_z.shape[2]), dim=2)]
         return Posterior(
             _cat([part.mean for part in chunks], dim=2), _cat([part.logvar for part in chunks], dim=2)
         )
 
     def decode_temporal(self, z: Tensor, num_frames: int) -> Tensor:
-        """Raw (not normalised) latents [B, C, T, h, w] to scaled spatial latents [B, C, num_frames, h, w]."""
+        """Decode raw (not normalised) latents [B, C, T, h, w] to scaled spatial latents [B, C, num_frames, h, w]."""
         frames = self.chunks(num_frames)
         parts = z.split(self._latents_of(z, frames), dim=2)
         return _cat(
@@ -250,11 +252,11 @@ class OpenSoraVAE(nn.Module):
         )
 
     def decode_spatial(self, x_z: Tensor) -> Tensor:
-        """Scaled spatial latents [B, C, F, h, w] to video [B, 3, F, H, W]."""
+        """Decode scaled spatial latents [B, C, F, h, w] to video [B, 3, F, H, W]."""
         return self.spatial_vae.decode(x_z / self.spatial_scaling)
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
-        """Normalised latents [B, C, T, h, w] to video [B, 3, num_frames, H, W], near [-1, 1], not clamped."""
+        """Decode normalised latents [B, C, T, h, w] to video [B, 3, num_frames, H, W], near [-1, 1], not clamped."""
         return self.decode_spatial(self.decode_temporal(self._raw(z), num_frames))
 
     def decode_uint8(
@@ -264,7 +266,7 @@ class OpenSoraVAE(nn.Module):
         frames_at_once: int | None = None,
         rows_at_once: int | None = None,
     ) -> Tensor:
-        """``to_uint8(decode(z, num_frames))``, bit for bit, of which only one micro-batch is ever in floating point.
+        """Compute ``to_uint8(decode(z, num_frames))``, bit for bit, with one micro-batch in floating point at a time.
 
         ``frames_at_once`` makes the micro-batches of the spatial part that large and takes the temporal part clip by
         clip: the same up to the rounding of other batch shapes. ``rows_at_once`` lets the spatial part go over so many
@@ -289,7 +291,7 @@ class OpenSoraVAE(nn.Module):
         return video
 
     def _latents_of(self, z: Tensor, chunks: Sequence[int]) -> list[int]:
-        """Latent frames of each chunk of frames; ValueError for latents [B, C, T, h, w] of another size."""
+        """Return the latent frames of each chunk; ValueError for latents [B, C, T, h, w] of another size."""
         latents = [self.temporal_vae.latent_frames(chunk) for chunk in chunks]
         if z.ndim != 5 or z.shape[1] != self.latent_channels or z.shape[2] != sum(latents):
             raise ValueError(
@@ -299,12 +301,12 @@ class OpenSoraVAE(nn.Module):
         return latents
 
     def _raw(self, z: Tensor) -> Tensor:
-        """Normalised latents to those of the temporal part."""
+        """Turn normalised latents into those of the temporal part."""
         return z.to(self.scale.dtype) * self.scale + self.shift
 
 
 class _NoiseSource:
-    """Posterior noise in the order of the calls: drawn, or taken from a recording."""
+    """Gives posterior noise, one tensor per call: drawn, or taken from a recording."""
 
     def __init__(self, generator: torch.Generator | None, recorded: Iterator[Tensor] | None):
         self.generator = generator
@@ -325,7 +327,7 @@ class _NoiseSource:
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """Video [B, 3, F, H, W] in [-1, 1] to uint8 [B, F, H, W, 3]: clamp, to [0, 255], add 0.5, truncate.
+    """Turn video [B, 3, F, H, W] in [-1, 1] into uint8 [B, F, H, W, 3]: clamp, to [0, 255], add 0.5, truncate.
 
     A value that is not finite is an error: as a byte it would look like an ordinary pixel.
     """

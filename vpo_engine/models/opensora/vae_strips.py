@@ -1,4 +1,4 @@
-"""The image decoder row by row: diffusers' ``Decoder`` of AutoencoderKL, whose function this is up to rounding.
+"""Run the image decoder (diffusers' ``Decoder`` of AutoencoderKL) strip by strip, with the same result up to rounding.
 
 Norm, activation and convolution go over strips of rows, each with the rows beside it that the convolution sees, so that
 normalised and activated maps never exist whole; what a layer adds to is overwritten. Statistics of group norms are
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 
 class StripDecoder(nn.Module):
-    """A way to run another module's weights; it has none of its own."""
+    """Runs a decoder with that decoder's weights; it has none of its own."""
 
     def forward(self, decoder: Decoder, z: Tensor, rows: int) -> Tensor:
-        """Latents [B, C, h, w] -> pixels [B, 3, H, W], ``rows`` rows of a map at a time. Not for gradients."""
+        """Decode latents [B, C, h, w] to pixels [B, 3, H, W], ``rows`` rows of a map at a time, without gradients."""
         assert not torch.is_grad_enabled()
         x = decoder.mid_block(decoder.conv_in(z))
         for block in decoder.up_blocks:
@@ -33,7 +33,7 @@ class StripDecoder(nn.Module):
 
 
 def _residual(layer: ResnetBlock2D, x: Tensor, rows: int) -> Tensor:
-    """[B, C, H, W] -> [B, C', H, W], in the memory of ``x`` where C' <= C; ``x`` is lost."""
+    """Apply a residual block, [B, C, H, W] to [B, C', H, W]. Where C' <= C the result overwrites ``x``."""
     assert layer.time_emb_proj is None
     assert layer.upsample is None
     assert layer.downsample is None
@@ -50,7 +50,7 @@ def _residual(layer: ResnetBlock2D, x: Tensor, rows: int) -> Tensor:
 
 
 def _enlarged(layer: Upsample2D, x: Tensor, rows: int) -> Tensor:
-    """[B, C, H, W] -> [B, C, 2H, 2W], nearest and then a convolution."""
+    """Enlarge [B, C, H, W] to [B, C, 2H, 2W]: nearest, and then a convolution."""
 
     def enlarged(start: int, stop: int) -> Tensor:
         low, high = start // 2, -(-stop // 2)
@@ -65,7 +65,7 @@ Rows = Callable[[int, int], Tensor]
 
 
 def _activated(norm: nn.GroupNorm, x: Tensor, rows: int) -> Rows:
-    """SiLU of the normalised map."""
+    """Return a function that computes rows of SiLU(norm(x))."""
     mean, variance = _statistics(x, norm.num_groups, rows)
     channels = x.shape[1] // norm.num_groups
     scale = torch.rsqrt(variance + norm.eps).repeat_interleave(channels, 1) * norm.weight
@@ -79,7 +79,7 @@ def _activated(norm: nn.GroupNorm, x: Tensor, rows: int) -> Rows:
 
 
 def _statistics(x: Tensor, groups: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance [B, groups] of [B, C, H, W], summed in float32 or better (Chan et al., strip by strip)."""
+    """Return mean and variance [B, groups] of [B, C, H, W], in float32 or better, strip by strip (Chan et al.)."""
     mean = deviations = torch.zeros((), device=x.device)
     count = 0
     for start, stop in _strips(x.shape[2], rows):
@@ -95,7 +95,7 @@ def _statistics(x: Tensor, groups: int, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _convolved(convolution: nn.Conv2d, source: Rows, height: int, rows: int) -> Tensor:
-    """[B, C, height, W] from the rows of its input."""
+    """Convolve a map that is given by its rows; return [B, C, height, W]."""
     out: Tensor | None = None
     for (start, stop), strip in _convolved_strips(convolution, source, height, rows):
         if out is None:
@@ -108,7 +108,7 @@ def _convolved(convolution: nn.Conv2d, source: Rows, height: int, rows: int) -> 
 def _convolved_strips(
     convolution: nn.Conv2d, source: Rows, height: int, rows: int
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """A convolution of stride 1 that keeps the size, strip by strip: ((start, stop), [B, C, stop - start, W])."""
+    """Yield a convolution of stride 1 that keeps the size, by strips: ((start, stop), [B, C, stop - start, W])."""
     halo, side = (size // 2 for size in convolution.kernel_size)
     for start, stop in _strips(height, rows):
         low, high = max(start - halo, 0), min(stop + halo, height)

@@ -22,7 +22,7 @@ class Posterior:
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std * noise; noise has the shape of the mean."""
+        """Return mean + std * noise; noise has the shape of the mean."""
         return torch.addcmul(self.mean, torch.exp(0.5 * self.logvar), noise)
 
     @staticmethod
@@ -57,7 +57,7 @@ class TemporalConfig:
 
     @property
     def factor(self) -> int:
-        """Frames per latent."""
+        """The number of frames per latent."""
         return int(2 ** sum(self.temporal_downsample))
 
 
@@ -83,7 +83,7 @@ class CausalConv3d(nn.Module):
 
 
 class DoubleFrames(CausalConv3d):
-    """[B, C, T, h, w] -> [B, C, 2T, h, w]: convolve to channels indexed (C, 2), then move the 2 into time."""
+    """Doubles the frames of [B, C, T, h, w]: convolves to channels indexed (C, 2), then moves the 2 into time."""
 
     def __init__(self, channels: int):
         super().__init__(channels, 2 * channels, 3)
@@ -93,7 +93,7 @@ class DoubleFrames(CausalConv3d):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, twice, around a shortcut that is a 1x1x1 convolution where the width changes."""
+    """Norm, SiLU and convolution, twice, beside a shortcut that is a 1x1x1 convolution where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int):
         super().__init__()
@@ -111,13 +111,13 @@ class ResBlock(nn.Module):
 
 
 def _stage(in_channels: int, out_channels: int, config: TemporalConfig) -> nn.Sequential:
-    """``num_res_blocks`` blocks, of which the first changes the width."""
+    """Return ``num_res_blocks`` blocks, of which the first changes the width."""
     widths = [in_channels] + [out_channels] * config.num_res_blocks
     return nn.Sequential(*(ResBlock(a, b, config.num_groups) for a, b in pairwise(widths)))
 
 
 class Encoder(nn.Module):
-    """[B, C, F, h, w], F a multiple of the factor -> moments [B, 2 * latent_embed_dim, F / factor, h, w]."""
+    """Encodes [B, C, F, h, w], F a multiple of the factor, to moments [B, 2 * latent_embed_dim, F / factor, h, w]."""
 
     def __init__(self, config: TemporalConfig):
         super().__init__()
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, latent_embed_dim, T, h, w] -> [B, in_out_channels, factor * T, h, w]; last stage first."""
+    """Decodes [B, latent_embed_dim, T, h, w] to [B, in_out_channels, factor * T, h, w]; the last stage comes first."""
 
     def __init__(self, config: TemporalConfig):
         super().__init__()
@@ -182,18 +182,18 @@ class TemporalVAE(nn.Module):
         self.decoder = Decoder(config)
 
     def latent_frames(self, num_frames: int) -> int:
-        """Latents of a chunk of ``num_frames`` frames: ceil(num_frames / factor)."""
+        """Return the number of latents of a chunk: ceil(num_frames / factor)."""
         return -(-num_frames // self.config.factor)
 
     def posterior(self, x: Tensor) -> Posterior:
-        """[B, C, F, h, w] -> posterior over [B, embed_dim, ceil(F / factor), h, w]; zero-padded in front."""
+        """Encode [B, C, F, h, w], zero-padded in front, to a posterior over [B, embed_dim, ceil(F / factor), h, w]."""
         missing = -x.shape[2] % self.config.factor
         if missing:
             x = F.pad(x, (0, 0, 0, 0, missing, 0))
         return Posterior.from_moments(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
-        """[B, embed_dim, T, h, w] -> [B, C, num_frames, h, w]; the frames that filled up are dropped."""
+        """Decode [B, embed_dim, T, h, w] to [B, C, num_frames, h, w]; the padding's frames are dropped."""
         assert z.shape[2] == self.latent_frames(num_frames), (z.shape, num_frames)
         x = self.decoder(self.post_quant_conv(z))
         return x[:, :, x.shape[2] - num_frames :]

@@ -1,4 +1,4 @@
-"""The steps of a sampling loop as one CUDA graph: the host issues a step with one call."""
+"""The steps of a sampling loop as one CUDA graph, so that the host issues a step with one call."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vpo_engine.protocols import Network, Replayed
+from vpo_engine.model_values import Network, Replayed
 
 Predict = Callable[[Tensor, Tensor], Tensor]
+"""(latents [B, C, T, H, W], t [B]) to the prediction [B, C, T, H, W]."""
 
 
 class StepGraph:
-    """A prediction that does the same at every call; for one sampling loop, without grad.
+    """A prediction that does the same in every call; for one sampling loop, without gradients.
 
-    The first call runs as it is, the second is captured, and from then on calls are replayed, in the stream that is
-    current. What ``predict`` reads beside its arguments stays where it is, and neither it nor what it calls waits for
-    the device. Results are overwritten by the next call.
+    The first call runs as it is, the second is captured, and from then on calls are replayed in the current stream.
+    What ``predict`` reads beside its arguments must stay where it is, and neither it nor what it calls may wait for the
+    device. The next call overwrites the result.
     """
 
     def __init__(self, predict: Predict, network: Network) -> None:
-        """``network`` is what ``predict`` calls."""
+        """``network`` is what ``predict`` calls; it is told of replays if it is ``Replayed``."""
         self._predict, self._network = predict, network
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False

@@ -1,0 +1,165 @@
+"""Kinds of models: where they are found, and what is refused before a weight is read."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vpo_engine.config_file import load_config
+from vpo_engine.data.sprites.assets import Sprites
+from vpo_engine.models import registry
+from vpo_engine.models.opensora.model import OpenSora
+from vpo_engine.models.registry import check_loaded, check_model, model_family
+from vpo_engine.video_model import SizeRule, repeating_blocks
+
+MODULE = '''
+from vpo_engine.data.sprites.assets import Sprites
+from vpo_engine.models.base import BaseModel
+from vpo_engine.video_model import ModelCard, SizeRule
+
+class Bare(BaseModel):
+    """Lacks most of the interface."""
+    card = ModelCard(name="bare")
+
+class Plain(Sprites):
+    card = ModelCard(name="plain", files=("policy",), sizes=SizeRule(4, 1, exact=True))
+    @classmethod
+    def check(cls, settings):
+        super(Sprites, cls).check(settings)
+
+class Precise(Sprites):
+    card = ModelCard(name="precise", float32_modules=("rope",))
+
+class NoModel: ...
+
+number = 3
+'''
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "models_of_a_test.py").write_text(MODULE)
+    (tmp_path / "broken_model_of_a_test.py").write_text("import a_package_that_is_not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("models_of_a_test", "broken_model_of_a_test"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return "models_of_a_test"
+
+
+def refused(*overrides: str) -> str:
+    prompts = ["prompts.train=train.txt", "prompts.held_out=held_out.txt", "reward.kind=builtin"]
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (callers check the text)
+        check_model(load_config(None, [*prompts, *overrides]))
+    return str(error.value)
+
+
+def test_kinds_are_found_by_name_by_place_and_by_entry_point(
+    own_module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model_family("opensora") is OpenSora
+    assert model_family("sprites") is Sprites
+    assert model_family(f"{own_module}:Plain").card.name == "plain"
+    entry = EntryPoint("installed", f"{own_module}:Plain", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == entry.group else [])
+    assert model_family("installed").card.name == "plain"
+    assert "Known kinds are installed, opensora, sprites" in refused("model.kind=absent")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("opensor", "model.kind=opensor is not known; did you mean opensora? Known kinds are opensora, sprites"),
+        ("absent_package.models:Mine", "there is no module absent_package; install its package, or start from"),
+        ("models_of_a_test:Absent", "has no Absent; its models are Sprites, Plain, Precise"),
+        ("models_of_a_test:NoModel", "NoModel is not a subclass of vpo_engine.video_model.VideoModel; derive it"),
+        ("models_of_a_test:number", "3 is not a subclass of"),
+        ("models_of_a_test:Bare", "Bare does not define draw_timesteps, load, noising_scales, null_text, predict, "
+         "save_full_policy, solver, target_scales, to_video; docs/models.md"),
+    ],
+)  # fmt: skip
+def test_what_is_no_model_is_refused_with_the_remedy(own_module: str, kind: str, text: str) -> None:
+    assert text in refused(f"model.kind={kind}")
+
+
+def test_a_module_that_misses_an_import_says_which(own_module: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+        model_family("broken_model_of_a_test:Model")
+
+
+@pytest.mark.parametrize("kind", ["a:b:c", "package.module:", ":Class", "a b", ""])
+def test_a_kind_has_one_of_two_forms(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.kind"):
+        load_config(None, [f"model.kind='{kind}'"])
+
+
+def test_missing_files_are_named() -> None:
+    message = refused("model.kind=opensora", "model.vae=somewhere")
+    assert "kind opensora needs local checkpoints, but these are not set: policy, text_encoder" in message
+
+
+def test_sizes_that_a_model_cannot_represent_name_the_nearest(own_module: str) -> None:
+    message = refused(f"model.kind={own_module}:Plain", "model.policy=p", "model.num_frames=34")
+    assert "model.num_frames=34 must be 4k + 1 for this model; set it to 33 or 37" in message
+    rule = SizeRule(side=16)
+    rule.check_sides(240, 416)
+    with pytest.raises(ValueError, match=r"240 x 426 pixels must be divisible by 16 .* is 240 x 432"):
+        rule.check_sides(240, 426)
+    assert "resolution is '241p'; known: 144p, 240p" in refused(
+        "model.kind=opensora",
+        "model.policy=p",
+        "model.vae=v",
+        "model.text_encoder=t",
+        "model.resolution=241p",
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["model.attention=sdpa"], "model.attention=sdpa is not supported by"),
+        (["memory.recompute=block"], "set memory.recompute=nothing"),
+        (["memory.recompute=block", "memory.offload=true"], "memory.recompute=block is not supported"),
+        (["memory.decode_frames=1"], "set memory.decode_frames=null"),
+        (["rollout.cache=0.1"], "rollout.cache=0.1 is not supported"),
+        (["rollout.explore={steps: 2, cache: 0.1}"], "rollout.cache=0.1 is not supported"),
+        (["rollout.compile=blocks"], "rollout.compile=blocks is not supported"),
+        (["rollout.compile=graphs"], "set rollout.compile=none"),
+    ],
+)
+def test_options_that_a_family_does_not_have_are_refused(
+    own_module: str, overrides: list[str], text: str
+) -> None:
+    kind = f"{own_module}:Plain"
+    message = refused(f"model.kind={kind}", "model.policy=p", "model.num_frames=33", *overrides)
+    assert text in message
+    assert f"model.kind={kind} (plain)" in message
+
+
+def test_modules_that_must_stay_float32_exclude_bfloat16_weights(own_module: str) -> None:
+    message = refused(f"model.kind={own_module}:Precise", "memory.weights=masters")
+    assert "needs rope in float32; set memory.weights=float32" in message
+
+
+def test_the_shipped_families_support_every_option() -> None:
+    check_model(load_config(None, ["memory.recompute=block", "memory.offload=true", "rollout.cache=0.1"]))
+
+
+def test_what_a_constructor_has_not_set_is_named() -> None:
+    class Half(Sprites):
+        def __init__(self) -> None:
+            self.network, self.device = nn.Linear(1, 1), torch.device("cpu")  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match=re.escape("a Half has no latent_shape, fps, text_rule, dtype")):
+        check_loaded("half", Half())
+
+
+def test_repeating_blocks_are_the_outermost_lists() -> None:
+    inner = nn.Sequential(nn.ModuleList([nn.Linear(1, 1)]))
+    network = nn.Sequential(nn.ModuleList([inner, inner]), nn.Sequential(nn.ModuleList([nn.Linear(1, 1)])))
+    assert list(repeating_blocks(network)) == ["0", "1.0"]

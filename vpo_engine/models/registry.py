@@ -1,0 +1,151 @@
+"""The one place that knows every model family: the class that ``model.kind`` names, and what a run may ask of it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from importlib.metadata import entry_points
+from typing import Any, get_args
+
+from vpo_engine.config import Config
+from vpo_engine.video_model import ModelCard, Option, VideoModel
+
+BUILT_IN = {
+    "sprites": "vpo_engine.data.sprites.assets:Sprites",
+    "opensora": "vpo_engine.models.opensora.model:OpenSora",
+}
+"""Kinds that come with the engine, as package.module:Class; a module is imported when its kind is asked for."""
+
+ENTRY_POINTS = "vpo_engine.models"
+"""The group of entry points under which an installed package offers kinds of its own."""
+
+
+def model_family(kind: str) -> type[VideoModel]:
+    """Return the class of a family: built in, of an installed package's entry point, or package.module:Class.
+
+    ValueError says what was not found or does not fit, and what to do.
+    """
+    place = kind if ":" in kind else _places().get(kind)
+    if place is None:
+        known = sorted(_places())
+        near = difflib.get_close_matches(kind, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"model.kind={kind} is not known; {hint}Known kinds are {', '.join(known)}. A model of your own is given "
+            "as model.kind=package.module:Class (see docs/models.md)"
+        )
+    found = _load(kind, place)
+    _check_class(kind, found)
+    return found
+
+
+def check_model(config: Config) -> None:
+    """Refuse, before any file is read, what building or running the model would; ValueError with the remedy."""
+    family, settings = model_family(config.model.kind), config.model
+    family.check(settings)
+    for option, (value, neutral) in _asked(config).items():
+        if value != neutral and option not in family.card.supports:
+            name = option.partition("=")[0]
+            raise ValueError(
+                f"{name}={_shown(value)} is not supported by model.kind={settings.kind} ({family.card.name}); set "
+                f"{name}={_shown(neutral)}"
+            )
+    if family.card.float32_modules and config.memory.weights != "float32":
+        raise ValueError(
+            f"memory.weights={config.memory.weights} would hold all weights in bfloat16, but "
+            f"model.kind={settings.kind} needs {', '.join(family.card.float32_modules)} in float32; set "
+            "memory.weights=float32"
+        )
+
+
+def check_loaded(kind: str, model: VideoModel) -> VideoModel:
+    """Return the model; ValueError names what its constructor has not set."""
+    names = ("network", "latent_shape", "fps", "text_rule", "device", "dtype", "residency")
+    missing = [name for name in names if not hasattr(model, name)]
+    if missing:
+        raise ValueError(
+            f"model.kind={kind}: a {type(model).__name__} has no {', '.join(missing)} after loading; set them in its "
+            "constructor (see docs/models.md)"
+        )
+    if len(model.latent_shape) != 4:
+        raise ValueError(
+            f"model.kind={kind}: latent_shape is {model.latent_shape}, expected (channels, frames, rows, columns)"
+        )
+    return model
+
+
+def _places() -> dict[str, str]:
+    return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)} | BUILT_IN
+
+
+def _load(kind: str, place: str) -> Any:
+    module_name, _, name = place.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what it imports is not
+        raise ValueError(
+            f"model.kind={kind}: there is no module {error.name}; install its package, or start from the folder that "
+            "it lies in"
+        ) from error
+    if not hasattr(module, name):
+        classes = [key for key, value in vars(module).items() if _is_model(value)]
+        raise ValueError(
+            f"model.kind={kind}: {module_name} has no {name or 'class after the colon'}; its models are "
+            f"{', '.join(classes) or 'none'}"
+        )
+    return getattr(module, name)
+
+
+def _is_model(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, VideoModel) and not inspect.isabstract(value)
+
+
+def _check_class(kind: str, found: Any) -> None:
+    if not (inspect.isclass(found) and issubclass(found, VideoModel)):
+        raise ValueError(
+            f"model.kind={kind}: {getattr(found, '__name__', found)} is not a subclass of "
+            "vpo_engine.video_model.VideoModel; derive it from vpo_engine.models.base.BaseModel"
+        )
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if not isinstance(getattr(found, "card", None), ModelCard):
+        missing.append("card (a ModelCard)")
+    if missing:
+        raise ValueError(
+            f"model.kind={kind}: {found.__name__} does not define {', '.join(missing)}; docs/models.md says what each "
+            "must do"
+        )
+    unknown = sorted(set(found.card.supports) - set(get_args(Option)))
+    if unknown:
+        raise ValueError(
+            f"model.kind={kind}: its card supports {', '.join(unknown)}, which is no option; options are "
+            f"{', '.join(get_args(Option))}"
+        )
+
+
+def _asked(config: Config) -> dict[Option, tuple[Any, Any]]:
+    """Return what a run asks of each option, and the value that asks for nothing."""
+    model, memory, rollout, first = config.model, config.memory, config.rollout, config.rollout.first_pass
+    compiling = rollout.compile
+    return {
+        "model.attention": (model.attention, "auto"),
+        "model.companions": (model.companions, "auto"),
+        "memory.recompute": (memory.recompute, "nothing"),
+        "memory.offload": (memory.offload, False),
+        "memory.mlp_chunks": (memory.mlp_chunks, 1),
+        "memory.decode_frames": (memory.decode_frames, None),
+        "memory.decode_rows": (memory.decode_rows, None),
+        "rollout.guidance": (rollout.guidance, 1.0),
+        "rollout.guidance_interval": (rollout.guidance_interval or first.guidance_interval, None),
+        "rollout.cache": (rollout.cache or first.cache, None),
+        "rollout.compile=blocks": (compiling if compiling == "blocks" else "none", "none"),
+        "rollout.compile=graphs": (compiling if compiling == "graphs" else "none", "none"),
+    }
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

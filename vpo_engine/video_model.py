@@ -1,0 +1,359 @@
+"""The interface of a model family: everything that the engine may ask of the model it trains.
+
+A family is a class that derives from ``VideoModel``; ``vpo_engine.models.base.BaseModel`` has what most families
+share. ``vpo_engine.models.registry`` finds the class by ``model.kind``. docs/models.md shows how to write one. Shape
+letters are those of ``model_values.py``; F, height and width are frames, rows and columns of a video in pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from vpo_engine.config import MemoryConfig, ModelConfig
+from vpo_engine.memory.residency import PartName, Residency
+from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerState, TextEmbedding
+
+Padding = Literal["masked", "zeros", "attended"]
+Option = Literal[
+    "model.attention",
+    "model.companions",
+    "memory.recompute",
+    "memory.offload",
+    "memory.mlp_chunks",
+    "memory.decode_frames",
+    "memory.decode_rows",
+    "rollout.guidance",
+    "rollout.guidance_interval",
+    "rollout.cache",
+    "rollout.compile=blocks",
+    "rollout.compile=graphs",
+]
+"""Settings that need the help of the model. ``registry.check_model`` refuses those that a family does not support."""
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """Which videos a family can represent.
+
+    Frame counts are ``frame_step`` * k + ``frame_offset``. With ``exact`` other counts are refused; without it they are
+    possible, but the last group of frames is incomplete. Height and width are multiples of ``side`` pixels.
+    """
+
+    frame_step: int = 1
+    frame_offset: int = 0
+    exact: bool = False
+    side: int = 1
+
+    def frames(self, groups: int) -> int:
+        """Return the frame count of this many whole groups."""
+        return self.frame_step * groups + self.frame_offset
+
+    def check_frames(self, frames: int) -> None:
+        """Raise ValueError, naming the nearest valid counts, for a frame count that the family cannot represent."""
+        groups, rest = divmod(frames - self.frame_offset, self.frame_step)
+        if self.exact and (rest or groups < 0):
+            near = " or ".join(
+                str(self.frames(n)) for n in (groups, groups + 1) if n >= 0 and self.frames(n) > 0
+            )
+            raise ValueError(
+                f"model.num_frames={frames} must be {self.frame_step}k + {self.frame_offset} for this model; set it to "
+                f"{near}"
+            )
+
+    def check_sides(self, height: int, width: int) -> None:
+        """Raise ValueError, naming the nearest valid size, for a size in pixels that the family cannot represent."""
+        if height % self.side or width % self.side:
+            near = [max(1, round(length / self.side)) * self.side for length in (height, width)]
+            raise ValueError(
+                f"{height} x {width} pixels must be divisible by {self.side} for this model; the nearest size is "
+                f"{near[0]} x {near[1]}"
+            )
+
+
+@dataclass(frozen=True)
+class TextRule:
+    """How the model reads text.
+
+    max_tokens: the longest prompt, in tokens. channels: D. padding: ``masked`` padding is never computed on, so a batch
+    is cut to its longest prompt; ``zeros`` fill every prompt up to max_tokens and are attended to; ``attended`` padding
+    is what the encoder makes of it, and the encoder's mask is True everywhere.
+    """
+
+    max_tokens: int
+    channels: int
+    padding: Padding = "masked"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What is true of every model of a family, before any file is read.
+
+    name: for people. files: the settings of ``model`` that must name local folders or files. lora_targets: ends of the
+    names of the linear layers that get an adapter, unless ``model.lora.targets`` names others. sizes: see ``SizeRule``.
+    resolutions: the values of ``model.resolution`` for which ``vpo_engine.plan`` searches the most frames; none where
+    videos have one size. supports: the options that the family has. float32_modules: modules whose weights must stay
+    float32; a run that would hold them in bfloat16 (``memory.weights``) is refused.
+    """
+
+    name: str
+    files: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = ()
+    sizes: SizeRule = SizeRule()
+    resolutions: tuple[str, ...] = ()
+    supports: frozenset[Option] = frozenset({"rollout.guidance", "rollout.guidance_interval"})
+    float32_modules: tuple[str, ...] = ()
+
+
+class TextSource(Protocol):
+    """Text embeddings of prompts: the encoder is loaded to ``prepare`` them, and dropped afterwards."""
+
+    def prepare(self, prompts: Sequence[str]) -> None: ...
+
+    def __call__(self, prompts: Sequence[str]) -> TextEmbedding: ...
+
+
+class Encoder(Protocol):
+    """A text encoder with its tokenizer."""
+
+    def encode(self, prompts: list[str]) -> TextEmbedding: ...
+
+
+class MakeTextSource(Protocol):
+    """Makes a ``TextSource`` that encodes every prompt once."""
+
+    def __call__(
+        self,
+        load_encoder: Callable[[], Encoder],
+        encoder_id: str,
+        rewrite: Callable[[str], str] = str,
+        *,
+        on_disk: bool = True,
+    ) -> TextSource:
+        """Make it from an encoder that is loaded when prompts are prepared.
+
+        encoder_id: names encoder, length and dtype; embeddings on disk are found by it. rewrite: turns a prompt into
+        the text that is encoded. on_disk: keep embeddings for later runs; else in memory.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LoadContext:
+    """Where a model is loaded to. dtype: of its arithmetic. text_source: see ``MakeTextSource``."""
+
+    device: torch.device
+    dtype: torch.dtype
+    text_source: MakeTextSource
+
+
+ReadConfig = Callable[[Path | None, Mapping[str, Any], str], dict[str, Any]]
+"""(folder, published sizes, name) to the contents of the folder's config.json, or the published sizes without it."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model without weights, for the planner. All parameters and buffers are on the meta device.
+
+    model: its ``prepare`` and ``embed`` are not called. depth: blocks in each list of repeating blocks as the
+    configuration has them, whatever depth was asked for. text_encoder: makes the encoder, which is called as those of
+    transformers are, with input_ids and attention_mask; None where text costs nothing.
+    """
+
+    model: VideoModel
+    depth: int
+    text_encoder: Callable[[], nn.Module] | None = None
+
+
+class Solver(Protocol):
+    """One way from noise to clean latents in a given number of steps.
+
+    Steps are numbered from 0. ``memory`` is what earlier steps left behind, () before the first; each tensor of it is
+    [B, ...], and nothing else may be remembered.
+    """
+
+    @property
+    def times(self) -> Sequence[float]:
+        """The time of each step, at which the network is asked, in the units of the model's schedule."""
+        ...
+
+    def noise_level(self, step: int) -> float:
+        """Return how noisy the latents are before ``step``, from 0 (clean) to 1 (pure noise)."""
+        ...
+
+    def advance(
+        self, step: int, latents: Tensor, prediction: Tensor, memory: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the latents after ``step``, and the new memory."""
+        ...
+
+    def preview(self, step: int, before: Tensor, after: Tensor, prediction: Tensor) -> Tensor:
+        """Return the clean latents that ``prediction`` points to, made in ``step`` from ``before`` to ``after``."""
+        ...
+
+
+class VideoModel(ABC):
+    """A text-to-video model: the policy that is trained, with everything around it.
+
+    network: the policy, the only module that is trained. Its repeating blocks are the members of the lists
+        (nn.ModuleList) that are its attributes; see ``repeating_blocks``. Nothing in its forward pass may be random.
+    latent_shape: (C, T, H, W) of one sample. fps: frames a second of the videos. text_rule: see ``TextRule``.
+    device, dtype: where the model is, and its arithmetic. residency: says what is on the device; see ``stay_by``.
+    """
+
+    card: ClassVar[ModelCard]
+    network: nn.Module
+    latent_shape: tuple[int, int, int, int]
+    fps: int
+    text_rule: TextRule
+    device: torch.device
+    dtype: torch.dtype
+    residency: Residency
+
+    # --- before anything is loaded -------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def check(cls, settings: ModelConfig) -> None:
+        """Raise ValueError for settings that the family cannot run with. No file is read."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, settings: ModelConfig, context: LoadContext) -> Self:
+        """Load the model. Errors name the file and what is wrong with it."""
+
+    @classmethod
+    @abstractmethod
+    def blueprint(cls, settings: ModelConfig, read: ReadConfig, depth: int | None = None) -> Blueprint | None:
+        """Return the model without weights, or None if the family cannot be planned.
+
+        depth: blocks in each list of repeating blocks; None: as configured.
+        """
+
+    # --- text ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode the text of these prompts, so that the text encoder is not needed afterwards."""
+
+    @abstractmethod
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Return text embeddings of prepared prompts, [len(prompts), L, D], on the model's device."""
+
+    @abstractmethod
+    def null_text(self, text: TextEmbedding) -> TextEmbedding:
+        """Return what guidance sets against ``text``: no caption, or the negative prompt, of the same shape."""
+
+    # --- what the network predicts -------------------------------------------------------------------------
+
+    @abstractmethod
+    def predict(
+        self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding, guidance: float = 1.0
+    ) -> Tensor:
+        """Return the quantity the model is trained on (velocity, v or epsilon), float32 [B, C, T, H, W].
+
+        latents [B, C, T, H, W] at time t [B], in the units of the schedule. text: of P prompts, each that of B / P
+        samples next to each other. A guidance other than 1 gives the classifier-free guided prediction.
+        """
+
+    @abstractmethod
+    def draw_timesteps(self, u: Tensor) -> Tensor:
+        """Map uniform numbers in (0, 1), of any shape, to training times of the schedule's distribution."""
+
+    @abstractmethod
+    def noising_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (a, s), each [B], of x_t = a * latents + s * noise at times t [B]."""
+
+    @abstractmethod
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t, the clean latents [B, ...] noised to time t [B]."""
+
+    @abstractmethod
+    def target_scales(self, t: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """Return (a, b), numbers or [B]: ``predict`` should give a * latents + b * noise at times t [B]."""
+
+    # --- sampling ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def solver(self, steps: int) -> Solver:
+        """Return the way from noise to clean latents in ``steps`` steps."""
+
+    @abstractmethod
+    def start(self, noise: Tensor) -> SamplerState:
+        """Return the state before the first step, from noise [B, C, T, H, W]."""
+
+    @abstractmethod
+    def denoise(
+        self,
+        network: Network,
+        state: SamplerState,
+        text: TextEmbedding,
+        settings: SamplerSettings,
+        stop: int | None = None,
+    ) -> SamplerState:
+        """Go on from ``state`` until ``stop`` steps of ``settings.steps`` are done (None: all), without gradients.
+
+        text: of P prompts, each that of B / P samples next to each other. A loop that is cut and resumed with the same
+        settings and batch gives the same latents as one that is not, bit for bit (settings.cache apart).
+        """
+
+    @abstractmethod
+    def sample(
+        self, network: Network, noise: Tensor, text: TextEmbedding, *, steps: int, guidance: float
+    ) -> Tensor:
+        """Return clean latents [B, C, T, H, W] from noise: a whole ``denoise`` without any approximation."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents [B, C, T, H, W] into videos, uint8 [B, F, height, width, 3], without gradients."""
+
+    # --- memory, speed and files ---------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[PartName, nn.Module]:
+        """The modules that are moved and planned as one: "policy", which is the network, and "vae"."""
+
+    @property
+    @abstractmethod
+    def decoders(self) -> Sequence[nn.Module]:
+        """The modules that ``decode`` calls again and again with equal shapes; the planner traces one call of each."""
+
+    @abstractmethod
+    def use_memory(self, memory: MemoryConfig) -> None:
+        """Take over the settings among ``Option`` that the family supports; the others have been refused."""
+
+    @abstractmethod
+    def choose_backends(self, settings: ModelConfig) -> str:
+        """Choose what computes attention and fused operations; return a line for the user, "" for no choice."""
+
+    @abstractmethod
+    def stay_by(self, residency: Residency) -> None:
+        """Let ``residency`` say when each of ``parts`` is on the device."""
+
+    @abstractmethod
+    def row_flops(self, text: TextEmbedding) -> RowFlops | None:
+        """Return the cost of one sample, or None: the engine then counts a ``predict`` on tensors without values."""
+
+    @abstractmethod
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy in the layout that its own project loads; of a policy with an adapter, the adapter."""
+
+    @abstractmethod
+    def load_policy(self, folder: Path) -> None:
+        """Put back, bit for bit, what ``save_policy`` of the same configuration wrote."""
+
+
+def repeating_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the outermost lists of a module by name: their members are the blocks that repeat."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = part
+    return found
