@@ -45,6 +45,7 @@ def sample_candidates(
         seed,
         model.latent_shape,
         networks,
+        lambda: None,
         model.start,
         Denoiser(model, batches or Batches(config.most_rows), device),
         lambda texts: None,

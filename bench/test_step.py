@@ -10,9 +10,8 @@ from rows import quantiles
 from vpo_engine.build import build_model, build_prompts, build_reward
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.online_vpo import OnlineVPO, embed_prompts
 from vpo_engine.reference.store import build_reference
-from vpo_engine.values import embed_prompts
 
 ROUNDS = 3
 

@@ -11,9 +11,9 @@ from candidates import Judge, stacked
 from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
-from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
 from vpo_engine.protocols import Network, TextEmbedding, VideoModel
-from vpo_engine.values import Candidate, Choice, Pair, Prompt, embed_prompts
+from vpo_engine.values import Candidate, Choice, Pair, Prompt
 
 
 def step_on(algorithm: OnlineVPO, texts: Sequence[str], positions: Sequence[int]) -> Step:

@@ -27,12 +27,12 @@ from vpo_engine.models.opensora.geometry import pixel_size
 from vpo_engine.models.opensora.model import Geometry, OpenSora
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.stdit3 import STDiT3
-from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.online_vpo import OnlineVPO, embed_prompts
 from vpo_engine.planning.estimate import TRAFFIC_EFFICIENCY
 from vpo_engine.planning.gpus import GPUS
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference
-from vpo_engine.values import Prompt, embed_prompts
+from vpo_engine.values import Prompt
 
 PROMPTS = ("a red circle moving left", "a blue square moving up")
 LAUNCH = 10e-6

@@ -2,7 +2,7 @@
 
 for each step:
     sample N videos per prompt from the current policy          rollout/sampler.py
-    decode and score them with the video reward                 rollout/scorer.py
+    decode and score them with the video reward                 rollout/sampler.py
     winner = argmax, loser = argmin                             selection.py
     one Diffusion-DPO update on their latents                   objectives/dpo.py
     every K optimizer steps: reference <- policy                reference/store.py
@@ -27,8 +27,7 @@ from vpo_engine.rewards.guards import WithMotion
 from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.rollout.quantised_copy import SamplingCopy
-from vpo_engine.rollout.sampler import CandidateSampler, Denoiser
-from vpo_engine.rollout.scorer import VideoScorer
+from vpo_engine.rollout.sampler import CandidateSampler, Denoiser, VideoScorer
 from vpo_engine.selection import Selector
 from vpo_engine.values import Choice, Pair, Prompt
 
@@ -97,33 +96,30 @@ class OnlineVPO:
         return self.optimizer.steps
 
     def step(self, prompts: Sequence[Prompt]) -> Step:
-        """Make one step on this team's prompts."""
-        choices = self._compare(prompts)
-        pairs = self.selector.pairs(choices)
+        """Make one step of Algorithm 1 on this team's prompts."""
+        if self.stored is None:
+            candidates = self._sample(prompts)  # N videos per prompt, decoded and scored
+            choices = self._resample_ties(self.selector.choose(candidates))  # winner = argmax, loser = argmin
+        else:
+            choices = self.stored.choices(prompts, self.model.latent_shape, self.processes.device)
+        pairs = self.selector.pairs(choices)  # without ties, weighted
         for update in range(self.config.objective.updates):
-            metrics = self._update_policy(pairs, update)
-            self._refresh_reference()
+            metrics = self._update_policy(pairs, update)  # Diffusion-DPO on the latents
+            self._refresh_reference()  # every K optimizer steps: reference <- policy
         return self._step_made(choices, pairs, metrics)
 
-    def _compare(self, prompts: Sequence[Prompt]) -> list[Choice]:
-        """Sample and score candidates of each prompt, and choose the best and the worst.
-
-        Prompts that are a tie get N more candidates, up to pairs.refill times; all of theirs are then compared.
-        """
-        if self.stored is not None:
-            return self.stored.choices(prompts, self.model.latent_shape, self.processes.device)
-        self._refresh_copy()
-        choices = self.selector.choose(self._sample(prompts))
+    def _resample_ties(self, choices: list[Choice]) -> list[Choice]:
+        """Sample N more candidates for prompts that are a tie, and choose among all of theirs, pairs.refill times."""
         for attempt in range(1, 1 + self.config.pairs.refill):
-            tied = [row for row, choice in enumerate(choices) if choice.tied]
+            tied = [choice for choice in choices if choice.tied]
             if not tied:
                 break
-            more = self._sample([prompts[row] for row in tied], attempt)
+            more = self._sample([choice.prompt for choice in tied], attempt)
             again = self.selector.choose(
-                [[*choices[row].candidates, *added] for row, added in zip(tied, more, strict=True)]
+                [[*choice.candidates, *added] for choice, added in zip(tied, more, strict=True)]
             )
-            for row, choice in zip(tied, again, strict=True):
-                choices[row] = choice
+            anew = iter(again)
+            choices = [next(anew) if choice.tied else choice for choice in choices]
         return choices
 
     def _update(self, pairs: Sequence[Pair], update: int) -> dict[str, float]:
@@ -174,6 +170,10 @@ class OnlineVPO:
         }
         return Step(metrics, choices, pairs, seconds, sum(network.take() for network in self._networks))
 
+    def _refresh_copy(self) -> None:
+        if self.copy is not None:
+            self.copy.refresh()
+
     def _build_sampler(self) -> CandidateSampler:
         """Join what samples (the policy, the reference, or an 8-bit copy of the policy), decodes and scores."""
         config, model, device = self.config.rollout, self.model, self.processes.device
@@ -182,8 +182,6 @@ class OnlineVPO:
         bits = config.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
         first = exact if self.copy is None else self.copy
-        refresh = (lambda: None) if self.copy is None else self.copy.refresh
-        self._refresh_copy = self.timer.timed("rollout", self.residency.during("rollout", refresh))
         self._networks = CountedRows(first), CountedRows(exact if config.weights == "policy" else first)
         reward = self.reward if self.config.guards.motion_floor is None else WithMotion(self.reward)
         scorer = VideoScorer(
@@ -200,6 +198,7 @@ class OnlineVPO:
             self.config.seed,
             model.latent_shape,
             self._networks,
+            self.residency.during("rollout", self._refresh_copy),
             model.start,
             self.residency.during("rollout", denoiser),
             scorer.overlapped,
@@ -207,6 +206,15 @@ class OnlineVPO:
             self.selector.extremes,
             self.processes.team,
         )
+
+
+def embed_prompts(model: VideoModel, texts: Sequence[str], positions: Sequence[int]) -> list[Prompt]:
+    """Return the prompts of a step: texts that the model has prepared, with their positions in the stream."""
+    embedding = model.embed(texts)
+    return [
+        Prompt(text, embedding[row : row + 1], position)
+        for row, (text, position) in enumerate(zip(texts, positions, strict=True))
+    ]
 
 
 def _check(config: Config, processes: Processes) -> None:

@@ -20,7 +20,7 @@ from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.metrics.summary import format_summary, summarise
 from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
 from vpo_engine.metrics.watch import Alarm, Watch, describe_shuffle
-from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rollout.preference_dataset import PairRecorder, StoredPairs
 from vpo_engine.run_state import capture, restore
@@ -32,7 +32,7 @@ from vpo_engine.runs.log import NullLog, RunLog
 from vpo_engine.runs.progress import Progress
 from vpo_engine.runs.report import write_report
 from vpo_engine.runs.signals import StopRequest
-from vpo_engine.values import Candidate, embed_prompts
+from vpo_engine.values import Candidate
 
 _GALLERY_CLIPS = 16
 _GALLERY_STEPS = 8

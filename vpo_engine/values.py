@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vpo_engine.protocols import TextEmbedding, VideoModel
+from vpo_engine.protocols import TextEmbedding
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +80,6 @@ class Pair:
     @property
     def prompt(self) -> Prompt:
         return self.winner.prompt
-
-
-def embed_prompts(model: VideoModel, texts: Sequence[str], positions: Sequence[int]) -> list[Prompt]:
-    """Return the prompts of a step: texts that the model has prepared, with their positions in the stream."""
-    embedding = model.embed(texts)
-    return [
-        Prompt(text, embedding[row : row + 1], position)
-        for row, (text, position) in enumerate(zip(texts, positions, strict=True))
-    ]
 
 
 def stacked_embeddings(prompts: Sequence[Prompt]) -> TextEmbedding:

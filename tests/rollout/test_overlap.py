@@ -16,8 +16,7 @@ from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.rewards.sprites import SpritesReward
 from vpo_engine.rollout.batches import Batches
-from vpo_engine.rollout.sampler import CandidateSampler, Denoiser
-from vpo_engine.rollout.scorer import VideoScorer
+from vpo_engine.rollout.sampler import CandidateSampler, Denoiser, VideoScorer
 from vpo_engine.selection import extremes
 from vpo_engine.values import Prompt
 
@@ -81,6 +80,7 @@ def run(
         0,
         model.latent_shape,
         (network or model.network,) * 2,
+        lambda: None,
         model.start,
         Denoiser(model, batches, CPU),
         scorer.overlapped,
