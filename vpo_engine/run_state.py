@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on: what a checkpoint holds, and how it is put back."""
+"""What a checkpoint holds, how it is put back, and which settings may change in between."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
-from vpo_engine.models.lora import has_adapter, load_adapter
 from vpo_engine.online_vpo import OnlineVPO
 
 _FREE_TO_CHANGE = ("name", "run_dir", "steps", "evaluation", "checkpoint", "processes")
@@ -19,10 +17,10 @@ _FREE_TO_CHANGE = ("name", "run_dir", "steps", "evaluation", "checkpoint", "proc
 
 
 def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The ``tensors`` and ``state`` of a checkpoint after ``step`` steps.
+    """Return the ``tensors`` and the ``state`` of a checkpoint after ``step`` steps.
 
-    Random numbers need no state beside the seed and the step: see ``vpo_engine.seeding``. ``baseline`` is the
-    evaluation of the policy that the run started from, against which its end is compared.
+    Random numbers need no state beside the seed and the step: see ``vpo_engine.seeding``. baseline: the evaluation of
+    the policy that the run started from; the end of the run is compared with it.
     """
     config = algorithm.config
     return {
@@ -44,14 +42,8 @@ def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> 
 def restore(
     algorithm: OnlineVPO, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], policy: Path
 ) -> tuple[int, dict[str, Tensor]]:
-    """Put a checkpoint back; (steps done, baseline)."""
-    network = algorithm.model.network
-    if has_adapter(network):
-        load_adapter(network, policy)
-    else:
-        with safe_open(policy / "model.safetensors", framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        network.load_state_dict(weights, strict=True)
+    """Put a checkpoint back into the algorithm, and return the steps done and the baseline evaluation."""
+    algorithm.model.load_policy(policy)
     algorithm.reference.load_state_dict(dict(tensors["reference"]))
     algorithm.optimizer.load_state_dict(dict(tensors["optimizer"]))
     algorithm.refreshed_at = state["refreshed_at"]
@@ -59,7 +51,7 @@ def restore(
 
 
 def check_same_run(config: Config, saved_config: Path) -> None:
-    """ValueError if ``config`` would not continue the run whose resolved configuration is at ``saved_config``."""
+    """Raise ValueError if ``config`` does not continue the run whose resolved configuration is at ``saved_config``."""
     saved = load_config(saved_config)
     different = [
         f"{name} was {getattr(saved, name)!r}, now {getattr(config, name)!r}"

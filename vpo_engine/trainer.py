@@ -1,4 +1,4 @@
-"""A run: Algorithm 1 in a loop, with evaluation, log, gallery, checkpoints and an end that can be read."""
+"""The loop of a run around Algorithm 1: evaluation, log, gallery, checkpoints, and the report at the end."""
 
 from __future__ import annotations
 
@@ -37,15 +37,19 @@ from vpo_engine.values import Candidate
 _GALLERY_CLIPS = 16
 _GALLERY_STEPS = 8
 _GALLERY_PAIRS = 4
-_GAUGED = 16
-"""Held-out prompts whose mean length stands for all; no more, since embeddings are large."""
-_PATIENCE = 20
-"""Steps in a row without a single pair after which the run stops: a constant reward teaches nothing."""
+_MEASURED_PROMPTS = 16
+"""Held-out prompts whose mean length is taken for that of all prompts; embeddings are large, so these are few."""
+_MOST_STEPS_WITHOUT_PAIRS = 20
+"""After so many steps in a row without a single pair the run stops: a constant reward teaches nothing."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: finished with a summary, or stopped by a signal or alarm at a step that a checkpoint holds."""
+    """The end of a run.
+
+    steps: how many steps were made. summary: of the evaluation at the end; None if the run was stopped before.
+    stopped_by: what stopped it; a checkpoint holds the last step then. alarmed: whether an alarm stopped it.
+    """
 
     steps: int
     summary: dict[str, object] | None
@@ -54,7 +58,7 @@ class Outcome:
 
 
 class Trainer:
-    """One process's part in a run. Only the first process writes files; all of them call everything."""
+    """Run one process of a training run. Only the first process writes files, but all of them call every method."""
 
     def __init__(
         self,
@@ -66,7 +70,7 @@ class Trainer:
         processes: Processes,
         stop_elsewhere: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``stop_elsewhere``: whether a process that does not train was asked to stop."""
+        """``stop_elsewhere``: tells whether a process that does not train was asked to stop."""
         self._config, self._algorithm, self._stream = config, algorithm, stream
         self._held_out, self._run, self._processes = held_out, run, processes
         self._stop_elsewhere = stop_elsewhere
@@ -93,8 +97,8 @@ class Trainer:
             self._log = log
             with self._stage("text"):
                 self._encode_text()
-            self._throughput = self._gauge()
-            self._sound([])
+            self._throughput = self._measure_device()
+            self._raise_alarms([])
             if start == 0:
                 self._evaluate_baseline()
             else:
@@ -120,7 +124,7 @@ class Trainer:
         return Outcome(step, None, "an alarm (guards.on_alarm=stop)", alarmed=True)
 
     def _open_recorder(self, start: int) -> PairRecorder | None:
-        """The run's ledger, in which nothing is left of steps after ``start``; one process of a team writes it."""
+        """Return what writes the run's ledger, without the steps after ``start``; one process of each team has it."""
         if self._config.pairs.ledger == "none":
             return None
         if self._processes.first:
@@ -131,18 +135,18 @@ class Trainer:
         return PairRecorder(self._config, self._run.ledger, self._processes.rank)
 
     def _encode_text(self) -> None:
-        """All prompts of the run, also those of steps already done: the same batches give the same bits."""
+        """Encode all prompts of the run, also those of steps already done, since equal batches give equal bits."""
         self._progress.stage("encoding the text of the prompts")
         count = self._config.steps * self._config.pairs_per_step
         prompts = [item.text for item in self._stream.take(0, count)]
         self._algorithm.model.prepare([*prompts, *self._held_out.prompts])
 
-    def _gauge(self) -> Throughput:
-        """What a row of the network takes and what the device can do; the time that this takes is no step's."""
+    def _measure_device(self) -> Throughput:
+        """Measure what the device can do, and count what an input of the network costs; no step is charged for it."""
         start = time.perf_counter()
         self._progress.stage("measuring the device")
         model = self._algorithm.model
-        flops = count_row_flops(model, model.embed(self._held_out.prompts[:_GAUGED]))
+        flops = count_row_flops(model, model.embed(self._held_out.prompts[:_MEASURED_PROMPTS]))
         ceiling = matrix_rate(self._processes.device, getattr(torch, self._config.model.dtype))
         self._taken_at += time.perf_counter() - start
         return Throughput(self._config, flops, ceiling)
@@ -176,7 +180,7 @@ class Trainer:
         self._progress.step(step, metrics)
 
     def _take_seconds(self) -> dict[str, float]:
-        """Seconds of each stage, and of everything, since the last call: a checkpoint counts to the next row."""
+        """Return the seconds of each stage and of everything since the last call; checkpoints count to the next row."""
         now = time.perf_counter()
         seconds = {**self._stage_seconds, "step": now - self._taken_at}
         self._taken_at, self._stage_seconds = now, {}
@@ -186,9 +190,9 @@ class Trainer:
 
     def _check_pairs(self, result: Step, step: int) -> None:
         self._steps_without_pairs = 0 if result.metrics["pairs"] else self._steps_without_pairs + 1
-        if self._steps_without_pairs >= _PATIENCE:
+        if self._steps_without_pairs >= _MOST_STEPS_WITHOUT_PAIRS:
             raise ValueError(
-                f"every pair of the last {_PATIENCE} steps (to step {step}) was a tie at "
+                f"every pair of the last {_MOST_STEPS_WITHOUT_PAIRS} steps (to step {step}) was a tie at "
                 f"pairs.min_gap={self._config.pairs.min_gap}: the reward does not tell the candidates "
                 "apart. Lower it, choose other reward.dimensions, or raise rollout.candidates"
             )
@@ -203,15 +207,18 @@ class Trainer:
         self._log_evaluation(0, self._baseline, shares)
 
     def _check_reward(self, exchange: bool) -> dict[str, float]:
-        """Of the base policy's clips; how they fare with their own prompts where these are ``exchange``d."""
+        """Check the reward on clips of the base policy, and return the shares that prefer their own prompts.
+
+        ``exchange``: whether prompts are exchanged between clips; without it nothing is returned.
+        """
         found = self._held_out.check_reward(self._baseline["clips"], self._shown(), exchange)
         if not found:
             return {}
         self._progress.note(describe_shuffle(found))
-        self._sound(self._watch.prompts(found))
+        self._raise_alarms(self._watch.prompts(found))
         return {f"guards/prompt/{name}": shuffled.share for name, shuffled in found.items()}
 
-    def _sound(self, alarms: Sequence[Alarm]) -> None:
+    def _raise_alarms(self, alarms: Sequence[Alarm]) -> None:
         for alarm in alarms:
             self._progress.note(f"ALARM after step {alarm.step}: {alarm.text}")
             self._alarmed |= alarm.stops and self._config.guards.on_alarm == "stop"
@@ -226,7 +233,7 @@ class Trainer:
             clips = self._held_out.videos(network, self._shown()).cpu()
         self._take_seconds()
         self._log_evaluation(step, final)
-        summary = summarise(_compared(self._baseline), _compared(final), dict(self._seconds))
+        summary = summarise(_logged(self._baseline), _logged(final), dict(self._seconds))
         if self._processes.first:
             self._run.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
             self._save_held_out(clips)
@@ -238,10 +245,10 @@ class Trainer:
     def _log_evaluation(
         self, step: int, measured: dict[str, Tensor], more: Mapping[str, float] | None = None
     ) -> None:
-        means = {f"held_out/{name}": float(value.mean()) for name, value in _compared(measured).items()}
+        means = {f"held_out/{name}": float(value.mean()) for name, value in _logged(measured).items()}
         numbers, alarms = self._watch.observe(step, self._baseline, measured)
         self._log.write(step, "eval", means | numbers | dict(more or {}))
-        self._sound(alarms)
+        self._raise_alarms(alarms)
 
     def _shown(self) -> Sequence[int]:
         total = len(self._held_out.prompts) * self._config.evaluation.samples_per_prompt
@@ -326,8 +333,8 @@ class Trainer:
         self._stage_seconds[name] = self._stage_seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _compared(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of an evaluation what has a place in the log and the summary; style is compared by the guards."""
+def _logged(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the log and the summary compare of an evaluation; the guards compare the style statistics."""
     return {
         name: value for name, value in measured.items() if name != "clips" and not name.startswith("style/")
     }
