@@ -1,9 +1,9 @@
 """The exact 8-bit reference: encoding and decoding one tensor of weights, on every backend that runs here.
 
-``pytest bench/test_delta.py`` measures the CPU, or the GPU if there is one. Both passes write to tensors that are
-there already, as the reference store has them do. GB/s is the bytes that a pass must move over its median seconds, and
-beside it stands the rate at which this machine copies as many bytes in the same run. On a GPU the seconds of encoding
-hold the host's wait for the number of spilled elements.
+``pytest bench/test_delta.py`` measures the CPU, or the GPU if there is one. Both passes write to tensors
+that exist already, as in the reference store. GB/s is the bytes that a pass must move over its median seconds. Beside
+it stands the rate at which this machine copies as many bytes in the same run. On a GPU the seconds of encoding include
+the host's wait for the number of spilled elements.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Case:
             self.sets.append(Weights(reference.clone(), policy.clone(), copies, torch.zeros_like(policy)))
 
     def moved_bytes(self) -> int:
-        """Either pass: the policy, the difference, the reference, and the list of what is spilled."""
+        """Return the bytes that either pass must move: policy, difference, reference and list of spilled elements."""
         first = self.sets[0]
         return first.policy.nbytes + first.reference.nbytes + sum(tensor.nbytes for tensor in first.delta)
 
@@ -70,7 +70,7 @@ def cold_call(kind: str, backend: str, sets: list[Weights]) -> Call:
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     if request.param == LARGE and not on_gpu():
-        pytest.skip("64 Mi weights are for GPUs, whose caches hold a layer's")
+        pytest.skip("64 Mi weights are measured on GPUs only, whose caches hold a layer of the usual size")
     case = Case(request.param)
     case.fill()
     yield case

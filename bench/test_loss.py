@@ -1,7 +1,7 @@
 """The paired loss on this machine: every backend that runs here, beside eager and compiled torch.
 
 ``pytest bench/test_loss.py`` measures the CPU, or the GPU if there is one. The largest shape needs VPO_BENCH_LARGE=1 on
-a CPU. GB/s is the bytes that a pass must move, whoever computes it, over its median seconds, and beside it stands the
+a CPU. GB/s is the bytes that any implementation of a pass must move, over its median seconds. Beside it stands the
 rate at which this machine copies as many bytes in the same run.
 """
 
@@ -37,7 +37,7 @@ Loss = Callable[..., Tensor]
 
 @dataclass
 class Case:
-    """Cold inputs of one shape and dtypes, and the compiled yardstick for them."""
+    """Cold inputs of one shape and dtypes, and the eager loss compiled for them."""
 
     shape: tuple[int, ...]
     dtypes: str
@@ -46,7 +46,7 @@ class Case:
     sets: list[list[Tensor]] = field(default_factory=list)
 
     def fill(self) -> None:
-        """Policies near their references, as in training; the copies of a set are equal, but lie apart."""
+        """Make policies near their references, as in training, and equal copies of them elsewhere in memory."""
         prediction, target = DTYPES[self.dtypes]
         generator = torch.Generator(device()).manual_seed(0)
 
@@ -64,13 +64,13 @@ class Case:
             self.sets.append([*(each.requires_grad_() for each in copies[:2]), *copies[2:]])
 
     def moved_bytes(self, kind: str) -> int:
-        """What a pass must read and write: forward six tensors; backward policies, targets and gradients."""
+        """Return the bytes that a pass must move: six tensors forward; policies, targets and gradients backward."""
         policy, target = self.sets[0][0].nbytes, self.sets[0][4].nbytes
         forward, backward = 4 * policy + 2 * target, 4 * policy + 2 * target
         return {"forward": forward, "backward": backward, "both": forward + backward}[kind]
 
     def compile(self) -> Loss:
-        """Eager torch compiled for this shape alone, forward and backward; compiled once."""
+        """Return eager torch compiled for this shape alone, forward and backward; it is compiled once."""
         if self.compiled is None:
             torch.compiler.reset()
             start = time.perf_counter()
@@ -86,7 +86,7 @@ def gradients(loss: Loss, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def cold_call(loss: Loss, kind: str, sets: list[list[Tensor]]) -> Call:
-    """The pass over one set after the other. A backward pass belongs to the forward of a whole rotation before."""
+    """Return the pass over one set after the other. A backward pass is that of a forward pass one rotation before."""
     turn = itertools.cycle(sets)
     if kind == "forward":
         return Call(lambda: tuple(next(turn)), loss)
@@ -104,7 +104,7 @@ def cold_call(loss: Loss, kind: str, sets: list[list[Tensor]]) -> Call:
 
 @pytest.fixture(scope="module")
 def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An empty compile cache, and what compilers need only once; the reason if nothing can be compiled here."""
+    """Give torch.compile an empty cache and warm it up; return the reason if nothing can be compiled here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         try:
@@ -127,7 +127,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 
 def choose(name: str, case: Case, request: pytest.FixtureRequest) -> Loss:
-    """The implementation, or a skip with the reason for which it does not run here."""
+    """Return the implementation, or skip with the reason why it does not run here."""
     if name == "eager":
         return eager_dpo_loss
     if name == "compile":

@@ -1,9 +1,9 @@
 """Diffusion-DPO of a diffusers UNet as the public trainers do it, with the fused loss in the place of theirs.
 
-Run as ``python examples/diffusers_trainer.py [--eager]``; weights and data are toys. The loop is that of
+Run it as ``python examples/diffusers_trainer.py [--eager]``; weights and data are toys. The loop is that of
 SalesforceAIResearch/DiffusionDPO (``train.py``) and of diffusers' ``train_diffusion_dpo.py``: batches ordered [winners,
-losers], one noise and one timestep per pair, epsilon prediction, a frozen copy as reference. ``preference_loss`` is all
-that the fused loss changes. Under accelerate it is called just so, with ``accelerator.backward(loss)`` for
+losers], one noise and one timestep per pair, epsilon prediction, a frozen copy as reference. Only ``preference_loss``
+differs from them. Under accelerate it is called in the same way, with ``accelerator.backward(loss)`` in place of
 ``loss.backward()``.
 """
 
@@ -22,11 +22,11 @@ from vpo_kernels import paired_dpo_loss
 def preference_loss(
     prediction: Tensor, reference: Tensor, target: Tensor, beta: float, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss (scalar) and margins [P] of a batch [2P, C, H, W] whose first half are the winners.
+    """Return loss (scalar) and margins [P] of a batch [2P, C, H, W] whose first half are the winners.
 
-    ``beta`` is DiffusionDPO's: the margin is -(beta / 2) * (winner's gap - loser's gap), a gap being the policy's mean
-    squared error less the reference's. diffusers' scripts write no half, so give twice their ``--beta_dpo``; where
-    errors are summed, give that beta times the number of elements in a sample.
+    ``beta`` is DiffusionDPO's: the margin is -(beta / 2) * (winner's error change - loser's error change), where an
+    error change is the policy's mean squared error less the reference's. diffusers' scripts write no half, so give
+    twice their ``--beta_dpo``; where errors are summed, give that beta times the number of elements in a sample.
     """
     if fused:
         out = paired_dpo_loss(*prediction.chunk(2), *reference.chunk(2), *target.chunk(2), beta=beta)
@@ -34,13 +34,13 @@ def preference_loss(
     error, reference_error = (
         (each.float() - target.float()).pow(2).flatten(1).mean(1) for each in (prediction, reference)
     )
-    winner_gap, loser_gap = (error - reference_error).chunk(2)
-    margin = -beta / 2 * (winner_gap - loser_gap)
+    winner_error_change, loser_error_change = (error - reference_error).chunk(2)
+    margin = -beta / 2 * (winner_error_change - loser_error_change)
     return -logsigmoid(margin).mean(), margin.detach()
 
 
 def tiny_unet() -> UNet2DConditionModel:
-    """Stable Diffusion's class with 200 thousand weights; latents [B, 4, 8, 8], text [B, L, 16]."""
+    """Build Stable Diffusion's class with 200 thousand weights, for latents [B, 4, 8, 8] and text [B, L, 16]."""
     return UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
@@ -53,7 +53,7 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def toy_batch(pairs: int) -> tuple[Tensor, Tensor]:
-    """Latents [2P, 4, 8, 8], winners bright and losers dark, and the text [P, 4, 16] that both share."""
+    """Return latents [2P, 4, 8, 8], bright winners and dark losers, and the text [P, 4, 16] that both share."""
     winners, losers = torch.randn(2, pairs, 4, 8, 8) * 0.3
     return torch.cat([winners + 1, losers - 1]), torch.randn(pairs, 4, 16)
 
@@ -61,7 +61,7 @@ def toy_batch(pairs: int) -> tuple[Tensor, Tensor]:
 def train(
     fused: bool, steps: int = 30, pairs: int = 4, beta: float = 200.0
 ) -> tuple[UNet2DConditionModel, list[float]]:
-    """The trained UNet and the loss of every step. With and without ``fused`` all draws are the same."""
+    """Return the trained UNet and the loss of every step. Random numbers do not depend on ``fused``."""
     torch.manual_seed(0)
     unet = tiny_unet()
     reference = copy.deepcopy(unet).requires_grad_(False)

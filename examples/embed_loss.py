@@ -1,6 +1,6 @@
-"""The fused loss in a training loop of your own: a toy denoiser learns to prefer one kind of sample, in plain torch.
+"""The fused loss in your own training loop: a toy denoiser learns to prefer one kind of sample, in plain torch.
 
-Run as ``python examples/embed_loss.py``. Nothing of the engine is needed but ``vpo_kernels``.
+Run it as ``python examples/embed_loss.py``. It needs nothing of the engine but ``vpo_kernels``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from vpo_kernels import paired_dpo_loss
 
 
 def predict(network: nn.Module, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the network makes of latents [P, 16], noised to time t [P, 1]; it should say latents - noise."""
+    """Return the network's prediction for latents [P, 16] noised to time t [P, 1]; its target is latents - noise."""
     return network(torch.cat([(1 - t) * latents + t * noise, t], dim=1))
 
 
 def train(steps: int = 200, refresh_every: int = 50) -> list[float]:
-    """Mean margin of every step. Winners are latents around +1, losers around -1."""
+    """Train, and return the mean margin of every step. Winners are latents around +1, losers around -1."""
     torch.manual_seed(0)
     policy = nn.Sequential(nn.Linear(17, 64), nn.SiLU(), nn.Linear(64, 16))
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -26,7 +26,10 @@ def train(steps: int = 200, refresh_every: int = 50) -> list[float]:
     margins = []
     for step in range(1, steps + 1):
         winner, loser = torch.randn(8, 16) * 0.3 + 1, torch.randn(8, 16) * 0.3 - 1
-        noise, t = torch.randn(8, 16), torch.rand(8, 1)  # one draw per pair, shared by winner and loser
+        noise, t = (
+            torch.randn(8, 16),
+            torch.rand(8, 1),
+        )  # one noise and time per pair, shared by winner and loser
         out = paired_dpo_loss(
             predict(policy, winner, noise, t),
             predict(policy, loser, noise, t),

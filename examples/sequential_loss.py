@@ -1,9 +1,9 @@
-"""Winner and loser one after the other: the paired loss where one graph fits in memory, but not two.
+"""The paired loss where memory holds one graph, but not two: winner and loser one after the other.
 
-Run as ``python examples/sequential_loss.py``. ``sequential_backward`` and ``single_pair_backward`` take functions that
-run the policy in the place of its predictions, call backward themselves, and leave the gradients that the joint loss
-would leave. The first costs one forward pass more, the second none; but it is for one pair per process, and wants
-gradients that nothing else adds to.
+Run it as ``python examples/sequential_loss.py``. ``sequential_backward`` and ``single_pair_backward`` take functions
+that run the policy in the place of its predictions, call backward themselves, and leave the gradients that the joint
+loss would leave. The first needs one more forward pass, the second does not; but the second is for one pair per
+process, and nothing else may add to the gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BETA = 10.0
 
 
 class Denoiser(nn.Module):
-    """A deep enough toy: its activations outweigh its weights. Latents [P, tokens, 16] and time t [P, 1, 1]."""
+    """A toy deep enough for its activations to outweigh its weights. Latents [P, tokens, 16] and time t [P, 1, 1]."""
 
     def __init__(self, width: int = 64, depth: int = 6) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
 def backward(
     mode: Mode, policy: nn.Module, reference: nn.Module, winner: Tensor, loser: Tensor
 ) -> PairedDPOLoss:
-    """Gradients of the loss of P pairs of latents [P, tokens, 16] into the policy's parameters."""
+    """Add the gradients of the loss of P pairs of latents [P, tokens, 16] to the policy's parameters."""
     noise, t = torch.randn_like(winner), torch.rand(winner.shape[0], 1, 1)
     noisy_winner, noisy_loser = torch.lerp(winner, noise, t), torch.lerp(loser, noise, t)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def backward(
 
 
 def train(mode: Mode, steps: int = 20, pairs: int = 1, tokens: int = 256) -> tuple[nn.Module, list[float]]:
-    """The policy and the loss of every step; all draws are the same in every mode."""
+    """Train, and return the policy and the loss of every step; random numbers are the same in all modes."""
     torch.manual_seed(0)
     policy = Denoiser()
     reference = copy.deepcopy(policy).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The examples do what they say: the loss embeds in other people's loops and changes nothing there but its cost."""
+"""The examples: the fused loss replaces the loss of other training loops, and changes nothing but the cost."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ def load(name: str) -> ModuleType:
 
 
 def gradient(network: nn.Module) -> Tensor:
+    """Return all gradients as one float64 vector."""
     return torch.cat([parameter.grad.flatten() for parameter in network.parameters()]).double()
 
 
 def weights(network: nn.Module) -> Tensor:
+    """Return all weights as one float64 vector."""
     return parameters_to_vector(network.parameters()).detach().double()
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over that of the expected."""
     return ((actual - expected).norm() / expected.norm()).item()
 
 
@@ -52,8 +55,8 @@ def test_the_plain_loop_learns_and_refreshes() -> None:
 
 BETA = 200.0
 ROUNDING = 4 * BETA * EPSILON
-"""The eager margin is beta / 2 times a sum of four float32 means of about 1, each off by an epsilon or so; loss and
-gradient err by as much, relative to ln 2 and to their own size."""
+"""The eager margin is beta / 2 times a sum of four float32 means of about 1, each of which errs by about an epsilon.
+Loss and gradient err by as much, relative to ln 2 and to their own size."""
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +110,9 @@ def test_summed_errors_need_beta_times_the_elements(trainer: ModuleType) -> None
     torch.manual_seed(3)
     target, error, drift = torch.randn(3, 4, 4, 8, 8, dtype=torch.float64)
     prediction, reference = target + error + 0.02 * drift, target + error
-    gap = ((prediction - target).pow(2) - (reference - target).pow(2)).sum(dim=(1, 2, 3))
+    error_change = ((prediction - target).pow(2) - (reference - target).pow(2)).sum(dim=(1, 2, 3))
     beta_sum = 0.5
-    theirs = -logsigmoid(-beta_sum / 2 * (gap[:2] - gap[2:])).mean()
+    theirs = -logsigmoid(-beta_sum / 2 * (error_change[:2] - error_change[2:])).mean()
     ours, _ = trainer.preference_loss(prediction, reference, target, beta_sum * target[0].numel(), fused=True)
     torch.testing.assert_close(ours, theirs)
 
@@ -123,7 +126,7 @@ def sequential() -> ModuleType:
 
 
 class Kept:
-    """An activation kept for backward; counts the bytes of those alive."""
+    """An activation kept for the backward pass. The class counts the bytes of those that are alive."""
 
     alive = peak = 0
 
@@ -137,6 +140,7 @@ class Kept:
 
 
 def peak_of_step(sequential: ModuleType, mode: str, pairs: int) -> int:
+    """Return the most bytes of activations that are alive at once during a step."""
     torch.manual_seed(0)
     policy, reference = sequential.Denoiser(), sequential.Denoiser().requires_grad_(False)
     winner, loser = torch.randn(2, pairs, 1024, 16)

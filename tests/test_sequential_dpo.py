@@ -1,4 +1,4 @@
-"""Winner and loser one after the other: the joint gradient and metrics, one graph at a time."""
+"""DPO with winner and loser one after the other: the gradient and metrics of the joint batch, one graph at a time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Video:
 
 
 def problem(dtype: torch.dtype) -> tuple[Video, HeldReference, list[Pair]]:
-    """A policy away from its reference, and pairs with captions of several lengths."""
+    """Return a policy that differs from its reference, and pairs with captions of several lengths."""
     model = Video(dtype)
     reference = build_reference("copy", model.network)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_policy_and_reference_see_the_same_members_in_the_same_geometry() -> Non
     assert not torch.equal(winner[0], loser[0])
     assert all(torch.equal(a, b) for a, b in zip(winner[1:], loser[1:], strict=True))  # t and the text
     assert len(winner[0]) == 4
-    assert len(model.calls[5][1][0]) == 2  # what is left of six rows
+    assert len(model.calls[5][1][0]) == 2  # what is left of a batch of six
 
 
 def test_the_margin_is_exactly_zero_at_the_reference() -> None:
@@ -124,7 +124,7 @@ def test_the_margin_is_exactly_zero_at_the_reference() -> None:
 
 
 class Saved:
-    """Bytes that graphs hold, each saved tensor counted where it is saved."""
+    """Counts the bytes that graphs hold; a tensor counts each time that it is saved."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
@@ -148,26 +148,26 @@ class _Held:
         self._saved.now -= self._size
 
 
-def saved_by_rows(recompute: Any, rows: int) -> int:
-    """Bytes in the graph of one forward pass of so many rows."""
+def saved_by_batch(recompute: Any, size: int) -> int:
+    """Return the bytes in the graph of one forward pass of a batch of this size."""
     model, _, batch = problem(torch.float32)
     model.network.activations = Activations(recompute)
-    index = torch.arange(rows) % PAIRS
+    index = torch.arange(size) % PAIRS
     saved = Saved()
     with saved.counting():
-        model.predict(model.network, batch.winner[index], torch.full((rows,), 500.0), batch.text[index])
+        model.predict(model.network, batch.winner[index], torch.full((size,), 500.0), batch.text[index])
     return saved.most
 
 
 @pytest.mark.parametrize("recompute", ["nothing", "block"])
 def test_one_members_graph_exists_at_a_time(recompute: Any) -> None:
     of_the_loss = 8 * PAIRS * torch.Size(LATENT).numel() * 4
-    for sequential, rows in ((False, 2 * PAIRS), (True, PAIRS)):
+    for sequential, size in ((False, 2 * PAIRS), (True, PAIRS)):
         model, reference, batch = problem(torch.float32)
         model.network.activations = Activations(recompute)
         saved = Saved()
         with saved.counting():
             DPO(model, ObjectiveConfig(), 3.0, 0, sequential).backward(batch, reference)  # type: ignore[arg-type]
-        network = saved_by_rows(recompute, rows)
+        network = saved_by_batch(recompute, size)
         assert network < saved.most <= network + of_the_loss
         assert saved.now == 0

@@ -1,4 +1,5 @@
-// Encoding and decoding of ordered_delta: chunks shared among threads, and what does not fit into 8 bits.
+// Encoding and decoding of ordered_delta: threads share the chunks; spilled elements, which do not fit into 8 bits,
+// are listed apart.
 
 #include "delta.h"
 
@@ -21,8 +22,8 @@ namespace nb = nanobind;
 namespace vpo {
 namespace {
 
-// The arrays of one call. Chunks are kChunk elements, so that a chunk's count of spilled elements fits 16 bits, and
-// what one pass has just written is in the cache for the next.
+// The arrays of one call. A chunk is kChunk elements, so that its count of spilled elements fits 16 bits, and that
+// the second pass finds in the cache what the first has just written.
 struct Delta {
     std::int64_t elements;
     std::int8_t* difference;
@@ -38,7 +39,7 @@ T* array(std::uintptr_t address) {
 
 std::int64_t chunks(std::int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
-// Of eight differences, the high bits of the bytes that are kSpilled, that is 0x80.
+// Returns, of eight differences, the high bits of those bytes that are kSpilled, that is 0x80.
 std::uint64_t spilled_bytes(const std::int8_t* difference) {
     constexpr std::uint64_t kHigh = 0x8080808080808080u;
     std::uint64_t bits;
@@ -46,8 +47,8 @@ std::uint64_t spilled_bytes(const std::int8_t* difference) {
     return ~((bits & ~kHigh) + ~kHigh) & bits & kHigh;  // no carry leaves its byte
 }
 
-// Writes the spilled elements in [begin, end) from entry `first` on. Indices come first, so that fetching the values,
-// which have left the caches, does not wait for them one by one.
+// Lists the spilled elements in [begin, end), from entry `first` of the list on. All indices are written before the
+// values, so that the processor can fetch the values, which have left the caches, without waiting for each in turn.
 void collect(const Delta& delta, const std::int16_t* reference, std::int64_t begin, std::int64_t end,
              std::int64_t first) noexcept {
     std::int64_t at = first, i = begin;
@@ -62,7 +63,7 @@ void collect(const Delta& delta, const std::int16_t* reference, std::int64_t beg
     for (std::int64_t j = first; j < at; ++j) delta.value[j] = reference[delta.index[j]];
 }
 
-// Puts the values whose index is in [begin, end) in place. Indices ascend.
+// Writes the values whose index is in [begin, end) to their places. Indices ascend.
 void restore(const Delta& delta, std::int16_t* out, std::int64_t begin, std::int64_t end) noexcept {
     const std::int32_t *first = delta.index, *last = first + delta.spilled;
     for (const std::int32_t* at = std::lower_bound(first, last, begin); at < last && *at < end; ++at) {
@@ -77,7 +78,7 @@ void encode_delta(const std::string& instruction_set, std::int64_t elements, std
     Delta delta{elements, array<std::int8_t>(difference_at), nullptr, nullptr, 0};
     const std::int64_t count = chunks(elements);
     const int used = useful_threads(elements, threads);
-    std::vector<std::int64_t> first(count);  // spilled elements of a chunk, then of those before it
+    std::vector<std::int64_t> first(count);  // spilled elements of a chunk; later, of the chunks before it
     {
         const WithoutGil released;
         for_each(count, used, [&](std::int64_t i) noexcept {

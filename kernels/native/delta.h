@@ -1,4 +1,4 @@
-// Differences of bfloat16 bits in 8 bits each; _native.pyi says what the functions promise.
+// Binding of ordered_delta's functions; _native.pyi says what they promise.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -1,4 +1,4 @@
-// Which kernels run, and on how many threads.
+// Choice of the kernels and of the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace vpo {
 
-// Throws std::invalid_argument for an instruction set that this processor has not.
+// Returns the kernels of an instruction set. Throws std::invalid_argument if this processor does not have it.
 const Kernels& kernels_for(const std::string& instruction_set);
 
-// At most `threads`, fewer where there are few elements.
+// Returns how many threads to use: at most `threads`, fewer where there are few elements.
 int useful_threads(std::int64_t elements, int threads);
 
 }  // namespace vpo

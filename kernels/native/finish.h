@@ -1,5 +1,5 @@
-// From the sums of the pairs to loss, margin, gaps and coefficients: reference.finish in C++, where its forty small
-// torch operations would take longer than the sums of a small sample.
+// Computes loss, margin, error changes and coefficients from the sums of the pairs, as reference.finish does. The forty
+// small torch operations of the latter would take longer than the sums of a small sample.
 #pragma once
 
 #include <cmath>
@@ -17,33 +17,33 @@ struct Options {
     std::optional<double> loser_scaling;
 };
 
-// Where results go: loss [], margin [P], winner_gap [P], loser_gap [P], each float32 or float64; coefficient
-// float64 [2, P].
+// Where results go: loss [], margin [P], winner_error_change [P], loser_error_change [P], each float32 or float64;
+// coefficient float64 [2, P].
 struct Results {
-    void *loss, *margin, *winner_gap, *loser_gap;
+    void *loss, *margin, *winner_error_change, *loser_error_change;
     double* coefficient;
 };
 
 inline double log_sigmoid(double x) { return std::fmin(x, 0.0) - std::log1p(std::exp(-std::fabs(x))); }
 
-// What Diffusion-SDPO multiplies the loser's gradient by; NaN in `squares` stays NaN.
+// Returns what Diffusion-SDPO multiplies the loser's gradient by; NaN in `squares` stays NaN.
 inline double loser_scale(double mu, double squares, double product) {
     if (!(product > 0)) return 1;
     const double bound = (1 - mu) * squares / product;
     return bound < 0 ? 0 : bound > 1 ? 1 : bound;
 }
 
-// sums: [4, P]: both gaps, |a|^2, a . b. counted: elements that count, per pair or all alike.
+// sums: [4, P]: both error changes, |a|^2, a . b. counted: number of elements that count, per pair or for all pairs.
 template <class Out>
 void finish(const double* sums, std::int64_t pairs, PerPair counted, const Options& options,
             const Results& results) {
     double total = 0;
     for (std::int64_t pair = 0; pair < pairs; ++pair) {
         const double norm = options.mean ? counted[pair] : 1.0;
-        const double winner_gap = sums[pair] / norm, loser_gap = sums[pairs + pair] / norm;
+        const double winner_change = sums[pair] / norm, loser_change = sums[pairs + pair] / norm;
         const double squares = sums[2 * pairs + pair], product = sums[3 * pairs + pair];
         const double beta = options.beta[pair], weight = options.pair_weight[pair];
-        const double margin = beta / 2 * (loser_gap - winner_gap);
+        const double margin = beta / 2 * (loser_change - winner_change);
         double loss = -log_sigmoid(margin);
         if (options.winner_anchor != 0) loss += options.winner_anchor * (squares / norm);
         total += weight * loss;
@@ -53,8 +53,8 @@ void finish(const double* sums, std::int64_t pairs, PerPair counted, const Optio
         results.coefficient[pair] = pull + options.winner_anchor * push;
         results.coefficient[pairs + pair] = -pull * scale;
         static_cast<Out*>(results.margin)[pair] = static_cast<Out>(margin);
-        static_cast<Out*>(results.winner_gap)[pair] = static_cast<Out>(winner_gap);
-        static_cast<Out*>(results.loser_gap)[pair] = static_cast<Out>(loser_gap);
+        static_cast<Out*>(results.winner_error_change)[pair] = static_cast<Out>(winner_change);
+        static_cast<Out*>(results.loser_error_change)[pair] = static_cast<Out>(loser_change);
     }
     *static_cast<Out*>(results.loss) = static_cast<Out>(total / static_cast<double>(pairs));
 }

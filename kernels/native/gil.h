@@ -1,4 +1,4 @@
-// Python's lock, given up while kernels run.
+// Release of Python's global lock while kernels run.
 #pragma once
 
 #include <Python.h>
@@ -6,9 +6,9 @@
 
 namespace vpo {
 
-// As nanobind's gil_scoped_release, but at the end of the process: Python 3.11 ends a daemon thread that asks for the
-// lock then by unwinding its stack, which would abort the process at the first C++ function that may not throw. Such
-// a thread waits here instead until the process is gone, as newer versions of Python have it.
+// Does what nanobind's gil_scoped_release does, except at the end of the process. When a daemon thread asks for the
+// lock then, Python 3.11 ends it by unwinding its stack, which would abort the process at the first C++ function that
+// may not throw. Here such a thread waits until the process is gone, as it does in newer versions of Python.
 class WithoutGil {
   public:
     WithoutGil() : state_(PyEval_SaveThread()) {}

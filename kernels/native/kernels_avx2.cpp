@@ -1,4 +1,4 @@
-// Compiled with -mavx2 -mf16c, and run only where the processor has both.
+// The kernels compiled with -mavx2 -mf16c, which run only where the processor has both.
 #define VPO_ISA avx2
 #define VPO_NAME "avx2"
 #define VPO_KERNELS kAvx2

@@ -1,5 +1,5 @@
-// Element types, vectors of eight and groups of 16 of them, for any little-endian instruction set to which GCC and
-// Clang can lower vectors.
+// Element types, vectors of eight elements and groups of 16, for any little-endian instruction set for which GCC and
+// Clang can compile vectors.
 // Included inside the namespace of one instruction set, so that no function is shared between two of them.
 
 typedef float F32x8 __attribute__((vector_size(32)));
@@ -62,7 +62,7 @@ inline F64x8 load(const double* from) {
 }
 
 inline U32x8 load_bits(const void* from) {
-#if defined(__AVX2__)  // one instruction, for which GCC 12 takes four
+#if defined(__AVX2__)  // one instruction where GCC 12 would emit four
     return bit_cast<U32x8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
 #else
     U16x8 bits;
@@ -100,11 +100,11 @@ inline void store_bits(void* to, U32x8 bits) {
     std::memcpy(to, &narrow, sizeof(narrow));
 }
 
-// Rounded to bfloat16 in the upper halves; the lower ones hold anything.
+// Rounds to bfloat16 in the upper halves of the words; the lower halves hold anything.
 inline U32x8 rounded_bf16(F32x8 values) {
     const U32x8 bits = bit_cast<U32x8>(values), rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const I32x8 number = values == values;
-#if defined(__AVX2__)  // one instruction, for which GCC 12 takes three
+#if defined(__AVX2__)  // one instruction where GCC 12 would emit three
     const __m256i nan = _mm256_set1_epi32(0x7fc00000);
     return bit_cast<U32x8>(_mm256_blendv_epi8(nan, bit_cast<__m256i>(rounded), bit_cast<__m256i>(number)));
 #else
@@ -156,9 +156,9 @@ inline To narrow(A value) {
 
 // --- groups of 16 elements -------------------------------------------------------------------------------
 //
-// Bfloat16 widens fastest in pairs: a 32-bit word holds an even and an odd element, each half a float already. So
-// the group that a bfloat16 prediction makes is split by parity; all others keep their order. `split` says which;
-// every group of one expression has the same.
+// Bfloat16 widens fastest in pairs: a 32-bit word holds an even and an odd element, each of which is the upper half of
+// a float already. So a group of a bfloat16 prediction is split into even and odd elements; all other groups keep
+// their order. `split` says which it is; it is the same for all groups of one expression.
 
 constexpr int kGroup = 16;
 
@@ -171,16 +171,16 @@ template <class A>
 struct Group {
     typename Arithmetic<A>::Vector part[2];
 
-    // Each is added to the double where it stands in the group.
+    // Adds each element to the double at its place in the group.
     void add_to(double* lanes) const {
         for (int k = 0; k < 2; ++k) store(lanes + 8 * k, load(lanes + 8 * k) + widen(part[k]));
     }
 };
 
-// Where a group has its element i.
+// Returns the place of element i in a group.
 constexpr int place(int i, bool split) { return split ? 8 * (i % 2) + i / 2 : i; }
 
-// 16 elements, split by parity.
+// Loads 16 elements, split into even and odd ones.
 inline void load_split(const Bf16* from, F32x8& even, F32x8& odd) {
     U32x8 words;
     std::memcpy(&words, from, sizeof(words));
@@ -190,7 +190,7 @@ inline void load_split(const Bf16* from, F32x8& even, F32x8& odd) {
 
 inline void load_split(const float* from, F32x8& even, F32x8& odd) {
 #if defined(__AVX2__)
-    // Halves of 128 bits are shuffled alike, so each takes four elements of either half of the sixteen.
+    // A shuffle treats both halves of 128 bits alike, so each half takes four elements from either half of the 16.
     const auto four = [from](int at) { return _mm256_castps128_ps256(_mm_loadu_ps(from + at)); };
     const __m256 outer = _mm256_insertf128_ps(four(0), _mm_loadu_ps(from + 8), 1);
     const __m256 inner = _mm256_insertf128_ps(four(4), _mm_loadu_ps(from + 12), 1);
@@ -219,7 +219,7 @@ template <bool split, class P, class A>
 inline void store_group(P* to, const Group<A>& group) {
     if constexpr (split) {
         const U32x8 even = rounded_bf16(group.part[0]), odd = rounded_bf16(group.part[1]);
-#if defined(__AVX2__)  // one instruction, for which GCC 12 takes two
+#if defined(__AVX2__)  // one instruction where GCC 12 would emit two
         const __m256i low = bit_cast<__m256i>(even >> 16), high = bit_cast<__m256i>(odd);
         const U32x8 words = bit_cast<U32x8>(_mm256_blend_epi16(low, high, 0xaa));
 #else
@@ -231,7 +231,7 @@ inline void store_group(P* to, const Group<A>& group) {
     }
 }
 
-// Sets to 0, whatever it is, each element of the group whose byte is 0.
+// Sets to 0 each element of the group whose mask byte is 0, even if it is NaN.
 template <bool split, class A>
 inline void hide(const std::uint8_t* mask, Group<A>& group) {
     typedef typename Arithmetic<A>::Mask Mask;

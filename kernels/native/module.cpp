@@ -1,6 +1,6 @@
-// The extension module vpo_kernels._native: tensors come as address, dtype and strides, so that nothing here
-// depends on torch. _native.pyi says what the functions promise; their only callers are the files native.py of
-// paired_dpo and of ordered_delta.
+// The extension module vpo_kernels._native. Tensors come as address, dtype and strides, so that nothing here
+// depends on torch. _native.pyi says what the functions promise; only the files native.py of paired_dpo and of
+// ordered_delta call them.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -38,9 +38,9 @@ using Tensor = std::tuple<std::uintptr_t, int, Sizes>;  // address, dtype, strid
 using Numbers = std::tuple<double, std::uintptr_t>;     // a number, or the address of float64 [P] in its place
 using Scaled = std::tuple<Tensor, Numbers, Numbers>;    // noise, x0_scale, noise_scale
 using Chosen = std::tuple<Numbers, Numbers, bool, double, std::optional<double>>;  // as in contract.Options
-using Graded = std::tuple<Tensor, Tensor, Tensor, std::uintptr_t>;                 // policy, target, gradient, coefficient
+using Graded = std::tuple<Tensor, Tensor, Tensor, std::uintptr_t>;  // policy, target, gradient, coefficient
 
-constexpr std::int64_t kElementsPerThread = 1 << 17;  // below, waking a thread costs more than it brings
+constexpr std::int64_t kElementsPerThread = 1 << 17;  // with fewer, waking a thread costs more than it saves
 
 // The views of one call, and the merged sizes and strides that they point to.
 class Views {
@@ -117,7 +117,7 @@ bool has_avx2() {
 #endif
 }
 
-// The fastest first.
+// The kernels that this processor can run, the fastest first.
 std::vector<const Kernels*> kernels() {
 #if defined(__x86_64__)
     if (has_avx2()) return {&kAvx2, &kBaseline};
@@ -150,7 +150,7 @@ std::tuple<std::int64_t, std::int64_t> chunk_bounds(const Views& views, std::int
     return {chunk * kChunk, std::min((chunk + 1) * kChunk, views.elements())};
 }
 
-// [4, P] of a job, each pair's chunks added in order.
+// Computes the sums [4, P] of a job; each pair's chunks are added in order.
 std::vector<double> sums(const Kernels& chosen, const Views& views, const SumsJob& job, bool wide, int threads) {
     const std::int64_t chunks = views.chunks(), pairs = views.pairs();
     std::vector<double> partial(pairs * chunks * kSums), result(kSums * pairs);
@@ -164,10 +164,10 @@ std::vector<double> sums(const Kernels& chosen, const Views& views, const SumsJo
     return result;
 }
 
-void forward(const std::string& instruction_set, const Sizes& shape, const std::vector<Tensor>& sextet,
+void forward(const std::string& instruction_set, const Sizes& shape, const std::vector<Tensor>& tensors,
              const std::optional<Scaled>& scaled, const std::optional<Tensor>& mask, const Numbers& counted,
              const Chosen& options, bool wide, int threads, const std::vector<std::uintptr_t>& out) {
-    if (sextet.size() != 6 || out.size() != 5) throw std::invalid_argument("forward takes 6 tensors and 5 results");
+    if (tensors.size() != 6 || out.size() != 5) throw std::invalid_argument("forward takes 6 tensors and 5 results");
     const Kernels& chosen = kernels_for(instruction_set);
     Views views(shape, wide);
     const std::optional<Noise> noise = noise_of(views, scaled);
@@ -175,9 +175,9 @@ void forward(const std::string& instruction_set, const Sizes& shape, const std::
     const auto& [beta, pair_weight, mean, winner_anchor, loser_scaling] = options;
     SumsJob job{};
     for (int member = 0; member < 2; ++member) {
-        job.policy[member] = views(sextet[member]);
-        job.reference[member] = views(sextet[2 + member]);
-        job.target[member] = views(sextet[4 + member]);
+        job.policy[member] = views(tensors[member]);
+        job.reference[member] = views(tensors[2 + member]);
+        job.target[member] = views(tensors[4 + member]);
     }
     job.noise = pointer(noise);
     job.mask = pointer(hidden);
@@ -219,7 +219,7 @@ void gradient(const std::string& instruction_set, const Sizes& shape, const std:
 NB_MODULE(_native, m) {
     vpo::forget_pool_in_forks();
     m.def("instruction_sets", &vpo::instruction_sets);
-    m.def("forward", &vpo::forward, nb::arg("instruction_set"), nb::arg("shape"), nb::arg("sextet"),
+    m.def("forward", &vpo::forward, nb::arg("instruction_set"), nb::arg("shape"), nb::arg("tensors"),
           nb::arg("noise").none(), nb::arg("mask").none(), nb::arg("counted"), nb::arg("options"), nb::arg("wide"),
           nb::arg("threads"), nb::arg("out"));
     m.def("gradient", &vpo::gradient, nb::arg("instruction_set"), nb::arg("shape"), nb::arg("members"),

@@ -1,4 +1,4 @@
-// A loop over independent pieces of work, shared among threads that are kept from call to call.
+// Loops over independent pieces of work, shared among threads that are kept from call to call.
 #pragma once
 
 #include <atomic>
@@ -6,13 +6,13 @@
 
 namespace vpo {
 
-// The pieces of one loop. Each thread takes the next when it is done with one, so a busy core delays little.
+// The pieces of one loop. A thread takes the next piece when it has done one, so that a busy core delays little.
 class Loop {
   public:
     Loop(std::int64_t count, void (*work)(const void*, std::int64_t) noexcept, const void* context)
         : count_(count), work_(work), context_(context) {}
 
-    // Until none is left to take.
+    // Does pieces until none is left.
     void take() noexcept {
         for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) work_(context_, i);
     }
@@ -24,15 +24,15 @@ class Loop {
     std::atomic<std::int64_t> next_{0};
 };
 
-// Takes the loop's pieces on this thread and on at most `helpers` of the pool; returns when all are done. While
-// another thread has the pool, this one takes them alone.
+// Does the loop's pieces on this thread and on at most `helpers` threads of the pool; returns when all are done. While
+// another thread uses the pool, this one does them alone.
 void share(Loop& loop, int helpers) noexcept;
 
-// Leaves the pool behind in a child of fork, which has none of its threads; the child makes its own. To be called once.
+// Makes a forked child, which has none of the pool's threads, start a pool of its own. To be called once.
 void forget_pool_in_forks();
 
-// Calls work(i) for each i in [0, count), on this thread and at most threads - 1 others. It must not depend on who
-// does it, and must not throw.
+// Calls work(i) for each i in [0, count), on this thread and at most threads - 1 others. The work must not depend on
+// the thread that does it, and must not throw.
 template <class Work>
 void for_each(std::int64_t count, int threads, const Work& work) {
     static_assert(noexcept(work(count)));

@@ -1,5 +1,5 @@
-// The threads behind for_each. They start at the first loop that wants them and wait for the next one: awake for a
-// moment, as backward follows forward, then asleep.
+// The threads behind for_each. They start at the first loop that needs them and then wait for the next one: awake for a
+// moment, because backward follows forward, then asleep.
 
 #include <pthread.h>
 
@@ -24,7 +24,7 @@ inline void relax() {
 #endif
 }
 
-// Whether the condition came true within kAwake.
+// Waits for the condition, at most kAwake; returns whether it came true.
 template <class Condition>
 bool soon(const Condition& condition) {
     const auto until = std::chrono::steady_clock::now() + kAwake;
@@ -37,7 +37,7 @@ bool soon(const Condition& condition) {
     return false;
 }
 
-// Lives until the process ends: its threads are never joined, and hold nothing.
+// The pool lives until the process ends: its threads are never joined, and hold no resources.
 class Pool {
   public:
     void share(Loop& loop, int helpers) noexcept {
@@ -59,7 +59,7 @@ class Pool {
         if (wake) wake_.notify_all();
     }
 
-    // Nobody enters from now on; who is inside finishes what it took.
+    // Lets no more helpers enter, and waits for those inside to finish their pieces.
     void close() noexcept {
         std::unique_lock<std::mutex> lock(mutex_);
         loop_ = nullptr;
@@ -75,7 +75,7 @@ class Pool {
             std::thread([this] { serve(); }).detach();
             return true;
         } catch (const std::system_error&) {
-            return false;  // the system has no thread to spare: fewer do the work
+            return false;  // the system grants no more threads: fewer do the work
         }
     }
 
@@ -107,13 +107,13 @@ class Pool {
     }
 
     std::mutex caller_;  // held for the length of a loop
-    std::mutex mutex_;   // guards what follows; the atomics are also watched without it
+    std::mutex mutex_;   // guards the members below; the atomics are also read without it
     std::condition_variable wake_, empty_;
-    Loop* loop_ = nullptr;  // open to helpers
+    Loop* loop_ = nullptr;  // the loop that helpers may enter, or null
     int threads_ = 0, asleep_ = 0;
     int places_ = 0;  // helpers that may still enter
     std::atomic<int> inside_{0};
-    std::atomic<std::uint64_t> opened_{0};  // loops so far
+    std::atomic<std::uint64_t> opened_{0};  // number of loops opened so far
 };
 
 std::atomic<Pool*> current{nullptr};

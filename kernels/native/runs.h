@@ -1,4 +1,4 @@
-// Runs of a strided view, in logical order, to and from a buffer. Included inside the namespace of one
+// Copies runs of a strided view, in logical order, to and from a buffer. Included inside the namespace of one
 // instruction set.
 
 inline std::int64_t size_of(Dtype dtype) {
@@ -12,10 +12,10 @@ inline std::int64_t size_of(Dtype dtype) {
     return 8;
 }
 
-// Calls visit(offset, stride, length, done) for the rows that make up elements [begin, begin + count) of a pair:
-// `length` elements from `offset` on, `stride` apart, after `done` elements of the run.
+// Calls visit(offset, stride, length, done) for each line of elements within [begin, begin + count) of a pair: `length`
+// elements from `offset` on, `stride` apart, which follow `done` elements of the run.
 template <class Visit>
-void for_rows(const View& view, std::int64_t pair, std::int64_t begin, std::int64_t count, Visit visit) {
+void for_lines(const View& view, std::int64_t pair, std::int64_t begin, std::int64_t count, Visit visit) {
     std::int64_t offset = pair * view.pair_stride;
     if (view.dims == 0) return visit(offset, std::int64_t{1}, count, std::int64_t{0});
     std::int64_t index[kMaxDims];
@@ -45,7 +45,7 @@ void for_rows(const View& view, std::int64_t pair, std::int64_t begin, std::int6
 template <class T, class A>
 void read_as(const View& view, std::int64_t pair, std::int64_t begin, std::int64_t count, A* out) {
     const T* data = reinterpret_cast<const T*>(view.data);
-    for_rows(view, pair, begin, count, [=](auto offset, auto stride, auto length, auto done) {
+    for_lines(view, pair, begin, count, [=](auto offset, auto stride, auto length, auto done) {
         const T* from = data + offset;
         A* to = out + done;
         std::int64_t i = 0;
@@ -73,7 +73,7 @@ void read_run(const View& view, std::int64_t pair, std::int64_t begin, std::int6
 
 inline void read_bytes(const View& view, std::int64_t pair, std::int64_t begin, std::int64_t count,
                        std::uint8_t* out) {
-    for_rows(view, pair, begin, count, [&view, out](auto offset, auto stride, auto length, auto done) {
+    for_lines(view, pair, begin, count, [&view, out](auto offset, auto stride, auto length, auto done) {
         const char* from = view.data + offset;
         if (stride == 0) {
             std::memset(out + done, *from, length);
@@ -86,7 +86,7 @@ inline void read_bytes(const View& view, std::int64_t pair, std::int64_t begin, 
 template <class T, class A>
 void write_as(const View& view, std::int64_t pair, std::int64_t begin, std::int64_t count, const A* from) {
     T* data = reinterpret_cast<T*>(view.data);
-    for_rows(view, pair, begin, count, [=](auto offset, auto stride, auto length, auto done) {
+    for_lines(view, pair, begin, count, [=](auto offset, auto stride, auto length, auto done) {
         T* to = data + offset;
         std::int64_t i = 0;
         if constexpr (sizeof(T) == 2 && sizeof(A) == 4) {

@@ -1,4 +1,4 @@
-// What the Python side hands over, and what the kernels offer; shared by all instruction sets.
+// The types that Python's arguments become, and the table of kernels. All instruction sets share them.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct View {
     char* data;
     Dtype dtype;
     std::int64_t pair_stride;
-    int dims;                     // of a sample, at most kMaxDims: those that lie one behind the other are merged
+    int dims;                     // of a sample, at most kMaxDims; contiguous neighbours are merged
     const std::int64_t* sizes;    // [dims]
     const std::int64_t* strides;  // [dims]
 
@@ -35,14 +35,14 @@ struct Noise {
 
 constexpr int kMaxDims = 64;
 constexpr std::int64_t kChunk = 1 << 14;  // elements of one unit of work; sums are formed chunk by chunk
-constexpr int kSums = 4;                  // gap of the winner, gap of the loser, |a|^2, a . b
+constexpr int kSums = 4;                  // error change of winner and of loser, |a|^2, a . b
 constexpr int kSpilled = -128;            // marks a difference of ordered bits that does not fit 8
 
 struct SumsJob {
     View policy[2], reference[2], target[2];  // winner, loser
     const Noise* noise;                       // or null
     const View* mask;                         // or null; bool, shared by both members
-    bool products;                            // whether |a|^2 and a . b are wanted; they are 0 otherwise
+    bool products;                            // whether to compute |a|^2 and a . b; else they are 0
 };
 
 struct GradientJob {
@@ -53,18 +53,19 @@ struct GradientJob {
     double scale;               // the gradient is scale * coefficient * (policy - target)
 };
 
-// Elements [begin, end) of a pair, in logical order, at most kChunk of them. `wide` arithmetic is double, else
-// float. The bits that come out are the same for every instruction set.
+// Each kernel takes elements [begin, end) of a pair, in logical order, at most kChunk of them. `wide` arithmetic is
+// double, else float. Results are the same bits for every instruction set.
 struct Kernels {
     const char* name;
     void (*sums)(const SumsJob& job, bool wide, std::int64_t pair, std::int64_t begin, std::int64_t end,
                  double out[kSums]) noexcept;
     void (*gradient)(const GradientJob& job, bool wide, std::int64_t pair, std::int64_t begin,
                      std::int64_t end) noexcept;
-    // ordered(reference) - ordered(policy) of `count` bfloat16 bits, at most kChunk; returns how many are kSpilled.
+    // Computes ordered(reference) - ordered(policy) of `count` bfloat16 bits, at most kChunk; returns how many are
+    // kSpilled.
     std::int32_t (*encode)(const std::int16_t* reference, const std::int16_t* policy, std::int8_t* difference,
                            std::int64_t count) noexcept;
-    // The reference again, but for what is spilled. `out` may be `policy`.
+    // Computes the reference again, except for the spilled elements. `out` may be `policy`.
     void (*decode)(const std::int8_t* difference, const std::int16_t* policy, std::int16_t* out,
                    std::int64_t count) noexcept;
 };

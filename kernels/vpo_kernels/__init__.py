@@ -1,4 +1,4 @@
-"""Fused operations of video preference optimization. Importing this loads torch and nothing heavier."""
+"""Fused operations for video preference optimization. Importing this package loads torch and nothing heavier."""
 
 from vpo_kernels.ordered_delta import OrderedDelta, decode_delta, encode_delta
 from vpo_kernels.paired_dpo import (

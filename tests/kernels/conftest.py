@@ -1,10 +1,10 @@
-"""The paired loss on every backend that runs here; Triton's does where TRITON_INTERPRET=1, see interpreter.py."""
+"""The paired loss on every backend that runs here. Triton's runs where TRITON_INTERPRET=1; see interpreter.py."""
 
 import functools
 import os
 
 import pytest
-from sextets import Loss
+from pair_tensors import Loss
 from vpo_kernels import available_backends, paired_dpo_loss
 
 BACKENDS = ["reference", "native", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]

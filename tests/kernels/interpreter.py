@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: pytest in a process in which Triton interprets them."""
+"""Runs tests in a process in which Triton interprets its kernels, so that they need no GPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 def run_interpreted(*modules: str | Path, select: str = "", timeout_s: float = 1200) -> None:
     """Run test modules of this folder with TRITON_INTERPRET=1, and fail with their output.
 
-    A process of its own, because Triton decides when a kernel is defined. ``select`` is pytest's -k. It is a
-    failure, too, if nothing ran or anything was skipped.
+    It takes another process, because Triton decides between interpreter and compiler when a kernel is defined.
+    ``select`` is pytest's -k. It is a failure, too, if nothing ran or anything was skipped.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select]
     done = subprocess.run(

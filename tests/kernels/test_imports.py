@@ -1,4 +1,4 @@
-"""What importing the kernels costs an embedding trainer: torch, and nothing heavier."""
+"""Importing the kernels into a trainer loads torch and nothing heavier."""
 
 import subprocess
 import sys
@@ -26,7 +26,6 @@ def test_public_names() -> None:
 
     assert {"PairedDPOLoss", "available_backends", "paired_dpo_loss"} <= set(vpo_kernels.__all__)
     assert all(hasattr(vpo_kernels, name) for name in vpo_kernels.__all__)
-    assert vpo_kernels.PairedDPOLoss._fields == ("loss", "margin", "winner_gap", "loser_gap")
 
 
 SECONDS = """
@@ -40,11 +39,7 @@ print((time.perf_counter() - start) / (middle - start))
 
 
 def test_importing_costs_little_more_than_torch() -> None:
-    """The best of three, since the machine may be busy."""
-    ratios = [
-        float(
-            subprocess.run([sys.executable, "-c", SECONDS], capture_output=True, text=True, check=True).stdout
-        )
-        for _ in range(3)
-    ]
-    assert min(ratios) < 1.2
+    """One of three measurements must say so, because the machine may be busy."""
+    command = [sys.executable, "-c", SECONDS]
+    runs = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3))
+    assert any(float(run.stdout) < 1.2 for run in runs)

@@ -1,4 +1,4 @@
-"""The threads that the native kernels keep: forks, callers at once, changes of their number, the process's end."""
+"""The threads that the native kernels keep: forks, concurrent callers, changes of their number, the process's end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from vpo_kernels.paired_dpo.contract import Forward, Options, Sextet
+from vpo_kernels.paired_dpo.contract import Forward, GradientInputs, Options, PairTensors
 
 native: Any = pytest.importorskip("vpo_kernels.paired_dpo.native", exc_type=ImportError)
 
@@ -23,10 +23,10 @@ TENSORS_OF_A_CHILD = """
 import os, sys, threading
 import torch
 from vpo_kernels.paired_dpo import native
-from vpo_kernels.paired_dpo.contract import Options, Sextet
+from vpo_kernels.paired_dpo.contract import Options, PairTensors
 
 torch.set_num_threads(4)
-tensors = Sextet(*(torch.randn(2, 300_000).bfloat16() for _ in range(6)))
+tensors = PairTensors(*(torch.randn(2, 300_000).bfloat16() for _ in range(6)))
 plain = Options(500.0, 1.0, "mean", 0.0, None)
 native.forward(tensors, None, None, plain)
 """
@@ -40,16 +40,17 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def sextet(seed: int = 0, elements: int = 300_000) -> Sextet:
+def tensors_of(seed: int = 0, elements: int = 300_000) -> PairTensors:
     generator = torch.Generator().manual_seed(seed)
-    return Sextet(*(torch.randn(2, elements, generator=generator).bfloat16() for _ in range(6)))
+    return PairTensors(*(torch.randn(2, elements, generator=generator).bfloat16() for _ in range(6)))
 
 
-def bits(tensors: Sextet) -> list[bytes]:
-    """Of everything that forward and backward compute."""
+def bits(tensors: PairTensors) -> list[bytes]:
+    """Return the bits of everything that forward and backward compute."""
     found: Forward = native.forward(tensors, None, None, PLAIN)
-    wanted = (True, True)
-    steps = native.gradient(tensors[:2], tensors[4:], None, None, found.coefficient, torch.ones(()), wanted)
+    steps = native.gradient(
+        GradientInputs(tensors.policy, tensors.target, None, None, found.coefficient, torch.ones(()))
+    )
     return [
         each.contiguous().view(torch.uint8).numpy().tobytes()
         for each in (found.out.loss.view(1), *found.out[1:], found.coefficient, *steps)
@@ -61,7 +62,7 @@ def kept_threads() -> int:
 
 
 def test_many_calls_have_the_same_bits_and_start_no_more_threads() -> None:
-    tensors = sextet()
+    tensors = tensors_of()
     first = bits(tensors)
     running = kept_threads()
     assert all(bits(tensors) == first for _ in range(100))
@@ -69,7 +70,7 @@ def test_many_calls_have_the_same_bits_and_start_no_more_threads() -> None:
 
 
 def test_the_number_of_threads_may_change_between_calls() -> None:
-    tensors = sextet()
+    tensors = tensors_of()
     torch.set_num_threads(1)
     alone = bits(tensors)
     for count in (4, 2, 9, 1, 3):
@@ -78,7 +79,7 @@ def test_the_number_of_threads_may_change_between_calls() -> None:
 
 
 def test_callers_at_once_get_their_own_results() -> None:
-    each = [sextet(seed) for seed in range(3)]
+    each = [tensors_of(seed) for seed in range(3)]
     alone = [bits(tensors) for tensors in each]
     with ThreadPoolExecutor(3) as callers:
         together = list(callers.map(lambda i: bits(each[i % 3]), range(60)))
@@ -86,7 +87,7 @@ def test_callers_at_once_get_their_own_results() -> None:
 
 
 def test_forks_of_forks_compute_after_their_parents_did() -> None:
-    tensors = sextet()
+    tensors = tensors_of()
     wanted = bits(tensors)
     child = os.fork()
     if child == 0:
@@ -101,7 +102,7 @@ def test_forks_of_forks_compute_after_their_parents_did() -> None:
 
 
 def test_a_fork_while_another_thread_computes() -> None:
-    tensors, other = sextet(), sextet(1, 3_000_000)
+    tensors, other = tensors_of(), tensors_of(1, 3_000_000)
     wanted = bits(tensors)
     with ThreadPoolExecutor(1) as busy:
         computing = busy.submit(lambda: [native.forward(other, None, None, PLAIN) for _ in range(10)])
@@ -124,13 +125,13 @@ def test_a_process_ends_while_a_daemon_thread_computes() -> None:
     computing = """
 views = [native._view(tensor) for tensor in tensors]
 out = [torch.empty(2, dtype=torch.float64) for _ in range(4)] + [torch.empty(2, 2, dtype=torch.float64)]
-inputs = (native._INSTRUCTION_SET, (2, 300_000), views, None, None, (3e5, 0))
+inputs = (native.INSTRUCTION_SET, (2, 300_000), views, None, None, (3e5, 0))
 rest = (((500.0, 0), (1.0, 0), True, 0.0, None), False, 4, [each.data_ptr() for each in out])
 started = threading.Event()
 
 def compute():
     while True:
-        native._native.forward(*inputs, *rest)
+        native.extension.forward(*inputs, *rest)
         started.set()
 
 threading.Thread(target=compute, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Deltas of ordered bfloat16 bits on every backend, against ranks found by sorting the values."""
+"""Deltas of ordered bfloat16 bits on every backend, compared with ranks that are found by sorting the values."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def device() -> str:
 
 
 def ranks() -> np.ndarray:
-    """For each of the 65536 bit patterns, int64: how many come before it, NaNs at the ends by their payload."""
+    """Return, for each of the 65536 bit patterns, how many come before it, int64; NaNs are at the ends by payload."""
     bits = np.arange(65536, dtype=np.uint32)
     value = (bits << 16).view(np.float32)
     nan, negative, payload = np.isnan(value), bits >= 0x8000, (bits & 0x7FFF).astype(np.int64)
@@ -52,7 +52,7 @@ PATTERN = torch.argsort(RANK)  # of a rank
 
 
 def of_bits(bits: Tensor, device: str = "cpu") -> Tensor:
-    """bfloat16 of these patterns, integers from 0 to 65535."""
+    """Return bfloat16 tensors of these bit patterns, integers from 0 to 65535."""
     return bits.to(torch.int32).to(torch.int16).view(torch.bfloat16).to(device)
 
 
@@ -66,7 +66,7 @@ def same(a: OrderedDelta, b: OrderedDelta) -> bool:
 
 
 def expected(reference: Tensor, policy: Tensor) -> OrderedDelta:
-    """From the ranks, in int64."""
+    """Return the delta that the ranks give, computed in int64."""
     step = RANK[bits(reference).long() & 0xFFFF] - RANK[bits(policy).long() & 0xFFFF]
     spills = step.abs() > 127
     (index,) = np.nonzero(spills.reshape(-1).numpy())
@@ -88,7 +88,7 @@ def assert_exact(reference: Tensor, policy: Tensor, backend: str) -> OrderedDelt
 
 
 def random_weights(shape: tuple[int, ...], drift: float, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Weights of std 0.02, and the same after a drift of that rms."""
+    """Return weights of std 0.02 after a drift of the given rms, and before it."""
     generator = torch.Generator().manual_seed(seed)
     policy = 0.02 * torch.randn(shape, generator=generator)
     reference = policy + drift * torch.randn(shape, generator=generator)
@@ -109,7 +109,7 @@ def test_every_pattern_against_a_sample_of_patterns(backend: str, device: str) -
 
 
 def test_every_pattern_against_its_neighbours(backend: str, device: str) -> None:
-    """Up to both ends of what 8 bits hold, and beyond: the sentinel's own distance is stored apart."""
+    """Distances reach both ends of 8 bits and beyond; the distance that equals the mark is stored apart."""
     steps = torch.tensor([0, 1, -1, 64, 126, -126, 127, -127, 128, -128, 129, -129, 255, -256])
     near = (RANK + steps[:, None]).clamp(0, 65535)
     delta = assert_exact(
@@ -136,7 +136,7 @@ def test_unrelated_tensors_are_told_by_their_values(backend: str, device: str) -
 
 
 def test_bytes_after_the_drift_between_two_refreshes(backend: str, device: str) -> None:
-    """15 lr at lr 1e-5, which is a little more than one rounding of weights of std 0.02."""
+    """The drift is 15 lr at lr 1e-5, a little more than one rounding of weights of std 0.02."""
     delta = assert_exact(*random_weights((512, 1024), 1.5e-4, device), backend)
     nbytes = sum(tensor.nbytes for tensor in delta)
     assert nbytes == 512 * 1024 + 6 * delta.index.numel()
@@ -144,7 +144,7 @@ def test_bytes_after_the_drift_between_two_refreshes(backend: str, device: str) 
 
 
 def test_the_reference_stays_while_the_policy_drifts(backend: str, device: str) -> None:
-    """Decode, step, encode into the same tensor: what is stored always means the first reference."""
+    """After decoding, a step and encoding into the same tensor, the delta still means the first reference."""
     reference, policy = random_weights((3, 41, 67), 1e-3, device)
     delta = encode_delta(reference, policy, backend=backend)
     buffer, address = torch.empty_like(policy), delta.difference.data_ptr()
@@ -234,7 +234,7 @@ def test_decoding_compiles_as_one_graph(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
 def test_fake_tensors(place: str) -> None:
-    """Of GPUs, too, where there is none: nothing is computed, shapes are right, encoded sizes unknown."""
+    """Fake tensors may be on a GPU where there is none; only the number of spilled elements is unknown."""
     with FakeTensorMode(shape_env=ShapeEnv()):
         policy = torch.empty(6, 5, dtype=torch.bfloat16, device=place)
         index = torch.empty(4, dtype=torch.int32, device=place)

@@ -1,4 +1,4 @@
-"""What ``encode_delta`` and ``decode_delta`` refuse, and what they say: value, constraint, remedy."""
+"""The errors of ``encode_delta`` and ``decode_delta`` for wrong arguments: value, constraint, remedy."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The native deltas: every instruction set and number of threads gives plain torch's bits."""
+"""The native deltas: all instruction sets and numbers of threads give plain torch's bits."""
 
 import subprocess
 import sys
@@ -14,9 +14,9 @@ from vpo_kernels import OrderedDelta, decode_delta, encode_delta
 native: Any = pytest.importorskip("vpo_kernels.ordered_delta.native", exc_type=ImportError)
 
 
-@pytest.fixture(params=native._native.instruction_sets())
+@pytest.fixture(params=native.extension.instruction_sets())
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(native, "_INSTRUCTION_SET", request.param)
+    monkeypatch.setattr(native, "INSTRUCTION_SET", request.param)
     return request.param
 
 
@@ -30,7 +30,7 @@ def restored_threads() -> Iterator[None]:
 @pytest.mark.parametrize("elements", [*range(1, 70), 4095, 16384 * 3 + 5])
 @pytest.mark.parametrize("drift", [0.0, 1e-3, 1.0])
 def test_instruction_sets(elements: int, drift: float, instruction_set: str) -> None:
-    """Remainders of every vector length; nothing, a tenth and nearly everything spilled."""
+    """The sizes leave all remainders of vectors; no element, a tenth and nearly all of them spill."""
     reference, policy = random_weights((elements,), drift, "cpu", seed=elements)
     ours, plain = (encode_delta(reference, policy, backend=name) for name in ("native", "reference"))
     assert same(ours, plain)
@@ -60,7 +60,7 @@ def test_calls_from_several_threads_at_once() -> None:
 
 
 def test_only_places_of_the_array_are_written() -> None:
-    """An index that does not belong to it is left out, whichever chunk is at work."""
+    """An index outside the array is ignored, whichever chunk is decoded."""
     policy = torch.zeros(40_000, dtype=torch.bfloat16)
     guarded = torch.zeros(policy.numel() + 200, dtype=torch.bfloat16)
     delta = OrderedDelta(

@@ -1,31 +1,25 @@
-"""The Triton deltas interpreted, and compiled for GPUs on a machine that has none."""
+"""The Triton kernels of the deltas compiled for GPUs on a machine that has none."""
 
 import os
 
 import pytest
 import torch
-from interpreter import run_interpreted
 from torch import Tensor
 
-gate = pytest.importorskip("companions.gate", exc_type=ImportError)
+compile_only = pytest.importorskip("compile_only", exc_type=ImportError)
 from vpo_kernels.ordered_delta import triton as backend  # noqa: E402
 from vpo_kernels.ordered_delta.contract import OrderedDelta  # noqa: E402
 
 
-@pytest.mark.slow
-def test_the_common_tests_interpreted() -> None:
-    run_interpreted("test_ordered_delta.py", select="triton")
-
-
 def launches(elements: int, monkeypatch: pytest.MonkeyPatch) -> list:
-    """Of encoding and decoding on meta tensors."""
+    """Return the launches of encoding and decoding on meta tensors."""
     monkeypatch.setattr(backend.plain, "spilled", lambda *_: None)
 
     def meta(dtype: torch.dtype, elements: int = elements) -> Tensor:
         return torch.empty(elements, dtype=dtype, device="meta")
 
     delta = OrderedDelta(meta(torch.int8), meta(torch.int32, 3), meta(torch.bfloat16, 3))
-    with gate.recorded(backend) as seen:
+    with compile_only.recorded(backend) as seen:
         backend.encode(meta(torch.bfloat16), meta(torch.bfloat16), delta.difference)
         backend.decode(delta, meta(torch.bfloat16), meta(torch.bfloat16))
     return seen
@@ -39,18 +33,17 @@ def launches(elements: int, monkeypatch: pytest.MonkeyPatch) -> list:
 def test_compiles_without_spills_and_with_whole_vectors(
     elements: int, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Per 16 elements of a thread: two 16-byte accesses of each bfloat16 tensor, one of the differences.
+    """A thread takes 16 elements: two 16-byte accesses of each bfloat16 tensor, one of the differences.
 
-    So where the number of elements is a multiple of 16, as in a layer's weights; else each has a mask of its own.
+    This holds where the number of elements is a multiple of 16, as in a layer's weights; else each element has a mask
+    of its own.
     """
-    for dtype, name in ((torch.int16, "*i16"), (torch.int8, "*i8")):
-        monkeypatch.setitem(gate.TYPES, dtype, name)
     encode, decode = launches(elements, monkeypatch)
     per_thread = backend.BLOCK // (32 * backend.WARPS)
     assert per_thread == 16
     for launch in (encode, decode):
-        binary = gate.compiled(launch, capability)
-        assert binary.stack == 0, f"{launch.kernel.__name__} spills: {binary}"
+        binary = compile_only.compiled(launch, capability)
+        assert binary.local_bytes == 0, f"{launch.kernel.__name__} spills: {binary}"
         assert binary.registers <= 64, f"{launch.kernel.__name__} leaves SMs half empty: {binary}"
         whole = (4, 1) if launch is encode else (3, 2)
         if elements % 16 == 0:

@@ -1,10 +1,10 @@
-"""The paired DPO loss: its invariants, gradients and errors. Goldens: test_paired_dpo_goldens.py."""
+"""The paired DPO loss: its invariants and gradients. test_paired_dpo_goldens.py compares it with the public code."""
 
 import pytest
 import torch
-from sextets import LARGE, LN2, Loss, close, large_case, random_sextet, stored
+from pair_tensors import LARGE, LN2, Loss, close, large_case, random_tensors, stored
 from torch import Tensor
-from vpo_kernels.paired_dpo.contract import Sextet
+from vpo_kernels.paired_dpo.contract import PairTensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -12,7 +12,7 @@ from vpo_kernels.paired_dpo.contract import Sextet
 def test_policy_equal_to_reference_gives_margin_zero_and_ln2(
     dpo_loss: Loss, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    t = random_sextet(*shape, dtype=dtype)
+    t = random_tensors(*shape, dtype=dtype)
     out = dpo_loss(t[0], t[1], t[0].detach(), t[1].detach(), t[4], t[5], beta=5000.0)
     assert torch.equal(out.margin, torch.zeros(shape[0], dtype=out.margin.dtype))
     assert out.loss.item() == torch.tensor(LN2, dtype=out.loss.dtype).item()
@@ -21,17 +21,24 @@ def test_policy_equal_to_reference_gives_margin_zero_and_ln2(
 
 
 def test_swapping_negates_the_margin_bitwise(dpo_loss: Loss) -> None:
-    w, x, rw, rx, tw, tx = random_sextet(5, 3, 8)
+    w, x, rw, rx, tw, tx = random_tensors(5, 3, 8)
     there = dpo_loss(w, x, rw, rx, tw, tx, beta=3000.0)
     back = dpo_loss(x, w, rx, rw, tx, tw, beta=3000.0)
     assert torch.equal(there.margin, -back.margin)
-    assert torch.equal(there.winner_gap, back.loser_gap)
+    assert torch.equal(there.winner_error_change, back.loser_error_change)
     assert there.margin.abs().min() > 0
 
 
+def test_the_names_of_version_0_1_give_the_same_tensors(dpo_loss: Loss) -> None:
+    out = dpo_loss(*random_tensors(2, 5))
+    assert out.winner_gap is out.winner_error_change
+    assert out.loser_gap is out.loser_error_change
+    assert out._fields == ("loss", "margin", "winner_error_change", "loser_error_change")
+
+
 def test_definitions_of_margin_and_loss(dpo_loss: Loss) -> None:
-    out = dpo_loss(*random_sextet(4, 50, dtype=torch.float64), beta=700.0)
-    torch.testing.assert_close(out.margin, -350.0 * (out.winner_gap - out.loser_gap))
+    out = dpo_loss(*random_tensors(4, 50, dtype=torch.float64), beta=700.0)
+    torch.testing.assert_close(out.margin, -350.0 * (out.winner_error_change - out.loser_error_change))
     torch.testing.assert_close(out.loss, torch.log1p(torch.exp(-out.margin)).mean())
 
 
@@ -73,19 +80,19 @@ def test_margins_of_1e4_are_finite(dpo_loss: Loss) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [4, 8])
 def test_batch_equals_singles_bitwise(dpo_loss: Loss, dtype: torch.dtype, count: int) -> None:
-    batch = random_sextet(count, 4, 3, 17, 11, dtype=dtype)
+    batch = random_tensors(count, 4, 3, 17, 11, dtype=dtype)
     mask = torch.rand(count, 1, 3, 1, 1, generator=torch.Generator().manual_seed(3)) > 0.3
     mask[:, :, 0] = True
     out = dpo_loss(*batch, beta=2000.0, mask=mask)
     (out.loss * count).backward()  # a power of two: the mean over pairs is undone exactly
     for pair in range(count):
-        rows = [tensor.detach()[pair : pair + 1].clone() for tensor in batch]
-        single = Sextet(*(row.requires_grad_(i < 2) for i, row in enumerate(rows)))
+        slices = [tensor.detach()[pair : pair + 1].clone() for tensor in batch]
+        single = PairTensors(*(one.requires_grad_(i < 2) for i, one in enumerate(slices)))
         alone = dpo_loss(*single, beta=2000.0, mask=mask[pair : pair + 1])
         alone.loss.backward()
         assert torch.equal(alone.margin[0], out.margin[pair])
-        assert torch.equal(alone.winner_gap[0], out.winner_gap[pair])
-        assert torch.equal(alone.loser_gap[0], out.loser_gap[pair])
+        assert torch.equal(alone.winner_error_change[0], out.winner_error_change[pair])
+        assert torch.equal(alone.loser_error_change[0], out.loser_error_change[pair])
         assert torch.equal(single.policy_winner.grad[0], batch.policy_winner.grad[pair])
         assert torch.equal(single.policy_loser.grad[0], batch.policy_loser.grad[pair])
 
@@ -93,7 +100,7 @@ def test_batch_equals_singles_bitwise(dpo_loss: Loss, dtype: torch.dtype, count:
 def test_bitwise_rerun(dpo_loss: Loss) -> None:
     runs = []
     for _ in range(2):
-        tensors = random_sextet(3, 4, 5, 33, 7)
+        tensors = random_tensors(3, 4, 5, 33, 7)
         out = dpo_loss(*tensors, beta=900.0)
         out.loss.backward()
         runs.append([*(o.detach() for o in out), tensors.policy_winner.grad, tensors.policy_loser.grad])
@@ -106,7 +113,7 @@ def test_bitwise_rerun(dpo_loss: Loss) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("options", ["plain", "weighted", "masked"])
 def test_gradcheck(dpo_loss: Loss, reduction: str, options: str) -> None:
-    tensors = random_sextet(3, 2, 5, dtype=torch.float64, drift=0.5)
+    tensors = random_tensors(3, 2, 5, dtype=torch.float64, drift=0.5)
     mask = torch.tensor([True, False, True, True, False]) if options == "masked" else None
     weight = torch.tensor([0.5, 0.0, 3.0], dtype=torch.float64) if options == "weighted" else None
 
@@ -119,7 +126,7 @@ def test_gradcheck(dpo_loss: Loss, reduction: str, options: str) -> None:
 
 
 def test_only_the_policy_gets_gradients(dpo_loss: Loss) -> None:
-    tensors = Sextet(*(t.detach().requires_grad_() for t in random_sextet(2, 6)))
+    tensors = PairTensors(*(t.detach().requires_grad_() for t in random_tensors(2, 6)))
     weight = torch.ones(2, requires_grad=True)
     out = dpo_loss(*tensors, pair_weight=weight)
     assert out.loss.requires_grad
@@ -133,24 +140,24 @@ def test_only_the_policy_gets_gradients(dpo_loss: Loss) -> None:
 
 
 def test_one_side_at_a_time_equals_both(dpo_loss: Loss) -> None:
-    """What a memory-saving trainer does: the winner's graph, then the loser's, same gradient."""
-    both = random_sextet(3, 40)
+    """A trainer that saves memory takes the winner's graph, then the loser's, and gets the same gradient."""
+    both = random_tensors(3, 40)
     dpo_loss(*both).loss.backward()
     for side in (0, 1):
-        rows = [tensor.detach().clone().requires_grad_(i == side) for i, tensor in enumerate(both)]
-        dpo_loss(*rows).loss.backward()
-        assert torch.equal(rows[side].grad, both[side].grad)
+        alone = [tensor.detach().clone().requires_grad_(i == side) for i, tensor in enumerate(both)]
+        dpo_loss(*alone).loss.backward()
+        assert torch.equal(alone[side].grad, both[side].grad)
 
 
 def test_upstream_gradient_scales_and_accumulates(dpo_loss: Loss) -> None:
-    once, thrice = random_sextet(2, 30), random_sextet(2, 30)
+    once, thrice = random_tensors(2, 30), random_tensors(2, 30)
     dpo_loss(*once).loss.backward()
     (dpo_loss(*thrice).loss * 4).backward()
     assert torch.equal(thrice.policy_winner.grad, once.policy_winner.grad * 4)
 
 
 def test_saves_inputs_and_two_numbers_per_pair_only(dpo_loss: Loss) -> None:
-    tensors = random_sextet(2, 4, 8, 8)
+    tensors = random_tensors(2, 4, 8, 8)
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -166,14 +173,14 @@ def test_saves_inputs_and_two_numbers_per_pair_only(dpo_loss: Loss) -> None:
 
 
 def test_second_derivative_raises(dpo_loss: Loss) -> None:
-    tensors = random_sextet(2, 3, dtype=torch.float64)
+    tensors = random_tensors(2, 3, dtype=torch.float64)
     (grad,) = torch.autograd.grad(dpo_loss(*tensors).loss, tensors.policy_winner, create_graph=True)
     with pytest.raises(RuntimeError, match=r"paired_dpo_loss has no second derivative; .*create_graph=True"):
         grad.sum().backward()
 
 
 def test_create_graph_alone_is_harmless(dpo_loss: Loss) -> None:
-    plain, graph = random_sextet(2, 3), random_sextet(2, 3)
+    plain, graph = random_tensors(2, 3), random_tensors(2, 3)
     dpo_loss(*plain).loss.backward()
     (grad,) = torch.autograd.grad(dpo_loss(*graph).loss, graph.policy_loser, create_graph=True)
     assert torch.equal(grad, plain.policy_loser.grad)
@@ -183,8 +190,8 @@ def test_create_graph_alone_is_harmless(dpo_loss: Loss) -> None:
 
 
 def test_strided_views_equal_contiguous_bitwise(dpo_loss: Loss) -> None:
-    """STDiT3 keeps half of its output channels: chunk(2, dim=1)[0]; others arrive permuted."""
-    dense = random_sextet(2, 4, 3, 6, 5)
+    """STDiT3 keeps half of its output channels, chunk(2, dim=1)[0]; other models give permuted views."""
+    dense = random_tensors(2, 4, 3, 6, 5)
     expected = dpo_loss(*dense, beta=800.0)
     expected.loss.backward()
     wide = torch.cat([dense.policy_winner.detach(), torch.full((2, 4, 3, 6, 5), torch.nan)], dim=1)
@@ -205,7 +212,7 @@ def test_strided_views_equal_contiguous_bitwise(dpo_loss: Loss) -> None:
 
 
 def test_both_halves_of_one_prediction(dpo_loss: Loss) -> None:
-    dense = random_sextet(3, 4, 5)
+    dense = random_tensors(3, 4, 5)
     dpo_loss(*dense).loss.backward()
     joint = torch.cat([dense[0].detach(), dense[1].detach()]).requires_grad_()
     dpo_loss(*joint.chunk(2), *dense[2:]).loss.backward()
@@ -213,8 +220,8 @@ def test_both_halves_of_one_prediction(dpo_loss: Loss) -> None:
 
 
 def test_mixed_dtypes(dpo_loss: Loss) -> None:
-    exact = random_sextet(2, 300)
-    mixed = Sextet(
+    exact = random_tensors(2, 300)
+    mixed = PairTensors(
         exact[0].detach().bfloat16().requires_grad_(), exact[1].detach().half().requires_grad_(), *exact[2:]
     )
     out = dpo_loss(*mixed)
@@ -229,7 +236,7 @@ def test_mixed_dtypes(dpo_loss: Loss) -> None:
 @pytest.mark.parametrize("shape", [(3, 1, 6, 1), (1, 1, 6, 1), (6, 1), (3, 4, 6, 5), (5,), ()])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_mask_equals_dropping_the_elements(dpo_loss: Loss, shape: tuple[int, ...], reduction: str) -> None:
-    tensors = random_sextet(3, 4, 6, 5, dtype=torch.float64)
+    tensors = random_tensors(3, 4, 6, 5, dtype=torch.float64)
     mask = (
         torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4 if shape else torch.tensor(True)
     )
@@ -249,7 +256,7 @@ def test_mask_equals_dropping_the_elements(dpo_loss: Loss, shape: tuple[int, ...
 
 
 def test_masked_elements_may_be_nan(dpo_loss: Loss) -> None:
-    clean, dirty = random_sextet(2, 3, 8), random_sextet(2, 3, 8)
+    clean, dirty = random_tensors(2, 3, 8), random_tensors(2, 3, 8)
     mask = torch.arange(8) < 5
     with torch.no_grad():
         for tensor in dirty:
@@ -262,7 +269,7 @@ def test_masked_elements_may_be_nan(dpo_loss: Loss) -> None:
 
 
 def test_nan_that_counts_reaches_the_loss(dpo_loss: Loss) -> None:
-    tensors = random_sextet(2, 3)
+    tensors = random_tensors(2, 3)
     with torch.no_grad():
         tensors.policy_winner[1, 2] = torch.nan
     out = dpo_loss(*tensors)
@@ -271,7 +278,7 @@ def test_nan_that_counts_reaches_the_loss(dpo_loss: Loss) -> None:
 
 
 def test_pair_weight_multiplies_outside_the_sigmoid(dpo_loss: Loss) -> None:
-    tensors = random_sextet(4, 20, dtype=torch.float64)
+    tensors = random_tensors(4, 20, dtype=torch.float64)
     weight = torch.tensor([1.0, 0.0, 2.5, 0.25], dtype=torch.float64)
     out = dpo_loss(*tensors, pair_weight=weight)
     plain = dpo_loss(*tensors)

@@ -1,22 +1,21 @@
-"""What the paired loss refuses, and how it says so."""
+"""The errors of the paired loss for wrong arguments."""
 
 import inspect
 import math
 
 import pytest
 import torch
-from sextets import random_sextet
+from pair_tensors import random_tensors
 from torch import Tensor
-from vpo_kernels import available_backends, paired_dpo_loss
-from vpo_kernels.paired_dpo import backends
-from vpo_kernels.paired_dpo.contract import Sextet
+from vpo_kernels import available_backends, backends, paired_dpo_loss
+from vpo_kernels.paired_dpo.contract import PairTensors
 
 
 def test_signature() -> None:
-    """The names others rely on, in order; what came later is by keyword only."""
+    """Others rely on these names in this order; later parameters are keyword only."""
     parameters = inspect.signature(paired_dpo_loss).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == [*Sextet._fields, "beta", "reduction", "pair_weight", "mask", "backend"]
+    assert positional == [*PairTensors._fields, "beta", "reduction", "pair_weight", "mask", "backend"]
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     assert defaults == {
         "beta": 500.0,
@@ -34,14 +33,14 @@ def test_signature() -> None:
 @pytest.mark.parametrize("beta", [0, 0.0, -1.0, math.nan, math.inf, -math.inf, True, "500", None])
 def test_bad_beta(beta: object) -> None:
     with pytest.raises(ValueError, match=r"beta=.* must be a finite number above 0"):
-        paired_dpo_loss(*random_sextet(2, 3), beta=beta)
+        paired_dpo_loss(*random_tensors(2, 3), beta=beta)
 
 
 @pytest.mark.parametrize("argument", range(1, 6))
 def test_shape_mismatch(argument: int) -> None:
-    tensors = list(random_sextet(2, 3, 4))
+    tensors = list(random_tensors(2, 3, 4))
     tensors[argument] = tensors[argument][:, :2]
-    name = Sextet._fields[argument]
+    name = PairTensors._fields[argument]
     with pytest.raises(
         ValueError, match=rf"^{name} has shape \[2, 2, 4\], but must .*\[2, 3, 4\]; .*slice {name}"
     ):
@@ -50,9 +49,9 @@ def test_shape_mismatch(argument: int) -> None:
 
 @pytest.mark.parametrize("argument", range(1, 6))
 def test_device_mismatch(argument: int) -> None:
-    tensors = list(random_sextet(2, 3))
+    tensors = list(random_tensors(2, 3))
     tensors[argument] = tensors[argument].to("meta")
-    name = Sextet._fields[argument]
+    name = PairTensors._fields[argument]
     with pytest.raises(
         ValueError, match=rf"^{name} is on meta, but must be .* on cpu; pass {name}\.to\('cpu'\)"
     ):
@@ -61,8 +60,8 @@ def test_device_mismatch(argument: int) -> None:
 
 @pytest.mark.parametrize("argument", range(6))
 def test_dtype_and_type(argument: int) -> None:
-    name = Sextet._fields[argument]
-    tensors: list = list(random_sextet(2, 3))
+    name = PairTensors._fields[argument]
+    tensors: list = list(random_tensors(2, 3))
     tensors[argument] = tensors[argument].detach().to(torch.int64)
     with pytest.raises(ValueError, match=rf"^{name} has dtype torch.int64, but must be .*{name}\.float\(\)"):
         paired_dpo_loss(*tensors)
@@ -93,7 +92,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 )
 def test_bad_mask(mask: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        paired_dpo_loss(*random_sextet(2, 3, 4), mask=mask)
+        paired_dpo_loss(*random_tensors(2, 3, 4), mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -108,42 +107,42 @@ def test_bad_mask(mask: Tensor, message: str) -> None:
 )
 def test_bad_pair_weight(weight: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        paired_dpo_loss(*random_sextet(2, 3), pair_weight=weight)
+        paired_dpo_loss(*random_tensors(2, 3), pair_weight=weight)
 
 
 def test_bad_reduction() -> None:
     with pytest.raises(ValueError, match=r"reduction='none' must be 'mean' or 'sum'"):
-        paired_dpo_loss(*random_sextet(2, 3), reduction="none")
+        paired_dpo_loss(*random_tensors(2, 3), reduction="none")
 
 
 def test_unknown_backend_names_what_there_is() -> None:
     message = r"backend='cuda' is unknown; it must be one of: auto, reference, native, triton"
     with pytest.raises(ValueError, match=message):
-        paired_dpo_loss(*random_sextet(2, 3), backend="cuda")
+        paired_dpo_loss(*random_tensors(2, 3), backend="cuda")
 
 
 def test_a_backend_that_does_not_run_here_says_why_and_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"native": "no compiler was there", "triton": ""}
-    monkeypatch.setattr(backends, "_import_error", lambda name: reasons.get(name, ""))
+    monkeypatch.setattr(backends, "_import_error", lambda operation, name: reasons.get(name, ""))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     message = (
         r"backend='native' is not available for tensors on cpu: no compiler was there. .*: auto, reference$"
     )
     with pytest.raises(ValueError, match=message):
-        paired_dpo_loss(*random_sextet(2, 3), backend="native")
+        paired_dpo_loss(*random_tensors(2, 3), backend="native")
     with pytest.raises(
         ValueError, match=r"backend='triton' .*on CUDA and ROCm devices, .*TRITON_INTERPRET=1"
     ):
-        paired_dpo_loss(*random_sextet(2, 3), backend="triton")
+        paired_dpo_loss(*random_tensors(2, 3), backend="triton")
     assert available_backends("cpu")["native"] == "no compiler was there"
     assert available_backends("cuda") == {"reference": "", "native": "it runs on the CPU only", "triton": ""}
     assert "CUDA" in available_backends("mps")["triton"]
 
 
 def test_without_the_native_backend_auto_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_import_error", lambda name: "no compiler was there")
-    backends._say_fallback.cache_clear()
-    tensors = random_sextet(2, 9)
+    monkeypatch.setattr(backends, "_import_error", lambda operation, name: "no compiler was there")
+    backends._warn_of_fallback.cache_clear()
+    tensors = random_tensors(2, 9)
     with pytest.warns(
         RuntimeWarning, match="native backend is not available .no compiler was there."
     ) as said:
@@ -175,11 +174,11 @@ def test_without_the_native_backend_auto_says_so_once_and_goes_on(monkeypatch: p
 )
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        paired_dpo_loss(*random_sextet(2, 3), **options)
+        paired_dpo_loss(*random_tensors(2, 3), **options)
 
 
 def test_float8_is_refused() -> None:
-    tensors = list(random_sextet(2, 3))
+    tensors = list(random_tensors(2, 3))
     tensors[2] = tensors[2].to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"reference_winner has dtype torch.float8_e4m3fn, .*bfloat16\(\)"):
         paired_dpo_loss(*tensors)

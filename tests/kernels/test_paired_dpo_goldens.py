@@ -1,9 +1,9 @@
-"""The paired loss against the losses of the public code, at the stated tolerance."""
+"""The paired loss compared with the losses of the public code, at the stated tolerance."""
 
 import numpy as np
 import pytest
 import torch
-from sextets import (
+from pair_tensors import (
     ARRAYS,
     GOLDEN,
     LARGE,
@@ -16,7 +16,7 @@ from sextets import (
     split,
     stored,
 )
-from vpo_kernels.paired_dpo.contract import Sextet
+from vpo_kernels.paired_dpo.contract import PairTensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -29,8 +29,8 @@ def test_golden(dpo_loss: Loss, name: str, index: int, dtype: torch.dtype) -> No
     assert out.loss.dtype == out.margin.dtype == dtype
     winner_error, loser_error = split(torch.tensor(case["model_losses"], dtype=torch.float64))
     winner_reference, loser_reference = split(torch.tensor(case["ref_losses"], dtype=torch.float64))
-    close(out.winner_gap, winner_error - winner_reference, 1e-8)
-    close(out.loser_gap, loser_error - loser_reference, 1e-8)
+    close(out.winner_error_change, winner_error - winner_reference, 1e-8)
+    close(out.loser_error_change, loser_error - loser_reference, 1e-8)
     assert_golden(out, case, tensors, ARRAYS[f"{name}_probe"])
     if case["beta"] == 5000:
         expected = ARRAYS[f"{name}_grad_beta5000"]
@@ -41,7 +41,7 @@ def test_golden(dpo_loss: Loss, name: str, index: int, dtype: torch.dtype) -> No
 
 def test_golden_swapped(dpo_loss: Loss) -> None:
     w, loser, *rest = stored("eps4d")
-    swapped = Sextet(loser, w, rest[1], rest[0], rest[3], rest[2])
+    swapped = PairTensors(loser, w, rest[1], rest[0], rest[3], rest[2])
     assert_golden(dpo_loss(*swapped, beta=2000.0), GOLDEN["eps4d_swapped_beta2000"])
 
 
@@ -67,14 +67,14 @@ def test_golden_bf16_inputs(dpo_loss: Loss, index: int) -> None:
         assert policy.grad.double().norm().item() == pytest.approx(case[key], rel=2**-9)
 
 
-def from_errors(case: dict, dtype: torch.dtype) -> Sextet:
-    """Samples of one element whose squared errors are the given ones."""
+def from_errors(case: dict, dtype: torch.dtype) -> PairTensors:
+    """Return samples of one element whose squared errors are the given ones."""
     zero = torch.zeros(len(case["model_w"]), 1, dtype=dtype)
     model_w, model_l, ref_w, ref_l = (
         torch.tensor(case[key], dtype=torch.float64).sqrt().to(dtype)[:, None]
         for key in ("model_w", "model_l", "ref_w", "ref_l")
     )
-    return Sextet(model_w.requires_grad_(), model_l.requires_grad_(), ref_w, ref_l, zero, zero)
+    return PairTensors(model_w.requires_grad_(), model_l.requires_grad_(), ref_w, ref_l, zero, zero)
 
 
 def test_golden_extreme_margins(dpo_loss: Loss) -> None:
@@ -101,13 +101,13 @@ def test_extreme_margins_are_finite_in_float32(dpo_loss: Loss) -> None:
 
 
 def test_golden_both_likelihoods_fall(dpo_loss: Loss) -> None:
-    """Accuracy 1 and a loss under ln 2 while the winner gets less likely: the two gaps must tell."""
+    """Accuracy is 1 and the loss under ln 2 while the winner gets less likely; the two error changes must show it."""
     case = GOLDEN["both_likelihoods_fall"]
     out = dpo_loss(*from_errors(case, torch.float64), beta=case["beta"])
     assert_golden(out, case)
-    close(-case["beta"] / 2 * out.winner_gap, case["implicit_reward_w"], 1e-9)
-    close(-case["beta"] / 2 * out.loser_gap, case["implicit_reward_l"], 1e-9)
-    assert (out.winner_gap > 0).all()
+    close(-case["beta"] / 2 * out.winner_error_change, case["implicit_reward_w"], 1e-9)
+    close(-case["beta"] / 2 * out.loser_error_change, case["implicit_reward_l"], 1e-9)
+    assert (out.winner_error_change > 0).all()
     assert (out.margin > 0).all()
 
 
@@ -118,7 +118,7 @@ def test_golden_sum_vs_mean(dpo_loss: Loss) -> None:
     averaged = dpo_loss(*by_mean, beta=case["beta_mean"], reduction="mean")
     close(summed.loss, case["loss"])
     close(averaged.loss, case["loss"])
-    close(summed.winner_gap, averaged.winner_gap.double() * case["D"])
+    close(summed.winner_error_change, averaged.winner_error_change.double() * case["D"])
     summed.loss.backward()
     averaged.loss.backward()
     torch.testing.assert_close(by_sum.policy_winner.grad, by_mean.policy_winner.grad, rtol=1e-5, atol=1e-7)
@@ -131,8 +131,8 @@ def test_golden_timestep_weight_inside_sigmoid(dpo_loss: Loss) -> None:
     assert_golden(out, case, tensors, ARRAYS["lat5d_probe"])
 
 
-def flow_sextet(sign: float) -> Sextet:
-    """sign +1: v = noise - x0; -1: Open-Sora's v = x0 - noise."""
+def flow_tensors(sign: float) -> PairTensors:
+    """Return the flow's tensors: v = noise - x0 for sign +1, Open-Sora's v = x0 - noise for -1."""
     velocity = ARRAYS["flow_noise"] - ARRAYS["flow_x0"]
     return halves(*(sign * part for part in (ARRAYS["flow_v_pred"], ARRAYS["flow_v_ref"], velocity)))
 
@@ -141,7 +141,7 @@ def flow_sextet(sign: float) -> Sextet:
 @pytest.mark.parametrize("index", range(6))
 def test_golden_flow(dpo_loss: Loss, index: int, sign: float) -> None:
     case = GOLDEN["flow"]["v_space_constant_beta"][index]
-    tensors = flow_sextet(sign)
+    tensors = flow_tensors(sign)
     out = dpo_loss(*tensors, beta=case["beta"])
     signed = {
         key: sign * value if key in ("grad_sum", "grad_dot_probe") else value for key, value in case.items()
@@ -158,7 +158,7 @@ def test_golden_flow_in_other_spaces(dpo_loss: Loss, space: str, index: int) -> 
         "x0": ("x0_space_constant_beta__equals_v_space_with_weight_t^2", t**2),
     }[space]
     case = GOLDEN["flow"][key][index]
-    tensors = flow_sextet(1.0)
+    tensors = flow_tensors(1.0)
     assert_golden(dpo_loss(*scaled(tensors, weight), beta=case["beta"]), case, tensors, ARRAYS["flow_probe"])
 
 
@@ -176,7 +176,7 @@ def test_golden_ddpm_v_prediction(dpo_loss: Loss, space: str) -> None:
     reference = policy + 0.002 * torch.from_numpy(second)
     tensors = halves(policy, reference, target)
     if space == "eps":
-        tensors = Sextet(*(tensor * a[:3].sqrt() for tensor in tensors))
+        tensors = PairTensors(*(tensor * a[:3].sqrt() for tensor in tensors))
     assert_golden(dpo_loss(*tensors, beta=2000.0), block[f"{space}_space_beta2000"])
 
 
@@ -187,6 +187,3 @@ def test_golden_large(dpo_loss: Loss, which: int, index: int) -> None:
     tensors, probe = large_case(case)
     golden = case["betas"][index]
     assert_golden(dpo_loss(*tensors, beta=golden["beta"]), golden, tensors, probe)
-
-
-# --- invariants ------------------------------------------------------------------------------------------

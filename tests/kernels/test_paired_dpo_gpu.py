@@ -15,14 +15,14 @@ if not torch.cuda.is_available():
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 keeps Triton off the GPU", allow_module_level=True)
 
+from pair_tensors import Loss, random_tensors
 from paired_dpo_triton_checks import *  # noqa: F403
-from paired_dpo_triton_checks import BF16, FP32, sextet
-from sextets import Loss, random_sextet
+from paired_dpo_triton_checks import BF16, FP32, tensors_of
 from test_paired_dpo import *  # noqa: F403
 from test_paired_dpo_goldens import *  # noqa: F403
 from test_paired_dpo_options import *  # noqa: F403
 from vpo_kernels import PairedDPOLoss, available_backends, paired_dpo_loss
-from vpo_kernels.paired_dpo.contract import Sextet
+from vpo_kernels.paired_dpo.contract import PairTensors
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +35,7 @@ def moved(value: Any, device: str) -> Any:
 
 @pytest.fixture
 def dpo_loss(request: pytest.FixtureRequest) -> Loss:
-    """From CPU to GPU and back, gradients too, so that the common tests need not know."""
+    """Return a loss that moves its tensors from CPU to GPU and back, gradients too, for the common tests."""
     if "saves" in request.node.name:
         pytest.skip("compares the addresses of tensors, which moving them changes")
 
@@ -47,9 +47,9 @@ def dpo_loss(request: pytest.FixtureRequest) -> Loss:
     return loss
 
 
-def leaves(*shape: int, seed: int = 0) -> Sextet:
-    tensors = sextet(*shape, dtypes=(BF16, BF16, FP32), seed=seed)
-    return Sextet(*(t.requires_grad_(i < 2) for i, t in enumerate(tensors)))
+def leaves(*shape: int, seed: int = 0) -> PairTensors:
+    tensors = tensors_of(*shape, dtypes=(BF16, BF16, FP32), seed=seed)
+    return PairTensors(*(t.requires_grad_(i < 2) for i, t in enumerate(tensors)))
 
 
 def test_triton_is_what_auto_chooses() -> None:
@@ -60,18 +60,18 @@ def test_triton_is_what_auto_chooses() -> None:
 
 
 def test_interpreted_bits_are_the_gpus() -> None:
-    """The tree of sums is the same everywhere: what CI computes, interpreted, a GPU must give to the bit."""
-    tensors = random_sextet(2, 9001, dtype=torch.bfloat16)
+    """The tree of sums is the same everywhere, so that a GPU must give the interpreter's results to the bit."""
+    tensors = random_tensors(2, 9001, dtype=torch.bfloat16)
     out = paired_dpo_loss(*(t.cuda() for t in tensors), backend="triton")
     m, r, x = (tensors[i].detach().float() for i in (0, 2, 4))
-    assert torch.equal(out.winner_gap.cpu(), (tree((m - r) * (m + r - 2 * x)) / 9001).float())  # noqa: F405
+    assert torch.equal(out.winner_error_change.cpu(), (tree((m - r) * (m + r - 2 * x)) / 9001).float())  # noqa: F405
 
 
 def test_forward_and_backward_in_a_cuda_graph() -> None:
     tensors = leaves(4, 4, 9, 30, 60)
     other = leaves(4, 4, 9, 30, 60, seed=1)
 
-    def step(t: Sextet) -> list[Tensor]:
+    def step(t: PairTensors) -> list[Tensor]:
         out = paired_dpo_loss(*t, backend="triton")
         return [*out, *torch.autograd.grad(out.loss, t[:2])]
 
@@ -129,7 +129,7 @@ def test_a_hundred_runs_give_the_same_bits(shape: tuple[int, ...]) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_tensors_on_another_than_the_current_device() -> None:
     here = leaves(2, 4, 5, 6)
-    there = Sextet(*(t.detach().to("cuda:1").requires_grad_(i < 2) for i, t in enumerate(here)))
+    there = PairTensors(*(t.detach().to("cuda:1").requires_grad_(i < 2) for i, t in enumerate(here)))
     outs = [paired_dpo_loss(*t, backend="triton") for t in (here, there)]
     for out in outs:
         out.loss.backward()

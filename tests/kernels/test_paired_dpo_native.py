@@ -1,7 +1,9 @@
-"""The native backend against the formula in float64: every dtype, size, stride, mask, thread count, processor."""
+"""The native backend compared with the formula in float64, for all dtypes, sizes, strides, masks, thread counts and
+instruction sets."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import random
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vpo_kernels.paired_dpo import reference
-from vpo_kernels.paired_dpo.contract import Forward, Mask, Noise, Options, Sextet
+from vpo_kernels.paired_dpo.contract import Forward, GradientInputs, Mask, Options, PairTensors, TargetNoise
 
 native: Any = pytest.importorskip("vpo_kernels.paired_dpo.native", exc_type=ImportError)
+extension_loader = importlib.import_module("vpo_kernels.native")
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32, torch.float64]
@@ -29,9 +32,9 @@ ROUNDING = 2.0**-24  # of one float32 operation, relative
 ROUNDINGS = 2 + 2 + 1 + 32
 
 
-@pytest.fixture(params=native._native.instruction_sets())
+@pytest.fixture(params=native.extension.instruction_sets())
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(native, "_INSTRUCTION_SET", request.param)
+    monkeypatch.setattr(native, "INSTRUCTION_SET", request.param)
     return request.param
 
 
@@ -47,7 +50,7 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int
 
 
 def view(tensor: Tensor, how: str) -> Tensor:
-    """The same shape with other strides; the same values, unless it is expanded."""
+    """Return the same shape with other strides, and the same values, unless it is expanded."""
     dims = tensor.ndim
     if how == "sliced" and dims > 1:
         return torch.cat([tensor, torch.full_like(tensor, torch.nan)], dim=1)[:, : tensor.shape[1]]
@@ -73,7 +76,7 @@ def some_mask(pick: random.Random, shape: tuple[int, ...]) -> Mask | None:
     return Mask(counted, counted.reshape(shape[0], -1).sum(1))
 
 
-def case(seed: int) -> tuple[Sextet, Noise | None, Mask | None, Options, tuple[int, ...]]:
+def case(seed: int) -> tuple[PairTensors, TargetNoise | None, Mask | None, Options, tuple[int, ...]]:
     pick = random.Random(seed)
     pairs = pick.choice([1, 2, 4])
     shape = (pairs, *SIZES[seed % len(SIZES)])
@@ -85,7 +88,9 @@ def case(seed: int) -> tuple[Sextet, Noise | None, Mask | None, Options, tuple[i
     ]
     noise = None
     if pick.random() < 0.4:
-        noise = Noise(tensors[6], pick.choice([-0.3, normal((pairs,), torch.bfloat16)]), normal((pairs,)))
+        noise = TargetNoise(
+            tensors[6], pick.choice([-0.3, normal((pairs,), torch.bfloat16)]), normal((pairs,))
+        )
     options = Options(
         pick.choice([2.5, torch.rand(pairs) + 0.5]),
         pick.choice([1.0, torch.rand(pairs)]),
@@ -93,11 +98,11 @@ def case(seed: int) -> tuple[Sextet, Noise | None, Mask | None, Options, tuple[i
         pick.choice([0.0, 0.0, 0.7]),
         pick.choice([None, None, 0.3]),
     )
-    return Sextet(*tensors[:6]), noise, some_mask(pick, shape), options, shape
+    return PairTensors(*tensors[:6]), noise, some_mask(pick, shape), options, shape
 
 
-def targets_formed(tensors: Sextet, noise: Noise | None, dtype: torch.dtype) -> Sextet:
-    """The targets that the noise makes, rounded as the arithmetic of ``dtype`` rounds them."""
+def targets_formed(tensors: PairTensors, noise: TargetNoise | None, dtype: torch.dtype) -> PairTensors:
+    """Return the tensors with the targets that the noise makes, rounded as the arithmetic of ``dtype`` rounds them."""
     if noise is None:
         return tensors
     pairs = noise.noise.shape[0]
@@ -106,11 +111,11 @@ def targets_formed(tensors: Sextet, noise: Noise | None, dtype: torch.dtype) -> 
         for scale in noise[1:]
     )
     formed = [a * tensor.to(dtype) + b * noise.noise.to(dtype) for tensor in tensors[4:]]
-    return Sextet(*tensors[:4], *formed)
+    return PairTensors(*tensors[:4], *formed)
 
 
-def allowed(tensors: Sextet, mask: Mask | None, options: Options, member: int) -> Tensor:
-    """By how much float32 arithmetic may put a gap off, [P]: so many roundings of the sum of sizes."""
+def allowed(tensors: PairTensors, mask: Mask | None, options: Options, member: int) -> Tensor:
+    """Return the error that float32 arithmetic may make in an error change, [P]: ROUNDINGS of the terms' sizes."""
     policy, ref, target = (t.double() for t in (tensors[member], tensors[2 + member], tensors[4 + member]))
     sizes = (policy.abs() + ref.abs()) * (policy.abs() + ref.abs() + 2 * target.abs())
     if mask is not None:
@@ -130,7 +135,7 @@ def test_equals_the_formula_in_float64(seed: int, instruction_set: str) -> None:
     tensors, noise, mask, options, shape = case(seed)
     found = native.forward(tensors, noise, mask, options)
     dtype = found.out.loss.dtype
-    exact = Sextet(*(tensor.double() for tensor in targets_formed(tensors, noise, dtype)))
+    exact = PairTensors(*(tensor.double() for tensor in targets_formed(tensors, noise, dtype)))
     wanted = reference.forward(exact, None, mask, options)
     assert found.coefficient.dtype == torch.float64
     assert found.coefficient.shape == (2, shape[0])
@@ -143,19 +148,21 @@ def test_equals_the_formula_in_float64(seed: int, instruction_set: str) -> None:
     assert (margin_off <= beta / 2 * off + ROUNDING * wanted.out.margin.abs()).all()
     torch.testing.assert_close(found.out.loss.double(), wanted.out.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.coefficient, wanted.coefficient, rtol=1e-4, atol=1e-9)
-    dense = Sextet(*(tensor.contiguous() for tensor in tensors))
+    dense = PairTensors(*(tensor.contiguous() for tensor in tensors))
     assert same(found, native.forward(dense, noise, mask, options))
 
 
 @pytest.mark.parametrize("seed", range(54))
 def test_gradient_equals_the_reference_bitwise(seed: int, instruction_set: str) -> None:
-    """It is elementwise, so there is one right answer."""
+    """The gradient is elementwise, so that there is one right answer."""
     tensors, noise, mask, _, shape = case(seed)
     counted = mask and mask.counted
     coefficient, grad_loss = normal((2, shape[0])), torch.tensor(1.7)
     for wanted in ((True, True), (False, True), (True, False)):
-        arguments = (tensors[:2], tensors[4:], noise, counted, coefficient, grad_loss, wanted)
-        found, expected = native.gradient(*arguments), reference.gradient(*arguments)
+        inputs = GradientInputs(
+            tensors.policy, tensors.target, noise, counted, coefficient, grad_loss, wanted
+        )
+        found, expected = native.gradient(inputs), reference.gradient(inputs)
         for ours, theirs, policy in zip(found, expected, tensors[:2], strict=True):
             if theirs is None:
                 assert ours is None
@@ -168,33 +175,30 @@ def test_gradient_equals_the_reference_bitwise(seed: int, instruction_set: str) 
 def test_bits_depend_on_values_and_size_alone(
     dtypes: tuple[torch.dtype, torch.dtype], threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not on threads, processor or dtypes: whatever was exact in a small dtype is, so, in a large one."""
+    """They do not depend on threads, processor or dtypes: a value that a small dtype holds, a large one holds too."""
     shape = (3, 2, 64801)
-    tensors = Sextet(*(normal(shape, dtypes[i > 3], i) for i in range(6)))
-    upcast = Sextet(*(tensor.float() for tensor in tensors))
+    tensors = PairTensors(*(normal(shape, dtypes[i > 3], i) for i in range(6)))
+    upcast = PairTensors(*(tensor.float() for tensor in tensors))
     options = PLAIN._replace(winner_anchor=0.5, loser_scaling=0.1)
     torch.set_num_threads(1)
     first = native.forward(tensors, None, None, options)
-    steps = native.gradient(
-        tensors[:2], tensors[4:], None, None, first.coefficient, torch.ones(()), (True, True)
-    )
-    for name in native._native.instruction_sets():
-        monkeypatch.setattr(native, "_INSTRUCTION_SET", name)
+    inputs = GradientInputs(tensors.policy, tensors.target, None, None, first.coefficient, torch.ones(()))
+    steps = native.gradient(inputs)
+    for name in native.extension.instruction_sets():
+        monkeypatch.setattr(native, "INSTRUCTION_SET", name)
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             assert same(first, native.forward(tensors, None, None, options))
             assert same(first, native.forward(upcast, None, None, options))
-            again = native.gradient(
-                tensors[:2], tensors[4:], None, None, first.coefficient, torch.ones(()), (True, True)
-            )
+            again = native.gradient(inputs)
             assert all(torch.equal(a, b) for a, b in zip(steps, again, strict=True))
 
 
 def difference(policy: Tensor, target: Tensor) -> Tensor:
-    """policy - target in policy's dtype: the gradient of a coefficient of 1/2."""
+    """Return policy - target in policy's dtype, which is the gradient for a coefficient of 1/2."""
     half = torch.full((2, policy.shape[0]), 0.5, dtype=torch.float64)
     pair = (policy, policy), (target, target)
-    winner, loser = native.gradient(*pair, None, None, half, torch.ones(()), (True, False))
+    winner, loser = native.gradient(GradientInputs(*pair, None, None, half, torch.ones(()), (True, False)))
     assert loser is None
     return winner
 
@@ -216,7 +220,7 @@ def test_every_half_widens_exactly(dtype: torch.dtype, how: str, instruction_set
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("how", ["contiguous", "strided"])
 def test_stores_round_to_nearest_even(dtype: torch.dtype, how: str, instruction_set: str) -> None:
-    """All halves, the midpoints between neighbours and what lies next to those; subnormal, overflowing, infinite."""
+    """The values are all halves, the midpoints between neighbours, and the floats next to those; also infinity."""
     every = torch.arange(0, 2**15, dtype=torch.int16).view(dtype).double()
     every = torch.cat([every[every.isfinite()], 2 * every[every.isfinite()].max()[None]])
     middle = ((every[1:] + every[:-1]) / 2).float()
@@ -230,7 +234,7 @@ def test_stores_round_to_nearest_even(dtype: torch.dtype, how: str, instruction_
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", range(6))
 def test_not_finite_values_spread_as_in_the_reference(where: int, value: float, instruction_set: str) -> None:
-    tensors = Sextet(*(normal((3, 40), torch.float32, i) for i in range(6)))
+    tensors = PairTensors(*(normal((3, 40), torch.float32, i) for i in range(6)))
     tensors[where][1, 17] = value
     for options in (PLAIN, PLAIN._replace(winner_anchor=0.5, loser_scaling=0.1)):
         found = native.forward(tensors, None, None, options)
@@ -239,8 +243,10 @@ def test_not_finite_values_spread_as_in_the_reference(where: int, value: float, 
             (*found.out, found.coefficient), (*wanted.out, wanted.coefficient), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
-        steps = (tensors[:2], tensors[4:], None, None, wanted.coefficient, torch.ones(()), (True, True))
-        for ours, theirs in zip(native.gradient(*steps), reference.gradient(*steps), strict=True):
+        inputs = GradientInputs(
+            tensors.policy, tensors.target, None, None, wanted.coefficient, torch.ones(())
+        )
+        for ours, theirs in zip(native.gradient(inputs), reference.gradient(inputs), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
@@ -252,12 +258,12 @@ def test_hidden_elements_do_not_count_whatever_they_are(dtype: torch.dtype, inst
     options = PLAIN._replace(winner_anchor=0.5, loser_scaling=0.1)
     results = []
     for value in (0.0, torch.nan, torch.inf):
-        *tensors, drawn = [tensor.masked_fill(~counted, value) for tensor in clean]
-        sextet, noise = Sextet(*tensors), Noise(drawn, 0.7, -1.0)
+        *six, noise = [tensor.masked_fill(~counted, value) for tensor in clean]
+        tensors, formed = PairTensors(*six), TargetNoise(noise, 0.7, -1.0)
         coefficient = torch.full((2, 2), torch.inf, dtype=torch.float64)
-        found = native.forward(sextet, noise, mask, options)
+        found = native.forward(tensors, formed, mask, options)
         steps = native.gradient(
-            sextet[:2], sextet[4:], noise, counted, coefficient, torch.ones(()), (True, True)
+            GradientInputs(tensors.policy, tensors.target, formed, counted, coefficient, torch.ones(()))
         )
         assert all((step[~counted] == 0).all() for step in steps)
         results.append(found)
@@ -266,7 +272,7 @@ def test_hidden_elements_do_not_count_whatever_they_are(dtype: torch.dtype, inst
 
 
 class _Allocated(TorchDispatchMode):
-    """The sizes in bytes of whatever torch makes meanwhile."""
+    """Records the sizes in bytes of all tensors that torch makes while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,18 +288,20 @@ class _Allocated(TorchDispatchMode):
 def test_allocates_the_gradients_and_a_few_numbers_per_pair() -> None:
     shape = (2, 8, 50, 50)
     wide = [normal(shape, torch.bfloat16, i)[:, :4].permute(0, 2, 3, 1) for i in range(7)]
-    sextet, noise = Sextet(*wide[:6]), Noise(wide[6], 0.5, -1.0)
+    tensors, noise = PairTensors(*wide[:6]), TargetNoise(wide[6], 0.5, -1.0)
     mask = torch.ones(2, 50, 1, 1, dtype=torch.bool).expand(2, 50, 50, 4)
     with _Allocated() as forward:
-        found = native.forward(sextet, noise, Mask(mask, torch.tensor([10**4] * 2)), PLAIN)
+        found = native.forward(tensors, noise, Mask(mask, torch.tensor([10**4] * 2)), PLAIN)
     assert max(forward.sizes) <= found.coefficient.nbytes
     with _Allocated() as backward:
-        native.gradient(sextet[:2], sextet[4:], noise, mask, found.coefficient, torch.ones(()), (True, True))
+        native.gradient(
+            GradientInputs(tensors.policy, tensors.target, noise, mask, found.coefficient, torch.ones(()))
+        )
     assert [size for size in backward.sizes if size > 8] == [wide[0].numel() * 2] * 2
 
 
 def test_a_fork_computes_as_its_parent_does(threads: None) -> None:
-    tensors = Sextet(*(normal((2, 200_000), torch.bfloat16, i) for i in range(6)))
+    tensors = PairTensors(*(normal((2, 200_000), torch.bfloat16, i) for i in range(6)))
     torch.set_num_threads(2)
     wanted = native.forward(tensors, None, None, PLAIN)
     child = os.fork()
@@ -303,7 +311,9 @@ def test_a_fork_computes_as_its_parent_does(threads: None) -> None:
 
 
 def test_calls_from_several_threads_do_not_meet() -> None:
-    tensors = [Sextet(*(normal((1, 150_000), torch.float16, 6 * k + i) for i in range(6))) for k in range(4)]
+    tensors = [
+        PairTensors(*(normal((1, 150_000), torch.float16, 6 * k + i) for i in range(6))) for k in range(4)
+    ]
     alone = [native.forward(each, None, None, PLAIN) for each in tensors]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda each: native.forward(each, None, None, PLAIN), tensors * 3))
@@ -311,8 +321,8 @@ def test_calls_from_several_threads_do_not_meet() -> None:
 
 
 def test_what_the_extension_refuses_becomes_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = Sextet(*(normal((2, 3), torch.float64, i) for i in range(6)))
-    monkeypatch.setattr(native, "_INSTRUCTION_SET", "mmx")
+    tensors = PairTensors(*(normal((2, 3), torch.float64, i) for i in range(6)))
+    monkeypatch.setattr(native, "INSTRUCTION_SET", "mmx")
     with pytest.raises(ValueError, match="this processor has no instruction set mmx"):
         native.forward(tensors, None, None, PLAIN)
     monkeypatch.undo()
@@ -323,7 +333,7 @@ def test_what_the_extension_refuses_becomes_an_exception(monkeypatch: pytest.Mon
 
 def test_without_the_extension_the_import_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vpo_kernels._native", None)
-    spec = importlib.util.spec_from_file_location("native_once_more", native.__file__)
+    spec = importlib.util.spec_from_file_location("native_once_more", extension_loader.__file__)
     assert spec is not None
     assert spec.loader is not None
     with pytest.raises(

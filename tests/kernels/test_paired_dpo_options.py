@@ -1,4 +1,4 @@
-"""Targets formed inside, beta per pair, the winner's anchor, the loser's scaling: on every backend."""
+"""Targets formed inside, beta per pair, winner anchor and loser scaling, on every backend."""
 
 import json
 from pathlib import Path
@@ -6,25 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sextets import ARRAYS, GOLDEN, Loss, assert_golden, close, halves, random_sextet, split, stored
+from pair_tensors import ARRAYS, GOLDEN, Loss, assert_golden, close, halves, random_tensors, split, stored
 from torch import Tensor
 from vpo_kernels import error_weight
-from vpo_kernels.paired_dpo.contract import Sextet
+from vpo_kernels.paired_dpo.contract import PairTensors
 
 DATA = Path(__file__).parents[1] / "data" / "dpo"
 BASELINES = json.loads((DATA / "baselines_dpo.json").read_text())
 SCALING = {name: torch.from_numpy(array) for name, array in np.load(DATA / "baselines_dpo.npz").items()}
 
 
-def grads(tensors: Sextet) -> tuple[Tensor, Tensor]:
+def grads(tensors: PairTensors) -> tuple[Tensor, Tensor]:
     winner, loser = tensors.policy_winner.grad, tensors.policy_loser.grad
     assert winner is not None
     assert loser is not None
     return winner, loser
 
 
-def fresh(tensors: Sextet) -> Sextet:
-    return Sextet(*(t.detach().clone().requires_grad_(i < 2) for i, t in enumerate(tensors)))
+def fresh(tensors: PairTensors) -> PairTensors:
+    return PairTensors(*(t.detach().clone().requires_grad_(i < 2) for i, t in enumerate(tensors)))
 
 
 # --- targets formed inside -------------------------------------------------------------------------------
@@ -33,13 +33,13 @@ def fresh(tensors: Sextet) -> Sextet:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scales", ["numbers", "tensors", "mixed"])
 def test_a_target_formed_inside_equals_one_given(dtype: torch.dtype, scales: str, dpo_loss: Loss) -> None:
-    inside = random_sextet(3, 4, 5, 7, dtype=dtype)
+    inside = random_tensors(3, 4, 5, 7, dtype=dtype)
     noise = torch.randn(3, 4, 5, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
     a, b = torch.tensor([-0.5, 1.0, 0.25]), torch.tensor([0.75, -1.0, 2.0])
     pair = {"numbers": (0.5, -1.5), "tensors": (a, b), "mixed": (a, -1.5)}[scales]
     wide = [torch.as_tensor(s, dtype=torch.float64).reshape(-1, 1, 1, 1) for s in pair]
     targets = [wide[0] * t.double() + wide[1] * noise.double() for t in inside[4:]]
-    given = Sextet(*fresh(inside)[:4], *targets)  # float64 targets: unrounded, as inside
+    given = PairTensors(*fresh(inside)[:4], *targets)  # float64 targets: unrounded, as inside
     a_out = dpo_loss(*inside, beta=100.0, target_noise=noise, target_scales=pair)
     b_out = dpo_loss(*given, beta=100.0)
     close(a_out.margin, b_out.margin, 1e-5 if dtype != torch.float64 else 1e-12)
@@ -57,14 +57,14 @@ def test_golden_velocity_formed_inside(dpo_loss: Loss) -> None:
     x0, noise = split(ARRAYS["flow_x0"]), split(ARRAYS["flow_noise"])
     assert torch.equal(*noise)  # the pair shares it
     policy, reference = -ARRAYS["flow_v_pred"], -ARRAYS["flow_v_ref"]
-    tensors = Sextet(*(t.clone().requires_grad_() for t in split(policy)), *split(reference), *x0)
+    tensors = PairTensors(*(t.clone().requires_grad_() for t in split(policy)), *split(reference), *x0)
     out = dpo_loss(*tensors, beta=case["beta"], target_noise=noise[0], target_scales=(1.0, -1.0))
     close(out.margin, case["inside_term"])
     close(out.loss, case["loss"])
 
 
 def test_masked_elements_of_the_noise_may_be_nan(dpo_loss: Loss) -> None:
-    tensors, noise = random_sextet(2, 3, 8), torch.randn(2, 3, 8)
+    tensors, noise = random_tensors(2, 3, 8), torch.randn(2, 3, 8)
     mask = torch.arange(8) < 5
     clean = dpo_loss(*tensors, mask=mask, target_noise=noise, target_scales=(1.0, -1.0))
     noise = noise.masked_fill(~mask, torch.nan)
@@ -79,11 +79,11 @@ def test_masked_elements_of_the_noise_may_be_nan(dpo_loss: Loss) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_beta_per_pair_equals_pairs_alone(dtype: torch.dtype, dpo_loss: Loss) -> None:
-    tensors, beta = random_sextet(4, 33), torch.tensor([1.0, 250.0, 500.0, 4096.0])
+    tensors, beta = random_tensors(4, 33), torch.tensor([1.0, 250.0, 500.0, 4096.0])
     out = dpo_loss(*tensors, beta=beta.to(dtype))
     (out.loss * 4).backward()
     for pair in range(4):
-        alone = fresh(Sextet(*(t[pair : pair + 1] for t in tensors)))
+        alone = fresh(PairTensors(*(t[pair : pair + 1] for t in tensors)))
         single = dpo_loss(*alone, beta=float(beta[pair]))
         single.loss.backward()
         assert torch.equal(single.margin[0], out.margin[pair])
@@ -125,7 +125,7 @@ def test_error_weight_of_the_prediction_is_one_and_unknown_spaces_are_refused() 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_anchor_adds_the_winners_error(reduction: str, masked: bool, dpo_loss: Loss) -> None:
-    tensors = random_sextet(3, 4, 10, dtype=torch.float64)
+    tensors = random_tensors(3, 4, 10, dtype=torch.float64)
     mask = torch.arange(10) < 7 if masked else None
     weight = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
     options = {"beta": 3.0, "reduction": reduction, "mask": mask, "pair_weight": weight}
@@ -162,7 +162,7 @@ def test_golden_loser_scaling(name: str, mu: str, dpo_loss: Loss) -> None:
 
 
 def test_loser_scaling_keeps_the_winner_from_getting_worse(dpo_loss: Loss) -> None:
-    """A step along the gradient of a policy that moves both predictions alike: the winner's error must not grow."""
+    """The policy moves both predictions alike; a step along its gradient must not make the winner's error grow."""
     generator = torch.Generator().manual_seed(0)
     target = torch.zeros(1, 50, dtype=torch.float64)
     winner = torch.randn(1, 50, generator=generator, dtype=torch.float64) * 0.2
@@ -176,9 +176,9 @@ def test_loser_scaling_keeps_the_winner_from_getting_worse(dpo_loss: Loss) -> No
 
 
 def test_scaling_leaves_opposed_pairs_alone(dpo_loss: Loss) -> None:
-    tensors = random_sextet(1, 40)
+    tensors = random_tensors(1, 40)
     winner, loser = tensors.policy_winner.detach(), tensors.policy_loser.detach()
-    opposed = Sextet(
+    opposed = PairTensors(
         *tensors[:4], tensors.target_winner, 2 * loser - (winner - tensors.target_winner) * 0 - loser
     )
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_scaling_leaves_opposed_pairs_alone(dpo_loss: Loss) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_scaling_and_anchor_of_a_batch_equal_singles(masked: bool, dpo_loss: Loss) -> None:
-    tensors = random_sextet(4, 3, 50, drift=0.5)
+    tensors = random_tensors(4, 3, 50, drift=0.5)
     with torch.no_grad():  # errors that point alike, so that the scaling bites
         for pair in range(4):
             tensors.policy_loser[pair] = tensors.target_loser[pair] + (pair + 1) * 0.7 * (
@@ -201,7 +201,7 @@ def test_scaling_and_anchor_of_a_batch_equal_singles(masked: bool, dpo_loss: Los
     out = dpo_loss(*tensors, **options)
     (out.loss * 4).backward()
     for pair in range(4):
-        alone = fresh(Sextet(*(t[pair : pair + 1] for t in tensors)))
+        alone = fresh(PairTensors(*(t[pair : pair + 1] for t in tensors)))
         dpo_loss(*alone, **options).loss.backward()
         assert torch.equal(alone.policy_loser.grad[0], tensors.policy_loser.grad[pair])
         assert torch.equal(alone.policy_winner.grad[0], tensors.policy_winner.grad[pair])

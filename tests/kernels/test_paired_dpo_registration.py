@@ -1,32 +1,31 @@
-"""The loss under torch.compile, fake tensors, autocast, checkpointing: what registration is for."""
+"""The loss under torch.compile, fake tensors, autocast and checkpointing, which its registration makes possible."""
 
 import pytest
 import torch
-from sextets import Loss, random_sextet
+from pair_tensors import Loss, random_tensors
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from vpo_kernels import paired_dpo_loss
 from vpo_kernels.paired_dpo import op
-from vpo_kernels.paired_dpo.contract import Sextet
+from vpo_kernels.paired_dpo.contract import PairTensors
 
 NUMBERS = (1.0, None)
 
 
-def operator_inputs(tensors: Sextet, noise: Tensor | None, mask: Tensor | None, backend: str) -> tuple:
+def operator_inputs(tensors: PairTensors, noise: Tensor | None, mask: Tensor | None, backend: str) -> tuple:
     scales = (torch.full((tensors[0].shape[0],), 0.5), 1.0, -1.0) if noise is not None else (None, 1.0, 1.0)
     return (
-        *tensors[:2],
-        *(t.detach() for t in tensors[2:]),
+        [*tensors.policy, *(t.detach() for t in tensors[2:])],
         noise,
         mask,
-        100.0,
-        None,
-        *NUMBERS,
         1.0,
         scales[0],
         scales[2],
         None,
+        100.0,
+        None,
+        *NUMBERS,
         "mean",
         0.1,
         0.5,
@@ -34,15 +33,15 @@ def operator_inputs(tensors: Sextet, noise: Tensor | None, mask: Tensor | None, 
     )
 
 
-def layouts(dtype: torch.dtype) -> dict[str, Sextet]:
-    plain = random_sextet(2, 4, 3, 5, dtype=dtype)
-    sliced = random_sextet(2, 8, 3, 5, dtype=dtype)
+def layouts(dtype: torch.dtype) -> dict[str, PairTensors]:
+    plain = random_tensors(2, 4, 3, 5, dtype=dtype)
+    sliced = random_tensors(2, 8, 3, 5, dtype=dtype)
     return {
         "contiguous": plain,
-        "permuted": Sextet(
+        "permuted": PairTensors(
             *(t.detach().permute(0, 3, 1, 2).requires_grad_(i < 2) for i, t in enumerate(plain))
         ),
-        "sliced": Sextet(*(t.detach()[:, :4].requires_grad_(i < 2) for i, t in enumerate(sliced))),
+        "sliced": PairTensors(*(t.detach()[:, :4].requires_grad_(i < 2) for i, t in enumerate(sliced))),
     }
 
 
@@ -58,16 +57,16 @@ def test_opcheck(layout: str, dtype: torch.dtype, extras: bool, backend: str) ->
 
 @pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced"])
 def test_opcheck_of_the_gradient(layout: str, backend: str) -> None:
-    tensors = [t.detach() for t in layouts(torch.bfloat16)[layout]]
+    tensors = PairTensors(*(t.detach() for t in layouts(torch.bfloat16)[layout]))
     coefficient = torch.rand(2, 2, dtype=torch.float64)
     rest = (None, None, *NUMBERS, *NUMBERS, coefficient, torch.tensor(2.0))
     for wanted in ((True, True), (True, False), (False, True)):
-        inputs = (*tensors[:2], *tensors[4:], *rest, *wanted, backend)
+        inputs = (list(tensors.policy), list(tensors.target), *rest, *wanted, backend)
         torch.library.opcheck(torch.ops.vpo_kernels.paired_dpo_gradient, inputs)
 
 
 class Toy(nn.Module):
-    """Predicts 2 x 4 channels of which the first 4 count, as STDiT3 does."""
+    """A layer that predicts 2 x 4 channels, of which the first 4 count, as STDiT3 does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,8 +92,10 @@ def toy() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     return Toy(), Toy(), torch.randn(6, 4, 10), torch.randn(6, 4, 10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("engine", "dynamic"), [("eager", False), ("aot_eager", True), ("inductor", False)])
+@pytest.mark.parametrize(
+    ("engine", "dynamic"),
+    [("eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.long)],
+)
 def test_compiles_as_one_graph(engine: str, dynamic: bool, backend: str) -> None:
     if engine == "inductor" and backend == "triton":
         pytest.skip("under the interpreter aot_eager tells as much")
@@ -131,7 +132,7 @@ def test_fake_tensors_have_the_shapes_dtypes_and_gradients(backend: str) -> None
 
 def test_a_view_of_eight_channels_gets_its_gradient_in_its_own_half(dpo_loss: Loss) -> None:
     whole = torch.randn(2, 2, 8, 3, 5, requires_grad=True)
-    copies = random_sextet(2, 4, 3, 5)
+    copies = random_tensors(2, 4, 3, 5)
     views = (whole[0][:, :4], whole[1][:, :4])
     out = dpo_loss(*views, *copies[2:])
     out.loss.backward()
@@ -143,7 +144,7 @@ def test_a_view_of_eight_channels_gets_its_gradient_in_its_own_half(dpo_loss: Lo
 
 
 def test_autocast_changes_nothing(dpo_loss: Loss) -> None:
-    inside, outside = random_sextet(2, 30), random_sextet(2, 30)
+    inside, outside = random_tensors(2, 30), random_tensors(2, 30)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         a = dpo_loss(*inside)
         a.loss.backward()
@@ -164,8 +165,8 @@ def test_under_activation_checkpointing(backend: str) -> None:
 
 
 def test_float16_gradient_scaling_keeps_small_gradients(dpo_loss: Loss) -> None:
-    """A scaled loss, as GradScaler makes it: the scale is applied before the gradient is rounded to float16."""
-    tensors = random_sextet(1, 4000, dtype=torch.float16)
+    """GradScaler scales the loss, and the scale is applied before the gradient is rounded to float16."""
+    tensors = random_tensors(1, 4000, dtype=torch.float16)
     out = dpo_loss(*tensors, beta=1e-4)
     (out.loss * 2.0**16).backward()
     share = (tensors.policy_winner.grad != 0).float().mean()

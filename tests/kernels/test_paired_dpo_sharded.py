@@ -1,4 +1,4 @@
-"""The loss where parameters are sharded: FSDP here, DeepSpeed ZeRO where it is installed. Two processes, gloo."""
+"""The loss with sharded parameters: FSDP, and DeepSpeed ZeRO where it is installed. Two processes, gloo."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sextets import random_sextet  # a spawned process has no conftest
+from pair_tensors import random_tensors  # a spawned process has no conftest
 from vpo_kernels import paired_dpo_loss
 
 WORLD = 2
@@ -24,12 +24,12 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.SiLU(), nn.Linear(16, 12))
 
 
-def loss_of(policy: Callable[[Tensor], Tensor], rows: slice) -> Tensor:
-    """Policy predictions of four pairs; the rest of the batch is fixed."""
-    tensors = random_sextet(4, 12)
-    winner, loser = (tensor.detach()[rows] for tensor in tensors[:2])
+def loss_of(policy: Callable[[Tensor], Tensor], pairs: slice) -> Tensor:
+    """Return the loss of some of four pairs; policy predicts, the other tensors are fixed."""
+    tensors = random_tensors(4, 12)
+    winner, loser = (tensor.detach()[pairs] for tensor in tensors[:2])
     both = policy(torch.cat([winner, loser]))
-    return paired_dpo_loss(*both.chunk(2), *(tensor[rows] for tensor in tensors[2:]), beta=5.0).loss
+    return paired_dpo_loss(*both.chunk(2), *(tensor[pairs] for tensor in tensors[2:]), beta=5.0).loss
 
 
 def expected_gradients() -> list[Tensor]:
@@ -50,16 +50,16 @@ def run(rank: int, address: str, work: Callable[[slice], list[Tensor]]) -> None:
         dist.destroy_process_group()
 
 
-def fsdp(rows: slice) -> list[Tensor]:
+def fsdp(pairs: slice) -> list[Tensor]:
     policy = network()
     mesh = dist.init_device_mesh("cpu", (WORLD,))
     for layer in (policy[0], policy[2], policy):
         fully_shard(layer, mesh=mesh)
-    loss_of(policy, rows).backward()
+    loss_of(policy, pairs).backward()
     return [parameter.grad.full_tensor() for parameter in policy.parameters()]
 
 
-def deepspeed_zero2(rows: slice) -> list[Tensor]:
+def deepspeed_zero2(pairs: slice) -> list[Tensor]:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
@@ -70,16 +70,14 @@ def deepspeed_zero2(rows: slice) -> list[Tensor]:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     }
     engine, *_ = deepspeed.initialize(model=policy, config=config, dist_init_required=False)
-    engine.backward(loss_of(engine, rows))
+    engine.backward(loss_of(engine, pairs))
     return [safe_get_full_grad(parameter) for parameter in policy.parameters()]
 
 
-@pytest.mark.slow
 def test_under_fsdp(tmp_path: Path) -> None:
     mp.spawn(run, args=(str(tmp_path / "rendezvous"), fsdp), nprocs=WORLD)
 
 
-@pytest.mark.slow
 def test_under_deepspeed_zero2(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     mp.spawn(run, args=(str(tmp_path / "rendezvous"), deepspeed_zero2), nprocs=WORLD)

@@ -1,4 +1,4 @@
-"""The sequential modes: the joint gradient with one member's graph at a time."""
+"""The sequential modes give the joint gradient with one graph at a time."""
 
 import copy
 from collections.abc import Callable
@@ -17,7 +17,7 @@ OPTIONS: list[dict] = [
 
 
 class Problem:
-    """A policy near its reference, in float64, and a pair batch."""
+    """A policy near its reference and a batch of pairs, in float64."""
 
     def __init__(self, pairs: int) -> None:
         torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_sequential_accumulates() -> None:
 
 @pytest.mark.parametrize("margin_scale", [1e4, -1e4])
 def test_single_pair_at_saturated_margins(margin_scale: float) -> None:
-    """Where the coefficient underflows the gradient is zero, not NaN."""
+    """Where the coefficient underflows, the gradient is zero, not NaN."""
     problem = Problem(1)
     _, gradient = problem.joint(beta=abs(margin_scale) * 1e4)
     single_pair_backward(

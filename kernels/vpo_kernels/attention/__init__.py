@@ -1,7 +1,7 @@
-"""Attention for video transformers: one place that knows every backend, and chooses between them once.
+"""Attention for video transformers: the one place that knows all backends and chooses between them.
 
-All tensors are [B, N, heads, D] (rows, tokens, heads, channels of a head): what a fused projection's output is a
-view of, and what FlashAttention and xFormers take as it is.
+All tensors are [B, N, heads, D] (samples, tokens, heads, channels of a head). A fused projection's output has views of
+that shape, and FlashAttention and xFormers take it as it is.
 """
 
 from vpo_kernels.attention.choose import AttentionName, BackendName, Choice, choose_attention

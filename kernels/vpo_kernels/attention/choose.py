@@ -1,4 +1,4 @@
-"""Which attention backend runs: torch's own unless another is asked for, or has been measured to win."""
+"""Choice of the attention backend: torch's own unless another is asked for, or has been measured to win."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ BackendName = Literal["sdpa", "flash2", "flash3", "flash4", "xformers"]
 AttentionName = Literal["auto", "sdpa", "flash2", "flash3", "flash4", "xformers"]
 
 WINNERS: dict[tuple[int, int], PackageName] = {}
-"""(compute capability as 90 for 9.0, channels of a head) to the package that has been measured to beat torch's
-attention there, forward plus backward. An entry needs its committed benchmark row; without one, torch's runs."""
+"""Maps (compute capability as 90 for 9.0, channels of a head) to the package that has been measured to beat torch's
+attention there, forward plus backward. An entry needs a committed benchmark result; without one, torch's runs."""
 
 
 class Choice(NamedTuple):
-    """A backend that works here, and why it is this one. As text, the line that a run prints."""
+    """A backend that works here, and the reason for choosing it. Its text is the line that a run prints."""
 
     name: BackendName
     reason: str
@@ -31,11 +31,11 @@ class Choice(NamedTuple):
 def choose_attention(
     name: AttentionName = "auto", *, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Choice:
-    """The backend for attention in ``dtype`` on ``device`` with ``head_dim`` channels per head; chosen once.
+    """Return the backend for attention in ``dtype`` on ``device`` with ``head_dim`` channels per head.
 
     ``auto`` takes torch's scaled dot product attention unless ``WINNERS`` names another that imports. On a
-    GPU it imports every package that fits, so that the reason says what is there; on a CPU none. Any other name
-    is an order: ValueError, with the reason and the names that do work here, if it cannot be followed.
+    GPU it imports every package that fits, so that the reason says which are installed; on a CPU it imports none.
+    Raise ValueError, with the reason and the names that do work here, for any other name that does not.
     """
     if name not in get_args(AttentionName):
         raise ValueError(
@@ -55,6 +55,7 @@ def choose_attention(
 
 
 def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+    """Return what ``auto`` means."""
     if device.type != "cuda":
         return Choice("sdpa", f"{device.type}; {', '.join(PACKAGES)} need a CUDA device")
     major, minor = torch.cuda.get_device_capability(device)
@@ -70,7 +71,7 @@ def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
 
 
 def _obstacle(package: PackageName, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why a package cannot run, None if it can; imports it only where nothing else stands in the way."""
+    """Return why a package cannot run, None if it can. Import it only where nothing else stands in the way."""
     limits = PACKAGES[package]
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"

@@ -1,4 +1,4 @@
-"""``attention`` and ``text_attention``: the calls that models make."""
+"""``attention`` and ``text_attention``, which models call."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from vpo_kernels.attention.packages import Offsets, kernels
 from vpo_kernels.attention.text import TextPlan, plan_text
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-"""torch's kernels that never hold a matrix of scores; the remaining one, MATH, does."""
+"""The kernels of torch that never hold a matrix of scores; the remaining one, MATH, holds it."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: BackendName = "sdpa") -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each row, without a mask; no [N, N] scores are ever held.
+    """Compute softmax(q k^T / sqrt(D)) v within each sample, without a mask, and never hold the [N, N] scores.
 
-    q, k, v: [B, N, heads, D], any strides: views of one fused projection are welcome. Under autocast they are
-    cast as autocast would; otherwise they share a dtype. Result [B, N, heads, D] in that dtype; softmax in
-    float32 or better.
+    q, k, v: [B, N, heads, D], any strides; views of one fused projection are read in place. Under autocast they are
+        cast as autocast would cast them; otherwise they share a dtype.
     backend: a name that ``choose_attention`` returned, or ``sdpa``.
 
-    On a GPU torch's one kernel that holds scores is refused, so that it is never taken silently: RuntimeError
-    where no other fits. Exception: float64, which only that one computes there. On a CPU torch takes its fused
-    kernel for every float dtype.
+    Return [B, N, heads, D] in that dtype. The softmax is computed in float32 or better.
+
+    On a GPU the one kernel of torch that holds scores is not allowed, so that it is never taken silently: raise
+    RuntimeError where no other fits. float64 is the exception, because only that kernel computes it there. On a CPU
+    torch takes its fused kernel for every float dtype. Raise ValueError for a backend that was not chosen before.
     """
     q, k, v = _as_autocast(q, k, v)
     if backend == "sdpa":
@@ -40,16 +41,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: BackendName = "sdpa") ->
 def text_attention(
     q: Tensor, k: Tensor, v: Tensor, text: TextPlan | Sequence[int], backend: BackendName = "sdpa"
 ) -> Tensor:
-    """Attention of each row's video tokens to that row's text tokens, without computing on padding.
+    """Let each sample's video tokens attend to that sample's text tokens, without computing on padding.
 
-    q: [B, N, heads, D]. k, v: [tokens, heads, D], the valid text tokens of row 0, of row 1, ... with nothing
-    between them. Dtypes as for ``attention``. Result [B, N, heads, D].
-    text: ``plan_text(...)``, or how many tokens each row has (a plan is then made for this call alone, with
-        ``backend``; a plan brings its own). Compiled code takes a plan made outside it, so that other lengths do
-        not compile it again.
+    q: [B, N, heads, D]. k, v: [tokens, heads, D], the valid text tokens of sample 0, of sample 1, ... with nothing
+        between them. Dtypes are as for ``attention``.
+    text: ``plan_text(...)``, or the number of tokens of each sample; a plan is then made for this call alone, with
+        ``backend``, whereas a plan brings its own. Compiled code takes a plan made outside it, so that other lengths
+        do not compile it again.
 
-    A row's result does not depend on the other rows beyond rounding. ValueError where q, k or v have other
-    sizes than the plan.
+    Return [B, N, heads, D]. A sample's result does not depend on the other samples beyond rounding. Raise ValueError
+    where q, k or v have other sizes than the plan.
     """
     q, k, v = _as_autocast(q, k, v)
     if not isinstance(text, TextPlan):
@@ -77,7 +78,7 @@ def text_attention(
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """In which attention over tensors like x is computed: x's own dtype, or autocast's."""
+    """Return the dtype in which attention over tensors like x is computed: x's own, or autocast's."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return x.dtype
@@ -85,7 +86,7 @@ def attention_dtype(x: Tensor) -> torch.dtype:
 
 
 def _as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Autocast's cast, which the packages' functions would not get; without it dtypes stay as they are."""
+    """Cast as autocast does, which the packages' functions would not; without autocast leave the dtypes as they are."""
     dtype = attention_dtype(q)
     if dtype == q.dtype == k.dtype == v.dtype or not torch.is_autocast_enabled(q.device.type):
         return q, k, v
@@ -93,42 +94,45 @@ def _as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _check_sizes(q: Tensor, k: Tensor, v: Tensor, text: TextPlan) -> None:
-    if q.shape[0] != text.rows or q.shape[1] != text.queries:
+    """Raise ValueError unless the tensors have the sizes that the text was planned for."""
+    if q.shape[0] != text.batch_size or q.shape[1] != text.queries:
         raise ValueError(
-            f"q is {list(q.shape)}, but the text is planned for [{text.rows}, {text.queries}, heads, D]; "
-            "plan it again for these rows and tokens"
+            f"q is {list(q.shape)}, but the text is planned for [{text.batch_size}, {text.queries}, heads, D]; "
+            "plan it again for this batch size and these tokens"
         )
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != (text.tokens, *q.shape[2:]):
             raise ValueError(
                 f"{name} is {list(tensor.shape)}, expected packed text {[text.tokens, *q.shape[2:]]}: the valid "
-                "tokens of every row one after the other, without padding"
+                "tokens of every sample one after the other, without padding"
             )
 
 
 def _without_scores(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Return a context in which torch does not take the kernel that holds scores."""
     return sdpa_kernel(_FUSED) if device.type == "cuda" and dtype != torch.float64 else nullcontext()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None = None) -> Tensor:
-    # Fused kernels take heads before tokens, and want the channels of a head side by side.
+    # Fused kernels take heads before tokens, and need the channels of a head side by side.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with _without_scores(q.device, q.dtype):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=counts).transpose(1, 2)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: Offsets) -> Tensor:
-    out = varlen_attn(q.flatten(0, 1), k, v, rows.queries, rows.text, rows.longest_queries, rows.longest_text)
+def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Offsets) -> Tensor:
+    out = varlen_attn(q.flatten(0, 1), k, v, ends.queries, ends.text, ends.longest_queries, ends.longest_text)
     assert isinstance(out, Tensor)
     return out.unflatten(0, (q.shape[0], -1))
 
 
 def _runs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
-    queries = q.split([rows for rows, _ in runs])
-    keys, values = (tensor.split([rows * length for rows, length in runs]) for tensor in (k, v))
+    """Attend with one call per run (samples, length)."""
+    queries = q.split([samples for samples, _ in runs])
+    keys, values = (tensor.split([samples * length for samples, length in runs]) for tensor in (k, v))
     parts = [
-        _sdpa(q, k.unflatten(0, (rows, length)), v.unflatten(0, (rows, length)))
-        for q, k, v, (rows, length) in zip(queries, keys, values, runs, strict=True)
+        _sdpa(q, k.unflatten(0, run), v.unflatten(0, run))
+        for q, k, v, run in zip(queries, keys, values, runs, strict=True)
     ]
     return torch.cat(parts)

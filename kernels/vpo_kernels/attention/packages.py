@@ -1,6 +1,6 @@
-"""The optional attention packages: imported by their exact symbols when first asked for, and never before.
+"""The optional attention packages, which are imported by their exact symbols when first asked for, and never before.
 
-``find_spec`` would not do: an empty leftover folder satisfies it, and a build against another torch is found but
+``find_spec`` is not enough: an empty leftover folder satisfies it, and a build against another torch is found but
 does not load.
 """
 
@@ -23,12 +23,13 @@ _ANY_SIZE = 1 << 16
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a package computes with.
+    """The functions that a package computes attention with.
 
-    dense: q, k, v [B, N, heads, D] to [B, N, heads, D].
-    packed: q [B, N, heads, D], k and v [tokens of all rows, heads, D] and a divider, to [B, N, heads, D].
-    divider: (queries per row, text lengths, device) to what ``packed`` needs to tell the rows apart; it lies on
-        the device and serves every call with these lengths.
+    dense: takes q, k, v [B, N, heads, D], returns [B, N, heads, D].
+    packed: takes q [B, N, heads, D], k and v [tokens of all samples, heads, D] and a divider, returns
+        [B, N, heads, D].
+    divider: takes queries per sample, text lengths and device, returns what ``packed`` needs to tell the samples
+        apart. It lies on the device and serves every call with these lengths.
     """
 
     dense: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,10 +39,11 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a package's kernels take.
+    """The inputs that a package's kernels take.
 
-    largest_head: by major compute capability, the most channels of a head; an absent one is not supported.
-    head_multiple: of which the channels of a head must be a multiple.
+    load: imports the package. dtypes: those that it takes.
+    largest_head: the most channels of a head, by major compute capability; an absent one is not supported.
+    head_multiple: the number of which the channels of a head must be a multiple.
     """
 
     load: Callable[[], Kernels]
@@ -52,7 +54,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Offsets:
-    """Where rows begin, int32 [B + 1] with the total last, and the longest row, for queries and for text."""
+    """Where samples begin, int32 [B + 1] with the total last, and the longest sample, for queries and for text."""
 
     queries: Tensor
     text: Tensor
@@ -61,17 +63,18 @@ class Offsets:
 
 
 def to_device(values: Sequence[int] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A host list or tensor on the device, without waiting for the device."""
+    """Copy a host list or tensor to the device without waiting for the device."""
     host = torch.as_tensor(values, dtype=dtype, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def offsets(queries: int, lengths: Sequence[int], device: torch.device) -> Offsets:
+    """Return the offsets of samples with ``queries`` video tokens each and ``lengths`` text tokens."""
     ends = [0]
     for length in lengths:
         ends.append(ends[-1] + length)
     return Offsets(
-        queries=to_device([row * queries for row in range(len(lengths) + 1)], torch.int32, device),
+        queries=to_device([sample * queries for sample in range(len(lengths) + 1)], torch.int32, device),
         text=to_device(ends, torch.int32, device),
         longest_queries=queries,
         longest_text=max(lengths),
@@ -79,31 +82,31 @@ def offsets(queries: int, lengths: Sequence[int], device: torch.device) -> Offse
 
 
 def flash_kernels(dense: Callable[..., Any], varlen: Callable[..., Any]) -> Kernels:
-    """Of FlashAttention's two functions; versions differ in whether they return the log-sum-exp as well."""
+    """Wrap FlashAttention's two functions; versions differ in whether they return the log-sum-exp as well."""
 
     def run_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _first(dense(q, k, v))
+        return _output(dense(q, k, v))
 
-    def run_packed(q: Tensor, k: Tensor, v: Tensor, rows: Offsets) -> Tensor:
+    def run_packed(q: Tensor, k: Tensor, v: Tensor, ends: Offsets) -> Tensor:
         out = varlen(
             q.flatten(0, 1),
             k,
             v,
-            cu_seqlens_q=rows.queries,
-            cu_seqlens_k=rows.text,
-            max_seqlen_q=rows.longest_queries,
-            max_seqlen_k=rows.longest_text,
+            cu_seqlens_q=ends.queries,
+            cu_seqlens_k=ends.text,
+            max_seqlen_q=ends.longest_queries,
+            max_seqlen_k=ends.longest_text,
         )
-        return _first(out).unflatten(0, (q.shape[0], -1))
+        return _output(out).unflatten(0, (q.shape[0], -1))
 
     return Kernels(run_dense, run_packed, offsets)
 
 
 def xformers_kernels(attend: Callable[..., Tensor], block_diagonal: Callable[..., Any]) -> Kernels:
-    """Of ``memory_efficient_attention`` and ``BlockDiagonalMask.from_seqlens``."""
+    """Wrap ``memory_efficient_attention`` and ``BlockDiagonalMask.from_seqlens``."""
 
-    def run_packed(q: Tensor, k: Tensor, v: Tensor, rows: Any) -> Tensor:
-        out = attend(q.flatten(0, 1)[None], k[None], v[None], attn_bias=rows)
+    def run_packed(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+        out = attend(q.flatten(0, 1)[None], k[None], v[None], attn_bias=bias)
         return out[0].unflatten(0, (q.shape[0], -1))
 
     def divider(queries: int, lengths: Sequence[int], device: torch.device) -> Any:
@@ -112,7 +115,7 @@ def xformers_kernels(attend: Callable[..., Tensor], block_diagonal: Callable[...
     return Kernels(attend, run_packed, divider)
 
 
-def _first(out: Any) -> Tensor:
+def _output(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -153,18 +156,18 @@ _loaded: dict[str, Kernels] = {}
 
 @functools.cache
 def import_package(name: PackageName) -> str | None:
-    """Import a package, once; None if it works here, else why not, in one line."""
+    """Import a package, once. Return None if it works here, else the reason why not, in one line."""
     try:
         _loaded[name] = PACKAGES[name].load()
     except ImportError as error:
-        return _line(error) or type(error).__name__
+        return _first_line(error) or type(error).__name__
     except Exception as error:  # a broken installation may raise anything, and the others must still be tried
-        return f"{type(error).__name__}: {_line(error)}"
+        return f"{type(error).__name__}: {_first_line(error)}"
     return None
 
 
 def kernels(name: str) -> Kernels:
-    """Of a package that ``import_package`` has found to work."""
+    """Return the functions of a package that ``import_package`` has found to work; raise ValueError for another."""
     if name not in _loaded:
         raise ValueError(
             f"attention backend={name!r} has not been chosen in this process; pass the name that "
@@ -173,5 +176,5 @@ def kernels(name: str) -> Kernels:
     return _loaded[name]
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""x + gate * y."""
+"""Gated residual: x + gate * y."""
 
 from vpo_kernels.gated_residual.op import gated_residual
 

@@ -1,84 +1,67 @@
-"""``gated_residual``: checks, choice of backend, autograd."""
+"""``gated_residual``: its checks, and its registration with torch.library."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vpo_kernels.companions import (
+from vpo_kernels.fused_ops import (
     BackendName,
     check_floats,
     check_modulation,
-    grouped,
-    new_like,
-    promoted_dtype,
-    runs_kernel,
+    connect,
+    register_fused_op,
     uses_triton,
 )
 from vpo_kernels.gated_residual import reference
-from vpo_kernels.registration import operator, refuse_second_derivative
+from vpo_kernels.token_layout import group_modulations, new_like, promoted_dtype
 
 
-@operator("gated_residual")
-def _forward(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    if runs_kernel(x, gate, y):
-        from vpo_kernels.gated_residual import triton
-
-        with torch.cuda.device_of(x):
-            return triton.forward(x, gate, y)
-    return reference.gated_residual(x, gate, y).contiguous()
-
-
-@torch.library.register_fake("vpo_kernels::gated_residual")
-def _(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+def _new_output(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=promoted_dtype(x, gate, y))
 
 
-@operator("gated_residual_backward")
-def _backward(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    if runs_kernel(grad, gate, y):
-        from vpo_kernels.gated_residual import triton
-
-        with torch.cuda.device_of(grad):
-            return triton.backward(grad, gate, y)
-    return reference.backward(grad, gate, y)
-
-
-@torch.library.register_fake("vpo_kernels::gated_residual_backward")
-def _(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _new_gradients(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), new_like(y)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+_OPERATORS = register_fused_op(
+    "gated_residual",
+    reference.gated_residual,
+    reference.backward,
+    new_output=_new_output,
+    new_gradients=_new_gradients,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     x, gate, y = inputs
     ctx.save_for_backward(gate, y)
     ctx.dtype = x.dtype
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grad_gate, grad_y = _backward(grad, *ctx.saved_tensors)
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_gate, grad_y = _OPERATORS.backward(grad, *ctx.saved_tensors)
     return grad.to(ctx.dtype), grad_gate, grad_y
 
 
-torch.library.register_autograd("vpo_kernels::gated_residual", _gradients, setup_context=_setup_context)
-refuse_second_derivative("gated_residual", "gated_residual_backward", "use backend='reference'")
+connect("gated_residual", _OPERATORS, _save, _differentiate)
 
 
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor, backend: BackendName = "auto") -> Tensor:
-    """x + gate * y.
+    """Add gate * y to x.
 
-    x and y [..., C], of one shape, any float dtypes and strides; gate broadcasts to them and has all C
-    channels: for x [B, T, S, C], [B, 1, 1, C] or [B, T, 1, C]. In the dtype that torch promotes the three to.
-    Gradients reach all three.
-
+    x, y: [..., C], of one shape, any float dtypes and strides. gate: broadcasts to them and has all C channels; for x
+        [B, T, S, C] it is [B, 1, 1, C] or [B, T, 1, C].
     backend: ``reference`` is plain torch, which torch.compile fuses and autograd differentiates. ``triton``
         computes in float32 whatever the dtype, gives a contiguous result, and has no second derivative;
-        float64 goes to the formula. ``auto`` is what the table in ``companions.py`` says.
+        float64 takes the formula. ``auto`` is what the table ``AUTO`` in ``fused_ops.py`` says.
 
-    Raises ValueError for shapes, dtypes and devices that do not fit, and for ``triton`` on a CPU tensor unless
-    the interpreter is on (TRITON_INTERPRET=1).
+    Return [..., C] in the dtype that torch promotes the three to. Gradients reach all three.
+
+    Raise ValueError for shapes, dtypes and devices that do not fit, and for ``triton`` on a CPU tensor unless Triton
+    interprets (TRITON_INTERPRET=1).
     """
     check_floats("gated_residual", x=x, gate=gate, y=y)
     check_modulation("gated_residual", x, gate=gate)
@@ -89,5 +72,5 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor, backend: BackendName = "a
         )
     if not uses_triton("gated_residual", backend, x):
         return reference.gated_residual(x, gate, y)
-    (gate,) = grouped(x, gate)
-    return _forward(x, gate, y)
+    (gate,) = group_modulations(x, gate)
+    return _OPERATORS.forward(x, gate, y)

@@ -10,17 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vpo_kernels.companions import new_like
 from vpo_kernels.registration import arithmetic_dtype
+from vpo_kernels.token_layout import new_like
 
 
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """Differentiable, in the dtype that torch promotes the three to."""
+    """Compute the formula, differentiably, in the dtype that torch promotes the three to."""
     return torch.addcmul(x, gate, y)
 
 
 def backward(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients to gate and y, in their shapes and dtypes; arithmetic in float32 or better.
+    """Return the gradients to gate and y, in their shapes and dtypes; compute in float32 or better.
 
     The gradient to x is ``grad`` itself.
     """

@@ -1,4 +1,4 @@
-"""LayerNorm without affine parameters, times (1 + scale), plus shift."""
+"""Modulated LayerNorm: normalise, times (1 + scale), plus shift."""
 
 from vpo_kernels.modulated_norm.op import modulated_norm
 

@@ -1,9 +1,9 @@
 """Modulated LayerNorm in plain torch: the formula, and the gradient that the kernel must give.
 
-    n = (x - mean) * rstd,   rstd = 1 / sqrt(var + eps)        mean, var: over the C channels of a row
+    n = (x - mean) * rstd,   rstd = 1 / sqrt(var + eps)        mean, var: over the C channels of a token
     out = n * (1 + scale) + shift
 
-adaLN of DiT (arXiv 2212.09748) as STDiT3 uses it (opensora/models/layers/blocks.py, ``t2i_modulate``).
+It is adaLN of DiT (arXiv 2212.09748) as STDiT3 uses it (opensora/models/layers/blocks.py, ``t2i_modulate``).
 Shapes: x [..., C]; shift and scale broadcast to it.
 """
 
@@ -17,7 +17,7 @@ from vpo_kernels.registration import arithmetic_dtype
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Differentiable, in the dtype that torch promotes the three to."""
+    """Compute the formula, differentiably, in the dtype that torch promotes the three to."""
     normed = F.layer_norm(x, (x.shape[-1],), eps=eps)
     return torch.addcmul(shift, normed, 1 + scale)
 
@@ -25,7 +25,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 def backward(
     grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to x, shift and scale, in their shapes and dtypes; arithmetic in float32 or better."""
+    """Return the gradients to x, shift and scale, in their shapes and dtypes; compute in float32 or better."""
     dtype = arithmetic_dtype(grad, x, shift, scale)
     variance, mean = torch.var_mean(x.to(dtype), dim=-1, correction=0, keepdim=True)
     rstd = (variance + eps).rsqrt()

@@ -1,6 +1,6 @@
 """Deltas on CPUs, in C++ (kernels/native/delta.cpp): one pass, and another over the spilled elements of each chunk.
 
-Threads are as many as torch's, where the work is worth them; bits depend neither on their number nor on the
+Threads are as many as torch's, where the work is worth them. Results depend neither on their number nor on the
 processor.
 """
 
@@ -9,22 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vpo_kernels.native import INSTRUCTION_SET, extension
 from vpo_kernels.ordered_delta.contract import OrderedDelta
-from vpo_kernels.paired_dpo.native import _native
-
-_INSTRUCTION_SET = _native.instruction_sets()[0]
 
 
 def encode(reference: Tensor, policy: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``contract.Backend``."""
+    """Encode; see ``contract.Backend``."""
     made: list[Tensor] = []
 
     def allocate(spilled: int) -> tuple[int, int]:
         made.extend(torch.empty(spilled, dtype=dtype) for dtype in (torch.int32, torch.bfloat16))
         return made[0].data_ptr(), made[1].data_ptr()
 
-    _native.encode_delta(
-        _INSTRUCTION_SET,
+    extension.encode_delta(
+        INSTRUCTION_SET,
         policy.numel(),
         reference.data_ptr(),
         policy.data_ptr(),
@@ -37,9 +35,9 @@ def encode(reference: Tensor, policy: Tensor, difference: Tensor) -> tuple[Tenso
 
 
 def decode(delta: OrderedDelta, policy: Tensor, out: Tensor) -> None:
-    """See ``contract.Backend``."""
-    _native.decode_delta(
-        _INSTRUCTION_SET,
+    """Decode; see ``contract.Backend``."""
+    extension.decode_delta(
+        INSTRUCTION_SET,
         policy.numel(),
         delta.difference.data_ptr(),
         delta.index.data_ptr(),

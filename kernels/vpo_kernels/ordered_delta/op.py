@@ -1,61 +1,41 @@
 """``encode_delta`` and ``decode_delta``: checks, choice of backend, registration.
 
 ``torch.ops.vpo_kernels.ordered_delta_encode`` and ``ordered_delta_decode`` write to tensors that they are given.
-Under fake tensors decoding has no unknowns; encoding returns tensors of unbacked size, which takes a fake mode with
-a shape environment (``FakeTensorMode(shape_env=ShapeEnv())``), or else raises DynamicOutputShapeException.
+Under fake tensors the shapes of decoding are known. Encoding returns tensors of unbacked size, which needs a fake mode
+with a shape environment (``FakeTensorMode(shape_env=ShapeEnv())``); else it raises DynamicOutputShapeException.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import warnings
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from vpo_kernels.ordered_delta.contract import Backend, OrderedDelta
-from vpo_kernels.paired_dpo.backends import BackendName, available_backends, check_name, choose_backend
+from vpo_kernels.backends import BackendName, check_name, choose_backend
+from vpo_kernels.checks import check_device
+from vpo_kernels.ordered_delta.contract import OrderedDelta
 from vpo_kernels.registration import operator
 
 LARGEST = 2**31 - 1  # elements, which int32 counts
 
 
-@functools.cache
-def _say_fallback(name: str, reason: str) -> None:
-    warnings.warn(
-        f"ordered_delta: the {name} backend is not available ({reason}), so plain torch encodes and decodes, as "
-        "exactly but slower",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _mark_written(tensor: Tensor) -> None:
+    """Tell autograd that a tensor was written to, as torch's own operations do.
 
-
-def _backend(name: str, device: torch.device) -> Backend:
-    """The module that ``name`` means on a device. ValueError if it does not run there."""
-    if name == "auto":
-        name = {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
-        if reason := available_backends(device)[name]:
-            _say_fallback(name, reason)
-            name = "reference"
-    chosen = choose_backend(name, device)
-    return cast("Backend", importlib.import_module(f"vpo_kernels.ordered_delta.{chosen}"))
-
-
-def _written(tensor: Tensor) -> None:
-    """Tells autograd, as torch's own operations do, so that a graph that saved the tensor does not go unnoticed."""
+    So a backward pass that needs the tensor's former values raises an error.
+    """
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
 
 
 @operator("ordered_delta_encode", mutates=("difference",))
 def _encode(reference: Tensor, policy: Tensor, difference: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Index and value; ``difference`` is contiguous."""
-    _written(difference)
+    """Fill ``difference``, which is contiguous; return index and value of the delta."""
+    _mark_written(difference)
     if policy.numel() == 0:
         return policy.new_empty(0, dtype=torch.int32), policy.new_empty(0)
-    return _backend(backend, policy.device).encode(reference.contiguous(), policy.contiguous(), difference)
+    return choose_backend("ordered_delta", backend, policy.device).encode(
+        reference.contiguous(), policy.contiguous(), difference
+    )
 
 
 @torch.library.register_fake("vpo_kernels::ordered_delta_encode")
@@ -68,11 +48,11 @@ def _(reference: Tensor, policy: Tensor, difference: Tensor, backend: str) -> tu
 def _decode(
     difference: Tensor, index: Tensor, value: Tensor, policy: Tensor, out: Tensor, backend: str
 ) -> None:
-    """``out`` is contiguous."""
-    _written(out)
+    """Fill ``out``, which is contiguous."""
+    _mark_written(out)
     if policy.numel() > 0:
         delta = OrderedDelta(difference.contiguous(), index.contiguous(), value.contiguous())
-        _backend(backend, policy.device).decode(delta, policy.contiguous(), out)
+        choose_backend("ordered_delta", backend, policy.device).decode(delta, policy.contiguous(), out)
 
 
 @torch.library.register_fake("vpo_kernels::ordered_delta_decode")
@@ -81,7 +61,7 @@ def _(difference: Tensor, index: Tensor, value: Tensor, policy: Tensor, out: Ten
 
 
 def _check(name: str, tensor: object, dtype: torch.dtype, like: Tensor) -> None:
-    """A tensor of this dtype where the policy is."""
+    """Raise ValueError unless this is a tensor of this dtype on the policy's device."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is {type(tensor).__name__}, but must be a tensor")
     if tensor.dtype != dtype:
@@ -90,14 +70,11 @@ def _check(name: str, tensor: object, dtype: torch.dtype, like: Tensor) -> None:
             f"{name} has dtype {tensor.dtype}, but must be {dtype}; "
             + (exact if dtype == torch.bfloat16 else "pass what encode_delta returned")
         )
-    if tensor.device != like.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, but must be where policy is, on {like.device}; "
-            f"pass {name}.to({str(like.device)!r})"
-        )
+    check_device(name, tensor, like, "policy")
 
 
 def _check_shape(name: str, tensor: Tensor, policy: Tensor) -> None:
+    """Raise ValueError unless the tensor has the policy's shape."""
     if tensor.shape != policy.shape:
         raise ValueError(
             f"{name} has shape {list(tensor.shape)}, but must have that of policy, {list(policy.shape)}; "
@@ -106,6 +83,7 @@ def _check_shape(name: str, tensor: Tensor, policy: Tensor) -> None:
 
 
 def _check_policy(policy: object, backend: str) -> None:
+    """Raise ValueError for an unknown backend, and for a policy that no backend takes."""
     check_name(backend)
     if not isinstance(policy, Tensor):
         raise ValueError(f"policy is {type(policy).__name__}, but must be a tensor")
@@ -118,6 +96,7 @@ def _check_policy(policy: object, backend: str) -> None:
 
 
 def _check_out(out: Tensor, dtype: torch.dtype, policy: Tensor) -> None:
+    """Raise ValueError unless ``out`` is contiguous and of this dtype and the policy's shape and device."""
     _check("out", out, dtype, policy)
     _check_shape("out", out, policy)
     if not out.is_contiguous():
@@ -130,16 +109,16 @@ def _check_out(out: Tensor, dtype: torch.dtype, policy: Tensor) -> None:
 def encode_delta(
     reference: Tensor, policy: Tensor, backend: BackendName = "auto", out: Tensor | None = None
 ) -> OrderedDelta:
-    """What ``decode_delta`` needs beside ``policy`` to give ``reference`` back bit for bit.
+    """Return the delta that, together with ``policy``, gives ``reference`` back bit for bit.
 
     reference, policy: bfloat16 of one shape and device, any strides and any bits, NaNs too; at most 2**31 - 1
-        elements. Without gradients.
-    out: contiguous int8 of their shape, to become ``difference``; None allocates. It may hold the difference of
-        before: decoded, it is not needed any more.
-    backend: ``reference`` is plain torch, ``native`` C++ on CPUs, ``triton`` a kernel on GPUs; the bits are the
-        same. On a GPU the host waits for the number of spilled elements.
+        elements. They get no gradients.
+    out: contiguous int8 of their shape, which becomes ``difference``; None allocates one. It may be the difference of
+        an earlier delta that is decoded already.
+    backend: ``reference`` is plain torch, ``native`` C++ on CPUs, ``triton`` a kernel on GPUs, ``auto`` the fastest
+        that runs on the device; the bits are the same. On a GPU the host waits for the number of spilled elements.
 
-    Raises ValueError for everything else.
+    Raise ValueError for other dtypes, shapes, devices and backends.
     """
     _check_policy(policy, backend)
     _check("reference", reference, torch.bfloat16, policy)
@@ -154,13 +133,14 @@ def encode_delta(
 def decode_delta(
     delta: OrderedDelta, policy: Tensor, out: Tensor | None = None, backend: BackendName = "auto"
 ) -> Tensor:
-    """The reference that ``encode_delta(reference, policy)`` was given, bit for bit.
+    """Return the reference that ``encode_delta(reference, policy)`` was given, bit for bit.
 
-    policy: bfloat16, the values of then, any strides. out: contiguous bfloat16 of its shape, to be filled and
-    returned; it may be ``policy`` itself, and else must not overlap it. None allocates. backend as in
-    ``encode_delta``. Nothing waits for a GPU.
+    policy: bfloat16, the same values as then, any strides.
+    out: contiguous bfloat16 of its shape, which is filled and returned; None allocates one. It may be ``policy``
+        itself, and else must not overlap it.
+    backend: as in ``encode_delta``. The host does not wait for a GPU.
 
-    Raises ValueError for tensors that do not belong together.
+    Raise ValueError for tensors that do not belong together.
     """
     _check_policy(policy, backend)
     _check("delta.difference", delta.difference, torch.int8, policy)

@@ -1,14 +1,14 @@
 """Deltas on GPUs: one elementwise pass, then torch's nonzero (encoding) or index_put (decoding) for the spilled.
 
-Encoding makes the host wait once, for the number of spilled elements; decoding never. Bits travel as int16, which
-Triton's interpreter, too, has right. Launches are not tuned on a GPU yet: what the compiler reports is loads and
+Encoding makes the host wait once, for the number of spilled elements; decoding never does. Bits travel as int16, which
+Triton's interpreter, too, treats correctly. Launches are not tuned on a GPU yet; the compiler reports loads and
 stores of 16 bytes and no spills.
 """
 
+# mypy: allow-untyped-defs
 # ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,21 +18,24 @@ from torch import Tensor
 
 from vpo_kernels.ordered_delta import reference as plain
 from vpo_kernels.ordered_delta.contract import OrderedDelta
+from vpo_kernels.triton_parts import kernel_part
 
 BLOCK = 4096  # elements of a program
 WARPS = 8
-INTERPRETED_BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
+INTERPRETED_BLOCK = 1 << 16  # elements of a program in the interpreter, which takes as long for a small block
 
 
-def _part(function: Callable[..., Any]) -> Any:
-    """A part of kernels. The interpreter patches Triton anew at each call of a jitted one, so it gets plain Python."""
-    return function if triton.knobs.runtime.interpret else triton.jit(function)
-
-
-@_part
-def _ordered(bits):  # type: ignore[no-untyped-def]
-    """int32 of int16's range to itself."""
+@kernel_part
+def _ordered(bits):
+    """Map int32 in the range of int16 as ``reference.ordered`` does."""
     return bits ^ ((bits >> 15) & 0x7FFF)
+
+
+@kernel_part
+def _block(elements, BLOCK: tl.constexpr):
+    """Return the positions that this program works on, and which of them exist."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return at, at < elements
 
 
 @triton.jit
@@ -43,8 +46,7 @@ def encode_kernel(
     elements: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
+    at, inside = _block(elements, BLOCK)
     reference = tl.load(reference_ptr + at, mask=inside, other=0).to(tl.int32)
     policy = tl.load(policy_ptr + at, mask=inside, other=0).to(tl.int32)
     step = _ordered(reference) - _ordered(policy)
@@ -60,14 +62,14 @@ def decode_kernel(
     elements: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
+    at, inside = _block(elements, BLOCK)
     policy = tl.load(policy_ptr + at, mask=inside, other=0).to(tl.int32)
     step = tl.load(difference_ptr + at, mask=inside, other=0).to(tl.int32)
     tl.store(out_ptr + at, _ordered(_ordered(policy) + step).to(tl.int16), mask=inside)
 
 
 def _launch(kernel: Any, *tensors: Tensor) -> None:
+    """Launch a kernel over contiguous tensors of as many elements."""
     elements = tensors[0].numel()
     block = BLOCK if tensors[0].device.type != "cpu" else INTERPRETED_BLOCK
     with torch.cuda.device_of(tensors[0]):
@@ -75,12 +77,12 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:
 
 
 def encode(reference: Tensor, policy: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``contract.Backend``."""
+    """Encode; see ``contract.Backend``."""
     _launch(encode_kernel, difference, reference.view(torch.int16), policy.view(torch.int16))
     return plain.spilled(reference, difference)
 
 
 def decode(delta: OrderedDelta, policy: Tensor, out: Tensor) -> None:
-    """See ``contract.Backend``."""
+    """Decode; see ``contract.Backend``."""
     _launch(decode_kernel, out.view(torch.int16), delta.difference, policy.view(torch.int16))
     plain.restore(delta, out)

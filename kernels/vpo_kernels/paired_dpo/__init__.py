@@ -1,6 +1,6 @@
 """The paired diffusion-DPO loss."""
 
-from vpo_kernels.paired_dpo.backends import available_backends
+from vpo_kernels.backends import available_backends
 from vpo_kernels.paired_dpo.contract import PairedDPOLoss
 from vpo_kernels.paired_dpo.op import paired_dpo_loss
 from vpo_kernels.paired_dpo.sequential import sequential_backward, single_pair_backward

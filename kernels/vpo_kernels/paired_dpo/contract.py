@@ -1,6 +1,6 @@
-"""What passes between the paired loss, its backends and its users.
+"""The values that pass between the paired loss, its backends and its users.
 
-P pairs; a prediction is [P, ...] with n elements per sample, of which a mask may leave fewer.
+There are P pairs. A prediction is [P, ...] with n elements per sample, of which a mask may leave fewer.
 """
 
 from __future__ import annotations
@@ -12,19 +12,38 @@ from torch import Tensor
 Reduction = Literal["mean", "sum"]
 PerPair = float | Tensor
 """One number for all pairs, or a tensor [P] of any float dtype."""
+WinnerLoser = tuple[Tensor, Tensor]
+"""A tensor [P, ...] of the winners, and one of the losers."""
 
 
 class PairedDPOLoss(NamedTuple):
-    """float32, or float64 when an input was float64. Gradients flow through ``loss`` only."""
+    """The loss and what it is made of: float32, or float64 when an input was float64.
+
+    Gradients flow through ``loss`` only. An error change is the policy's error less the reference's: negative where
+    the policy predicts better than the reference.
+    """
 
     loss: Tensor  # scalar: mean over pairs of pair_weight * -logsigmoid(margin)
-    margin: Tensor  # [P]: -(beta / 2) * (winner_gap - loser_gap)
-    winner_gap: Tensor  # [P]: error(policy, winner) - error(reference, winner)
-    loser_gap: Tensor  # [P]: the same of the loser
+    margin: Tensor  # [P]: -(beta / 2) * (winner_error_change - loser_error_change)
+    winner_error_change: Tensor  # [P]: error(policy, winner) - error(reference, winner)
+    loser_error_change: Tensor  # [P]: error(policy, loser) - error(reference, loser)
+
+    @property
+    def winner_gap(self) -> Tensor:
+        """Return ``winner_error_change`` under the name that it had in version 0.1."""
+        return self.winner_error_change
+
+    @property
+    def loser_gap(self) -> Tensor:
+        """Return ``loser_error_change`` under the name that it had in version 0.1."""
+        return self.loser_error_change
 
 
-class Sextet(NamedTuple):
-    """The six tensors of the loss, each [P, ...]. With noise beside them, the targets are clean latents."""
+class PairTensors(NamedTuple):
+    """The six tensors of the loss, each [P, ...], of one shape and on one device.
+
+    With a ``TargetNoise`` beside them, the targets are clean latents.
+    """
 
     policy_winner: Tensor
     policy_loser: Tensor
@@ -33,9 +52,21 @@ class Sextet(NamedTuple):
     target_winner: Tensor
     target_loser: Tensor
 
+    @property
+    def policy(self) -> WinnerLoser:
+        return self.policy_winner, self.policy_loser
 
-class Noise(NamedTuple):
-    """Makes a target x0_scale * x0 + noise_scale * noise of what a ``Sextet`` holds as target."""
+    @property
+    def reference(self) -> WinnerLoser:
+        return self.reference_winner, self.reference_loser
+
+    @property
+    def target(self) -> WinnerLoser:
+        return self.target_winner, self.target_loser
+
+
+class TargetNoise(NamedTuple):
+    """The noise that makes x0_scale * x0 + noise_scale * noise of a clean latent x0, which is then the target."""
 
     noise: Tensor  # [P, ...], shared by winner and loser
     x0_scale: PerPair
@@ -43,7 +74,7 @@ class Noise(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Which elements count, alike in winner and loser."""
+    """The elements that count, the same in winner and loser."""
 
     counted: Tensor  # bool, expanded to [P, ...]: strides may be 0
     counts: Tensor  # int64 [P]: its True elements per pair, at least one each
@@ -60,7 +91,7 @@ class Options(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a backend's forward pass returns."""
+    """The result of a backend's forward pass."""
 
     out: PairedDPOLoss
     coefficient: Tensor
@@ -68,30 +99,35 @@ class Forward(NamedTuple):
     and loser; the loser's carries ``loser_scaling``'s factor."""
 
 
-class Backend(Protocol):
-    """What computes the loss. ``reference.py`` holds the formulas that every backend follows.
+class GradientInputs(NamedTuple):
+    """What the gradient is computed from: what forward saved, and the gradient of the loss."""
 
-    Arithmetic on elements is float32 (float64 when an input is float64) after exact upcasts, sums are float32
-    or better in an order that depends on n alone, and the few numbers per pair are float64.
+    policy: WinnerLoser
+    target: WinnerLoser
+    noise: TargetNoise | None
+    mask: Tensor | None  # bool, expanded to [P, ...]
+    coefficient: Tensor  # float64 [2, P], of ``Forward``
+    grad_loss: Tensor  # scalar of any float dtype
+    wanted: tuple[bool, bool] = (True, True)  # whose gradient is asked for: winner's, loser's
+
+
+class Backend(Protocol):
+    """The module of a backend. ``reference.py`` holds the formulas that every backend follows.
+
+    Arithmetic on elements is float32 (float64 when an input is float64) after exact upcasts. Sums are float32
+    or better, in an order that depends on n alone. The few numbers per pair are float64.
     """
 
     def forward(
-        self, tensors: Sextet, noise: Noise | None, mask: Mask | None, options: Options
-    ) -> Forward: ...
+        self, tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, options: Options
+    ) -> Forward:
+        """Compute the loss and the coefficients of its gradient."""
+        ...
 
-    def gradient(
-        self,
-        policy: tuple[Tensor, Tensor],
-        target: tuple[Tensor, Tensor],
-        noise: Noise | None,
-        mask: Tensor | None,
-        coefficient: Tensor,
-        grad_loss: Tensor,
-        wanted: tuple[bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """2 * grad_loss * coefficient * (policy - target) of winner and loser, 0 where the mask is False.
+    def gradient(self, inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
+        """Return 2 * grad_loss * coefficient * (policy - target) of winner and loser, 0 where the mask is False.
 
-        grad_loss: scalar tensor. Where ``wanted`` is False, None. A gradient is in its policy's dtype and is
-        allocated as torch.empty_like(policy) does.
+        Where ``wanted`` is False, return None. A gradient is in its policy's dtype and is allocated as
+        torch.empty_like(policy) does.
         """
         ...

@@ -1,9 +1,9 @@
 """The paired loss on CPUs, in C++ (kernels/native): one pass over the inputs forward, one backward.
 
-Views are read where they lie, whatever their strides; nothing is allocated but gradients and a few numbers per
-pair. Sums are formed in an order that depends on the number of elements alone, so bits depend neither on the
-number of threads nor on the processor. Threads are as many as torch's, where the work is worth them; they are kept
-from call to call (kernels/native/pool.cpp), and a forked child makes its own.
+Views are read where they lie, whatever their strides. Nothing is allocated but gradients and a few numbers per pair.
+Sums are formed in an order that depends on the number of elements alone, so that results depend neither on the number
+of threads nor on the processor. Threads are as many as torch's, where the work is worth them; they are kept from call
+to call (kernels/native/pool.cpp), and a forked child makes its own.
 """
 
 from __future__ import annotations
@@ -11,58 +11,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vpo_kernels.native import INSTRUCTION_SET, extension
 from vpo_kernels.paired_dpo.contract import (
     Forward,
+    GradientInputs,
     Mask,
-    Noise,
     Options,
     PairedDPOLoss,
+    PairTensors,
     PerPair,
-    Sextet,
+    TargetNoise,
 )
 from vpo_kernels.registration import arithmetic_dtype
 
-try:
-    import vpo_kernels._native as _native
-except ModuleNotFoundError as error:
-    raise ImportError("it was not built, for want of a C++ compiler or Python's headers") from error
-except ImportError as error:
-    raise ImportError(f"its extension does not load: {error}") from error
-
 _DTYPES = {torch.bool: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float64: 4}
-_INSTRUCTION_SET = _native.instruction_sets()[0]
 
 
-def _view(tensor: Tensor) -> _native.Tensor:
+def _view(tensor: Tensor) -> extension.Tensor:
     return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride()
 
 
 class _Numbers:
-    """Numbers per pair as the extension takes them; keeps those alive that came as tensors."""
+    """Numbers per pair as the extension takes them; tensors among them are kept alive as long as this object."""
 
     def __init__(self) -> None:
         self._alive: list[Tensor] = []
 
-    def __call__(self, value: PerPair) -> _native.Numbers:
+    def __call__(self, value: PerPair) -> extension.Numbers:
         if not isinstance(value, Tensor):
             return value, 0
         self._alive.append(value.to(torch.float64).contiguous())
         return 0.0, self._alive[-1].data_ptr()
 
-    def noise(self, noise: Noise | None) -> _native.Noise | None:
+    def noise(self, noise: TargetNoise | None) -> extension.Noise | None:
         return None if noise is None else (_view(noise.noise), self(noise.x0_scale), self(noise.noise_scale))
 
 
-def forward(tensors: Sextet, noise: Noise | None, mask: Mask | None, options: Options) -> Forward:
-    """See ``contract.Backend``."""
+def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, options: Options) -> Forward:
+    """Compute the loss; see ``contract.Backend``."""
     shape = tensors.policy_winner.shape
     dtype = arithmetic_dtype(*tensors, noise and noise.noise)
-    margin, winner_gap, loser_gap = (torch.empty(shape[0], dtype=dtype) for _ in range(3))
-    out = PairedDPOLoss(torch.empty((), dtype=dtype), margin, winner_gap, loser_gap)
+    per_pair = (torch.empty(shape[0], dtype=dtype) for _ in range(3))
+    out = PairedDPOLoss(torch.empty((), dtype=dtype), *per_pair)
     coefficient = torch.empty((2, shape[0]), dtype=torch.float64)
     numbers = _Numbers()
-    _native.forward(
-        _INSTRUCTION_SET,
+    extension.forward(
+        INSTRUCTION_SET,
         shape,
         [_view(tensor) for tensor in tensors],
         numbers.noise(noise),
@@ -82,16 +76,9 @@ def forward(tensors: Sextet, noise: Noise | None, mask: Mask | None, options: Op
     return Forward(out, coefficient)
 
 
-def gradient(
-    policy: tuple[Tensor, Tensor],
-    target: tuple[Tensor, Tensor],
-    noise: Noise | None,
-    mask: Tensor | None,
-    coefficient: Tensor,
-    grad_loss: Tensor,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """See ``contract.Backend``."""
+def gradient(inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the gradients; see ``contract.Backend``."""
+    policy, target, noise, mask, coefficient, grad_loss, wanted = inputs
     shape = policy[0].shape
     dtype = arithmetic_dtype(*policy, *target, noise and noise.noise)
     numbers = _Numbers()
@@ -103,8 +90,8 @@ def gradient(
         for member, grad in enumerate(grads)
         if grad is not None
     ]
-    _native.gradient(
-        _INSTRUCTION_SET,
+    extension.gradient(
+        INSTRUCTION_SET,
         shape,
         members,
         numbers.noise(noise),

@@ -1,13 +1,14 @@
-"""The paired diffusion-DPO loss in plain torch: the formula, its gradient, the oracle of every other backend.
+"""The paired diffusion-DPO loss in plain torch: the formula, its gradient, and what every other backend must equal.
 
 Diffusion-DPO (arXiv 2311.12908, eq. 14; SalesforceAIResearch/DiffusionDPO, ``train.py``), constant weighting:
 
-    error(m, x) = mean over elements of (m - target)^2                       m: a prediction for x
-    gap(x)      = error(policy, x) - error(reference, x)
-    margin      = -(beta / 2) * (gap(winner) - gap(loser))
-    loss        = mean over pairs of pair_weight * (-log sigmoid(margin) + winner_anchor * error(policy, winner))
+    error(m, x)     = mean over elements of (m - target)^2                   m: a prediction for x
+    error_change(x) = error(policy, x) - error(reference, x)
+    margin          = -(beta / 2) * (error_change(winner) - error_change(loser))
+    loss            = mean over pairs of pair_weight * (-log sigmoid(margin) + winner_anchor * error(policy, winner))
 
-Two squared errors of nearly equal size would cancel, so a gap is the mean of (m - r) * (m + r - 2 * target).
+Two squared errors of nearly equal size would cancel, so an error change is the mean of (m - r) * (m + r - 2 * target),
+where r is the reference's prediction.
 
 Loser scaling (Diffusion-SDPO, arXiv 2511.03317) leaves the loss as it is and multiplies the loser's gradient by
 
@@ -15,8 +16,8 @@ Loser scaling (Diffusion-SDPO, arXiv 2511.03317) leaves the loss as it is and mu
 
 so that, to first order in the predictions, the winner's error does not grow.
 
-Pairs are worked on one by one: temporaries are one sample large, and a pair's bits depend neither on its
-neighbours nor on strides.
+Pairs are computed one by one: temporaries are one sample large, and a pair's results depend neither on its neighbours
+nor on strides.
 """
 
 from __future__ import annotations
@@ -27,27 +28,30 @@ from torch.nn.functional import logsigmoid
 
 from vpo_kernels.paired_dpo.contract import (
     Forward,
+    GradientInputs,
     Mask,
-    Noise,
     Options,
     PairedDPOLoss,
+    PairTensors,
     PerPair,
-    Sextet,
+    TargetNoise,
 )
 from vpo_kernels.registration import arithmetic_dtype
 
 
 def per_pair(value: PerPair, pairs: int, device: torch.device) -> Tensor:
-    """float64 [P] of a number or a tensor [P]."""
+    """Return a number, or a tensor [P], as float64 [P]."""
     if isinstance(value, Tensor):
         return value.to(torch.float64)
     return torch.full((pairs,), value, dtype=torch.float64, device=device)
 
 
 class _Targets:
-    """Targets sample by sample, so that no tensor of all of them exists."""
+    """Targets formed sample by sample, so that no tensor of all of them exists."""
 
-    def __init__(self, noise: Noise | None, pairs: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, noise: TargetNoise | None, pairs: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._noise, self._dtype = noise, dtype
         if noise is not None:
             self._x0_scale = per_pair(noise.x0_scale, pairs, device).to(dtype)
@@ -61,34 +65,36 @@ class _Targets:
 
 
 def _sum(values: Tensor, counted: Tensor | None) -> Tensor:
-    """Over the counted elements, in logical order: contiguous first."""
+    """Sum the counted elements in logical order, for which they are made contiguous first."""
     if counted is not None:
         values = values.masked_fill(~counted, 0)
     return values.reshape(-1).sum()
 
 
 def _pair_sums(
-    tensors: Sextet, targets: _Targets, pair: int, counted: Tensor | None, dtype: torch.dtype
+    tensors: PairTensors, targets: _Targets, pair: int, counted: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """[4]: both gaps, |a|^2 and a . b of one pair, summed over the counted elements."""
+    """Return [4]: both error changes, |a|^2 and a . b of one pair, summed over the counted elements."""
     policy_w, policy_l, reference_w, reference_l = (t[pair].to(dtype) for t in tensors[:4])
-    target_w = targets.sample(tensors.target_winner, pair)
-    target_l = targets.sample(tensors.target_loser, pair)
-    gap_w = (policy_w - reference_w) * (policy_w + reference_w - 2 * target_w)
-    gap_l = (policy_l - reference_l) * (policy_l + reference_l - 2 * target_l)
+    target_w, target_l = (targets.sample(target, pair) for target in tensors.target)
+    change_w = (policy_w - reference_w) * (policy_w + reference_w - 2 * target_w)
+    change_l = (policy_l - reference_l) * (policy_l + reference_l - 2 * target_l)
     a, b = policy_w - target_w, policy_l - target_l
-    return torch.stack([_sum(values, counted) for values in (gap_w, gap_l, a * a, a * b)])
+    return torch.stack([_sum(values, counted) for values in (change_w, change_l, a * a, a * b)])
 
 
 def finish(sums: Tensor, elements: Tensor, options: Options, dtype: torch.dtype) -> Forward:
-    """From sums [4, P] over elements (gaps, |a|^2, a . b) and their numbers [P] to loss and coefficients."""
+    """Compute loss and coefficients from sums over elements [4, P] and the numbers of elements [P].
+
+    The sums are those of ``_pair_sums``.
+    """
     pairs = sums.shape[1]
     sums = sums.double()
     norm = elements.double() if options.reduction == "mean" else torch.ones_like(sums[0])
-    winner_gap, loser_gap, winner_error = sums[0] / norm, sums[1] / norm, sums[2] / norm
+    winner_change, loser_change, winner_error = sums[0] / norm, sums[1] / norm, sums[2] / norm
     beta = per_pair(options.beta, pairs, sums.device)
     weight = per_pair(options.pair_weight, pairs, sums.device)
-    margin = beta / 2 * (loser_gap - winner_gap)
+    margin = beta / 2 * (loser_change - winner_change)
     loss_of_pair = -logsigmoid(margin)
     if options.winner_anchor:
         loss_of_pair = loss_of_pair + options.winner_anchor * winner_error
@@ -100,12 +106,12 @@ def finish(sums: Tensor, elements: Tensor, options: Options, dtype: torch.dtype)
         bounded = ((1 - options.loser_scaling) * sums[2] / sums[3]).clamp(0, 1)
         scale = torch.where(sums[3] > 0, bounded, scale)
     coefficient = torch.stack([pull + options.winner_anchor * push, -pull * scale])
-    out = PairedDPOLoss(loss.to(dtype), margin.to(dtype), winner_gap.to(dtype), loser_gap.to(dtype))
-    return Forward(out, coefficient)
+    results = (loss, margin, winner_change, loser_change)
+    return Forward(PairedDPOLoss(*(result.to(dtype) for result in results)), coefficient)
 
 
-def forward(tensors: Sextet, noise: Noise | None, mask: Mask | None, options: Options) -> Forward:
-    """See ``contract.Backend``."""
+def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, options: Options) -> Forward:
+    """Compute the loss; see ``contract.Backend``."""
     first = tensors.policy_winner
     pairs = first.shape[0]
     dtype = arithmetic_dtype(*tensors, noise and noise.noise)
@@ -118,16 +124,9 @@ def forward(tensors: Sextet, noise: Noise | None, mask: Mask | None, options: Op
     return finish(torch.stack(sums, dim=1), elements, options, dtype)
 
 
-def gradient(
-    policy: tuple[Tensor, Tensor],
-    target: tuple[Tensor, Tensor],
-    noise: Noise | None,
-    mask: Tensor | None,
-    coefficient: Tensor,
-    grad_loss: Tensor,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """See ``contract.Backend``."""
+def gradient(inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the gradients; see ``contract.Backend``."""
+    policy, target, noise, mask, coefficient, grad_loss, wanted = inputs
     pairs = policy[0].shape[0]
     dtype = arithmetic_dtype(*policy, *target, noise and noise.noise)
     targets = _Targets(noise, pairs, coefficient.device, dtype)

@@ -1,6 +1,6 @@
-"""The paired loss for models of which only one forward pass fits in memory with its graph.
+"""The paired loss for models whose memory holds the graph of one forward pass, but not of two.
 
-The joint gradient is coefficient * d(winner's error - loser's error): it needs both errors before either backward
+The joint gradient is coefficient * d(winner's error - loser's error). It needs both errors before either backward
 pass, but never both graphs at once.
 """
 
@@ -16,7 +16,7 @@ from vpo_kernels.paired_dpo.contract import PairedDPOLoss, PerPair
 from vpo_kernels.paired_dpo.op import paired_dpo_loss
 
 Predict = Callable[[], Tensor]
-"""Runs the policy's forward pass for one member and returns its prediction [P, ...]."""
+"""A function that runs the policy's forward pass on the winners, or the losers, and returns the prediction [P, ...]."""
 
 
 def sequential_backward(
@@ -31,18 +31,18 @@ def sequential_backward(
     backward: Callable[[Tensor], Any] = Tensor.backward,
     **options: Any,
 ) -> PairedDPOLoss:
-    """Add ``scale`` times the gradient of ``paired_dpo_loss`` to the policy, one member's graph at a time.
+    """Add ``scale`` times the gradient of ``paired_dpo_loss`` to the policy, with one graph at a time.
 
-    Three forward passes in place of two: the winner's without a graph, the loser's with its backward, the winner's
-    again with its backward. Equal to the joint gradient if ``winner`` returns the same bits twice, so switch
-    dropout off; at most one member's activations exist at a time.
+    Three forward passes take the place of two: the winner's without a graph, the loser's with its backward pass, and
+    the winner's again with its backward pass. The gradient equals the joint one if ``winner`` returns the same bits
+    twice, so switch dropout off. At most the activations of one forward pass exist at a time.
 
-    winner, loser: see ``Predict``. The other tensors and ``options`` are those of ``paired_dpo_loss``.
+    winner, loser: see ``Predict``. The other tensors, [P, ...], and ``options`` are those of ``paired_dpo_loss``.
     scale: multiplies the gradient only, as for accumulation over several batches.
-    backward: called twice with a scalar, first the loser's; ``accelerator.backward``, ``engine.backward``, or one
+    backward: is called twice with a scalar, the loser's first; ``accelerator.backward``, ``engine.backward``, or one
         that keeps gradients from being averaged over processes before the second call.
 
-    Returns what ``paired_dpo_loss`` does, without a graph.
+    Return what ``paired_dpo_loss`` does, without a graph. Raise ValueError as it does.
     """
     constants = (reference_winner, reference_loser, target_winner, target_loser)
     with torch.no_grad():
@@ -71,17 +71,18 @@ def single_pair_backward(
     backward: Callable[[Tensor], Any] = Tensor.backward,
     **options: Any,
 ) -> PairedDPOLoss:
-    """As ``sequential_backward``, for one pair per process and step, without a forward pass more than the two.
+    """Do what ``sequential_backward`` does with two forward passes, for one pair per process and step.
 
-    The winner's backward runs before its coefficient is known, with that of margin 0 in its place; once the loser's
-    forward pass has told the true one, the gradients are multiplied by the ratio and the loser's backward adds its
-    own. In exact arithmetic that is the joint gradient; in that of the gradients' dtype it differs by rounding.
+    The winner's backward pass runs before its coefficient is known, with that of margin 0 in its place. Once the
+    loser's forward pass has told the true one, the gradients are multiplied by the ratio, and the loser's backward pass
+    adds its own. In exact arithmetic that is the joint gradient; in the gradients' dtype it differs by rounding.
 
-    parameters: all tensors that the policy's backward gives gradients to. They have none yet (the multiplication
-        would reach those too), and nothing consumes them in between: no optimizer-in-backward, and no averaging over
-        processes before the second ``backward``.
+    parameters: all tensors that the policy's backward pass gives gradients to. They must have none yet, because the
+        multiplication would reach those too. Nothing may consume them in between: no optimizer in the backward pass,
+        and no averaging over processes before the second ``backward``.
 
-    Raises ValueError for more than one pair, or for gradients left over.
+    The tensors are [1, ...]; the other arguments and the result are as for ``sequential_backward``. Raise ValueError
+    for more than one pair, or for gradients left over.
     """
     parameters = list(parameters)
     targets = (target_winner, target_loser)

@@ -1,8 +1,8 @@
-"""The paired DPO loss on GPUs: two launches forward, one backward, and no waiting for any of them.
+"""The paired DPO loss on GPUs: two launches forward, one backward, and the host waits for none of them.
 
 Without a mask, forward and backward can be captured in a CUDA graph. Results are the same bits on every run
 and every GPU; ``triton_kernels.py`` says why. In a process with TRITON_INTERPRET=1 the same kernels run on the
-CPU, slowly and for tests.
+CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from torch import Tensor
 from vpo_kernels.paired_dpo import triton_kernels as kernels
 from vpo_kernels.paired_dpo.contract import (
     Forward,
+    GradientInputs,
     Mask,
-    Noise,
     Options,
     PairedDPOLoss,
+    PairTensors,
     PerPair,
-    Sextet,
+    TargetNoise,
 )
 from vpo_kernels.paired_dpo.triton_layout import views
 from vpo_kernels.registration import arithmetic_dtype
 
-# No settings: other numbers here give other bits.
+# These are no settings: other numbers here change the order of sums, and so the results.
 CHUNK_LEVELS = 12
-"""A partial sum covers 2**12 elements of a sample."""
+"""2**12 elements of a sample make one partial sum."""
 FEW_CHUNKS, MANY_CHUNKS = 4, 8
-"""2**4 partial sums of a sample are added side by side, or 2**8 if it has more."""
+"""2**4 partial sums of a sample are added side by side, or 2**8 if the sample has more than 2**4."""
 PAIR_LEVELS = 7
 """The losses of 2**7 pairs are added side by side."""
 
@@ -42,7 +43,7 @@ _PerPairArguments = tuple[float, tuple[Tensor, int] | None]
 
 @dataclass(frozen=True)
 class Launches:
-    """How the kernels are launched. Time depends on it; bits do not."""
+    """How the kernels are launched. Their time depends on it, their results do not."""
 
     sums_warps: int
     finish_warps: int
@@ -52,32 +53,32 @@ class Launches:
 
 
 _GPU = Launches(sums_warps=8, finish_warps=8, finish_levels=11, gradient_warps=4, gradient_levels=11)
-# Not measured: chosen from what the compiler reports for A100 and H100, which is loads of 16 bytes, no spills,
-# and registers for three blocks of partial_sums per SM.
+# These are not measured, but chosen by what the compiler reports for A100 and H100: loads of 16 bytes, no spills, and
+# registers for three blocks of partial_sums per SM.
 _INTERPRETER = Launches(sums_warps=1, finish_warps=1, finish_levels=11, gradient_warps=1, gradient_levels=15)
 
 
 def launches(device: torch.device) -> Launches:
-    """The launch configuration of a device, a function of its kind alone."""
+    """Return the launch configuration of a device, a function of its kind alone."""
     return _GPU if device.type == "cuda" else _INTERPRETER
 
 
 def _per_pair(value: PerPair) -> _PerPairArguments:
-    """A kernel's two arguments for a number per pair."""
+    """Return a kernel's two arguments for a number per pair."""
     return (0.0, (value, value.stride(0))) if isinstance(value, Tensor) else (value, None)
 
 
 def _norm(like: Tensor, mask: Mask | None, options: Options) -> _PerPairArguments:
-    """By what a pair's sums are divided."""
+    """Return what a pair's sums are divided by."""
     if options.reduction == "sum":
         return 1.0, None
     return _per_pair(float(like.numel() // like.shape[0]) if mask is None else mask.counts)
 
 
 def _elementwise(
-    like: Tensor, noise: Noise | None, dtype: torch.dtype, sizes: tuple[int, ...], levels: int
+    like: Tensor, noise: TargetNoise | None, dtype: torch.dtype, sizes: tuple[int, ...], levels: int
 ) -> dict[str, Any]:
-    """Arguments that both elementwise kernels share, for chunks of 2**levels elements."""
+    """Return the arguments that both elementwise kernels share, for chunks of 2**levels elements."""
     n = like.numel() // like.shape[0]
     x0_scale, x0_scale_each = _per_pair(0.0 if noise is None else noise.x0_scale)
     noise_scale, noise_scale_each = _per_pair(0.0 if noise is None else noise.noise_scale)
@@ -97,22 +98,29 @@ def _elementwise(
 
 
 def _partial_sums(
-    tensors: Sextet, noise: Noise | None, counted: Tensor | None, kinds: int, dtype: torch.dtype
+    tensors: PairTensors, noise: TargetNoise | None, counted: Tensor | None, kinds: int, dtype: torch.dtype
 ) -> Tensor:
-    """[P, chunks, kinds]: of every chunk both gaps and, if ``kinds`` is 4, |a|^2 and a . b."""
+    """Return [P, chunks, kinds]: both error changes of every chunk and, if ``kinds`` is 4, |a|^2 and a . b."""
     first = tensors.policy_winner
     mask = None if counted is None else counted.view(torch.uint8)
-    inputs, sizes = views([*tensors, noise and noise.noise, mask])
+    (*six, noises, masks), sizes = views([*tensors, noise and noise.noise, mask])
     shared = _elementwise(first, noise, dtype, sizes, CHUNK_LEVELS)
     partials = first.new_empty((first.shape[0], shared["chunks"], kinds), dtype=dtype)
     grid = (first.shape[0] * shared["chunks"],)
     kernels.partial_sums[grid](
-        partials, *inputs, **shared, SUMS=kinds, num_warps=launches(first.device).sums_warps
+        partials,
+        tuple(six),
+        noises,
+        masks,
+        **shared,
+        SUMS=kinds,
+        num_warps=launches(first.device).sums_warps,
     )
     return partials
 
 
 def _finish(partials: Tensor, norm: _PerPairArguments, options: Options) -> Forward:
+    """Launch the kernel that makes loss and coefficients of partial sums; ``norm`` divides them."""
     pairs, chunks, kinds = partials.shape
     config = launches(partials.device)
     chunk_levels = FEW_CHUNKS if chunks <= 2**FEW_CHUNKS else MANY_CHUNKS
@@ -135,7 +143,7 @@ def _finish(partials: Tensor, norm: _PerPairArguments, options: Options) -> Forw
         SCALED=options.loser_scaling is not None,
         SUMS=kinds,
         ARITHMETIC=_ARITHMETIC[partials.dtype],
-        ROWS=min(2 ** (config.finish_levels - chunk_levels), triton.next_power_of_2(pairs)),
+        PAIRS=min(2 ** (config.finish_levels - chunk_levels), triton.next_power_of_2(pairs)),
         CHUNK_LEVELS=chunk_levels,
         PAIR_LEVELS=PAIR_LEVELS,
         num_warps=config.finish_warps,
@@ -144,8 +152,8 @@ def _finish(partials: Tensor, norm: _PerPairArguments, options: Options) -> Forw
     return Forward(out, coefficient)
 
 
-def forward(tensors: Sextet, noise: Noise | None, mask: Mask | None, options: Options) -> Forward:
-    """See ``contract.Backend``."""
+def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, options: Options) -> Forward:
+    """Compute the loss; see ``contract.Backend``."""
     kinds = 4 if options.winner_anchor or options.loser_scaling is not None else 2
     dtype = arithmetic_dtype(*tensors, noise and noise.noise)
     with torch.cuda.device_of(tensors.policy_winner):
@@ -153,28 +161,21 @@ def forward(tensors: Sextet, noise: Noise | None, mask: Mask | None, options: Op
         return _finish(partials, _norm(tensors.policy_winner, mask, options), options)
 
 
-def gradient(
-    policy: tuple[Tensor, Tensor],
-    target: tuple[Tensor, Tensor],
-    noise: Noise | None,
-    mask: Tensor | None,
-    coefficient: Tensor,
-    grad_loss: Tensor,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """See ``contract.Backend``."""
+def gradient(inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the gradients; see ``contract.Backend``."""
+    policy, target, noise, mask, coefficient, grad_loss, wanted = inputs
     first = policy[0]
     config = launches(first.device)
     grads = [torch.empty_like(p) if want else None for p, want in zip(policy, wanted, strict=True)]
     hidden = None if mask is None else mask.view(torch.uint8)
-    (gw, gl, *inputs, noises, masks), sizes = views([*grads, *policy, *target, noise and noise.noise, hidden])
+    (gw, gl, *four, noises, masks), sizes = views([*grads, *policy, *target, noise and noise.noise, hidden])
     dtype = arithmetic_dtype(*policy, *target, noise and noise.noise)
     shared = _elementwise(first, noise, dtype, sizes, config.gradient_levels)
     with torch.cuda.device_of(first):
         kernels.gradients[(first.shape[0] * shared["chunks"],)](
             (gw or (), gl or ()),
-            tuple(inputs[:2]),
-            tuple(inputs[2:]),
+            tuple(four[:2]),
+            tuple(four[2:]),
             noises,
             masks,
             pairs=first.shape[0],

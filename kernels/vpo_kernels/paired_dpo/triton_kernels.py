@@ -1,59 +1,49 @@
 """GPU kernels of the paired DPO loss. ``reference.py`` has the formulas, ``triton.py`` launches these.
 
-P pairs of n elements each, worked on in chunks. An element tensor comes as a *view*: (pointer, stride between
-pairs, strides inside a sample), the last () where a sample's elements lie in a row, else one per entry of
-``sizes``, the sample's dimensions from the last to the first. Numbers per pair come as a float64, and beside it
-either None or (pointer, stride), whose values then take its place. All strides count elements.
+There are P pairs of n elements each, which are worked on in chunks. A tensor of elements comes as a *view*: (pointer,
+stride between pairs, strides inside a sample). The last are () where a sample's elements lie one after the other, else
+one per entry of ``sizes``, the sample's dimensions from the last to the first. Numbers per pair come as a float64, and
+beside it either None or (pointer, stride), whose values then take its place. All strides count elements.
 
-Bits depend on the numbers and on n alone, not on strides, neighbours, warps or the GPU: chunks have a fixed
+Results depend on the numbers and on n alone, not on strides, neighbours, warps or the GPU: chunks have a fixed
 size, sums are explicit binary trees over logical positions (an addition of two has only one order), and
 multiplications and additions stay apart (launched with enable_fp_fusion=False).
 """
 
 # mypy: allow-untyped-defs
 # ruff: noqa: N803, SIM108
-# Written so that Triton 3.6 to 3.9 understand it: no None inside a tuple, and in the interpreter no range() of
+# This is written so that Triton 3.6 to 3.9 understand it: no None inside a tuple, and in the interpreter no range() of
 # numbers that are not constant.
-
-from collections.abc import Callable
-from typing import Any
 
 import triton
 import triton.language as tl
 
-# The interpreter patches Triton anew at each call of a jitted function, so it gets plain Python for their parts.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_sum = tl.sum.fn if _INTERPRETED else tl.sum
+from vpo_kernels.triton_parts import INTERPRETED, block_sum, kernel_part
 
 
-def _inlined(function: Callable[..., Any]) -> Any:
-    """A part of kernels."""
-    return function if _INTERPRETED else triton.jit(function)
-
-
-@_inlined
+@kernel_part
 def _upcast(value, dtype: tl.constexpr):
-    """Exact. 16 bits by way of float32, because the interpreter knows no other."""
+    """Convert exactly. 16 bits go by way of float32, because the interpreter knows no other way."""
     if value.dtype.primitive_bitwidth == 16:
         value = value.to(tl.float32)
     return value.to(dtype)
 
 
-@_inlined
+@kernel_part
 def _round(value, dtype: tl.constexpr):
-    """To nearest even, as torch casts: float64 reaches 16 bits by way of float32."""
+    """Round to nearest even, as torch casts: float64 reaches 16 bits by way of float32."""
     if dtype.primitive_bitwidth == 16:
         value = value.to(tl.float32)
-    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter would truncate
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter would truncate
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype)
 
 
-@_inlined
+@kernel_part
 def _address(view, sizes, pair, lane):
-    """Of elements ``lane`` of the sample, counted in logical order."""
+    """Return the addresses of elements ``lane`` of a pair's sample, counted in logical order."""
     start = view[0] + pair * view[1]
     if len(view[2]) == 0:
         address = start + lane
@@ -67,22 +57,22 @@ def _address(view, sizes, pair, lane):
     return address
 
 
-@_inlined
+@kernel_part
 def _load(view, sizes, pair, lane, inside, dtype: tl.constexpr):
     return _upcast(tl.load(_address(view, sizes, pair, lane), mask=inside, other=0.0), dtype)
 
 
-@_inlined
+@kernel_part
 def _counted(mask, sizes, pair, lane, inside):
-    """Which elements exist and count."""
+    """Return which elements exist and count."""
     if mask is not None:
         inside = inside & (tl.load(_address(mask, sizes, pair, lane), mask=inside, other=0) != 0)
     return inside
 
 
-@_inlined
+@kernel_part
 def _per_pair(number, each, pair):
-    """float64 scalar."""
+    """Return the number of one pair, as a float64 scalar."""
     if each is None:
         value = tl.full([], number, tl.float64)
     else:
@@ -90,9 +80,9 @@ def _per_pair(number, each, pair):
     return value
 
 
-@_inlined
+@kernel_part
 def _per_pairs(number, each, pairs, exist):
-    """float64, for a block of pairs."""
+    """Return the numbers of a block of pairs, in float64."""
     if each is None:
         values = tl.full(pairs.shape, number, tl.float64)
     else:
@@ -100,23 +90,18 @@ def _per_pairs(number, each, pairs, exist):
     return values
 
 
-@_inlined
-def _tree_sum(terms, ROWS: tl.constexpr, LEVELS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, 2**LEVELS, COLUMNS] to [ROWS, COLUMNS]: neighbours first, then neighbouring pairs, and so on."""
+@kernel_part
+def _tree_sum(terms, PAIRS: tl.constexpr, LEVELS: tl.constexpr, SUMS: tl.constexpr):
+    """Sum [PAIRS, 2**LEVELS, SUMS] to [PAIRS, SUMS]: first neighbours, then neighbouring sums of two, and so on."""
     for level in tl.static_range(LEVELS):
-        terms = _sum(tl.reshape(terms, [ROWS, 1 << (LEVELS - level - 1), 2, COLUMNS]), axis=2)
-    return tl.reshape(terms, [ROWS, COLUMNS])
+        terms = block_sum(tl.reshape(terms, [PAIRS, 1 << (LEVELS - level - 1), 2, SUMS]), axis=2)
+    return tl.reshape(terms, [PAIRS, SUMS])
 
 
 @triton.jit
 def partial_sums(
     partials,  # [P, chunks, SUMS], ARITHMETIC
-    policy_winner,
-    policy_loser,
-    reference_winner,
-    reference_loser,
-    target_winner,
-    target_loser,
+    tensors,  # the six of contract.PairTensors, in its order
     noise,  # or None
     mask,  # of uint8, or None
     sizes,
@@ -126,23 +111,23 @@ def partial_sums(
     x0_scale_each,
     noise_scale: tl.float64,
     noise_scale_each,
-    SUMS: tl.constexpr,  # 2: both gaps; 4: then |a|^2 and a . b
+    SUMS: tl.constexpr,  # 2: both error changes; 4: then |a|^2 and a . b
     ARITHMETIC: tl.constexpr,
     INDEX: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Grid P * chunks: one chunk of 2**LEVELS elements of one pair, read once; one store of SUMS numbers."""
+    """Sum one chunk of 2**LEVELS elements of one pair; the grid is P * chunks. SUMS numbers are stored."""
     BLOCK: tl.constexpr = 1 << LEVELS
     program = tl.program_id(0).to(tl.int64)
     pair = program // chunks
     lane = (program % chunks).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < n
-    m_w = _load(policy_winner, sizes, pair, lane, inside, ARITHMETIC)
-    m_l = _load(policy_loser, sizes, pair, lane, inside, ARITHMETIC)
-    r_w = _load(reference_winner, sizes, pair, lane, inside, ARITHMETIC)
-    r_l = _load(reference_loser, sizes, pair, lane, inside, ARITHMETIC)
-    t_w = _load(target_winner, sizes, pair, lane, inside, ARITHMETIC)
-    t_l = _load(target_loser, sizes, pair, lane, inside, ARITHMETIC)
+    m_w = _load(tensors[0], sizes, pair, lane, inside, ARITHMETIC)
+    m_l = _load(tensors[1], sizes, pair, lane, inside, ARITHMETIC)
+    r_w = _load(tensors[2], sizes, pair, lane, inside, ARITHMETIC)
+    r_l = _load(tensors[3], sizes, pair, lane, inside, ARITHMETIC)
+    t_w = _load(tensors[4], sizes, pair, lane, inside, ARITHMETIC)
+    t_l = _load(tensors[5], sizes, pair, lane, inside, ARITHMETIC)
     if noise is not None:
         scale = _per_pair(x0_scale, x0_scale_each, pair).to(ARITHMETIC)
         scaled_noise = _load(noise, sizes, pair, lane, inside, ARITHMETIC)
@@ -150,59 +135,59 @@ def partial_sums(
         t_w = scale * t_w + scaled_noise
         t_l = scale * t_l + scaled_noise
     counted = _counted(mask, sizes, pair, lane, inside)
-    gap_w = tl.where(counted, (m_w - r_w) * (m_w + r_w - 2 * t_w), 0.0)
-    gap_l = tl.where(counted, (m_l - r_l) * (m_l + r_l - 2 * t_l), 0.0)
+    change_w = tl.where(counted, (m_w - r_w) * (m_w + r_w - 2 * t_w), 0.0)
+    change_l = tl.where(counted, (m_l - r_l) * (m_l + r_l - 2 * t_l), 0.0)
     if SUMS == 4:
         a = tl.where(counted, m_w - t_w, 0.0)
         b = tl.where(counted, m_l - t_l, 0.0)
-        terms = tl.join(tl.join(gap_w, a * a), tl.join(gap_l, a * b))
+        terms = tl.join(tl.join(change_w, a * a), tl.join(change_l, a * b))
     else:
-        terms = tl.join(gap_w, gap_l)
+        terms = tl.join(change_w, change_l)
     sums = _tree_sum(tl.reshape(terms, [1, BLOCK, SUMS]), 1, LEVELS, SUMS)
     tl.store(partials + program * SUMS + tl.arange(0, SUMS)[None, :], sums)
 
 
-@_inlined
+@kernel_part
 def _log1p(x):
-    """Of x >= 0, to the last digits also where x is small (Goldberg 1991, theorem 4)."""
+    """Return log(1 + x) for x >= 0, exact to the last digits also where x is small (Goldberg 1991, theorem 4)."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
-@_inlined
+@kernel_part
 def _add_chunks(
-    sums, partials, pairs, chunks, SUMS: tl.constexpr, ROWS: tl.constexpr, CHUNK_LEVELS: tl.constexpr
+    sums, partials, pairs, chunks, SUMS: tl.constexpr, PAIRS: tl.constexpr, CHUNK_LEVELS: tl.constexpr
 ):
-    """Fills ``sums``: of each pair, position by position over 2**CHUNK_LEVELS chunks, then a tree."""
+    """Fill ``sums``: add each pair's partial sums position by position over 2**CHUNK_LEVELS chunks, then as a tree."""
     COLUMNS: tl.constexpr = 1 << CHUNK_LEVELS
     kind = tl.arange(0, SUMS)
-    rows = tl.arange(0, ROWS).to(tl.int64)
+    pair = tl.arange(0, PAIRS).to(tl.int64)
     first = 0
     while first < pairs:
-        exist = rows < pairs
+        exist = pair < pairs
         columns = tl.arange(0, COLUMNS)
-        total = tl.full([ROWS, COLUMNS, SUMS], 0.0, tl.float64)
+        total = tl.full([PAIRS, COLUMNS, SUMS], 0.0, tl.float64)
         start = 0
         while start < chunks:
             here = exist[:, None, None] & (columns < chunks)[None, :, None]
-            position = (rows[:, None, None] * chunks + columns[None, :, None]) * SUMS + kind[None, None, :]
+            position = (pair[:, None, None] * chunks + columns[None, :, None]) * SUMS + kind[None, None, :]
             total += tl.load(partials + position, mask=here, other=0.0).to(tl.float64)
             columns += COLUMNS
             start += COLUMNS
-        total = _tree_sum(total, ROWS, CHUNK_LEVELS, SUMS)
-        tl.store(sums + rows[:, None] * SUMS + kind[None, :], total, mask=exist[:, None])
-        rows += ROWS
-        first += ROWS
+        total = _tree_sum(total, PAIRS, CHUNK_LEVELS, SUMS)
+        tl.store(sums + pair[:, None] * SUMS + kind[None, :], total, mask=exist[:, None])
+        pair += PAIRS
+        first += PAIRS
 
 
 @triton.jit
 def finish(
     loss,  # scalar, ARITHMETIC
     margin,  # [P], ARITHMETIC
-    winner_gap,  # [P], ARITHMETIC
-    loser_gap,  # [P], ARITHMETIC
+    winner_error_change,  # [P], ARITHMETIC
+    loser_error_change,  # [P], ARITHMETIC
     coefficient,  # [2, P], float64
-    sums,  # [P, SUMS], float64, for use inside
+    sums,  # [P, SUMS], float64, scratch memory
     partials,  # [P, chunks, SUMS], ARITHMETIC
     pairs,
     chunks,
@@ -218,44 +203,44 @@ def finish(
     SCALED: tl.constexpr,
     SUMS: tl.constexpr,
     ARITHMETIC: tl.constexpr,
-    ROWS: tl.constexpr,  # pairs, and
-    CHUNK_LEVELS: tl.constexpr,  # 2**CHUNK_LEVELS of their chunks, at a time
-    PAIR_LEVELS: tl.constexpr,  # 2**PAIR_LEVELS pairs at a time from sums to loss
+    PAIRS: tl.constexpr,  # so many pairs, and
+    CHUNK_LEVELS: tl.constexpr,  # 2**CHUNK_LEVELS of their chunks, are added at a time
+    PAIR_LEVELS: tl.constexpr,  # 2**PAIR_LEVELS pairs at a time go from sums to loss
 ):
-    """Grid 1: from partial sums to loss and coefficients, all in float64; ``reference.finish`` is the rule."""
-    _add_chunks(sums, partials, pairs, chunks, SUMS, ROWS, CHUNK_LEVELS)
+    """Compute loss and coefficients from partial sums, in float64, as ``reference.finish`` does; the grid is 1."""
+    _add_chunks(sums, partials, pairs, chunks, SUMS, PAIRS, CHUNK_LEVELS)
     tl.debug_barrier()  # the sums are read by other threads, a pair each
     losses = tl.full([1 << PAIR_LEVELS], 0.0, tl.float64)
-    rows = tl.arange(0, 1 << PAIR_LEVELS).to(tl.int64)
+    pair = tl.arange(0, 1 << PAIR_LEVELS).to(tl.int64)
     first = 0
     while first < pairs:
-        exist = rows < pairs
-        divisor = tl.where(exist, _per_pairs(norm, norm_each, rows, exist), 1.0)
-        half_beta = _per_pairs(beta, beta_each, rows, exist) / 2
-        pair_weight = _per_pairs(weight, weight_each, rows, exist)
-        gap_w = tl.load(sums + rows * SUMS, mask=exist, other=0.0) / divisor
-        gap_l = tl.load(sums + rows * SUMS + 1, mask=exist, other=0.0) / divisor
-        z = half_beta * (gap_l - gap_w)
+        exist = pair < pairs
+        divisor = tl.where(exist, _per_pairs(norm, norm_each, pair, exist), 1.0)
+        half_beta = _per_pairs(beta, beta_each, pair, exist) / 2
+        pair_weight = _per_pairs(weight, weight_each, pair, exist)
+        change_w = tl.load(sums + pair * SUMS, mask=exist, other=0.0) / divisor
+        change_l = tl.load(sums + pair * SUMS + 1, mask=exist, other=0.0) / divisor
+        z = half_beta * (change_l - change_w)
         small = tl.exp(-tl.abs(z))
         loss_of_pair = tl.where(z < 0, -z, 0.0) + _log1p(small)
         push = pair_weight / (pairs * divisor)
         pull = push * half_beta * (tl.where(z < 0, 1.0, small) / (1.0 + small))
         winner, loser = pull, -pull
         if ANCHORED:
-            loss_of_pair += anchor * (tl.load(sums + rows * SUMS + 2, mask=exist, other=0.0) / divisor)
+            loss_of_pair += anchor * (tl.load(sums + pair * SUMS + 2, mask=exist, other=0.0) / divisor)
             winner += anchor * push
         if SCALED:
-            aa = tl.load(sums + rows * SUMS + 2, mask=exist, other=0.0)
-            ab = tl.load(sums + rows * SUMS + 3, mask=exist, other=0.0)
+            aa = tl.load(sums + pair * SUMS + 2, mask=exist, other=0.0)
+            ab = tl.load(sums + pair * SUMS + 3, mask=exist, other=0.0)
             bound = (1.0 - mu) * aa / tl.where(ab > 0, ab, 1.0)
             loser *= tl.where(ab > 0, tl.where(bound > 1, 1.0, bound), 1.0)
         losses += tl.where(exist, pair_weight * loss_of_pair, 0.0)
-        tl.store(margin + rows, z.to(ARITHMETIC), mask=exist)
-        tl.store(winner_gap + rows, gap_w.to(ARITHMETIC), mask=exist)
-        tl.store(loser_gap + rows, gap_l.to(ARITHMETIC), mask=exist)
-        tl.store(coefficient + rows, winner, mask=exist)
-        tl.store(coefficient + pairs + rows, loser, mask=exist)
-        rows += 1 << PAIR_LEVELS
+        tl.store(margin + pair, z.to(ARITHMETIC), mask=exist)
+        tl.store(winner_error_change + pair, change_w.to(ARITHMETIC), mask=exist)
+        tl.store(loser_error_change + pair, change_l.to(ARITHMETIC), mask=exist)
+        tl.store(coefficient + pair, winner, mask=exist)
+        tl.store(coefficient + pairs + pair, loser, mask=exist)
+        pair += 1 << PAIR_LEVELS
         first += 1 << PAIR_LEVELS
     mean = _tree_sum(tl.reshape(losses, [1, 1 << PAIR_LEVELS, 1]), 1, PAIR_LEVELS, 1) / pairs
     tl.store(loss + tl.full([1, 1], 0, tl.int32), mean.to(ARITHMETIC))
@@ -282,7 +267,7 @@ def gradients(
     INDEX: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Grid P * chunks: 2 * coefficient * grad_loss * (policy - target), 0 where the mask is."""
+    """Store 2 * coefficient * grad_loss * (policy - target), 0 where the mask is False; the grid is P * chunks."""
     BLOCK: tl.constexpr = 1 << LEVELS
     program = tl.program_id(0).to(tl.int64)
     pair = program // chunks

@@ -1,4 +1,4 @@
-"""How samples lie in memory, in as few dimensions as describe all of them."""
+"""Description of how samples lie in memory, in as few dimensions as describe all tensors."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from collections.abc import Sequence
 from torch import Tensor
 
 View = tuple[Tensor, int, tuple[int, ...]]
-"""Pointer; elements between pairs; strides inside a sample, or () where its elements lie in a row."""
+"""Pointer; elements between pairs; strides inside a sample, or () where its elements lie one after the other."""
 
 
-def _in_a_row(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+def _contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether elements of these sizes and strides lie one after the other."""
     return all(stride == math.prod(sizes[dim + 1 :]) for dim, stride in enumerate(strides))
 
 
 def _collapse(
     sizes: Sequence[int], strides: Sequence[Sequence[int]]
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Sizes and strides, last dimension first, of neighbours made one where all of ``strides`` allow it."""
+    """Join neighbouring dimensions where all of ``strides`` allow it.
+
+    Return sizes and strides, the last dimension first.
+    """
     ends = [
         dim
         for dim in range(len(sizes))
@@ -30,15 +34,16 @@ def _collapse(
 
 
 def views(tensors: Sequence[Tensor | None]) -> tuple[list[View | None], tuple[int, ...]]:
-    """Views of tensors [P, ...] of one shape, and the sizes that the strides inside their samples belong to.
+    """Return views of tensors [P, ...] of one shape, and the sizes that the strides inside their samples belong to.
 
-    Both from the last dimension to the first. Sizes are () if the samples of all tensors lie in a row.
+    Both run from the last dimension to the first. Sizes are () if the elements of each sample lie one after the other
+    in all tensors.
     """
     shape = next(tensor.shape for tensor in tensors if tensor is not None)
     dims = [dim for dim in range(1, len(shape)) if shape[dim] > 1]
     sizes = [shape[dim] for dim in dims]
     strides = {i: [t.stride(dim) for dim in dims] for i, t in enumerate(tensors) if t is not None}
-    general = [i for i, s in strides.items() if not _in_a_row(sizes, s)]
+    general = [i for i, s in strides.items() if not _contiguous(sizes, s)]
     collapsed, inner = _collapse(sizes, [strides[i] for i in general]) if general else ((), [])
     inner_of = dict(zip(general, inner, strict=True))
     found = [

@@ -1,4 +1,4 @@
-"""Weights of a pair by its time, inside the sigmoid: the space in which beta is constant."""
+"""Weights of pairs by their time, inside the sigmoid: they choose the space in which beta is constant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Space = Literal["prediction", "epsilon", "x0"]
 
 
 def error_weight(space: Space, signal: Tensor, noise: Tensor) -> Tensor:
-    """What to multiply beta by, [P], so that errors count as in ``space`` though velocities are compared.
+    """Return the factors of beta, [P], that make errors count as in ``space`` though velocities are compared.
 
     signal, noise: [P], the a and s of x_t = a * x0 + s * noise; for rectified flow 1 - t and t. The prediction is
     the flow's velocity (noise - x0 or x0 - noise) or v of Salimans and Ho (a * noise - s * x0): either way an
@@ -19,7 +19,7 @@ def error_weight(space: Space, signal: Tensor, noise: Tensor) -> Tensor:
 
     Constant beta on velocities is what published flow trainers use and what VideoReward (arXiv 2501.13918) found
     best; epsilon is the space of Diffusion-DPO's derivation. Over uniform t both other weights average 1/3: three
-    times the beta keeps margins comparable. Raises ValueError for an unknown space.
+    times the beta keeps margins comparable. Raise ValueError for an unknown space.
     """
     if space not in get_args(Space):
         raise ValueError(f"space={space!r} must be one of: {', '.join(get_args(Space))}")

@@ -1,73 +1,36 @@
-"""``qk_norm_rope``: checks, choice of backend, autograd."""
+"""``qk_norm_rope``: its checks, and its registration with torch.library."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from vpo_kernels.companions import (
-    BackendName,
-    check_floats,
-    new_like,
-    runs_kernel,
-    uses_triton,
-    without_autocast,
-)
+from vpo_kernels.fused_ops import BackendName, check_floats, connect, register_fused_op, uses_triton
 from vpo_kernels.qk_norm_rope import reference
-from vpo_kernels.registration import operator, refuse_second_derivative
+from vpo_kernels.token_layout import new_like
 
 
-@operator("qk_norm_rope")
-def _forward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
-    if runs_kernel(x, weight):
-        from vpo_kernels.qk_norm_rope import triton
-
-        with torch.cuda.device_of(x):
-            return triton.forward(x, weight, cos, sin, eps)
-    with without_autocast(x):
-        return new_like(x, dimensions=5).copy_(reference.qk_norm_rope(x, weight, cos, sin, eps))
-
-
-@torch.library.register_fake("vpo_kernels::qk_norm_rope")
-def _(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
+def _new_output(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     return new_like(x, dimensions=5)
 
 
-@operator("qk_norm_rope_backward")
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    if runs_kernel(x, weight):
-        from vpo_kernels.qk_norm_rope import triton
-
-        with torch.cuda.device_of(grad):
-            return triton.backward(grad, x, weight, cos, sin, eps)
-    return reference.backward(grad, x, weight, cos, sin, eps)
-
-
-@torch.library.register_fake("vpo_kernels::qk_norm_rope_backward")
-def _(
+def _new_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     return new_like(x, dimensions=5), weight.new_empty(weight.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.eps = inputs[4]
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(grad, *ctx.saved_tensors, ctx.eps), None, None, None
-
-
-torch.library.register_autograd("vpo_kernels::qk_norm_rope", _gradients, setup_context=_setup_context)
-refuse_second_derivative("qk_norm_rope", "qk_norm_rope_backward", "use backend='reference'")
+_OPERATORS = register_fused_op(
+    "qk_norm_rope",
+    reference.qk_norm_rope,
+    reference.backward,
+    new_output=_new_output,
+    new_gradients=_new_gradients,
+)
+connect("qk_norm_rope", _OPERATORS)
 
 
 def _check_tables(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    """Raise ValueError unless cos and sin are both None, or both constants [N, 1, D / 2] for x [..., N, heads, D]."""
     if cos is None and sin is None:
         return
     if cos is None or sin is None:
@@ -100,19 +63,19 @@ def qk_norm_rope(
     eps: float = 1e-6,
     backend: BackendName = "auto",
 ) -> Tensor:
-    """RMS norm over the channels of a head, times weight, then rotary embedding on interleaved pairs.
+    """Apply RMS norm over the channels of a head, times weight, then rotary embedding on interleaved pairs.
 
-    x [..., N, heads, D]: queries or keys, any float dtype and strides; a view of a qkv tensor
-    [..., N, 3, heads, D] is read in place. weight [D]. cos and sin [N, 1, D / 2], or None for no rotation.
-    Same shape and dtype as x. Gradients reach x and weight; the tables are constants.
-
+    x: [..., N, heads, D], queries or keys, any float dtype and strides; a view of a qkv tensor
+        [..., N, 3, heads, D] is read in place. weight: [D]. cos, sin: [N, 1, D / 2], or None for no rotation.
     backend: ``reference`` is plain torch, which torch.compile fuses and autograd differentiates. ``triton``
         computes in float32 whatever the dtype, keeps the order of dimensions in memory (up to five), saves
-        x and weight only, and has no second derivative; float64 goes to the formula. ``auto`` is what the table
-        in ``companions.py`` says.
+        x and weight only, and has no second derivative; float64 takes the formula. ``auto`` is what the table
+        ``AUTO`` in ``fused_ops.py`` says.
 
-    Raises ValueError for shapes, dtypes and devices that do not fit, and for ``triton`` on a CPU tensor unless
-    the interpreter is on (TRITON_INTERPRET=1).
+    Return a tensor of the shape and dtype of x. Gradients reach x and weight; the tables are constants.
+
+    Raise ValueError for shapes, dtypes and devices that do not fit, and for ``triton`` on a CPU tensor unless Triton
+    interprets (TRITON_INTERPRET=1).
     """
     check_floats("qk_norm_rope", x=x, weight=weight)
     if x.ndim < 3 or x.numel() == 0:
@@ -128,4 +91,4 @@ def qk_norm_rope(
     _check_tables(x, cos, sin)
     if not uses_triton("qk_norm_rope", backend, x):
         return reference.qk_norm_rope(x, weight, cos, sin, eps)
-    return _forward(x, weight, cos, sin, eps)
+    return _OPERATORS.forward(x, weight, cos, sin, eps)

@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpo_kernels.companions import new_like
 from vpo_kernels.registration import arithmetic_dtype
+from vpo_kernels.token_layout import new_like
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Differentiable; one call of scaled_dot_product_attention on [rows, heads, N, D]."""
+    """Compute the formula, differentiably, by one call of scaled_dot_product_attention on [sequences, heads, N, D]."""
     shape = (-1, *q.shape[-3:])
     q_h, k_h, v_h = (tensor.reshape(shape).transpose(1, 2) for tensor in (q, k, v))
     return F.scaled_dot_product_attention(q_h, k_h, v_h).transpose(1, 2).reshape(q.shape)
 
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to q, k and v, laid out as they are, in their dtypes; arithmetic in float32 or better."""
+    """Return the gradients to q, k and v, laid out as they are, in their dtypes; compute in float32 or better."""
     dtype = arithmetic_dtype(grad, q, k, v)
     scale = q.shape[-1] ** -0.5
     grad_h, q_h, k_h, v_h = (t.to(dtype).transpose(-3, -2) for t in (grad, q, k, v))  # [..., heads, N, D]

@@ -1,4 +1,4 @@
-"""Attention and text attention: values, gradients, and that no matrix of scores is ever held."""
+"""Attention and text attention: their values and gradients; they never hold a matrix of scores."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ WAYS = {  # lengths by the way that they are attended to
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v on [B, N, heads, D], written out."""
+    """Compute softmax(q k^T / sqrt(D)) v on [B, N, heads, D] as it is written."""
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
 
 
 def qkv(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> tuple[Tensor, ...]:
-    """Strided views of one [B, N, 3, heads, D] tensor."""
+    """Return strided views of one [B, N, 3, heads, D] tensor."""
     generator = torch.Generator().manual_seed(0)
-    rows, tokens, heads, channels = shape
-    fused = torch.randn(rows, tokens, 3, heads, channels, generator=generator).to(dtype)
+    samples, tokens, heads, channels = shape
+    fused = torch.randn(samples, tokens, 3, heads, channels, generator=generator).to(dtype)
     return fused.requires_grad_(grad).unbind(2)
 
 
 def packed(lengths: list[int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, 7, 2, 8], and k, v [tokens, 2, 8]."""
+    """Return q [B, 7, 2, 8], and k and v [tokens, 2, 8]."""
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(len(lengths), 7, 2, 8, generator=generator).to(dtype)
     k, v = torch.randn(2, sum(lengths), 2, 8, generator=generator).to(dtype)
     return q, k, v
 
 
-def row_by_row(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    rows = zip(q.split(1), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([formula(q, k[None], v[None]) for q, k, v in rows])
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    samples = zip(q.split(1), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([formula(q, k[None], v[None]) for q, k, v in samples])
 
 
 def plan(lengths: list[int], **changes: Any) -> Any:
@@ -59,7 +59,7 @@ def plan(lengths: list[int], **changes: Any) -> Any:
 
 
 class Operations(TorchDispatchMode):
-    """Names of what runs, and the elements of the largest result."""
+    """Records the names of operators that run, and the number of elements of the largest result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,32 +100,32 @@ def test_attention_gradients() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_text_attention_equals_the_formula_row_by_row(way: str) -> None:
+def test_text_attention_equals_the_formula_sample_by_sample(way: str) -> None:
     lengths = WAYS[way]
     q, k, v = packed(lengths)
     assert plan(lengths).way == way
-    expected = row_by_row(q, k, v, lengths)
+    expected = one_by_one(q, k, v, lengths)
     assert torch.allclose(text_attention(q, k, v, lengths), expected, rtol=0, atol=1e-12)
     assert torch.equal(text_attention(q, k, v, plan(lengths)), text_attention(q, k, v, lengths))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_text_attention_gradients(way: str) -> None:
-    """Among others: what fills padded places gets no gradient from them."""
+    """Among other things, a token that fills padded places gets no gradient from them."""
     inputs = [tensor.requires_grad_() for tensor in packed(WAYS[way])]
     assert torch.autograd.gradcheck(lambda *given: text_attention(*given, plan(WAYS[way])), inputs)
 
 
 @pytest.mark.parametrize("lengths", [*WAYS.values(), [3, 1, 8, 8, 2]])
 def test_text_attention_equals_masked_attention_over_padded_text(lengths: list[int]) -> None:
-    """A mask with holes, in float32: what a caller had before packing."""
-    rows, longest = len(lengths), max(lengths) + 3
+    """The mask has holes, and the text is float32, as callers had it before packing."""
+    samples, longest = len(lengths), max(lengths) + 3
     generator = torch.Generator().manual_seed(2)
-    q = torch.randn(rows, 7, 2, 8, generator=generator)
-    k, v = torch.randn(2, rows, longest, 2, 8, generator=generator)
-    mask = torch.zeros(rows, longest, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        mask[row, torch.randperm(longest, generator=generator)[:length]] = True
+    q = torch.randn(samples, 7, 2, 8, generator=generator)
+    k, v = torch.randn(2, samples, longest, 2, 8, generator=generator)
+    mask = torch.zeros(samples, longest, dtype=torch.bool)
+    for sample, length in enumerate(lengths):
+        mask[sample, torch.randperm(longest, generator=generator)[:length]] = True
     heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
     expected = F.scaled_dot_product_attention(*heads, attn_mask=mask[:, None, None]).transpose(1, 2)
     places = text_places(mask, CPU)
@@ -134,7 +134,7 @@ def test_text_attention_equals_masked_attention_over_padded_text(lengths: list[i
     assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
+def test_a_sample_does_not_depend_on_the_others() -> None:
     q, k, v = packed([4, 5, 5])
     together = text_attention(q, k, v, [4, 5, 5])
     alone = text_attention(q[:1], k[:4], v[:4], [4])
@@ -176,7 +176,7 @@ def test_every_float_dtype_takes_the_fused_kernel_even_from_odd_strides(dtype: t
 
 
 def test_spatial_attention_at_720p_holds_no_scores() -> None:
-    """One video of 20 latent frames of 45 x 80 patches; the scores of a layer would be 8.3 GB in bfloat16."""
+    """One video has 20 latent frames of 45 x 80 patches; the scores of a layer would be 8.3 GB in bfloat16."""
     with FakeTensorMode(), Operations() as seen:
         qkv = torch.empty(20, 3600, 3, 16, 72, dtype=torch.bfloat16, requires_grad=True)
         attention(*qkv.unbind(2)).sum().backward()
@@ -283,10 +283,10 @@ def test_sizes_that_do_not_fit_the_plan_are_named() -> None:
         text_attention(q, k, v[1:], [4, 5, 5])
 
 
-def test_rows_without_text_are_refused() -> None:
-    with pytest.raises(ValueError, match="text row 1 has 0 tokens, but must have at least 1"):
+def test_samples_without_text_are_refused() -> None:
+    with pytest.raises(ValueError, match="the text of sample 1 has 0 tokens, but must have at least 1"):
         plan([3, 0, 2])
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="at least one sample"):
         plan([])
 
 

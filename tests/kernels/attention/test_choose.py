@@ -1,4 +1,4 @@
-"""Which attention runs, why, and that each package is called as it wants to be; the packages are stand-ins."""
+"""The choice of the attention backend, its reason, and the calls of each package; the packages are stand-ins."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STDIT = {"device": GPU, "dtype": torch.bfloat16, "head_dim": 72}
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing chosen or imported yet, on a Hopper GPU without any package."""
+    """Forget all choices and imports, and pretend to be on a Hopper GPU without any package."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: HOPPER)
     for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface", "xformers", "xformers.ops"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -67,12 +67,12 @@ def flash_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> Tensor:
-    """q, k, v [tokens, heads, D] with the rows' ends: row by row."""
+    """Attend sample by sample: q, k, v are [tokens, heads, D], with the ends of the samples."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     assert (max(queries), max(keys)) == (max_seqlen_q, max_seqlen_k)
-    rows = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
-    return torch.cat([attention(q[None], k[None], v[None])[0] for q, k, v in rows])
+    samples = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
+    return torch.cat([attention(q[None], k[None], v[None])[0] for q, k, v in samples])
 
 
 @dataclass

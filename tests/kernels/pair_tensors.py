@@ -1,4 +1,4 @@
-"""Six tensors to test the paired loss with: the stored ones of the goldens, and random ones."""
+"""Tensors to test the paired loss with: stored ones with known losses, and random ones."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from vpo_kernels import PairedDPOLoss
-from vpo_kernels.paired_dpo.contract import Sextet
+from vpo_kernels.paired_dpo.contract import PairTensors
 
 DATA = Path(__file__).parents[1] / "data" / "dpo"
 GOLDEN = json.loads((DATA / "dpo_loss.json").read_text())
@@ -23,34 +23,34 @@ Loss = Callable[..., PairedDPOLoss]
 
 
 def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """[winners, losers] halves of the public code's batch order."""
+    """Return winners and losers, the halves of a batch in the public code's order."""
     half = tensor.shape[0] // 2
     return tensor[:half], tensor[half:]
 
 
-def halves(policy: Tensor, reference: Tensor, target: Tensor) -> Sextet:
-    """The six arguments; the policy's two are leaves that want gradients."""
+def halves(policy: Tensor, reference: Tensor, target: Tensor) -> PairTensors:
+    """Return the tensors of batches in the public code's order; the policy's are leaves that require gradients."""
     winner, loser = (half.detach().clone().requires_grad_() for half in split(policy))
-    return Sextet(winner, loser, *split(reference), *split(target))
+    return PairTensors(winner, loser, *split(reference), *split(target))
 
 
-def stored(name: str, dtype: torch.dtype = torch.float32) -> Sextet:
+def stored(name: str, dtype: torch.dtype = torch.float32) -> PairTensors:
     return halves(*(ARRAYS[f"{name}_{part}"].to(dtype) for part in ("model_pred", "ref_pred", "target")))
 
 
-def scaled(tensors: Sextet, weight: Tensor) -> Sextet:
-    """A weight [P] inside the sigmoid, expressed through the inputs: errors scale with the square.
+def scaled(tensors: PairTensors, weight: Tensor) -> PairTensors:
+    """Apply a weight [P] inside the sigmoid through the tensors, with whose square errors grow.
 
-    In float64, because rounding scaled predictions would lose digits of their small difference.
+    It is done in float64, because rounding scaled predictions would lose digits of their small difference.
     """
     factor = weight.double().sqrt().reshape(-1, *[1] * (tensors.policy_winner.ndim - 1))
-    return Sextet(*(tensor * factor for tensor in tensors))
+    return PairTensors(*(tensor * factor for tensor in tensors))
 
 
-def random_sextet(
+def random_tensors(
     *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, drift: float = 0.02
-) -> Sextet:
-    """Policy and reference near each other, as in training; the policy's two want gradients."""
+) -> PairTensors:
+    """Return random tensors, policy near reference as in training; the policy's require gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
@@ -59,20 +59,20 @@ def random_sextet(
     targets = normal(), normal()
     references = tuple(target + 0.5 * normal() for target in targets)
     policies = tuple((reference + drift * normal()).to(dtype).requires_grad_() for reference in references)
-    return Sextet(*policies, *(t.to(dtype) for t in references), *(t.to(dtype) for t in targets))
+    return PairTensors(*policies, *(t.to(dtype) for t in references), *(t.to(dtype) for t in targets))
 
 
 def close(actual: Tensor, expected: object, tolerance: float = TOLERANCE) -> None:
-    """Within ``tolerance``, absolute and, above 1, relative."""
+    """Assert equality within ``tolerance``, absolute and, above 1, relative."""
     wanted = torch.as_tensor(expected, dtype=torch.float64)
     error = (actual.detach().double() - wanted).abs() / wanted.abs().clamp(min=1)
     assert error.max().item() <= tolerance, (actual, wanted)
 
 
 def assert_golden(
-    out: PairedDPOLoss, case: dict, tensors: Sextet | None = None, probe: Tensor | None = None
+    out: PairedDPOLoss, case: dict, tensors: PairTensors | None = None, probe: Tensor | None = None
 ) -> None:
-    """Loss and margin within 1e-5; gradients by norms, sum, largest entry and a random projection, to 1e-4.
+    """Assert loss and margin within 1e-5, and gradients by norms, sum, largest entry and a random projection to 1e-4.
 
     The projection and the sum cancel, so their error is judged against the norm. 1e-4 is the float32 error
     of the margin (1e-5) through the slope of the sigmoid, with room for rounding of the gradient itself.
@@ -96,10 +96,7 @@ def assert_golden(
         assert (both * probe.double()).sum().item() == pytest.approx(case["grad_dot_probe"], abs=1e-4 * norm)
 
 
-# --- goldens of the public code --------------------------------------------------------------------------
-
-
-def large_case(case: dict) -> tuple[Sextet, Tensor]:
+def large_case(case: dict) -> tuple[PairTensors, Tensor]:
     random = np.random.RandomState(case["seed"])
     shape = tuple(case["shape"])
     if case["shared_target"]:

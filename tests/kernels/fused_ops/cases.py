@@ -1,4 +1,4 @@
-"""Inputs of the companion operations at odd sizes and strides, and how their errors are judged."""
+"""Inputs of the fused ops at odd sizes and strides, and the judgement of their errors."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-# Shapes of x and of its modulations: more rows than a chunk, one channel, channels that are no power of two, more
+# Shapes of x and of its modulations: more tokens than a chunk, one channel, channels that are no power of two, more
 # and fewer dimensions than four.
 MODULATED = [
     ((2, 3, 5, 72), (2, 1, 1, 72)),
     ((2, 2, 3, 33), (2, 2, 1, 33)),
     ((1, 1, 3, 1152), (1, 1, 1, 1152)),
-    ((1, 4, 700, 24), (1, 1, 1, 24)),
+    ((1, 4, 100, 24), (1, 1, 1, 24)),
     ((2, 3, 2, 40), (1, 3, 1, 40)),
     ((2, 1, 2, 40), (2, 1, 2, 40)),
     ((3, 300), (300,)),
@@ -48,7 +48,10 @@ MODULATED = [
 
 
 def modulated(x_shape: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, strided: bool) -> Case:
-    """Strided: x is stored with two of its dimensions exchanged, shift and scale in one tensor."""
+    """Return a case of ``modulated_norm``.
+
+    If ``strided``, x is stored with two of its dimensions exchanged. shift and scale are views of one tensor.
+    """
     stored = _exchanged(x_shape) if strided else x_shape
     joint = (*shape[:-1], 2, shape[-1])
 
@@ -64,7 +67,10 @@ def modulated(x_shape: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dty
 
 
 def residual(x_shape: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, strided: bool) -> Case:
-    """Strided: y is stored with two of its dimensions exchanged, as attention over time leaves it."""
+    """Return a case of ``gated_residual``.
+
+    If ``strided``, y is stored with two of its dimensions exchanged, as attention over time leaves it.
+    """
     stored = _exchanged(x_shape) if strided else x_shape
 
     def view(x: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -82,16 +88,21 @@ def _exchanged(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-3], shape[-2], shape[-3], shape[-1]) if len(shape) > 2 else shape
 
 
-# rows, N, heads, D
+# sequences, N, heads, D
 HEADS = [(9, 5, 4, 72), (3, 1, 3, 10), (1, 33, 2, 128), (3, 3, 2, 2)]
 
 
 def normed_heads(
     shape: tuple[int, int, int, int], dtype: torch.dtype, rope: bool, exchanged: bool = False
 ) -> Case:
-    """Keys out of a qkv tensor; exchanged: [2, N, rows, 3, heads, D] seen as [2, rows, N, heads, D]."""
-    rows, length, heads, channels = shape
-    stored = (2, length, rows, 3, heads, channels) if exchanged else (rows, length, 3, heads, channels)
+    """Return a case of ``qk_norm_rope`` on the keys of a qkv tensor.
+
+    If ``exchanged``, that is [2, N, sequences, 3, heads, D], viewed as [2, sequences, N, 3, heads, D].
+    """
+    sequences, length, heads, channels = shape
+    stored = (
+        (2, length, sequences, 3, heads, channels) if exchanged else (sequences, length, 3, heads, channels)
+    )
     angles = torch.linspace(-4, 9, length * (channels // 2), dtype=torch.float64).view(length, 1, -1)
     tables = (angles.cos().to(dtype), angles.sin().to(dtype)) if rope else (None, None)
 
@@ -116,9 +127,11 @@ LENGTHS = [1, 2, 5, 8, 10, 16, 20, 33, 64]
 def short_sequences(
     shape: tuple[int, int, int, int], dtype: torch.dtype, exchanged: bool = False, spread: float = 1.0
 ) -> Case:
-    """q, k and v out of a qkv tensor, as in ``normed_heads``. spread: size of the queries."""
-    rows, length, heads, channels = shape
-    stored = (2, length, rows, 3, heads, channels) if exchanged else (rows, length, 3, heads, channels)
+    """Return a case of ``temporal_attention`` on a qkv tensor as in ``normed_heads``. spread: size of the queries."""
+    sequences, length, heads, channels = shape
+    stored = (
+        (2, length, sequences, 3, heads, channels) if exchanged else (sequences, length, 3, heads, channels)
+    )
 
     def view(qkv: Tensor) -> tuple[Tensor, ...]:
         q, k, v = (qkv.transpose(1, 2) if exchanged else qkv).unbind(-3)
@@ -128,7 +141,7 @@ def short_sequences(
 
 
 def results(case: Case, dtype: torch.dtype | None = None, backend: str | None = None) -> list[Tensor]:
-    """Output and gradients of the leaves; of the registered operation if no backend is named."""
+    """Return output and gradients of the leaves, from the registered operation if no backend is named."""
     leaves = [(t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_() for t in case.inputs]
     tensors = case.view(*leaves)
     out = case.registered(*tensors) if backend is None else case.operation(*tensors, backend=backend)
@@ -138,10 +151,10 @@ def results(case: Case, dtype: torch.dtype | None = None, backend: str | None = 
 
 
 def assert_as_good_as_eager(case: Case, backend: str | None = None, ulps: float = 1.0) -> None:
-    """Largest error against float64 at most twice that of eager torch in the same dtype, plus an ulp.
+    """Assert that the largest error against float64 is at most twice that of eager torch in that dtype, plus an ulp.
 
-    The rule of flash-attention's tests (tests/cute/test_flash_attn.py); the ulp, of the largest element, is for
-    the rounding of the result, which the interpreter truncates in bfloat16.
+    This is the rule of flash-attention's tests (tests/cute/test_flash_attn.py); the ulp, of the largest element, allows
+    for the rounding of the result, which the interpreter truncates in bfloat16.
     """
     truth = results(case, torch.float64, "reference")
     eager = results(case, backend="reference")

@@ -1,4 +1,4 @@
-"""The Triton kernels of the companions, in triton's interpreter; started by test_interpreted.py."""
+"""Checks of the fused ops' Triton kernels in Triton's interpreter; test_interpreted.py runs them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cases import (
     results,
     short_sequences,
 )
-from vpo_kernels.companions import interpreted
+from vpo_kernels.fused_ops import interpreted
 from vpo_kernels.gated_residual import gated_residual
 from vpo_kernels.modulated_norm import modulated_norm
-from vpo_kernels.rows import column_sums
+from vpo_kernels.triton_parts import sum_chunks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -41,10 +41,10 @@ def test_modulation_in_16_bits(make, dtype: torch.dtype) -> None:
     assert_as_good_as_eager(make((2, 3, 5, 72), (2, 1, 1, 72), dtype, True), "triton")
 
 
-def test_column_sums_over_many_chunks() -> None:
-    """Whole numbers, so that every order of addition gives the same bits: nothing is lost or counted twice."""
+def test_sums_over_many_chunks() -> None:
+    """The numbers are whole, so that any order of addition gives the same bits unless one is lost or added twice."""
     partial = torch.randint(-9, 9, (3, 300, 70), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(column_sums(partial, torch.float32), partial.sum(1))
+    assert torch.equal(sum_chunks(partial, torch.float32), partial.sum(1))
 
 
 @pytest.mark.parametrize("rope", [False, True])
@@ -64,7 +64,7 @@ def test_odd_channels_without_rope() -> None:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_packing(length: int) -> None:
-    """One problem, or several to a tile and the last tile not full."""
+    """A tile holds one problem, or several, and the last tile is not full."""
     assert_as_good_as_eager(
         short_sequences((3 if length < 20 else 1, length, 3, 72), torch.float32), "triton"
     )
@@ -82,12 +82,12 @@ def test_head_sizes_and_exchanged_views(channels: int) -> None:
 
 
 def test_saturated_softmax() -> None:
-    """Scores in the hundreds: the largest must be taken off before exp."""
+    """Scores are in the hundreds, so that the largest must be subtracted before exp."""
     assert_as_good_as_eager(short_sequences((3, 10, 2, 64), torch.float32, spread=300.0), "triton")
 
 
 def test_sequences_do_not_see_each_other() -> None:
-    """Whatever shares a tile with a sequence leaves its output alone."""
+    """The other sequences in a tile do not change a sequence's output."""
     case = short_sequences((3, 5, 4, 72), torch.float32)
     q, k, v = (tensor.detach().clone() for tensor in case.view(*case.inputs))
     before = case.operation(q, k, v, backend="triton")
@@ -117,7 +117,7 @@ def test_bitwise_rerun(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str) -> None:
-    """Fakes allocate as the launchers do, for strided inputs too."""
+    """Fakes allocate as the launchers do, also for strided inputs."""
     case: Case = CASES[name]()
     tensors = [tensor.detach().requires_grad_() for tensor in case.view(*case.inputs)]
     extra = {"modulated_norm": (1e-6,), "qk_norm_rope": (None, None, 1e-6)}.get(name, ())

@@ -1,4 +1,4 @@
-"""Every kernel compiles for A100 and Hopper at the sizes of STDiT3-XL/2, without spills and with 16-byte accesses.
+"""The fused ops' kernels compiled for A100 and Hopper at the sizes of STDiT3-XL/2: no spills, 16-byte accesses.
 
 No GPU is needed. What is compiled is what the launchers would launch: they run on meta tensors.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gate import compiled, recorded
+from compile_only import A100, H100, compiled, recorded
 from torch import Tensor
-from vpo_kernels import rows
+from vpo_kernels import triton_parts
 from vpo_kernels.gated_residual import triton as gated_residual
 from vpo_kernels.modulated_norm import triton as modulated_norm
 from vpo_kernels.qk_norm_rope import triton as qk_norm_rope
@@ -52,18 +52,16 @@ def launch_temporal_attention(samples: int, frames: int, patches: int) -> None:
 LAUNCHERS = [launch_modulated_norm, launch_gated_residual, launch_qk_norm_rope, launch_temporal_attention]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "capability"), [(size, gpu) for size in SIZES for gpu in (A100, H100)])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_compiles_without_spills_and_with_whole_vectors(launcher, size: str, capability: int) -> None:
-    modules = (modulated_norm, gated_residual, qk_norm_rope, temporal_attention, rows)
+    modules = (modulated_norm, gated_residual, qk_norm_rope, temporal_attention, triton_parts)
     with recorded(*modules) as launches:
         launcher(*SIZES[size])
     assert {launch.kernel.__name__ for launch in launches} >= {"forward_kernel", "backward_kernel"}
     for launch in launches:
         binary = compiled(launch, capability)
-        assert binary.stack == 0, f"{launch.kernel.__name__} spills: {binary}"
+        assert binary.local_bytes == 0, f"{launch.kernel.__name__} spills: {binary}"
         assert binary.vector_loads > 0, f"{launch.kernel.__name__} loads piecemeal: {binary}"
         if launch.kernel.__name__ in ("forward_kernel", "backward_kernel"):
             assert binary.vector_stores > 0, f"{launch.kernel.__name__} stores piecemeal: {binary}"
@@ -71,11 +69,12 @@ def test_compiles_without_spills_and_with_whole_vectors(launcher, size: str, cap
 
 
 def test_the_gate_sees_piecemeal_loads() -> None:
-    """Rows that start at odd elements cannot be read in vectors: the count must say so."""
+    """Tokens that start at odd elements cannot be read in vectors, and the count must say so."""
     x, modulation = meta(1, 2, 40, CHANNELS + 1)[..., :CHANNELS], meta(1, 1, 1, CHANNELS)
-    with recorded(modulated_norm, rows) as launches:
+    with recorded(modulated_norm, triton_parts) as launches:
         modulated_norm.forward(x, modulation, modulation, 1e-6)
     (odd,) = launches
-    assert odd.arguments["x_s"] == CHANNELS + 1
-    even = odd._replace(arguments={**odd.arguments, "x_t": 40 * CHANNELS, "x_s": CHANNELS})
-    assert compiled(odd, 90).vector_loads < compiled(even, 90).vector_loads
+    first, _, last = odd.arguments["x_strides"]
+    assert last == CHANNELS + 1
+    even = odd._replace(arguments={**odd.arguments, "x_strides": (first, 40 * CHANNELS, CHANNELS)})
+    assert compiled(odd, H100).vector_loads < compiled(even, H100).vector_loads

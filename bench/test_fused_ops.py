@@ -1,8 +1,8 @@
-"""The companion operations at STDiT3-XL/2's sizes in bfloat16: their kernels beside eager and compiled plain torch.
+"""The fused ops at STDiT3-XL/2's sizes in bfloat16: their kernels beside eager and compiled plain torch.
 
-``pytest bench/test_companions.py --record`` on a GPU gives the rows by which the table in
-``vpo_kernels/companions.py`` is filled. Without a GPU only the plain formula runs, once at a tiny size, and no row
-is made: neither seconds nor bytes of a CPU say anything about the choice.
+``pytest bench/test_fused_ops.py --record`` on a GPU gives the results by which the table in
+``vpo_kernels/fused_ops.py`` is filled. Without a GPU only the plain formula runs, once at a tiny size, and no result
+is recorded: neither seconds nor bytes of a CPU say anything about the choice.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _temporal_attention(samples: int, frames: int, patches: int) -> list[Tensor]
 
 @dataclass(frozen=True)
 class Subject:
-    """An operation, its inputs, and how many token tensors [B, T, S, C] a pass must read and write."""
+    """An operation, its inputs, and the number of token tensors [B, T, S, C] that a pass must read and write."""
 
     operation: Operation
     inputs: Callable[[int, int, int], list[Tensor]]
@@ -79,7 +79,7 @@ class Case:
     grad: Tensor | None = None
 
     def fill(self) -> None:
-        """Cold inputs: a rotation of equal sets that no cache holds."""
+        """Make cold inputs: a rotation of equal sets that no cache holds."""
         first = SUBJECTS[self.name].inputs(*{**SIZES, **TINY}[self.size])
         self.sets.append(first)
         for _ in range(rotation_length(sum(t.nbytes for t in first)) - 1 if ON_GPU else 0):
@@ -104,7 +104,7 @@ class Case:
 
 
 def kept_bytes(call: Call) -> int:
-    """Allocated after a forward, with its graph: the output, and what is saved for the backward beyond inputs."""
+    """Return the bytes allocated by a forward pass with its graph: the output, and what is saved beyond the inputs."""
     arguments = call.prepare()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -142,8 +142,8 @@ def choose(implementation: str, operation: Operation) -> Operation:
 
 @pytest.mark.parametrize("implementation", ["eager", "compile", "triton"])
 @pytest.mark.parametrize("kind", ["forward", "both"])
-@pytest.mark.benchmark(group="companions")
-def test_companion(benchmark, add_row, case: Case, kind: str, implementation: str) -> None:
+@pytest.mark.benchmark(group="fused ops")
+def test_fused_op(benchmark, add_row, case: Case, kind: str, implementation: str) -> None:
     call = case.call(choose(implementation, SUBJECTS[case.name].operation), kind)
     if not ON_GPU:
         benchmark.pedantic(call.run, args=call.prepare(), rounds=1)
@@ -165,4 +165,4 @@ def test_companion(benchmark, add_row, case: Case, kind: str, implementation: st
     if kind == "forward":
         numbers["kept_bytes"] = kept_bytes(call)
     description = {"operation": case.name, "size": case.size, "pass": kind, "implementation": implementation}
-    add_row("companions", description, numbers, device())
+    add_row("fused_ops", description, numbers, device())

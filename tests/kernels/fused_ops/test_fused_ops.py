@@ -1,4 +1,4 @@
-"""The companion operations where no kernel runs: formulas, choice of backend, registration, errors."""
+"""The fused ops without their kernels: formulas, choice of backend, registration, errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from cases import HEADS, MODULATED, Case, modulated, normed_heads, residual, results, short_sequences
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from vpo_kernels import companions
-from vpo_kernels.companions import AUTO, Verdict
+from vpo_kernels import fused_ops, token_layout
+from vpo_kernels.fused_ops import AUTO, Verdict
 from vpo_kernels.gated_residual import gated_residual
 from vpo_kernels.modulated_norm import modulated_norm
 from vpo_kernels.qk_norm_rope import qk_norm_rope
@@ -62,7 +62,7 @@ def test_attention_is_the_formula() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_auto_is_plain_torch_bit_for_bit(dtype: torch.dtype) -> None:
-    """What the model computed before it had these operations."""
+    """This is what the model computed before it had these operations."""
     x, y = (torch.randn(2, 3, 4, 72).to(dtype) for _ in range(2))
     shift, scale = (torch.randn(2, 1, 1, 72).to(dtype) for _ in range(2))
     normed = torch.addcmul(shift, F.layer_norm(x, (72,), eps=1e-6), 1 + scale)
@@ -106,27 +106,26 @@ def test_registered_gradients_equal_autograd(name: str) -> None:
 
 @pytest.mark.parametrize(("x_shape", "shape"), MODULATED)
 @pytest.mark.parametrize("function", [modulated, residual])
-def test_every_broadcast(function, x_shape, shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the door of backend='triton', float64 ends in the formula with modulations grouped."""
-    monkeypatch.setattr(companions, "interpreted", lambda: True)
+def test_every_broadcast(function, x_shape, shape) -> None:
+    """Grouped modulations are views, and say the same of each token as the broadcast ones."""
     case = function(x_shape, shape, torch.float64, True)
     joint = [tensor.detach().requires_grad_() for tensor in case.view(*case.inputs)]
     x, *modulations = joint if function is modulated else joint[:2]
-    for view in companions.grouped(x, *modulations):
+    for view in token_layout.group_modulations(x, *modulations):
         assert view.shape[-1] == x.shape[-1]
         assert view.untyped_storage().data_ptr() in {m.untyped_storage().data_ptr() for m in modulations}
-        rows = view.expand(x.shape).reshape(-1, x.shape[-1])
-        members = rows.shape[0] // view.shape[:-1].numel()
-        assert torch.equal(companions.modulation_rows(view).repeat_interleave(members, 0), rows)
+        by_token = view.expand(x.shape).reshape(-1, x.shape[-1])
+        members = by_token.shape[0] // view.shape[:-1].numel()
+        assert torch.equal(token_layout.flatten_modulation(view).repeat_interleave(members, 0), by_token)
 
 
 @pytest.mark.parametrize("shape", HEADS)
 def test_sequences_and_alignment(shape: tuple[int, int, int, int]) -> None:
     case = normed_heads(shape, torch.float32, rope=False, exchanged=True)
     keys, _ = case.view(*case.inputs)
-    assert companions.as_sequences(keys).data_ptr() == keys.data_ptr()
-    steps = companions.as_sequences(keys).stride()[:-1]
-    align = companions.alignment(companions.as_sequences(keys))
+    assert token_layout.as_sequences(keys).data_ptr() == keys.data_ptr()
+    steps = token_layout.as_sequences(keys).stride()[:-1]
+    align = token_layout.alignment(token_layout.as_sequences(keys))
     assert all(step % align == 0 for step in steps)
     assert align == 16 or any(step % (2 * align) for step in steps)
 
@@ -192,12 +191,12 @@ def test_auto_takes_kernels_only_where_the_table_says_so(monkeypatch: pytest.Mon
         is_cuda, dtype, device = True, torch.bfloat16, "cuda:0"
 
     for name, verdict in AUTO.items():
-        assert companions.uses_triton(name, "auto", OnGpu()) is (verdict.backend == "triton")
+        assert fused_ops.uses_triton(name, "auto", OnGpu()) is (verdict.backend == "triton")
         assert verdict.reason
-        monkeypatch.setitem(companions.AUTO, name, Verdict("triton", "measured"))
-        assert companions.uses_triton(name, "auto", OnGpu())
-        assert not companions.uses_triton(name, "auto", torch.ones(1))
-        assert not companions.uses_triton(name, "reference", OnGpu())
+        monkeypatch.setitem(fused_ops.AUTO, name, Verdict("triton", "measured"))
+        assert fused_ops.uses_triton(name, "auto", OnGpu())
+        assert not fused_ops.uses_triton(name, "auto", torch.ones(1))
+        assert not fused_ops.uses_triton(name, "reference", OnGpu())
     assert set(AUTO) == set(MAKE)
 
 
@@ -281,7 +280,7 @@ def test_limits_of_the_attention_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_plain_paths_import_no_triton() -> None:
-    """The first call of a registered operation does: torch.library imports torch._dynamo, and that triton."""
+    """The first call of a registered operation does: torch.library imports torch._dynamo, which imports triton."""
     probe = (
         "import sys, torch; from vpo_kernels.modulated_norm import modulated_norm as f; "
         "import vpo_kernels.gated_residual, vpo_kernels.qk_norm_rope, vpo_kernels.temporal_attention; "

@@ -1,23 +1,7 @@
-"""Triton's kernels of the paired loss, interpreted; on a GPU test_paired_dpo_gpu.py runs them."""
+"""The memory layouts that the paired loss's Triton kernels are told."""
 
-import pytest
 import torch
-from interpreter import run_interpreted
 from vpo_kernels.paired_dpo.triton_layout import views
-
-COMMON = ("goldens", "options", "registration")
-# gradcheck asks for hundreds of losses, which takes a minute interpreted; the checks have a small one.
-SELECT = "triton and not gradcheck and not adds_the_winners_error and not compiles_as_one_graph"
-
-
-@pytest.mark.slow
-def test_the_common_tests_interpreted() -> None:
-    run_interpreted("test_paired_dpo.py", *(f"test_paired_dpo_{name}.py" for name in COMMON), select=SELECT)
-
-
-@pytest.mark.slow
-def test_the_checks_of_triton_interpreted() -> None:
-    run_interpreted("paired_dpo_triton_checks.py")
 
 
 def inner(*tensors: torch.Tensor) -> tuple[list[object], tuple[int, ...]]:
@@ -25,7 +9,7 @@ def inner(*tensors: torch.Tensor) -> tuple[list[object], tuple[int, ...]]:
     return [view and view[2] for view in found], sizes
 
 
-def test_contiguous_samples_lie_in_a_row_whatever_lies_between_them() -> None:
+def test_contiguous_samples_need_no_strides_whatever_lies_between_them() -> None:
     whole = torch.zeros(3, 8, 5, 6)
     assert inner(whole[:, :4], whole[:, 4:]) == ([(), ()], ())
     assert inner(torch.zeros(3), torch.zeros(3)) == ([(), ()], ())

@@ -1,0 +1,19 @@
+"""The Triton kernels of all operations without a GPU, in Triton's interpreter; on a GPU the files *_gpu.py run them."""
+
+from interpreter import run_interpreted
+
+COMMON = (
+    "test_paired_dpo",
+    "test_paired_dpo_goldens",
+    "test_paired_dpo_options",
+    "test_paired_dpo_registration",
+)
+CHECKS = ("paired_dpo_triton_checks", "fused_ops/fused_ops_triton_checks")
+# Gradcheck asks for hundreds of losses, which takes a minute interpreted; the checks have a small one.
+SELECT = "triton and not test_gradcheck and not adds_the_winners_error and not test_compiles_as_one_graph"
+
+
+def test_the_kernels_interpreted() -> None:
+    """One process runs the tests that all backends pass, for Triton's, and the checks of Triton's kernels."""
+    modules = (*COMMON, "test_ordered_delta", *CHECKS)
+    run_interpreted(*(f"{module}.py" for module in modules), select=SELECT)
