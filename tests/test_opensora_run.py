@@ -110,7 +110,7 @@ def settings(checkpoints: Path, run: Path) -> list[str]:
         "model.resolution=144p",
         "model.num_frames=17",
         "steps=2",
-        "pairs_per_step=2",
+        "pairs_per_step=1",
         "rollout.candidates=2",
         "rollout.steps=2",
         "reference.refresh_every=1",
@@ -119,7 +119,6 @@ def settings(checkpoints: Path, run: Path) -> list[str]:
     ]
 
 
-@pytest.mark.slow
 def test_the_papers_configuration_runs_from_local_checkpoints(checkpoints: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert entry.main(settings(checkpoints, run)) == 0

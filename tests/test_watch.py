@@ -237,7 +237,11 @@ def test_another_held_out_reward_takes_the_judges_place(small: Make, tmp_path: P
         "held_out/judge/visual_quality",
         "held_out/judge/selected",
     }
-    assert last["guards/held_out"] == last["held_out/judge/selected"]
+    # Both are the mean of the same two clips' float32 scores. The guard's sum is in float64, which holds the sum of two
+    # float32 numbers of like size exactly; the other's is that sum rounded to float32. Halving rounds neither.
+    assert (
+        torch.tensor(last["guards/held_out"], dtype=torch.float32).item() == last["held_out/judge/selected"]
+    )
     assert (tmp_path / "run/alarms.jsonl").read_text() == ""
     assert (
         "None: nothing that is watched says that the reward is exploited"
