@@ -37,6 +37,7 @@ SMALL = (
 LEFT_OUT = pytest.StashKey[int]()
 
 
+@pytest.hookimpl(trylast=True)  # after -k, so that only tests that would run are counted
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave long tests out, unless ``-m`` chooses tests by marker or the command line names single tests."""
     if config.option.markexpr or any("::" in argument for argument in config.args):

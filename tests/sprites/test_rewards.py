@@ -377,7 +377,6 @@ def test_only_destroyed_clips_are_turned_upside_down():
     assert 0.3 < upright[destroyed].float().mean() < 0.8
 
 
-@pytest.mark.slow
 def test_sixty_steps_of_training_learn(monkeypatch):
     monkeypatch.setattr(train_rewards, "POOL", 1024)
     monkeypatch.setattr(train_rewards, "JUDGE_STEPS", 60)
