@@ -204,7 +204,7 @@ def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_r
     smallest: list[str], tmp_path: Path, exploited: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    arguments = [*smallest, f"run_dir={run}", "guards.on_alarm=stop"]
+    arguments = [*smallest, "steps=3", f"run_dir={run}", "guards.on_alarm=stop"]
     assert entry.main(arguments) == 1
     shown = capsys.readouterr()
     assert "ALARM after step 2: on 2 held-out clips the training reward rose by 1" in shown.err
