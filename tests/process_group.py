@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-PRELOADED = ["torch.distributed.fsdp", "torch.multiprocessing", "vpo_engine.train", "peft"]
+PRELOADED = ["pytest", "torch.distributed.fsdp", "torch.multiprocessing", "vpo_engine.train", "peft"]
 
 
 @functools.cache
