@@ -77,6 +77,7 @@ class Group:
                     function,
                     arguments,
                 ),
+                daemon=True,  # ends with pytest, should a test fail before it waits
             )
             for rank in range(count)
         ]
