@@ -110,7 +110,7 @@ def settings(checkpoints: Path, run: Path) -> list[str]:
         "model.resolution=144p",
         "model.num_frames=17",
         "steps=2",
-        "pairs_per_step=1",
+        "pairs_per_step=2",
         "rollout.candidates=2",
         "rollout.steps=2",
         "reference.refresh_every=1",

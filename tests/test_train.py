@@ -396,4 +396,4 @@ def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
     monkeypatch.setattr(SpritesReward, "score", constant)
     rare = ("evaluation.every=null", "checkpoint.every=null")
     with pytest.raises(ValueError, match=r"every pair of the last 20 steps .* was a tie"):
-        train(small("steps=30", "pairs_per_step=1", "rollout.steps=1", *rare))
+        train(small("steps=30", "pairs_per_step=1", *rare))
