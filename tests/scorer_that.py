@@ -1,9 +1,8 @@
-"""``train`` with a scorer that is asked to stop, or fails, at its n-th group of four videos: stops|fails N ..."""
+"""``train`` with a scorer that stops the run or fails: run by the processes of a group, hence a module of its own."""
 
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -11,18 +10,18 @@ from torch import Tensor
 from vpo_engine.rewards.sprites import SpritesReward
 from vpo_engine.train import main
 
-what, number = sys.argv[1], int(sys.argv[2])
-score, seen = SpritesReward.score, []
 
+def train_with_a_scorer_that(what: str, number: int, arguments: Sequence[str]) -> int:
+    """Train; at its ``number``-th group of four videos the scorer ``stops`` (gets SIGTERM) or ``fails``."""
+    score, seen = SpritesReward.score, []
 
-def troubled(self: SpritesReward, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    seen.append(len(videos))
-    if len(videos) == 4 and seen.count(4) == number:
-        if what == "fails":
-            raise ValueError("the scorer broke down")
-        signal.raise_signal(signal.SIGTERM)
-    return score(self, videos, prompts)
+    def troubled(self: SpritesReward, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        seen.append(len(videos))
+        if len(videos) == 4 and seen.count(4) == number:
+            if what == "fails":
+                raise ValueError("the scorer broke down")
+            signal.raise_signal(signal.SIGTERM)
+        return score(self, videos, prompts)
 
-
-SpritesReward.score = troubled  # type: ignore[method-assign]
-sys.exit(main(sys.argv[3:]))
+    SpritesReward.score = troubled  # type: ignore[method-assign]
+    return main(arguments)

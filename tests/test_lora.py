@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 import peft
 import pytest
 import torch
+from process_group import run_in_group
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -433,36 +433,24 @@ def test_the_adapter_names_the_policy_it_was_trained_on(small: Make, tmp_path: P
     assert peft.PeftConfig.from_pretrained(tmp_path / "policy").base_model_name_or_path == str(folder)
 
 
-TWO = """
-import sys
-from pathlib import Path
-from vpo_engine import train as entry
-from vpo_engine.models.lora import save_adapter
+def train_and_keep_the_adapter(folder: Path, arguments: list[str]) -> int:
+    """Train, then save the adapter of this process, of which the run itself saves only that of the first."""
+    build, models = entry.build_model, []
 
-build, models, ranks = entry.build_model, [], []
-def build_and_keep(config, processes):
-    models.append(build(config, processes))
-    ranks.append(processes.rank)
-    return models[0]
-entry.build_model = build_and_keep
-code = entry.main(sys.argv[2:])
-save_adapter(models[0].network, Path(sys.argv[1]) / str(ranks[0]))
-sys.exit(code)
-"""
+    def build_and_keep(config: Config, processes: Processes) -> OpenSora:
+        models.append(build(config, processes))
+        return models[0]
+
+    entry.build_model = build_and_keep
+    code = entry.main(arguments)
+    save_adapter(models[0].network, folder / os.environ["RANK"])
+    return code
 
 
-@pytest.mark.slow
 def test_two_processes_hold_the_same_adapter(smallest: list[str], tmp_path: Path) -> None:
-    program = tmp_path / "two.py"
-    program.write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
     settings = [*smallest, *LORA, f"run_dir={tmp_path / 'run'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(program), str(tmp_path), *settings], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("LoRA of rank 4") == 1
+    output = run_in_group(tmp_path, 2, train_and_keep_the_adapter, tmp_path, settings)
+    assert output.count("LoRA of rank 4") == 1
     first, second = (load_file(tmp_path / rank / "adapter_model.safetensors") for rank in "01")
     assert same(first, second)
     assert same(first, load_file(tmp_path / "run/checkpoints/step_00000004/policy/adapter_model.safetensors"))

@@ -150,12 +150,14 @@ class _Held:
 
 def saved_by_batch(recompute: Any, size: int) -> int:
     """Return the bytes in the graph of one forward pass of a batch of this size."""
-    model, _, batch = problem(torch.float32)
+    model, _, pairs = problem(torch.float32)
     model.network.activations = Activations(recompute)
+    winners = torch.stack([pair.winner.latents for pair in pairs])
+    text = TextEmbedding.cat([pair.prompt.embedding for pair in pairs])
     index = torch.arange(size) % PAIRS
     saved = Saved()
     with saved.counting():
-        model.predict(model.network, batch.winner[index], torch.full((size,), 500.0), batch.text[index])
+        model.predict(model.network, winners[index], torch.full((size,), 500.0), text[index])
     return saved.most
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from process_group import run_in_group
 from step_case import candidates_of, places_of, step_on
 from torch import Tensor
 
@@ -92,18 +90,14 @@ def steps(case: str, processes: Processes) -> list[dict[str, object]]:
     return found
 
 
-def in_a_team(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def in_a_team(folder: Path) -> None:
     processes = Processes.start("cpu", 2)
-    torch.save({case: steps(case, processes) for case in CASES}, Path(folder) / f"{rank}.pt")
+    torch.save({case: steps(case, processes) for case in CASES}, folder / f"{processes.rank}.pt")
     processes.stop()
 
 
 def test_two_processes_share_the_candidates_of_a_prompt_and_train_as_one(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    mp.spawn(in_a_team, args=(str(tmp_path), port), nprocs=2)
+    run_in_group(tmp_path, 2, in_a_team, tmp_path)
     team = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for case in CASES:
         for number, alone in enumerate(steps(case, Processes.start("cpu"))):

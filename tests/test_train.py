@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_group import Group, run_in_group
 from safetensors.torch import load_file
+from scorer_that import train_with_a_scorer_that
 
 from vpo_engine import evaluate, sample
 from vpo_engine import train as entry
@@ -27,7 +29,6 @@ from vpo_engine.runs.video import read_video
 from vpo_engine.train import train
 
 Make = Callable[..., Config]
-SCORER_THAT = str(Path(__file__).with_name("scorer_that.py"))
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -99,8 +100,13 @@ def test_the_same_seed_gives_the_same_run(finished: Path, small: Make, tmp_path:
 
 
 def test_another_seed_gives_another_run(finished: Path, small: Make, tmp_path: Path) -> None:
-    assert train(small("seed=1")) == 0
-    assert numbers(finished) != numbers(tmp_path / "run")
+    """One step is enough to tell: its candidates, hence its scores, are others."""
+    assert train(small("seed=1", "steps=1")) == 0
+    one, other = (
+        next(row for row in numbers(run) if row["kind"] == "train") for run in (finished, tmp_path / "run")
+    )
+    assert one["step"] == other["step"] == 1
+    assert one["reward/selected"] != other["reward/selected"]
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
@@ -136,8 +142,10 @@ def test_an_occupied_run_directory_is_refused(finished: Path, small: Make) -> No
         train(small(f"run_dir={finished}"))
 
 
-def test_an_altered_checkpoint_is_named_and_the_earlier_one_offered(small: Make, tmp_path: Path) -> None:
-    assert train(small("checkpoint.keep=5")) == 0
+def test_an_altered_checkpoint_is_named_and_the_earlier_one_offered(
+    finished: Path, small: Make, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
     damaged = tmp_path / "run/checkpoints/step_00000004/reference.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
@@ -268,38 +276,17 @@ def test_a_reward_of_nan_stops_the_run(
     assert "nan" in capsys.readouterr().err
 
 
-def start(
-    arguments: list[str],
-    processes: int = 0,
-    what: tuple[str, ...] = ("-m", "vpo_engine.train"),
-    threads: int = 1,
-) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes else []
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MASTER_PORT": "29533"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, *what, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(
-    smallest: list[str], small: Make, tmp_path: Path
-) -> None:
+def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(smallest: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*smallest, "steps=400", "evaluation.every=null", "checkpoint.every=null", f"run_dir={run}"]
-    process = start(arguments)
+    group = Group(tmp_path, 1, entry.main, arguments)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
-        time.sleep(0.2)
+        time.sleep(0.05)
     while time.monotonic() < deadline and (run / "metrics.jsonl").read_text().count('"train"') < 2:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+        time.sleep(0.05)
+    group.processes[0].terminate()  # sends SIGTERM
+    output = group.wait()
     assert "stopped by SIGTERM after step" in output
     (saved,) = (run / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step_"))
@@ -310,15 +297,31 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(
     assert (run / "report.html").exists()
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(smallest: list[str], small: Make, tmp_path: Path) -> None:
+def torchrun(folder: Path, arguments: list[str]) -> None:
+    """Train in two processes as the README does, which takes ten seconds more than a group."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "vpo_engine.train", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def group_of_two(folder: Path, arguments: list[str]) -> None:
+    run_in_group(folder, 2, entry.main, arguments)
+
+
+@pytest.mark.parametrize("start", [group_of_two, pytest.param(torchrun, marks=pytest.mark.long)])
+def test_two_processes_train_as_one(
+    finished: Path, smallest: list[str], tmp_path: Path, start: Callable[[Path, list[str]], None]
+) -> None:
     """Each takes its own prompts; log and policy agree with a single process up to rounding."""
-    single, double = tmp_path / "single", tmp_path / "double"
-    assert entry.main([*smallest, f"run_dir={single}"]) == 0
-    process = start([*smallest, f"run_dir={double}"], processes=2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    first, second = numbers(single), numbers(double)
+    double = tmp_path / "double"
+    start(tmp_path, [*smallest, f"run_dir={double}"])
+    first, second = numbers(finished), numbers(double)
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
         assert one.keys() == other.keys()
@@ -326,7 +329,7 @@ def test_two_processes_train_as_one(smallest: list[str], small: Make, tmp_path: 
         for name in one.keys() - {"kind"}:
             assert other[name] == pytest.approx(one[name], rel=2e-2, abs=2e-3), name
     policies = [
-        load_file(run / "checkpoints/step_00000004/policy/model.safetensors") for run in (single, double)
+        load_file(run / "checkpoints/step_00000004/policy/model.safetensors") for run in (finished, double)
     ]
     for name, value in policies[0].items():
         other = policies[1][name]
@@ -336,30 +339,30 @@ def test_two_processes_train_as_one(smallest: list[str], small: Make, tmp_path: 
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.slow
 def test_a_run_with_a_process_for_the_reward_goes_on_without_it_bit_for_bit(
     finished: Path, smallest: list[str], small: Make, tmp_path: Path
 ) -> None:
     """The process with the reward model is asked to stop in step 2, and with it all; one process does the rest."""
     run = tmp_path / "run"
     arguments = [*smallest, f"run_dir={run}", "processes.reward=true"]
-    process = start(arguments, 2, (SCORER_THAT, "stops", "2"), torch.get_num_threads())
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    output = run_in_group(
+        tmp_path, 2, train_with_a_scorer_that, "stops", 2, arguments, threads=torch.get_num_threads()
+    )
     assert "stopped by a signal to another process after step 2" in output
     assert train(small("checkpoint.resume=true")) == 0
     assert_same_run(finished, run, 4)
 
 
-@pytest.mark.slow
 def test_a_scorer_that_fails_ends_every_process_with_its_error(smallest: list[str], tmp_path: Path) -> None:
-    """Of two that train one asks and one waits for the other; no time limit of the process group has to pass."""
+    """Of two that train one asks and one waits for the other; no time limit of the process group has to pass.
+
+    There is no torchrun here to end the others when one has failed: each ends by itself.
+    """
     run = tmp_path / "run"
     shares = ["rollout.candidates=4", "processes.per_prompt=2", "processes.reward=true"]
-    process = start([*smallest, *shares, f"run_dir={run}"], 3, (SCORER_THAT, "fails", "3"))
-    output, _ = process.communicate(timeout=300)
+    group = Group(tmp_path, 3, train_with_a_scorer_that, "fails", 3, [*smallest, *shares, f"run_dir={run}"])
+    output = group.wait(expected=1)
     took = time.time() - (run / "metrics.jsonl").stat().st_mtime
-    assert process.returncode == 1
     assert output.count("error: the scorer broke down\n") == 3, output
     assert took < 60, output
     rows = read_metrics(run / "metrics.jsonl")
@@ -391,5 +394,6 @@ def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
         return {name: torch.ones_like(value) for name, value in score(self, videos, prompts).items()}  # type: ignore[arg-type]
 
     monkeypatch.setattr(SpritesReward, "score", constant)
+    rare = ("evaluation.every=null", "checkpoint.every=null")
     with pytest.raises(ValueError, match=r"every pair of the last 20 steps .* was a tie"):
-        train(small("steps=30", "evaluation.every=null", "checkpoint.every=null"))
+        train(small("steps=30", "pairs_per_step=1", *rare))

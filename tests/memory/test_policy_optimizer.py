@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from process_group import run_in_group
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -457,29 +456,24 @@ def test_a_second_backward_pass_in_one_step_is_an_error() -> None:
         network(torch.ones(1, 70)).sum().backward()
 
 
-def step_in_a_group(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    processes = Processes(rank, 2, torch.device("cpu"))
-    try:
-        for weights, bits in ALL_MODES:
-            network = policy(weights)
-            optimizer = optimizer_of(network, weights, bits, clip=0.5)
-            for step in range(3):
-                optimizer.begin(1e-3)
-                own = gradients(network, 10 * step + rank)
-                for parameter, gradient in zip(network.parameters(), own, strict=True):
-                    parameter.grad = gradient
-                processes.average_gradients(network.parameters())
-                optimizer.step()
-            weights_here = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
-            everywhere = processes.gather(weights_here[None])
-            assert torch.equal(everywhere[0], everywhere[1]), (weights, bits)
-            assert not torch.equal(everywhere[0][: 64 * 80], policy(weights)[0].flatten())
-    finally:
-        dist.destroy_process_group()
+def step_in_a_group() -> None:
+    processes = Processes.start("cpu")
+    for weights, bits in ALL_MODES:
+        network = policy(weights)
+        optimizer = optimizer_of(network, weights, bits, clip=0.5)
+        for step in range(3):
+            optimizer.begin(1e-3)
+            own = gradients(network, 10 * step + processes.rank)
+            for parameter, gradient in zip(network.parameters(), own, strict=True):
+                parameter.grad = gradient
+            processes.average_gradients(network.parameters())
+            optimizer.step()
+        weights_here = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+        everywhere = processes.gather(weights_here[None])
+        assert torch.equal(everywhere[0], everywhere[1]), (weights, bits)
+        assert not torch.equal(everywhere[0][: 64 * 80], policy(weights)[0].flatten())
+    processes.stop()
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_same_weights_in_every_mode(tmp_path: Path) -> None:
-    mp.spawn(step_in_a_group, args=(str(tmp_path),), nprocs=2)
+    run_in_group(tmp_path, 2, step_in_a_group)

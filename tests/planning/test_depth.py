@@ -47,7 +47,6 @@ def step_at(depth: int | None, overrides: tuple[str, ...]) -> Trace:
     return trace_step(config, on_gpu=True, depth=depth, network_only=not everything)
 
 
-@pytest.mark.slow
 def test_operations_are_those_of_the_architecture():
     """720p x 68 frames, one prompt, 3 steps of 4 candidates with guidance, one at a time; winner after loser."""
     once = TEXT_PROJECTION + 2 * SCALAR + MODULATION + PATCH_EMBEDDING + LINEAR + ATTENTION + FINAL
@@ -88,9 +87,9 @@ def compare(depth: int | None, *overrides: str) -> None:
         assert found.host(name) == expected.host(name), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["recommended, small", pytest.param("offload", marks=pytest.mark.long)])
 def test_extrapolated_depth_is_the_deeper_networks(name: str):
+    """Two settings that load memory differently: all on the device, and block inputs on the host."""
     compare(5, *SETTINGS[name])
 
 
@@ -123,6 +122,7 @@ def test_where_peaks_move_with_depth_the_network_is_traced_in_full(
     assert depths == [None, SHALLOW, DEEPER]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_extrapolated_depth_is_the_full_depths():
+    """Trace all 28 pairs of blocks; five stand for them in the test above."""
     compare(None)

@@ -302,7 +302,6 @@ def _random(module: torch.nn.Module, dtype: torch.dtype | None = None, device: t
             tensor.normal_(0.0, 0.05)
 
 
-@pytest.mark.slow
 def test_720p_and_68_frames_fit_in_24_gib():
     plan_24 = plan_run(xl("memory.limit_gib=24"), A100)
     assert plan_24.fits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from vpo_engine.data.sprites.assets import load_vae
 from vpo_engine.data.sprites.damage import (
     DESTRUCTIONS,
     KINDS,
+    Clips,
     damaged,
     mismatched_captions,
     sample_clean,
@@ -241,41 +243,46 @@ def escapes(scorer, videos, captions) -> dict[str, int]:
     return {kind: count for kind, count in found.items() if count}
 
 
-@pytest.fixture(scope="module")
-def wrecks():
-    return sample_wrecks(2 * 1017, seeded(HELD_OUT_SEED + 1))
+counts = pytest.mark.parametrize("count", [144, pytest.param(2034, marks=pytest.mark.long)])
+"""Sixteen clips of each kind of destruction, so that a broken file is noticed quickly, or 226, for small shares."""
 
 
-@pytest.fixture(scope="module")
-def decoded_wrecks(wrecks):
+@functools.lru_cache(maxsize=1)
+def wrecks(count: int) -> Clips:
+    return sample_wrecks(count, seeded(HELD_OUT_SEED + 1))
+
+
+@functools.lru_cache(maxsize=1)
+def decoded_wrecks(count: int) -> torch.Tensor:
     vae = load_vae()
-    return torch.cat([round_trip(vae, part) for part in wrecks.videos.split(64)])
+    return torch.cat([round_trip(vae, part) for part in wrecks(count).videos.split(64)])
 
 
-def test_destroyed_clips_are_bad_in_every_dimension(scorer, wrecks):
-    found = escapes(scorer, wrecks.videos, wrecks.captions)
-    assert sum(found.values()) <= 0.002 * len(wrecks), found
+@counts
+def test_destroyed_clips_are_bad_in_every_dimension(scorer, count):
+    """Of 144 clips none may escape."""
+    found = escapes(scorer, wrecks(count).videos, wrecks(count).captions)
+    assert sum(found.values()) <= 0.002 * count, found
 
 
-def test_destroyed_clips_that_chance_leaves_alike_to_sprites_are_few(scorer):
+@functools.lru_cache(maxsize=1)
+def destroyed(count: int) -> Clips:
+    return sample_destroyed(count, seeded(HELD_OUT_SEED + 1))
+
+
+@counts
+def test_destroyed_clips_that_chance_leaves_alike_to_sprites_are_few(scorer, count):
     """``sample_destroyed`` has such clips, tiles that hold the whole sprite above all; 6 of 2034 pass the reward."""
-    clips = sample_destroyed(2 * 1017, seeded(HELD_OUT_SEED + 1))
-    found = escapes(scorer, clips.videos, clips.captions)
-    assert sum(found.values()) <= 0.01 * len(clips), found
+    found = escapes(scorer, destroyed(count).videos, destroyed(count).captions)
+    assert sum(found.values()) <= 0.01 * count, found
 
 
-def test_destroyed_clips_out_of_the_autoencoder_are_bad_too(scorer, wrecks):
-    """The first 144 of those below, so that a broken file is noticed quickly."""
-    decoded = round_trip(load_vae(), wrecks.videos[:144])
-    assert not escapes(scorer, decoded, wrecks.captions[:144])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("cls", "share"), [(SpritesReward, 0.005), (SpritesJudge, 0.002)])
-def test_two_thousand_destroyed_clips_out_of_the_autoencoder_are_bad_too(cls, share, wrecks, decoded_wrecks):
-    """The reward falls short of the 0.002 aimed at: 10 of 2034 escape it, 3 the judge."""
-    found = escapes(cls(), decoded_wrecks, wrecks.captions)
-    assert sum(found.values()) <= share * len(wrecks), found
+@counts
+def test_destroyed_clips_out_of_the_autoencoder_are_bad_too(scorer, count):
+    """Of 144 clips none may escape. The reward falls short of the 0.002 aimed at: 10 of 2034 escape it, 3 the judge."""
+    share = {SpritesReward: 0.005, SpritesJudge: 0.002}[type(scorer)]
+    found = escapes(scorer, decoded_wrecks(count), wrecks(count).captions)
+    assert sum(found.values()) <= share * count, found
 
 
 def test_each_kind_of_damage_lowers_its_own_dimension_most(scorer):
@@ -370,10 +377,14 @@ def test_only_destroyed_clips_are_turned_upside_down():
     assert 0.3 < upright[destroyed].float().mean() < 0.8
 
 
-@pytest.mark.slow
-def test_sixty_steps_of_training_learn(monkeypatch):
-    monkeypatch.setattr(train_rewards, "POOL", 1024)
-    monkeypatch.setattr(train_rewards, "JUDGE_STEPS", 60)
+@pytest.mark.parametrize(
+    ("pool", "batch", "steps"), [(256, 16, 40), pytest.param(1024, 64, 60, marks=pytest.mark.long)]
+)
+def test_some_steps_of_training_learn(monkeypatch, pool, batch, steps):
+    """Small batches learn as much in 40 steps; the long case has the batches of the shipped weights."""
+    monkeypatch.setattr(train_rewards, "POOL", pool)
+    monkeypatch.setattr(train_rewards, "BATCH", batch)
+    monkeypatch.setattr(train_rewards, "JUDGE_STEPS", steps)
     losses = []
     train_rewards.train_judge(5, progress=lambda step, steps, loss: losses.append(loss))
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])

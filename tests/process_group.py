@@ -1,0 +1,104 @@
+"""Run a function in several processes that form a group, as torchrun would, at a fraction of its start-up time.
+
+Importing the engine takes several seconds, which a test would otherwise pay once per process. Here a fork server
+imports it once per pytest worker, and every process of every test is a fork of that server.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PRELOADED = ["pytest", "torch.distributed.fsdp", "torch.multiprocessing", "vpo_engine.train", "peft"]
+
+
+@functools.cache
+def fork_server() -> ForkServerContext:
+    """Start the server once per pytest worker, with one thread: a fork may not inherit a pool of threads."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = threads
+    return context
+
+
+def _member(
+    environment: dict[str, str],
+    threads: int,
+    output: str,
+    function: Callable[..., int | None],
+    arguments: Any,
+) -> None:
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(threads)
+    sys.exit(function(*arguments))
+
+
+class Group:
+    """Processes that call ``function(*arguments)``, started in a group as torchrun starts them, or one alone.
+
+    folder: where each process's output is kept. threads: of torch, in each process.
+    """
+
+    def __init__(
+        self, folder: Path, count: int, function: Callable[..., int | None], *arguments: Any, threads: int = 1
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self._outputs = [folder / f"output_{rank}.txt" for rank in range(count)]
+        self.processes = [
+            fork_server().Process(
+                target=_member,
+                args=(
+                    {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    threads,
+                    str(self._outputs[rank]),
+                    function,
+                    arguments,
+                ),
+                daemon=True,  # ends with pytest, should a test fail before it waits
+            )
+            for rank in range(count)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, expected: int = 0, seconds: float = 300) -> str:
+        """Wait until every process has ended, check its exit code, and return what they printed, rank by rank."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        printed = "".join(path.read_text() for path in self._outputs if path.exists())
+        assert codes == [expected] * len(codes), f"exit codes {codes} (None: did not end)\n{printed}"
+        return printed
+
+
+def run_in_group(
+    folder: Path, count: int, function: Callable[..., int | None], *arguments: Any, threads: int = 1
+) -> str:
+    """Call ``function(*arguments)`` in a group of ``count`` processes, which must succeed; return what they printed."""
+    return Group(folder, count, function, *arguments, threads=threads).wait()
