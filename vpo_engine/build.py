@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_promp
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards import registry
 from vpo_engine.rewards.combine import check_dimensions
-from vpo_engine.rewards.process import ProcessReward
+from vpo_engine.rewards.process import start_reward
 from vpo_engine.rewards.sprites import SpritesJudge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -139,8 +138,7 @@ def build_reward(config: Config, device: torch.device, residency: Residency | No
     settings = config.reward
     moves = settings.device == "auto" and not settings.process
     device = device if settings.device == "auto" else _present(settings.device)
-    make = partial(
-        registry.build_reward,
+    spec = registry.RewardSpec(
         settings.kind,
         settings.path,
         device=device,
@@ -149,8 +147,8 @@ def build_reward(config: Config, device: torch.device, residency: Residency | No
         settings=settings.scorer_settings,
     )
     if settings.process:
-        return ProcessReward(make, name=settings.kind, time_limit=settings.time_limit)
-    reward = make()
+        return start_reward(spec, time_limit=settings.time_limit)
+    reward = spec.build()
     network = getattr(reward, "network", None)
     if moves and residency is not None and network is not None:
         residency.register("reward", lambda: module_tensors(network))

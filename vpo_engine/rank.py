@@ -19,7 +19,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,8 +37,9 @@ from vpo_engine.metrics.ranking_report import (
 )
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.combine import combine
-from vpo_engine.rewards.process import ProcessReward, RewardProcessError
-from vpo_engine.rewards.registry import NAMES, build_reward, format_cards, knows_frame_rate, reward_card
+from vpo_engine.rewards.process import start_reward
+from vpo_engine.rewards.registry import NAMES, RewardSpec, format_cards, knows_frame_rate, reward_card
+from vpo_engine.rewards.wire import RewardProcessError
 from vpo_engine.runs.video import read_video
 
 GLOBAL = "mean of all"
@@ -126,14 +126,14 @@ def score_clips(
     rate = read_video(clips[0].path)[1] if timed else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    make = partial(build_reward, name, weights, device=device, dtype=dtype, fps=rate)
+    spec = RewardSpec(name, weights, device=device, dtype=dtype, fps=rate)
     scores: Scores = {}
     with ExitStack() as at_end:
-        reward: Reward
-        if time_limit is None:
-            reward = make()
-        else:
-            reward = at_end.enter_context(ProcessReward(make, name=name, time_limit=time_limit))
+        reward = (
+            spec.build()
+            if time_limit is None
+            else at_end.enter_context(start_reward(spec, time_limit=time_limit))
+        )
         for clip in tqdm(clips, unit="video", disable=None):
             if (clip.name, clip.prompt) in scores:
                 continue
