@@ -39,3 +39,27 @@ class RewardCard:
     def gib_8bit(self) -> float:
         """Weights at a byte each; what stays in 16 bits comes on top."""
         return self.parameters / GIB
+
+
+def image_card(
+    name: str,
+    bounds: tuple[float | None, float | None],
+    *,
+    parameters: int,
+    licence: str,
+    source: str,
+    resolution: str = "224 x 224, centre crop",
+    reads_prompt: bool = True,
+) -> RewardCard:
+    """Return the card of a differentiable scorer of single images with one dimension, called like the reward."""
+    return RewardCard(
+        name=name,
+        dimensions={name: bounds},
+        frames="one at a time",
+        resolution=resolution,
+        reads_prompt=reads_prompt,
+        differentiable=True,
+        parameters=parameters,
+        licence=licence,
+        source=source,
+    )

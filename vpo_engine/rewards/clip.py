@@ -1,8 +1,8 @@
-"""What scorers built on CLIP share: pixels and text to what a CLIP takes.
+"""The base of scorers built on CLIP: images and texts are turned into what a CLIP takes, and weights are loaded.
 
 Public code prepares images for CLIP in ways that differ by more than the differences between candidates (0.5 to 0.8
-of a normalised level between letterbox and crop), so each has a name here. Results equal torchvision's, which is
-not needed.
+of a normalised level between letterbox and crop), so each has a name here. Results equal torchvision's, which
+need not be installed.
 
 Letters: B images, H x W their size, N the side that the model takes, L text tokens.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import ftfy
 import numpy as np
@@ -27,7 +27,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTokenizer
 
-from vpo_engine.rewards.frames import check_image_pixels, check_images
+from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images, check_prompts
+from vpo_engine.weights import load_strict
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of RGB levels in 0..1, for every CLIP by OpenAI and by LAION."""
@@ -276,13 +277,31 @@ def paired_cosine(images: Tensor, texts: Tensor) -> Tensor:
     return F.cosine_similarity(images.float(), texts.float(), dim=1)
 
 
-def without_position_ids(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights but for the tables 0, 1, 2, ... that transformers saved with them until 2023."""
-    return {key: weight for key, weight in weights.items() if not key.endswith("embeddings.position_ids")}
+def load_clip(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    where: str | Path,
+    model: str,
+    remedy: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    float32: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
+) -> None:
+    """Load weights into a network from the meta device that has a CLIP or a BLIP of transformers in it.
 
-
-def fill_position_ids(network: nn.Module, device: torch.device | str) -> None:
-    """Make transformers' tables 0, 1, 2, ..., which no checkpoint holds, of a network from the meta device."""
+    Left out are the tables 0, 1, 2, ... that transformers saved until 2023, and keys that begin with one of ``unused``;
+    such tables are made anew. Otherwise as ``load_strict``.
+    """
+    kept = {
+        key: weight
+        for key, weight in weights.items()
+        if not key.endswith("embeddings.position_ids") and not key.startswith(unused)
+    }
+    load_strict(
+        network, kept, where=where, model=model, remedy=remedy, dtype=dtype, device=device, float32=float32
+    )
     for module in network.modules():
         ids = dict(module.named_buffers(recurse=False)).get("position_ids")
         if ids is not None:
@@ -291,14 +310,24 @@ def fill_position_ids(network: nn.Module, device: torch.device | str) -> None:
             )
 
 
-class PreprocessedImages(ABC):
-    """An image scorer whose ``scores`` take what ``preprocess`` makes of images."""
+class ClipScorer(ABC):
+    """The base of scorers of images that are built like CLIP, as ``ImageScorer``s.
 
-    preprocess: ImagePreprocessor
+    A subclass says what its network makes of pixels and prompts; here images are prepared, and prompts and scores
+    checked. The network's weights take no gradient; ``score_image_pixels`` passes one to the pixels.
+    """
+
+    name: ClassVar[str]
+    """The model's name, for errors."""
+    reads_prompt: ClassVar[bool] = True
+
+    def __init__(self, network: nn.Module, preprocess: ImagePreprocessor) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.preprocess = preprocess
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 images [B, H, W, 3] and B prompts to float32 [B] on the CPU, in one forward.
+        """Score uint8 images [B, H, W, 3] with B prompts, float32 [B] on the CPU, in one forward.
 
         Deterministic. ValueError for a wrong shape or type, for a score that is not finite and, where the prompt is
         read, for one without text or with a special token of the tokenizer in it.
@@ -307,13 +336,21 @@ class PreprocessedImages(ABC):
         return self.scores(self.preprocess(images), prompts).cpu()
 
     def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float images [B, 3, H, W] in 0..1 and B prompts to float32 [B] on the network's device, with gradients.
+        """Score float images [B, 3, H, W] in 0..1 with B prompts, float32 [B] on the network's device, with gradients.
 
-        Near ``score_images``, which rounds to bytes after resizing. ValueError as there.
+        The scores are near those of ``score_images``, which rounds to bytes after resizing. ValueError as there.
         """
         check_image_pixels(images, prompts)
         return self.scores(self.preprocess.pixels(images), prompts)
 
-    @abstractmethod
     def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Preprocessed pixels [B, 3, N, N] and their B prompts to scores, float32 [B], differentiable in the pixels."""
+        """Score preprocessed pixels [B, 3, N, N] with B prompts, float32 [B], differentiable in the pixels."""
+        if self.reads_prompt:
+            check_prompts(prompts, self.name)
+        scores = self._run(pixel_values, prompts)
+        check_finite(scores, prompts, self.name)
+        return scores
+
+    @abstractmethod
+    def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Run the network on preprocessed pixels and prompts; return scores, float32 [B]."""

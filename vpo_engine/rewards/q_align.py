@@ -34,8 +34,9 @@ from vpo_engine.rewards.frames import (
     counted_frames,
     spread_frames,
 )
-from vpo_engine.rewards.loading import load_strict, read_json, read_weights
+from vpo_engine.rewards.loading import read_json, read_weights
 from vpo_engine.rewards.mplug_owl2 import MplugOwl2, MplugOwl2Config
+from vpo_engine.weights import load_strict
 
 DIMENSIONS = ("quality", "aesthetics")
 CARD = RewardCard(

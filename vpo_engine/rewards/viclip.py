@@ -29,8 +29,9 @@ from vpo_engine.rewards.frames import (
     check_videos,
 )
 from vpo_engine.rewards.imagenet import square_clips
-from vpo_engine.rewards.loading import find_file, load_strict, local_folder, read_under
+from vpo_engine.rewards.loading import find_file, local_folder, read_under
 from vpo_engine.rewards.open_clip import Transformer
+from vpo_engine.weights import load_strict
 
 NAME = "ViCLIP"
 REMEDY = (

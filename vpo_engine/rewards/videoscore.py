@@ -11,16 +11,13 @@ Letters: B videos, F frames of a video, f frames that are scored, L text tokens,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Idefics2Config, Idefics2Model
@@ -34,17 +31,9 @@ from vpo_engine.rewards.frames import (
     check_special_tokens,
     check_videos,
 )
-from vpo_engine.rewards.loading import (
-    INDEXES,
-    WHOLE,
-    check_weights,
-    read_config,
-    read_json,
-    read_tokenizer,
-    shard_files,
-    special_tokens,
-)
+from vpo_engine.rewards.loading import read_config, read_json, read_tokenizer, special_tokens
 from vpo_engine.rewards.quantize import Bits, check_bits, quantise
+from vpo_engine.weights import WHOLE, check_weights, load_strict, read_files, weight_files
 
 DIMENSIONS = (
     "visual_quality",
@@ -300,54 +289,20 @@ def _read_tokenizer(folder: Path, config: Idefics2Config) -> Tokenizer:
     return read_tokenizer(folder / "tokenizer.json", special, config.text_config.vocab_size, REMEDY)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Safetensors only, whose headers can be read by themselves."""
-    if (folder / INDEXES[0]).is_file():
-        return shard_files(folder, INDEXES[0], REMEDY)
-    if not (folder / WHOLE[0]).is_file():
-        raise FileNotFoundError(f"no weight file {WHOLE[0]} in {folder} (safetensors only); {REMEDY}")
-    return [folder / WHOLE[0]]
-
-
-@contextmanager
-def _opened(path: Path, device: torch.device) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as archive:
-            yield archive
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
-
-
-def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """Those of all weights, from the headers of the files."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with _opened(path, torch.device("cpu")) as archive:
-            for key in archive.keys():  # noqa: SIM118
-                shapes[key] = tuple(archive.get_slice(key).get_shape())
-    return shapes
-
-
 def _read_network(
     folder: Path, config: Idefics2Config, dtype: torch.dtype, device: torch.device, bits: Bits
 ) -> VideoScoreNetwork:
-    """The network, its weights read straight onto the device: the trunk in ``dtype``, the head in float32."""
-    files = _weight_files(folder)
+    """Read the network straight onto the device: the trunk in ``dtype`` or in fewer bits, the head in float32."""
+    if not (paths := weight_files(folder)):
+        raise FileNotFoundError(f"no weight file {WHOLE[0]} in {folder}; {REMEDY}")
+    weights = read_files(paths)
     with torch.device("meta"):
         network = VideoScoreNetwork(config)
-    check_weights(network, _shapes(files), where=folder, model=NAME, remedy=REMEDY)
-    layers = _quantised_layers(network) if bits != 16 else {}
-    weights: dict[str, Tensor] = {}
-    for path in files:
-        with _opened(path, device) as archive:
-            for key in archive.keys():  # noqa: SIM118
-                kept = torch.float32 if key.startswith("score.") else dtype
-                weight = archive.get_tensor(key).to(kept, copy=True)  # out of the mapped file, aligned
-                if key in layers:
-                    quantise(network, layers[key], weight, bits)
-                else:
-                    weights[key] = weight
-    network.load_state_dict(weights, strict=True, assign=True)
+    errors = {"where": folder, "model": NAME, "remedy": REMEDY}
+    check_weights(network, weights, **errors)
+    for key, layer in (_quantised_layers(network) if bits != 16 else {}).items():
+        quantise(network, layer, weights.pop(key).to(device, dtype, copy=True), bits)
+    load_strict(network, weights, dtype=dtype, device=device, float32=("score.",), **errors)
     rotary = network.model.text_model.rotary_emb  # its frequencies are computed, not stored
     network.model.text_model.rotary_emb = type(rotary)(config.text_config).to(device)
     assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
@@ -355,7 +310,7 @@ def _read_network(
 
 
 def _quantised_layers(network: VideoScoreNetwork) -> dict[str, str]:
-    """{name of a weight: name of its layer} of what is held in fewer bits."""
+    """Return {name of a weight: name of its layer} of what is held in fewer bits."""
     return {
         f"{name}.weight": name
         for name, module in network.named_modules()

@@ -30,8 +30,9 @@ from vpo_engine.rewards.frames import (
     check_videos,
 )
 from vpo_engine.rewards.imagenet import square_clips
-from vpo_engine.rewards.loading import WHOLE, load_strict, local_folder, read_file, read_json
+from vpo_engine.rewards.loading import local_folder, read_json
 from vpo_engine.rewards.vit import Block
+from vpo_engine.weights import WHOLE, load_strict, read_file
 
 NAME = "V-JEPA"
 CARD = RewardCard(
