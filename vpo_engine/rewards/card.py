@@ -1,4 +1,4 @@
-"""What a reward model declares about itself."""
+"""The card of a reward model: what it declares about itself."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class RewardCard:
 
     @property
     def gib_bf16(self) -> float:
-        """Weights in bfloat16."""
+        """GiB that the weights take in bfloat16."""
         return 2 * self.parameters / GIB
 
     @property
     def gib_8bit(self) -> float:
-        """Weights at a byte each; what stays in 16 bits comes on top."""
+        """GiB that the weights take at a byte each; what stays in 16 bits comes on top."""
         return self.parameters / GIB
 
 

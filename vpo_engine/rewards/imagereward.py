@@ -84,7 +84,7 @@ class _Vision(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pixels [B, 3, N, N] to states [B, P, D]."""
+        """Return states [B, P, D] of pixels [B, 3, N, N]."""
         patches = self.patch_embed(pixel_values)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
         return self.norm(self.blocks(x))
@@ -97,7 +97,7 @@ class _Blip(nn.Module):
         self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
 
     def forward(self, pixel_values: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """States of the text's tokens, [B, L, D]."""
+        """Return states of the text's tokens, [B, L, D]."""
         return self.text_encoder(
             input_ids=ids,
             attention_mask=mask,
@@ -115,7 +115,7 @@ class ImageRewardNetwork(nn.Module):
         self.mlp = AestheticHead((text.hidden_size, *shape.head))
 
     def forward(self, pixel_values: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Pixels [B, 3, N, N], ids and their mask, int64 [B, L], to standardised rewards, float32 [B]."""
+        """Return standardised rewards, float32 [B], of pixels [B, 3, N, N], ids and their mask, int64 [B, L]."""
         states = self.blip(pixel_values, ids, mask)
         return (self.mlp(states[:, 0].float()) - REWARD_MEAN) / REWARD_STD
 

@@ -147,7 +147,7 @@ class VideoAlignNetwork(nn.Module):
     def forward(
         self, input_ids: Tensor, lengths: Tensor, patches: Tensor, grids: Tensor, marks: Tensor
     ) -> Tensor:
-        """The head's outputs at the marks, float32 [B, 3].
+        """Return the head's outputs at the marks, float32 [B, 3].
 
         input_ids: int64 [B, L], right-padded after lengths [B]. patches: of all clips, one after the other,
         [sum of N, 1176], with grids int64 [B, 3]. marks: ids int64 [3], each once in every row.
@@ -185,10 +185,10 @@ class VideoAlign:
         calibration: Mapping[str, tuple[float, float]] | None = None,
         batch_size: int = 4,
     ) -> None:
-        """``fps``: of the videos that come; 24 is Open-Sora's. ``batch_size``: videos per forward.
+        """``fps`` is that of the videos to score; 24 is Open-Sora's. ``batch_size``: videos per forward.
 
-        ``sampled_fps``, ``max_pixels``: of what the model sees. ``calibration``: (mean, std) of each dimension, which
-        scores are counted in; None for the head's own outputs.
+        ``sampled_fps``, ``max_pixels``: the frame rate and the size that the model sees. ``calibration``: (mean, std)
+        of each dimension, which scores are counted in; None for the head's own outputs.
         """
         for name, value in (("fps", fps), ("sampled_fps", sampled_fps), ("batch_size", batch_size)):
             if not 0 < value < float("inf"):
@@ -238,7 +238,7 @@ class VideoAlign:
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3], F at least 2, and B prompts to {dimension: float32 [B]}, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3], F at least 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         Deterministic. ValueError for a wrong shape or type, for one frame, for a prompt without text or with a special
         token in it, and for a score that is not finite.
@@ -253,7 +253,9 @@ class VideoAlign:
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on the network's device, with gradients.
+        """Score float videos [B, F, 3, H, W] in 0..1.
+
+        Return {dimension: float32 [B]} on the network's device, with gradients.
 
         Equal to ``score`` but for the rounding of resized frames to bytes. ValueError as there.
         """
@@ -267,13 +269,16 @@ class VideoAlign:
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def encode(self, prompt: str, grid: qwen_vl.Grid) -> Tensor:
-        """Ids, int64 [L], of the whole chat about a clip of this grid. ValueError for a special token in the prompt."""
+        """Return the ids, int64 [L], of the whole chat about a clip of this grid.
+
+        ValueError for a special token in the prompt.
+        """
         check_special_tokens(prompt, special_tokens(self.tokenizer), NAME)
         text = qwen_vl.chat(qwen_vl.slots(qwen_vl.VIDEO, grid) + TEMPLATE.format(text_prompt=prompt))
         return torch.tensor(self.tokenizer.encode(text).ids)
 
     def logits(self, input_ids: Sequence[Tensor], patches: Tensor, grids: Sequence[qwen_vl.Grid]) -> Tensor:
-        """The head's outputs, float32 [B, 3], for ids of ``encode`` and patches of all clips, one after the other."""
+        """Return the head's outputs, float32 [B, 3], for ids of ``encode`` and the patches of all clips in order."""
         device = self.network.rm_head.weight.device
         lengths = torch.tensor([len(row) for row in input_ids], device=device)
         padded = nn.utils.rnn.pad_sequence(list(input_ids), batch_first=True).to(device)
@@ -281,16 +286,16 @@ class VideoAlign:
         return self.network(padded, lengths, patches.to(device), torch.tensor(grids, device=device), marks)
 
     def calibrated(self, logits: Tensor) -> Tensor:
-        """[B, 3] in the units of the calibration."""
+        """Return outputs [B, 3] in the units of the calibration."""
         return (logits - self._mean.to(logits.device)) / self._std.to(logits.device)
 
     def _geometry(self, num_frames: int, height: int, width: int) -> tuple[list[int], tuple[int, int]]:
-        """Which frames are seen, and in which size."""
+        """Return which frames are seen, and in which size."""
         size = qwen_vl.smart_resize(height, width, qwen_vl.VIDEO_MIN_PIXELS, self.max_pixels)
         return qwen_vl.frame_indices(num_frames, self.fps, self.sampled_fps), size
 
     def _scores(self, clips: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        """Clips, each [f, 3, h, w] in 0..1, to scores [B, 3]."""
+        """Return scores [B, 3] of clips, each [f, 3, h, w] in 0..1."""
         patches, grids = zip(*(qwen_vl.patchify(clip) for clip in clips), strict=True)
         ids = [self.encode(prompt, grid) for prompt, grid in zip(prompts, grids, strict=True)]
         return self.calibrated(self.logits(ids, torch.cat(patches), grids))

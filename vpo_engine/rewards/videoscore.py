@@ -93,7 +93,7 @@ REMEDY = "VideoScore needs a whole local copy of TIGER-Lab/VideoScore or TIGER-L
 
 
 def frame_indices(num_frames: int, max_frames: int) -> list[int]:
-    """Which of ``num_frames`` frames are scored: all, or ``max_frames`` at equal steps from 0, rounded down.
+    """Return which of ``num_frames`` frames are scored: all, or ``max_frames`` at equal steps from 0, rounded down.
 
     The steps are ``num_frames / max_frames``, so the last frame is left out when there are more than
     ``max_frames`` (run_videoscore.py; the authors' benchmark script samples differently).
@@ -105,7 +105,7 @@ def frame_indices(num_frames: int, max_frames: int) -> list[int]:
 
 
 def question(prompt: str, num_frames: int) -> str:
-    """The model's whole input text with one image placeholder per frame, before placeholders are expanded."""
+    """Return the model's whole input text with one image placeholder per frame, before placeholders are expanded."""
     return QUESTION.format(text_prompt=prompt) + f"{IMAGE} " * num_frames
 
 
@@ -130,7 +130,7 @@ class FrameProcessor:
         return max(height, self.shortest_edge), max(width, self.shortest_edge)
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """RGB frames, uint8 [f, H, W, 3] on the CPU, to float32 [f, 3, h, w] in -1..1."""
+        """Turn RGB frames, uint8 [f, H, W, 3] on the CPU, into float32 [f, 3, h, w] in -1..1."""
         height, width = self.output_size(frames.shape[1], frames.shape[2])
         resized = [
             np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
@@ -153,7 +153,7 @@ class VideoScoreNetwork(nn.Module):
         self.score = nn.Linear(config.text_config.hidden_size, len(DIMENSIONS), dtype=torch.float32)
 
     def forward(self, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor) -> Tensor:
-        """Ids int64 [B, L], right-padded after ``lengths`` [B], and pixels [B, f, 3, h, w] to float32 [B, 5].
+        """Return float32 [B, 5] of ids int64 [B, L], right-padded after ``lengths`` [B], and pixels [B, f, 3, h, w].
 
         Every frame counts, a flat grey one too; ``Idefics2Model.forward`` takes a frame of normalised zeros
         for padding and drops it. Pixels that do not fill a patch are left out at the right and at the bottom.
@@ -227,7 +227,7 @@ class VideoScore:
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3] and B prompts to {dimension: float32 [B]}, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         Videos come at their own size. Deterministic. ValueError for a wrong shape or type, for videos of one
         frame (which the authors' code scores, motion and all), for a prompt without text or with a special token
@@ -243,12 +243,12 @@ class VideoScore:
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def preprocess(self, videos: Tensor) -> Tensor:
-        """uint8 [B, F, H, W, 3] to the frames that are scored, float32 [B, f, 3, h, w] on the CPU."""
+        """Return the frames of uint8 [B, F, H, W, 3] that are scored, float32 [B, f, 3, h, w] on the CPU."""
         frames = videos[:, frame_indices(videos.shape[1], self.max_frames)].cpu()
         return self.processor(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     def logits(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Pixels as of ``preprocess`` [B, f, 3, h, w], of one size, and B prompts to scores, float32 [B, 5].
+        """Return scores, float32 [B, 5], of ``preprocess``ed pixels [B, f, 3, h, w], of one size, and B prompts.
 
         Differentiable in the pixels. ValueError for a special token in a prompt.
         """
@@ -259,7 +259,7 @@ class VideoScore:
         return self.network(padded, lengths, pixel_values.to(device))
 
     def encode(self, prompt: str, num_frames: int) -> Tensor:
-        """Ids, int64 [L], of the question with every placeholder expanded and one start token in front."""
+        """Return the ids, int64 [L], of the question with every placeholder expanded and one start token in front."""
         check_special_tokens(prompt, self._special, NAME)
         config = self.network.model.config
         slots = IMAGE_BOUNDARY + IMAGE * config.perceiver_config.resampler_n_latents + IMAGE_BOUNDARY
@@ -284,7 +284,7 @@ def _read_processor(folder: Path) -> FrameProcessor:
 
 
 def _read_tokenizer(folder: Path, config: Idefics2Config) -> Tokenizer:
-    """The tokenizer exactly as tokenizer.json has it: transformers' Llama class loses the start token."""
+    """Read the tokenizer exactly as tokenizer.json has it: transformers' Llama class loses the start token."""
     special = {IMAGE: config.image_token_id, IMAGE_BOUNDARY: None}
     return read_tokenizer(folder / "tokenizer.json", special, config.text_config.vocab_size, REMEDY)
 
