@@ -41,4 +41,4 @@ class GuardsConfig(Section):
     """Standard deviations of the base policy's clips by which mean brightness, contrast, saturation or sharpness of
     the same held-out clips may move before an alarm; null: any."""
     on_alarm: Literal["note", "stop"] = "note"
-    """note: print the alarm, log it and show it in the report. stop: also save and end the run, which can be resumed."""
+    """note: print the alarm, log it and report it. stop: also save and end the run, which can be resumed."""

@@ -104,7 +104,8 @@ class VideoOfFrames:
         """``frames`` frames are scored, evenly spread, or all for None.
 
         ``segments`` and ``decay`` are of reduce="segments" only; a decay of None is 4 over the frames of a segment,
-        which is InstructVideo's 1 at its own sizes. ``batch_size`` is how many images a call of the scorer takes, of one or several videos.
+        which is InstructVideo's 1 at its own sizes. ``batch_size`` is how many images a call of the scorer takes, of
+        one or several videos.
         """
         for name, value in (("frames", frames), ("segments", segments), ("batch_size", batch_size)):
             if value is not None and value < 1:
