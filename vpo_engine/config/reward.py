@@ -45,8 +45,10 @@ def offered_rewards() -> dict[str, str]:
 
 
 def _check_kind(kind: str) -> str:
+    if kind in KNOWN_REWARDS or re.fullmatch(r"\w+(\.\w+)*:\w+", kind):
+        return kind
     known = [*KNOWN_REWARDS, *offered_rewards()]
-    if kind in known or re.fullmatch(r"\w+(\.\w+)*:\w+", kind):
+    if kind in known:
         return kind
     near = difflib.get_close_matches(kind, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""

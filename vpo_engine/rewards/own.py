@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.config.reward import offered_rewards
+from vpo_engine.config.reward import KNOWN_REWARDS, offered_rewards
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_videos
@@ -25,7 +25,7 @@ _MADE_WITH = ("path", "device", "dtype", "fps")
 
 def is_own(kind: str) -> bool:
     """Return whether ``kind`` is written as package.module:Class, or offered by an installed package."""
-    return ":" in kind or kind in offered_rewards()
+    return ":" in kind or (kind not in KNOWN_REWARDS and kind in offered_rewards())
 
 
 def own_class(kind: str) -> Any:
@@ -33,7 +33,8 @@ def own_class(kind: str) -> Any:
 
     ValueError for a module or a class that is not there, and for a class that is no reward.
     """
-    module_name, _, name = offered_rewards().get(kind, kind).partition(":")
+    place = kind if ":" in kind else offered_rewards()[kind]
+    module_name, _, name = place.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -119,7 +120,7 @@ def build_own(kind: str, given: Mapping[str, Any]) -> Reward:
 
 
 class _Checked:
-    """A reward of the user's own, whose every score is checked: what is no score stops the run, and becomes no data."""
+    """A reward of the user's own whose scores are checked: a wrong one stops the run instead of becoming data."""
 
     def __init__(self, kind: str, reward: Reward) -> None:
         self._kind, self._reward = kind, reward
