@@ -155,18 +155,20 @@ def test_variants_and_image_scorers(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ]
 
 
-def test_importing_the_registry_imports_no_reward() -> None:
+def test_importing_registry_and_server_imports_no_reward_and_no_settings() -> None:
+    """A child process starts in the time that torch takes; the settings would load compilers as well."""
     code = (
-        "import sys, vpo_engine.rewards.registry as r; "
-        "print(sorted(m for m in sys.modules if m.startswith('vpo_engine.rewards.')), 'transformers' in sys.modules)"
+        "import sys, vpo_engine.rewards.server; "
+        "print(*sorted(m for m in sys.modules if m.startswith('vpo_engine.'))); "
+        "print({'transformers', 'torch._dynamo'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == [
-        "['vpo_engine.rewards.card',",
-        "'vpo_engine.rewards.frames',",
-        "'vpo_engine.rewards.own',",
-        "'vpo_engine.rewards.registry']",
-        "False",
+    names = ("card", "frames", "own", "registry", "server", "wire")
+    assert out.splitlines() == [
+        " ".join(
+            ["vpo_engine.protocols", "vpo_engine.rewards", *(f"vpo_engine.rewards.{name}" for name in names)]
+        ),
+        "set()",
     ]
 
 

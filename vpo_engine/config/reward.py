@@ -36,18 +36,13 @@ KNOWN_REWARDS = (
 _SHIPPED = ("sprites", "sprites_image", "builtin", "brisque")
 """The rewards whose weights are in the package."""
 _ENTRY_POINTS = "vpo_engine.rewards"
-"""The group of entry points under which an installed package offers rewards by name."""
-
-
-def offered_rewards() -> dict[str, str]:
-    """Return the rewards that installed packages offer: their names, and package.module:Class of each."""
-    return {entry.name: entry.value for entry in entry_points(group=_ENTRY_POINTS)}
+"""The group of entry points under which an installed package offers rewards by name (also in rewards/own.py)."""
 
 
 def _check_kind(kind: str) -> str:
     if kind in KNOWN_REWARDS or re.fullmatch(r"\w+(\.\w+)*:\w+", kind):
         return kind
-    known = [*KNOWN_REWARDS, *offered_rewards()]
+    known = [*KNOWN_REWARDS, *entry_points(group=_ENTRY_POINTS).names]
     if kind in known:
         return kind
     near = difflib.get_close_matches(kind, known, n=1)

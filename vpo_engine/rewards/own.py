@@ -8,16 +8,18 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.config.reward import KNOWN_REWARDS, offered_rewards
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_videos
 
+ENTRY_POINTS = "vpo_engine.rewards"
+"""The group of entry points under which an installed package offers rewards by name (also in config/reward.py)."""
 _HELP = "see docs/rewards.md"
 _MADE_WITH = ("path", "device", "dtype", "fps")
 """What a constructor may ask for by the name of a parameter, beside the reward's settings."""
@@ -25,7 +27,7 @@ _MADE_WITH = ("path", "device", "dtype", "fps")
 
 def is_own(kind: str) -> bool:
     """Return whether ``kind`` is written as package.module:Class, or offered by an installed package."""
-    return ":" in kind or (kind not in KNOWN_REWARDS and kind in offered_rewards())
+    return ":" in kind or kind in entry_points(group=ENTRY_POINTS).names
 
 
 def own_class(kind: str) -> Any:
@@ -33,7 +35,7 @@ def own_class(kind: str) -> Any:
 
     ValueError for a module or a class that is not there, and for a class that is no reward.
     """
-    place = kind if ":" in kind else offered_rewards()[kind]
+    place = kind if ":" in kind else entry_points(group=ENTRY_POINTS)[kind].value
     module_name, _, name = place.partition(":")
     try:
         module = importlib.import_module(module_name)

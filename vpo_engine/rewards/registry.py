@@ -84,7 +84,7 @@ NAMES = tuple(_ENTRIES)
 
 def reward_card(name: str) -> RewardCard:
     """Return what the reward declares about itself, under its kind. ValueError for an unknown kind."""
-    if is_own(name):
+    if name not in _ENTRIES and is_own(name):
         return own_card(name)
     entry = _entry(name)
     card: RewardCard = getattr(_module(entry), entry.card)
@@ -93,14 +93,14 @@ def reward_card(name: str) -> RewardCard:
 
 def knows_frame_rate(name: str) -> bool:
     """Return whether the scores depend on the frames per second, which ``build_reward`` then needs."""
-    if is_own(name):
+    if name not in _ENTRIES and is_own(name):
         return "fps" in own_parameters(name)
     return _entry(name).timed
 
 
 def check_reward(name: str, path: str | Path | None, settings: Mapping[str, Any] | None = None) -> None:
     """Raise what ``build_reward`` would raise before it reads a weight."""
-    if is_own(name):
+    if name not in _ENTRIES and is_own(name):
         _check_folder(name, path, "its weights")
         check_own(name, path, settings or {})
         return
@@ -145,7 +145,7 @@ def build_reward(
     """
     check_reward(name, path, settings)
     settings = settings or {}
-    if is_own(name):
+    if name not in _ENTRIES and is_own(name):
         folder = None if path is None else Path(path)
         given = {"path": folder, "device": torch.device(device), "dtype": dtype, "fps": fps}
         return build_own(name, {**given, **settings})
