@@ -21,7 +21,7 @@ import torch.distributed as dist
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.server import answer_requests
-from vpo_engine.rewards.wire import RewardProcessError, Wire, describe_error
+from vpo_engine.rewards.wire import RewardProcessError, Wire, describe_error, wait_for
 from vpo_engine.runs.signals import StopRequest
 
 _KEY = "reward"
@@ -132,9 +132,8 @@ class _Door:
                 member.send("error", describe_error(error))
         # A connection that is closed on unread requests is reset, and the news lost: read until they leave.
         until = time.monotonic() + _FAREWELL
-        while self.members and (here := wait(list(self.members), max(0.0, until - time.monotonic()))):
+        while self.members and (here := wait_for(self.members, until - time.monotonic())):
             for leaving in here:
-                assert isinstance(leaving, Wire)
                 try:
                     leaving.receive(until)
                 except (EOFError, OSError):

@@ -15,13 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import wait
 
 import torch
 
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.registry import RewardSpec
-from vpo_engine.rewards.wire import Message, RewardProcessError, Wire, describe_error
+from vpo_engine.rewards.wire import Message, RewardProcessError, Wire, describe_error, wait_for
 
 
 class AskerLostError(RewardProcessError):
@@ -37,8 +36,7 @@ def answer_requests(members: dict[Wire, str], reward: Reward, stopping: Callable
     and its answer sent with it.
     """
     while members:
-        for member in wait(list(members)):
-            assert isinstance(member, Wire)
+        for member in wait_for(members):
             request = _receive(member, members[member])
             if request.kind == "farewell":
                 del members[member]

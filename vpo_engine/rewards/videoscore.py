@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -298,7 +299,7 @@ def _read_network(
     weights = read_files(paths)
     with torch.device("meta"):
         network = VideoScoreNetwork(config)
-    errors = {"where": folder, "model": NAME, "remedy": REMEDY}
+    errors: dict[str, Any] = {"where": folder, "model": NAME, "remedy": REMEDY}
     check_weights(network, weights, **errors)
     for key, layer in (_quantised_layers(network) if bits != 16 else {}).items():
         quantise(network, layer, weights.pop(key).to(device, dtype, copy=True), bits)

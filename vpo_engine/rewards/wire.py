@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -49,12 +49,9 @@ class Wire:
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
 
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
     def poll(self, seconds: float) -> bool:
         """Wait until something has arrived or the other side has closed, at most ``seconds``; return whether it has."""
-        return bool(wait([self._socket], max(0.0, seconds)))
+        return bool(wait_for([self], seconds))
 
     def send(
         self,
@@ -123,6 +120,13 @@ class Wire:
             if not count:
                 raise EOFError
             buffer = buffer[count:]
+
+
+def wait_for(wires: Iterable[Wire], seconds: float | None = None) -> list[Wire]:
+    """Wait until one of the connections has something to read or has ended; return those, none after ``seconds``."""
+    wires_of = {wire._socket: wire for wire in wires}
+    ready = wait(list(wires_of), None if seconds is None else max(0.0, seconds))
+    return [wires_of[found] for found in ready if isinstance(found, socket.socket)]
 
 
 def describe_error(error: Exception) -> dict[str, Any]:
