@@ -1,4 +1,4 @@
-"""Settings of the reward that scores candidates."""
+"""How candidates are scored and paired."""
 
 from __future__ import annotations
 
@@ -58,41 +58,40 @@ RewardKind = Annotated[str, AfterValidator(_check_kind)]
 
 
 class RewardConfig(Section):
-    """The reward that scores candidates."""
+    """How candidates are scored."""
 
     kind: RewardKind = "sprites"
     """A name that ``python -m vpo_engine.rank --list`` prints, except for those that it calls not for training; or
     package.module:Class for a reward of your own (see docs/rewards.md)."""
     path: Path | None = None
-    """Folder of the reward model's checkpoint; null for rewards whose weights are in the package."""
+    """Folder of the reward model's checkpoint; null for those whose weights are in the package."""
     rows: int | None = Field(None, ge=1)
     """Videos, or frames of a scorer of images, that are scored at once; null: 4 videos (viclip: 8), 64 frames."""
     bits: Literal[16, 8, 4] = 16
-    """Bits of the matrices behind videoscore's vision tower, quantised by bitsandbytes: the model then takes 15.4, 8.2
-    or 5.1 GiB. Scores move by the rounding."""
+    """Of the matrices behind videoscore's vision tower, by bitsandbytes: 15.4, 8.2 or 5.1 GiB in all; scores move by
+    rounding."""
     max_frames: int | None = Field(None, ge=1)
     """Frames that videoscore looks at; null: 16, and 48 for v1.1."""
     frames: int | None = Field(None, ge=1)
-    """How many frames are scored, evenly spread, by scorers of images (null: all), builtin (null: 8) and q_align (null:
-    one a second). With frame_reduce=segments it is the number of segments (null: 4)."""
+    """Frames that are scored, evenly spread, by scorers of images (null: all), builtin (null: 8) and q_align (null: one
+    a second). With frame_reduce=segments it is the number of segments (null: 4)."""
     frame_reduce: Literal["mean", "min", "segments"] = "mean"
-    """How the scores of frames become the score of a video. segments: as in InstructVideo (arXiv 2312.12490), one frame
-    of each segment is scored and weighed by exp(-frame_decay * its distance from the middle frame)."""
+    """How the scores of frames become a video's. segments: InstructVideo's (arXiv 2312.12490), one frame of each
+    segment, weighed by exp(-frame_decay * its distance from the middle frame)."""
     frame_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     """InstructVideo's lambda, per frame; null: 4 over the frames of a segment, which is its 1 at 16 frames."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Device of the reward model; auto: the policy's. On another device it stays, whatever memory.residency says."""
+    """Where the reward model is; auto: where the policy is. Elsewhere it stays, whatever memory.residency says."""
     process: bool = False
-    """Keep the reward model in a child process, where it stays on its device. If that process dies, the run ends and
-    says why."""
+    """The reward model in a process of its own, where it stays on its device; its death says why, and ends the run."""
     time_limit: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Seconds that the scoring of one group of videos may take before the run stops; needs process. null: any."""
     dimensions: tuple[str, ...] | dict[str, float] = ("temporal_consistency",)
     """One dimension, several (their average), "global" (the average of all) or {name: weight} (the average weighted by
     them). The paper's best row is temporal consistency alone (Table 4b)."""
     normalise: Literal["none", "group"] = "none"
-    """group: every dimension is counted in standard deviations from its mean among the candidates of the prompt; pairs
-    are then chosen, and score gaps measured, in these units."""
+    """group: a dimension counts in standard deviations from its mean among the candidates of the prompt; pairs and
+    their gaps are then made in these."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,7 +123,7 @@ class RewardConfig(Section):
 
     @property
     def scorer_settings(self) -> dict[str, Any]:
-        """Return, by name, the settings from rows to frame_decay that differ from their defaults."""
+        """Those of the settings rows to frame_decay that are not left to the scorer, by name."""
         names = ("rows", "bits", "max_frames", "frames", "frame_reduce", "frame_decay")
         fields = type(self).model_fields
         return {name: value for name in names if (value := getattr(self, name)) != fields[name].default}
