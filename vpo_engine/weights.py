@@ -75,11 +75,12 @@ def read_files(paths: Sequence[Path]) -> dict[str, Any]:
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
         weights.update(content)
-    for name in WHOLE if paths else ():
+    for name in WHOLE:
         index = paths[0].parent / f"{name}.index.json"
-        if index.is_file() and paths[0].name in (promised := _promised(index)).values():
+        if name.endswith(paths[0].suffix) and index.is_file():
+            promised = _promised(index)
             absent = sorted(set(promised) - set(weights))
-            if absent:
+            if paths[0].name in promised.values() and absent:
                 raise ValueError(f"the shards of {index} lack {len(absent)} of its keys: {_some(absent)}")
     return weights
 

@@ -67,9 +67,9 @@ def _check_class(kind: str, found: Any) -> None:
             f"reward {kind!r}: {found.__name__} has no method score(videos, prompts), which returns a tensor of scores "
             f"for each dimension; {_HELP}"
         )
-    names = getattr(found, "dimensions", None)
-    fits = isinstance(names, (tuple, list)) and len(names) and all(isinstance(name, str) for name in names)
-    if not fits or len(set(names)) < len(names):
+    names: Any = getattr(found, "dimensions", None)
+    fits = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+    if not fits or not names or len(set(names)) < len(names):
         raise ValueError(
             f"reward {kind!r}: {found.__name__}.dimensions is {names!r}, expected the different names of what it "
             f'scores, as a tuple in the class: dimensions = ("sharpness",); {_HELP}'
@@ -136,9 +136,9 @@ class _Checked:
         check_videos(videos, prompts)
         scores = self._reward.score(videos, prompts)
         if not isinstance(scores, Mapping) or set(scores) != set(self.dimensions):
-            got = sorted(scores) if isinstance(scores, Mapping) else type(scores).__name__
+            returned = sorted(scores) if isinstance(scores, Mapping) else type(scores).__name__
             raise ValueError(
-                f"reward {self._kind!r} returned {got}, expected a tensor for each of {', '.join(self.dimensions)}"
+                f"reward {self._kind!r} returned {returned}, expected a tensor for each of {', '.join(self.dimensions)}"
             )
         for name, values in scores.items():
             if not isinstance(values, Tensor) or tuple(values.shape) != (len(videos),):

@@ -131,7 +131,9 @@ def wait_for(wires: Iterable[Wire], seconds: float | None = None) -> list[Wire]:
 
 def describe_error(error: Exception) -> dict[str, Any]:
     """Return an error as fields of a message: its type, what the type is called with, its text and its traceback."""
-    made_by, arguments, *_ = error.__reduce__()
+    reduced = error.__reduce__()
+    assert isinstance(reduced, tuple)
+    made_by, arguments = reduced[:2]
     fits = made_by is type(error) and all(isinstance(argument, _PLAIN) for argument in arguments)
     return {
         "module": type(error).__module__,
@@ -184,4 +186,6 @@ def _dtype(name: str) -> torch.dtype:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a view of the memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.view(-1).view(torch.uint8).numpy().data
