@@ -63,7 +63,7 @@ def test_the_example_trains_the_sprites_world(smallest: list[str], tmp_path: Pat
         "checkpoint.every=null",
         "pairs.ledger=scores",
     ]
-    settings = [f"reward.kind={EXAMPLE}", "reward.dimensions=global", "guards.reward.kind=builtin"]
+    settings = [f"reward.kind={EXAMPLE}", "reward.dimensions=global", f"guards.reward.kind={EXAMPLE}"]
     done = subprocess.run(
         [sys.executable, "-m", "vpo_engine.train", *smallest, *brief, *settings, f"run_dir={run}"],
         cwd=ROOT,
@@ -207,7 +207,7 @@ def test_scores_are_float32_and_without_a_graph(write: Callable[[str], str]) -> 
             "no_such_module:Mine",
             "there is no module no_such_module; install its package, or start from the folder",
         ),
-        ("videoscroe", "videoscroe is no reward; did you mean videoscore? Known are sprites"),
+        ("videoscroe", r"videoscroe is no reward; did you mean videoscore\? Known are sprites"),
         ("examples.own_reward", r"given as package\.module:Class \(see docs/rewards\.md\)"),
     ],
 )

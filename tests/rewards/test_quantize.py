@@ -52,7 +52,7 @@ def test_eight_bits_are_within_half_a_step_of_their_row(shape: tuple[int, int], 
     assert bool(((found - weight.float()).abs() <= slack * step / 2).all())
 
 
-@pytest.mark.parametrize("shape", [(2, 64), (17, 96), (64, 34), (3, 130), (5, 33)])
+@pytest.mark.parametrize("shape", [(2, 64), (17, 96), (64, 34), (3, 130)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_bits_are_the_nearest_levels_of_their_block(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Every weight comes back as the nearest level times the largest weight of its 64, computed here in float64.
