@@ -56,13 +56,7 @@ class Mine:
 def test_the_example_trains_the_sprites_world(smallest: list[str], tmp_path: Path) -> None:
     """As a user runs it, from the repository's root; what won was indeed more colourful."""
     run = tmp_path / "run"
-    brief = [
-        "steps=2",
-        "pairs_per_step=4",
-        "evaluation.every=null",
-        "checkpoint.every=null",
-        "pairs.ledger=scores",
-    ]
+    brief = ["steps=2", "pairs_per_step=4", "evaluation.every=null", "checkpoint.every=null"]
     settings = [f"reward.kind={EXAMPLE}", "reward.dimensions=global", f"guards.reward.kind={EXAMPLE}"]
     done = subprocess.run(
         [sys.executable, "-m", "vpo_engine.train", *smallest, *brief, *settings, f"run_dir={run}"],
