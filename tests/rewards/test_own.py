@@ -54,7 +54,7 @@ class Mine:
 
 
 def test_the_example_trains_the_sprites_world(smallest: list[str], tmp_path: Path) -> None:
-    """As a user runs it, from the repository's root; what won was indeed more colourful."""
+    """As a user runs it, from the repository's root; winners are more colourful than losers."""
     run = tmp_path / "run"
     brief = ["steps=2", "pairs_per_step=4", "evaluation.every=null", "checkpoint.every=null"]
     settings = [f"reward.kind={EXAMPLE}", "reward.dimensions=global", f"guards.reward.kind={EXAMPLE}"]
