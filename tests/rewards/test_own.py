@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -54,13 +55,16 @@ class Mine:
 
 
 def test_the_example_trains_the_sprites_world(smallest: list[str], tmp_path: Path) -> None:
-    """As a user runs it, from the repository's root; winners are more colourful than losers."""
+    """As a user runs it, from the repository's root, with another reward of their own that is held out."""
     run = tmp_path / "run"
     brief = ["steps=2", "pairs_per_step=4", "evaluation.every=null", "checkpoint.every=null"]
-    settings = [f"reward.kind={EXAMPLE}", "reward.dimensions=global", f"guards.reward.kind={EXAMPLE}"]
+    held_out = "guards.reward.kind=process_rewards:Scripted"
+    settings = [f"reward.kind={EXAMPLE}", "reward.dimensions=global", held_out]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", "vpo_engine.train", *smallest, *brief, *settings, f"run_dir={run}"],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
     )
