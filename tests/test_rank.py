@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpo_engine import rank as rank_module
 from vpo_engine.data.clips import find_clips, prompt_of_name, read_preferences
 from vpo_engine.data.sprites.world import Attributes, render
 from vpo_engine.metrics.ranking import rank_preferences
@@ -298,27 +297,19 @@ class TestRankRefusals:
         write_mp4(folder / "a-cat.mp4", sprites(CAPTIONS[0]), 8)
         assert "error: video a-cat.mp4: " in fails(capsys, folder, "--reward", "sprites")
 
-    def test_mixed_frame_rates(
-        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_mixed_frame_rates(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Refused by rewards that sample by seconds; the others do not look at the rate."""
         write_mp4(folder / "z-a-red-circle-moving-left.mp4", sprites(CAPTIONS[0]), 24)
-        monkeypatch.setattr(rank_module, "reward_card", lambda name: rank_module_card)
-        rank_module_card = _PromptReader()
-        monkeypatch.setattr(rank_module, "knows_frame_rate", lambda name: True)
-        monkeypatch.setattr(rank_module, "build_reward", lambda *_, fps, **__: _Constant(fps))
-        error = fails(capsys, folder, "--reward", "videoalign")
+        error = fails(capsys, folder, "--reward", f"{__name__}:FrameRate")
         assert (
-            "has 8 frames per second and z-a-red-circle-moving-left.mp4 24, but videoalign samples by"
+            "has 8 frames per second and z-a-red-circle-moving-left.mp4 24, but test_rank:FrameRate samples by"
             in error
         )
 
 
-class _PromptReader:
-    reads_prompt = True
+class FrameRate:
+    """Scores by the frames per second."""
 
-
-class _Constant:
     dimensions = ("fps",)
 
     def __init__(self, fps: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from vpo_engine.models.registry import check_loaded, check_model, model_family
 from vpo_engine.protocols import Reward, VideoModel
 from vpo_engine.rewards import registry
 from vpo_engine.rewards.combine import check_dimensions
-from vpo_engine.rewards.process import ProcessReward
+from vpo_engine.rewards.process import start_reward
 from vpo_engine.rewards.sprites import SpritesJudge
 from vpo_engine.video_model import Encoder, LoadContext
 
@@ -123,8 +122,7 @@ def build_reward(config: Config, device: torch.device, residency: Residency | No
     settings = config.reward
     moves = settings.device == "auto" and not settings.process
     device = device if settings.device == "auto" else _present(settings.device)
-    make = partial(
-        registry.build_reward,
+    spec = registry.RewardSpec(
         settings.kind,
         settings.path,
         device=device,
@@ -133,8 +131,8 @@ def build_reward(config: Config, device: torch.device, residency: Residency | No
         settings=settings.scorer_settings,
     )
     if settings.process:
-        return ProcessReward(make, name=settings.kind, time_limit=settings.time_limit)
-    reward = make()
+        return start_reward(spec, time_limit=settings.time_limit)
+    reward = spec.build()
     network = getattr(reward, "network", None)
     if moves and residency is not None and network is not None:
         residency.register("reward", lambda: module_tensors(network))

@@ -6,7 +6,8 @@
 
 VIDEOS is a folder of mp4 files. Prompts stand beside them in prompts.csv (columns video,prompt), prompts.jsonl
 ({"video": .., "prompt": ..} a line) or prompts.txt (one a line, in the order of the sorted file names), or else in
-the file names: 0003-a-red-circle-moving-left-1.mp4. The scores are printed, and written to DIR/scores.csv.
+the file names: 0003-a-red-circle-moving-left-1.mp4. The scores are printed, and written to DIR/scores.csv. NAME is a
+reward that --list prints, or package.module:Class for one of your own (see docs/rewards.md).
 
 --preferences is a file with a line {"prompt": "..", "videos": ["a.mp4", "b.mp4", ..], "preferred": 1} for each prompt,
 the preferred one by its position from 0. Then MRR and recall@k of each dimension, and of the mean of all, are printed,
@@ -19,7 +20,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,8 +38,9 @@ from vpo_engine.metrics.ranking_report import (
 )
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.combine import combine
-from vpo_engine.rewards.process import ProcessReward, RewardProcessError
-from vpo_engine.rewards.registry import NAMES, build_reward, format_cards, knows_frame_rate, reward_card
+from vpo_engine.rewards.process import start_reward
+from vpo_engine.rewards.registry import NAMES, RewardSpec, format_cards, knows_frame_rate, reward_card
+from vpo_engine.rewards.wire import RewardProcessError
 from vpo_engine.runs.video import read_video
 
 GLOBAL = "mean of all"
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("videos", nargs="?", type=Path, metavar="VIDEOS")
-    parser.add_argument("--reward", metavar="NAME", help=f"one of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--reward", metavar="NAME", help=f"one of {', '.join(NAMES)}; or package.module:Class"
+    )
     parser.add_argument(
         "--reward-path", type=Path, metavar="DIR", help="folder with the reward model's weights"
     )
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="score in a process of its own, and stop if one video takes longer",
+        help="score in a child process, and stop if one video takes longer",
     )
     parser.add_argument("--list", action="store_true", help="print every reward model's card, and stop")
     given = parser.parse_args(arguments)
@@ -90,7 +93,7 @@ def rank(
     out: Path,
     time_limit: float | None = None,
 ) -> None:
-    """Score, print and write; see above."""
+    """Score the videos, print the result and write it to ``out``."""
     reward_card(name)
     preferred = None if preferences is None else read_preferences(preferences, folder)
     clips = find_clips(folder) if preferred is None else [clip for row in preferred for clip in row.clips]
@@ -112,9 +115,10 @@ def rank(
 def score_clips(
     clips: Sequence[Clip], name: str, weights: Path | None, time_limit: float | None = None
 ) -> Scores:
-    """Every clip scored once, one at a time. ValueError, naming the file, for one that cannot be.
+    """Score every clip once, one at a time. ValueError, naming the file, for one that cannot be.
 
-    time_limit: seconds for each, in a process of its own. RewardProcessError, naming the file, if they are over.
+    With ``time_limit``, in seconds for each video, the reward is in a child process. RewardProcessError, naming the
+    file, if a video takes longer.
     """
     if reward_card(name).reads_prompt:
         for clip in clips:
@@ -126,14 +130,14 @@ def score_clips(
     rate = read_video(clips[0].path)[1] if timed else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    make = partial(build_reward, name, weights, device=device, dtype=dtype, fps=rate)
+    spec = RewardSpec(name, weights, device=device, dtype=dtype, fps=rate)
     scores: Scores = {}
     with ExitStack() as at_end:
-        reward: Reward
-        if time_limit is None:
-            reward = make()
-        else:
-            reward = at_end.enter_context(ProcessReward(make, name=name, time_limit=time_limit))
+        reward = (
+            spec.build()
+            if time_limit is None
+            else at_end.enter_context(start_reward(spec, time_limit=time_limit))
+        )
         for clip in tqdm(clips, unit="video", disable=None):
             if (clip.name, clip.prompt) in scores:
                 continue
@@ -149,7 +153,7 @@ def score_clips(
 
 
 def _score(reward: Reward, clip: Clip, video: Tensor) -> dict[str, Tensor]:
-    """With the mean of all, if there are several."""
+    """Score one video; the mean of all dimensions is added if there are several."""
     try:
         found = reward.score(video.unsqueeze(0), [clip.prompt])
     except ValueError as error:
@@ -160,7 +164,7 @@ def _score(reward: Reward, clip: Clip, video: Tensor) -> dict[str, Tensor]:
 
 
 def rank_scores(scores: Scores, preferences: Sequence[Preference]) -> dict[str, Ranking]:
-    """{dimension: how it ranks the candidates}."""
+    """Return, for every dimension, how well it ranks the candidates."""
     best = [row.preferred for row in preferences]
     return {
         dimension: rank_preferences(

@@ -27,8 +27,9 @@ from vpo_engine.planning.parts import configurations_are_here
 from vpo_engine.planning.planner import check_fits
 from vpo_engine.protocols import Reward
 from vpo_engine.reference.store import build_reference
-from vpo_engine.rewards.process import ProcessReward, RewardProcessError
-from vpo_engine.rewards.served import ServedReward, serve
+from vpo_engine.rewards.remote import RemoteReward
+from vpo_engine.rewards.served import find_reward, serve
+from vpo_engine.rewards.wire import RewardProcessError
 from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.run_state import check_same_run
 from vpo_engine.runs.checkpoint import CheckpointError
@@ -67,7 +68,7 @@ def train(config: Config) -> int:
             return _serve_reward(config, processes, at_end)
         served = None
         if processes.store is not None:
-            served = at_end.enter_context(ServedReward(processes.store, processes.rank))
+            served = at_end.enter_context(find_reward(processes.store, processes.rank))
         check_model(config)
         check_reward(config)
         ledger = config.rollout.ledger
@@ -117,9 +118,7 @@ def _build_reward(
     config: Config, processes: Processes, at_end: ExitStack, residency: Residency | None = None
 ) -> Reward:
     reward = build_reward(config, processes.device, residency)
-    if isinstance(reward, ProcessReward):
-        at_end.callback(reward.close)
-    return reward
+    return at_end.enter_context(reward) if isinstance(reward, RemoteReward) else reward
 
 
 def _run_directory(config: Config, processes: Processes) -> RunDirectory:

@@ -119,12 +119,11 @@ def test_a_wrong_checkpoint_is_named_and_changes_nothing(tmp_path, state):
     save_file(other, tmp_path / "model.safetensors")
     module = network()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with pytest.raises(ValueError, match="does not fit this STDiT3") as caught:
+    with pytest.raises(ValueError, match="is not a checkpoint of STDiT3, 19 weights disagree") as caught:
         load_strict(module, tmp_path)
     message = str(caught.value)
-    assert "17 keys missing (temporal_blocks.1.scale_shift_table, " in message
-    assert ", ...)" in message
-    assert "1 keys unexpected (pos_embed)" in message
+    assert "missing temporal_blocks.1.scale_shift_table, " in message
+    assert " and 13 more; unexpected pos_embed; " in message
     assert "final_layer.linear.weight is [16, 64], expected [32, 64]" in message
     assert_holds(module, before)
 
@@ -134,7 +133,9 @@ def test_a_truncated_file_is_called_damaged(folder, kept):
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or incomplete \(\d+ bytes: .*again"):
+    with pytest.raises(
+        ValueError, match=r"model.safetensors cannot be read \(\d+ bytes, damaged, incomplete.*again"
+    ):
         load_strict(network(), folder)
 
 
@@ -142,7 +143,7 @@ def test_a_truncated_pickle_is_called_unreadable(tmp_path, state):
     file = tmp_path / "pytorch_model.bin"
     torch.save(state, file)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"pytorch_model.bin is not a readable weights file .*again"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin cannot be read .*again"):
         read_weights(tmp_path)
 
 
@@ -153,7 +154,7 @@ class Trap:
 
 def test_pickles_never_run_code(tmp_path, capsys):
     torch.save({"weight": Trap()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="is not a readable weights file"):
+    with pytest.raises(ValueError, match="cannot be read"):
         read_weights(tmp_path)
     assert "unpickled" not in capsys.readouterr().out
 

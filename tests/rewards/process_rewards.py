@@ -1,4 +1,4 @@
-"""Scorers for processes of their own, well behaved and not; made there by name."""
+"""Rewards for child processes, well behaved and not, which are made there as ``process_rewards:Class``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vpo_engine.rewards.sprites import SpritesReward
 
 
 class UnportableError(Exception):
-    """Cannot be made from its arguments alone, which is what pickle does."""
+    """Cannot be made again from the arguments that it holds."""
 
     def __init__(self, step: int, total: int) -> None:
         super().__init__(f"{step} of {total}")
 
 
 class Scripted:
-    """Does what the first prompt says; else scores the mean of each video."""
+    """Does what the first prompt says; otherwise scores the mean of each video."""
 
     dimensions = ("mean",)
 
@@ -40,32 +40,33 @@ class Scripted:
                 raise ValueError(f"prompt {prompts[0]!r} is one of {len(videos)} bad ones")
             case ["unportable"]:
                 raise UnportableError(2, 3)
-            case ["facts"]:
-                facts = (torch.get_num_threads(), os.getpid(), os.getppid())
-                return {"mean": torch.tensor(facts, dtype=torch.float64)}
+            case ["fact", name]:
+                facts = {"threads": torch.get_num_threads(), "pid": os.getpid(), "parent": os.getppid()}
+                return {"mean": torch.full((len(videos),), float(facts[name]))}
         return {"mean": videos.flatten(1).double().mean(1).float()}
 
 
-def scripted() -> Scripted:
-    return Scripted()
+class Refused(Scripted):
+    """Cannot be made."""
+
+    def __init__(self) -> None:
+        raise FileNotFoundError("no config.json in /absent; fetch it")
 
 
-def sprites() -> SpritesReward:
-    return SpritesReward()
+class Dead(Scripted):
+    """Ends its process instead of being made."""
+
+    def __init__(self) -> None:
+        sys.exit("no such device")
 
 
-def refused() -> Scripted:
-    raise FileNotFoundError("no config.json in /absent; fetch it")
-
-
-def dead() -> Scripted:
-    sys.exit("no such device")
-
-
-class _HangingSprites(SpritesReward):
+class SpritesThatHang(SpritesReward):
     """The sprites reward, whose fourth score does not come."""
 
     calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         self.calls += 1
@@ -74,11 +75,7 @@ class _HangingSprites(SpritesReward):
         return super().score(videos, prompts)
 
 
-def scorer_that_hangs(*_: object, **__: object) -> SpritesReward:
-    reward = _HangingSprites()
-    reward.calls = 3
-    return reward
+class ScorerThatHangs(SpritesThatHang):
+    """The sprites reward, whose first score does not come."""
 
-
-def sprites_that_hang(*_: object, **__: object) -> SpritesReward:
-    return _HangingSprites()
+    calls = 3

@@ -16,8 +16,11 @@ import pytest
 import torch
 
 from vpo_engine.data.sprites.damage import sample_clean
-from vpo_engine.rewards.process import ProcessReward, RewardProcessError
+from vpo_engine.rewards.process import start_reward
+from vpo_engine.rewards.registry import RewardSpec
+from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
+from vpo_engine.rewards.wire import RewardProcessError
 
 
 def alive(pid: int) -> bool:
@@ -32,22 +35,28 @@ def gone(pid: int, seconds: float = 10) -> bool:
     return not alive(pid)
 
 
+SCRIPTED = RewardSpec("process_rewards:Scripted")
 VIDEOS = torch.arange(2 * 3 * 4 * 4 * 3).view(2, 3, 4, 4, 3).to(torch.uint8)
 
 
-def ask(reward: ProcessReward, what: str, videos: torch.Tensor = VIDEOS) -> torch.Tensor:
+def ask(reward: RemoteReward, what: str, videos: torch.Tensor = VIDEOS) -> torch.Tensor:
     return reward.score(videos, [what] * len(videos))["mean"]
 
 
+def fact(reward: RemoteReward, name: str) -> int:
+    """What the process of the scripted reward knows of itself."""
+    return int(ask(reward, f"fact {name}")[0])
+
+
 @pytest.fixture(scope="module")
-def reward() -> Iterator[ProcessReward]:
-    with ProcessReward(process_rewards.scripted, name="scripted") as made:
+def reward() -> Iterator[RemoteReward]:
+    with start_reward(SCRIPTED) as made:
         yield made
 
 
 @pytest.fixture
-def mortal() -> Iterator[ProcessReward]:
-    with ProcessReward(process_rewards.scripted, name="scripted", time_limit=1.0) as made:
+def mortal() -> Iterator[RemoteReward]:
+    with start_reward(SCRIPTED, time_limit=1.0) as made:
         yield made
 
 
@@ -55,21 +64,21 @@ class TestScores:
     def test_are_those_of_the_reward_in_this_process_bit_for_bit(self) -> None:
         clips = sample_clean(5, torch.Generator().manual_seed(0))
         here = SpritesReward().score(clips.videos, clips.captions)
-        with ProcessReward(process_rewards.sprites, name="sprites") as made:
+        with start_reward(RewardSpec("sprites")) as made:
             assert made.dimensions == DIMENSIONS
             for _ in range(2):
                 there = made.score(clips.videos, clips.captions)
                 assert list(there) == list(here)
                 assert all(torch.equal(there[name], here[name]) for name in here)
-            made._process.kill()
+            made._holder.kill()
             with pytest.raises(
                 RewardProcessError,
                 match="died with signal SIGKILL, as the system kills when memory runs out while",
             ):
                 made.score(clips.videos, clips.captions)
 
-    def test_of_videos_of_any_size_and_layout(self, reward: ProcessReward) -> None:
-        """The shared memory grows, and is used again for less."""
+    def test_of_videos_of_any_size_and_layout(self, reward: RemoteReward) -> None:
+        """One request after the other, larger and smaller ones."""
         generator = torch.Generator().manual_seed(1)
         for shape in ((1, 2, 4, 4, 3), (3, 5, 64, 64, 3), (2, 3, 8, 8, 3)):
             videos = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -77,68 +86,69 @@ class TestScores:
                 expected = given.flatten(1).double().mean(1).float()
                 assert torch.equal(ask(reward, "score", given), expected)
 
-    def test_as_many_threads_there_as_here(self, reward: ProcessReward) -> None:
-        threads, pid, parent = (int(fact) for fact in ask(reward, "facts"))
-        assert threads == torch.get_num_threads()
-        assert pid != os.getpid() == parent
+    def test_as_many_threads_there_as_here(self, reward: RemoteReward) -> None:
+        assert fact(reward, "threads") == torch.get_num_threads()
+        assert fact(reward, "pid") != os.getpid() == fact(reward, "parent")
 
 
 class TestErrors:
-    def test_arrive_as_they_were_with_their_traceback(self, reward: ProcessReward) -> None:
+    def test_arrive_as_they_were_with_their_traceback(self, reward: RemoteReward) -> None:
         with pytest.raises(ValueError, match="prompt 'raise' is one of 2 bad ones") as caught:
             ask(reward, "raise")
         assert str(caught.value) == "prompt 'raise' is one of 2 bad ones"
         (note,) = caught.value.__notes__
-        assert note.startswith("in the process of reward 'scripted':\nTraceback")
+        assert note.startswith("in the process of reward 'process_rewards:Scripted':\nTraceback")
         assert "process_rewards.py" in note
         assert len(ask(reward, "score")) == 2  # it goes on
 
-    def test_that_cannot_travel_are_told(self, reward: ProcessReward) -> None:
+    def test_that_cannot_travel_are_told(self, reward: RemoteReward) -> None:
         with pytest.raises(RuntimeError, match="UnportableError: 2 of 3"):
             ask(reward, "unportable")
 
     def test_while_it_is_made(self) -> None:
         with pytest.raises(FileNotFoundError, match=r"no config\.json in /absent"):
-            ProcessReward(process_rewards.refused, name="refused")
+            start_reward(RewardSpec("process_rewards:Refused"))
         with pytest.raises(
             RewardProcessError, match=r"died with exit code 1 while it was made; .*no such device"
         ):
-            ProcessReward(process_rewards.dead, name="dead")
+            start_reward(RewardSpec("process_rewards:Dead"))
 
     @pytest.mark.parametrize("limit", [0, -1.0, float("inf"), float("nan")])
     def test_a_time_limit_is_a_time(self, limit: float) -> None:
         with pytest.raises(ValueError, match=f"the time limit is {limit} seconds, expected a finite number"):
-            ProcessReward(process_rewards.scripted, name="scripted", time_limit=limit)
+            start_reward(SCRIPTED, time_limit=limit)
 
 
 class TestDeath:
-    def test_a_scorer_that_hangs_is_ended(self, mortal: ProcessReward) -> None:
-        pid = int(ask(mortal, "facts")[1])
+    def test_a_scorer_that_hangs_is_ended(self, mortal: RemoteReward) -> None:
+        pid = fact(mortal, "pid")
         start = time.monotonic()
         with pytest.raises(RewardProcessError) as caught:
             ask(mortal, "hang")
         assert 1.0 <= time.monotonic() - start < 4.0
         message = str(caught.value)
         assert message.startswith(
-            "reward 'scripted' took longer than its time limit of 1 s while it scored 2 videos"
+            "reward 'process_rewards:Scripted' took longer than its time limit of 1 s while it scored 2 videos"
         )
         assert "raise the limit (reward.time_limit, or --time-limit of rank)" in message
         assert not alive(pid)
-        with pytest.raises(RewardProcessError, match="the process of reward 'scripted' has ended"):
+        with pytest.raises(
+            RewardProcessError, match="the process of reward 'process_rewards:Scripted' has ended"
+        ):
             ask(mortal, "score")
 
-    def test_its_last_words(self, mortal: ProcessReward, capsys: pytest.CaptureFixture[str]) -> None:
-        pid = int(ask(mortal, "facts")[1])
+    def test_its_last_words(self, mortal: RemoteReward, capsys: pytest.CaptureFixture[str]) -> None:
+        pid = fact(mortal, "pid")
         with pytest.raises(
             RewardProcessError,
-            match=r"^the process of reward 'scripted' died with exit code 7 while it scored 2 videos; "
+            match=r"^the process of reward 'process_rewards:Scripted' died with exit code 7 while it scored 2 videos; "
             r"its last words: first words \| licence expired$",
         ):
             ask(mortal, "exit 7")
         assert "first words\nlicence expired\n" in capsys.readouterr().err  # also as they came
         assert not alive(pid)
 
-    def test_a_crash_says_where(self, mortal: ProcessReward) -> None:
+    def test_a_crash_says_where(self, mortal: RemoteReward) -> None:
         with pytest.raises(
             RewardProcessError, match=r"died with signal SIGSEGV .*Segmentation fault.*process_rewards"
         ):
@@ -147,15 +157,15 @@ class TestDeath:
 
 class TestLife:
     def test_it_ends_when_it_is_forgotten(self) -> None:
-        made = ProcessReward(process_rewards.scripted, name="scripted")
-        pid = int(ask(made, "facts")[1])
+        made = start_reward(SCRIPTED)
+        pid = fact(made, "pid")
         assert alive(pid)
         del made
         gc.collect()
         assert not alive(pid)
 
-    def test_it_leaves_signals_to_its_parent(self, reward: ProcessReward) -> None:
-        pid = int(ask(reward, "facts")[1])
+    def test_it_leaves_signals_to_its_parent(self, reward: RemoteReward) -> None:
+        pid = fact(reward, "pid")
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(pid, number)
         assert len(ask(reward, "score")) == 2
@@ -164,11 +174,12 @@ class TestLife:
     def test_it_ends_with_its_parent_even_in_the_middle_of_a_score(self) -> None:
         script = f"""
 import sys; sys.path[:] = {[str(Path(process_rewards.__file__).parent), *sys.path]!r}
-import process_rewards, torch
-from vpo_engine.rewards.process import ProcessReward
-reward = ProcessReward(process_rewards.scripted, name="scripted")
+import torch
+from vpo_engine.rewards.process import start_reward
+from vpo_engine.rewards.registry import RewardSpec
+reward = start_reward(RewardSpec("process_rewards:Scripted"))
 videos = torch.zeros(1, 1, 1, 1, 3, dtype=torch.uint8)
-print(int(reward.score(videos, ["facts"])["mean"][1]), flush=True)
+print(int(reward.score(videos, ["fact pid"])["mean"][0]), flush=True)
 reward.score(videos, ["hang"])
 """
         parent = subprocess.Popen(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import process_rewards
 import pytest
 import torch
 
@@ -38,16 +37,14 @@ def test_a_run_is_the_same_with_the_reward_in_another_process(smallest: list[str
 def test_a_run_whose_reward_hangs_stops_with_one_line(
     smallest: list[str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(registry, "build_reward", process_rewards.sprites_that_hang)
     run = tmp_path / "run"
-    limit = ["reward.process=true", "reward.time_limit=1.5"]
+    limit = ["reward.kind=process_rewards:SpritesThatHang", "reward.process=true", "reward.time_limit=1.5"]
     assert entry.main([*smallest, *BRIEF, *limit, f"run_dir={run}"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
-        "error: reward 'sprites' took longer than its time limit of 1.5 s while it scored "
+        "error: reward 'process_rewards:SpritesThatHang' took longer than its time limit of 1.5 s while it scored "
     )
     assert not (run / "summary.json").exists()
 
@@ -92,15 +89,15 @@ class TestRanking:
         assert here == there
 
     def test_a_scorer_that_hangs_is_one_line_with_the_file(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(rank_module, "build_reward", process_rewards.scorer_that_hangs)
-        assert rank_module.main([str(folder), "--reward", "sprites", "--time-limit", "1"]) == 1
+        kind = "process_rewards:ScorerThatHangs"
+        assert rank_module.main([str(folder), "--reward", kind, "--time-limit", "1"]) == 1
         shown = capsys.readouterr()
         assert (shown.out, shown.err.count("\n")) == ("", 1)
         first = min(path.name for path in folder.glob("*.mp4"))
         assert shown.err.startswith(
-            f"error: video {first}: reward 'sprites' took longer than its time limit of 1 s"
+            f"error: video {first}: reward '{kind}' took longer than its time limit of 1 s"
         )
 
     def test_a_time_limit_is_a_time(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

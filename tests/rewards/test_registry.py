@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -92,7 +91,7 @@ def test_rewards_that_sample_by_seconds_want_the_frame_rate(tmp_path: Path) -> N
 def test_the_configuration_knows_every_reward() -> None:
     from vpo_engine.config import reward as config
 
-    assert get_args(config.RewardKind) == NAMES
+    assert config.KNOWN_REWARDS == NAMES
     assert tuple(name for name in NAMES if registry._ENTRIES[name].shipped) == config._SHIPPED
 
 
@@ -156,17 +155,20 @@ def test_variants_and_image_scorers(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ]
 
 
-def test_importing_the_registry_imports_no_reward() -> None:
+def test_importing_registry_and_server_imports_no_reward_and_no_settings() -> None:
+    """A child process starts in the time that torch takes; the settings would load compilers as well."""
     code = (
-        "import sys, vpo_engine.rewards.registry as r; "
-        "print(sorted(m for m in sys.modules if m.startswith('vpo_engine.rewards.')), 'transformers' in sys.modules)"
+        "import sys, vpo_engine.rewards.server; "
+        "print(*sorted(m for m in sys.modules if m.startswith('vpo_engine.'))); "
+        "print({'transformers', 'torch._dynamo'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == [
-        "['vpo_engine.rewards.card',",
-        "'vpo_engine.rewards.frames',",
-        "'vpo_engine.rewards.registry']",
-        "False",
+    names = ("card", "frames", "own", "registry", "server", "wire")
+    assert out.splitlines() == [
+        " ".join(
+            ["vpo_engine.protocols", "vpo_engine.rewards", *(f"vpo_engine.rewards.{name}" for name in names)]
+        ),
+        "set()",
     ]
 
 

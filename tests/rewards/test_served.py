@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vpo_engine.rewards import served
-from vpo_engine.rewards.process import RewardProcessError
-from vpo_engine.rewards.served import ServedReward, serve
+from vpo_engine.rewards.served import find_reward, serve
+from vpo_engine.rewards.wire import RewardProcessError
 
 VIDEOS = torch.randint(
     0, 256, (3, 5, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
@@ -68,7 +68,7 @@ def ask(
     rank: int, videos: Tensor = VIDEOS, captions: Sequence[str] = CAPTIONS
 ) -> Callable[[dist.Store], object]:
     def run(store: dist.Store) -> dict[str, Tensor]:
-        with ServedReward(store, rank) as reward:
+        with find_reward(store, rank) as reward:
             return reward.score(videos, captions)
 
     return run
@@ -99,7 +99,7 @@ def test_what_the_scorer_raises_reaches_everyone_at_once() -> None:
     """One asks and gets it; another is busy elsewhere and finds it when the failure has broken what it did."""
 
     def loses_the_others(store: dist.Store) -> object:
-        with ServedReward(store, 1) as reward:
+        with find_reward(store, 1) as reward:
             reward.wait_until_loaded()
             time.sleep(0.3)
             raise RuntimeError("Connection closed by peer")
@@ -121,7 +121,7 @@ def test_a_failure_reaches_one_whose_request_a_thread_makes() -> None:
         return fails(prompts)
 
     def asks_in_a_thread(store: dist.Store) -> object:
-        with ServedReward(store, 0) as reward, ThreadPoolExecutor(1) as pool:
+        with find_reward(store, 0) as reward, ThreadPoolExecutor(1) as pool:
             pool.submit(reward.score, VIDEOS, CAPTIONS)
             time.sleep(0.1)
             raise RuntimeError("Connection closed by peer")
@@ -135,7 +135,7 @@ def test_a_failure_reaches_one_whose_request_a_thread_makes() -> None:
 def test_leaving_wakes_a_thread_that_waits_for_scores() -> None:
     def leaves(store: dist.Store) -> object:
         with ThreadPoolExecutor(1) as pool:
-            with suppress(ValueError), ServedReward(store, 0) as reward:
+            with suppress(ValueError), find_reward(store, 0) as reward:
                 waiting = pool.submit(reward.score, VIDEOS, CAPTIONS)
                 time.sleep(0.2)
                 raise ValueError("its own mistake")
@@ -169,12 +169,12 @@ def test_what_loading_raises_reaches_everyone() -> None:
 
 def test_the_death_of_one_that_asks_ends_the_server_and_the_others() -> None:
     def dies(store: dist.Store) -> object:
-        with ServedReward(store, 0) as reward:
+        with find_reward(store, 0) as reward:
             reward.score(VIDEOS, CAPTIONS)
             raise ValueError("its own mistake")
 
     def goes_on(store: dist.Store) -> object:
-        with ServedReward(store, 1) as reward:
+        with find_reward(store, 1) as reward:
             while True:
                 reward.score(VIDEOS, CAPTIONS)
                 time.sleep(0.01)
@@ -192,7 +192,7 @@ def test_an_error_of_ones_own_is_not_replaced() -> None:
     """Both make the same mistake at the same time, as processes of one run do."""
 
     def mistaken(store: dist.Store, rank: int) -> object:
-        with ServedReward(store, rank) as reward:
+        with find_reward(store, rank) as reward:
             reward.wait_until_loaded()
             raise ValueError(f"mistake of {rank}")
 
@@ -223,7 +223,7 @@ def test_a_signal_to_the_server_is_passed_on_and_served_to_the_end() -> None:
 
     def asks_thrice(store: dist.Store) -> list[bool]:
         found = []
-        with ServedReward(store, 0) as reward:
+        with find_reward(store, 0) as reward:
             for caption in ("go", "stop", "go"):
                 reward.score(VIDEOS[:1], [caption])
                 found.append(reward.stopping)

@@ -18,12 +18,11 @@ from transformers import Qwen2VLConfig
 from vpo_engine.rewards import qwen_vl
 from vpo_engine.rewards.videoalign import (
     CARD,
-    QWEN2_VL_2B,
     TEMPLATE,
     VideoAlign,
     VideoAlignNetwork,
-    merge_lora,
 )
+from vpo_engine.rewards.videoalign_checkpoint import QWEN2_VL_2B, merge_lora
 
 DATA = Path(__file__).parents[1] / "data" / "rewards" / "videoalign"
 TINY = DATA / "tiny_model"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vpo_engine.config.section import Section
 
-RewardKind = Literal[
+KNOWN_REWARDS = (
     "sprites",
     "sprites_image",
     "builtin",
@@ -28,17 +31,38 @@ RewardKind = Literal[
     "pickscore",
     "viclip",
     "vjepa",
-]
-"""Every reward of rewards/registry.py."""
+)
+"""The names of all rewards that come with the engine."""
 _SHIPPED = ("sprites", "sprites_image", "builtin", "brisque")
-"""Those whose weights are in the package."""
+"""The rewards whose weights are in the package."""
+_ENTRY_POINTS = "vpo_engine.rewards"
+"""The group of entry points under which an installed package offers rewards by name (also in rewards/own.py)."""
+
+
+def _check_kind(kind: str) -> str:
+    if kind in KNOWN_REWARDS or re.fullmatch(r"\w+(\.\w+)*:\w+", kind):
+        return kind
+    known = [*KNOWN_REWARDS, *entry_points(group=_ENTRY_POINTS).names]
+    if kind in known:
+        return kind
+    near = difflib.get_close_matches(kind, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(
+        f"{kind} is no reward; {hint}Known are {', '.join(known)}. A reward of your own is given as "
+        "package.module:Class (see docs/rewards.md)"
+    )
+
+
+RewardKind = Annotated[str, AfterValidator(_check_kind)]
+"""A name of KNOWN_REWARDS or of an installed package, or package.module:Class."""
 
 
 class RewardConfig(Section):
     """How candidates are scored."""
 
     kind: RewardKind = "sprites"
-    """``python -m vpo_engine.rank --list`` says what each is; those that it calls not for training are refused."""
+    """A name that ``python -m vpo_engine.rank --list`` prints, except for those that it calls not for training; or
+    package.module:Class for a reward of your own (see docs/rewards.md)."""
     path: Path | None = None
     """Folder of the reward model's checkpoint; null for those whose weights are in the package."""
     rows: int | None = Field(None, ge=1)
@@ -78,7 +102,7 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.path is None and self.kind not in _SHIPPED:
+        if self.path is None and self.kind in KNOWN_REWARDS and self.kind not in _SHIPPED:
             raise ValueError(f"kind {self.kind} needs reward.path, a local folder of its checkpoint")
         if self.frame_decay is not None and self.frame_reduce != "segments":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How well a reward ranks candidates that people have ranked: MRR and recall@k (OnlineVPO, table 2).
+"""Measures of how well a reward ranks candidates that people have ranked: MRR and recall@k (OnlineVPO, table 2).
 
 For each prompt there are some candidates, of which people prefer one. Its rank by score is 1 plus the number of
 candidates that score higher; candidates that tie with it count by ``ties``. MRR is the mean of 1 / rank, recall@k the
@@ -41,7 +41,7 @@ class Ranking:
 
 
 def ranks(scores: Sequence[Sequence[float]], preferred: Sequence[int], ties: Ties = "mean") -> Tensor:
-    """Rank of each prompt's preferred candidate, float64 [P].
+    """Return the rank of each prompt's preferred candidate, float64 [P].
 
     scores: for each prompt, one number per candidate, higher is better; prompts may have different numbers of
     candidates. preferred: index of the preferred one. ties: each tied candidate adds 1/2 (mean), 0 or 1. ValueError for
@@ -82,7 +82,7 @@ def rank_preferences(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Ranking:
-    """MRR and recall@k ("mrr", "recall@1", ...) with percentile intervals of a bootstrap over prompts.
+    """Compute MRR and recall@k ("mrr", "recall@1", ...) with percentile intervals of a bootstrap over prompts.
 
     scores, preferred, ties: as of ``ranks``. The same arguments give the same intervals.
     """
@@ -109,7 +109,7 @@ def rank_preferences(
 
 
 def chance(candidates: Sequence[int], recalls: Sequence[int] = RECALLS) -> dict[str, float]:
-    """Expected measures of scores without ties that know nothing, given each prompt's number of candidates."""
+    """Compute the expected measures of random scores without ties, given each prompt's number of candidates."""
     total = len(candidates)
     expected = {"mrr": sum(sum(1 / rank for rank in range(1, n + 1)) / n for n in candidates) / total}
     return expected | {f"recall@{k}": sum(min(k / n, 1.0) for n in candidates) / total for k in recalls}

@@ -16,7 +16,7 @@ _BAR, _CHANCE = "#4269d0", "#b3261e"
 
 
 def format_ranking(rankings: Mapping[str, Ranking], confidence: float = 0.95) -> str:
-    """One line per score and one for chance; per cent, with confidence intervals in brackets."""
+    """Format one line per score and one for chance; in per cent, with confidence intervals in brackets."""
     _check(rankings)
     first = next(iter(rankings.values()))
     rows = [("", *(_heading(name) for name in first.measures))]
@@ -27,7 +27,10 @@ def format_ranking(rankings: Mapping[str, Ranking], confidence: float = 0.95) ->
 
 
 def write_ranking_csv(path: Path, rankings: Mapping[str, Ranking]) -> None:
-    """Rows score, measure, value, low, high, chance, prompts; shares of 1, bounds empty with a single prompt."""
+    """Write rows of score, measure, value, low, high, chance, prompts.
+
+    Values are shares of 1; bounds are empty with a single prompt.
+    """
     _check(rankings)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -41,7 +44,7 @@ def write_ranking_csv(path: Path, rankings: Mapping[str, Ranking]) -> None:
 
 
 def draw_ranking(path: Path, rankings: Mapping[str, Ranking], title: str) -> None:
-    """A PNG with a panel per measure: a bar and an interval per score, a dashed line for chance."""
+    """Draw a PNG with a panel per measure: a bar and an interval per score, a dashed line for chance."""
     _check(rankings)
     first = next(iter(rankings.values()))
     labels, places = list(rankings), range(len(rankings))
@@ -70,7 +73,7 @@ def draw_ranking(path: Path, rankings: Mapping[str, Ranking], title: str) -> Non
 
 
 def format_scores(scores: Scores) -> str:
-    """A table of videos and dimensions, with the mean over videos below."""
+    """Format a table of videos and dimensions, with the mean over videos below."""
     dimensions = list(next(iter(scores.values())))
     rows = [("", *dimensions)]
     rows += [(name, *(f"{row[key]:.4f}" for key in dimensions)) for (name, _), row in scores.items()]
@@ -80,7 +83,7 @@ def format_scores(scores: Scores) -> str:
 
 
 def write_scores_csv(path: Path, scores: Scores) -> None:
-    """CSV: video, prompt and the dimensions, to their last bit."""
+    """Write a CSV file of video, prompt and the dimensions, exact to the last bit."""
     dimensions = list(next(iter(scores.values())))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -90,12 +93,12 @@ def write_scores_csv(path: Path, scores: Scores) -> None:
 
 
 def _heading(measure: str) -> str:
-    """``mrr`` as ``MRR``; recalls as they are."""
+    """Write ``mrr`` as ``MRR``, and recalls as they are."""
     return measure.upper() if measure == "mrr" else measure
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column left, the others right."""
+    """Format the lines of a table: the first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

@@ -43,11 +43,11 @@ from vpo_engine.rewards.optical_flow import displace, flow_between
 
 DIMENSIONS = ("visual_quality", "naturalness", "temporal_consistency", "dynamic_degree")
 PICTURES = ("visual_quality", "naturalness")
-"""Dimensions of single frames."""
+"""The dimensions that single frames are scored in."""
 NEEDED_FRAMES = {"temporal_consistency": 3, "dynamic_degree": 2}
 SMALL_SIDE = 64
 AT_ONCE = 2**18
-"""Pixels of pictures measured at once: small pictures cost as much alone as together."""
+"""Pixels that are measured at once: small pictures cost as much alone as together."""
 CARD = RewardCard(
     name="builtin",
     dimensions={
@@ -71,11 +71,11 @@ CARD_BRISQUE = replace(
     resolution="own",
     licence="statistics shipped with the engine: Apache-2.0",
 )
-"""One dimension alone, for frames too small for the others."""
+"""The card of one dimension alone, for frames too small for the others."""
 
 
 class Builtin:
-    """The reward (a ``Reward``): deterministic, differentiable, a few kilobytes."""
+    """The builtin reward (a ``Reward``): deterministic, differentiable, a few kilobytes."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Builtin:
         frames: int | None = 8,
         device: torch.device | str = "cpu",
     ) -> None:
-        """``dimensions``: which are computed. ``frames``: how many of a video the picture dimensions see; None: all.
+        """``dimensions`` are those computed; the picture dimensions see ``frames`` frames of a video, or all for None.
 
         naturalness needs frames of at least 96 x 192 pixels, dynamic_degree two frames, temporal_consistency three.
         """
@@ -108,7 +108,10 @@ class Builtin:
         dimensions: Sequence[str] = DIMENSIONS,
         frames: int | None = 8,
     ) -> Builtin:
-        """As every reward is made. ValueError for a ``path``; ``dtype`` has no effect: statistics are float64."""
+        """Make the reward as every other is made.
+
+        ValueError for a ``path``; ``dtype`` has no effect: statistics are float64.
+        """
         del dtype
         if path is not None:
             raise ValueError(
@@ -118,7 +121,7 @@ class Builtin:
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3] and B prompts to {dimension: float32 [B]}, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         ValueError for a wrong shape or type, and for frames too few or too small for a dimension.
         """
@@ -133,7 +136,10 @@ class Builtin:
         return scores
 
     def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on their device, with gradients."""
+        """Score float videos [B, F, 3, H, W] in 0..1.
+
+        Return {dimension: float32 [B]} on their device, with gradients.
+        """
         check_video_pixels(videos, prompts)
         self._check_size(videos)
         scores = {}
@@ -172,7 +178,10 @@ class Builtin:
 
 
 def small_luminance(videos: Tensor) -> Tensor:
-    """Videos [B, F, 3, H, W] to luminance [B, F, 1, h, w] of the same type, shorter side 64 if it was longer."""
+    """Return the luminance [B, F, 1, h, w] of videos [B, F, 3, H, W], in their type.
+
+    A shorter side of more than 64 pixels becomes 64.
+    """
     batch, frames = videos.shape[:2]
     luma = luminance(videos.flatten(0, 1), LUMA_NIQE)
     height, width = luma.shape[2:]
@@ -184,10 +193,10 @@ def small_luminance(videos: Tensor) -> Tensor:
 
 
 def consistency(luma: Tensor) -> Tensor:
-    """How well each inner frame of luminance [B, F, 1, h, w] in 0..1 is foretold by its two neighbours, [B].
+    """Measure how well its two neighbours predict each inner frame of luminance [B, F, 1, h, w] in 0..1; return [B].
 
-    Mean structural similarity (Wang, Bovik, Sheikh, Simoncelli, IEEE TIP 2004, with ``smooth``'s window) of the frame
-    and the mean of its neighbours, both moved to it along half of the motion between them. F >= 3.
+    It is the mean structural similarity (Wang, Bovik, Sheikh, Simoncelli, IEEE TIP 2004, with ``smooth``'s window) of
+    the frame and the mean of its neighbours, both moved to it along half of the motion between them. F >= 3.
     """
     triples = (luma.shape[0], luma.shape[1] - 2)
     before, here, after = (luma[:, start : start + triples[1]].flatten(0, 1) for start in range(3))
@@ -197,7 +206,7 @@ def consistency(luma: Tensor) -> Tensor:
 
 
 def structural_similarity(x: Tensor, y: Tensor) -> Tensor:
-    """Of pictures [n, 1, h, w] in 0..1: -1 to 1, [n]."""
+    """Return the structural similarity, -1 to 1, [n], of pictures [n, 1, h, w] in 0..1."""
     mean_x, mean_y = smooth(x), smooth(y)
     variances = smooth(x * x) - mean_x**2 + smooth(y * y) - mean_y**2
     covariance = smooth(x * y) - mean_x * mean_y
@@ -206,7 +215,7 @@ def structural_similarity(x: Tensor, y: Tensor) -> Tensor:
 
 
 def motion(luma: Tensor) -> Tensor:
-    """Mean length of the motion between neighbouring frames of luminance [B, F, 1, h, w], in its pixels, [B]."""
+    """Measure the motion between neighbouring frames of luminance [B, F, 1, h, w]: its mean length in pixels, [B]."""
     pairs = (luma.shape[0], luma.shape[1] - 1)
     flow = flow_between(luma[:, :-1].flatten(0, 1), luma[:, 1:].flatten(0, 1))
     length = (flow.square().sum(1) + 1e-12).sqrt() - 1e-6
@@ -214,7 +223,7 @@ def motion(luma: Tensor) -> Tensor:
 
 
 def _over_frames(measure: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
-    """Mean over frames of a measure of images [n, 3, H, W], of pictures [B, f, 3, H, W]; ``AT_ONCE`` pixels a time."""
+    """Average a measure of images [n, 3, H, W] over frames [B, f, 3, H, W], about ``AT_ONCE`` pixels at a time."""
     images = pictures.flatten(0, 1)
     count = max(1, AT_ONCE // images[0, 0].numel())
     scores = [measure(part) for part in images.split(count)]

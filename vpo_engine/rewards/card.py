@@ -1,4 +1,4 @@
-"""What a reward model declares about itself."""
+"""The card of a reward model: what it declares about itself."""
 
 from __future__ import annotations
 
@@ -32,10 +32,34 @@ class RewardCard:
 
     @property
     def gib_bf16(self) -> float:
-        """Weights in bfloat16."""
+        """GiB that the weights take in bfloat16."""
         return 2 * self.parameters / GIB
 
     @property
     def gib_8bit(self) -> float:
-        """Weights at a byte each; what stays in 16 bits comes on top."""
+        """GiB that the weights take at a byte each; what stays in 16 bits comes on top."""
         return self.parameters / GIB
+
+
+def image_card(
+    name: str,
+    bounds: tuple[float | None, float | None],
+    *,
+    parameters: int,
+    licence: str,
+    source: str,
+    resolution: str = "224 x 224, centre crop",
+    reads_prompt: bool = True,
+) -> RewardCard:
+    """Return the card of a differentiable scorer of single images with one dimension, called like the reward."""
+    return RewardCard(
+        name=name,
+        dimensions={name: bounds},
+        frames="one at a time",
+        resolution=resolution,
+        reads_prompt=reads_prompt,
+        differentiable=True,
+        parameters=parameters,
+        licence=licence,
+        source=source,
+    )

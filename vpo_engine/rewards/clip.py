@@ -1,8 +1,8 @@
-"""What scorers built on CLIP share: pixels and text to what a CLIP takes.
+"""The base of scorers built on CLIP: images and texts are turned into what a CLIP takes, and weights are loaded.
 
 Public code prepares images for CLIP in ways that differ by more than the differences between candidates (0.5 to 0.8
-of a normalised level between letterbox and crop), so each has a name here. Results equal torchvision's, which is
-not needed.
+of a normalised level between letterbox and crop), so each has a name here. Results equal torchvision's, which
+need not be installed.
 
 Letters: B images, H x W their size, N the side that the model takes, L text tokens.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import ftfy
 import numpy as np
@@ -27,15 +27,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTokenizer
 
-from vpo_engine.rewards.frames import check_image_pixels, check_images
+from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images, check_prompts
+from vpo_engine.weights import load_strict
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of RGB levels in 0..1, for every CLIP by OpenAI and by LAION."""
+"""Mean and standard deviation of RGB levels in 0..1, for every CLIP by OpenAI and by LAION."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _BPE = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 49152 - 256 - 2
-"""Of the file's merges those that are in the vocabulary."""
+"""How many of the file's merges are in the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,20 @@ its time. vader, videox_fun (also T2V-Turbo), instructvideo: as those projects t
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """Images to the normalised pixels of a CLIP that takes ``size`` x ``size``."""
+    """Turns images into the normalised pixels of a CLIP that takes ``size`` x ``size``."""
 
     size: int
     convention: Convention
 
     @staticmethod
     def named(name: str, size: int) -> ImagePreprocessor:
-        """ValueError for a name that is not in CONVENTIONS."""
+        """Return the preprocessor of a name in CONVENTIONS. ValueError for another name."""
         if name not in CONVENTIONS:
             raise ValueError(f"preprocessing is {name!r}, expected one of {', '.join(CONVENTIONS)}")
         return ImagePreprocessor(size, CONVENTIONS[name])
 
     def __call__(self, images: Tensor) -> Tensor:
-        """RGB bytes, uint8 [B, H, W, 3], to float32 [B, 3, N, N], equal to what the public code makes of them."""
+        """Turn RGB bytes, uint8 [B, H, W, 3], into float32 [B, 3, N, N], as the public code does."""
         channels_first = images.permute(0, 3, 1, 2)
         if not self.convention.pil:
             return self.pixels(channels_first.float() / 255)
@@ -100,9 +101,9 @@ class ImagePreprocessor:
         return self._normalise(self._fitted(bytes_).contiguous().float() / 255)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Float images [B, 3, H, W] in 0..1 to float32 [B, 3, N, N], where they are, with gradients.
+        """Turn float images [B, 3, H, W] in 0..1 into float32 [B, 3, N, N] on their device, with gradients.
 
-        Without PIL and its rounding to bytes also where the convention has them, and without clamping.
+        PIL and its rounding to bytes are left out also where the convention has them, and nothing is clamped.
         """
         size = self._resized(images.shape[2], images.shape[3])
         images = images.float()
@@ -117,7 +118,7 @@ class ImagePreprocessor:
         return self._normalise(self._fitted(images))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of an image after the resize."""
+        """Return (height, width) of an image after the resize."""
         fit = self.convention.fit
         if fit == "squash":
             return self.size, self.size
@@ -129,7 +130,7 @@ class ImagePreprocessor:
         return (self.size, long) if height <= width else (long, self.size)
 
     def _fitted(self, images: Tensor) -> Tensor:
-        """Resized images [B, 3, h, w] padded or cropped to the final size."""
+        """Pad or crop resized images [B, 3, h, w] to the final size."""
         fit = self.convention.fit
         rows, columns = self.size - images.shape[2], self.size - images.shape[3]
         if fit == "letterbox":
@@ -141,7 +142,7 @@ class ImagePreprocessor:
         return images
 
     def _margin(self, excess: int) -> int:
-        """Pixels cut off in front of what is kept."""
+        """Return how many pixels are cut off before what is kept."""
         return excess // 2 if self.convention.hf_crop else round(excess / 2)
 
     @staticmethod
@@ -151,15 +152,15 @@ class ImagePreprocessor:
 
 
 class ClipTokenizer:
-    """CLIP's byte pairs between a start and an end token, padded to one length."""
+    """Turns texts into CLIP's byte pairs between a start and an end token, padded to one length."""
 
     def __init__(
         self, tokenizer: Tokenizer, *, length: int = 77, pad: int | None = None, clean: bool = False
     ) -> None:
-        """``pad``: the id after the end token; without it the end token's own, as transformers does.
+        """``pad`` is the id after the end token; without it the end token's own id is used, as transformers does.
 
-        ``clean``: first mend mis-decoded Unicode and HTML entities, as the tokenizers of OpenAI, open_clip, HPSv2 and
-        ViCLIP do and transformers' does not.
+        With ``clean``, first mend mis-decoded Unicode and HTML entities, as the tokenizers of OpenAI, open_clip,
+        HPSv2 and ViCLIP do and transformers' does not.
         """
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -173,7 +174,7 @@ class ClipTokenizer:
     def from_folder(
         folder: str | Path, remedy: str, *, length: int = 77, pad: int | None = None, clean: bool = False
     ) -> ClipTokenizer:
-        """From tokenizer.json (transformers) or bpe_simple_vocab_16e6.txt.gz (OpenAI, open_clip, hpsv2, ViCLIP).
+        """Read tokenizer.json (transformers) or bpe_simple_vocab_16e6.txt.gz (OpenAI, open_clip, hpsv2, ViCLIP).
 
         ``remedy``: the sentence that ends an error. FileNotFoundError where both are missing, ValueError for a file
         that cannot be read or is no CLIP tokenizer.
@@ -190,7 +191,7 @@ class ClipTokenizer:
 
     @staticmethod
     def of_config(folder: str | Path, config: CLIPConfig, remedy: str) -> ClipTokenizer:
-        """The tokenizer of transformers' CLIP: texts of the model's length, padded with end tokens.
+        """Read the tokenizer of transformers' CLIP: texts of the model's length, padded with end tokens.
 
         Errors as of ``from_folder`` and ``check_rows``, and ValueError for another end token than the model reads at.
         """
@@ -215,11 +216,11 @@ class ClipTokenizer:
             )
 
     def __len__(self) -> int:
-        """Rows that a table of embeddings needs."""
+        """Return how many embeddings a model needs for these tokens."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Ids of B prompts, int64 [B, L] on the CPU; what is too long is cut off in front of the end token.
+        """Return the ids of B prompts, int64 [B, L] on the CPU; what is too long is cut off in front of the end token.
 
         ValueError for a prompt with a special token in it.
         """
@@ -246,7 +247,7 @@ def _read_json_tokenizer(path: Path) -> Tokenizer:
 
 
 def _read_bpe(path: Path) -> Tokenizer:
-    """The tokenizer of OpenAI's list of merges: bytes, bytes that end a word, merges, start and end, in this order."""
+    """Make the tokenizer of OpenAI's list of merges: bytes, bytes that end words, merges, start, end, in this order."""
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1 : _MERGES + 1] if line]
     printable = [
@@ -264,7 +265,10 @@ def _read_bpe(path: Path) -> Tokenizer:
 
 
 def encode_once(prompts: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
-    """Features [B, D] of B prompts, each different text encoded once: frames of a video share their prompt."""
+    """Return features [B, D] of B prompts.
+
+    Each different text is encoded once: frames of a video share their prompt.
+    """
     texts = list(dict.fromkeys(prompts))
     place = {text: index for index, text in enumerate(texts)}
     features = encode(texts)
@@ -272,17 +276,35 @@ def encode_once(prompts: Sequence[str], encode: Callable[[list[str]], Tensor]) -
 
 
 def paired_cosine(images: Tensor, texts: Tensor) -> Tensor:
-    """Cosine of each row [B, D] with its partner, in float32, [B]."""
+    """Return the cosine of each row [B, D] with its partner, in float32, [B]."""
     return F.cosine_similarity(images.float(), texts.float(), dim=1)
 
 
-def without_position_ids(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights but for the tables 0, 1, 2, ... that transformers saved with them until 2023."""
-    return {key: weight for key, weight in weights.items() if not key.endswith("embeddings.position_ids")}
+def load_clip(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    where: str | Path,
+    model: str,
+    remedy: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    float32: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
+) -> None:
+    """Load weights into a network from the meta device that has a CLIP or a BLIP of transformers in it.
 
-
-def fill_position_ids(network: nn.Module, device: torch.device | str) -> None:
-    """Make transformers' tables 0, 1, 2, ..., which no checkpoint holds, of a network from the meta device."""
+    Left out are the tables 0, 1, 2, ... that transformers saved until 2023, and keys that begin with one of ``unused``;
+    such tables are made anew. Otherwise as ``load_strict``.
+    """
+    kept = {
+        key: weight
+        for key, weight in weights.items()
+        if not key.endswith("embeddings.position_ids") and not key.startswith(unused)
+    }
+    load_strict(
+        network, kept, where=where, model=model, remedy=remedy, dtype=dtype, device=device, float32=float32
+    )
     for module in network.modules():
         ids = dict(module.named_buffers(recurse=False)).get("position_ids")
         if ids is not None:
@@ -291,14 +313,24 @@ def fill_position_ids(network: nn.Module, device: torch.device | str) -> None:
             )
 
 
-class PreprocessedImages(ABC):
-    """An image scorer whose ``scores`` take what ``preprocess`` makes of images."""
+class ClipScorer(ABC):
+    """The base of scorers of images that are built like CLIP, as ``ImageScorer``s.
 
-    preprocess: ImagePreprocessor
+    A subclass says what its network makes of pixels and prompts; here images are prepared, and prompts and scores
+    checked. The network's weights take no gradient; ``score_image_pixels`` passes one to the pixels.
+    """
+
+    name: ClassVar[str]
+    """The model's name, for errors."""
+    reads_prompt: ClassVar[bool] = True
+
+    def __init__(self, network: nn.Module, preprocess: ImagePreprocessor) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.preprocess = preprocess
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 images [B, H, W, 3] and B prompts to float32 [B] on the CPU, in one forward.
+        """Score uint8 images [B, H, W, 3] with B prompts, float32 [B] on the CPU, in one forward.
 
         Deterministic. ValueError for a wrong shape or type, for a score that is not finite and, where the prompt is
         read, for one without text or with a special token of the tokenizer in it.
@@ -307,13 +339,21 @@ class PreprocessedImages(ABC):
         return self.scores(self.preprocess(images), prompts).cpu()
 
     def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float images [B, 3, H, W] in 0..1 and B prompts to float32 [B] on the network's device, with gradients.
+        """Score float images [B, 3, H, W] in 0..1 with B prompts, float32 [B] on the network's device, with gradients.
 
-        Near ``score_images``, which rounds to bytes after resizing. ValueError as there.
+        The scores are near those of ``score_images``, which rounds to bytes after resizing. ValueError as there.
         """
         check_image_pixels(images, prompts)
         return self.scores(self.preprocess.pixels(images), prompts)
 
-    @abstractmethod
     def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Preprocessed pixels [B, 3, N, N] and their B prompts to scores, float32 [B], differentiable in the pixels."""
+        """Score preprocessed pixels [B, 3, N, N] with B prompts, float32 [B], differentiable in the pixels."""
+        if self.reads_prompt:
+            check_prompts(prompts, self.name)
+        scores = self._run(pixel_values, prompts)
+        check_finite(scores, prompts, self.name)
+        return scores
+
+    @abstractmethod
+    def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Run the network on preprocessed pixels and prompts; return scores, float32 [B]."""

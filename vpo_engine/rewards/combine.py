@@ -1,4 +1,4 @@
-"""From a scorer's dimensions to the one number per video that preferences are made of."""
+"""Turns a scorer's dimensions into the one number per video that preferences are made of."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Dimensions = Sequence[str] | Mapping[str, float]
 """One name (a bare string too), several (their average), "global" for all of them, or {name: weight}."""
 Normalise = Literal["none", "group"]
 MOTION = "motion"
-"""What stands beside a reward's dimensions where guards.motion_floor is set; no dimension of it, nor of "global"."""
+"""The extra score beside a reward's dimensions where guards.motion_floor is set; it is not part of "global"."""
 
 
 def check_dimensions(dimensions: Dimensions, known: Sequence[str]) -> tuple[str, ...]:
-    """The dimensions that are meant, of those that the scorer has: all ``known`` for "global" alone.
+    """Return the dimensions that are meant, of those that the scorer has: all ``known`` for "global" alone.
 
     ValueError for no dimension, one named twice, and one that the scorer does not have.
     """
@@ -40,7 +40,7 @@ def check_dimensions(dimensions: Dimensions, known: Sequence[str]) -> tuple[str,
 
 
 def combine(scores: Mapping[str, Tensor], dimensions: Dimensions, normalise: Normalise = "none") -> Tensor:
-    """The weighted average of the chosen dimensions, of ``scores``' shape, float32.
+    """Return the weighted average of the chosen dimensions, float32, in the shape of ``scores``.
 
     scores: {dimension: [...]}, all of one shape. dimensions: of a mapping the weights, above 0, which are divided by
     their sum, so that the result keeps the dimensions' scale; else all weigh alike (OnlineVPO, table 4b: a single
@@ -62,12 +62,15 @@ def combine(scores: Mapping[str, Tensor], dimensions: Dimensions, normalise: Nor
 
 
 def chosen(scores: Mapping[str, Tensor], dimensions: Dimensions) -> Tensor:
-    """The chosen dimensions of scores {dimension: [...]}, float32 [D, ...]. ValueError as of ``check_dimensions``."""
+    """Return the chosen dimensions of scores {dimension: [...]} as float32 [D, ...].
+
+    ValueError as of ``check_dimensions``.
+    """
     return torch.stack([scores[name].float() for name in check_dimensions(dimensions, tuple(scores))])
 
 
 def standard_scores(scores: Tensor) -> Tensor:
-    """How many standard deviations each of scores [..., N] lies above the mean of its N, float32.
+    """Return how many standard deviations each of scores [..., N] lies above the mean of its N, float32.
 
     The deviation is that of the N themselves (divided by N); 0 where all N are equal. So every dimension has the same
     say in a sum, whatever its scale.

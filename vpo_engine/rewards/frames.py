@@ -1,4 +1,4 @@
-"""Image scorers on videos: which frames are scored, and how their scores become one number.
+"""Scorers of images on videos: which frames are scored, and how the scores become one number; checks of inputs.
 
 Letters: B videos (or images), F frames of a video, f frames of it that are scored, S segments.
 """
@@ -19,16 +19,16 @@ class ImageScorer(Protocol):
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """The name of its one dimension."""
+        """Return the name of its one dimension."""
         ...
 
     @property
     def network(self) -> nn.Module:
-        """All its weights."""
+        """Return the module that holds all its weights."""
         ...
 
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 images [B, H, W, 3] and their B prompts to float32 [B] on the CPU; higher is better."""
+        """Score uint8 images [B, H, W, 3] and their B prompts; return float32 [B] on the CPU; higher is better."""
         ...
 
 
@@ -36,32 +36,32 @@ class DifferentiableImageScorer(ImageScorer, Protocol):
     """An image scorer through which gradients reach the pixels."""
 
     def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Float images [B, 3, H, W] in 0..1 and their B prompts to float32 [B] on the network's device."""
+        """Score float images [B, 3, H, W] in 0..1 and their B prompts; return float32 [B] on the network's device."""
         ...
 
 
 def batches(count: int, size: int) -> list[slice]:
-    """The rows of ``count`` inputs in groups of ``size``, the last one of what is left."""
+    """Cut ``count`` inputs into slices of ``size``; the last one has what is left."""
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def counted_frames(count: int) -> str:
-    """ "1 frame", "2 frames"."""
+    """Return "1 frame", "2 frames" and so on."""
     return f"{count} frame" if count == 1 else f"{count} frames"
 
 
 def spread_frames(num_frames: int, count: int | None) -> list[int]:
-    """The middle frames of ``count`` equal parts of a video, or all its frames if ``count`` is None or too many."""
+    """Return the middle frames of ``count`` equal parts of a video, or all frames if ``count`` is None or too many."""
     if count is None or count >= num_frames:
         return list(range(num_frames))
     return [(2 * part + 1) * num_frames // (2 * count) for part in range(count)]
 
 
 def segment_frames(num_frames: int, segments: int, generator: torch.Generator | None = None) -> Tensor:
-    """One frame from each of ``segments`` runs of ``num_frames // segments`` frames, int64 [S].
+    """Return one frame from each of ``segments`` runs of ``num_frames // segments`` frames, int64 [S].
 
-    Drawn from ``generator`` (on the CPU) as InstructVideo does at every step, the middle one without. The
-    ``num_frames % segments`` frames at the end are in no segment. ValueError for fewer frames than segments.
+    With a ``generator`` (on the CPU) it is drawn, as InstructVideo does at every step; otherwise it is the middle
+    one. The ``num_frames % segments`` frames at the end are in no segment. ValueError for fewer frames than segments.
     """
     span = num_frames // segments
     if span == 0:
@@ -75,10 +75,10 @@ def segment_frames(num_frames: int, segments: int, generator: torch.Generator | 
 
 
 def segment_weights(indices: Tensor, num_frames: int, decay: float) -> Tensor:
-    """exp(-decay |index - num_frames // 2|), float32, of ``indices``' shape.
+    """Return exp(-decay |index - num_frames // 2|), float32, in the shape of ``indices``.
 
-    InstructVideo's temporally attenuated reward (arXiv 2312.12490; ali-vilab/VGen, utils/reward/reward.py);
-    its lambda is ``decay``. 0 weighs all frames alike.
+    This is InstructVideo's temporally attenuated reward (arXiv 2312.12490; ali-vilab/VGen, utils/reward/reward.py);
+    its lambda is ``decay``; 0 weighs all frames alike.
     """
     return torch.exp(-decay * (indices - num_frames // 2).abs().float())
 
@@ -86,9 +86,9 @@ def segment_weights(indices: Tensor, num_frames: int, decay: float) -> Tensor:
 class VideoOfFrames:
     """An image scorer as a ``Reward`` of videos.
 
-    mean, min: over the chosen frames. segments: one frame of each segment, the scores weighed by their distance from
-    the middle frame and averaged without dividing by the sum of weights, as in InstructVideo. Its decay of 1 is made
-    for segments of 4 frames, of videos of 16; with longer ones it leaves weights near zero.
+    mean, min: of the chosen frames' scores. segments: one frame of each segment is scored, the scores are weighed by
+    their distance from the middle frame and averaged without dividing by the sum of weights, as in InstructVideo. Its
+    decay of 1 is made for segments of 4 frames, of videos of 16; with longer ones it leaves weights near zero.
     """
 
     def __init__(
@@ -101,10 +101,11 @@ class VideoOfFrames:
         decay: float | None = None,
         batch_size: int = 64,
     ) -> None:
-        """``frames``: how many, evenly spread; None for all. ``segments``, ``decay``: of reduce="segments" only;
-        decay None is 4 over the frames of a segment, which is InstructVideo's 1 at its own sizes.
+        """``frames`` frames are scored, evenly spread, or all for None.
 
-        ``batch_size``: images per call of the scorer, of one or several videos.
+        ``segments`` and ``decay`` are of reduce="segments" only; a decay of None is 4 over the frames of a segment,
+        which is InstructVideo's 1 at its own sizes. ``batch_size`` is how many images a call of the scorer takes, of
+        one or several videos.
         """
         for name, value in (("frames", frames), ("segments", segments), ("batch_size", batch_size)):
             if value is not None and value < 1:
@@ -133,7 +134,7 @@ class VideoOfFrames:
         return self.scorer.network
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3] and B prompts to {dimension: float32 [B]}, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         ValueError for a wrong shape or type, and for what the scorer refuses.
         """
@@ -152,7 +153,9 @@ class VideoOfFrames:
     def score_pixels(
         self, videos: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on the network's device, with gradients.
+        """Score float videos [B, F, 3, H, W] in 0..1.
+
+        Return {dimension: float32 [B]} on the network's device, with gradients.
 
         ``generator`` (on the CPU) draws the frames of reduce="segments", anew for each video; without it they are the
         middle ones, as in ``score``. ValueError as for ``score``, and for a scorer without gradients.
@@ -172,13 +175,13 @@ class VideoOfFrames:
         return {self.dimensions[0]: self._reduce(scores, indices, videos.shape[1])}
 
     def _indices(self, count: int, num_frames: int, generator: torch.Generator | None) -> Tensor:
-        """Which frames of ``count`` videos are scored, int64 [count, f]."""
+        """Return which frames of ``count`` videos are scored, int64 [count, f]."""
         if self.reduce == "segments":
             return torch.stack([segment_frames(num_frames, self.segments, generator) for _ in range(count)])
         return torch.tensor(spread_frames(num_frames, self.frames)).expand(count, -1)
 
     def _reduce(self, scores: Tensor, indices: Tensor, num_frames: int) -> Tensor:
-        """Scores [B, f] of the frames ``indices`` [B, f] to [B]."""
+        """Reduce the scores [B, f] of the frames ``indices`` [B, f] to [B]."""
         if self.reduce == "min":
             return scores.amin(1)
         if self.reduce == "segments":
@@ -268,7 +271,10 @@ def check_special_tokens(prompt: str, tokens: Sequence[str], reader: str) -> Non
 def by_dimension(
     scores: Tensor, dimensions: Sequence[str], prompts: Sequence[str], name: str
 ) -> dict[str, Tensor]:
-    """Scores [B, D] of model ``name`` as {dimension: [B]}. ValueError as of ``check_finite``, naming the dimension."""
+    """Return scores [B, D] of model ``name`` as {dimension: [B]}.
+
+    ValueError as of ``check_finite``, naming the dimension.
+    """
     columns = dict(zip(dimensions, scores.unbind(1), strict=True))
     for dimension, column in columns.items():
         check_finite(column.detach(), prompts, f"{name} ({dimension})")

@@ -1,4 +1,4 @@
-"""What goes wrong with rewards in online training, noticed: noise, prompts unread, stillness that wins, overfitting.
+"""Guards that notice what goes wrong with rewards: noise, unread prompts, still videos that win, overfitting.
 
 A policy finds whatever its reward pays for. A still clip is often the sharpest and most consistent one; a score that
 does not read the prompt pays for forgetting it. Letters: B videos, N candidates, F frames.
@@ -20,7 +20,7 @@ from vpo_engine.rewards.builtin import small_luminance
 from vpo_engine.rewards.combine import MOTION
 
 CLEAR = 2.0
-"""Standard errors by which a trend has to differ from none."""
+"""A trend counts if its slope differs from zero by this many standard errors."""
 
 
 def check_deterministic(reward: Reward, video: Tensor, prompt: str) -> None:
@@ -40,7 +40,7 @@ def check_deterministic(reward: Reward, video: Tensor, prompt: str) -> None:
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Of ``clips``, how many score higher with their own prompt than with another clip's, and how many lower."""
+    """How many of ``clips`` score higher with their own prompt than with another clip's, and how many lower."""
 
     higher: int
     lower: int
@@ -48,12 +48,15 @@ class Shuffled:
 
     @property
     def share(self) -> float:
-        """That score higher with their own, 0..1: near 1 where the prompt is read, near 0.5 where what is read says
-        nothing about the clip, 0 where it is not read."""
+        """Return the share of clips that score higher with their own prompt.
+
+        It is near 1 where the prompt is read, near 0.5 where what is read says nothing about the clip, and 0 where the
+        prompt is not read.
+        """
         return self.higher / self.clips
 
     def reads(self, level: float = 0.05) -> bool:
-        """Whether clips prefer their own prompts by more than chance: one-sided sign test, ties left out."""
+        """Return whether clips prefer their own prompts by more than chance, in a one-sided sign test without ties."""
         count = self.higher + self.lower
         return sum(math.comb(count, k) for k in range(self.higher, count + 1)) < level * 2**count
 
@@ -61,7 +64,7 @@ class Shuffled:
 def prompt_shuffle(
     reward: Reward, videos: Tensor, prompts: Sequence[str], seed: int = 0
 ) -> dict[str, Shuffled]:
-    """Whether a clip's own prompt scores higher than another clip's, by dimension.
+    """Count, for each dimension, the clips that score higher with their own prompt than with another clip's.
 
     videos: uint8 [B, F, H, W, 3] with B prompts. The other prompt is drawn by ``seed`` from those with another text.
     ValueError for fewer than two different prompts.
@@ -78,7 +81,7 @@ def prompt_shuffle(
 
 
 def _others(prompts: Sequence[str], seed: int) -> list[str]:
-    """For each prompt one of another text, drawn from them all."""
+    """Draw, for each prompt, one with another text from them all."""
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for prompt in prompts:
@@ -88,9 +91,9 @@ def _others(prompts: Sequence[str], seed: int) -> list[str]:
 
 
 def motion(videos: Tensor) -> Tensor:
-    """Mean length of the motion between neighbouring frames, in per cent of the shorter side.
+    """Measure the mean length of the motion between neighbouring frames, in per cent of the shorter side.
 
-    uint8 [..., F, H, W, 3] to float32 [...] on the CPU: the m of the builtin reward's dynamic_degree.
+    Takes uint8 [..., F, H, W, 3], returns float32 [...] on the CPU: the m of the builtin reward's dynamic_degree.
 
     Flicker counts for little and a moving camera in full; noise looks like motion. ValueError for another type or
     fewer than two frames.
@@ -115,7 +118,7 @@ class WithMotion:
         self.dimensions = (*reward.dimensions, MOTION)
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """As the reward, and ``motion``."""
+        """Return the reward's scores, and ``motion`` beside them."""
         scores = self.reward.score(videos, prompts)
         return scores | {MOTION: motion(videos).to(next(iter(scores.values())).device)}
 
@@ -127,11 +130,11 @@ class MotionFloor:
     floor: float
 
     def still(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """Which candidates must not win, bool [P, N], of scores with their MOTION among them."""
+        """Return which candidates must not win, bool [P, N]; ``scores`` hold their MOTION."""
         return scores[MOTION] < self.floor
 
     def lower(self, selected: Tensor, scores: Mapping[str, Tensor]) -> Tensor:
-        """What was made of scores, [P, N], with the lowest of the prompt for its still candidates."""
+        """Return ``selected`` [P, N] with the lowest value of the prompt for each still candidate."""
         return torch.where(self.still(scores), selected.amin(dim=1, keepdim=True), selected)
 
 
@@ -143,14 +146,16 @@ class DivergenceAlarm:
     """
 
     def __init__(self, window: int = 8) -> None:
-        """``window``: observations, at least 4, as many as are seen before the first answer."""
+        """``window``: how many observations are compared, at least 4; there is no alarm before there are as many."""
         if window < 4:
             raise ValueError(f"window is {window}, expected at least 4: fewer observations show no trend")
         self._seen: deque[tuple[int, float, float]] = deque(maxlen=window)
         self._raised = False
 
     def __call__(self, step: int, training: float, held_out: float) -> str | None:
-        """Observe both rewards after a step; the message, once, or None. ValueError for a number that is not finite.
+        """Observe both rewards after a step.
+
+        Return the message, once, or None. ValueError for a number that is not finite.
 
         held_out: of videos of prompts outside of the training, by a reward that is not trained against.
         """
@@ -172,7 +177,10 @@ class DivergenceAlarm:
 
 
 def _trend(values: Sequence[float]) -> float:
-    """Slope of the straight line through values at equal steps, in its standard errors; 0 if all are the same."""
+    """Return the slope of the straight line through values at equal steps, in its standard errors.
+
+    The slope is 0 if all values are the same.
+    """
     y = torch.tensor(values, dtype=torch.float64)
     x = torch.arange(len(y), dtype=torch.float64)
     x, y = x - x.mean(), y - y.mean()

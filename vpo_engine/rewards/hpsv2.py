@@ -18,17 +18,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.card import image_card
 from vpo_engine.rewards.clip import (
+    ClipScorer,
     ClipTokenizer,
     ImagePreprocessor,
-    PreprocessedImages,
     encode_once,
     paired_cosine,
 )
-from vpo_engine.rewards.frames import check_finite, check_prompts
-from vpo_engine.rewards.loading import find_file, load_strict, local_folder, read_under
+from vpo_engine.rewards.loading import find_file, local_folder, read_under
 from vpo_engine.rewards.open_clip import Transformer
+from vpo_engine.weights import load_strict
 
 NAME = "HPSv2"
 REMEDY = (
@@ -37,16 +37,13 @@ REMEDY = (
 )
 Version = Literal["v2", "v2.1"]
 
-CARD = RewardCard(
-    name="hpsv2",
-    dimensions={"hpsv2": (-1.0, 1.0)},
-    frames="one at a time",
-    resolution="224 x 224, letterbox",
-    reads_prompt=True,
-    differentiable=True,
+CARD = image_card(
+    "hpsv2",
+    (-1.0, 1.0),
     parameters=986_109_441,
     licence="Apache-2.0",
     source="xswu/HPSv2",
+    resolution="224 x 224, letterbox",
 )
 
 
@@ -99,11 +96,11 @@ class OpenClip(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(()))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pixels [B, 3, N, N] to features [B, embed_dim], not normalised."""
+        """Return features [B, embed_dim], not normalised, of pixels [B, 3, N, N]."""
         return self.visual(pixel_values)
 
     def text_features(self, ids: Tensor) -> Tensor:
-        """Ids, int64 [B, L], to features [B, embed_dim], not normalised: those at the highest id, the end token."""
+        """Return features [B, embed_dim], not normalised, of ids int64 [B, L], at the end token (the highest)."""
         length = ids.shape[1]
         x = self.token_embedding(ids) + self.positional_embedding[:length]
         later = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
@@ -111,14 +108,16 @@ class OpenClip(nn.Module):
         return x[torch.arange(len(ids), device=ids.device), ids.argmax(1)] @ self.text_projection
 
 
-class HPSv2(PreprocessedImages):
-    """HPSv2 as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
+class HPSv2(ClipScorer):
+    """HPSv2 as a scorer of images."""
 
+    name = NAME
     dimensions = tuple(CARD.dimensions)
 
     def __init__(self, network: OpenClip, tokenizer: ClipTokenizer, preprocess: ImagePreprocessor) -> None:
-        self.network = network.eval().requires_grad_(False)
-        self.tokenizer, self.preprocess = tokenizer, preprocess
+        super().__init__(network, preprocess)
+        self.network: OpenClip
+        self.tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(
@@ -151,15 +150,11 @@ class HPSv2(PreprocessedImages):
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As ``PreprocessedImages``, with the letterbox on the network's device."""
+        """Score as ``ClipScorer`` does, with the letterbox on the network's device."""
         return super().score_images(images.to(self.network.logit_scale.device), prompts)
 
-    def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Preprocessed pixels [B, 3, N, N] and their B prompts to scores, float32 [B], differentiable in the pixels.
-
-        ValueError for pixels of another size, which preprocessing "instructvideo" leaves of images that are no squares.
-        """
-        check_prompts(prompts, NAME)
+    def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """ValueError for pixels of another size, which preprocessing "instructvideo" makes of oblong images."""
         side = self.preprocess.size
         if tuple(pixel_values.shape[1:]) != (3, side, side):
             raise ValueError(
@@ -167,12 +162,10 @@ class HPSv2(PreprocessedImages):
                 "where frames are not square choose another preprocessing"
             )
         pixels = pixel_values.to(self.network.logit_scale)
-        scores = paired_cosine(self.network.image_features(pixels), encode_once(prompts, self._encode))
-        check_finite(scores, prompts, NAME)
-        return scores
+        return paired_cosine(self.network.image_features(pixels), encode_once(prompts, self._encode))
 
     def _encode(self, texts: list[str]) -> Tensor:
-        """Text features [len(texts), embed_dim]."""
+        """Return text features [len(texts), embed_dim]."""
         return self.network.text_features(self.tokenizer(texts).to(self.network.logit_scale.device))
 
 

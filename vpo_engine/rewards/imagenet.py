@@ -1,4 +1,4 @@
-"""Frames to what video networks take that were trained with ImageNet's means: short side resized, a square kept."""
+"""Turns frames into what video networks take that were trained with ImageNet's means: resized, cropped to a square."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def square_clips(
     mode: Literal["bicubic", "bilinear"],
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Float frames [B, T, 3, H, W] in 0..1 to normalised float32 frames [B, T, 3, side, side], with gradients.
+    """Turn float frames [B, T, 3, H, W] in 0..1 into normalised float32 frames [B, T, 3, side, side], with gradients.
 
     The aspect ratio is kept; resizing is antialiased and clamps nothing. The middle of the longer side is kept, or a
     place that ``generator`` (on the CPU) draws once for all frames.

@@ -20,17 +20,17 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel
 
-from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.card import image_card
 from vpo_engine.rewards.clip import (
+    ClipScorer,
     ImagePreprocessor,
-    PreprocessedImages,
-    fill_position_ids,
-    without_position_ids,
+    load_clip,
 )
-from vpo_engine.rewards.frames import check_finite, check_prompts, check_special_tokens
+from vpo_engine.rewards.frames import check_special_tokens
 from vpo_engine.rewards.laion_aesthetic import AestheticHead
-from vpo_engine.rewards.loading import find_file, load_strict, read_file, read_json
+from vpo_engine.rewards.loading import find_file, read_json
 from vpo_engine.rewards.vit import Block
+from vpo_engine.weights import read_file
 
 NAME = "ImageReward"
 REMEDY = (
@@ -38,29 +38,21 @@ REMEDY = (
     "or vocab.txt of bert-base-uncased"
 )
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw outputs (ImageReward/ImageReward.py)."""
+"""Mean and standard deviation of the raw outputs (ImageReward/ImageReward.py)."""
 TOKENS = 35
 """All texts have this length; longer ones are cut off."""
 _SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]")
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.")
-"""Of BLIP's contrastive loss; in the checkpoint, and read by nothing."""
+"""Weights of BLIP's contrastive loss, which the checkpoint holds and nothing reads."""
 
-CARD = RewardCard(
-    name="imagereward",
-    dimensions={"imagereward": (None, None)},
-    frames="one at a time",
-    resolution="224 x 224, centre crop",
-    reads_prompt=True,
-    differentiable=True,
-    parameters=446_206_689,
-    licence="Apache-2.0",
-    source="THUDM/ImageReward",
+CARD = image_card(
+    "imagereward", (None, None), parameters=446_206_689, licence="Apache-2.0", source="THUDM/ImageReward"
 )
 
 
 @dataclass(frozen=True)
 class VisionShape:
-    """Sizes of the image tower and of the head; the defaults are the published ones. No file holds them."""
+    """Sizes of the image tower and of the head. The defaults are the published ones, which no file holds."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -92,7 +84,7 @@ class _Vision(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pixels [B, 3, N, N] to states [B, P, D]."""
+        """Return states [B, P, D] of pixels [B, 3, N, N]."""
         patches = self.patch_embed(pixel_values)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
         return self.norm(self.blocks(x))
@@ -105,7 +97,7 @@ class _Blip(nn.Module):
         self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
 
     def forward(self, pixel_values: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """States of the text's tokens, [B, L, D]."""
+        """Return states of the text's tokens, [B, L, D]."""
         return self.text_encoder(
             input_ids=ids,
             attention_mask=mask,
@@ -123,21 +115,23 @@ class ImageRewardNetwork(nn.Module):
         self.mlp = AestheticHead((text.hidden_size, *shape.head))
 
     def forward(self, pixel_values: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Pixels [B, 3, N, N], ids and their mask, int64 [B, L], to standardised rewards, float32 [B]."""
+        """Return standardised rewards, float32 [B], of pixels [B, 3, N, N], ids and their mask, int64 [B, L]."""
         states = self.blip(pixel_values, ids, mask)
         return (self.mlp(states[:, 0].float()) - REWARD_MEAN) / REWARD_STD
 
 
-class ImageReward(PreprocessedImages):
-    """ImageReward as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
+class ImageReward(ClipScorer):
+    """ImageReward as a scorer of images."""
 
+    name = NAME
     dimensions = tuple(CARD.dimensions)
 
     def __init__(
         self, network: ImageRewardNetwork, tokenizer: Tokenizer, preprocess: ImagePreprocessor
     ) -> None:
-        self.network = network.eval().requires_grad_(False)
-        self.tokenizer, self.preprocess = tokenizer, preprocess
+        super().__init__(network, preprocess)
+        self.network: ImageRewardNetwork
+        self.tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(
@@ -162,36 +156,27 @@ class ImageReward(PreprocessedImages):
         with torch.device("meta"):
             network = ImageRewardNetwork(shape, text)
         path = find_file(folder, ["ImageReward.safetensors", "ImageReward.pt"], REMEDY)
-        weights = {
-            key: weight
-            for key, weight in without_position_ids(read_file(path)).items()
-            if not key.startswith(_UNUSED)
-        }
-        load_strict(
+        load_clip(
             network,
-            weights,
+            read_file(path),
             where=path,
             model=NAME,
             remedy=REMEDY,
             dtype=dtype,
             device=device,
             float32=("mlp.",),
+            unused=_UNUSED,
         )
-        fill_position_ids(network, device)
         return cls(network, tokenizer, preprocess)
 
-    def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Preprocessed pixels [B, 3, N, N] and their B prompts to rewards, float32 [B], with gradients."""
-        check_prompts(prompts, NAME)
+    def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         ids, mask = self.encode(prompts)
         table = self.network.blip.visual_encoder.pos_embed
         pixels = pixel_values.to(table)
-        scores = self.network(pixels, ids.to(table.device), mask.to(table.device))
-        check_finite(scores, prompts, NAME)
-        return scores
+        return self.network(pixels, ids.to(table.device), mask.to(table.device))
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask of B prompts, int64 [B, TOKENS] on the CPU. ValueError for a special token."""
+        """Return ids and attention mask of B prompts, int64 [B, TOKENS] on the CPU. ValueError for a special token."""
         ids = torch.zeros(len(prompts), TOKENS, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         start, end = self.tokenizer.token_to_id("[CLS]"), self.tokenizer.token_to_id("[SEP]")
@@ -204,7 +189,7 @@ class ImageReward(PreprocessedImages):
 
 
 def _read_text_config(folder: Path, shape: VisionShape) -> BlipTextConfig:
-    """BERT's sizes from med_config.json; the width of what it attends to is the image tower's."""
+    """Read BERT's sizes from med_config.json; the width of what it attends to is the image tower's."""
     fields: dict[str, Any] = read_json(folder, "med_config.json", REMEDY)
     names = (
         "vocab_size",
@@ -225,7 +210,7 @@ def _read_text_config(folder: Path, shape: VisionShape) -> BlipTextConfig:
 
 
 def _read_tokenizer(folder: Path, config: BlipTextConfig) -> Tokenizer:
-    """Lower-cased word pieces, from tokenizer.json or else from vocab.txt."""
+    """Read a tokenizer of lower-cased word pieces, from tokenizer.json or else from vocab.txt."""
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_padding()

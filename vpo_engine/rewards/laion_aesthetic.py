@@ -10,6 +10,7 @@ Letters: B images, H x W their size, N the side that the model takes, D channels
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,15 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
-from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.card import image_card
 from vpo_engine.rewards.clip import (
+    ClipScorer,
     ImagePreprocessor,
-    PreprocessedImages,
-    fill_position_ids,
-    without_position_ids,
+    load_clip,
 )
-from vpo_engine.rewards.frames import check_finite
-from vpo_engine.rewards.loading import find_file, load_strict, read_config, read_file, read_weights
+from vpo_engine.rewards.loading import find_file, read_config, read_weights
+from vpo_engine.weights import load_strict, read_file
 
 NAME = "LAION's aesthetic predictor"
 HEAD = "sac+logos+ava1-l14-linearMSE"
@@ -36,16 +36,16 @@ REMEDY = (
 _LAYERS = (0, 2, 4, 6, 7)
 """Places of the linear layers in the published head; between them it had dropout."""
 
-CARD = RewardCard(
-    name="laion_aesthetic",
+CARD = replace(
+    image_card(
+        "laion_aesthetic",
+        (None, None),
+        parameters=304_894_177,
+        licence="Apache-2.0 (head), MIT (CLIP)",
+        source="christophschuhmann/improved-aesthetic-predictor, openai/clip-vit-large-patch14",
+        reads_prompt=False,
+    ),
     dimensions={"aesthetic": (None, None)},
-    frames="one at a time",
-    resolution="224 x 224, centre crop",
-    reads_prompt=False,
-    differentiable=True,
-    parameters=304_894_177,
-    licence="Apache-2.0 (head), MIT (CLIP)",
-    source="christophschuhmann/improved-aesthetic-predictor, openai/clip-vit-large-patch14",
 )
 
 
@@ -64,7 +64,7 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Normalised features [B, D] to scores [B]."""
+        """Return scores [B] of normalised features [B, D]."""
         for layer in self.layers.values():
             features = layer(features)
         return features.squeeze(1)
@@ -78,18 +78,20 @@ class AestheticNetwork(nn.Module):
         self.clip, self.mlp = clip, mlp
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pixels [B, 3, N, N] to scores, float32 [B]."""
+        """Return scores, float32 [B], of pixels [B, 3, N, N]."""
         return self.mlp(F.normalize(self.clip(pixel_values).image_embeds.float(), dim=1))
 
 
-class LaionAesthetic(PreprocessedImages):
-    """The predictor as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
+class LaionAesthetic(ClipScorer):
+    """The predictor as a scorer of images."""
 
+    name = NAME
     dimensions = tuple(CARD.dimensions)
+    reads_prompt = False
 
     def __init__(self, network: AestheticNetwork, preprocess: ImagePreprocessor) -> None:
-        self.network = network.eval().requires_grad_(False)
-        self.preprocess = preprocess
+        super().__init__(network, preprocess)
+        self.network: AestheticNetwork
 
     @classmethod
     def from_pretrained(
@@ -113,25 +115,26 @@ class LaionAesthetic(PreprocessedImages):
         preprocess = ImagePreprocessor.named(preprocessing, config.image_size)
         with torch.device("meta"):
             clip = CLIPVisionModelWithProjection(config)
-        weights = {
-            key: weight
-            for key, weight in without_position_ids(read_weights(folder, REMEDY)).items()
-            if not key.startswith(("text_model.", "text_projection.", "logit_scale"))
-        }
-        load_strict(clip, weights, where=folder, model="CLIP", remedy=REMEDY, dtype=dtype, device=device)
-        fill_position_ids(clip, device)
+        load_clip(
+            clip,
+            read_weights(folder, REMEDY),
+            where=folder,
+            model="CLIP",
+            remedy=REMEDY,
+            dtype=dtype,
+            device=device,
+            unused=("text_model.", "text_projection.", "logit_scale"),
+        )
         head = read_head(folder, config.projection_dim, device)
         return cls(AestheticNetwork(clip, head), preprocess)
 
-    def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Preprocessed pixels [B, 3, N, N] to scores, float32 [B], differentiable; prompts are for errors only."""
-        scores = self.network(pixel_values.to(self.network.clip.device))
-        check_finite(scores, prompts, NAME)
-        return scores
+    def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score the pixels; the prompts are not read."""
+        return self.network(pixel_values.to(self.network.clip.device))
 
 
 def read_head(folder: Path, features: int, device: torch.device | str = "cpu") -> AestheticHead:
-    """The published head for features [B, ``features``], float32. Errors as of ``LaionAesthetic.from_pretrained``.
+    """Read the published head for features [B, ``features``], float32. Errors as of ``LaionAesthetic.from_pretrained``.
 
     The repository's other file, of a head with ReLUs between other layers, is refused.
     """
@@ -144,7 +147,7 @@ def read_head(folder: Path, features: int, device: torch.device | str = "cpu") -
 
 
 def _widths(weights: Mapping[str, Tensor]) -> list[int]:
-    """Outputs of each layer; the published ones' where a bias is missing, for the loader to name it."""
+    """Return how many outputs each layer has; as published where a bias is missing, for the loader to name it."""
     published = (1024, 128, 64, 16, 1)
     biases = [weights.get(f"layers.{place}.bias") for place in _LAYERS]
     return [default if bias is None else len(bias) for bias, default in zip(biases, published, strict=True)]

@@ -19,26 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.card import image_card
 from vpo_engine.rewards.clip import (
+    ClipScorer,
     ClipTokenizer,
     ImagePreprocessor,
-    PreprocessedImages,
-    fill_position_ids,
+    load_clip,
     paired_cosine,
-    without_position_ids,
 )
-from vpo_engine.rewards.frames import check_finite, check_prompts
-from vpo_engine.rewards.loading import load_strict, read_config, read_file, read_weights
+from vpo_engine.rewards.loading import read_config, read_weights
+from vpo_engine.weights import read_file
 
 NAME = "MPS"
-CARD = RewardCard(
-    name="mps",
-    dimensions={"mps": (-100.0, 100.0)},
-    frames="one at a time",
-    resolution="224 x 224, centre crop",
-    reads_prompt=True,
-    differentiable=True,
+CARD = image_card(
+    "mps",
+    (-100.0, 100.0),
     parameters=1_104_606_721,
     licence="MIT",
     source="MPS_overall.pth of aigc-apps/VideoX-Fun; config and tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
@@ -53,7 +48,7 @@ CONDITION = (
 )
 """What the overall preference was trained with (README of Kwai-Kolors/MPS)."""
 THRESHOLD = 0.01
-"""Of the README and of the network's forward; the authors' two evaluation scripts have 0.3."""
+"""The threshold of the README and of the network's forward; the authors' two evaluation scripts have 0.3."""
 CROSS_MODEL = {"dim": 1024, "layer_num": 4, "dim_head": 64, "heads": 16, "ff_mult": 4}
 FILES = ("MPS_overall.safetensors", "MPS_overall.pth")
 FREQUENCIES = ".rotary_emb.inv_freq"
@@ -90,7 +85,7 @@ class Residual(nn.Module):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, kept: Tensor | None = None) -> Tensor:
-    """Queries [B, N, heads * d] of several heads on keys and values [B, L, d] of one, ``kept`` bool [B, L]."""
+    """Attend with queries [B, N, heads * d] to keys and values [B, L, d] of a single head; ``kept``: bool [B, L]."""
     query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
     key, value = (part.unsqueeze(1).expand(-1, heads, -1, -1) for part in (key, value))
     mask = None if kept is None else kept[:, None, None, :]
@@ -98,7 +93,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, kept: Tenso
 
 
 def rotate(x: Tensor, dim_head: int) -> Tensor:
-    """Rotary position embedding of x [B, N, heads * dim_head], in float32."""
+    """Apply the rotary position embedding to x [B, N, heads * dim_head], in float32."""
     places = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
     powers = torch.arange(0, dim_head, 2, device=x.device, dtype=torch.float32) / dim_head
     angles = torch.outer(places, 10000.0**-powers).repeat(1, 2).unsqueeze(1)  # [N, 1, dim_head]
@@ -157,7 +152,7 @@ class CrossModel(nn.Module):
         )
 
     def forward(self, tokens: Tensor, context: Tensor, kept: Tensor) -> Tensor:
-        """Image tokens [B, N, D] and text tokens [B, L, D], of which ``kept`` bool [B, L] count, to [B, N, D]."""
+        """Return image tokens [B, N, D] that have read those text tokens [B, L, D] that are ``kept``, bool [B, L]."""
         for layer in self.layers:
             cross, block = layer.children()
             tokens = block(cross(tokens, context, kept))
@@ -173,7 +168,7 @@ class MPSNetwork(nn.Module):
         self.cross_model = CrossModel(**cross_model)
 
     def texts(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids int64 [U, L] to the features of all tokens [U, L, D] and of the end token [U, D].
+        """Return the features of all tokens [U, L, D] and of the end token [U, D] of ids int64 [U, L].
 
         Padding counts as text: the authors give no attention mask.
         """
@@ -182,7 +177,7 @@ class MPSNetwork(nn.Module):
         return project(states.last_hidden_state), project(states.pooler_output)
 
     def forward(self, pixel_values: Tensor, text: Tensor, end: Tensor, kept: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] and each image's text as of ``texts`` to scores, float32 [B].
+        """Return scores, float32 [B], of normalised pixels [B, 3, H, W] and each image's text as of ``texts``.
 
         ``kept``: the text tokens that count, bool [B, L].
         """
@@ -192,7 +187,7 @@ class MPSNetwork(nn.Module):
 
 
 def kept_tokens(text: Tensor, condition: Tensor, threshold: float) -> Tensor:
-    """Which tokens of texts [U, L, D] are close to one of the condition [C, D], bool [U, L].
+    """Return which tokens of texts [U, L, D] are close to one of the condition [C, D], bool [U, L].
 
     Close is a best product above ``threshold`` times the best of the same text. The authors take the best of the
     whole batch, which is the same for the single prompts of their scripts.
@@ -201,9 +196,10 @@ def kept_tokens(text: Tensor, condition: Tensor, threshold: float) -> Tensor:
     return best / best.amax(1, keepdim=True) > threshold
 
 
-class MPS(PreprocessedImages):
-    """MPS as a scorer of images. Its weights take no gradient; ``score_image_pixels`` passes one to the pixels."""
+class MPS(ClipScorer):
+    """MPS as a scorer of images."""
 
+    name = NAME
     dimensions = tuple(CARD.dimensions)
 
     def __init__(
@@ -214,11 +210,12 @@ class MPS(PreprocessedImages):
         *,
         threshold: float = THRESHOLD,
     ) -> None:
-        """``threshold``: of the prompt tokens that count, see ``kept_tokens``."""
+        """``threshold`` decides which prompt tokens count; see ``kept_tokens``."""
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold is {threshold}, expected at least 0 and less than 1")
-        self.network = network.eval().requires_grad_(False)
-        self.tokenizer, self.preprocess, self.threshold = tokenizer, preprocess, threshold
+        super().__init__(network, preprocess)
+        self.network: MPSNetwork
+        self.tokenizer, self.threshold = tokenizer, threshold
 
     @classmethod
     def from_pretrained(
@@ -245,18 +242,14 @@ class MPS(PreprocessedImages):
         network = _read_network(folder, config, fields.get("cross_model", CROSS_MODEL), dtype, device)
         return cls(network, tokenizer, preprocess, threshold=threshold)
 
-    def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Preprocessed pixels [B, 3, H, W] and their B prompts to scores, float32 [B], differentiable in the pixels."""
-        check_prompts(prompts, NAME)
+    def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         device = self.network.model.logit_scale.device
         texts = list(dict.fromkeys(prompts))
         rows = torch.tensor([texts.index(prompt) for prompt in prompts], device=device)
         with torch.no_grad():
             tokens, ends = self.network.texts(self.tokenizer([CONDITION, *texts]).to(device))
             kept = kept_tokens(tokens[1:], tokens[0], self.threshold)
-        scores = self.network(pixel_values.to(device), tokens[1:][rows], ends[1:][rows], kept[rows])
-        check_finite(scores, prompts, NAME)
-        return scores
+        return self.network(pixel_values.to(device), tokens[1:][rows], ends[1:][rows], kept[rows])
 
 
 def _read_network(
@@ -266,7 +259,7 @@ def _read_network(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> MPSNetwork:
-    """All weights in ``dtype`` but the scale, whose exponential rounding to 8 bits would change by 2 %."""
+    """Read all weights in ``dtype`` but the scale: rounding it to 8 bits would change its exponential by 2 %."""
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     weights: dict[str, Any]
     if path is None:
@@ -278,12 +271,10 @@ def _read_network(
             raise ValueError(
                 f"{error}; the authors' own file, a whole pickled module, is not read: {REMEDY}"
             ) from error
-    weights = {
-        key: weight for key, weight in without_position_ids(weights).items() if not key.endswith(FREQUENCIES)
-    }
+    weights = {key: weight for key, weight in weights.items() if not key.endswith(FREQUENCIES)}
     with torch.device("meta"):
         network = MPSNetwork(config, cross_model)
-    load_strict(
+    load_clip(
         network,
         weights,
         where=path or folder,
@@ -293,5 +284,4 @@ def _read_network(
         device=device,
         float32=("model.logit_scale",),
     )
-    fill_position_ids(network, device)
     return network

@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.card import image_card
 from vpo_engine.rewards.clip import (
+    ClipScorer,
     ClipTokenizer,
     ImagePreprocessor,
-    PreprocessedImages,
     encode_once,
-    fill_position_ids,
+    load_clip,
     paired_cosine,
-    without_position_ids,
 )
-from vpo_engine.rewards.frames import check_finite, check_prompts
-from vpo_engine.rewards.loading import load_strict, read_config, read_weights
+from vpo_engine.rewards.loading import read_config, read_weights
 
 NAME = "PickScore"
 REMEDY = (
@@ -35,27 +33,25 @@ REMEDY = (
     "tokenizer.json of laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 )
 
-CARD = RewardCard(
-    name="pickscore",
-    dimensions={"pickscore": (-100.0, 100.0)},
-    frames="one at a time",
-    resolution="224 x 224, centre crop",
-    reads_prompt=True,
-    differentiable=True,
+CARD = image_card(
+    "pickscore",
+    (-100.0, 100.0),
     parameters=986_109_441,
     licence="MIT",
     source="yuvalkirstain/PickScore_v1",
 )
 
 
-class PickScore(PreprocessedImages):
-    """PickScore as an ``ImageScorer``; ``VideoOfFrames`` makes a ``Reward`` of it. Its weights take no gradient."""
+class PickScore(ClipScorer):
+    """PickScore as a scorer of images."""
 
+    name = NAME
     dimensions = tuple(CARD.dimensions)
 
     def __init__(self, network: CLIPModel, tokenizer: ClipTokenizer, preprocess: ImagePreprocessor) -> None:
-        self.network = network.eval().requires_grad_(False)
-        self.tokenizer, self.preprocess = tokenizer, preprocess
+        super().__init__(network, preprocess)
+        self.network: CLIPModel
+        self.tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(
@@ -76,10 +72,9 @@ class PickScore(PreprocessedImages):
         preprocess = ImagePreprocessor.named(preprocessing, config.vision_config.image_size)
         with torch.device("meta"):
             network = CLIPModel(config)
-        weights = without_position_ids(read_weights(folder, REMEDY))
-        load_strict(
+        load_clip(
             network,
-            weights,
+            read_weights(folder, REMEDY),
             where=folder,
             model=NAME,
             remedy=REMEDY,
@@ -87,19 +82,14 @@ class PickScore(PreprocessedImages):
             device=device,
             float32=("logit_scale",),
         )
-        fill_position_ids(network, device)
         return cls(network, tokenizer, preprocess)
 
-    def scores(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Preprocessed pixels [B, 3, N, N] and their B prompts to scores, float32 [B], differentiable in the pixels."""
-        check_prompts(prompts, NAME)
+    def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         network = self.network
         images = network.get_image_features(pixel_values.to(network.device)).pooler_output
-        scores = network.logit_scale.exp() * paired_cosine(images, encode_once(prompts, self._encode))
-        check_finite(scores, prompts, NAME)
-        return scores
+        return network.logit_scale.exp() * paired_cosine(images, encode_once(prompts, self._encode))
 
     def _encode(self, texts: list[str]) -> Tensor:
-        """Text features [len(texts), D]. Padding is behind the token that is read, and unseen by it."""
+        """Return text features [len(texts), D]. Padding is behind the token that is read, and unseen by it."""
         ids = self.tokenizer(texts).to(self.network.device)
         return self.network.get_text_features(ids).pooler_output

@@ -34,8 +34,9 @@ from vpo_engine.rewards.frames import (
     counted_frames,
     spread_frames,
 )
-from vpo_engine.rewards.loading import load_strict, read_json, read_weights
+from vpo_engine.rewards.loading import read_json, read_weights
 from vpo_engine.rewards.mplug_owl2 import MplugOwl2, MplugOwl2Config
+from vpo_engine.weights import load_strict
 
 DIMENSIONS = ("quality", "aesthetics")
 CARD = RewardCard(
@@ -194,7 +195,9 @@ class QAlign:
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3] and B prompts, which are not read, to {dimension: float32 [B]} on the CPU.
+        """Score uint8 videos [B, F, H, W, 3] and B prompts, which are not read.
+
+        Return {dimension: float32 [B]} on the CPU.
 
         ValueError for a wrong shape or type, for videos shorter than a second where ``frames`` is None, and for a score
         that is not finite. With ``frames`` set, a single frame is scored as the published code scores it.
@@ -209,7 +212,7 @@ class QAlign:
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, "Q-Align")
 
     def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on the device, with gradients.
+        """Score float videos [B, F, 3, H, W] in 0..1; return {dimension: float32 [B]} on the device, with gradients.
 
         All in one forward. Differs from ``score`` by the rounding of the resized frames to 256 levels; errors are the
         same.

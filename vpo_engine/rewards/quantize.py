@@ -1,9 +1,9 @@
 """Linear layers with weights of 8 or 4 bits, for networks that are only evaluated.
 
-The weights are quantised by bitsandbytes (8 bits: one scale a row; 4 bits: NF4 of QLoRA, arXiv 2305.14314, one scale
-per 64 weights) and dequantised to the input's type for an ordinary matrix product. bitsandbytes' own layers would
-quantise activations as well in 8 bits, by other rules on CPUs than on GPUs, which moves scores twice as far. It is
-imported when a layer is made, not before.
+bitsandbytes quantises the weights (8 bits: one scale a row; 4 bits: NF4 of QLoRA, arXiv 2305.14314, one scale for
+each 64 weights), and they are dequantised to the input's type for an ordinary matrix product. bitsandbytes' own layers
+would quantise activations as well in 8 bits, by other rules on CPUs than on GPUs, which moves scores twice as far.
+bitsandbytes is imported when a layer is made, not before.
 """
 
 from __future__ import annotations
@@ -47,20 +47,24 @@ class QuantisedLinear(nn.Module):
         self.bias = bias
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The dequantised weights, [M, K]."""
+        """Return the dequantised weights, [M, K]."""
         from bitsandbytes import functional as bnb
 
         if self.levels is None:
             return bnb.int8_vectorwise_dequant(self.codes, self.scales).to(dtype)
-        shape = torch.Size((self.out_features, self.in_features))
+        # One block a row: on CPUs with AVX-512 bitsandbytes begins a new block with every row of this shape, although
+        # its own quantisation lets blocks run on into the next row, and takes wrong scales where rows are no multiple.
+        count = self.out_features * self.in_features
+        shape = torch.Size((count // _BLOCK, _BLOCK) if count % _BLOCK == 0 else (1, count))
         state = bnb.QuantState(self.scales, shape, self.levels, _BLOCK, "nf4", dtype)
-        return bnb.dequantize_4bit(self.codes, state)
+        return bnb.dequantize_4bit(self.codes, state).view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight(x.dtype), self.bias)
 
 
 def check_bits(bits: int) -> None:
+    """ValueError for a number of bits that there is no quantisation for."""
     if bits not in get_args(Bits):
         raise ValueError(f"bits is {bits}, expected 16, 8 or 4")
 

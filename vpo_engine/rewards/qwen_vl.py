@@ -31,7 +31,7 @@ Grid = tuple[int, int, int]
 
 
 def frame_indices(num_frames: int, video_fps: float, fps: float) -> list[int]:
-    """Which frames of a clip at ``video_fps`` stand for it at ``fps``: an even number, first and last among them.
+    """Return which frames of a clip at ``video_fps`` stand for it at ``fps``: an even number, with first and last.
 
     At least 4 and at most 768, as far as there are any. ValueError for a single frame.
     """

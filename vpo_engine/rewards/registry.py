@@ -1,7 +1,12 @@
-"""Every reward model by name: its card, and how it is made. A module is imported when its reward is asked for."""
+"""Every reward by its kind: its card, and how it is made. A module is imported when its reward is asked for.
+
+A kind is a name of NAMES, a name that an installed package offers, or package.module:Class; see ``own.py`` for the
+last two.
+"""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,20 +18,21 @@ import torch
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import ImageScorer, VideoOfFrames
+from vpo_engine.rewards.own import build_own, check_own, is_own, own_card, own_parameters
 
 _OF_FRAMES = {"rows": "batch_size", "frames": "frames", "frame_reduce": "reduce", "frame_decay": "decay"}
-"""Settings of image scorers, and what ``VideoOfFrames`` calls them."""
+"""Settings of image scorers, with the names that ``VideoOfFrames`` has for them."""
 _OF_SCORERS = {"rows": "batch_size", "frames": "frames", "max_frames": "max_frames", "bits": "bits"}
-"""Settings of the others, and what their ``from_pretrained`` calls them."""
+"""Settings of the other scorers, with the names that their ``from_pretrained`` has for them."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a reward is: module in vpo_engine.rewards and class in it, whose ``from_pretrained`` makes it.
+    """Describe where a reward is: a module of vpo_engine.rewards and a class in it, made by its ``from_pretrained``.
 
-    images: it scores images; frames.py makes the score of a video. timed: it samples by seconds and must know the
-    frames per second. shipped: its weights are in the package. takes: names of ``_OF_SCORERS``; an image scorer takes
-    all of ``_OF_FRAMES``. options: keyword arguments that make the variant.
+    images: it scores images, and ``VideoOfFrames`` makes the score of a video. timed: it samples by seconds and must
+    know the frames per second. shipped: its weights are in the package. takes: the settings of ``_OF_SCORERS`` that it
+    has; an image scorer has all of ``_OF_FRAMES``. options: keyword arguments that make the variant.
     """
 
     module: str
@@ -77,19 +83,27 @@ NAMES = tuple(_ENTRIES)
 
 
 def reward_card(name: str) -> RewardCard:
-    """What the reward declares, under the name it is registered by. ValueError for an unknown name."""
+    """Return what the reward declares about itself, under its kind. ValueError for an unknown kind."""
+    if name not in _ENTRIES and is_own(name):
+        return own_card(name)
     entry = _entry(name)
     card: RewardCard = getattr(_module(entry), entry.card)
     return replace(card, name=name)
 
 
 def knows_frame_rate(name: str) -> bool:
-    """Whether the scores depend on the frames per second, which ``build_reward`` then needs."""
+    """Return whether the scores depend on the frames per second, which ``build_reward`` then needs."""
+    if name not in _ENTRIES and is_own(name):
+        return "fps" in own_parameters(name)
     return _entry(name).timed
 
 
 def check_reward(name: str, path: str | Path | None, settings: Mapping[str, Any] | None = None) -> None:
-    """What ``build_reward`` refuses before it reads a weight; its errors."""
+    """Raise what ``build_reward`` would raise before it reads a weight."""
+    if name not in _ENTRIES and is_own(name):
+        _check_folder(name, path, "its weights")
+        check_own(name, path, settings or {})
+        return
     entry = _entry(name)
     if entry.shipped and path is not None:
         raise ValueError(f"reward {name!r} has its weights in the package; leave out the path {path}")
@@ -98,16 +112,18 @@ def check_reward(name: str, path: str | Path | None, settings: Mapping[str, Any]
         raise ValueError(
             f"reward {name!r} needs a path: a local folder with the weights published at {source}"
         )
-    if path is not None and not Path(path).is_dir():
-        raise FileNotFoundError(
-            f"no folder at {path}; reward {name!r} reads the weights published at {reward_card(name).source}"
-        )
+    _check_folder(name, path, f"the weights published at {reward_card(name).source}")
     unknown = [setting for setting in settings or {} if setting not in entry.settings]
     if unknown:
         raise ValueError(
             f"reward {name!r} has no setting {', '.join(unknown)}: it takes {', '.join(entry.settings) or 'none'}; "
             "leave out what it does not take"
         )
+
+
+def _check_folder(name: str, path: str | Path | None, content: str) -> None:
+    if path is not None and not Path(path).is_dir():
+        raise FileNotFoundError(f"no folder at {path}; reward {name!r} reads {content}")
 
 
 def build_reward(
@@ -119,16 +135,21 @@ def build_reward(
     fps: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Reward:
-    """The reward of this name, its weights read from the folder ``path``.
+    """Make the reward of this kind, its weights read from the folder ``path``.
 
-    Those whose weights are in the package take no path. ``fps``: of all videos it will score; read by those that
-    ``knows_frame_rate`` names. ``settings``: rows (videos through the network at once, images of an image scorer),
-    frames, max_frames, bits, frame_reduce and frame_decay, for those that have them; what is left out is the
-    scorer's own. ValueError for an unknown name, a missing or unwanted path, a missing fps, a setting that the reward
-    does not have, and whatever the reward refuses; FileNotFoundError for what is missing in the folder.
+    Those whose weights are in the package take no path. ``fps`` is the frame rate of all videos that it will score, and
+    is needed where ``knows_frame_rate``. ``settings``: rows (videos through the network at once; of an image scorer:
+    images), frames, max_frames, bits, frame_reduce and frame_decay, for those that have them; for what is left out the
+    scorer has its own value. ValueError for an unknown kind, a missing or unwanted path, a missing fps, a setting that
+    the reward does not have, and whatever the reward refuses; FileNotFoundError for what is missing in the folder.
     """
     check_reward(name, path, settings)
-    entry, settings = _entry(name), settings or {}
+    settings = settings or {}
+    if name not in _ENTRIES and is_own(name):
+        folder = None if path is None else Path(path)
+        given = {"path": folder, "device": torch.device(device), "dtype": dtype, "fps": fps}
+        return build_own(name, {**given, **settings})
+    entry = _entry(name)
     options = dict(entry.options)
     if not entry.images:
         options |= {_OF_SCORERS[setting]: value for setting, value in settings.items()}
@@ -142,15 +163,62 @@ def build_reward(
 
 
 def _of_videos(scorer: ImageScorer, settings: Mapping[str, Any]) -> VideoOfFrames:
-    """frame_reduce=segments scores a frame of each segment: ``frames`` is then their number."""
+    """Make a reward of an image scorer; with frame_reduce=segments ``frames`` is the number of segments."""
     options = {_OF_FRAMES[setting]: value for setting, value in settings.items()}
     if options.get("reduce") == "segments" and "frames" in options:
         options["segments"] = options.pop("frames")
     return VideoOfFrames(scorer, **options)
 
 
+@dataclass(frozen=True)
+class RewardSpec:
+    """Everything that ``build_reward`` is called with, which JSON can carry to another process."""
+
+    kind: str
+    path: Path | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    fps: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Reward:
+        """Make the reward; errors as of ``build_reward``."""
+        return build_reward(
+            self.kind,
+            self.path,
+            device=self.device,
+            dtype=self.dtype,
+            fps=self.fps,
+            settings=self.settings,
+        )
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return the specification as plain values for JSON."""
+        return {
+            "kind": self.kind,
+            "path": None if self.path is None else str(self.path),
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "fps": self.fps,
+            "settings": dict(self.settings),
+        }
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> RewardSpec:
+        """Make the specification of which ``to_fields`` gave the plain values."""
+        path, device, dtype = fields["path"], fields["device"], fields["dtype"]
+        return RewardSpec(
+            fields["kind"],
+            None if path is None else Path(path),
+            torch.device(device),
+            getattr(torch, dtype),
+            fields["fps"],
+            fields["settings"],
+        )
+
+
 def format_cards() -> str:
-    """Every reward's card for people to read; of one whose module cannot be imported, why."""
+    """Format every reward's card for people to read; where a module cannot be imported, say why."""
     blocks = []
     for name in NAMES:
         try:
@@ -183,7 +251,7 @@ def _lines(card: RewardCard) -> list[str]:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    """ " 1..4"; an open side is left out."""
+    """Format a range as " 1..4"; an open side is left out."""
     if low is None and high is None:
         return " (unbounded)"
     return f" {'' if low is None else f'{low:g}'}..{'' if high is None else f'{high:g}'}"
@@ -191,7 +259,11 @@ def _range(low: float | None, high: float | None) -> str:
 
 def _entry(name: str) -> _Entry:
     if name not in _ENTRIES:
-        raise ValueError(f"there is no reward {name!r}; known are {', '.join(NAMES)}")
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        raise ValueError(
+            f"there is no reward {name!r}; known are {', '.join(NAMES)}, and package.module:Class names one of your own"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     return _ENTRIES[name]
 
 

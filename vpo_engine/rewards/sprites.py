@@ -126,7 +126,7 @@ class _OverTime(nn.Module):
 
 
 class _Frames(nn.Module):
-    """What frames show: soft-argmax keypoints with what lies there, edge strengths and layout."""
+    """Reads frames: soft-argmax keypoints with the features there, edge strengths and layout."""
 
     seen: int
     """Channels that ``look`` gives of a frame."""
@@ -141,9 +141,9 @@ class _Frames(nn.Module):
         self.seen = 24 * (keypoints + 2) + 32 + 48 + 64
 
     def look(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Frames [n, 3, H, W] as of ``_pixels`` to where the keypoints are, what lies there, layout and edges.
+        """Return where the keypoints of frames [n, 3, H, W] (of ``_pixels``) are, the features there, layout and edges.
 
-        Shares [n, K, 256] of the 16 x 16 places, and [n, 24 K], [n, 64] and [n, 128].
+        They are shares [n, K, 256] of the 16 x 16 places, and [n, 24 K], [n, 64] and [n, 128].
         """
         stem = F.relu(self.stem(frames))  # [n, 24, 16, 16]
         share = self.heat(stem).flatten(2).softmax(2)  # [n, K, 256]
@@ -155,7 +155,7 @@ class _Frames(nn.Module):
 
 
 class RewardNetwork(_Frames):
-    """Soft-argmax keypoints with what lies there, and each frame's layout, convolved over time."""
+    """Convolves over time soft-argmax keypoints, the features there, and each frame's layout."""
 
     grid: Tensor
 
@@ -169,7 +169,7 @@ class RewardNetwork(_Frames):
         self.register_buffer("grid", _grid(SIZE // 2), persistent=False)
 
     def forward(self, videos: Tensor) -> Reading:
-        """uint8 [B, F, H, W, 3] to what is seen in them."""
+        """Return what is seen in videos, uint8 [B, F, H, W, 3]."""
         count = videos.shape[0]
         frames, level = _pixels(videos)
         share, *seen = self.look(frames)
@@ -184,7 +184,7 @@ class RewardNetwork(_Frames):
 
 
 class JudgeNetwork(nn.Module):
-    """Frames and their differences to tokens by attention pooling, then self-attention over time."""
+    """Pools frames and their differences to tokens by attention, then applies self-attention over time."""
 
     grid: Tensor
 
@@ -208,7 +208,7 @@ class JudgeNetwork(nn.Module):
         self.register_buffer("grid", _grid(SIZE // 2), persistent=False)
 
     def forward(self, videos: Tensor) -> Reading:
-        """uint8 [B, F, H, W, 3] to what is seen in them."""
+        """Return what is seen in videos, uint8 [B, F, H, W, 3]."""
         count = videos.shape[0]
         frames, level = _pixels(videos)
         features = self.features(frames)  # [B F, 20, 16, 16]
@@ -231,7 +231,7 @@ class JudgeNetwork(nn.Module):
 
 
 class FrameNetwork(_Frames):
-    """What one frame shows: keypoints with what lies there, edge strengths and layout. See ``sprites_image``."""
+    """Reads one frame: keypoints with the features there, edge strengths and layout. See ``sprites_image``."""
 
     outputs = (2, len(COLOURS), len(SHAPES))
     """Logits of blur and invalidity; then of the attributes that a frame shows."""
@@ -244,7 +244,7 @@ class FrameNetwork(_Frames):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 [n, H, W, 3] to logits: defects [n, 2], colour [n, 5] and shape [n, 3]."""
+        """Return logits of frames, uint8 [n, H, W, 3]: defects [n, 2], colour [n, 5] and shape [n, 3]."""
         frames, level = _pixels(images.unsqueeze(1))
         _, there, layout, edges = self.look(frames)
         seen = torch.cat((level, there, edges, layout), dim=1)
@@ -269,7 +269,7 @@ def save_network(network: nn.Module, path: Path) -> None:
 
 
 def load_network(kind: str, path: Path | None = None) -> nn.Module:
-    """A trained network, ``kind`` a key of NETWORKS, float32, in evaluation mode; from the package without a path.
+    """Load a trained network, ``kind`` a key of NETWORKS, float32, in evaluation mode; from the package without a path.
 
     FileNotFoundError naming the build command if the weights are missing, ValueError if the file holds
     another kind of network.
@@ -363,12 +363,12 @@ class SpritesOfFiles(SpritesReward):
     def from_pretrained(
         cls, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> SpritesOfFiles:
-        """With the package's weights, in float32 whatever the ``dtype``."""
+        """Make the scorer with the package's weights, in float32 whatever the ``dtype``."""
         del dtype
         return cls(load_network(cls.kind).to(device))
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """As ``SpritesReward.score``, also of videos [B, 17, 32 n, 32 n, 3] for a whole number n."""
+        """Score as ``SpritesReward.score`` does, also videos [B, 17, 32 n, 32 n, 3] for a whole number n."""
         if (
             videos.ndim == 5
             and videos.shape[2] == videos.shape[3]

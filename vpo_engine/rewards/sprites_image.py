@@ -48,13 +48,15 @@ class SpritesImage:
     def from_pretrained(
         cls, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> SpritesImage:
-        """With the package's weights, in float32 whatever the ``dtype``."""
+        """Make the scorer with the package's weights, in float32 whatever the ``dtype``."""
         del dtype
         return cls(load_network("image").to(device))
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 [n, 32 k, 32 k, 3], each pixel a square of k x k, and n captions to float32 [n] in 1..4, on the CPU.
+        """Score uint8 images [n, 32 k, 32 k, 3], each pixel a square of k x k, with n captions.
+
+        Return float32 [n] in 1..4.
 
         ValueError for another shape or type, for a text that is no caption of the sprites world, and for a score that
         is not finite.
@@ -77,7 +79,7 @@ class SpritesImage:
 
 
 def _small(images: Tensor) -> Tensor:
-    """[n, 32 k, 32 k, 3] to [n, 32, 32, 3], means of squares."""
+    """Reduce [n, 32 k, 32 k, 3] to [n, 32, 32, 3], by means of squares."""
     if images.shape[1] == SIZE:
         return images
     squares = images.unflatten(2, (SIZE, -1)).unflatten(1, (SIZE, -1))

@@ -223,7 +223,7 @@ def parse_preference(text: str) -> int:
 
 
 def image_indices(num_frames: int) -> list[int]:
-    """Which frames version 2 sees: int(i F / 16), each once."""
+    """Return which frames version 2 sees: int(i F / 16), each once."""
     return list(dict.fromkeys(index * num_frames // NUM_IMAGES for index in range(NUM_IMAGES)))
 
 
@@ -231,7 +231,7 @@ class UnifiedReward:
     """UnifiedReward as a ``Reward``, with ``compare`` for pairs."""
 
     def __init__(self, judge: QwenJudge, *, version: Version = 2, fps: float = 24.0) -> None:
-        """``version``: of the model. ``fps``: of the videos that come; 24 is Open-Sora's."""
+        """``version`` is the model's, ``fps`` that of the videos to score; 24 is Open-Sora's."""
         if version not in get_args(Version):
             raise ValueError(f"version is {version!r}, expected 1 or 2")
         if not 0 < fps < float("inf"):
@@ -260,7 +260,7 @@ class UnifiedReward:
         return cls(judge, version=version, fps=fps)
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3], F >= 2, and B prompts to {dimension: float32 [B]}, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3], F >= 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         One answer after the other. ValueError for a wrong shape or type, for a prompt without text or with a special
         token in it, for an answer without an end and for one that does not parse.
@@ -276,7 +276,7 @@ class UnifiedReward:
         return {name: torch.tensor([row[name] for row in rows]) for name in self.dimensions}
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> list[int]:
-        """Which of two videos is better, pair by pair: 1, 2, or 0 for equally good. Both uint8 [B, F, H, W, 3].
+        """Say which of two videos is better, pair by pair: 1, 2, or 0 for equally good. Both uint8 [B, F, H, W, 3].
 
         As version 1 asks it; the order of the two can matter to the model. ValueError as for ``score``.
         """
@@ -291,14 +291,14 @@ class UnifiedReward:
         return verdicts
 
     def _clip(self, video: Tensor) -> Clip:
-        """A video [F, H, W, 3] at about 2 frames a second."""
+        """Return a video [F, H, W, 3] at about 2 frames a second."""
         size = qwen_vl.smart_resize(video.shape[1], video.shape[2], qwen_vl.VIDEO_MIN_PIXELS, MAX_PIXELS)
         indices = qwen_vl.frame_indices(len(video), self.fps, FPS)
         rate = len(indices) / len(video) * self.fps
         return Clip(qwen_vl.resize_levels(video[indices].cpu(), size), qwen_vl.TEMPORAL / rate)
 
     def _images(self, video: Tensor) -> list[Clip]:
-        """Single frames of a video [F, H, W, 3]."""
+        """Return single frames of a video [F, H, W, 3]."""
         size = qwen_vl.smart_resize(video.shape[1], video.shape[2], IMAGE_MIN_PIXELS, IMAGE_MAX_PIXELS)
         frames = qwen_vl.resize_levels(video[image_indices(len(video))].cpu(), size)
         return [Clip(frame, None) for frame in frames.split(1)]

@@ -29,8 +29,9 @@ from vpo_engine.rewards.frames import (
     check_videos,
 )
 from vpo_engine.rewards.imagenet import square_clips
-from vpo_engine.rewards.loading import find_file, load_strict, local_folder, read_under
+from vpo_engine.rewards.loading import find_file, local_folder, read_under
 from vpo_engine.rewards.open_clip import Transformer
+from vpo_engine.weights import load_strict
 
 NAME = "ViCLIP"
 REMEDY = (
@@ -89,7 +90,7 @@ class VisionEncoder(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, shape.embed_dim))
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Normalised clips [B, T, 3, S, S] to features [B, embed_dim]; T is num_frames, or 1 for images.
+        """Return features [B, embed_dim] of normalised clips [B, T, 3, S, S]; T is num_frames, or 1 for images.
 
         The class token has no place in time; an image has the mean of all.
         """
@@ -114,7 +115,7 @@ class TextEncoder(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(width, shape.embed_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids [B, L] to features [B, embed_dim], those at the highest id, the end token."""
+        """Return features [B, embed_dim] of ids [B, L]: those at the highest id, the end token."""
         later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
         x = self.ln_final(self.transformer(self.token_embedding(ids) + self.positional_embedding, later))
         return x[torch.arange(len(ids), device=ids.device), ids.argmax(1)] @ self.text_projection
@@ -132,7 +133,7 @@ class ViCLIPNetwork(nn.Module):
 
 
 def frame_indices(num_frames: int, count: int, generator: torch.Generator | None = None) -> list[int]:
-    """``count`` frames ``num_frames // count`` apart from frame 0, or from one of the first that ``generator`` draws.
+    """Return ``count`` frames ``num_frames // count`` apart, from frame 0 or a first one that ``generator`` draws.
 
     ValueError for fewer frames than ``count``.
     """
@@ -182,7 +183,7 @@ class ViCLIP:
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3] and B prompts to {"viclip": float32 [B]}, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3] and B prompts; return {"viclip": float32 [B]}, on the CPU.
 
         Deterministic. ValueError for a wrong shape or type, for fewer than 8 frames, for a prompt without text or with
         a special token of the tokenizer in it, and for a score that is not finite.
@@ -201,7 +202,9 @@ class ViCLIP:
     def score_pixels(
         self, videos: Tensor, prompts: Sequence[str], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Float videos [B, F, 3, H, W] in 0..1 to {"viclip": float32 [B]} on the network's device, with gradients.
+        """Score float videos [B, F, 3, H, W] in 0..1.
+
+        Return {"viclip": float32 [B]} on the network's device, with gradients.
 
         Of uint8 levels / 255 this is ``score``, unless ``generator`` (on the CPU) draws the first frame and the crop,
         once per call, as T2V-Turbo does in training. ValueError as there.
@@ -216,14 +219,14 @@ class ViCLIP:
         return {self.dimensions[0]: scores}
 
     def preprocess(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Frames [B, T, 3, H, W] in 0..1 to clips [B, T, 3, S, S]: short side to S, a square of it, normalised."""
+        """Turn frames [B, T, 3, H, W] in 0..1 into clips [B, T, 3, S, S]: resized, cropped, normalised."""
         return square_clips(frames, self.network.shape.image_size, "bicubic", generator)
 
     def scores(self, clips: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Clips [B, T, 3, S, S] as of ``preprocess`` and B prompts to cosines, float32 [B], with gradients."""
+        """Return cosines, float32 [B], of ``preprocess``ed clips [B, T, 3, S, S] with B prompts, with gradients."""
         features = self.network.vision_encoder(clips.to(self.network.temp))
         return paired_cosine(features, encode_once(prompts, self._encode))
 
     def _encode(self, texts: list[str]) -> Tensor:
-        """Text features [len(texts), embed_dim]."""
+        """Return text features [len(texts), embed_dim]."""
         return self.network.text_encoder(self.tokenizer(texts).to(self.network.temp.device))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -33,18 +32,21 @@ from vpo_engine.rewards.frames import (
     check_video_pixels,
     check_videos,
 )
-from vpo_engine.rewards.loading import (
-    load_strict,
-    read_config,
-    read_json,
-    read_tokenizer,
-    read_weights,
-    special_tokens,
+from vpo_engine.rewards.loading import read_json, read_weights, special_tokens
+from vpo_engine.rewards.videoalign_checkpoint import (
+    DIMENSIONS,
+    MARKS,
+    NAME,
+    REMEDY,
+    check_settings,
+    lora_scale,
+    merge_lora,
+    newest_checkpoint,
+    read_base_config,
+    read_calibration,
+    read_marked_tokenizer,
 )
-
-DIMENSIONS = ("visual_quality", "motion_quality", "text_alignment")
-MARKS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
-"""The tokens that the dimensions are read at, in the order of the question."""
+from vpo_engine.weights import load_strict
 
 TEMPLATE = (
     "\n"
@@ -116,25 +118,6 @@ TEMPLATE = (
 )
 """The question the model was trained with, byte for byte ("detailed_special" of VideoAlign, prompt_template.py)."""
 
-REMEDY = "VideoAlign needs a whole local copy of KlingTeam/VideoReward"
-NAME = "VideoAlign"
-
-QWEN2_VL_2B: dict[str, Any] = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "max_position_embeddings": 32768,
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4},
-}
-"""Sizes of the base, Qwen2-VL-2B-Instruct."""
-
 CARD = RewardCard(
     name="videoalign",
     dimensions=dict.fromkeys(DIMENSIONS, (None, None)),
@@ -164,7 +147,7 @@ class VideoAlignNetwork(nn.Module):
     def forward(
         self, input_ids: Tensor, lengths: Tensor, patches: Tensor, grids: Tensor, marks: Tensor
     ) -> Tensor:
-        """The head's outputs at the marks, float32 [B, 3].
+        """Return the head's outputs at the marks, float32 [B, 3].
 
         input_ids: int64 [B, L], right-padded after lengths [B]. patches: of all clips, one after the other,
         [sum of N, 1176], with grids int64 [B, 3]. marks: ids int64 [3], each once in every row.
@@ -202,10 +185,10 @@ class VideoAlign:
         calibration: Mapping[str, tuple[float, float]] | None = None,
         batch_size: int = 4,
     ) -> None:
-        """``fps``: of the videos that come; 24 is Open-Sora's. ``batch_size``: videos per forward.
+        """``fps`` is that of the videos to score; 24 is Open-Sora's. ``batch_size``: videos per forward.
 
-        ``sampled_fps``, ``max_pixels``: of what the model sees. ``calibration``: (mean, std) of each dimension, which
-        scores are counted in; None for the head's own outputs.
+        ``sampled_fps``, ``max_pixels``: the frame rate and the size that the model sees. ``calibration``: (mean, std)
+        of each dimension, which scores are counted in; None for the head's own outputs.
         """
         for name, value in (("fps", fps), ("sampled_fps", sampled_fps), ("batch_size", batch_size)):
             if not 0 < value < float("inf"):
@@ -236,11 +219,11 @@ class VideoAlign:
         """
         folder = Path(path)
         settings = read_json(folder, "model_config.json", REMEDY)
-        _check_settings(folder, settings)
-        checkpoint = _newest_checkpoint(folder)
-        weights = merge_lora(read_weights(checkpoint, REMEDY, ["model.pth"]), scale=_lora_scale(settings))
-        config = _read_config(folder, weights)
-        tokenizer = _read_tokenizer(folder, checkpoint, config)
+        check_settings(folder, settings)
+        checkpoint = newest_checkpoint(folder)
+        weights = merge_lora(read_weights(checkpoint, REMEDY, ["model.pth"]), scale=lora_scale(settings))
+        config = read_base_config(folder, weights)
+        tokenizer = read_marked_tokenizer(folder, checkpoint, config)
         network = _read_network(config, weights, checkpoint, dtype, torch.device(device))
         data = settings.get("data_config", {})
         return cls(
@@ -249,13 +232,13 @@ class VideoAlign:
             fps=fps,
             sampled_fps=float(data.get("fps", 2.0)),
             max_pixels=int(data.get("max_frame_pixels", 448 * 448)),
-            calibration=_calibration(folder, settings),
+            calibration=read_calibration(folder, settings),
             batch_size=batch_size,
         )
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3], F at least 2, and B prompts to {dimension: float32 [B]}, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3], F at least 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         Deterministic. ValueError for a wrong shape or type, for one frame, for a prompt without text or with a special
         token in it, and for a score that is not finite.
@@ -270,7 +253,9 @@ class VideoAlign:
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Float videos [B, F, 3, H, W] in 0..1 to {dimension: float32 [B]} on the network's device, with gradients.
+        """Score float videos [B, F, 3, H, W] in 0..1.
+
+        Return {dimension: float32 [B]} on the network's device, with gradients.
 
         Equal to ``score`` but for the rounding of resized frames to bytes. ValueError as there.
         """
@@ -284,13 +269,16 @@ class VideoAlign:
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def encode(self, prompt: str, grid: qwen_vl.Grid) -> Tensor:
-        """Ids, int64 [L], of the whole chat about a clip of this grid. ValueError for a special token in the prompt."""
+        """Return the ids, int64 [L], of the whole chat about a clip of this grid.
+
+        ValueError for a special token in the prompt.
+        """
         check_special_tokens(prompt, special_tokens(self.tokenizer), NAME)
         text = qwen_vl.chat(qwen_vl.slots(qwen_vl.VIDEO, grid) + TEMPLATE.format(text_prompt=prompt))
         return torch.tensor(self.tokenizer.encode(text).ids)
 
     def logits(self, input_ids: Sequence[Tensor], patches: Tensor, grids: Sequence[qwen_vl.Grid]) -> Tensor:
-        """The head's outputs, float32 [B, 3], for ids of ``encode`` and patches of all clips, one after the other."""
+        """Return the head's outputs, float32 [B, 3], for ids of ``encode`` and the patches of all clips in order."""
         device = self.network.rm_head.weight.device
         lengths = torch.tensor([len(row) for row in input_ids], device=device)
         padded = nn.utils.rnn.pad_sequence(list(input_ids), batch_first=True).to(device)
@@ -298,111 +286,19 @@ class VideoAlign:
         return self.network(padded, lengths, patches.to(device), torch.tensor(grids, device=device), marks)
 
     def calibrated(self, logits: Tensor) -> Tensor:
-        """[B, 3] in the units of the calibration."""
+        """Return outputs [B, 3] in the units of the calibration."""
         return (logits - self._mean.to(logits.device)) / self._std.to(logits.device)
 
     def _geometry(self, num_frames: int, height: int, width: int) -> tuple[list[int], tuple[int, int]]:
-        """Which frames are seen, and in which size."""
+        """Return which frames are seen, and in which size."""
         size = qwen_vl.smart_resize(height, width, qwen_vl.VIDEO_MIN_PIXELS, self.max_pixels)
         return qwen_vl.frame_indices(num_frames, self.fps, self.sampled_fps), size
 
     def _scores(self, clips: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        """Clips, each [f, 3, h, w] in 0..1, to scores [B, 3]."""
+        """Return scores [B, 3] of clips, each [f, 3, h, w] in 0..1."""
         patches, grids = zip(*(qwen_vl.patchify(clip) for clip in clips), strict=True)
         ids = [self.encode(prompt, grid) for prompt, grid in zip(prompts, grids, strict=True)]
         return self.calibrated(self.logits(ids, torch.cat(patches), grids))
-
-
-def merge_lora(weights: Mapping[str, Tensor], *, scale: float) -> dict[str, Tensor]:
-    """The plain weights of a PEFT state dict: W + scale * B @ A, in float32, then in W's type.
-
-    Names lose "base_model.model." and ".base_layer"; lm_head, which plays no part, is dropped. A state dict without
-    adapters passes with its names. ValueError for half an adapter, or one without a matrix of its size.
-    """
-    plain: dict[str, Tensor] = {}
-    halves: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}}
-    for key, weight in weights.items():
-        name = key.removeprefix("base_model.model.")
-        module, _, half = name.removesuffix(".default.weight").rpartition(".")
-        if half in halves:
-            halves[half][f"{module}.weight"] = weight
-        elif not name.startswith("lm_head."):
-            plain[name.replace(".base_layer.", ".")] = weight
-    for name in sorted({*halves["lora_A"], *halves["lora_B"]}):
-        down, up, base = halves["lora_A"].get(name), halves["lora_B"].get(name), plain.get(name)
-        if down is None or up is None or base is None or (up.shape[0], down.shape[1]) != base.shape:
-            shapes = [None if part is None else list(part.shape) for part in (down, up, base)]
-            raise ValueError(f"adapter of {name}: lora_A, lora_B and weight have shapes {shapes}; {REMEDY}")
-        plain[name] = (base.float() + scale * (up.float() @ down.float())).to(base.dtype)
-    return plain
-
-
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    expected: dict[str, dict[str, object]] = {
-        "data_config": {
-            "prompt_template_type": "detailed_special",
-            "sample_type": "uniform",
-            "num_frames": None,
-        },
-        "model_config": {"output_dim": 1, "use_special_tokens": True, "reward_token": "special"},
-    }
-    for part, fields in expected.items():
-        found = settings.get(part)
-        if not isinstance(found, dict):
-            raise ValueError(f"{folder / 'model_config.json'} has no {part}; {REMEDY}")
-        for key, value in fields.items():
-            if found.get(key, value) != value:
-                raise ValueError(
-                    f"{folder / 'model_config.json'} has {part}.{key} {found[key]!r}, expected {value!r}; {REMEDY}"
-                )
-
-
-def _lora_scale(settings: Mapping[str, Any]) -> float:
-    fields = settings.get("peft_lora_config", {})
-    rank = float(fields.get("lora_r", 64))
-    return float(fields.get("lora_alpha", 128)) / (rank**0.5 if fields.get("use_rslora") else rank)
-
-
-def _calibration(folder: Path, settings: Mapping[str, Any]) -> dict[str, tuple[float, float]] | None:
-    fields = settings.get("inference_config")
-    if fields is None:
-        return None
-    try:
-        pairs = [(float(fields[f"{key}_mean"]), float(fields[f"{key}_std"])) for key in ("VQ", "MQ", "TA")]
-    except KeyError as error:
-        raise ValueError(
-            f"{folder / 'model_config.json'} has no inference_config.{error.args[0]}; {REMEDY}"
-        ) from error
-    return dict(zip(DIMENSIONS, pairs, strict=True))
-
-
-def _newest_checkpoint(folder: Path) -> Path:
-    steps = {int(step): path for path in folder.glob("checkpoint-*") if (step := path.name[11:]).isdigit()}
-    if not steps:
-        raise FileNotFoundError(f"no checkpoint-* folder in {folder}; {REMEDY}")
-    return steps[max(steps)]
-
-
-def _read_config(folder: Path, weights: Mapping[str, Tensor]) -> Qwen2VLConfig:
-    """The base's sizes, with as many embeddings as the checkpoint has: training cuts them to the tokenizer's length."""
-    fields: dict[str, Any] = {"model_type": "qwen2_vl", **QWEN2_VL_2B}
-    if (folder / "config.json").is_file():
-        fields = read_config(folder, "qwen2_vl", REMEDY)
-    embeddings = weights.get("model.embed_tokens.weight")
-    if embeddings is not None:
-        fields = {**fields, "vocab_size": len(embeddings)}
-    return Qwen2VLConfig.from_dict(fields)
-
-
-def _read_tokenizer(folder: Path, checkpoint: Path, config: Qwen2VLConfig) -> Tokenizer:
-    places = [place / "tokenizer.json" for place in (checkpoint / "tokenizer", checkpoint, folder)]
-    path = next((place for place in places if place.is_file()), places[0])
-    expected = dict.fromkeys(
-        (*MARKS, qwen_vl.VISION_START, qwen_vl.VISION_END, qwen_vl.TURN_START, qwen_vl.TURN_END)
-    )
-    return read_tokenizer(
-        path, {qwen_vl.VIDEO: config.video_token_id, **expected}, config.text_config.vocab_size, REMEDY
-    )
 
 
 def _read_network(

@@ -11,8 +11,7 @@ Letters: B videos, F frames of a video, f frames that are scored, L text tokens,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Idefics2Config, Idefics2Model
@@ -34,17 +32,9 @@ from vpo_engine.rewards.frames import (
     check_special_tokens,
     check_videos,
 )
-from vpo_engine.rewards.loading import (
-    INDEXES,
-    WHOLE,
-    check_weights,
-    read_config,
-    read_json,
-    read_tokenizer,
-    shard_files,
-    special_tokens,
-)
+from vpo_engine.rewards.loading import read_config, read_json, read_tokenizer, special_tokens
 from vpo_engine.rewards.quantize import Bits, check_bits, quantise
+from vpo_engine.weights import WHOLE, check_weights, load_strict, read_files, weight_files
 
 DIMENSIONS = (
     "visual_quality",
@@ -104,7 +94,7 @@ REMEDY = "VideoScore needs a whole local copy of TIGER-Lab/VideoScore or TIGER-L
 
 
 def frame_indices(num_frames: int, max_frames: int) -> list[int]:
-    """Which of ``num_frames`` frames are scored: all, or ``max_frames`` at equal steps from 0, rounded down.
+    """Return which of ``num_frames`` frames are scored: all, or ``max_frames`` at equal steps from 0, rounded down.
 
     The steps are ``num_frames / max_frames``, so the last frame is left out when there are more than
     ``max_frames`` (run_videoscore.py; the authors' benchmark script samples differently).
@@ -116,7 +106,7 @@ def frame_indices(num_frames: int, max_frames: int) -> list[int]:
 
 
 def question(prompt: str, num_frames: int) -> str:
-    """The model's whole input text with one image placeholder per frame, before placeholders are expanded."""
+    """Return the model's whole input text with one image placeholder per frame, before placeholders are expanded."""
     return QUESTION.format(text_prompt=prompt) + f"{IMAGE} " * num_frames
 
 
@@ -141,7 +131,7 @@ class FrameProcessor:
         return max(height, self.shortest_edge), max(width, self.shortest_edge)
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """RGB frames, uint8 [f, H, W, 3] on the CPU, to float32 [f, 3, h, w] in -1..1."""
+        """Turn RGB frames, uint8 [f, H, W, 3] on the CPU, into float32 [f, 3, h, w] in -1..1."""
         height, width = self.output_size(frames.shape[1], frames.shape[2])
         resized = [
             np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
@@ -164,7 +154,7 @@ class VideoScoreNetwork(nn.Module):
         self.score = nn.Linear(config.text_config.hidden_size, len(DIMENSIONS), dtype=torch.float32)
 
     def forward(self, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor) -> Tensor:
-        """Ids int64 [B, L], right-padded after ``lengths`` [B], and pixels [B, f, 3, h, w] to float32 [B, 5].
+        """Return float32 [B, 5] of ids int64 [B, L], right-padded after ``lengths`` [B], and pixels [B, f, 3, h, w].
 
         Every frame counts, a flat grey one too; ``Idefics2Model.forward`` takes a frame of normalised zeros
         for padding and drops it. Pixels that do not fill a patch are left out at the right and at the bottom.
@@ -238,7 +228,7 @@ class VideoScore:
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3] and B prompts to {dimension: float32 [B]}, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         Videos come at their own size. Deterministic. ValueError for a wrong shape or type, for videos of one
         frame (which the authors' code scores, motion and all), for a prompt without text or with a special token
@@ -254,12 +244,12 @@ class VideoScore:
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def preprocess(self, videos: Tensor) -> Tensor:
-        """uint8 [B, F, H, W, 3] to the frames that are scored, float32 [B, f, 3, h, w] on the CPU."""
+        """Return the frames of uint8 [B, F, H, W, 3] that are scored, float32 [B, f, 3, h, w] on the CPU."""
         frames = videos[:, frame_indices(videos.shape[1], self.max_frames)].cpu()
         return self.processor(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     def logits(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Pixels as of ``preprocess`` [B, f, 3, h, w], of one size, and B prompts to scores, float32 [B, 5].
+        """Return scores, float32 [B, 5], of ``preprocess``ed pixels [B, f, 3, h, w], of one size, and B prompts.
 
         Differentiable in the pixels. ValueError for a special token in a prompt.
         """
@@ -270,7 +260,7 @@ class VideoScore:
         return self.network(padded, lengths, pixel_values.to(device))
 
     def encode(self, prompt: str, num_frames: int) -> Tensor:
-        """Ids, int64 [L], of the question with every placeholder expanded and one start token in front."""
+        """Return the ids, int64 [L], of the question with every placeholder expanded and one start token in front."""
         check_special_tokens(prompt, self._special, NAME)
         config = self.network.model.config
         slots = IMAGE_BOUNDARY + IMAGE * config.perceiver_config.resampler_n_latents + IMAGE_BOUNDARY
@@ -295,59 +285,25 @@ def _read_processor(folder: Path) -> FrameProcessor:
 
 
 def _read_tokenizer(folder: Path, config: Idefics2Config) -> Tokenizer:
-    """The tokenizer exactly as tokenizer.json has it: transformers' Llama class loses the start token."""
+    """Read the tokenizer exactly as tokenizer.json has it: transformers' Llama class loses the start token."""
     special = {IMAGE: config.image_token_id, IMAGE_BOUNDARY: None}
     return read_tokenizer(folder / "tokenizer.json", special, config.text_config.vocab_size, REMEDY)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Safetensors only, whose headers can be read by themselves."""
-    if (folder / INDEXES[0]).is_file():
-        return shard_files(folder, INDEXES[0], REMEDY)
-    if not (folder / WHOLE[0]).is_file():
-        raise FileNotFoundError(f"no weight file {WHOLE[0]} in {folder} (safetensors only); {REMEDY}")
-    return [folder / WHOLE[0]]
-
-
-@contextmanager
-def _opened(path: Path, device: torch.device) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as archive:
-            yield archive
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
-
-
-def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """Those of all weights, from the headers of the files."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with _opened(path, torch.device("cpu")) as archive:
-            for key in archive.keys():  # noqa: SIM118
-                shapes[key] = tuple(archive.get_slice(key).get_shape())
-    return shapes
 
 
 def _read_network(
     folder: Path, config: Idefics2Config, dtype: torch.dtype, device: torch.device, bits: Bits
 ) -> VideoScoreNetwork:
-    """The network, its weights read straight onto the device: the trunk in ``dtype``, the head in float32."""
-    files = _weight_files(folder)
+    """Read the network straight onto the device: the trunk in ``dtype`` or in fewer bits, the head in float32."""
+    if not (paths := weight_files(folder)):
+        raise FileNotFoundError(f"no weight file {WHOLE[0]} in {folder}; {REMEDY}")
+    weights = read_files(paths)
     with torch.device("meta"):
         network = VideoScoreNetwork(config)
-    check_weights(network, _shapes(files), where=folder, model=NAME, remedy=REMEDY)
-    layers = _quantised_layers(network) if bits != 16 else {}
-    weights: dict[str, Tensor] = {}
-    for path in files:
-        with _opened(path, device) as archive:
-            for key in archive.keys():  # noqa: SIM118
-                kept = torch.float32 if key.startswith("score.") else dtype
-                weight = archive.get_tensor(key).to(kept, copy=True)  # out of the mapped file, aligned
-                if key in layers:
-                    quantise(network, layers[key], weight, bits)
-                else:
-                    weights[key] = weight
-    network.load_state_dict(weights, strict=True, assign=True)
+    errors: dict[str, Any] = {"where": folder, "model": NAME, "remedy": REMEDY}
+    check_weights(network, weights, **errors)
+    for key, layer in (_quantised_layers(network) if bits != 16 else {}).items():
+        quantise(network, layer, weights.pop(key).to(device, dtype, copy=True), bits)
+    load_strict(network, weights, dtype=dtype, device=device, float32=("score.",), **errors)
     rotary = network.model.text_model.rotary_emb  # its frequencies are computed, not stored
     network.model.text_model.rotary_emb = type(rotary)(config.text_config).to(device)
     assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
@@ -355,7 +311,7 @@ def _read_network(
 
 
 def _quantised_layers(network: VideoScoreNetwork) -> dict[str, str]:
-    """{name of a weight: name of its layer} of what is held in fewer bits."""
+    """Return {name of a weight: name of its layer} of what is held in fewer bits."""
     return {
         f"{name}.weight": name
         for name, module in network.named_modules()

@@ -67,7 +67,7 @@ _LINES = re.compile(
 
 
 def parse(text: str) -> tuple[list[int], list[int]]:
-    """The three grades of an answer, and where in the text their digits stand.
+    """Find the three grades of an answer, and where in the text their digits stand.
 
     Read is what follows the thoughts: the numbered list, or else the lines that the question asks for. ValueError for
     any other text, and for grades outside 1..5.
@@ -83,7 +83,7 @@ def parse(text: str) -> tuple[list[int], list[int]]:
 
 
 def soft_score(digits: Tensor) -> float:
-    """The published score of logits [5] of the digits 1 to 5: the likeliest digit times its share of the five.
+    """Return the published score of logits [5] of the digits 1 to 5: the likeliest digit times its share of the five.
 
     At temperature 1, rounded to 4 decimals. Not an expectation, and not monotone: a 5 at 60 % is below a 4 at 90 %.
     """
@@ -98,7 +98,7 @@ class VideoScore2:
     dimensions = DIMENSIONS
 
     def __init__(self, judge: QwenJudge, *, fps: float = 24.0) -> None:
-        """``fps``: of the videos that come; 24 is Open-Sora's."""
+        """``fps`` is that of the videos to score; 24 is Open-Sora's."""
         if not 0 < fps < float("inf"):
             raise ValueError(f"fps is {fps}, expected a finite number above 0")
         self.judge, self.network, self.fps = judge, judge.network, fps
@@ -120,7 +120,7 @@ class VideoScore2:
         return cls(judge, fps=fps)
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3], F at least 2, and B prompts to {dimension: float32 [B]}, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3], F at least 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         One answer after the other. ValueError for a wrong shape or type, for a prompt without text or with a special
         token in it, for an answer without an end and for one that does not parse.
@@ -135,7 +135,7 @@ class VideoScore2:
         return dict(zip(DIMENSIONS, torch.tensor(rows).unbind(1), strict=True))
 
     def ask(self, video: Tensor, prompt: str) -> Answer:
-        """The whole answer about a uint8 video [F, H, W, 3], thoughts and all."""
+        """Return the whole answer about a uint8 video [F, H, W, 3], with its reasoning."""
         size = qwen_vl.smart_resize(video.shape[1], video.shape[2], qwen_vl.VIDEO_MIN_PIXELS, MAX_PIXELS)
         frames = video[qwen_vl.frame_indices(len(video), self.fps, FPS)].cpu()
         clip = Clip(qwen_vl.resize_levels(frames, size), qwen_vl.TEMPORAL / FPS)

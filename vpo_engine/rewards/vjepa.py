@@ -30,8 +30,9 @@ from vpo_engine.rewards.frames import (
     check_videos,
 )
 from vpo_engine.rewards.imagenet import square_clips
-from vpo_engine.rewards.loading import WHOLE, load_strict, local_folder, read_file, read_json
+from vpo_engine.rewards.loading import local_folder, read_json
 from vpo_engine.rewards.vit import Block
+from vpo_engine.weights import WHOLE, load_strict, read_file
 
 NAME = "V-JEPA"
 CARD = RewardCard(
@@ -72,7 +73,7 @@ class VJepaConfig:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Patches along time, height and width."""
+        """Return how many patches there are along time, height and width."""
         side = self.img_size // self.patch_size
         return self.num_frames // self.tubelet_size, side, side
 
@@ -85,7 +86,7 @@ CHECKPOINTS = {
 
 
 def pick(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Of tokens [B, N, D] those at ``indices`` [B, K]: [B, K, D]."""
+    """Return the tokens, of [B, N, D], at ``indices`` [B, K]: [B, K, D]."""
     return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
 
@@ -101,7 +102,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, eps=1e-6)
 
     def forward(self, clips: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Normalised clips [B, 3, T, H, W] to features of all patches [B, N, D], or of those in ``seen`` [B, K]."""
+        """Return features of all patches [B, N, D] of normalised clips [B, 3, T, H, W], or of the ``seen`` [B, K]."""
         x = self.patch_embed["proj"](clips).flatten(2).transpose(1, 2) + self.pos_embed
         if seen is not None:
             x = pick(x, seen)
@@ -111,7 +112,7 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """From the features of the patches in sight to those of the hidden ones."""
+    """Predicts the features of hidden patches from those of the patches in sight."""
 
     def __init__(self, config: VJepaConfig) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class Predictor(nn.Module):
         self.predictor_proj = nn.Linear(dim, config.embed_dim)
 
     def forward(self, context: Tensor, seen: Tensor, hidden: Tensor, mask_token: int) -> Tensor:
-        """Features [B, K, D] of the patches ``seen`` [B, K] to those of ``hidden`` [B, M]: [B, M, D]."""
+        """Predict features [B, M, D] of ``hidden`` patches [B, M] from those [B, K, D] of patches ``seen`` [B, K]."""
         places = self.predictor_pos_embed.expand(len(context), -1, -1)
         x = self.predictor_embed(context) + pick(places, seen)
         x = torch.cat([x, self.mask_tokens[mask_token] + pick(places, hidden)], dim=1)
@@ -155,19 +156,19 @@ class VJepaNetwork(nn.Module):
         self.predictor = Published(Predictor(config))
 
     def targets(self, clips: Tensor) -> Tensor:
-        """Normalised clips [B, 3, T, H, W] to what is to be predicted, float32 [B, N, D] of unit variance."""
+        """Return what is to be predicted of normalised clips [B, 3, T, H, W], float32 [B, N, D] of unit variance."""
         features = self.target_encoder(clips).float()
         return F.layer_norm(features, features.shape[-1:])
 
     def predictions(self, clips: Tensor, masks: Masks) -> list[Tensor]:
-        """The predicted features of the hidden patches, [B, M, D] for each mask."""
+        """Return the predicted features of the hidden patches, [B, M, D] for each mask."""
         return [
             self.predictor(self.encoder(clips, seen), seen, hidden, index)
             for index, (seen, hidden) in enumerate(masks)
         ]
 
     def forward(self, clips: Tensor, masks: Masks, detach_targets: bool = False) -> Tensor:
-        """The training loss of each of the normalised clips [B, 3, T, H, W], float32 [B]; 0 is perfect."""
+        """Return the training loss of each of the normalised clips [B, 3, T, H, W], float32 [B]; 0 is perfect."""
         clips = clips.to(next(self.parameters()).dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_targets):
             targets = self.targets(clips)
@@ -177,7 +178,7 @@ class VJepaNetwork(nn.Module):
 
 
 def frame_indices(num_frames: int, count: int, stride: int = STRIDE) -> list[int]:
-    """``count`` frames ``stride`` apart, less where the video is too short for it, around its middle.
+    """Return ``count`` frames ``stride`` apart, less where the video is too short for it, around its middle.
 
     ValueError for fewer frames than ``count``.
     """
@@ -188,7 +189,7 @@ def frame_indices(num_frames: int, count: int, stride: int = STRIDE) -> list[int
 
 
 def draw_masks(grid: tuple[int, int, int], generator: torch.Generator) -> Masks:
-    """Patches in sight [1, K] and hidden [1, M], ascending, for each entry of BLOCKS.
+    """Draw patches in sight [1, K] and hidden [1, M], ascending, for each entry of BLOCKS.
 
     A mask hides blocks of one size, over all frames, at random places; one that hides everything is drawn again.
     ValueError where that does not end, on grids too small for it.
@@ -269,7 +270,7 @@ class VJepa:
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 videos [B, F, H, W, 3] to {"vjepa": float32 [B]}, at most 0, on the CPU.
+        """Score uint8 videos [B, F, H, W, 3]; return {"vjepa": float32 [B]}, at most 0, on the CPU.
 
         The prompts are only counted. ValueError for a wrong shape or type, for too few frames and for a score that is
         not finite.
@@ -285,7 +286,9 @@ class VJepa:
         return {self.dimensions[0]: scores}
 
     def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Float videos [B, F, 3, H, W] in 0..1 to {"vjepa": float32 [B]} on the network's device, with gradients.
+        """Score float videos [B, F, 3, H, W] in 0..1.
+
+        Return {"vjepa": float32 [B]} on the network's device, with gradients.
 
         Of uint8 levels / 255 this is ``score``. ValueError as there.
         """
@@ -296,14 +299,14 @@ class VJepa:
         return {self.dimensions[0]: scores}
 
     def preprocess(self, frames: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W] in 0..1 to clips [B, 3, T, S, S]: short side to S, centre crop, normalised."""
+        """Turn frames [B, T, 3, H, W] in 0..1 into clips [B, 3, T, S, S]: short side to S, centre crop, normalised."""
         return square_clips(frames, self.network.config.img_size, "bilinear").transpose(1, 2)
 
     def _frames(self, num_frames: int) -> list[int]:
         return frame_indices(num_frames, self.network.config.num_frames)
 
     def _scores(self, frames: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W] in 0..1 to scores, float32 [B]."""
+        """Return scores, float32 [B], of frames [B, T, 3, H, W] in 0..1."""
         masks = [
             tuple(part.to(frames.device).expand(len(frames), -1) for part in pair) for pair in self.masks
         ]
@@ -311,7 +314,7 @@ class VJepa:
 
 
 def _config(given: Mapping[str, int], folder: Path) -> VJepaConfig:
-    """Those of the fields that a VJepaConfig has; ValueError if one is missing."""
+    """Return a VJepaConfig of the fields that it has; ValueError if one is missing."""
     names = [field.name for field in fields(VJepaConfig)]
     missing = [name for name in names if name not in given]
     if missing:
@@ -320,7 +323,7 @@ def _config(given: Mapping[str, int], folder: Path) -> VJepaConfig:
 
 
 def _flat(checkpoint: Mapping[str, object], path: Path) -> dict[str, Tensor]:
-    """The weights of all parts under "part.key"; what else training saved is left out."""
+    """Return the weights of all parts under "part.key"; what else training saved is left out."""
     if path.suffix == ".safetensors":
         return dict(checkpoint)  # type: ignore[arg-type]
     missing = [part for part in PARTS if not isinstance(checkpoint.get(part), Mapping)]

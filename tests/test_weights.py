@@ -1,0 +1,123 @@
+"""Loading of weights: files are mapped, and the memory is that of the network and one tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vpo_engine.weights import load_strict, read_file, read_files, weight_files
+
+WORDS = {"where": "here", "model": "Tiny", "remedy": "fetch it"}
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make, as long as they are held."""
+
+    def __init__(self, besides: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage()._cdata for tensor in besides.values()}
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self._held.values()))
+        return out
+
+
+def network() -> nn.Sequential:
+    with torch.device("meta"):
+        return nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+
+
+def state() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        key: torch.randn(weight.shape, generator=generator) for key, weight in network().state_dict().items()
+    }
+
+
+def write(folder: Path, suffix: str) -> list[Path]:
+    """Two shards and their index."""
+    stem, weights = ("model" if suffix == "safetensors" else "pytorch_model"), state()
+    files = {}
+    for number in (1, 2):
+        name = f"{stem}-{number}.{suffix}"
+        shard = {key: weights[key] for key in list(weights)[number - 1 :: 2]}
+        save_file(shard, folder / name) if suffix == "safetensors" else torch.save(shard, folder / name)
+        files |= dict.fromkeys(shard, name)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": files}))
+    return weight_files(folder)
+
+
+def mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, None])
+def test_loading_takes_the_network_and_one_tensor(
+    tmp_path: Path, suffix: str, dtype: torch.dtype | None
+) -> None:
+    paths, made = write(tmp_path, suffix), network()
+    weights = read_files(paths)
+    assert len(paths) == 2
+    assert all(mapped(path) for path in paths)
+    with Peak(weights) as peak:
+        load_strict(made, weights, dtype=dtype, **WORDS)
+    held = made.state_dict()
+    size = sum(tensor.nbytes for tensor in held.values())
+    assert size <= peak.bytes <= size + 64 * 64 * 4
+    del weights
+    assert not any(mapped(path) for path in paths)
+    for key, weight in state().items():
+        assert torch.equal(held[key], weight.to(dtype or torch.float32)), key
+
+
+def test_some_weights_may_stay_in_float32() -> None:
+    made = network()
+    load_strict(made, state(), dtype=torch.bfloat16, float32=("3.", "5.bias"), **WORDS)
+    kept = {key for key, tensor in made.state_dict().items() if tensor.dtype == torch.float32}
+    assert kept == {"3.weight", "3.bias", "5.bias"}
+
+
+def test_everything_that_disagrees_is_named() -> None:
+    weights = state()
+    del weights["0.weight"], weights["1.bias"]
+    weights |= {"more": torch.zeros(1), "2.weight": torch.zeros(2, 64)}
+    made = network()
+    with pytest.raises(ValueError, match="here is not a checkpoint of Tiny, 4 weights disagree") as caught:
+        load_strict(made, weights, **WORDS)
+    assert str(caught.value).endswith(
+        "disagree: missing 0.weight, 1.bias; unexpected more; 2.weight is [2, 64], expected [64, 64]; fetch it"
+    )
+    assert all(tensor.is_meta for tensor in made.state_dict().values())
+
+
+def test_a_network_partly_on_the_meta_device_is_refused() -> None:
+    made = network()
+    made[0] = nn.Linear(64, 64)
+    with pytest.raises(ValueError, match="10 of 12 tensors are on the meta device; expected all or none"):
+        load_strict(made, state(), **WORDS)
+
+
+def test_a_pickle_of_something_else(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "weights.bin")
+    assert read_file(tmp_path / "weights.bin") == [1, 2]
+    with pytest.raises(ValueError, match=r"weights\.bin holds a list, expected a dictionary of tensors"):
+        read_files([tmp_path / "weights.bin"])

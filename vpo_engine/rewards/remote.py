@@ -1,0 +1,153 @@
+"""The reward of another process, as a ``Reward`` of this one.
+
+The scores are those of the same reward in this process, bit for bit. ``process.py`` starts a child process that holds
+the reward; ``served.py`` finds the rank of the run that does. Messages are those of ``wire.py``, and ``server.py``
+answers them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Protocol
+
+from torch import Tensor
+
+from vpo_engine.rewards.wire import Message, RewardProcessError, Wire, recreate_error
+
+_LATE_NEWS = 1.0
+"""Seconds in which the reason of a failure elsewhere arrives."""
+
+
+class Holder(Protocol):
+    """What is known here of the process that holds a reward."""
+
+    @property
+    def place(self) -> str:
+        """A name of the process, for errors."""
+        ...
+
+    def obituary(self, doing: str) -> str:
+        """Return the message of the error for a connection that has ended while the reward was ``doing`` something."""
+        ...
+
+    def kill(self) -> None:
+        """End the process at once, if it belongs to this one."""
+        ...
+
+    def leave(self) -> None:
+        """End the connection, and the process if it belongs to this one. Called once."""
+        ...
+
+
+class ConnectionEndedError(RewardProcessError):
+    """The connection ended, and no message said why."""
+
+
+class RemoteReward:
+    """A ``Reward`` that another process holds, until ``close`` or the end of the ``with`` block.
+
+    What the reward raises is raised here, of the same type and message, with its traceback as a note: by the request
+    in progress, by the next one, or on leaving the block with an error that the failure has caused in this process
+    (such as of a process group that lost a member). Threads may share it; they take turns.
+    """
+
+    def __init__(self, wire: Wire, holder: Holder, *, name: str, time_limit: float | None = None) -> None:
+        """Ask over ``wire``. ``name`` is the reward's, for errors; ``time_limit`` is in seconds for one ``score``."""
+        self._wire, self._holder, self._name, self._time_limit = wire, holder, name, time_limit
+        self._lock = threading.Lock()
+        self._failure: Exception | None = None
+        self._dimensions: tuple[str, ...] = ()
+        self._end = weakref.finalize(self, holder.leave)
+        self.stopping = False
+        """True once the other process was asked to stop; it goes on serving until all that ask have left."""
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        self.wait_until_loaded()
+        return self._dimensions
+
+    def wait_until_loaded(self) -> None:
+        """Return once the other process has made the reward, which has no time limit."""
+        with self._lock:
+            if not self._dimensions:
+                self._dimensions = tuple(self._receive(None, "was made").fields["dimensions"])
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the reward itself returns, on the CPU. RewardProcessError if its process died or hung."""
+        self.wait_until_loaded()
+        doing = f"scored {len(videos)} videos"
+        with self._lock:
+            if not self._end.alive:
+                raise RewardProcessError(
+                    f"the process of reward {self._name!r} has ended; make the reward anew"
+                )
+            deadline = None if self._time_limit is None else time.monotonic() + self._time_limit
+            try:
+                with suppress(ConnectionError):  # of a process that has failed, the answer says why
+                    self._wire.send("score", {"prompts": list(prompts)}, {"videos": videos}, deadline)
+            except BaseException as error:
+                raise self._interrupted(error, doing) from None
+            answer = self._receive(deadline, doing)
+        self.stopping = answer.fields["stopping"]
+        return answer.tensors
+
+    def close(self) -> None:
+        """End the connection, and the process if it belongs to this one; may be called again."""
+        self._end()
+
+    def __enter__(self) -> RemoteReward:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self._end.alive:
+                return
+            if error is None:
+                with suppress(ConnectionError):
+                    self._wire.send("farewell")
+            elif isinstance(error, RuntimeError) and error is not self._failure:
+                self._raise_late_news()
+        finally:
+            self.close()
+
+    def _raise_late_news(self) -> None:
+        """Raise the failure of the other process, if it tells of one or has told of one."""
+        if self._lock.acquire(timeout=_LATE_NEWS):
+            with suppress(ConnectionEndedError):
+                while self._end.alive and self._failure is None and self._wire.poll(_LATE_NEWS):
+                    self._receive(None, "was asked for news")
+            self._lock.release()
+        if self._failure is not None:
+            raise self._failure
+
+    def _receive(self, deadline: float | None, doing: str) -> Message:
+        try:
+            answer = self._wire.receive(deadline)
+        except BaseException as error:
+            raise self._interrupted(error, doing) from None
+        if answer.kind == "error":
+            self._failure = recreate_error(answer.fields, self._holder.place)
+            raise self._failure
+        return answer
+
+    def _interrupted(self, error: BaseException, doing: str) -> BaseException:
+        """End the connection, on which the next answer would be a late one; return the error to raise."""
+        if isinstance(error, (EOFError, ConnectionError)):
+            self.close()
+            return ConnectionEndedError(self._holder.obituary(doing))
+        self._holder.kill()
+        self.close()
+        if not isinstance(error, TimeoutError) or self._time_limit is None:
+            return error
+        return RewardProcessError(
+            f"reward {self._name!r} took longer than its time limit of {self._time_limit:g} s while it {doing}, and "
+            "was ended; raise the limit (reward.time_limit, or --time-limit of rank) if it is slow, or find out what "
+            "it waits for"
+        )
