@@ -19,10 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vpo_engine.data.clips import Clip, read_preferences
-from vpo_engine.data.sprites.assets import load_vae
+from vpo_engine.data.sprites.assets import FPS, load_vae, round_trip
 from vpo_engine.data.sprites.damage import KINDS, damaged
-from vpo_engine.data.sprites.pretrain import FPS
-from vpo_engine.data.sprites.train_vae import round_trip
 from vpo_engine.data.sprites.world import Attributes, withheld_captions
 from vpo_engine.metrics.ranking import Estimate, Ranking
 from vpo_engine.metrics.ranking_report import Scores
