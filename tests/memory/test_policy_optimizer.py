@@ -306,7 +306,7 @@ def test_states_of_another_setup_are_refused_and_change_nothing() -> None:
         ),
         r"state 1\.master: nothing, but parameter 1": altered(state, "1.master", None),
         r"state 2\.absmax1: \(1,\), but parameter 2 .* needs nothing": {**state, "2.absmax1": torch.ones(1)},
-        r"without 'setup' and 'steps': it was saved by something else": altered(state, "setup", None),
+        r"has no 'setup' or no 'steps': another program or an older version": altered(state, "setup", None),
     }
     for text, given in wrong.items():
         with pytest.raises(ValueError, match=text):

@@ -296,7 +296,7 @@ def test_a_state_with_a_missing_an_unknown_or_a_misshapen_tensor_is_refused(stor
 
 def test_an_adapter_needs_a_frozen_base() -> None:
     policy = tiny_policy().requires_grad_(True)
-    with pytest.raises(ValueError, match=r"every parameter of it trains; set model\.lora"):
+    with pytest.raises(ValueError, match=r"all parameters of this policy are trained; set model\.lora"):
         build_reference("adapter", policy)
 
 
