@@ -216,7 +216,7 @@ def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_r
     assert kinds == ["divergence", "style"]
     report = (run / "report.html").read_text()
     assert "Training reward and held-out reward part" in report
-    assert "2 alarms: see below" in report
+    assert "The run raised 2 alarms, see below" in report
     (row,) = [
         row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "eval" and row["step"] == 2
     ]
@@ -240,7 +240,7 @@ def test_another_held_out_reward_takes_the_judges_place(small: Make, tmp_path: P
     assert last["guards/held_out"] == last["held_out/judge/selected"]
     assert (tmp_path / "run/alarms.jsonl").read_text() == ""
     assert (
-        "None: nothing that is watched says that the reward is exploited"
+        "No alarm was raised: there is no sign that the policy exploits the reward"
         in (tmp_path / "run/report.html").read_text()
     )
 

@@ -262,7 +262,10 @@ def test_weights_off_the_grid_are_refused_by_name(value: float) -> None:
     name = "temporal_blocks.0.cross_attn.proj.weight"
     with torch.no_grad():
         policy.get_parameter(name)[3, 3] = value
-    message = rf"bfloat16 represents exactly, but {name} \(torch.float32; 1 of 28 matrices\).* set memory.weights to masters"
+    message = (
+        rf"bfloat16 represents exactly, but {name} \(torch.float32; 1 of 28 matrices\)"
+        ".* set memory.weights to masters"
+    )
     with pytest.raises(ValueError, match=message):
         build_reference("exact8", policy)
     with pytest.raises(ValueError, match=message):

@@ -52,7 +52,7 @@ def test_an_earlier_run_is_left_alone(tmp_path):
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match="a file of that name exists"):
+    with pytest.raises(ValueError, match="there is a file with that name"):
         RunDirectory.create_at(tmp_path / "run", "{}")
 
 

@@ -90,7 +90,7 @@ def test_an_unfinished_last_line_is_left_out_and_removed_on_resume(run, caplog):
 
 @pytest.mark.parametrize(
     ("line", "text"),
-    [("{oops}", "line 2 is not JSON"), ("[1]", "line 2 is not a metrics row: it must be an object")],
+    [("{oops}", "line 2 is not JSON"), ("[1]", "line 2 is not a row of metrics: it must be an object")],
 )
 def test_a_damaged_line_is_named(run, line, text):
     good = json.dumps({"step": 1, "kind": "train"})

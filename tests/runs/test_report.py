@@ -12,9 +12,9 @@ from PIL import Image
 
 from vpo_engine.runs.charts import Chart, Series, format_number, line_chart, nice_ticks, running_mean
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.frame_sheets import make_frame_sheet
 from vpo_engine.runs.log import RunLog
 from vpo_engine.runs.report import main, write_report
-from vpo_engine.runs.strips import make_strip
 
 ATTACK = '<script>alert(1)</script> a "red" square & <img src=x onerror=alert(2)>'
 VOID = {"meta", "img", "input", "br", "link"}
@@ -73,7 +73,7 @@ def test_the_page_has_every_part(page, finished):
         "Tie rate",
         "Gradient norm",
         "Damage",
-        "What it learned from",
+        "Training pairs",
         "Of the 16 training pairs that were saved",
         "Where the time went",
         "pixels/colour_change",
@@ -195,14 +195,14 @@ def unpack(strip):
 @pytest.mark.parametrize(("frames", "side"), [(1, 8), (5, 9), (17, 32), (13, 64)])
 def test_small_clips_keep_every_pixel(frames, side):
     video = clip(torch.Generator().manual_seed(0), 1.0, frames=frames, side=side)
-    strip = make_strip(video, 200_000)
+    strip = make_frame_sheet(video, 200_000)
     assert strip.exact
     assert torch.equal(unpack(strip)[0], video)
 
 
 def test_large_clips_are_reduced_to_their_budget():
     video = clip(torch.Generator().manual_seed(0), 1.0, frames=24, side=320)
-    strip = make_strip(video, 60_000)
+    strip = make_frame_sheet(video, 60_000)
     shown, size = unpack(strip)
     assert not strip.exact
     assert size <= 60_000
@@ -219,7 +219,7 @@ def test_noise_larger_than_any_budget_still_fits():
     video = torch.randint(
         0, 256, (16, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    shown, size = unpack(make_strip(video, 20_000))
+    shown, size = unpack(make_frame_sheet(video, 20_000))
     assert size <= 20_000
     assert len(shown) == 16
 
