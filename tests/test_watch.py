@@ -215,7 +215,7 @@ def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_r
     kinds = [json.loads(line)["kind"] for line in (run / "alarms.jsonl").read_text().splitlines()]
     assert kinds == ["divergence", "style"]
     report = (run / "report.html").read_text()
-    assert "Training reward and held-out reward part" in report
+    assert "The training reward rises while the held-out reward falls" in report
     assert "The run raised 2 alarms, see below" in report
     (row,) = [
         row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "eval" and row["step"] == 2

@@ -244,7 +244,7 @@ def test_two_encoders_under_one_id(tmp_path: Path, other: ByteEncoder) -> None:
     cache.fill(["fox"], ByteEncoder(), batch_size=1)
     cache.fill(["cat"], other, batch_size=1)
     with pytest.raises(
-        ValueError, match=r"encoder_id='bytes' has embeddings of several dtypes and D: .*delete"
+        ValueError, match=r"encoder_id='bytes' has embeddings of several dtypes or widths D: .*delete"
     ):
         cache.get(["fox", "cat"])
 

@@ -69,12 +69,12 @@ def test_the_page_has_every_part(page, finished):
         "Before and after",
         "All 16 clips of the held-out gallery",
         "Curves",
-        "Winner and loser gaps",
+        "Error change of winner and loser",
         "Tie rate",
         "Gradient norm",
         "Damage",
         "Training pairs",
-        "Of the 16 training pairs that were saved",
+        "The run saved 16 training pairs",
         "Where the time went",
         "pixels/colour_change",
         "refresh_every: 10",
@@ -147,7 +147,7 @@ def test_a_run_in_its_middle(tmp_path):
 def test_the_time_table_says_what_stages_do_and_how_near_the_peak_they_are(finished):
     text = Page(write_report(finished).read_text(encoding="utf-8")).text
     table = text[text.index("Where the time went") : text.index("Held-out measures")]
-    for part in ("the model makes candidate videos", "of peak", "43 %", "38 %", "72.1 GFLOP/s"):
+    for part in ("the policy samples candidates", "of peak", "43 %", "38 %", "72.1 GFLOP/s"):
         assert part in table, part
     assert "candidates per second" in table
 
@@ -158,7 +158,7 @@ def test_a_run_without_measured_speed_has_no_column_for_it(tmp_path):
         log.write(1, "train", {"seconds/rollout": 2.0, "seconds/step": 3.0})
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert "of peak" not in page.text
-    assert "outside of all stages" in page.text
+    assert "outside all stages" in page.text
 
 
 def test_pairs_of_few_files_are_not_shown_twice(tmp_path):
@@ -166,7 +166,7 @@ def test_pairs_of_few_files_are_not_shown_twice(tmp_path):
     for path in sorted(run.pairs_gallery.iterdir())[1:]:
         path.unlink()
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    assert "the 4 with the widest gap between loser and winner." in page.text
+    assert "the 4 with the largest difference between the winner's and the loser's score." in page.text
     assert page.tags.count("canvas") == 2 * 2 + 2 * 4
 
 
