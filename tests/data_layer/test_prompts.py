@@ -180,7 +180,7 @@ BAD_ROWS = {
     "half a pair": (
         "p.jsonl",
         '{"text":"\\ud83e"}',
-        r"line 1: the prompt \('text'\) holds half of a .*surrogate",
+        r"line 1: the prompt \('text'\) has half of a .*surrogate",
     ),
 }
 
