@@ -138,9 +138,9 @@ class Update:
         if not method.startswith("ReFL"):
             with tracker.making("reference"):
                 self._reference = build_reference(config.reference.storage, network)
-        following = _nothing if self._reference is None else self._reference.following
+        preserve = _nothing if self._reference is None else self._reference.following
         self._optimizer = PolicyOptimizer(
-            self._trained, config.optimizer, config.memory, seed=0, following=following
+            self._trained, config.optimizer, config.memory, seed=0, following=preserve
         )
         self._optimizer.begin(0.0)
         torch.stack([parameter.sum() for parameter in self._trained]).sum().backward()

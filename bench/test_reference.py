@@ -112,9 +112,9 @@ def train(
 ) -> None:
     """DPO on the pairs, ``ROWS`` rows a step, against the copy."""
     parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
-    followed = references.get("exact8", references["copy"]).following
+    preserve = references.get("exact8", references["copy"]).following
     optimizer = PolicyOptimizer(
-        parameters, config.optimizer, config.memory, seed=config.seed, following=followed
+        parameters, config.optimizer, config.memory, seed=config.seed, following=preserve
     )
     random = torch.Generator().manual_seed(0)
     for _ in range(steps):

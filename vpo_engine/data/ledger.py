@@ -1,7 +1,7 @@
 """The pair ledger of a run: the candidates of every prompt with their scores, and the pair that was chosen.
 
     RUN/ledger/pairs_0000.jsonl                         a line for every prompt of every step, of process 0
-    RUN/ledger/latents/step_00000012_0000.safetensors   its `winner` and `loser` [p, C, T, H, W] of the pairs of a step
+    RUN/ledger/latents/step_00000012_0000.safetensors   `winner`, `loser` [p, C, T, H, W] of its pairs
 
 A line is an object with the fields of ``LedgerPair``. `row` is the pair's position in its file of latents, null if
 its latents were not stored. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c)

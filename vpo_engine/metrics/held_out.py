@@ -99,8 +99,8 @@ class HeldOut:
         return self.prompts[clip % len(self.prompts)]
 
     def _chunks(self, clips: Sequence[int]) -> list[Sequence[int]]:
-        rows = self._config.rollout.most_rows or 64
-        return [clips[start : start + rows] for start in range(0, len(clips), rows)]
+        size = self._config.rollout.most_rows or 64
+        return [clips[start : start + size] for start in range(0, len(clips), size)]
 
     @torch.no_grad()
     def _sample(self, network: Network, clips: Sequence[int]) -> Tensor:
