@@ -1,9 +1,9 @@
-"""What each storage of the reference takes, and what it does to the margin, on the sprites policy and its own pairs.
+"""Measure the bytes of each storage of the reference and its noise in the margin, on the sprites policy and its pairs.
 
-The margin against a stored reference less that against a float32 copy of the same policy, on the same pairs, times and
-noise, is the storage's noise. It is the whole margin right after a refresh, and stays the same while the policy moves
-on, since a margin is the policy's part less the reference's. Beside it stands the margin of 200 optimizer steps. One
-training serves all storages; its weights are float32 (storages round them) or on bfloat16's grid (masters).
+The noise of a storage is the margin with the stored reference minus the margin with a float32 copy of the same policy,
+on the same pairs, times and noise. Right after a refresh it is the whole margin. It stays the same while the policy
+trains, since a margin is the policy's part minus the reference's. The margin of 200 optimizer steps is given for
+comparison. One training serves all storages; weights are float32 (storages round them) or on bfloat16's grid (masters).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STORAGES: dict[str, tuple[Storage, ...]] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Pairs with their times and noise, a row for each draw."""
+    """Pairs with their times and noise; a pair has a row for each of its times."""
 
     winner: Tensor
     loser: Tensor
@@ -53,7 +53,7 @@ class Rows:
 
 
 def pairs(config: Config, model: OpenSora, count: int) -> Rows:
-    """The policy's best and worst candidate for each of ``count`` prompts, by the sprites reward, without ties."""
+    """Return the policy's best and worst candidates of ``count`` prompts by the sprites reward, without ties."""
     train, _ = build_prompts(config)
     prompts = [train[index] for index in range(count)]
     model.prepare(prompts)
@@ -99,7 +99,7 @@ def loss(model: OpenSora, reference: Network, rows: Rows, beta: float):
 
 @torch.no_grad()
 def margins(model: OpenSora, references: Mapping[str, ReferenceStore], rows: Rows) -> dict[str, Tensor]:
-    """float64 [rows] at beta 1, to which margins are proportional."""
+    """Return margins, float64 [rows], for beta 1; margins are proportional to beta."""
     parts = [rows[slice(start, start + ROWS)] for start in range(0, len(rows.times), ROWS)]
     return {
         name: torch.cat([loss(model, reference, part, 1.0).margin.double() for part in parts])
@@ -110,7 +110,7 @@ def margins(model: OpenSora, references: Mapping[str, ReferenceStore], rows: Row
 def train(
     config: Config, model: OpenSora, references: Mapping[str, ReferenceStore], rows: Rows, steps: int
 ) -> None:
-    """DPO on the pairs, ``ROWS`` rows a step, against the copy."""
+    """Train by DPO on the pairs with the copied reference, ``ROWS`` rows per step."""
     parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
     preserve = references.get("exact8", references["copy"]).following
     optimizer = PolicyOptimizer(
