@@ -3,7 +3,7 @@
     python bench/fast_mode.py --runs FOLDER --write docs/rollout.md           # exact and fast, three seeds
     python bench/fast_mode.py --runs FOLDER --list --write docs/rollout.md    # the fast mode with other settings
 
-Every run is a separate process on one core, `python -m vpo_engine.train CONFIG seed=S`; runs that FOLDER has already are
+Every run is a process on one core, `python -m vpo_engine.train CONFIG seed=S`; runs that FOLDER has already are
 not repeated. Exact and fast runs take turns, so that changes of the machine's speed affect both. The final policies are
 then evaluated with the exact configuration: both sample clips from the same noise, and are compared clip by clip.
 """

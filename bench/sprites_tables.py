@@ -3,9 +3,9 @@
     python bench/sprites_tables.py [--tables 2 4a 4b] [--jobs 2] [--seed 0] [--write docs/sprites_tables.md]
 
 Table 2 shows how well each scorer finds the preferred one of eight clips (sprites_ranking.py). Tables 4a and 4b show
-the effect of choosing pairs by another scorer, or by another of its dimensions (sprites_runs.py); each row is a training
-run of about six minutes on one core. Results are kept in the folder --out and not made again. --write puts the tables
-between the markers of a page, and draws the pictures beside it.
+the effect of choosing pairs by another scorer, or by another of its dimensions (sprites_runs.py); each row is a
+training run of about six minutes on one core. Results are kept in the folder --out and not made again. --write puts the
+tables between the markers of a page, and draws the pictures beside it.
 """
 
 from __future__ import annotations

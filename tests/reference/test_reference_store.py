@@ -233,7 +233,7 @@ def test_settings_that_the_policy_is_given_later_apply_to_the_reference() -> Non
     policy.gradient_checkpointing = True
     policy.train()
     reference(**inputs(policy))
-    mirror = reference._mirror.network
+    mirror = reference.network
     block = mirror.get_submodule("spatial_blocks.0")
     assert block.backends == Backends("sdpa", "reference")
     assert mirror.gradient_checkpointing

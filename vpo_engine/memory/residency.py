@@ -72,15 +72,6 @@ def module_tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return the tensors of an optimizer's state, of which there are none before its first step.
-
-    Step counters are left out, since torch keeps them on the host.
-    """
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return [value for value in values if torch.is_tensor(value) and value.dim() > 0]
-
-
 class Mover(Protocol):
     """Moves bytes between one device and the host; apart from ``holds``, tensors are one-dimensional uint8."""
 
