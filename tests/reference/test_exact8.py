@@ -235,12 +235,12 @@ def test_the_sixth_is_where_plain_becomes_smaller(over: bool) -> None:
     policy = on_grid(tiny_policy())
     reference, before = build_reference("exact8", policy), snapshot(policy)
     weight = policy.get_parameter("temporal_blocks.1.attn.proj.weight")
-    spilled = weight.numel() // 6 + over
+    outliers = weight.numel() // 6 + over
     with reference.following([weight]), torch.no_grad():
-        weight.view(-1)[:spilled] = 1e6
+        weight.view(-1)[:outliers] = 1e6
     held = reference._held["temporal_blocks.1.attn.proj.weight"]
     nbytes = sum(tensor.nbytes for tensor in held.tensors().values())
-    assert nbytes == (2 * weight.numel() if over else weight.numel() + 6 * spilled) <= 2 * weight.numel()
+    assert nbytes == (2 * weight.numel() if over else weight.numel() + 6 * outliers) <= 2 * weight.numel()
     assert_same(held_bits(reference), before)
 
 

@@ -99,9 +99,9 @@ class _Input:
     """One block's input, always kept on the host and at times on the device. Its host memory is reused afterwards."""
 
     def __init__(
-        self, device: Tensor, host: Tensor, copies: Copies, spare: list[Tensor], previous: _Input | None
+        self, device: Tensor, host: Tensor, copies: Copies, free_hosts: list[Tensor], previous: _Input | None
     ) -> None:
-        self._host, self._copies, self._spare = host, copies, spare
+        self._host, self._copies, self._free_hosts = host, copies, free_hosts
         self._previous = None if previous is None else weakref.ref(previous)
         self._device: Tensor | None = device
         self._mark = copies.to_host(device, host)
@@ -130,7 +130,7 @@ class _Input:
 
     def __del__(self) -> None:
         self.release()
-        self._spare.append(self._host)
+        self._free_hosts.append(self._host)
 
 
 class OffloadedInputs:
@@ -143,7 +143,7 @@ class OffloadedInputs:
     def __init__(self, make_copies: Callable[[Tensor], Copies] = copies_for) -> None:
         self._make_copies = make_copies
         self._copies: dict[torch.device, Copies] = {}
-        self._spare: dict[Hashable, list[Tensor]] = {}
+        self._free_hosts: dict[Hashable, list[Tensor]] = {}
         self._newest: weakref.ref[_Input] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedInputs:
@@ -160,9 +160,11 @@ class OffloadedInputs:
         if tensor.device not in self._copies:
             self._copies[tensor.device] = self._make_copies(tensor)
         copies = self._copies[tensor.device]
-        spare = self._spare.setdefault((tensor.shape, tensor.stride(), tensor.dtype, tensor.device), [])
-        host = spare.pop() if spare else copies.host_like(tensor)
-        sent = _Input(tensor, host, copies, spare, previous)
+        free_hosts = self._free_hosts.setdefault(
+            (tensor.shape, tensor.stride(), tensor.dtype, tensor.device), []
+        )
+        host = free_hosts.pop() if free_hosts else copies.host_like(tensor)
+        sent = _Input(tensor, host, copies, free_hosts, previous)
         self._newest = weakref.ref(sent)
         return sent
 
