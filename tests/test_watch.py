@@ -1,4 +1,4 @@
-"""Alarms of a run: when they are raised, that they outlive a resume, and what a run does about them."""
+"""Test the alarms of a run: when they are raised, that they survive a resume, and what a run does about them."""
 
 from __future__ import annotations
 

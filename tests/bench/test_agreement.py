@@ -1,4 +1,4 @@
-"""The table of agreement: what is counted, against exact numbers made by hand, and that exact settings agree."""
+"""Test the table of agreement against numbers computed by hand, and that exact settings agree with themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of benchmarks: written, replaced, read back, told apart by machine; and what their tables say."""
+"""Test rows of benchmarks: writing, replacing and reading them, telling machines apart, and their tables."""
 
 from __future__ import annotations
 

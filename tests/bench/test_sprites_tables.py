@@ -1,4 +1,4 @@
-"""The paper's tables on the sprites world: groups whose preference is known, runs made once, pages in shape."""
+"""Test the paper's tables on the sprites world: groups with a known preference, kept runs, and formatted pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of text embeddings: exact, shared between processes, and loud when damaged."""
+"""Test that the cache of text embeddings is exact, can be shared by processes, and reports damage."""
 
 import multiprocessing
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The pair ledger on disk: what goes in comes out; killed and resumed runs; files that somebody damaged."""
+"""Test the pair ledger on disk: reading what was written, killed and resumed runs, and damaged files."""
 
 from __future__ import annotations
 

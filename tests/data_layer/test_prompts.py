@@ -1,4 +1,4 @@
-"""Prompt files a user brings, and the order in which a run sees them."""
+"""Test the reading of prompt files, and the order in which a run gets the prompts."""
 
 import csv
 import itertools

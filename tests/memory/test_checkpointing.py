@@ -1,4 +1,4 @@
-"""Checkpointing policies of STDiT3's blocks: the same bits, and exactly the bytes and FLOPs that each should cost."""
+"""Test activation checkpointing of STDiT3's blocks: equal results bit for bit, and the expected bytes and FLOPs."""
 
 from __future__ import annotations
 

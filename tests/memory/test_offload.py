@@ -1,4 +1,4 @@
-"""Inputs of blocks on the host: what is where and when, through a recorder of copies, and the same gradients."""
+"""Test the offload of block inputs: when each copy is made and freed, and that gradients are the same."""
 
 from __future__ import annotations
 

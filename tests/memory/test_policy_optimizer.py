@@ -1,4 +1,4 @@
-"""The optimizer of one parameter at a time: against float64, against the libraries themselves, across a resume."""
+"""Test the optimizer against float64, against the libraries' own optimizers, and across a resume."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Residency: what is where in which phase, what is copied, and that nothing else changes.
+"""Test the offload of idle parts: where tensors are in each phase, what is copied, and that values do not change.
 
-A second region of CPU memory plays the device.
+A second region of CPU memory is treated as the device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole steps of the engine in phases: every part is where it is used, and nothing else changes."""
+"""Test whole steps with idle parts offloaded: every part is on the device when used, and results are the same."""
 
 from __future__ import annotations
 

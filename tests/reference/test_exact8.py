@@ -1,4 +1,4 @@
-"""exact8 while the policy is trained: bit for bit the bfloat16 reference, at how many bytes."""
+"""Test that exact8 equals the bfloat16 reference bit for bit while the policy is trained, and count its bytes."""
 
 from __future__ import annotations
 

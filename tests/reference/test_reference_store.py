@@ -1,4 +1,4 @@
-"""Storage of the reference: equality with the policy after a refresh, sharing, saving, and what is refused."""
+"""Test the reference: equality with the policy after a refresh, sharing, saving, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sprites world's image scorer: what single frames show, and that it sees nothing else."""
+"""Test the sprites world's image scorer: it scores what single frames show, and nothing else."""
 
 from __future__ import annotations
 

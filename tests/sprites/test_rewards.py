@@ -1,4 +1,4 @@
-"""The sprites world's reward and judge: the protocol, and what the shipped weights know."""
+"""Test the sprites world's reward and judge: the protocol, and the accuracy of the shipped weights."""
 
 from __future__ import annotations
 
