@@ -113,7 +113,7 @@ class TestRuns:
         words = "import sys; print('before'); sys.exit('error: out of luck')"
         monkeypatch.setattr(sprites_runs, "command", lambda *_: ["-c", words])
         with pytest.raises(
-            ValueError, match=r"training failed for global; .*global.log ends in: error: out of luck"
+            ValueError, match=r"training failed for global; .*global.log ends with: error: out of luck"
         ):
             train(["global"], tmp_path, seed=0, steps=1, jobs=1)
 

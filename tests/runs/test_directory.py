@@ -59,10 +59,10 @@ def test_a_file_in_the_way(tmp_path):
 def test_opening_what_is_not_a_run(tmp_path):
     with pytest.raises(ValueError, match="there is no run directory at"):
         RunDirectory.open(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"is not a run directory: no config\.yaml in it"):
+    with pytest.raises(ValueError, match=r"is not a run directory: it has no config\.yaml"):
         RunDirectory.open(tmp_path)
 
 
 def test_a_label_without_letters(tmp_path):
-    with pytest.raises(ValueError, match="needs a letter or a digit, got '///'"):
+    with pytest.raises(ValueError, match="must have a letter or a digit, got '///'"):
         RunDirectory.create("///", "{}", parent=tmp_path)

@@ -182,7 +182,7 @@ def test_what_cannot_be_summarised():
     ):
         summarise(before, after | {"pixels/jitter": torch.full((32,), math.nan)}, {})
     short = {"pixels/jitter": torch.zeros(3)}
-    with pytest.raises(ValueError, match=r"the same clips, got numbers of clips \[3, 32\]"):
+    with pytest.raises(ValueError, match=r"value for each clip, got numbers of clips \[3, 32\]"):
         summarise(before | short, after | short, {})
 
 
