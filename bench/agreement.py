@@ -1,9 +1,10 @@
-"""How often a cheaper rollout finds the winner and the loser that the exact one finds, on the sprites policy.
+"""Measure how often a cheaper rollout finds the same winner and loser as the exact one, on the sprites policy.
 
-Each argument is a set of settings, key=value separated by blanks ("rollout.prune.after=0.5 rollout.prune.keep=2");
-without arguments a list of sets is measured. Every set is compared with the exact rollout: the sprites world's own
-settings, at the guidance of the set. Both get the same noise, so candidate n of a prompt is the same candidate in both.
-With fewer steps its video changes too; to agree then means that the videos from the same noise are best and worst.
+Each argument is a set of settings, key=value separated by blanks ("rollout.prune.after=0.5 rollout.prune.keep=2").
+Without arguments the sets in ``SETS`` are measured. Every set is compared with the exact rollout, which has the
+settings of the sprites world and the guidance of the set. Both start from the same noise, so candidate n of a prompt
+is the same candidate in both. With fewer steps its video changes too; both then agree if the videos from the same
+noise are best and worst.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from candidates import sample_candidates
-from report import Table
+from report import Table, replaced
 from rows import commit, hardware
 from torch import Tensor
 
@@ -51,17 +52,17 @@ SETS = (
     "rollout.guidance=7 rollout.guidance_interval=[0.3,1.0] rollout.cache=0.1",
 )
 AT_ONCE = 16
-"""Prompts after which the next set takes its turn, so that a machine's moods meet all of them."""
+"""The sets take turns after this many prompts, so that changes of the machine's speed affect all of them."""
 RESAMPLES = 2000
 START, END = "<!-- agreement -->\n", "<!-- end of agreement -->"
 
 
 @dataclass
 class Found:
-    """What one set of settings found: numbers of winner and loser, each int64 [P], and the exact scores' pairs.
+    """The result of one set of settings: candidate numbers of winners and losers, each int64 [P], and scores.
 
-    scores: [P, N], of the finished candidates, where all are finished. sampling: processor's seconds in the loops.
-    seconds: in these and in all decoding and scoring, until the pairs are known.
+    scores: [P, N], of the finished candidates. sampling: CPU seconds in the sampling loops. seconds: CPU seconds in
+    sampling, decoding and scoring, until the pairs are known.
     """
 
     winner: list[Tensor] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Found:
 
 
 class Bench:
-    """The sprites policy and reward, for one set of settings after the other."""
+    """Samples and scores candidates with the sprites policy and reward, for one set of settings after the other."""
 
     def __init__(self, base: Config, prompts: int) -> None:
         train, _ = build_prompts(base)
@@ -82,7 +83,7 @@ class Bench:
         self._reward: Reward = build_reward(base, CPU)
 
     def sample(self, config: Config, positions: range, found: Found) -> None:
-        """Candidates of these prompts, added to ``found``."""
+        """Sample and score the candidates of these prompts, and add the result to ``found``."""
         captions = self.prompts[positions.start : positions.stop]
         text, bits = self._model.embed(captions), config.rollout.first_pass.weights
         exact: Network = self._model.network
@@ -117,7 +118,7 @@ class Bench:
 
 
 def interval(values: Tensor, weights: Tensor | None = None) -> str:
-    """Mean of ``values`` [P] (weighted: their sum over that of ``weights``) with its 95 % bootstrap interval."""
+    """Format the mean of ``values`` [P] with its 95 % bootstrap interval; with ``weights``, the ratio of both sums."""
     divisor = torch.ones_like(values) if weights is None else weights
     random = torch.Generator().manual_seed(0)
     picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=random)
@@ -127,7 +128,7 @@ def interval(values: Tensor, weights: Tensor | None = None) -> str:
 
 
 def line(name: str, found: Found, exact: Found) -> list[str]:
-    """A row of the table; see ``HEADER``."""
+    """Return a row of the table; see ``HEADER``."""
     winner, loser = torch.cat(found.winner), torch.cat(found.loser)
     best, worst, scores = torch.cat(exact.winner), torch.cat(exact.loser), torch.cat(exact.scores).double()
 
@@ -150,7 +151,7 @@ HEADER = ["settings", "same pair", "same winner", "same loser", "gap kept", "sam
 
 
 def measure(sets: Sequence[str], prompts: int, candidates: int) -> Table:
-    """The table of all sets, each against the exact rollout at its guidance."""
+    """Measure all sets, each against the exact rollout with the same guidance, and return the table."""
     always = [f"rollout.candidates={candidates}", "model.device=cpu"]
     configs = {name: load_config(None, [*always, *name.split()]) for name in sets}
     exact = {
@@ -170,29 +171,20 @@ def measure(sets: Sequence[str], prompts: int, candidates: int) -> Table:
     return Table(HEADER, lines, [])
 
 
-def replaced(page: str, table: str, first: str = START, last: str = END) -> str:
-    """The page with ``table`` between its markers. ValueError if it has not exactly one pair of them, in order."""
-    head, start, rest = page.partition(first)
-    _, end, tail = rest.partition(last)
-    if not start or not end or first in tail:
-        raise ValueError(
-            f"the page must hold one line {first.strip()!r} and, after it, one {last!r}; add them"
-        )
-    return f"{head}{start}\n{table}\n{end}{tail}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sets", nargs="*", metavar="SETTINGS", help="one set of settings, as one argument")
+    parser.add_argument(
+        "sets", nargs="*", metavar="SETTINGS", help="a set of settings, given as one argument"
+    )
     parser.add_argument(
         "--prompts",
         type=int,
         default=64,
-        help="how many prompts (default 64); captions repeat with other noise",
+        help="number of prompts (default 64); captions are repeated with other noise",
     )
-    parser.add_argument("--candidates", type=int, default=4, help="N (default 4)")
+    parser.add_argument("--candidates", type=int, default=4, help="candidates for each prompt (default 4)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
     given = parser.parse_args(arguments)
     try:
@@ -205,7 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         if given.write is not None:
             unfinished = given.write.with_name(f".{given.write.name}.tmp")
-            unfinished.write_text(replaced(given.write.read_text(encoding="utf-8"), text), encoding="utf-8")
+            unfinished.write_text(
+                replaced(given.write.read_text(encoding="utf-8"), text, START, END), encoding="utf-8"
+            )
             os.replace(unfinished, given.write)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

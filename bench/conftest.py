@@ -1,4 +1,4 @@
-"""Rows of a benchmark run: collected by the fixture ``add_row``, printed at the end, written with ``--record``."""
+"""Collect the rows of a benchmark run by the fixture ``add_row``, print them at the end, write them with --record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 from report import by_environment, provenance, table
 from rows import Row, environment, record
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))  # eager_dpo.py, the yardstick of both
+sys.path.append(
+    str(Path(__file__).parents[1] / "tests" / "kernels")
+)  # eager_dpo.py, used by tests and benchmarks
 
 ROWS = pytest.StashKey[list[Row]]()
 AddRow = Callable[..., None]
@@ -27,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
-    config.option.benchmark_quiet = True  # our tables take the place of pytest-benchmark's
+    config.option.benchmark_quiet = True  # our own tables are printed instead of pytest-benchmark's
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def environment_of(pytestconfig: pytest.Config) -> Callable[[torch.device], obje
 
 @pytest.fixture
 def add_row(pytestconfig: pytest.Config, environment_of) -> AddRow:
-    """``add_row(topic, case, numbers, device)``: one measured case; see ``rows.Row``."""
+    """Return ``add_row(topic, case, numbers, device)``, which records a measured case; see ``rows.Row``."""
 
     def add(topic: str, case: dict[str, str], numbers: dict[str, float], device: torch.device) -> None:
         pytestconfig.stash[ROWS].append(Row(topic, case, numbers, environment_of(device)))

@@ -1,11 +1,11 @@
-"""The fast mode of the sprites run against its exact mode, seed by seed; what single options cost and bring.
+"""Compare the fast mode of the sprites run with its exact mode, seed by seed, and the effect of single options.
 
     python bench/fast_mode.py --runs FOLDER --write docs/rollout.md           # exact and fast, three seeds
     python bench/fast_mode.py --runs FOLDER --list --write docs/rollout.md    # the fast mode with other settings
 
-Every run is a process of its own on one core, `python -m vpo_engine.train CONFIG seed=S`, as long as FOLDER does not
-hold it already. Exact and fast runs take turns, so that a machine's moods meet both. The final policies are then
-evaluated by the exact configuration: the same clips of the same noise for both, the difference clip by clip.
+Every run is a process on one core, `python -m vpo_engine.train CONFIG seed=S`; runs that FOLDER has already are
+not repeated. Exact and fast runs take turns, so that changes of the machine's speed affect both. The final policies are
+then evaluated with the exact configuration: both sample clips from the same noise, and are compared clip by clip.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from agreement import RESAMPLES, replaced
-from report import Table
+from agreement import RESAMPLES
+from report import Table, replaced
 from rows import commit, hardware
 from torch import Tensor
 
@@ -56,7 +56,7 @@ OTHERS = (
     "rollout.cache=null rollout.weights=int8",
     "rollout.cache=null rollout.weights=fp8",
 )
-"""The fast mode with other settings; as many rollouts each."""
+"""Settings added to the fast mode, one set for each run; the number of rollouts is the same in all runs."""
 MODES = "<!-- fast mode -->\n", "<!-- end of fast mode -->"
 LIST = "<!-- options -->\n", "<!-- end of options -->"
 STAGES = ("rollout", "decode", "reward", "update", "refresh")
@@ -64,7 +64,7 @@ STAGES = ("rollout", "decode", "reward", "update", "refresh")
 
 @dataclass(frozen=True)
 class Took:
-    """What a run took: the processor's seconds, those of the clock, and those of ``STAGES``, by the clock."""
+    """The time that a run took: CPU seconds, wall-clock seconds, and wall-clock seconds in ``STAGES``."""
 
     cpu: float
     clock: float
@@ -73,7 +73,7 @@ class Took:
 
 @dataclass(frozen=True)
 class Run:
-    """One run in the study's folder: of a configuration file, with overrides behind it, separated by blanks."""
+    """One run in the folder. ``settings``: a configuration file followed by overrides, separated by blanks."""
 
     folder: Path
     settings: str
@@ -86,14 +86,14 @@ class Run:
 
     @property
     def record(self) -> Path:
-        """What the run took; written when it has ended well."""
+        """The file with the time that the run took; it is written when the run has succeeded."""
         return self.root.with_name(f"{self.root.name}.json")
 
     def took(self) -> Took:
         return Took(**json.loads(self.record.read_text(encoding="utf-8")))
 
     def make(self, cpu: int) -> None:
-        """On processor ``cpu`` alone, with one thread. RuntimeError, naming its log, if the run fails."""
+        """Run on core ``cpu`` alone, with one thread. RuntimeError, naming its log, if the run fails."""
         command = [sys.executable, "-m", "vpo_engine.train", *self.settings.split()]
         command += [f"seed={self.seed}", f"run_dir={self.root}", "checkpoint.every=null"]
         log = self.root.with_name(f"{self.root.name}.log")
@@ -108,7 +108,9 @@ class Run:
             )
             _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise RuntimeError(f"the run {self.root} failed; see {log}, delete {self.root} and start again")
+            raise RuntimeError(
+                f"the run {self.root} failed; see {log}, then delete {self.root} and start again"
+            )
         stages = sum(self.summary()["timings"].get(stage, 0.0) for stage in STAGES)
         took = Took(usage.ru_utime + usage.ru_stime, time.perf_counter() - start, stages)
         self.record.write_text(json.dumps(asdict(took)), encoding="utf-8")
@@ -118,7 +120,7 @@ class Run:
 
 
 def make_all(runs: Sequence[Run], cpus: Sequence[int]) -> None:
-    """Those that are not there yet, in their order, one at a time on each processor."""
+    """Do the runs that have not been done yet, in order, one at a time on each core."""
     free: SimpleQueue[int] = SimpleQueue()
     for cpu in cpus:
         free.put(cpu)
@@ -136,7 +138,7 @@ def make_all(runs: Sequence[Run], cpus: Sequence[int]) -> None:
 
 
 def final_rewards(run: Run) -> Tensor:
-    """Of the run's last policy, float64 [clips], by the exact configuration and the run's seed."""
+    """Return the rewards of the run's last policy, float64 [clips], with the exact configuration and the run's seed."""
     newest = newest_complete(RunDirectory.open(run.root).checkpoints)
     if newest is None:
         raise ValueError(f"{run.root} has no checkpoint; delete it and its .json, and start again")
@@ -150,7 +152,7 @@ def final_rewards(run: Run) -> Tensor:
 
 
 def interval(differences: Tensor) -> tuple[float, float, float]:
-    """Mean of ``differences`` [clips] and the ends of its 95 % bootstrap interval over clips."""
+    """Return the mean of ``differences`` [clips] and the ends of its 95 % bootstrap interval over clips."""
     random = torch.Generator().manual_seed(0)
     picks = torch.randint(len(differences), (RESAMPLES, len(differences)), generator=random)
     low, high = differences[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
@@ -172,7 +174,7 @@ HEADER = [
 
 
 def table(folder: Path, seeds: Sequence[int]) -> Table:
-    """A line for each seed, and one for all of them."""
+    """Return a table with a line for each seed and one for all of them."""
     lines, differences, times = [], [], []
     for seed in seeds:
         exact, fast = Run(folder, EXACT, seed), Run(folder, FAST, seed)
@@ -186,7 +188,7 @@ def table(folder: Path, seeds: Sequence[int]) -> Table:
 
 
 def list_table(folder: Path, settings: Sequence[str], seed: int) -> Table:
-    """A line for each: its held-out gain and what it took, without start, evaluation and end."""
+    """Return a table with a line for each run: its held-out gain, and its time without start, evaluation and end."""
     lines = []
     for name in settings:
         run = Run(folder, f"{FAST} {name}", seed)
@@ -221,11 +223,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--cpus", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)))
-    parser.add_argument("--list", action="store_true", help="the fast mode with other settings; one seed")
-    parser.add_argument("--settings", nargs="+", help="which other settings; without it the page's list")
+    parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="the folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    parser.add_argument(
+        "--cpus",
+        type=int,
+        nargs="+",
+        default=sorted(os.sched_getaffinity(0)),
+        help="cores to use, with one run at a time on each (default: all)",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="run the fast mode with other settings, for one seed"
+    )
+    parser.add_argument("--settings", nargs="+", help="the other settings (default: those of the page)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
     given = parser.parse_args(arguments)
     folder, seeds = given.runs.resolve(), given.seeds[:1] if given.list else given.seeds

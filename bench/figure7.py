@@ -1,14 +1,14 @@
-"""Figure 7 of OnlineVPO (arXiv 2412.15159): peak memory against resolution and frames, of OnlineVPO and of ReFL.
+"""Repeat Figure 7 of OnlineVPO (arXiv 2412.15159): peak memory of OnlineVPO and ReFL by resolution and frames.
 
     python bench/figure7.py            # writes docs/memory.md and docs/memory.png
 
-Without a GPU the peaks are planned (vpo_engine.planning), with one they are measured on random weights of full size:
-torch.cuda.max_memory_allocated. An update, an optimizer step and its policy, reference, optimizer and VAE count; text
-encoder, reward model, CUDA context and fragmentation do not, for either method.
+Without a GPU the peaks are planned (vpo_engine.planning). With a GPU they are measured on random weights of full size,
+by torch.cuda.max_memory_allocated. The peak is that of an update and an optimizer step with policy, reference,
+optimizer and VAE. Text encoder, reward model, CUDA context and fragmentation are left out for both methods.
 
-ReFL (arXiv 2304.05977) here: one prediction of the policy with its graph, the clean latents that it implies, all
-frames decoded inside the graph, a gradient from the pixels to the policy. What a reward model keeps for that gradient
-would come on top, so the curve is a lower bound.
+ReFL (arXiv 2304.05977) means here: one prediction of the policy with its graph, the clean latents that follow from it,
+all frames decoded inside the graph, and a gradient from the pixels to the policy. The activations of a reward model
+would be added, so the curve is a lower bound.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PLAIN = (
     "memory.residency=all",
     "reference.storage=copy",
 )
-"""As the paper's run may have been: bfloat16 with float32 masters, checkpointed blocks, winner and loser together."""
+"""Probable settings of the paper: bfloat16 with float32 masters, checkpointed blocks, winner and loser in one batch."""
 
 LEANEST = (
     "memory.weights=stochastic",
@@ -67,7 +67,7 @@ LEANEST = (
     "memory.offload=true",
     "memory.mlp_chunks=8",
 )
-"""What takes least and still adds up the gradients of several pairs."""
+"""The settings with the least memory that can still accumulate the gradients of several pairs."""
 
 METHODS: dict[str, tuple[str, ...]] = {
     "OnlineVPO, leanest": LEANEST,
@@ -78,8 +78,8 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 
-PLANNED = """Every point is
-planned, none is measured: with 2 and with 4 pairs of blocks, continued to 28 on a straight line."""
+PLANNED = """All points
+are planned, not measured: for 2 and for 4 pairs of blocks, and extrapolated linearly to 28."""
 
 PAGE = """# Memory of an update
 
@@ -134,7 +134,7 @@ def model_of(config: Config, depth: int | None = None) -> OpenSora:
 
 
 class Update:
-    """Everything that an update needs on ``device``; what it allocates is told to ``tracker``."""
+    """Policy, reference, optimizer and VAE of one update; ``tracker`` records what is allocated."""
 
     def __init__(self, method: str, config: Config, model: OpenSora, tracker: Tracker) -> None:
         self._method, self._config, self._model = method, config, model
@@ -145,9 +145,9 @@ class Update:
         if not method.startswith("ReFL"):
             with tracker.making("reference"):
                 self._reference = build_reference(config.reference.storage, network)
-        following = _nothing if self._reference is None else self._reference.following
+        preserve = _nothing if self._reference is None else self._reference.following
         self._optimizer = PolicyOptimizer(
-            self._trained, config.optimizer, config.memory, seed=0, following=following
+            self._trained, config.optimizer, config.memory, seed=0, following=preserve
         )
         self._optimizer.begin(0.0)
         torch.stack([parameter.sum() for parameter in self._trained]).sum().backward()
@@ -164,7 +164,7 @@ class Update:
         residency.register("optimizer", self._optimizer.tensors)
 
     def gradients(self) -> None:
-        """Of a step's second pair: those of the first are there to be added to."""
+        """Compute the gradients of a step's second pair, which are added to those of the first."""
         latents = torch.zeros(1, *self._model.latent_shape)
         text = TextEmbedding(
             torch.zeros(1, 300, 4096, dtype=torch.bfloat16), torch.ones(1, 300, dtype=torch.bool)
@@ -191,7 +191,7 @@ class Update:
 
 
 def planned(method: str, config: Config) -> list[float]:
-    """Bytes at the peaks of gradients and of the optimizer's step, from two depths."""
+    """Return the peak bytes of the gradients and of the optimizer's step, extrapolated from two depths."""
     low, high = (_planned(method, config, depth) for depth in (SHALLOW, DEEPER))
     scale = (configured_depth(config) - SHALLOW) / (DEEPER - SHALLOW)
     return [a + (b - a) * scale for a, b in zip(low, high, strict=True)]
@@ -221,7 +221,7 @@ def _planned(method: str, config: Config, depth: int) -> list[int]:
 
 
 def measured(method: str, config: Config) -> int:
-    """The same on this machine's GPU, where the engine's own residency moves the parts."""
+    """Measure the peak bytes on this machine's GPU, where the engine offloads idle parts itself."""
     device, tracker = torch.device("cuda"), Tracker()
     model = model_of(config)
     with torch.device(device):
@@ -247,7 +247,7 @@ Peaks = dict[str, dict[str, list[float]]]
 
 
 def measured_peaks() -> Peaks:
-    """nan where the GPU's memory is spent."""
+    """Measure all peaks; a peak is nan if the GPU runs out of memory."""
 
     def gib(method: str, resolution: str, frames: int) -> float:
         try:

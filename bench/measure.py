@@ -1,8 +1,8 @@
-"""How a call is measured: seconds on cold caches, peak bytes, work items issued, and the machine's copy rate.
+"""Measure a call: seconds with cold caches, peak bytes, kernels or operators, and the machine's copy rate.
 
-The same functions serve CPU and GPU. A call is a pair of functions: ``prepare`` makes the arguments, unmeasured;
-``run`` is measured on them. Inputs come from a rotation large enough that they have left the caches when their
-turn comes again.
+The same functions serve CPU and GPU. A call is a pair of functions: ``prepare`` makes the arguments and is not
+measured; ``run`` is measured. The inputs rotate through so many buffers that a buffer has left the caches before it is
+used again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 SECONDS_PER_CASE = 0.25
-COLD = 4  # a rotation holds so many times what the last-level cache holds
-HEAD_START_CYCLES = 4_000_000  # about 2 ms: the GPU waits so long, so that launches are queued when it starts
+COLD = 4  # size of a rotation as a multiple of the last-level cache
+HEAD_START_CYCLES = 4_000_000  # about 2 ms: the GPU waits, so that all launches are queued when it starts
 MEASURED = "measured call"
 
 
 @functools.cache
 def device() -> torch.device:
-    """Where kernels are measured: the GPU if there is one."""
+    """Return the device to measure on: the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -40,7 +40,7 @@ def on_gpu() -> bool:
 
 @functools.cache
 def cache_bytes() -> int:
-    """The last-level cache: L2 of the GPU, the largest cache of the CPU; 64 MiB where it is not told."""
+    """Return the size of the last-level cache: the GPU's L2 or the CPU's largest cache; 64 MiB if it is not known."""
     if on_gpu():
         return torch.cuda.get_device_properties(device()).L2_cache_size
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -49,7 +49,7 @@ def cache_bytes() -> int:
 
 
 def rotation_length(set_bytes: int) -> int:
-    """How many sets of buffers, each of ``set_bytes``, no cache can hold; at least 2."""
+    """Return how many sets of buffers of ``set_bytes`` are too large for any cache; at least 2."""
     return max(2, math.ceil(COLD * cache_bytes() / set_bytes))
 
 
@@ -71,7 +71,7 @@ class Call:
         return result
 
     def rounds(self) -> int:
-        """How many calls fill ``SECONDS_PER_CASE``, 10 to 200; this makes three of them, as warm-up."""
+        """Return how many calls fill ``SECONDS_PER_CASE``, from 10 to 200, after three calls as warm-up."""
         for _ in range(3):
             arguments = self.prepare()
             synchronize()
@@ -82,7 +82,7 @@ class Call:
 
 
 def device_seconds(call: Call, rounds: int) -> list[float]:
-    """Seconds on the GPU alone, without launches: each call is queued while the GPU is kept waiting."""
+    """Measure seconds on the GPU alone, without launches: each call is queued while the GPU waits."""
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)
     ]
@@ -99,7 +99,7 @@ def device_seconds(call: Call, rounds: int) -> list[float]:
 
 
 def host_seconds(call: Call, rounds: int) -> list[float]:
-    """Seconds from the call until all of its work is done, from an idle machine."""
+    """Measure seconds from the call until all of its work is done, starting with an idle device."""
     seconds = []
     for _ in range(rounds):
         arguments = call.prepare()
@@ -112,7 +112,7 @@ def host_seconds(call: Call, rounds: int) -> list[float]:
 
 @functools.cache
 def copy_bytes_per_second(moved_bytes: int) -> float:
-    """The rate of ``Tensor.copy_`` between cold buffers, reads and writes together ``moved_bytes``; the median."""
+    """Measure the median rate of ``Tensor.copy_`` between cold buffers; it reads and writes ``moved_bytes`` in all."""
     count = max(1, moved_bytes // 8)
     pairs = [
         (torch.ones(count, device=device()), torch.ones(count, device=device()))
@@ -137,7 +137,7 @@ class Footprint:
 
 
 def footprint(call: Call) -> Footprint:
-    """Of a warm call. On the CPU every allocation of torch counts, inside of C++ operators too."""
+    """Measure a warm call. On the CPU all allocations of torch count, those inside C++ operators too."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu()
     before = torch.cuda.memory_allocated() if on_gpu() else 0
     with profile(activities=activities, profile_memory=True) as trace:
@@ -160,7 +160,7 @@ def footprint(call: Call) -> Footprint:
 
 
 def _peak(events: Sequence[dict[str, Any]], start: float) -> int:
-    """Largest sum of the allocations and releases since the trace began, at ``start`` or later."""
+    """Return the largest number of allocated bytes at ``start`` or later, counted from the beginning of the trace."""
     changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
     totals = itertools.accumulate((change["args"]["Bytes"] for change in changes), initial=0)
     times = [*(change["ts"] for change in changes), math.inf]
@@ -168,7 +168,7 @@ def _peak(events: Sequence[dict[str, Any]], start: float) -> int:
 
 
 def _operators(events: Sequence[dict[str, Any]], start: float) -> int:
-    """Operators since ``start``, not counting those inside an aten operator, or what is made of operators."""
+    """Count the operators since ``start``: aten operators, without those inside them, and others that call none."""
     found = [e for e in events if e.get("cat") == "cpu_op" and re.fullmatch(r"\w+::[\w.]+", e["name"])]
     found = sorted((e for e in found if e["ts"] >= start), key=lambda e: (e["ts"], -e["dur"]))
     count, aten_until = 0, -math.inf

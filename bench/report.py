@@ -1,4 +1,4 @@
-"""Tables of measurements, for the end of a run and for documents.
+"""Format recorded measurements as tables, for the end of a benchmark run and for documents.
 
 ``python bench/report.py`` prints all recorded rows as markdown; ``python bench/report.py docs/benchmarks.md`` puts them
 between that page's markers, ``<!-- rows -->`` and ``<!-- end -->``.
@@ -19,7 +19,7 @@ START, END = "<!-- rows -->\n", "<!-- end -->"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. ``groups`` are row numbers before which a gap helps the eye."""
+    """A table of text cells. ``groups`` are the numbers of the rows before which ``text`` leaves an empty line."""
 
     header: list[str]
     lines: list[list[str]]
@@ -60,7 +60,7 @@ def size(count: float) -> str:
 
 
 def cell(name: str, value: float | None) -> str:
-    """A number of a row, in the unit that its name ends in."""
+    """Format a number of a row in the unit with which its name ends."""
     if value is None:
         return ""
     for unit, show in (
@@ -102,7 +102,7 @@ def _loss_line(row: Row, others: dict[str, Row]) -> list[str]:
 
 
 def loss_table(rows: Sequence[Row]) -> Table:
-    """Speed against eager and compiled torch of the same case, rate against the copy of as many bytes."""
+    """Return a table with the speed relative to eager and compiled torch, and the rate relative to a plain copy."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         case = row.case["shape"], row.case["dtypes"], row.case["pass"]
@@ -128,7 +128,7 @@ def _without_empty_columns(table: Table) -> Table:
 
 
 def plain_table(rows: Sequence[Row]) -> Table:
-    """A column for every part of the case and every number."""
+    """Return a table with a column for every part of the case and for every number."""
     cases = list(dict.fromkeys(name for row in rows for name in row.case))
     numbers = list(dict.fromkeys(name for row in rows for name in row.numbers))
     lines = [
@@ -143,7 +143,7 @@ def plain_table(rows: Sequence[Row]) -> Table:
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {"loss": loss_table}
-"""Topics with a table of their own; the others have the plain one."""
+"""Topics that have a special table; the others have ``plain_table``."""
 
 
 def table(topic: str, rows: Sequence[Row]) -> Table:
@@ -151,7 +151,7 @@ def table(topic: str, rows: Sequence[Row]) -> Table:
 
 
 def by_environment(rows: Sequence[Row]) -> dict[Environment, list[Row]]:
-    """Rows that came about together: same machine, versions, commit, command and date."""
+    """Group rows that were measured together: with the same machine, versions, commit, command and date."""
     groups: dict[Environment, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.environment, []).append(row)
@@ -166,7 +166,7 @@ def provenance(origin: Environment) -> str:
 
 
 def markdown(topics: dict[str, list[Row]]) -> str:
-    """Every recorded row: a section per topic, in it a table per machine and run."""
+    """Format all recorded rows: a section for each topic, with a table for each machine and run."""
     parts = []
     for topic, rows in topics.items():
         parts.append(f"## {topic}")
@@ -176,14 +176,19 @@ def markdown(topics: dict[str, list[Row]]) -> str:
 
 
 def replace_rows(page: str, rows: str) -> str:
-    """The page with ``rows`` between its markers. ValueError if it has not exactly one pair of them, in order."""
-    head, start, rest = page.partition(START)
-    _, end, tail = rest.partition(END)
-    if not start or not end or START in tail:
+    """Return the page with ``rows`` between its markers. ValueError unless it has one pair of them, in order."""
+    return replaced(page, rows, START, END)
+
+
+def replaced(page: str, text: str, first: str, last: str) -> str:
+    """Return the page with ``text`` between two markers. ValueError unless it has one pair of them, in order."""
+    head, start, rest = page.partition(first)
+    _, end, tail = rest.partition(last)
+    if not start or not end or first in tail:
         raise ValueError(
-            f"the page must hold one line {START.strip()!r} and, after it, one {END!r}; add them"
+            f"the page must hold one line {first.strip()!r} and, after it, one {last!r}; add them"
         )
-    return f"{head}{start}\n{rows}\n{end}{tail}"
+    return f"{head}{start}\n{text}\n{end}{tail}"
 
 
 def main(arguments: Sequence[str]) -> int:

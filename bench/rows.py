@@ -1,7 +1,7 @@
-"""Rows of measurements: what was measured, the numbers, and where, when and by which command they came about.
+"""Rows of measurements: the case, its numbers, and the machine, time and command of the measurement.
 
-``pytest bench/ --record`` writes them to ``bench/results/TOPIC.jsonl``, one row a line. A file holds at most one row
-per case and machine (hardware and threads): recording replaces, git keeps the history.
+``pytest bench/ --record`` writes them to ``bench/results/TOPIC.jsonl``, one row per line. A file has at most one row
+per case and machine (hardware and threads): a new measurement replaces the old one, which stays in git's history.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESULTS = ROOT / "bench" / "results"
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a row comes from."""
+    """The machine, versions, time and command with which a row was measured."""
 
     hardware: str
     threads: int  # of torch on the CPU
@@ -39,7 +39,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured case. Names of numbers say their unit: they end in ``seconds`` or ``bytes``, or are counts."""
+    """One measured case. A number's name ends with its unit, ``seconds`` or ``bytes``; other numbers are counts."""
 
     topic: str
     case: dict[str, str]
@@ -53,7 +53,7 @@ class Row:
 
 
 def hardware(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the vector instructions that torch uses."""
+    """Return the GPU's name, or the CPU's name with the vector instructions that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -65,7 +65,7 @@ def hardware(device: torch.device) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says in the checkout, or None if it fails."""
+    """Return git's output in the checkout, or None if it fails."""
     try:
         ran = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -74,7 +74,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """The checkout's commit. Recorded rows and the page made of them do not make it dirty."""
+    """Return the checkout's commit. Changes of recorded rows and of their page do not make it dirty."""
     top = _git("rev-parse", "--show-toplevel")
     name = _git("describe", "--tags", "--always") if top and Path(top).samefile(ROOT) else None
     if name is None:
@@ -109,14 +109,14 @@ def _parse(line: str, where: str) -> Row:
         return Row(**{**fields, "environment": Environment(**fields["environment"])})
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{where} is no row ({error}); it must be a JSON object of {[f.name for f in dataclasses.fields(Row)]} "
+            f"{where} is not a row ({error}); it must be a JSON object of {[f.name for f in dataclasses.fields(Row)]} "
             f"with an environment of {[f.name for f in dataclasses.fields(Environment)]}. "
             "Delete the line and record again: pytest bench/ --record"
         ) from error
 
 
 def read(folder: Path = RESULTS) -> dict[str, list[Row]]:
-    """Recorded rows by topic, in the order in which they were measured. ValueError names a line that is no row."""
+    """Read the recorded rows by topic, in the order of measurement. ValueError names a line that is not a row."""
     return {path.stem: _read_topic(path) for path in sorted(folder.glob("*.jsonl"))}
 
 
@@ -128,7 +128,7 @@ def _read_topic(path: Path) -> list[Row]:
 
 
 def record(rows: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
-    """Write rows to the files of their topics, in the place of rows with the same key; the paths."""
+    """Write rows to the files of their topics, replacing rows with the same key; return the paths."""
     by_topic: dict[str, list[Row]] = {}
     for row in rows:
         by_topic.setdefault(row.topic, []).append(row)
@@ -146,7 +146,7 @@ def _write_topic(path: Path, new: list[Row]) -> Path:
 
 
 def quantiles(seconds: Iterable[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % quantiles under the names that rows have."""
+    """Return the median and the 20 % and 80 % quantiles, under the names that rows use."""
     middle, low, high = torch.tensor(list(seconds), dtype=torch.float64).quantile(
         torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     )

@@ -1,10 +1,11 @@
-"""Table 2's form on the sprites world: who finds the least damaged of eight clips of a caption?
+"""A table like the paper's Table 2 on the sprites world: how well does each scorer find the least damaged of 8 clips?
 
-The preference is what the clips were rendered with, no one's score. Each clip has each kind of ``damage.KINDS`` with
-probability 1/2 and then a severity uniform in 0..1; its damage is the sum of the five severities; the preferred clip is
-the one with the least. Groups whose least two are closer than ``GAP`` are drawn again. The same groups are ranked as
-rendered and after the autoencoder, which is what a policy's clips come out of. Everything goes through video files and
-the functions of ``python -m vpo_engine.rank``, which gives the same numbers on the folders that are left behind.
+The preference follows from the known damage, not from a score. Each clip has each kind of ``damage.KINDS`` with
+probability 1/2 and then a severity uniform in 0..1. Its damage is the sum of the five severities, and the clip with the
+least damage is preferred. If the two least damaged clips of a group differ by less than ``GAP``, the group is drawn
+again. The groups are ranked as they are rendered and after the autoencoder, since a policy's clips are decoded by it.
+The clips are written to video files and ranked by the functions of ``python -m vpo_engine.rank``, which gives the same
+numbers for these folders.
 """
 
 from __future__ import annotations
@@ -19,10 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vpo_engine.data.clips import Clip, read_preferences
-from vpo_engine.data.sprites.assets import load_vae
+from vpo_engine.data.sprites.assets import FPS, load_vae, round_trip
 from vpo_engine.data.sprites.damage import KINDS, damaged
-from vpo_engine.data.sprites.pretrain import FPS
-from vpo_engine.data.sprites.train_vae import round_trip
 from vpo_engine.data.sprites.world import Attributes, withheld_captions
 from vpo_engine.metrics.ranking import Estimate, Ranking
 from vpo_engine.metrics.ranking_report import Scores
@@ -38,7 +37,7 @@ CANDIDATES = 8
 ACTIVE = 0.5
 GAP = 0.2
 SIDE = 192
-"""Least side of the files, px: NIQE needs two patches of 96."""
+"""Least side of the video files, px: NIQE needs two patches of 96."""
 VARIANTS = ("rendered", "decoded")
 REWARDS = ("builtin", "sprites_image", "sprites")
 JUDGE = "sprites judge"
@@ -52,7 +51,7 @@ ROWS = {
     "sprites, mean of all": ("sprites", GLOBAL),
     "sprites judge, mean of all": (JUDGE, GLOBAL),
 }
-"""What the table shows: label to reward and dimension."""
+"""The rows of the table: {label: (reward, dimension)}."""
 Rankings = dict[str, dict[str, Ranking]]
 """{variant: {label: ranking}}"""
 
@@ -68,7 +67,7 @@ class Group:
 
 
 def draw_severities(random: torch.Generator) -> Tensor:
-    """Severities [CANDIDATES, 5] of a group, the least sum at least ``GAP`` below the next."""
+    """Draw the severities [CANDIDATES, 5] of a group, whose least sum is at least ``GAP`` below the next."""
     while True:
         severities = torch.rand(CANDIDATES, len(KINDS), generator=random)
         severities = severities * (torch.rand(CANDIDATES, len(KINDS), generator=random) < ACTIVE)
@@ -78,7 +77,7 @@ def draw_severities(random: torch.Generator) -> Tensor:
 
 
 def draw_groups(count: int, seed: int) -> list[Group]:
-    """``count`` groups, the withheld captions in turn. The same arguments give the same groups."""
+    """Draw ``count`` groups with the withheld captions in turn. The same arguments give the same groups."""
     captions = withheld_captions()
     groups = []
     for number in range(count):
@@ -91,7 +90,7 @@ def draw_groups(count: int, seed: int) -> list[Group]:
 
 
 def write_groups(folder: Path, groups: Sequence[Group]) -> None:
-    """``folder``/NNN/K.mp4 and, last, ``folder``/preferences.jsonl, as ``vpo_engine.rank`` reads them."""
+    """Write ``folder``/NNN/K.mp4 and then ``folder``/preferences.jsonl, as ``vpo_engine.rank`` reads them."""
     lines = []
     for number, group in enumerate(groups):
         names = [f"{number:03d}/{place}.mp4" for place in range(CANDIDATES)]
@@ -103,7 +102,7 @@ def write_groups(folder: Path, groups: Sequence[Group]) -> None:
 
 
 def make_groups(folder: Path, count: int, seed: int) -> None:
-    """The groups of both VARIANTS as files below ``folder``; those that are there are kept."""
+    """Write the groups of both VARIANTS below ``folder``, unless they exist already."""
     if all((folder / variant / "preferences.jsonl").is_file() for variant in VARIANTS):
         return
     groups, vae = draw_groups(count, seed), load_vae()
@@ -114,7 +113,7 @@ def make_groups(folder: Path, count: int, seed: int) -> None:
 
 @torch.no_grad()
 def judge_clips(clips: Sequence[Clip]) -> Scores:
-    """As ``vpo_engine.rank.score_clips``, by the judge, which is no reward and so not in its registry."""
+    """Score clips by the judge, like ``vpo_engine.rank.score_clips``; the judge is not in the registry of rewards."""
     judge = SpritesOfFiles(load_network("judge"))
     scores: Scores = {}
     for clip in tqdm(clips, unit="video", disable=None):
@@ -124,7 +123,7 @@ def judge_clips(clips: Sequence[Clip]) -> Scores:
 
 
 def rank_groups(folder: Path) -> dict[str, Ranking]:
-    """{label: ranking} of the groups in a variant's folder, in the order of ROWS."""
+    """Rank the groups in a variant's folder: {label: ranking}, in the order of ROWS."""
     preferences = read_preferences(folder / "preferences.jsonl", folder)
     clips = [clip for row in preferences for clip in row.clips]
     found = {name: rank_scores(score_clips(clips, name, None), preferences) for name in REWARDS}
@@ -133,7 +132,7 @@ def rank_groups(folder: Path) -> dict[str, Ranking]:
 
 
 def save(path: Path, rankings: Rankings, settings: Mapping[str, object]) -> None:
-    """As JSON, with what they were made with."""
+    """Write the rankings and their settings as JSON."""
     table = {
         variant: {
             label: {
@@ -149,7 +148,7 @@ def save(path: Path, rankings: Rankings, settings: Mapping[str, object]) -> None
 
 
 def load(path: Path) -> tuple[Rankings, dict[str, object]]:
-    """What ``save`` wrote: rankings and settings."""
+    """Read the rankings and settings that ``save`` wrote."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     rankings = {
         variant: {
@@ -166,7 +165,10 @@ def load(path: Path) -> tuple[Rankings, dict[str, object]]:
 
 
 def make_rankings(out: Path, count: int, seed: int, origin: str) -> tuple[Rankings, dict[str, object]]:
-    """Table 2 in ``out``: made once for each number of groups and seed, then kept. ``origin`` says where it is made."""
+    """Make the rankings of table 2, or read them from ``out`` if they were made with these numbers before.
+
+    ``origin`` names the machine and the commit.
+    """
     path = out / f"ranking_{count}_{seed}.json"
     if not path.is_file():
         folder = path.with_suffix("")

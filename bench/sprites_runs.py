@@ -1,8 +1,8 @@
-"""Tables 4a's and 4b's forms on the sprites world: one run of the default for each reward, and what it changed.
+"""Tables like the paper's 4a and 4b on the sprites world: one run of the default for each reward, and its effect.
 
-Every run starts from the same policy with the same seed and differs in ``reward.kind`` or ``reward.dimensions`` alone.
-What it changed is measured on the held-out clips of the run itself (the same prompts and noise), by the judge, by pixel
-measures and by the image scorer, whichever reward the run was trained by.
+Every run starts from the same policy with the same seed, and differs in ``reward.kind`` or ``reward.dimensions`` only.
+The effect is measured on the held-out clips of the run (the same prompts and noise) by the judge, by pixel measures and
+by the image scorer, whichever reward the run was trained with.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from vpo_engine.runs.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: the run it shows, and the paper's line it stands for."""
+    """A row of a table: the run that it shows, and the corresponding row of the paper."""
 
     label: str
     run: str
     paper: tuple[float, float, float] | None
-    """VBench's dynamic degree, subject consistency and aesthetic quality, per cent; None: not in the paper."""
+    """VBench's dynamic degree, subject consistency and aesthetic quality, per cent; None if the paper has no row."""
 
 
 RUNS: dict[str, tuple[str, ...]] = {
@@ -52,7 +52,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "factual_consistency": ("reward.dimensions=[factual_consistency]",),
     "global": ("reward.dimensions=[global]",),
 }
-"""{name: settings beside those of configs/sprites.yaml}"""
+"""{name: settings in addition to those of configs/sprites.yaml}"""
 _TEMPORAL = (43.0, 97.58, 55.37)
 TABLES: dict[str, tuple[Row, ...]] = {
     "4a": (
@@ -73,7 +73,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 
 def command(name: str, out: Path, seed: int, steps: int | None) -> list[str]:
-    """What trains a run of RUNS in ``out``/NAME, or goes on with it, after ``python``."""
+    """Return the arguments of ``python`` that start or resume a run of RUNS in ``out``/NAME."""
     overrides = [f"name={name}", f"run_dir={out / name}", f"seed={seed}", "model.device=cpu", *RUNS[name]]
     if steps is not None:
         overrides += [f"steps={steps}", f"optimizer.warmup_steps={steps // 8}"]
@@ -81,9 +81,10 @@ def command(name: str, out: Path, seed: int, steps: int | None) -> list[str]:
 
 
 def train(names: Sequence[str], out: Path, seed: int, steps: int | None, jobs: int) -> None:
-    """The runs in ``out``, ``jobs`` at a time, a process of one thread each; what they print is in ``out``/NAME.log.
+    """Do the runs in ``out``, ``jobs`` at a time, each in a process of one thread; output goes to ``out``/NAME.log.
 
-    A finished run is kept, an unfinished one goes on. ValueError, once all have ended, naming those that failed.
+    A finished run is not repeated, and an unfinished one is resumed. ValueError, after all have ended, naming those
+    that failed.
     """
     out.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not (out / name / "summary.json").is_file()]
@@ -94,7 +95,7 @@ def train(names: Sequence[str], out: Path, seed: int, steps: int | None, jobs: i
         last = (
             (out / f"{failed[0]}.log").read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
         )
-        raise ValueError(f"training failed for {', '.join(failed)}; {out / failed[0]}.log ends in: {last}")
+        raise ValueError(f"training failed for {', '.join(failed)}; {out / failed[0]}.log ends with: {last}")
 
 
 def _train_one(name: str, arguments: Sequence[str], out: Path) -> int:
@@ -108,7 +109,7 @@ def _train_one(name: str, arguments: Sequence[str], out: Path) -> int:
 
 
 def look(run: RunDirectory, policy: Path | None) -> dict[str, Tensor]:
-    """Every measure of the run's held-out clips under a saved policy (None: the one that it started from), [clips]."""
+    """Measure the run's held-out clips, [clips] each, by a saved policy (None: the policy from which it started)."""
     overrides = ["reward.dimensions=[global]", *([] if policy is None else [f"model.policy={policy}"])]
     config = load_config(run.config, overrides)
     processes = Processes.start("cpu")
@@ -121,10 +122,11 @@ def look(run: RunDirectory, policy: Path | None) -> dict[str, Tensor]:
 
 
 def measured(names: Sequence[str], out: Path, origin: str) -> dict[str, dict[str, Any]]:
-    """What finished runs changed: {name: summary with ``origin``}, made once, then kept in ``out``/NAME/measures.json.
+    """Measure the effect of finished runs: {name: summary with ``origin``}; kept in ``out``/NAME/measures.json.
 
-    ``reward/image`` is the image scorer's, ``judge/selected`` the judge's mean of all dimensions, for every run. The
-    judge and the pixel measures are those of the run's own summary.json, which is checked: the clips are the same.
+    For every run ``reward/image`` is the image scorer's score, and ``judge/selected`` the judge's mean of all
+    dimensions. The judge's and the pixel measures must equal those of the run's summary.json, since the clips are the
+    same; this is checked.
     """
     found, base = {}, None
     for name in names:
@@ -150,5 +152,5 @@ def _check_same_clips(theirs: Mapping[str, Any], ours: Mapping[str, Any], where:
                 if abs(here - numbers[when]) > 0.01 * max(1.0, abs(here)):
                     raise ValueError(
                         f"{where}: {name} {when} training is {here:.4f}, its summary.json says {numbers[when]:.4f}; "
-                        "was the run made by another version? Remove it, and run again"
+                        "was the run made by another version? Remove it and start again"
                     )

@@ -1,11 +1,11 @@
-"""Tables 2, 4a and 4b of OnlineVPO (arXiv 2412.15159) in form, on the sprites world.
+"""Make tables like 2, 4a and 4b of OnlineVPO (arXiv 2412.15159) on the sprites world.
 
     python bench/sprites_tables.py [--tables 2 4a 4b] [--jobs 2] [--seed 0] [--write docs/sprites_tables.md]
 
-Table 2: how well each scorer finds the preferred of eight clips (sprites_ranking.py). Tables 4a and 4b: what the policy
-becomes when the pairs come from another scorer, or from another of its dimensions (sprites_runs.py): a training run
-each, some six minutes a run and core. What was made is kept under --out, and made once; --write puts the tables that
-were asked for between the page's markers, and draws the pictures beside it.
+Table 2 shows how well each scorer finds the preferred one of eight clips (sprites_ranking.py). Tables 4a and 4b show
+the effect of choosing pairs by another scorer, or by another of its dimensions (sprites_runs.py); each row is a
+training run of about six minutes on one core. Results are kept in the folder --out and not made again. --write puts the
+tables between the markers of a page, and draws the pictures beside it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from typing import Any
 import sprites_ranking
 import sprites_runs
 import torch
-from agreement import replaced
 from matplotlib.figure import Figure
-from report import Table
+from report import Table, replaced
 from rows import commit, hardware
 
 from vpo_engine.metrics.ranking import Estimate, Ranking
@@ -51,7 +50,7 @@ FOR_THE_PAPERS = {
     "temporal consistency": "subject consistency",
     "image score": "aesthetic",
 }
-"""Our columns that stand for the paper's, in the paper's order."""
+"""Our columns that correspond to the paper's, in the paper's order."""
 PAPER_BASE = (44.0, 95.35, 52.74)
 _MARKS = {"better": " ↑", "worse": " ↓", "unclear": "", "changed": ""}
 Summaries = Mapping[str, Mapping[str, Any]]
@@ -64,7 +63,7 @@ def _percent(found: Estimate) -> str:
 
 
 def ranking_table(rankings: Mapping[str, Ranking]) -> Table:
-    """A line per scorer and one for chance, per cent with 95 % intervals over groups."""
+    """Return a table with a line per scorer and one for chance, in per cent with 95 % intervals over groups."""
     first = next(iter(rankings.values()))
     header = ["", *(name.replace("mrr", "MRR") for name in first.measures)]
     lines = [[label, *map(_percent, each.measures.values())] for label, each in rankings.items()]
@@ -72,7 +71,7 @@ def ranking_table(rankings: Mapping[str, Ranking]) -> Table:
 
 
 def ranking_text(rankings: sprites_ranking.Rankings, settings: Mapping[str, object]) -> str:
-    """Table 2's form, and what it says, as Markdown."""
+    """Return table 2 and its conclusions as Markdown."""
     parts = [f"{settings['groups']} groups, seed {settings['seed']}; {settings['origin']}."]
     for variant, rows in rankings.items():
         image, video = (
@@ -90,7 +89,7 @@ def ranking_text(rankings: sprites_ranking.Rankings, settings: Mapping[str, obje
 
 
 def runs_table(rows: Sequence[sprites_runs.Row], found: Summaries) -> Table:
-    """The base policy and a line per run: final values, marked where better or worse than the base's beyond doubt."""
+    """Return a table with the base policy and a line per run: final values, marked if clearly better or worse."""
     base = found[rows[0].run]["measures"]
     header = ["reward", *COLUMNS, "paper: dynamic, subject, aesthetic"]
     lines = [["base policy", *(f"{base[key]['before']:.3f}" for key in COLUMNS.values()), _paper(PAPER_BASE)]]
@@ -108,7 +107,7 @@ def _paper(values: Sequence[float] | None) -> str:
 
 
 def directions(rows: Sequence[sprites_runs.Row], found: Summaries) -> list[str]:
-    """For each of the paper's columns, in which row it is highest and lowest, here and there."""
+    """Say for each of the paper's columns which row is highest and which is lowest, here and in the paper."""
     shared = [row for row in rows if row.paper is not None]
     lines = []
     for place, (ours, theirs) in enumerate(FOR_THE_PAPERS.items()):
@@ -124,7 +123,7 @@ def directions(rows: Sequence[sprites_runs.Row], found: Summaries) -> list[str]:
 
 
 def runs_text(name: str, found: Summaries) -> str:
-    """Table 4a's or 4b's form, and what it says, as Markdown."""
+    """Return table 4a or 4b and its conclusions as Markdown."""
     rows = sprites_runs.TABLES[name]
     shown = [found[row.run] for row in rows]
     origins = "; ".join(dict.fromkeys(summary["origin"] for summary in shown))
@@ -138,7 +137,7 @@ def runs_text(name: str, found: Summaries) -> str:
 
 
 def draw_runs(path: Path, rows: Sequence[sprites_runs.Row], found: Summaries) -> None:
-    """Consistency against dynamic degree, a dot per run: here and in the paper."""
+    """Plot consistency against dynamic degree, with a dot per run, here and in the paper."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     here, there = figure.subplots(1, 2)
     x, y = (COLUMNS[name] for name in ("dynamic degree", "temporal consistency"))
@@ -153,7 +152,7 @@ def draw_runs(path: Path, rows: Sequence[sprites_runs.Row], found: Summaries) ->
     for axis, points in ((here, ours), (there, theirs)):
         for place, (label, point) in enumerate(sorted(points.items(), key=lambda named: named[1])):
             axis.plot(*point, "x" if label == "base" else "o", color="k" if label == "base" else "#4269d0")
-            # Neighbours have their labels above and below.
+            # Labels of neighbouring points are alternately above and below.
             axis.annotate(
                 label,
                 point,
@@ -171,7 +170,7 @@ def draw_runs(path: Path, rows: Sequence[sprites_runs.Row], found: Summaries) ->
 
 
 def make(given: argparse.Namespace) -> dict[str, str]:
-    """{table: Markdown} of the tables asked for; draws their pictures beside the page, if one is written."""
+    """Make the chosen tables: {table: Markdown}; if a page is written, also draw their pictures beside it."""
     origin = f"{hardware(torch.device('cpu'))}, torch {torch.__version__}, commit {commit()}"
     texts: dict[str, str] = {}
     if "2" in given.tables:
@@ -196,14 +195,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tables", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2), one thread each")
-    parser.add_argument("--seed", type=int, default=0, help="of the groups and of every run (default 0)")
-    parser.add_argument("--steps", type=int, help="training steps; default: those of configs/sprites.yaml")
     parser.add_argument(
-        "--groups", type=int, default=sprites_ranking.GROUPS, help="of table 2 (default %(default)s)"
+        "--tables", nargs="+", choices=NAMES, default=list(NAMES), help="tables to make (default: all)"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/sprites_tables"), help="default %(default)s")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of runs at a time, with one thread each (default: 2)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the groups and of every run (default: 0)"
+    )
+    parser.add_argument("--steps", type=int, help="training steps (default: those of configs/sprites.yaml)")
+    parser.add_argument(
+        "--groups", type=int, default=sprites_ranking.GROUPS, help="groups of table 2 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/sprites_tables"),
+        help="folder for results (default: %(default)s)",
+    )
     parser.add_argument(
         "--write", type=Path, metavar="PAGE", help="put the tables between the page's markers"
     )

@@ -1,9 +1,9 @@
-"""What each storage of the reference takes, and what it does to the margin, on the sprites policy and its own pairs.
+"""Measure the bytes of each storage of the reference and its noise in the margin, on the sprites policy and its pairs.
 
-The margin against a stored reference less that against a float32 copy of the same policy, on the same pairs, times and
-noise, is the storage's noise. It is the whole margin right after a refresh, and stays the same while the policy moves
-on, since a margin is the policy's part less the reference's. Beside it stands the margin of 200 optimizer steps. One
-training serves all storages; its weights are float32 (storages round them) or on bfloat16's grid (masters).
+The noise of a storage is the margin with the stored reference minus the margin with a float32 copy of the same policy,
+on the same pairs, times and noise. Right after a refresh it is the whole margin. It stays the same while the policy
+trains, since a margin is the policy's part minus the reference's. The margin of 200 optimizer steps is given for
+comparison. One training serves all storages; weights are float32 (storages round them) or on bfloat16's grid (masters).
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def train(
 ) -> None:
     """DPO on the pairs, ``BATCH`` samples a step, against the copy."""
     parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
-    followed = references.get("exact8", references["copy"]).following
+    preserve = references.get("exact8", references["copy"]).following
     optimizer = PolicyOptimizer(
-        parameters, config.optimizer, config.memory, seed=config.seed, following=followed
+        parameters, config.optimizer, config.memory, seed=config.seed, following=preserve
     )
     random = torch.Generator().manual_seed(0)
     for _ in range(steps):

@@ -1,7 +1,7 @@
-"""Seconds per prompt of the engine's rollout, against a plain sampler as public scripts have it, in one run.
+"""Measure seconds per prompt of the engine's rollout and of a plain sampler, like those of public scripts.
 
-The plain sampler makes one candidate after the other, sends prompt and null caption through the network in two calls,
-and leaves nothing from one step to the next. Both run the same network on the same noise and reach the same latents.
+The plain sampler makes one candidate after the other, calls the network separately for the prompt and for the null
+caption, and reuses nothing from step to step. Both run the same network on the same noise and give the same latents.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from vpo_engine.seeding import normal
 ROUNDS = 3
 SPRITES_PROMPTS = 8
 TEXT_TOKENS = 120
-"""Of a caption of some 80 words, as WebVid's and their rewritten forms are at most."""
+"""Tokens of a caption of about 80 words, the longest of WebVid and of its rewritten captions."""
 FULL_SIZE = {("240p", 34): (30, (10, 30, 53)), ("720p", 68): (3, (20, 90, 160))}
-"""(resolution, frames): sampling steps that are measured, latent size. A step takes as long as any other."""
+"""{(resolution, frames): (number of sampling steps, latent size)}. All steps take the same time, so few are enough."""
 
 
 @torch.no_grad()
 def plain_rollout(
     model: OpenSora, text: TextEmbedding, positions: Sequence[int], config: RolloutConfig, seed: int
 ) -> Tensor:
-    """Latents [P, N, C, T, H, W] of the same noise as ``sample_candidates``."""
+    """Sample latents [P, N, C, T, H, W] from the same noise as ``sample_candidates``."""
     size = model._geometry
     times, lengths = model._flow.sampling_timesteps(config.steps, size.height, size.width, size.num_frames)
     null = model.network.y_embedder.y_embedding[: text.embeddings.shape[1]].to(text.embeddings.dtype)
@@ -67,7 +67,7 @@ def compare(
     tolerance: float,
     benchmark,
 ) -> dict[str, float]:
-    """Both samplers in turns; their seconds per prompt."""
+    """Run both samplers in turn; return their seconds per prompt."""
     positions, where = range(len(text)), text.embeddings.device
 
     def engine() -> Tensor:
@@ -124,7 +124,7 @@ def test_sprites_rollout(guidance: float, benchmark, add_row) -> None:
 
 
 class LatentSize(nn.Module):
-    """In place of a VAE, which a rollout does not need."""
+    """A replacement for the VAE, which a rollout does not need."""
 
     def __init__(self, size: tuple[int, int, int]) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class LatentSize(nn.Module):
 
 
 def full_size_model(resolution: str, frames: int, size: tuple[int, int, int]) -> OpenSora:
-    """STDiT3-XL/2 in bfloat16 with random weights."""
+    """Build STDiT3-XL/2 in bfloat16 with random weights."""
     with device():
         network = STDiT3.from_config({"freeze_y_embedder": True}).to(torch.bfloat16)
     geometry = Geometry(*pixel_size(resolution, "9:16"), frames, 24)

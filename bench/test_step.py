@@ -1,4 +1,4 @@
-"""Seconds per stage of one whole step of Algorithm 1 on the sprites world, at its default settings."""
+"""Measure the seconds of each stage of a step of Algorithm 1 on the sprites world, with default settings."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def counting(algorithm: OnlineVPO, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     network = algorithm.model.network
     for owner, name in (
         (network, "forward"),
-        (algorithm.reference._mirror.network, "forward"),
+        (algorithm.reference.network, "forward"),
         (algorithm.model.vae, "decode_uint8"),
         (algorithm.reward, "score"),
     ):

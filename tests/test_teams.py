@@ -1,4 +1,4 @@
-"""Candidates of a prompt spread over processes: the same pairs, the same gradient, the same numbers."""
+"""Test candidates of a prompt divided among processes: the pairs, the gradient and the numbers are the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alarms of a run: when they are raised, that they outlive a resume, and what a run does about them."""
+"""Test the alarms of a run: when they are raised, that they survive a resume, and what a run does about them."""
 
 from __future__ import annotations
 
@@ -216,8 +216,8 @@ def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_r
     kinds = [json.loads(line)["kind"] for line in (run / "alarms.jsonl").read_text().splitlines()]
     assert kinds == ["divergence", "style"]
     report = (run / "report.html").read_text()
-    assert "Training reward and held-out reward part" in report
-    assert "2 alarms: see below" in report
+    assert "The training reward rises while the held-out reward falls" in report
+    assert "The run raised 2 alarms, see below" in report
     (row,) = [
         row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "eval" and row["step"] == 2
     ]
@@ -245,7 +245,7 @@ def test_another_held_out_reward_takes_the_judges_place(small: Make, tmp_path: P
     )
     assert (tmp_path / "run/alarms.jsonl").read_text() == ""
     assert (
-        "None: nothing that is watched says that the reward is exploited"
+        "No alarm was raised: there is no sign that the policy exploits the reward"
         in (tmp_path / "run/report.html").read_text()
     )
 

@@ -1,8 +1,10 @@
-"""Put finished runs side by side: base, final and the change of every held-out measure, over seeds.
+"""Compare finished runs by their measures on held-out videos.
 
     python -m vpo_engine.evaluate RUN [RUN ...]
 
-Runs of one name count as seeds of one setting; several names stand in columns, for example online and offline.
+One run: a table of every measure of the base and of the final policy, with the change and its 95 % bounds.
+Several runs: a table of the changes. Runs with the same name in their configuration count as seeds of one setting and
+share a column; each other name, for example online and offline, has its own column.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory of a finished run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
     given = parser.parse_args(arguments)
     try:
         print(compare(given.runs))
@@ -37,12 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(roots: Sequence[Path]) -> str:
-    """The table of one run, or of several grouped by the name in their configuration."""
+    """Return the table of one run, or of several runs grouped by the name in their configuration."""
     summaries: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for root in roots:
         run = RunDirectory.open(root)
         if not run.summary.is_file():
-            raise ValueError(f"{root} has no {run.summary.name}: the run has not finished; resume it first")
+            raise ValueError(
+                f"{root} has no {run.summary.name}, so the run has not finished; resume it first"
+            )
         name = load_config(run.config).name
         summaries[name].append(json.loads(run.summary.read_text(encoding="utf-8")))
     if len(roots) == 1:

@@ -2,8 +2,13 @@
 
     python -m vpo_engine.sample RUN --prompt "a red circle moving left" --out clips
 
-RUN is a run directory (its newest checkpoint is taken), a checkpoint in it, or a YAML configuration (the policy that
-it starts from). Without RUN: the shipped sprites policy. Steps, guidance and size are the run's own.
+RUN is one of:
+  a run directory     its newest checkpoint is used
+  a checkpoint        a folder RUN_DIRECTORY/checkpoints/step_...
+  a YAML file         a configuration; the policy that such a run starts from is used
+  nothing             the sprites policy that is part of the package
+Sampling steps, guidance and video size are those of the run's configuration. Without a prompt, the sprites world's
+held-out captions are sampled.
 """
 
 from __future__ import annotations
@@ -35,14 +40,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN")
-    parser.add_argument("--prompt", action="append", default=[], help="a text; may be given several times")
-    parser.add_argument("--prompts", type=Path, help="a .txt, .csv or .jsonl file of prompts")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="what to sample from, see above")
     parser.add_argument(
-        "--out", type=Path, default=Path("samples"), help="folder for the files (%(default)s)"
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a prompt; repeat the option for several",
     )
-    parser.add_argument("--count", type=int, default=1, help="videos per prompt (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="prompts from a .txt, .csv or .jsonl file"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples"),
+        metavar="FOLDER",
+        help="folder for the mp4 files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of videos for each prompt (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the starting noise (default: %(default)s)"
+    )
     given = parser.parse_args(arguments)
     try:
         sample(given.run, _prompts(given.prompt, given.prompts), given.out, given.count, given.seed)
@@ -54,13 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @torch.no_grad()
 def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed: int) -> list[Path]:
-    """Write ``count`` videos per prompt to ``out``; the files, in order of prompts."""
+    """Write ``count`` videos for each prompt to ``out``; return the files, in the order of the prompts."""
     if count < 1:
-        raise ValueError(f"--count {count} must be at least 1")
+        raise ValueError(f"--count {count} is too small; give at least 1 video for each prompt")
     config, adapter = _config_of(run)
     prompts = prompts or (withheld_captions() if config.model.kind == "sprites" else [])
     if not prompts:
-        raise ValueError("no prompt given; use --prompt TEXT or --prompts FILE")
+        raise ValueError(
+            "there is no prompt; give one with --prompt TEXT, or a file of them with --prompts FILE"
+        )
     processes = Processes.start(config.model.device)
     model = build_model(config, processes)
     if adapter is not None:
@@ -86,9 +113,10 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
 
 
 def _config_of(run: Path | None) -> tuple[Config, Path | None]:
-    """The configuration of a run or checkpoint, with model.policy set to the trained weights.
+    """Load the configuration of a run or checkpoint, with model.policy set to the trained weights.
 
-    A run with model.lora has trained an adapter only: its folder, to be loaded on top of the run's own model.policy.
+    A run with model.lora has trained an adapter only. Then model.policy stays as it is, and the adapter's folder is
+    returned beside the configuration; otherwise that is None.
     """
     if run is None or run.is_file() or not run.exists():
         return load_config(run), None
@@ -96,7 +124,9 @@ def _config_of(run: Path | None) -> tuple[Config, Path | None]:
     if not (run / "policy").is_dir():
         newest = newest_complete(RunDirectory.open(run).checkpoints)
         if newest is None:
-            raise ValueError(f"{run} holds no complete checkpoint yet; wait for one, or give a configuration")
+            raise ValueError(
+                f"{run} has no complete checkpoint yet; wait until the run has saved one, or give a YAML configuration"
+            )
         checkpoint = newest
     root = checkpoint.resolve().parent.parent
     saved, trained = RunDirectory.open(root).config, checkpoint / "policy"

@@ -1,4 +1,4 @@
-"""Makes ``bench/`` importable, as pytest does when it runs the benchmarks themselves."""
+"""Make ``bench/`` importable, as pytest does when it runs the benchmarks."""
 
 import sys
 from pathlib import Path

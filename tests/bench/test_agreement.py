@@ -1,10 +1,11 @@
-"""The table of agreement: what is counted, against exact numbers made by hand, and that exact settings agree."""
+"""Test the table of agreement against numbers computed by hand, and that exact settings agree with themselves."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from agreement import Found, interval, line, main, measure, replaced
+from agreement import END, START, Found, interval, line, main, measure
+from report import replaced
 
 EXACT = Found(
     winner=[torch.tensor([0, 1]), torch.tensor([2, 3])],
@@ -57,11 +58,11 @@ def test_smaller_batches_and_previews_of_the_last_step_agree() -> None:
 
 def test_the_page_needs_its_markers() -> None:
     page = "before\n<!-- agreement -->\nold\n<!-- end of agreement -->\nafter\n"
-    assert replaced(page, "new\n") == (
+    assert replaced(page, "new\n", START, END) == (
         "before\n<!-- agreement -->\n\nnew\n\n<!-- end of agreement -->\nafter\n"
     )
     with pytest.raises(ValueError, match="must hold one line '<!-- agreement -->'"):
-        replaced("no markers", "new")
+        replaced("no markers", "new", START, END)
 
 
 def test_wrong_settings_are_one_clear_line(capsys) -> None:

@@ -1,4 +1,4 @@
-"""The study of the fast mode: what differs, what is counted, and that a failed run is told."""
+"""Test the study of the fast mode: its differences, its times, and that a failed run is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How calls are measured: peaks, counts, what a rotation holds, and a run of ``pytest bench/`` itself."""
+"""Test how calls are measured: peaks, counts, rotation of buffers, and a run of ``pytest bench/``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of benchmarks: written, replaced, read back, told apart by machine; and what their tables say."""
+"""Test rows of benchmarks: writing, replacing and reading them, telling machines apart, and their tables."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
     record([loss_row("eager", 1.0)], tmp_path)
     path = tmp_path / "loss.jsonl"
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=r"loss\.jsonl, line 2 is no row .*Delete the line and record again"):
+    with pytest.raises(
+        ValueError, match=r"loss\.jsonl, line 2 is not a row .*Delete the line and record again"
+    ):
         read(tmp_path)
     with pytest.raises(ValueError, match="line 2"):
         record([loss_row("native", 1.0)], tmp_path)

@@ -1,4 +1,4 @@
-"""The paper's tables on the sprites world: groups whose preference is known, runs made once, pages in shape."""
+"""Test the paper's tables on the sprites world: groups with a known preference, kept runs, and formatted pages."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class TestRuns:
         words = "import sys; print('before'); sys.exit('error: out of luck')"
         monkeypatch.setattr(sprites_runs, "command", lambda *_: ["-c", words])
         with pytest.raises(
-            ValueError, match=r"training failed for global; .*global.log ends in: error: out of luck"
+            ValueError, match=r"training failed for global; .*global.log ends with: error: out of luck"
         ):
             train(["global"], tmp_path, seed=0, steps=1, jobs=1)
 

@@ -1,4 +1,4 @@
-"""The cache of text embeddings: exact, shared between processes, and loud when damaged."""
+"""Test that the cache of text embeddings is exact, can be shared by processes, and reports damage."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -189,7 +189,7 @@ def test_truncated_shard(tmp_path: Path) -> None:
     for size in (path.stat().st_size - 10, 30, 0):
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(
-            ValueError, match=rf"embedding shard {path} is damaged \(.*\); delete it and its prompts"
+            ValueError, match=rf"embedding shard {path} is damaged \(.*\); delete the file, and its prompts"
         ):
             EmbeddingCache(tmp_path, "bytes")
     path.unlink()
@@ -207,7 +207,7 @@ def test_flipped_bit_is_found_on_reading(tmp_path: Path) -> None:
     cache = EmbeddingCache(tmp_path, "bytes")
     assert_exact(cache.get(["fox"]), ["fox"], ByteEncoder())
     with pytest.raises(
-        ValueError, match=rf"shard {path} is damaged \(a checksum does not match\); delete it"
+        ValueError, match=rf"shard {path} is damaged \(a checksum does not match\); delete the file"
     ):
         cache.get(["cat"])
 
@@ -234,7 +234,9 @@ def test_foreign_or_inconsistent_shard(
     EmbeddingCache(tmp_path, "bytes").fill(["fox", "cat"], ByteEncoder(), batch_size=2)
     (path,) = shards(tmp_path)
     save_file(change(load_file(path)), path, metadata={"encoder_id": encoder_id})
-    with pytest.raises(ValueError, match=rf"embedding shard {path} is damaged \(.*{message}.*\); delete it"):
+    with pytest.raises(
+        ValueError, match=rf"embedding shard {path} is damaged \(.*{message}.*\); delete the file"
+    ):
         EmbeddingCache(tmp_path, "bytes")
 
 
@@ -244,7 +246,7 @@ def test_two_encoders_under_one_id(tmp_path: Path, other: ByteEncoder) -> None:
     cache.fill(["fox"], ByteEncoder(), batch_size=1)
     cache.fill(["cat"], other, batch_size=1)
     with pytest.raises(
-        ValueError, match=r"encoder_id='bytes' has embeddings of several dtypes and D: .*delete"
+        ValueError, match=r"encoder_id='bytes' has embeddings of several dtypes or widths D: .*delete"
     ):
         cache.get(["fox", "cat"])
 

@@ -1,4 +1,4 @@
-"""The pair ledger on disk: what goes in comes out; killed and resumed runs; files that somebody damaged."""
+"""Test the pair ledger on disk: reading what was written, killed and resumed runs, and damaged files."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_damage_is_named_with_file_and_line(tmp_path: Path) -> None:
     fewer = {name: value for name, value in json.loads(lines[1]).items() if name != "gap"}
     path.write_text("\n".join([lines[0], json.dumps(fewer)]) + "\n")
     with pytest.raises(
-        ValueError, match=r"pairs_0000\.jsonl' line 2 is no pair: it must be an object of step,"
+        ValueError, match=r"pairs_0000\.jsonl' line 2 is not a pair: it must be an object with step,"
     ):
         list(read_ledger(tmp_path))
 
@@ -147,10 +147,10 @@ def test_latents_that_are_gone_are_named(tmp_path: Path) -> None:
     write(tmp_path, 1, ranks=1)
     found = list(read_ledger(tmp_path))[1]
     assert found.latents_file is not None
-    with pytest.raises(ValueError, match="does not hold pair 9, as the ledger says"):
+    with pytest.raises(ValueError, match="does not have pair 9, although the ledger says so"):
         replace(found, row=9).latents()
     found.latents_file.unlink()
-    with pytest.raises(ValueError, match=r"step_00000001_0000\.safetensors' does not hold pair 0"):
+    with pytest.raises(ValueError, match=r"step_00000001_0000\.safetensors' does not have pair 0"):
         found.latents()
 
 

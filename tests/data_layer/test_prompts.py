@@ -1,4 +1,4 @@
-"""Prompt files a user brings, and the order in which a run sees them."""
+"""Test the reading of prompt files, and the order in which a run gets the prompts."""
 
 import csv
 import itertools
@@ -180,7 +180,7 @@ BAD_ROWS = {
     "half a pair": (
         "p.jsonl",
         '{"text":"\\ud83e"}',
-        r"line 1: the prompt \('text'\) holds half of a .*surrogate",
+        r"line 1: the prompt \('text'\) has half of a .*surrogate",
     ),
 }
 
@@ -205,19 +205,19 @@ def test_field_longer_than_csv_allows_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "column", "message"),
     [
-        ("p.txt", "", None, r"p\.txt: the file holds no prompts; give a file with at least one"),
-        ("p.txt", "\n \n", None, r"p\.txt: the file holds no prompts"),
-        ("p.csv", "id,name\n", None, r"p\.csv: the file holds no prompts"),
-        ("p.csv", "", None, r"p\.csv: 0 columns are named like a prompt .*it has none"),
-        ("p.jsonl", "\n", None, r"p\.jsonl: the file holds no prompts"),
+        ("p.txt", "", None, r"p\.txt: the file has no prompts; give a file with at least one"),
+        ("p.txt", "\n \n", None, r"p\.txt: the file has no prompts"),
+        ("p.csv", "id,name\n", None, r"p\.csv: the file has no prompts"),
+        ("p.csv", "", None, r"p\.csv: 0 columns are named name, caption, .*it has none"),
+        ("p.jsonl", "\n", None, r"p\.jsonl: the file has no prompts"),
         ("p.json", "[]", None, r"p\.json: unknown kind of prompt file '\.json'; .*\.txt, \.csv, \.jsonl"),
         (
             "p.csv",
             "id,title\n1,a\n",
             None,
-            r"0 columns are named like a prompt \(name, .*columns: 'id', 'title'",
+            r"0 columns are named name, .*columns: 'id', 'title'",
         ),
-        ("p.csv", "name,text\na,b\n", None, r"2 columns are named like a prompt .*: 'name', 'text'"),
+        ("p.csv", "name,text\na,b\n", None, r"2 columns are named name, .*: 'name', 'text'"),
         (
             "p.csv",
             "id,name\n1,a\n",
@@ -225,9 +225,14 @@ def test_field_longer_than_csv_allows_is_named(tmp_path: Path) -> None:
             r"column 'en' occurs 0 times, but must occur once; .*: 'id', 'name'",
         ),
         ("p.csv", "en,en\n1,a\n", "en", r"column 'en' occurs 2 times"),
-        ("p.jsonl", '{"id": 1}', None, r"p\.jsonl: 0 keys are named like a prompt .*: 'id'"),
+        ("p.jsonl", '{"id": 1}', None, r"p\.jsonl: 0 keys are named name, .*: 'id'"),
         ("p.jsonl", '{"id": "x"}', "en", r"key 'en' occurs 0 times"),
-        ("p.txt", "fox", "name", r"p\.txt: column 'name' has no meaning in a \.txt file; leave it out"),
+        (
+            "p.txt",
+            "fox",
+            "name",
+            r"p\.txt: column='name' cannot be used, a \.txt file has no columns; leave it out",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str, column: str | None, message: str) -> None:
@@ -247,7 +252,9 @@ def test_file_changed_after_indexing(tmp_path: Path) -> None:
     assert prompts[1] == "cat"
     with path.open("a") as file:
         file.write("dog\n")
-    with pytest.raises(ValueError, match=r"p\.txt: the file was changed after it had been indexed; restart"):
+    with pytest.raises(
+        ValueError, match=r"p\.txt: the file was changed after the run had opened it; restart"
+    ):
         prompts[1]
 
 

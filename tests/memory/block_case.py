@@ -1,4 +1,4 @@
-"""One block of STDiT3 with its inputs, and counters of the memory and the arithmetic that it costs."""
+"""One block of STDiT3 with inputs, and counters of the memory and arithmetic that it needs."""
 
 from __future__ import annotations
 

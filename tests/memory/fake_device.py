@@ -1,4 +1,4 @@
-"""A second region of CPU memory that plays the device."""
+"""A second region of CPU memory that is treated as a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpointing policies of STDiT3's blocks: the same bits, and exactly the bytes and FLOPs that each should cost."""
+"""Test activation checkpointing of STDiT3's blocks: equal results bit for bit, and the expected bytes and FLOPs."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_without_grad_nothing_is_kept(recompute: Recompute) -> None:
             "recompute='everything' is unknown; it must be one of: nothing, pointwise",
         ),
         ({"mlp_chunks": 0}, "mlp_chunks=0 must be at least 1"),
-        ({"offload": True}, "offload=True sends .* recompute='nothing' keeps many times as much"),
+        ({"offload": True}, "offload=True moves .* recompute='nothing' keeps many times as much"),
         ({"offload": True, "recompute": "pointwise"}, "set recompute to all_but_attention or block"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The MLP in parts: prediction and gradients as exact as before, and one part's hidden activations at a time."""
+"""Test the MLP in parts: it is as exact as the whole MLP, and has one part's hidden activations at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs of blocks on the host: what is where and when, through a recorder of copies, and the same gradients."""
+"""Test the offload of block inputs: when each copy is made and freed, and that gradients are the same."""
 
 from __future__ import annotations
 
@@ -159,11 +159,11 @@ def test_gradients_are_the_same_bits_and_everything_is_free_afterwards() -> None
     assert torch.equal(x.grad, expected_x)
     assert chain.recorder.pending == set()
     assert chain.recorder.held == 1  # x, which the caller has
-    assert len(spare(chain.store)) == len(chain.weights)
+    assert len(free_hosts(chain.store)) == len(chain.weights)
 
 
-def spare(store: OffloadedInputs) -> list[Tensor]:
-    return [host for hosts in store._spare.values() for host in hosts]
+def free_hosts(store: OffloadedInputs) -> list[Tensor]:
+    return [host for hosts in store._free_hosts.values() for host in hosts]
 
 
 def test_host_memory_is_used_again() -> None:
@@ -187,7 +187,7 @@ def test_an_error_between_forward_and_backward_leaks_nothing() -> None:
             fail()
         assert chain.recorder.held == 0
         assert chain.recorder.pending == set()
-        assert len(spare(chain.store)) == len(chain.recorder.hosts) == len(chain.weights)
+        assert len(free_hosts(chain.store)) == len(chain.recorder.hosts) == len(chain.weights)
 
 
 def test_an_error_in_the_backward_pass_leaks_nothing() -> None:
@@ -210,7 +210,7 @@ def test_an_error_in_the_backward_pass_leaks_nothing() -> None:
     step()
     assert chain.recorder.held == 0
     assert chain.recorder.pending == set()
-    assert len(spare(chain.store)) == len(chain.recorder.hosts)
+    assert len(free_hosts(chain.store)) == len(chain.recorder.hosts)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -228,7 +228,7 @@ def test_two_forward_passes_before_one_backward(order: tuple[int, int], together
     assert same(chain.gradients(), expected)
     del outs, inputs
     assert chain.recorder.held == 0
-    assert len(spare(chain.store)) == 2 * len(chain.weights)
+    assert len(free_hosts(chain.store)) == 2 * len(chain.weights)
 
 
 def test_a_retained_graph_is_run_again() -> None:
@@ -243,8 +243,8 @@ def test_a_retained_graph_is_run_again() -> None:
 def test_a_copy_has_host_memory_of_its_own() -> None:
     chain = Chain()
     chain.forward(torch.randn(4, 8)).sum().backward()
-    assert spare(copy.deepcopy(chain.store)) == []
-    assert len(spare(chain.store)) == len(chain.weights)
+    assert free_hosts(copy.deepcopy(chain.store)) == []
+    assert len(free_hosts(chain.store)) == len(chain.weights)
 
 
 # --- STDiT3 ---
@@ -299,7 +299,7 @@ def test_nothing_is_sent_without_grad() -> None:
     model.activations = Activations("block", offload=True)
     with torch.no_grad():
         predict(model)
-    assert spare(model.offloaded) == []
+    assert free_hosts(model.offloaded) == []
 
 
 def test_fake_tensors_are_sent_too() -> None:
@@ -307,7 +307,7 @@ def test_fake_tensors_are_sent_too() -> None:
         model = network()
         model.activations = Activations("block", offload=True)
         predict(model).square().mean().backward()
-        assert [host.shape[-1] for host in spare(model.offloaded)] == [64] * BLOCKS
+        assert [host.shape[-1] for host in free_hosts(model.offloaded)] == [64] * BLOCKS
 
 
 @pytest.mark.gpu
@@ -331,6 +331,6 @@ def test_on_a_gpu_gradients_are_the_same_bits_and_host_memory_is_pinned() -> Non
     finally:
         torch.use_deterministic_algorithms(False)
     assert same(found, expected)
-    hosts = spare(model.offloaded)
+    hosts = free_hosts(model.offloaded)
     assert len(hosts) == BLOCKS
     assert all(host.is_pinned() for host in hosts)

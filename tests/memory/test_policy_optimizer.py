@@ -1,4 +1,4 @@
-"""The optimizer of one parameter at a time: against float64, against the libraries themselves, across a resume."""
+"""Test the optimizer against float64, against the libraries' own optimizers, and across a resume."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def optimizer_of(
     network: nn.ParameterList,
     weights: str = "float32",
     bits: int = 32,
-    following: Callable[..., Any] = lambda parameters: nullcontext(),
+    preserve: Callable[..., Any] = lambda parameters: nullcontext(),
     seed: int = 0,
     in_backward: bool = False,
     **settings: Any,
 ) -> PolicyOptimizer:
     given = OptimizerConfig(**{"lr": 1e-4, "weight_decay": 0.01, "clip": None, **settings})
     memory = MemoryConfig(weights=weights, optimizer_bits=bits, step_in_backward=in_backward)  # type: ignore[arg-type]
-    return PolicyOptimizer(list(network.parameters()), given, memory, seed=seed, following=following)
+    return PolicyOptimizer(list(network.parameters()), given, memory, seed=seed, following=preserve)
 
 
 def run(optimizer: PolicyOptimizer, network: nn.ParameterList, steps: range) -> None:
@@ -305,7 +305,7 @@ def test_states_of_another_setup_are_refused_and_change_nothing() -> None:
         ),
         r"state 1\.master: nothing, but parameter 1": altered(state, "1.master", None),
         r"state 2\.absmax1: \(1,\), but parameter 2 .* needs nothing": {**state, "2.absmax1": torch.ones(1)},
-        r"without 'setup' and 'steps': it was saved by something else": altered(state, "setup", None),
+        r"has no 'setup' or no 'steps': another program or an older version": altered(state, "setup", None),
     }
     for text, given in wrong.items():
         with pytest.raises(ValueError, match=text):
@@ -314,14 +314,14 @@ def test_states_of_another_setup_are_refused_and_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(("weights", "bits"), ALL_MODES)
-def test_a_parameter_changes_only_while_it_is_followed(weights: str, bits: int) -> None:
+def test_a_parameter_changes_only_inside_the_context_of_the_reference(weights: str, bits: int) -> None:
     network = policy(weights)
     seen: list[int] = []
     everything = list(network.parameters())
     values = [parameter.detach().clone() for parameter in everything]
 
     @contextmanager
-    def following(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    def preserve(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         (parameter,) = parameters
         number = next(number for number, one in enumerate(everything) if one is parameter)
         assert all(torch.equal(a, b) for a, b in zip(everything, values, strict=True))
@@ -329,7 +329,7 @@ def test_a_parameter_changes_only_while_it_is_followed(weights: str, bits: int) 
         values[number] = parameter.detach().clone()
         seen.append(number)
 
-    run(optimizer_of(network, weights, bits, following), network, range(2))
+    run(optimizer_of(network, weights, bits, preserve), network, range(2))
     assert seen == [0, 1, 2, 0, 1, 2]
     assert all(torch.equal(a, b) for a, b in zip(everything, values, strict=True))
 
@@ -343,7 +343,7 @@ def test_a_norm_that_is_not_finite_is_refused_before_anything_changes(bad: float
     before = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     network[2].grad = torch.full_like(network[2], bad)
     with pytest.raises(
-        ValueError, match=r"gradient norm is (nan|inf) at optimizer step 2; the policy was left as"
+        ValueError, match=r"gradient norm is (nan|inf) at optimizer step 2; the policy was not"
     ):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in optimizer.state_dict().items())
@@ -409,13 +409,13 @@ def test_stepping_in_the_backward_pass_is_the_same_step(weights: str, bits: int)
     ordinary, early = chain(weights), chain(weights)
     waiting: list[int] = []
 
-    def following(parameters: Sequence[nn.Parameter]) -> Any:
+    def preserve(parameters: Sequence[nn.Parameter]) -> Any:
         waiting.append(sum(p.grad is not None for p in early.parameters()))
         return nullcontext()
 
     pairs = [
         (ordinary, optimizer_of(ordinary, weights, bits)),  # type: ignore[arg-type]
-        (early, optimizer_of(early, weights, bits, following, in_backward=True)),  # type: ignore[arg-type]
+        (early, optimizer_of(early, weights, bits, preserve, in_backward=True)),  # type: ignore[arg-type]
     ]
     for step in range(3):
         inputs = torch.randn(9, 70, generator=torch.Generator().manual_seed(step))
@@ -440,8 +440,8 @@ def test_gradients_that_are_not_finite_in_the_backward_pass_say_what_was_done() 
     (network(torch.ones(1, 70)).sum() * math.nan).backward()
     with pytest.raises(
         ValueError,
-        match=r"norm is nan at optimizer step 1; with memory.step_in_backward=true the policy is already partly "
-        r"changed: resume from the last checkpoint",
+        match=r"norm is nan at optimizer step 1; with memory.step_in_backward=true part of the policy has "
+        r"changed already: resume from the last checkpoint",
     ):
         optimizer.step()
     assert optimizer.steps == 0

@@ -1,6 +1,6 @@
-"""Residency: what is where in which phase, what is copied, and that nothing else changes.
+"""Test the offload of idle parts: where tensors are in each phase, what is copied, and that values do not change.
 
-A second region of CPU memory plays the device.
+A second region of CPU memory is treated as the device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from vpo_engine.memory.residency import (
     Residency,
     module_tensors,
     needs_of,
-    optimizer_tensors,
 )
 from vpo_engine.protocols import TextEmbedding
 
@@ -76,6 +75,12 @@ class Toy:
             with phase("refresh"), torch.no_grad():
                 self.reference.weight.copy_(self.policy[0].weight[:8])
         return loss.detach()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the tensors of an optimizer's state without the step counters, which torch keeps on the host."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return [value for value in values if torch.is_tensor(value) and value.dim() > 0]
 
 
 def nbytes(tensors: list[Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""Whole steps of the engine in phases: every part is where it is used, and nothing else changes."""
+"""Test whole steps with idle parts offloaded: every part is on the device when used, and results are the same."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Run:
         """Let every part say whether it is on the device whenever it is used."""
         network, vae, optimizer = self.model.network, self.model.vae, self.algorithm.optimizer
         self._watch_module("policy", network, lambda: module_tensors(network))
-        self._watch_module("reference", self.reference._mirror.network, self.reference.tensors)
+        self._watch_module("reference", self.reference.network, self.reference.tensors)
         self._watch_module("vae", vae.spatial_vae.module.decoder, lambda: module_tensors(vae))
         step_one = optimizer._step_one
 

@@ -1,4 +1,4 @@
-"""Stochastic rounding over all of its random numbers; networks held in bfloat16 values."""
+"""Test stochastic rounding with all of its random numbers, and networks with bfloat16 values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies for the tests of reference storage, with inputs and a cheap loss."""
+"""Policies, inputs and a cheap loss for the tests of reference storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""exact8 while the policy is trained: bit for bit the bfloat16 reference, at how many bytes."""
+"""Test that exact8 equals the bfloat16 reference bit for bit while the policy is trained, and count its bytes."""
 
 from __future__ import annotations
 
@@ -258,12 +258,12 @@ def test_the_sixth_is_where_plain_becomes_smaller(over: bool) -> None:
     policy = on_grid(tiny_policy())
     reference, before = build_reference("exact8", policy), snapshot(policy)
     weight = policy.get_parameter("temporal_blocks.1.attn.proj.weight")
-    spilled = weight.numel() // 6 + over
+    outliers = weight.numel() // 6 + over
     with reference.following([weight]), torch.no_grad():
-        weight.view(-1)[:spilled] = 1e6
+        weight.view(-1)[:outliers] = 1e6
     held = reference._held["temporal_blocks.1.attn.proj.weight"]
     nbytes = sum(tensor.nbytes for tensor in held.tensors().values())
-    assert nbytes == (2 * weight.numel() if over else weight.numel() + 6 * spilled) <= 2 * weight.numel()
+    assert nbytes == (2 * weight.numel() if over else weight.numel() + 6 * outliers) <= 2 * weight.numel()
     assert_same(held_bits(reference), before)
 
 
@@ -285,7 +285,10 @@ def test_weights_off_the_grid_are_refused_by_name(value: float) -> None:
     name = "temporal_blocks.0.cross_attn.proj.weight"
     with torch.no_grad():
         policy.get_parameter(name)[3, 3] = value
-    message = rf"bfloat16 holds exactly, but {name} \(torch.float32; 1 of 28 matrices\).* set memory.weights to masters"
+    message = (
+        rf"bfloat16 represents exactly, but {name} \(torch.float32; 1 of 28 matrices\)"
+        ".* set memory.weights to masters"
+    )
     with pytest.raises(ValueError, match=message):
         build_reference("exact8", policy)
     with pytest.raises(ValueError, match=message):

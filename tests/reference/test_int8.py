@@ -1,4 +1,4 @@
-"""The int8 format: its error on Gaussian weights, its scales, and what it does with awkward matrices."""
+"""Test the int8 format: its error on Gaussian weights, its scales, and matrices of unusual shapes and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storage of the reference: equality with the policy after a refresh, sharing, saving, and what is refused."""
+"""Test the reference: equality with the policy after a refresh, sharing, saving, and refusals."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_settings_that_the_policy_is_given_later_apply_to_the_reference() -> Non
     policy.gradient_checkpointing = True
     policy.train()
     reference(**inputs(policy))
-    mirror = reference._mirror.network
+    mirror = reference.network
     block = mirror.get_submodule("spatial_blocks.0")
     assert block.backends == Backends("sdpa", "reference")
     assert mirror.gradient_checkpointing
@@ -296,7 +296,7 @@ def test_a_state_with_a_missing_an_unknown_or_a_misshapen_tensor_is_refused(stor
 
 def test_an_adapter_needs_a_frozen_base() -> None:
     policy = tiny_policy().requires_grad_(True)
-    with pytest.raises(ValueError, match=r"every parameter of it trains; set model\.lora"):
+    with pytest.raises(ValueError, match=r"all parameters of this policy are trained; set model\.lora"):
         build_reference("adapter", policy)
 
 

@@ -1,4 +1,4 @@
-"""A run directory as a run would leave it, with invented numbers and clips of moving squares."""
+"""A run directory with invented numbers and with clips of moving squares."""
 
 import json
 import math

@@ -203,9 +203,9 @@ def test_newest_skips_incomplete_ones_and_says_so(tmp_path, caplog):
     os.truncate(truncated, size - 3)
     (robbed / "policy" / "model.safetensors").unlink()
     assert newest_complete(tmp_path) == good
-    assert "has no manifest.json: its saving was interrupted" in caplog.text
+    assert "has no manifest.json, so its saving was interrupted" in caplog.text
     assert f"'{truncated}' has {size - 3} bytes, the manifest says {size}" in caplog.text
-    assert "is missing; the manifest says 7 bytes" in caplog.text
+    assert "is missing; according to the manifest it has 7 bytes" in caplog.text
     assert newest_complete(tmp_path / "absent") is None
 
 
@@ -248,8 +248,8 @@ def test_a_damaged_manifest(tmp_path, content):
     [
         (float("nan"), "cannot be written as JSON"),
         (object(), "cannot be written as JSON"),
-        ((1, 2), "would come back from JSON changed; use lists, not tuples, and string keys"),
-        ({1: 2}, "would come back from JSON changed"),
+        ((1, 2), "would be changed by JSON; use lists, not tuples, and string keys"),
+        ({1: 2}, "would be changed by JSON"),
     ],
 )
 def test_state_that_json_would_change_is_refused_before_anything_is_written(tmp_path, value, text):

@@ -52,17 +52,17 @@ def test_an_earlier_run_is_left_alone(tmp_path):
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match="a file of that name exists"):
+    with pytest.raises(ValueError, match="there is a file with that name"):
         RunDirectory.create_at(tmp_path / "run", "{}")
 
 
 def test_opening_what_is_not_a_run(tmp_path):
     with pytest.raises(ValueError, match="there is no run directory at"):
         RunDirectory.open(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"is not a run directory: no config\.yaml in it"):
+    with pytest.raises(ValueError, match=r"is not a run directory: it has no config\.yaml"):
         RunDirectory.open(tmp_path)
 
 
 def test_a_label_without_letters(tmp_path):
-    with pytest.raises(ValueError, match="needs a letter or a digit, got '///'"):
+    with pytest.raises(ValueError, match="must have a letter or a digit, got '///'"):
         RunDirectory.create("///", "{}", parent=tmp_path)

@@ -63,7 +63,9 @@ def test_clips_of_another_shape_or_type_are_refused(tmp_path, held_out):
         {"after": held_out.after.float()},
         {"before": held_out.before[0], "after": held_out.after[0]},
     ):
-        with pytest.raises(ValueError, match=r"needs uint8 clips \[M, F, H, W, 3\] of one shape, got before"):
+        with pytest.raises(
+            ValueError, match=r"needs uint8 clips \[M, F, H, W, 3\] of the same shape, got before"
+        ):
             write_held_out(tmp_path / "g.safetensors", dataclasses.replace(held_out, **change))
 
 

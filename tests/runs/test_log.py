@@ -42,7 +42,7 @@ def test_tensorboard_gets_the_same_numbers(run):
 def test_a_number_that_is_not_finite_is_refused(run, value):
     with RunLog(run) as log:
         with pytest.raises(
-            ValueError, match=r"metric 'grad_norm' of the train row at step 7 is -?(nan|inf); only"
+            ValueError, match=r"metric 'grad_norm' of the train row at step 7 is -?(nan|inf), but only"
         ):
             log.write(7, "train", {"loss": 1.0, "grad_norm": value})
         with pytest.raises(ValueError, match="'grad_norm'"):
@@ -90,7 +90,7 @@ def test_an_unfinished_last_line_is_left_out_and_removed_on_resume(run, caplog):
 
 @pytest.mark.parametrize(
     ("line", "text"),
-    [("{oops}", "line 2 is not JSON"), ("[1]", "line 2 is not a metrics row: it must be an object")],
+    [("{oops}", "line 2 is not JSON"), ("[1]", "line 2 is not a row of metrics: it must be an object")],
 )
 def test_a_damaged_line_is_named(run, line, text):
     good = json.dumps({"step": 1, "kind": "train"})

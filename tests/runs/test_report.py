@@ -12,9 +12,9 @@ from PIL import Image
 
 from vpo_engine.runs.charts import Chart, Series, format_number, line_chart, nice_ticks, running_mean
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.frame_sheets import make_frame_sheet
 from vpo_engine.runs.log import RunLog
 from vpo_engine.runs.report import main, write_report
-from vpo_engine.runs.strips import make_strip
 
 ATTACK = '<script>alert(1)</script> a "red" square & <img src=x onerror=alert(2)>'
 VOID = {"meta", "img", "input", "br", "link"}
@@ -69,12 +69,12 @@ def test_the_page_has_every_part(page, finished):
         "Before and after",
         "All 16 clips of the held-out gallery",
         "Curves",
-        "Winner and loser gaps",
+        "Error change of winner and loser",
         "Tie rate",
         "Gradient norm",
         "Damage",
-        "What it learned from",
-        "Of the 16 training pairs that were saved",
+        "Training pairs",
+        "The run saved 16 training pairs",
         "Where the time went",
         "pixels/colour_change",
         "refresh_every: 10",
@@ -147,7 +147,7 @@ def test_a_run_in_its_middle(tmp_path):
 def test_the_time_table_says_what_stages_do_and_how_near_the_peak_they_are(finished):
     text = Page(write_report(finished).read_text(encoding="utf-8")).text
     table = text[text.index("Where the time went") : text.index("Held-out measures")]
-    for part in ("the model makes candidate videos", "of peak", "43 %", "38 %", "72.1 GFLOP/s"):
+    for part in ("the policy samples candidates", "of peak", "43 %", "38 %", "72.1 GFLOP/s"):
         assert part in table, part
     assert "candidates per second" in table
 
@@ -158,7 +158,7 @@ def test_a_run_without_measured_speed_has_no_column_for_it(tmp_path):
         log.write(1, "train", {"seconds/rollout": 2.0, "seconds/step": 3.0})
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert "of peak" not in page.text
-    assert "outside of all stages" in page.text
+    assert "outside all stages" in page.text
 
 
 def test_pairs_of_few_files_are_not_shown_twice(tmp_path):
@@ -166,7 +166,7 @@ def test_pairs_of_few_files_are_not_shown_twice(tmp_path):
     for path in sorted(run.pairs_gallery.iterdir())[1:]:
         path.unlink()
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    assert "the 4 with the widest gap between loser and winner." in page.text
+    assert "the 4 with the largest difference between the winner's and the loser's score." in page.text
     assert page.tags.count("canvas") == 2 * 2 + 2 * 4
 
 
@@ -195,14 +195,14 @@ def unpack(strip):
 @pytest.mark.parametrize(("frames", "side"), [(1, 8), (5, 9), (17, 32), (13, 64)])
 def test_small_clips_keep_every_pixel(frames, side):
     video = clip(torch.Generator().manual_seed(0), 1.0, frames=frames, side=side)
-    strip = make_strip(video, 200_000)
+    strip = make_frame_sheet(video, 200_000)
     assert strip.exact
     assert torch.equal(unpack(strip)[0], video)
 
 
 def test_large_clips_are_reduced_to_their_budget():
     video = clip(torch.Generator().manual_seed(0), 1.0, frames=24, side=320)
-    strip = make_strip(video, 60_000)
+    strip = make_frame_sheet(video, 60_000)
     shown, size = unpack(strip)
     assert not strip.exact
     assert size <= 60_000
@@ -219,7 +219,7 @@ def test_noise_larger_than_any_budget_still_fits():
     video = torch.randint(
         0, 256, (16, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    shown, size = unpack(make_strip(video, 20_000))
+    shown, size = unpack(make_frame_sheet(video, 20_000))
     assert size <= 20_000
     assert len(shown) == 16
 

@@ -173,7 +173,7 @@ def test_a_doubtful_percentage_says_so():
 
 def test_what_cannot_be_summarised():
     before, after = measures(0.3)
-    with pytest.raises(ValueError, match="only on one side: extra"):
+    with pytest.raises(ValueError, match="only one side has: extra"):
         summarise(before, after | {"extra": torch.zeros(32)}, {})
     with pytest.raises(ValueError, match="there is no held-out measure"):
         summarise({}, {}, {})
@@ -182,7 +182,7 @@ def test_what_cannot_be_summarised():
     ):
         summarise(before, after | {"pixels/jitter": torch.full((32,), math.nan)}, {})
     short = {"pixels/jitter": torch.zeros(3)}
-    with pytest.raises(ValueError, match=r"the same clips, got numbers of clips \[3, 32\]"):
+    with pytest.raises(ValueError, match=r"value for each clip, got numbers of clips \[3, 32\]"):
         summarise(before | short, after | short, {})
 
 

@@ -1,4 +1,4 @@
-"""The sprites world's image scorer: what single frames show, and that it sees nothing else."""
+"""Test the sprites world's image scorer: it scores what single frames show, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from vpo_engine.data.sprites import train_image
-from vpo_engine.data.sprites.assets import load_vae
+from vpo_engine.data.sprites.assets import load_vae, round_trip
 from vpo_engine.data.sprites.damage import KINDS, damaged, sample_clean, sample_wrecks
 from vpo_engine.data.sprites.train_image import train_image as train
 from vpo_engine.data.sprites.train_rewards import HELD_OUT_SEED, soften, spearman
-from vpo_engine.data.sprites.train_vae import round_trip
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards import sprites, sprites_image

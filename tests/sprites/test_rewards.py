@@ -1,4 +1,4 @@
-"""The sprites world's reward and judge: the protocol, and what the shipped weights know."""
+"""Test the sprites world's reward and judge: the protocol, and the accuracy of the shipped weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vpo_engine.data.sprites import train_rewards
-from vpo_engine.data.sprites.assets import load_vae
+from vpo_engine.data.sprites.assets import load_vae, round_trip
 from vpo_engine.data.sprites.damage import (
     DESTRUCTIONS,
     KINDS,
@@ -25,7 +25,6 @@ from vpo_engine.data.sprites.damage import (
 )
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.train_rewards import HELD_OUT_SEED, rank_report, soften, spearman
-from vpo_engine.data.sprites.train_vae import round_trip
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards import sprites
@@ -354,7 +353,7 @@ def test_training_is_a_function_of_the_seed_and_uses_the_round_trip(monkeypatch)
 
 def test_turned_clips_show_what_their_attributes_say():
     batch = train_rewards._draw_batch(256, seeded(17), None)
-    turned = train_rewards._turned(batch, seeded(18))
+    turned = train_rewards._augmented(batch, seeded(18))
     assert torch.equal(turned.defects, batch.defects)
     moving = batch.attribute_weight[:, 2] > 0.9  # neither destroyed nor frozen
     assert (turned.attributes.direction != batch.attributes.direction)[moving].float().mean() > 0.4
@@ -368,7 +367,7 @@ def test_turned_clips_show_what_their_attributes_say():
 
 def test_only_destroyed_clips_are_turned_upside_down():
     batch = train_rewards._draw_batch(256, seeded(17), None)
-    turned = train_rewards._turned(batch, seeded(18)).videos
+    turned = train_rewards._augmented(batch, seeded(18)).videos
     upright = torch.zeros(256, dtype=torch.bool)
     for axes in ((), (1,), (3,), (1, 3)):
         upright |= (turned == batch.videos.flip(axes)).flatten(1).all(1)

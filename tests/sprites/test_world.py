@@ -1,4 +1,4 @@
-"""The sprites world: captions, rendering, damage, pixel measures."""
+"""Test the sprites world: captions, rendering, damage and pixel measures."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""Folders of video files with their prompts, and files of which video people prefer.
+"""Read folders of videos with their prompts, and files that say which video people prefer.
 
-A folder's prompts stand in one file beside the videos, or else in their names:
+The prompts are in one file in the folder, or else in the names of the videos:
 
     prompts.csv    a header with ``video`` and ``prompt``, then one row per video
     prompts.jsonl  one object per line: {"video": "a/b.mp4", "prompt": "a red circle moving left"}
     prompts.txt    one prompt per line, in the order of the sorted names of the videos
     (none of them) 0003-a-red-circle-moving-left-1.mp4, as ``vpo_engine.sample`` writes it: numbers at either end
-                   are left out, "-" and "_" are blanks
+                   are left out, "-" and "_" become blanks
 
-Names of videos are relative to the folder. A file of preferences has one object per line, and brings its own prompts:
+Names of videos are relative to the folder. A file of preferences has one object per line, with the prompt:
 
     {"prompt": "a red circle moving left", "videos": ["a/0.mp4", "a/1.mp4", "a/2.mp4"], "preferred": 2}
 
-where ``preferred`` is the position in ``videos`` of the one that people like best, counted from 0.
+where ``preferred`` is the position in ``videos``, counted from 0, of the video that people like best.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPT_FILES = ("prompts.csv", "prompts.jsonl", "prompts.txt")
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file and its prompt. ``name``: the file's, relative to its folder."""
+    """A video file and its prompt. ``name`` is the name of the file relative to the folder."""
 
     path: Path
     name: str
@@ -40,17 +40,17 @@ class Clip:
 
 @dataclass(frozen=True)
 class Preference:
-    """Candidates of one prompt, at least two, and the position of the one that people prefer."""
+    """At least two videos of one prompt, and the position of the one that people prefer."""
 
     clips: tuple[Clip, ...]
     preferred: int
 
 
 def find_clips(folder: Path) -> list[Clip]:
-    """The videos in a folder and the folders in it, in order of their names, with their prompts (see above).
+    """Find the videos in a folder and its subfolders, in order of their names, with their prompts (see above).
 
-    A prompt from a file's name can be empty. ValueError for a folder without videos, more than one prompt file, and
-    prompts that are not those of exactly these videos.
+    A prompt from a file's name can be empty. ValueError for a folder without videos, for more than one prompt file, and
+    if the prompts in the file do not belong to exactly these videos.
     """
     names = _video_names(folder)
     files = [folder / name for name in PROMPT_FILES if (folder / name).is_file()]
@@ -61,7 +61,7 @@ def find_clips(folder: Path) -> list[Clip]:
 
 
 def prompt_of_name(name: str) -> str:
-    """``0003-a-red-circle-1.mp4`` to ``a red circle``."""
+    """Return the prompt in a file name: ``a red circle`` for ``0003-a-red-circle-1.mp4``."""
     words = [word for word in re.split(r"[-_\s]+", Path(name).stem) if word]
     while words and words[0].isdigit():
         del words[0]
@@ -71,7 +71,7 @@ def prompt_of_name(name: str) -> str:
 
 
 def read_preferences(file: Path, folder: Path) -> list[Preference]:
-    """The rows of a file of preferences (see above). ValueError, naming file, line and remedy, for a bad one."""
+    """Read a file of preferences (see above). ValueError, naming file, line and remedy, for a bad line."""
     if not file.is_file():
         raise ValueError(
             f"there is no file of preferences at {file}; check the path (relative to {Path.cwd()})"
@@ -127,7 +127,7 @@ def _video_names(folder: Path) -> list[str]:
 
 
 def _read_prompts(file: Path, names: Sequence[str]) -> dict[str, str]:
-    """{name of a video: prompt}, for exactly ``names``."""
+    """Read {name of a video: prompt}, for exactly ``names``."""
     if file.suffix == ".txt":
         lines = PromptFile(file)
         if len(lines) != len(names):

@@ -1,15 +1,15 @@
-"""Text embeddings, encoded once and kept on disk: the text encoder need not be resident while training.
+"""A cache of text embeddings. Prompts are encoded once, so the text encoder takes no memory while training.
 
-A cache folder has one subfolder per encoder, and in it shards, each a safetensors file of n prompts:
+A cache folder has a subfolder for each encoder. That contains shards, each a safetensors file of n prompts:
 
     keys     uint8 [n, 32]  sha256 of (encoder id, prompt)
-    lengths  int64 [n]      tokens that count
-    widths   int64 [n]      L, to which the encoder had padded
+    lengths  int64 [n]      number of tokens without padding
+    widths   int64 [n]      L, the length to which the encoder had padded
     crcs     int64 [n]      CRC-32 of the prompt's rows of ``tokens``
-    tokens   float [sum(lengths), D]  in the encoder's dtype, padding left out
+    tokens   float [sum(lengths), D]  in the encoder's dtype, without padding
 
-Shards appear whole (written under another name, then renamed) and are never changed, so several processes
-may fill one folder. Shape letters as in ``protocols.py``.
+A shard is written under another name and then renamed, and it is never changed. So several processes may fill one
+folder. Shape letters are those of ``protocols.py``.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from torch import Tensor
 from vpo_engine.protocols import TextEmbedding
 
 SHARD_BYTES = 64 * 2**20
-"""Embeddings gathered before a shard is written; a killed ``fill`` loses no more than this."""
+"""A shard is written when it has this many bytes of embeddings; a killed ``fill`` loses no more than this."""
 
 Encode = Callable[[list[str]], TextEmbedding]
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """Where tokens lie: a tensor, or a slice-on-demand view of a file. Both give tokens[a:b]."""
+    """The tokens of a shard: a tensor in memory, or a file from which ``tokens[a:b]`` reads a slice."""
 
     name: str
     tokens: Any  # [rows, D]
@@ -65,15 +65,15 @@ def _crc(tokens: Tensor) -> int:
 
 def _broken(path: Path, what: object) -> ValueError:
     return ValueError(
-        f"embedding shard {path} is damaged ({what}); delete it and its prompts are encoded again"
+        f"embedding shard {path} is damaged ({what}); delete the file, and its prompts are encoded again"
     )
 
 
 class EmbeddingCache:
-    """Embeddings by prompt. ``fill`` encodes what is missing, ``get`` reads.
+    """A cache of embeddings by prompt. ``fill`` encodes missing prompts, ``get`` reads embeddings.
 
-    folder: where shards live; None keeps everything in memory. encoder_id: names all that shapes an embedding
-    (weights, maximal length, caption cleaning, dtype); another id never sees these embeddings.
+    folder: the folder of the shards; None keeps everything in memory. encoder_id: names everything that an embedding
+    depends on (weights, maximal length, caption cleaning, dtype). Embeddings of other ids are never used.
     """
 
     def __init__(self, folder: str | Path | None, encoder_id: str) -> None:
@@ -95,11 +95,10 @@ class EmbeddingCache:
         return self._key(prompt) in self._index
 
     def fill(self, prompts: Iterable[str], encode: Encode, batch_size: int) -> int:
-        """Encode the prompts that are missing, ``batch_size`` at a time; returns how many were.
+        """Encode the missing prompts, ``batch_size`` at a time, and return how many there were.
 
-        encode: [B] prompts to a TextEmbedding whose masks are True from the first token on, then False.
-        What it gives for a prompt should not depend on the rest of its batch, where runs are to repeat bit
-        for bit.
+        encode: maps [B] prompts to a TextEmbedding; masks are True from the first token on, then False. For runs
+        that repeat bit for bit, the embedding of a prompt must not depend on the other prompts of its batch.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -120,10 +119,10 @@ class EmbeddingCache:
         return count
 
     def get(self, prompts: Sequence[str]) -> TextEmbedding:
-        """Embeddings [P, L, D] on the CPU, in the dtype they were encoded in, zero where the mask is False.
+        """Return embeddings [P, L, D] on the CPU, in the encoder's dtype; they are zero where the mask is False.
 
-        L is the largest length to which the encoder had padded one of these prompts. Raises ValueError for a
-        prompt that was never filled, and for a damaged shard.
+        L is the largest length to which the encoder had padded one of these prompts. ValueError for a prompt that was
+        never encoded, and for a damaged shard.
         """
         if not prompts:
             raise ValueError("prompts is empty; ask for at least one embedding")
@@ -141,8 +140,8 @@ class EmbeddingCache:
         kinds = {(str(row.dtype), row.shape[1]) for row in rows}
         if len(kinds) > 1:
             raise ValueError(
-                f"encoder_id={self.encoder_id!r} has embeddings of several dtypes and D: {sorted(kinds)}; "
-                f"so several encoders share the id: delete {self.folder or 'the cache'}, give each its own"
+                f"encoder_id={self.encoder_id!r} has embeddings of several dtypes or widths D: {sorted(kinds)}; "
+                f"several encoders have used this id: delete {self.folder or 'the cache'}, and give each its own id"
             )
         width = max(entry.width for entry in entries)
         embeddings = rows[0].new_zeros(len(rows), width, rows[0].shape[1])
@@ -155,7 +154,7 @@ class EmbeddingCache:
         return hashlib.sha256(f"{self.encoder_id}\0{prompt}".encode()).digest()
 
     def _missing(self, prompts: Iterable[str]) -> Iterator[str]:
-        """Each prompt without an embedding, once."""
+        """Yield each prompt that has no embedding, once."""
         seen: set[bytes] = set()
         for prompt in prompts:
             key = self._key(prompt)

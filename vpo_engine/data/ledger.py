@@ -1,11 +1,11 @@
-"""The pair ledger of a run: which candidates of which prompts were compared, and what came of it.
+"""The pair ledger of a run: the candidates of every prompt with their scores, and the pair that was chosen.
 
     RUN/ledger/pairs_0000.jsonl                         a line for every prompt of every step, of process 0
-    RUN/ledger/latents/step_00000012_0000.safetensors   `winner`, `loser` [p, C, T, H, W] of the pairs it kept there
+    RUN/ledger/latents/step_00000012_0000.safetensors   `winner`, `loser` [p, C, T, H, W] of its pairs
 
-A line is an object with the fields of ``LedgerPair``, of which `row` is the pair's place in its file of latents, null
-where none are kept. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c) alone, so
-that an audit can make it again from the policy of that step.
+A line is an object with the fields of ``LedgerPair``. `row` is the pair's position in its file of latents, null if
+its latents were not stored. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c)
+alone, so it can be sampled again with the policy of that step.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _logger = logging.getLogger(__name__)
 class LedgerPair:
     """One prompt of one step.
 
-    position: of the prompt in the stream. seed: of the run. candidates: numbers of all that were scored. scores:
-    {dimension: score of each of them}. selected: the scalar of each that pairs are made of. winner, loser: candidate
-    numbers. gap: of their scalars. kept: False for a tie, which was not trained on. weight: of the pair's loss, 0 for a
-    tie. latents_file: where its latents are, None if they were not stored; row: its place there.
+    position: the prompt's position in the stream. seed: the run's seed. candidates: the numbers of all candidates that
+    were scored. scores: {dimension: score of each candidate}. selected: the score of each candidate from which the pair
+    was chosen. winner, loser: candidate numbers. gap: the difference of their selected scores. kept: False for a tie,
+    which was not trained on. weight: the weight of the pair's loss, 0 for a tie. latents_file: the file of its latents,
+    None if they were not stored. row: its position in that file.
     """
 
     step: int
@@ -53,23 +54,23 @@ class LedgerPair:
     latents_file: Path | None = None
 
     def score(self, candidate: int) -> dict[str, float]:
-        """{dimension: score} of a candidate number."""
+        """Return {dimension: score} of the candidate with this number."""
         place = self.candidates.index(candidate)
         return {name: values[place] for name, values in self.scores.items()}
 
     def latents(self) -> tuple[Tensor, Tensor]:
-        """Clean latents [C, T, H, W] of winner and loser, as they were sampled. ValueError if they are not stored."""
+        """Read the clean latents [C, T, H, W] of winner and loser. ValueError if they were not stored."""
         if self.latents_file is None or self.row is None:
             raise ValueError(
-                f"the pair of step {self.step}, position {self.position} has no latents in the ledger; they are kept "
-                "for pairs that are no tie, by pairs.ledger=latents"
+                f"the pair of step {self.step}, position {self.position} has no latents in the ledger; "
+                "pairs.ledger=latents stores those of all pairs that are not ties"
             )
         try:
             with safe_open(self.latents_file, framework="pt") as file:
                 winner, loser = (file.get_slice(name)[self.row] for name in ("winner", "loser"))
         except (SafetensorError, FileNotFoundError, IndexError) as error:
             raise ValueError(
-                f"'{self.latents_file}' does not hold pair {self.row}, as the ledger says: {error}"
+                f"'{self.latents_file}' does not have pair {self.row}, although the ledger says so: {error}"
             ) from error
         return winner, loser
 
@@ -78,17 +79,17 @@ _FIELDS = tuple(field.name for field in fields(LedgerPair) if field.name != "lat
 
 
 class LedgerWriter:
-    """One process's lines. They are on disk (with the system) when ``write`` returns, the latents before them."""
+    """Writes the pairs of one process. When ``write`` returns, latents and lines are with the operating system."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        """``folder``: the run's ledger; made if it is missing."""
+        """Make ``folder``, the run's ledger, if it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._rank = folder, rank
 
     def write(
         self, step: int, pairs: Sequence[LedgerPair], latents: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Append the prompts of one step; latents: of winners and losers [p, C, T, H, W], which ``row`` counts."""
+        """Append the pairs of one step. latents: winners and losers [p, C, T, H, W], at the positions ``row``."""
         if latents is not None and len(latents[0]):
             path = _latents_file(self._folder, step, self._rank)
             path.parent.mkdir(exist_ok=True)
@@ -104,11 +105,11 @@ class LedgerWriter:
 
 
 def read_ledger(path: str | Path) -> Iterator[LedgerPair]:
-    """Every pair of a ledger, of all processes, in the order of steps and positions; nothing is held in memory.
+    """Iterate over the pairs of all processes, in the order of steps and positions, without loading all of them.
 
-    path: a run directory or its ledger folder. A last line without its end is one whose writing was interrupted, and
-    is left out with a warning. FileNotFoundError where there is no ledger, ValueError naming file and line for any
-    other line that cannot be read.
+    path: a run directory or its ledger folder. If the last line of a file has no newline, its writing was interrupted,
+    and it is left out, with a warning. FileNotFoundError if there is no ledger; ValueError, naming file and line, for
+    any other line that cannot be read.
     """
     folder = _folder_of(Path(path))
     files = sorted(folder.glob("pairs_*.jsonl"))
@@ -120,7 +121,7 @@ def read_ledger(path: str | Path) -> Iterator[LedgerPair]:
 
 
 def truncate_ledger(folder: Path, step: int) -> None:
-    """Forget everything after ``step``, of all processes: the resumed run will write it again. Atomic for each file."""
+    """Delete the pairs of all steps after ``step``; the resumed run will write them again. Atomic for each file."""
     for path in sorted(folder.glob("pairs_*.jsonl")):
         unfinished = path.with_name(f".{path.name}.tmp")
         with unfinished.open("wb") as file:
@@ -151,11 +152,13 @@ def _line(pair: LedgerPair) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Whole lines and what they say."""
+    """Yield the complete lines of a file, each with its values."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                _logger.warning("'%s': the last line was not finished when the run stopped; left out", path)
+                _logger.warning(
+                    "'%s': the last line was not finished when the run stopped; it is left out", path
+                )
                 return
             try:
                 values = json.loads(line)
@@ -165,7 +168,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 ) from error
             if not isinstance(values, dict) or set(values) != set(_FIELDS):
                 raise ValueError(
-                    f"'{path}' line {number} is no pair: it must be an object of {', '.join(_FIELDS)}; remove or "
+                    f"'{path}' line {number} is not a pair: it must be an object with {', '.join(_FIELDS)}; remove or "
                     "repair it"
                 )
             yield line, values
@@ -181,6 +184,6 @@ def _read(path: Path) -> Iterator[LedgerPair]:
 
 
 def stack_latents(pairs: Sequence[LedgerPair]) -> tuple[Tensor, Tensor]:
-    """Winners and losers [p, C, T, H, W] of pairs with latents, at least one."""
+    """Read the winners and losers [p, C, T, H, W] of at least one pair with stored latents."""
     winners, losers = zip(*(pair.latents() for pair in pairs), strict=True)
     return torch.stack(winners), torch.stack(losers)

@@ -1,9 +1,8 @@
-"""Prompts from files of any length, and the deterministic endless order in which a run sees them.
+"""Read prompt files of any length, and shuffle them into an endless, deterministic stream.
 
-``PromptFile`` keeps one offset of eight bytes per prompt in memory and reads the text when asked. Every row
-is checked once, when the file is opened, so a bad one stops a run at its start. ``PromptStream`` shuffles
-without holding a permutation; what it gives is a pure function of (seed, cursor), so the cursor is all that
-a checkpoint needs.
+``PromptFile`` keeps an offset of eight bytes per prompt in memory, and reads a text when it is needed. Every row is
+checked when the file is opened, so a row that is not valid stops a run at its start. ``PromptStream`` shuffles without
+storing a permutation. Its prompts are a pure function of (seed, cursor), so a checkpoint needs the cursor only.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 KNOWN_NAMES = ("name", "caption", "prompt", "text")
-"""Where the prompt is expected when no column is named; ``name`` is WebVid's."""
+"""Names of the prompt's column, tried when no column is given; ``name`` is WebVid's."""
 
 _BOM = b"\xef\xbb\xbf"
 _Parser = Callable[[bytes], str]
 
 
 class Prompts(Protocol):
-    """A list of prompts, or what can be read like one."""
+    """A list of prompts, or an object that can be indexed like one."""
 
     def __len__(self) -> int: ...
 
@@ -36,12 +35,12 @@ class Prompts(Protocol):
 
 
 class _Lines:
-    """The lines of a UTF-8 file, decoded, while keeping count of where they are."""
+    """Iterates over the decoded lines of a UTF-8 file, and knows the number and the place of the current line."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
-        self.number = 0  # of the line given last, from 1
-        self.start = self.end = 0  # byte offsets of that line
+        self.number = 0  # number of the current line, from 1
+        self.start = self.end = 0  # byte offsets of the current line
         self._file = file
 
     def __iter__(self) -> Iterator[str]:
@@ -67,7 +66,7 @@ class _Lines:
 
 
 def _pick_column(path: Path, what: str, names: list[str], column: str | None) -> int:
-    """Position of the prompt's column among ``names``."""
+    """Return the position of the prompt's column in ``names``."""
     wanted = KNOWN_NAMES if column is None else (column,)
     found = [i for i, name in enumerate(names) if (name if column else name.strip().casefold()) in wanted]
     if len(found) == 1:
@@ -76,13 +75,15 @@ def _pick_column(path: Path, what: str, names: list[str], column: str | None) ->
     if column is not None:
         problem = f"{what} {column!r} occurs {len(found)} times, but must occur once"
     else:
-        problem = f"{len(found)} {what}s are named like a prompt ({', '.join(KNOWN_NAMES)}), but one must be"
+        problem = f"{len(found)} {what}s are named {', '.join(KNOWN_NAMES)}, but exactly one must be"
     raise ValueError(f"{path}: {problem}; set column to one of its {what}s: {listed or 'it has none'}")
 
 
 def _scan_txt(lines: _Lines, column: str | None) -> tuple[array[int], _Parser]:
     if column is not None:
-        raise ValueError(f"{lines.path}: column {column!r} has no meaning in a .txt file; leave it out")
+        raise ValueError(
+            f"{lines.path}: column={column!r} cannot be used, a .txt file has no columns; leave it out"
+        )
     offsets = array("Q")
     for text in lines:
         if text.strip():
@@ -91,7 +92,7 @@ def _scan_txt(lines: _Lines, column: str | None) -> tuple[array[int], _Parser]:
 
 
 def _csv_rows(lines: _Lines) -> Iterator[tuple[int, int, list[str]]]:
-    """(byte offset, number of the first line, fields) of each row that is not blank."""
+    """Yield (byte offset, number of the first line, fields) of each row that is not blank."""
     rows = csv.reader(iter(lines), strict=True)
     while True:
         start, line = lines.end, lines.number + 1
@@ -155,7 +156,7 @@ def _scan_jsonl(lines: _Lines, column: str | None) -> tuple[array[int], _Parser]
             )
         if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
             raise lines.bad_row(
-                f"the prompt ({key!r}) holds half of a \\u surrogate pair, which is no character",
+                f"the prompt ({key!r}) has half of a \\u surrogate pair, which is not a character",
                 "write the character itself, in UTF-8",
             )
         offsets.append(lines.start)
@@ -168,12 +169,12 @@ _SCANNERS = {".txt": _scan_txt, ".csv": _scan_csv, ".jsonl": _scan_jsonl}
 class PromptFile:
     """The prompts of a ``.txt``, ``.csv`` or ``.jsonl`` file (UTF-8), stripped of blanks at both ends.
 
-    .txt: one per line; blank lines are skipped. .csv: a header, then one per row, in ``column``; fields may
-    hold line breaks inside quotes. .jsonl: one object per line, the prompt under the key ``column``.
-    Without a column, the only one among ``KNOWN_NAMES`` is taken.
+    .txt: one prompt per line; blank lines are skipped. .csv: a header, then a prompt per row, in ``column``; quoted
+    fields may contain line breaks. .jsonl: one object per line, with the prompt under the key ``column``.
+    Without ``column``, the file must have exactly one column or key of ``KNOWN_NAMES``, which is used.
 
-    Raises ValueError, naming file, line and remedy, for a file or row that cannot be read, for an empty
-    prompt in a .csv or .jsonl row, when no prompt is left, and, on access, when the file has changed since.
+    ValueError, naming file, line and remedy, for a file or row that cannot be read, for an empty prompt in a .csv or
+    .jsonl row, if there is no prompt, and, on access, if the file has changed since it was opened.
     """
 
     def __init__(self, path: str | Path, column: str | None = None) -> None:
@@ -181,7 +182,7 @@ class PromptFile:
         scan = _SCANNERS.get(self.path.suffix.lower())
         if scan is None:
             raise ValueError(
-                f"{self.path}: unknown kind of prompt file {self.path.suffix!r}; it must end in "
+                f"{self.path}: unknown kind of prompt file {self.path.suffix!r}; the name must end in "
                 f"{', '.join(_SCANNERS)}"
             )
         if not self.path.is_file():
@@ -192,7 +193,7 @@ class PromptFile:
         self._version = self._stat()
         offsets, self._parse = scan(_Lines(self.path, self._file), column)
         if not offsets:
-            raise ValueError(f"{self.path}: the file holds no prompts; give a file with at least one")
+            raise ValueError(f"{self.path}: the file has no prompts; give a file with at least one")
         self._offsets = np.frombuffer(offsets, dtype=np.uint64)
 
     def _stat(self) -> tuple[int, int]:
@@ -207,8 +208,8 @@ class PromptFile:
             raise IndexError(f"prompt {index} of {len(self)} in {self.path}")
         if self._stat() != self._version:
             raise ValueError(
-                f"{self.path}: the file was changed after it had been indexed; restart the run, and "
-                "leave the file alone while it lasts"
+                f"{self.path}: the file was changed after the run had opened it; restart the run, and do not change "
+                "the file while it runs"
             )
         index %= len(self)
         start = int(self._offsets[index])
@@ -218,17 +219,17 @@ class PromptFile:
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
-    """A prompt and its place in the file, from 0."""
+    """A prompt and its position in the file, counted from 0."""
 
     index: int
     text: str
 
 
 class PromptStream:
-    """An endless stream: epoch after epoch, each prompt once per epoch, each epoch in an order of its own.
+    """An endless stream of prompts. Each epoch has every prompt once, in another order than the other epochs.
 
-    The order is a keyed Feistel permutation (Luby and Rackoff 1988) of the next power of four, followed
-    until it lands inside the file (cycle walking, Black and Rogaway 2002): no memory, about 30 microseconds
+    The order is a keyed Feistel permutation (Luby and Rackoff 1988) of the next power of four, applied again until the
+    result is a prompt's index (cycle walking, Black and Rogaway 2002). It needs no memory, and about 30 microseconds
     per prompt.
     """
 
@@ -243,7 +244,7 @@ class PromptStream:
         self._half_bits = max(self._MIN_HALF_BITS, ((len(prompts) - 1).bit_length() + 1) // 2)
 
     def take(self, cursor: int, count: int) -> list[PromptItem]:
-        """The prompts at ``cursor, ..., cursor + count - 1`` of the stream; the next cursor is their sum."""
+        """Return the prompts at ``cursor, ..., cursor + count - 1``; the next cursor is ``cursor + count``."""
         if cursor < 0 or count < 0:
             raise ValueError(f"cursor={cursor} and count={count} must not be negative")
         items = []

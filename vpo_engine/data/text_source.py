@@ -1,4 +1,4 @@
-"""Where text embeddings come from while training: a cache that was filled before the encoder was let go."""
+"""The text embeddings of a run: they are encoded before training, then read from a cache."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _BATCH = 16
 
 
 class TextSource:
-    """Embeddings of the prompts of a run: encoded once by a text encoder that is resident only meanwhile.
+    """Provides the embeddings of a run's prompts. The text encoder is in memory only while it encodes them.
 
-    ``rewrite`` makes of a prompt the text that is encoded (cleaning, score suffixes). With a cache on disk the
-    processes share the work; a cache in memory is filled by each.
+    ``rewrite`` turns a prompt into the text that is encoded (cleaning, score suffixes). With a cache on disk the
+    processes divide the work; with a cache in memory each process encodes all prompts.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class TextSource:
         self._processes, self._rewrite = processes, rewrite
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode what is missing. The encoder is loaded only if something is, and dropped afterwards."""
+        """Encode the prompts that are missing in the cache; the encoder is loaded only if there are any."""
         texts = sorted({self._rewrite(prompt) for prompt in prompts})
         if self._cache.folder is not None:
             texts = texts[self._processes.rank :: self._processes.count]
@@ -40,5 +40,5 @@ class TextSource:
         self._processes.wait()
 
     def __call__(self, prompts: Sequence[str]) -> TextEmbedding:
-        """Embeddings of prepared prompts, on the CPU; ValueError for others."""
+        """Return the embeddings of prepared prompts, on the CPU; ValueError for other prompts."""
         return self._cache.get([self._rewrite(prompt) for prompt in prompts])

@@ -1,5 +1,4 @@
-"""Data parallelism over processes: each, or each team of them, has its own prompts, gradients are averaged, rank 0
-writes the log."""
+"""Data parallelism: each process, or each team of processes, has its own prompts, and gradients are averaged."""
 
 from __future__ import annotations
 
@@ -16,10 +15,10 @@ _BUCKET_ELEMENTS = 32 * 2**20
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its equals: those of a run, or those of its team.
+    """This process's rank among the processes that train together, those of the whole run or those of its team.
 
-    group: what torch.distributed knows them as; None: all of its processes. store: where all that torchrun started
-    can leave each other word; None unless one of them is spared.
+    group: their process group; None means all processes of torch.distributed. store: a key-value store shared by all
+    processes that torchrun started; None unless one of them runs the reward model only.
     """
 
     rank: int
@@ -31,10 +30,11 @@ class Processes:
 
     @staticmethod
     def start(device: str = "auto", per_team: int = 1, spare: bool = False) -> Processes:
-        """Join the group that torchrun describes in the environment, or stand alone without one.
+        """Join the process group that torchrun describes in the environment; without one, return a single process.
 
-        gloo on CPU, nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team: see ``in_teams``.
-        spare: the process with the last rank is none of the group; see ``spared``. ValueError if that leaves none.
+        The backend is gloo on CPU and nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team: see
+        ``in_teams``. spare: the process with the last rank runs the reward model and is not in the group (see
+        ``spared``); ValueError if no other process is left.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
@@ -68,9 +68,9 @@ class Processes:
         return Processes(rank, count, chosen, store=store).in_teams(per_team)
 
     def in_teams(self, size: int) -> Processes:
-        """The same processes, each ``size`` with neighbouring ranks as a team that has its prompts in common.
+        """Divide the processes into teams of ``size`` neighbouring ranks; the members of a team share their prompts.
 
-        Every process of the run must call it. ValueError if the teams do not come out even.
+        Every process of the run must call this. ValueError if ``size`` does not divide the number of processes.
         """
         if self.count % size:
             raise ValueError(
@@ -85,7 +85,7 @@ class Processes:
 
     @property
     def spared(self) -> bool:
-        """This process is none of the ``count``: it can do something for them, but nothing with them."""
+        """Whether this process runs the reward model only; then it takes part in no collective operation below."""
         return self.rank == self.count
 
     @property
@@ -94,11 +94,14 @@ class Processes:
 
     @property
     def team(self) -> Processes:
-        """This process among those that have its prompts: alone, unless ``in_teams``."""
+        """This process among those that share its prompts; without ``in_teams`` it is alone."""
         return self._team or Processes(0, 1, self.device)
 
     def share(self, total: int, what: str) -> range:
-        """This team's part of ``total`` equal pieces. ValueError if they cannot be dealt out equally."""
+        """Return which of ``total`` items belong to this team. ValueError if the teams cannot get equally many.
+
+        ``what`` is the name of the setting that has the value ``total``, for the error.
+        """
         size = self.team.count
         teams = self.count // size
         if total % teams:
@@ -111,26 +114,26 @@ class Processes:
         return range(team * each, (team + 1) * each)
 
     def part(self, total: int) -> range:
-        """This process's part of ``total`` pieces, dealt out in rank order as evenly as they can be."""
+        """Return which of ``total`` items belong to this process, divided in rank order as evenly as possible."""
         return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Elementwise sum over processes, in place."""
+        """Add ``values`` of all processes elementwise, in place."""
         if self.count > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
-        """Tensors of every process, of the same shape everywhere, concatenated along ``dim`` in rank order.
+    def gather(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Concatenate the ``values`` of all processes along ``dim`` in rank order; shapes must be equal.
 
-        They travel from and to ``device``, whatever device they are on.
+        They are sent through ``device``, and the result is on the device of ``values``.
         """
         if self.count == 1:
-            return rows
-        here = rows.to(self.device).contiguous()
+            return values
+        here = values.to(self.device).contiguous()
         parts = [torch.empty_like(here) for _ in range(self.count)]
         dist.all_gather(parts, here, group=self.group)
-        return torch.cat(parts, dim).to(rows.device)
+        return torch.cat(parts, dim).to(values.device)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each gradient by its mean over processes; a missing one counts as zero."""
@@ -156,7 +159,7 @@ class Processes:
             grad.copy_(mean.view_as(grad))
 
     def any(self, flag: bool) -> bool:
-        """True everywhere if it is true anywhere."""
+        """Return whether ``flag`` is true in any process."""
         if self.count == 1:
             return flag
         value = torch.tensor(float(flag), device=self.device)
@@ -164,7 +167,7 @@ class Processes:
         return bool(value.item())
 
     def agree(self, text: str) -> str:
-        """The first process's text, everywhere."""
+        """Return the text of the process with rank 0, in every process."""
         box = [text]
         if self.count > 1:
             dist.broadcast_object_list(box, group_src=0, device=self.device, group=self.group)

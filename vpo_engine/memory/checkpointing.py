@@ -1,4 +1,4 @@
-"""What a network's blocks keep for the backward pass, and what that computes again."""
+"""Activation checkpointing of a network's blocks, with a choice of what is kept and what is computed again."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ ATTENTION = (
     "xformers_flash3::flash_fwd",
     "aten::_efficient_attention_forward",
 )
-"""Operators that ``vpo_kernels.attention`` and ``vpo_kernels.temporal_attention`` come down to: torch's, and those of
-the packages. flash4 launches its kernels without an operator, so a policy cannot keep its results: they are computed
-again."""
+"""Operators that ``vpo_kernels.attention`` and ``vpo_kernels.temporal_attention`` call: torch's own and those of other
+packages. flash4 launches its kernels without an operator, so its results cannot be kept and are computed again."""
 
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm")
-"""Operators that linear layers come down to."""
+"""Operators that linear layers call."""
 
 KEPT: dict[Recompute, tuple[str, ...]] = {
     "pointwise": (*PRODUCTS, *ATTENTION),
     "all_but_attention": ATTENTION,
     "block": (),
 }
-"""By policy, the operators whose results (for attention: with the log-sum-exp) are kept beside a block's input."""
+"""The operators whose results are kept in addition to a block's input (attention: with the log-sum-exp)."""
 
 _OFFLOADABLE = ("all_but_attention", "block")
 
 
 @dataclass(frozen=True)
 class Activations:
-    """How blocks are run. ``recompute`` and ``offload`` matter under grad only, ``mlp_chunks`` always.
+    """How blocks are run. ``recompute`` and ``offload`` have an effect with gradients only, ``mlp_chunks`` always has.
 
     recompute: ``nothing`` keeps everything. ``pointwise`` keeps a block's input and the outputs of its matrix
-        products and attentions, ``all_but_attention`` its input and those of its attentions, ``block`` its input.
-        The loss is the same bit for bit, and so are the gradients where operations are deterministic.
-    offload: inputs of blocks wait for the backward pass in host memory; see ``memory.offload``.
-    mlp_chunks: the MLP, with its norm and its residual, goes over so many parts of the tokens; under grad each
-        part is computed again in the backward pass, so that one part's hidden activations exist at a time. Products
-        of fewer rows may round otherwise: predictions move by an ulp or so, gradients of weights are sums in another
-        order (relative norm 4e-7 in float32 on a CPU).
+        products and attentions, ``all_but_attention`` its input and the outputs of its attentions, ``block`` its
+        input. The loss is the same bit for bit, and so are the gradients where operations are deterministic.
+    offload: the inputs of blocks wait for the backward pass in host memory; see ``memory.offload``.
+    mlp_chunks: the MLP, with its norm and its residual, processes the tokens in this many parts. With gradients each
+        part is computed again in the backward pass, so that the hidden activations of one part exist at a time.
+        Matrix products of fewer rows may round differently: predictions change by about one ulp, and the gradients of
+        weights are summed in another order (relative norm 4e-7 in float32 on a CPU).
 
-    ValueError for an unknown policy, no part at all, or an offload under a policy that keeps more than it sends.
+    Raise ValueError for an unknown mode, for fewer than one part, and for an offload with a mode that keeps more
+    activations on the device than the offload saves.
     """
 
     recompute: Recompute = "nothing"
@@ -73,16 +73,18 @@ class Activations:
                 f"recompute={self.recompute!r} is unknown; it must be one of: {', '.join(get_args(Recompute))}"
             )
         if self.mlp_chunks < 1:
-            raise ValueError(f"mlp_chunks={self.mlp_chunks} must be at least 1, which leaves the MLP whole")
+            raise ValueError(
+                f"mlp_chunks={self.mlp_chunks} must be at least 1; 1 computes the MLP in one part"
+            )
         if self.offload and self.recompute not in _OFFLOADABLE:
             raise ValueError(
-                f"offload=True sends the inputs of blocks to the host, but recompute={self.recompute!r} keeps many "
+                f"offload=True moves the inputs of blocks to the host, but recompute={self.recompute!r} keeps many "
                 f"times as much on the device; set recompute to {' or '.join(_OFFLOADABLE)}, or offload=False"
             )
 
 
 def checkpointed(function: Callable[..., Tensor], *inputs: Any, recompute: Recompute) -> Tensor:
-    """``function(*inputs)``, keeping for the backward pass what the policy says and nothing else."""
+    """Call ``function(*inputs)``, keeping for the backward pass only what ``recompute`` says."""
     if recompute == "nothing" or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(
@@ -97,11 +99,11 @@ def checkpointed(function: Callable[..., Tensor], *inputs: Any, recompute: Recom
 def in_parts(
     function: Callable[..., Tensor], x: Tensor, constants: tuple[Tensor, ...], *, dim: int, parts: int
 ) -> Tensor:
-    """``function(x, *constants)`` over ``parts`` parts of x along ``dim``; function maps each part by itself.
+    """Apply ``function(x, *constants)`` to ``parts`` parts of x along ``dim``, each independent of the others.
 
-    x is the caller's own: without grad the result is written over it, part by part. Under grad every part is
-    checkpointed. To be the last thing that a function given to ``checkpointed`` does: when that is computed
-    again, parts are skipped, since the backward pass computes each of them when its turn comes.
+    Without gradients the result overwrites x, part by part, so x must not be needed afterwards. With gradients every
+    part is checkpointed. Inside a function given to ``checkpointed`` this must be the last operation: when that
+    function is computed again the parts are skipped, because the backward pass computes each part when it needs it.
     """
     if parts == 1:
         return function(x, *constants)
@@ -125,13 +127,13 @@ def _skipped(x: Tensor, *_: Tensor) -> Tensor:
 
 
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
-"""Whether a checkpointed function is being computed again."""
+"""True while a checkpointed function is computed again."""
 _in_part: ContextVar[bool] = ContextVar("in_part", default=False)
-"""Whether a part of ``in_parts`` is being computed: nothing of it is kept."""
+"""True while a part of ``in_parts`` is computed; none of its activations is kept."""
 
 
-class _Within:
-    """Enters a context with a flag up; as often as wanted, since a retained graph is computed again each time."""
+class _WithFlag:
+    """Enters a context and sets a flag. It can be entered repeatedly: a retained graph is computed again each time."""
 
     def __init__(self, flag: ContextVar[bool], inner: AbstractContextManager[Any]) -> None:
         self._flag, self._inner = flag, inner
@@ -147,16 +149,16 @@ class _Within:
 
 
 def _contexts(recompute: Recompute) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Of the first computation and of those in the backward pass."""
+    """Return the contexts for the first computation and for the repeated one in the backward pass."""
     kept = _operators(KEPT[recompute])
     if not kept:
-        return nullcontext(), _Within(_recomputing, nullcontext())
+        return nullcontext(), _WithFlag(_recomputing, nullcontext())
     first, again = create_selective_checkpoint_contexts(partial(_policy, kept))
-    return first, _Within(_recomputing, again)
+    return first, _WithFlag(_recomputing, again)
 
 
 def _part_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return _Within(_in_part, nullcontext()), nullcontext()
+    return _WithFlag(_in_part, nullcontext()), nullcontext()
 
 
 def _policy(
@@ -167,7 +169,7 @@ def _policy(
 
 
 def _operators(names: tuple[str, ...]) -> frozenset[Any]:
-    """Those of the named operators that this process has loaded."""
+    """Return those of the named operators that this process has loaded."""
     found = []
     for name in names:
         namespace, _, operator = name.partition("::")

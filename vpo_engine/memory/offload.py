@@ -1,10 +1,10 @@
-"""Inputs of blocks in host memory between the forward and the backward pass.
+"""Offload the inputs of checkpointed blocks to host memory between the forward and the backward pass.
 
-A checkpointed block keeps its input for the backward pass. Here that input goes to pinned host memory on a stream of
-its own while the block computes, and comes back while the block after it is being differentiated.
+A checkpointed block keeps its input for the backward pass. Here a separate stream copies that input to pinned host
+memory while the block computes, and copies it back while the backward pass works on the following block.
 
-    forward   device: input of the running block; its copy to the host runs beside the block
-    backward  device: input of the running block, and that of the block before it on its way back
+    forward   on the device: the input of the running block, which is copied to the host at the same time
+    backward  on the device: the input of the running block, and that of the block before it, which is being copied back
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Copies(Protocol):
-    """Copies between a device and its host, in the order asked for, beside the device's other work."""
+    """Copies between a device and its host, done in order and concurrently with the device's other work."""
 
     def host_like(self, tensor: Tensor) -> Tensor:
-        """Uninitialised host memory for a tensor of this size, layout and dtype."""
+        """Allocate uninitialised host memory for a tensor of this size, layout and dtype."""
         ...
 
     def to_host(self, source: Tensor, host: Tensor) -> Any:
-        """Begin to copy; the mark to ``wait`` for. The source has to stay until then."""
+        """Begin to copy; return a mark for ``wait``. The source must be kept until then."""
         ...
 
     def to_device(self, host: Tensor) -> tuple[Tensor, Any]:
-        """Begin to copy into new device memory; the mark to ``wait`` for before that is read or let go."""
+        """Begin to copy into new device memory; return it with a mark to ``wait`` for before it is read or freed."""
         ...
 
     def wait(self, mark: Any) -> None:
-        """Have the device's later work wait for the copy; the host does not."""
+        """Make the device's later work wait for the copy. The host does not wait."""
         ...
 
 
 class PlainCopies:
-    """Copies that are done when the call returns: for CPU tensors, and for tensors without data."""
+    """Copies that are complete when the call returns, for CPU tensors and for tensors without data."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -60,8 +60,8 @@ class PlainCopies:
 class StreamCopies:
     """Copies from and to pinned memory on a second CUDA stream.
 
-    Device memory belongs to the stream that computes, so that its allocator may hand on what was let go after
-    ``wait`` in that stream's order, without waiting for the device.
+    Device memory is allocated on the computing stream. So memory that is freed after ``wait`` can be reused in the
+    order of that stream, without waiting for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,98 +89,100 @@ class StreamCopies:
 
 
 def copies_for(tensor: Tensor) -> Copies:
-    """Those that fit a tensor's device; a tensor without data has no stream to run beside."""
+    """Return the kind of copies for a tensor's device; a tensor without data is copied at once."""
     if tensor.is_cuda and not isinstance(tensor, FakeTensor):
         return StreamCopies(tensor.device)
     return PlainCopies(tensor.device)
 
 
 class _Input:
-    """One block's input: always on the host, at times on the device too. Its host memory outlives it, for reuse."""
+    """One block's input, always kept on the host and at times on the device. Its host memory is reused afterwards."""
 
     def __init__(
-        self, device: Tensor, host: Tensor, copies: Copies, spare: list[Tensor], previous: _Input | None
+        self, device: Tensor, host: Tensor, copies: Copies, free_hosts: list[Tensor], previous: _Input | None
     ) -> None:
-        self._host, self._copies, self._spare = host, copies, spare
+        self._host, self._copies, self._free_hosts = host, copies, free_hosts
         self._previous = None if previous is None else weakref.ref(previous)
         self._device: Tensor | None = device
         self._mark = copies.to_host(device, host)
 
-    def bring(self) -> None:
-        """Begin to copy to the device, unless it is there."""
+    def prefetch(self) -> None:
+        """Begin to copy to the device, unless it is there already."""
         if self._device is None:
             self._device, self._mark = self._copies.to_device(self._host)
 
-    def let_go(self) -> Tensor | None:
-        """The device's copy, if there is one, which is then the caller's."""
+    def release(self) -> Tensor | None:
+        """Give up the device's copy, and return it if there is one."""
         tensor, self._device = self._device, None
         if tensor is not None:
             self._copies.wait(self._mark)
         return tensor
 
     def fetch(self) -> Tensor:
-        """The device's copy for the caller; the input before this one is sent for."""
-        self.bring()
-        tensor = self.let_go()
+        """Return the device's copy, and begin to load the input of the block before this one."""
+        self.prefetch()
+        tensor = self.release()
         assert tensor is not None
         previous = None if self._previous is None else self._previous()
         if previous is not None:
-            previous.bring()
+            previous.prefetch()
         return tensor
 
     def __del__(self) -> None:
-        self.let_go()
-        self._spare.append(self._host)
+        self.release()
+        self._free_hosts.append(self._host)
 
 
 class OffloadedInputs:
-    """The host memory of a network's inputs of blocks, used again from step to step; a copy of this has its own.
+    """Host memory for the inputs of a network's blocks, reused from step to step. A copy has its own memory.
 
-    Forward passes may follow each other before their backward passes, in any order. Nothing here keeps an input
-    alive: the graph does, and what it drops, by a backward pass or by an error, is free again.
+    Several forward passes may run before their backward passes, which may come in any order. Only the autograd graph
+    keeps an input alive: memory is free again once the graph drops the input, after a backward pass or an error.
     """
 
     def __init__(self, make_copies: Callable[[Tensor], Copies] = copies_for) -> None:
         self._make_copies = make_copies
         self._copies: dict[torch.device, Copies] = {}
-        self._spare: dict[Hashable, list[Tensor]] = {}
+        self._free_hosts: dict[Hashable, list[Tensor]] = {}
         self._newest: weakref.ref[_Input] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedInputs:
         return OffloadedInputs(self._make_copies)
 
     def forward_pass(self) -> ForwardPass:
-        """For the blocks of one forward pass, in their order."""
+        """Begin a forward pass; use the result for its blocks, in their order."""
         return ForwardPass(self)
 
     def send(self, tensor: Tensor, previous: _Input | None) -> _Input:
         newest = None if self._newest is None else self._newest()
         if newest is not None:
-            newest.let_go()
+            newest.release()
         if tensor.device not in self._copies:
             self._copies[tensor.device] = self._make_copies(tensor)
         copies = self._copies[tensor.device]
-        spare = self._spare.setdefault((tensor.shape, tensor.stride(), tensor.dtype, tensor.device), [])
-        host = spare.pop() if spare else copies.host_like(tensor)
-        sent = _Input(tensor, host, copies, spare, previous)
+        free_hosts = self._free_hosts.setdefault(
+            (tensor.shape, tensor.stride(), tensor.dtype, tensor.device), []
+        )
+        host = free_hosts.pop() if free_hosts else copies.host_like(tensor)
+        sent = _Input(tensor, host, copies, free_hosts, previous)
         self._newest = weakref.ref(sent)
         return sent
 
 
 class ForwardPass:
-    """The inputs of one forward pass, each of which knows the one before it."""
+    """The block inputs of one forward pass. Each knows the one before it, which is needed next in the backward pass."""
 
     def __init__(self, store: OffloadedInputs) -> None:
         self._store = store
         self._last: weakref.ref[_Input] | None = None
 
     def sending(self, x: Tensor) -> AbstractContextManager[Any]:
-        """In this context what autograd saves of x itself waits on the host; everything else stays where it is.
+        """Return a context in which autograd saves x on the host and everything else where it is.
 
-        To be put around one checkpointed block, whose input x is.
+        Use it around one checkpointed block whose input is x.
         """
 
-        known = _identity(x)  # and not x: autograd keeps hooks as long as what they packed
+        known = _identity(x)  # not x itself: autograd keeps the hooks, and so x, as long as what they packed
 
         def pack(tensor: Tensor) -> Tensor | _Input:
             if _identity(tensor) != known:
@@ -197,5 +199,5 @@ def _unpack(packed: Tensor | _Input) -> Tensor:
 
 
 def _identity(tensor: Tensor) -> tuple[int, torch.Size]:
-    """What tells tensors apart, also those without data."""
+    """Return a key that tells tensors apart, even those without data."""
     return tensor.untyped_storage()._cdata, tensor.shape

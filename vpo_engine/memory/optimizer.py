@@ -1,7 +1,7 @@
 """AdamW one parameter at a time, over float32 weights, float32 masters or bfloat16 weights alone.
 
-A library (torch, or bitsandbytes for 8-bit moments) steps each parameter alone: inside the backward pass, in float32
-memory that is there only for that step, and under the eyes of a reference that follows every change.
+torch (or bitsandbytes for 8-bit moments) steps each parameter separately. So a step can be part of the backward pass,
+the float32 weight can exist during its own step only, and a stored reference can be updated around each change.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vpo_engine.config import MemoryConfig, OptimizerConfig
 from vpo_engine.memory.rounding import round_stochastically, rounding_offsets, take_unrounded
 
 Following = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+"""Returns a context in which these parameters may change while the reference keeps its values."""
 
 _WEIGHTS: tuple[str, ...] = get_args(MemoryConfig.model_fields["weights"].annotation)
 _MASTER = "master"
@@ -25,12 +26,14 @@ _STEPS, _SETUP, _STEP = "steps", "setup", "step"
 _BLOCK = 256
 """Elements that share a scale in bitsandbytes' 8-bit moments."""
 _TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
-"""Where bitsandbytes puts which of its code tables."""
+"""bitsandbytes' code tables: the entry of a weight's state, and the table's name."""
 
 
 def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
-    """Of optimizer step ``step`` (from 0) in a run of ``steps``: linear warm-up, then a straight line down to
-    ``final_lr`` of the peak at the last step."""
+    """Return the learning rate of optimizer step ``step`` (counted from 0) in a run of ``steps``.
+
+    It rises linearly during warm-up, then falls linearly to ``final_lr`` times the peak at the last step.
+    """
     warmup, left = settings.warmup_steps, max(1, steps - 1 - settings.warmup_steps)
     if step < warmup:
         return settings.lr * ((step + 1) / (warmup + 1))
@@ -38,16 +41,16 @@ def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class PolicyOptimizer:
-    """AdamW (``settings``) over ``parameters``, whose weights are held as ``memory.weights`` says.
+    """AdamW (``settings``) over ``parameters``, whose weights are stored as ``memory.weights`` says.
 
     float32: the parameters are stepped themselves. masters: a float32 master of each is stepped, and the parameter
     gets it rounded to the nearest bfloat16 value. stochastic: a parameter is float32 during its own step only, and
-    rounded stochastically to bfloat16 after it, by random numbers that are a function of ``seed``, the step and the
-    parameter's number: the same in every process, in a rerun and after a resume.
+    is then rounded stochastically to bfloat16. The random numbers are a function of ``seed``, the step and the
+    parameter's number, so they are the same in every process, in a rerun and after a resume.
 
     With memory.optimizer_bits=8 the moments are bitsandbytes', which keeps those of parameters of fewer than 4096
-    elements in 32 bits. All parameters are on one device. ``following([parameter])`` is entered around each change
-    of one. Gradients are consumed: a parameter's is gone once it has been stepped.
+    elements in 32 bits. All parameters must be on one device. Each change of a parameter happens inside the context
+    ``following([parameter])``. A parameter's gradient is freed when the parameter is stepped.
     """
 
     def __init__(
@@ -72,17 +75,18 @@ class PolicyOptimizer:
                 parameter.register_post_accumulate_grad_hook(self._hook(number))
 
     def begin(self, rate: float) -> None:
-        """Forget all gradients and set the learning rate: to be called before the backward pass of every step."""
+        """Clear all gradients and set the learning rate. Call this before the backward pass of every step."""
         self._norms.clear()
         self._library.set_rate(rate)
         for parameter in self._parameters:
             parameter.grad = None
 
     def step(self) -> float:
-        """Clip the gradients to norm settings.clip, step every parameter that has one; the norm before clipping.
+        """Clip the gradients to norm settings.clip and step every parameter that has one.
 
-        Stepping in the backward pass, only the end of a step: all parameters have been stepped already. ValueError
-        if the norm is not finite; the policy is then as it was, except when stepping in the backward pass.
+        Return the gradient norm before clipping. With memory.step_in_backward the parameters have been stepped
+        already, and this only ends the step. Raise ValueError if the norm is not finite; the policy is then unchanged,
+        except with memory.step_in_backward.
         """
         if not self._in_backward:
             self._norms = {number: _norm(p.grad) for number, p in self._with_gradients()}
@@ -98,7 +102,7 @@ class PolicyOptimizer:
         return value
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the "moments" (with their scales; they are made in the first step) and of the "masters"."""
+        """Count the bytes of the "moments" (with scales; 0 before the first step) and of the "masters"."""
         kinds = {"moments": self._moment_tensors(), "masters": self._masters()}
         return {
             kind: sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -106,11 +110,14 @@ class PolicyOptimizer:
         }
 
     def tensors(self) -> list[Tensor]:
-        """The moments and masters there are, as the objects that the optimizer holds: for moving their data."""
+        """Return the optimizer's own tensors, not copies, so that their data can be moved.
+
+        The moments and masters there are; before the first step there are no moments.
+        """
         return [*self._moment_tensors(), *self._masters()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything under flat names, "{parameter's number}.{name}" for what belongs to one; not copies."""
+        """Return the state under flat names, "{parameter's number}.{name}" for that of a parameter; not copies."""
         setup = [_WEIGHTS.index(self._mode), self._bits, len(self._parameters)]
         state = {_SETUP: torch.tensor(setup), _STEPS: torch.tensor(self.steps)}
         for number, weight in enumerate(self._weights):
@@ -120,7 +127,7 @@ class PolicyOptimizer:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from ``state``, bit for bit; ValueError, with nothing changed, if it is not one of this setup."""
+        """Restore ``state`` bit for bit; ValueError, with nothing changed, if it belongs to another setup."""
         entries = self._checked(state)
         self.steps = int(state[_STEPS])
         for number, entry in entries.items():
@@ -129,7 +136,7 @@ class PolicyOptimizer:
             self._library.load(number, entry, self._parameters[number].device)
 
     def _float32_weight(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What the library steps: the parameter, its master, or a float32 weight that is empty between steps."""
+        """Return the weight that is stepped: the parameter, its master, or a weight that is empty between steps."""
         if self._mode == "float32":
             return parameter
         if self._mode == "masters":
@@ -141,7 +148,7 @@ class PolicyOptimizer:
 
     @torch.no_grad()
     def _step_one(self, number: int, factor: Tensor | None) -> None:
-        """One parameter by its gradient times ``factor``, which is consumed."""
+        """Step one parameter by its gradient times ``factor``, and free the gradient."""
         parameter, weight = self._parameters[number], self._weights[number]
         assert parameter.grad is not None
         gradient = parameter.grad.float()
@@ -164,7 +171,9 @@ class PolicyOptimizer:
 
     def _hook(self, number: int) -> Callable[[Tensor], None]:
         def step_now(parameter: Tensor) -> None:
-            assert number not in self._norms, "a second backward pass since begin(): gradients cannot add up"
+            assert number not in self._norms, (
+                "a second backward pass since begin(): gradients cannot accumulate"
+            )
             assert parameter.grad is not None
             self._norms[number] = _norm(parameter.grad)
             self._step_one(number, None)
@@ -178,15 +187,15 @@ class PolicyOptimizer:
     def _check(self, norm: float) -> None:
         if math.isfinite(norm):
             return
-        what_now = "the policy was left as it was"
+        what_now = "the policy was not changed"
         if self._in_backward:
             what_now = (
-                "with memory.step_in_backward=true the policy is already partly changed: resume from the last "
+                "with memory.step_in_backward=true part of the policy has changed already: resume from the last "
                 "checkpoint"
             )
         raise ValueError(
             f"the gradient norm is {norm} at optimizer step {self.steps + 1}; {what_now}. "
-            "Lower optimizer.lr or objective.beta, or look for non-finite latents"
+            "Lower optimizer.lr or objective.beta, or check the latents for values that are not finite"
         )
 
     def _moment_tensors(self) -> list[Tensor]:
@@ -197,7 +206,7 @@ class PolicyOptimizer:
         return self._weights if self._mode == "masters" else []
 
     def _checked(self, state: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """What ``state`` holds for each parameter."""
+        """Check ``state``, and return its entries by parameter."""
         self._check_setup(state)
         entries: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(self._parameters))}
         for key, value in state.items():
@@ -211,8 +220,8 @@ class PolicyOptimizer:
     def _check_setup(self, state: dict[str, Tensor]) -> None:
         if _SETUP not in state or _STEPS not in state:
             raise ValueError(
-                f"an optimizer state without {_SETUP!r} and {_STEPS!r}: it was saved by something else, or before "
-                "states had them; start a new run"
+                f"the optimizer state has no {_SETUP!r} or no {_STEPS!r}: another program or an older version saved "
+                "it; start a new run"
             )
         weights, bits, count = state[_SETUP].tolist()
         saved = f"memory.weights={_WEIGHTS[weights]}, memory.optimizer_bits={bits} and {count} parameters"
@@ -243,14 +252,14 @@ def _norm(gradient: Tensor | None) -> Tensor:
 
 
 class _Library(Protocol):
-    """AdamW over float32 weights by their number, each stepped alone by its gradient."""
+    """An AdamW that steps float32 weights separately, each by its own gradient; weights are named by their number."""
 
     def set_rate(self, rate: float) -> None: ...
 
     def step(self, number: int) -> None: ...
 
     def state(self, number: int) -> dict[str, Tensor]:
-        """The counter "step" and the moments of one weight; empty before its first step."""
+        """Return the counter "step" and the moments of one weight; empty before its first step."""
         ...
 
     def load(self, number: int, state: dict[str, Tensor], device: torch.device) -> None:
@@ -258,12 +267,12 @@ class _Library(Protocol):
         ...
 
     def shapes(self, shape: tuple[int, ...], state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Of the moments, by name, for a weight of this shape; ``state`` is what was given for it."""
+        """Return the shapes of the moments, by name, for a weight of this shape and a ``state`` to be loaded for it."""
         ...
 
 
 class _Torch:
-    """torch's AdamW, one for each weight."""
+    """torch's AdamW, with an optimizer for each weight."""
 
     def __init__(self, weights: Sequence[nn.Parameter], settings: OptimizerConfig) -> None:
         arguments = (settings.lr, settings.betas, settings.eps, settings.weight_decay)
@@ -291,10 +300,10 @@ class _Torch:
 
 
 class _Bitsandbytes:
-    """bitsandbytes' AdamW8bit, one for all weights, because each would make code tables of its own.
+    """bitsandbytes' AdamW8bit, one optimizer for all weights, because each optimizer would have its own code tables.
 
-    Its ``step`` goes over all weights; what it calls for each is called here for one. The code tables are constants
-    and no part of the state.
+    Its ``step`` would step all weights, so this calls for one weight what that calls for each. The code tables are
+    constants and are not part of the state.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], settings: OptimizerConfig) -> None:

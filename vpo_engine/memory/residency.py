@@ -1,8 +1,8 @@
-"""Who is on the device in which phase of a step: the peak is the largest phase, not the sum of the parts.
+"""Offload the idle parts of a run: memory peaks at the largest phase of a step, not at the sum of all parts.
 
-Parts (policy, reference, optimizer, VAE, reward model) register their tensors. Entering a phase sends to pinned host
-memory what the phase does not need, then brings in what it needs. Tensors keep their identity, only their data
-moves, so optimizers, modules and autograd go on holding the same objects.
+Parts (policy, reference, optimizer, VAE, reward model) register their tensors. On entering a phase, tensors that the
+phase does not need are moved to pinned host memory; then those that it needs are moved to the device. Only the data
+of the tensors moves: optimizers, modules and autograd keep the same tensor objects.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 PartName = Literal["policy", "reference", "optimizer", "vae", "reward", "judge"]
 Phase = Literal["rollout", "evaluation", "decode", "reward", "judge", "update", "optimizer", "refresh"]
-"""rollout: candidates are sampled, by whom rollout.source says, with the policy's embedding of no caption. evaluation:
-held-out videos are sampled by the policy. decode: latents become videos. reward: these are scored. judge: those of an
-evaluation are scored by the held-out reward. update: losses and gradients. optimizer: the optimizer's step. refresh:
-the reference is made, or made anew."""
+"""rollout: the model of rollout.source samples candidates; it needs the policy's embedding of the empty caption too.
+evaluation: the policy samples held-out videos. decode: the VAE decodes latents. reward: the reward model scores videos.
+judge: the held-out reward scores the videos of an evaluation. update: losses and gradients are computed. optimizer: the
+optimizer steps. refresh: the reference is built or refreshed."""
 
 SLAB_BYTES = 2**28
-"""Pinned memory comes in powers of two: small tensors share an allocation of this size."""
+"""Pinned memory is allocated in powers of two, so small tensors share an allocation of this size."""
 _ALIGNMENT = 256
+"""Each tensor's host memory starts at a multiple of this many bytes."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """The phases in which a part is on the device, and those among them that change it."""
+    """The phases in which a part must be on the device, and those of them that change its values."""
 
     phases: frozenset[Phase]
     changed: frozenset[Phase] = frozenset()
 
 
 def needs_of(config: Config) -> dict[PartName, Needs]:
-    """What each part of a run of this configuration needs."""
+    """Return the phases in which this configuration needs each part on the device."""
     memory, storage = config.memory, config.reference.storage
     policy: set[Phase] = {"rollout", "evaluation", "update", "optimizer", "refresh"}
     policy_changes: set[Phase] = {"optimizer"}
@@ -69,43 +70,38 @@ def needs_of(config: Config) -> dict[PartName, Needs]:
 
 
 def module_tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, as the objects that the module holds."""
+    """Return a module's parameters and buffers, not copies of them."""
     return [*module.parameters(), *module.buffers()]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors of an optimizer's state, none before its first step; counters of steps, which torch keeps on the
-    host, are left out."""
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return [value for value in values if torch.is_tensor(value) and value.dim() > 0]
-
-
 class Mover(Protocol):
-    """The device's side of a move; all tensors here are one-dimensional uint8."""
+    """Moves bytes between one device and the host; apart from ``holds``, tensors are one-dimensional uint8."""
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor that was never moved lies on the device."""
+        """Return whether a tensor, never moved so far, lies on the device."""
         ...
 
     def host(self, nbytes: int) -> Tensor:
-        """New host memory."""
+        """Allocate host memory."""
         ...
 
     def load(self, host: Tensor) -> Tensor:
-        """A copy on the device; may return before it is complete to kernels that follow, not to the host."""
+        """Copy to the device. Later kernels see the complete copy; the host may have to wait for it."""
         ...
 
     def store(self, device: Tensor, host: Tensor) -> None:
-        """Copy into host memory, complete after ``wait``."""
+        """Begin to copy into host memory; the copy is complete after ``wait``."""
         ...
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Wait until all copies made by ``store`` are complete."""
+        ...
 
 
 class CudaMover:
-    """Copies in the current stream, so that freed device memory is taken again only after they are done.
+    """Copies in the current CUDA stream, so that freed device memory is reused only after the copies are done.
 
-    The host waits for copies that it will read, once a phase, and for none that the device reads.
+    The host waits once per phase for the copies into its memory. It does not wait for copies to the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -129,19 +125,20 @@ class CudaMover:
 
 @dataclass(eq=False)
 class _Storage:
-    """One storage with the tensors that look into it."""
+    """The memory of one torch storage, with all registered tensors that are views of it."""
 
     data: Tensor
-    """Its bytes, where they are now."""
+    """The bytes, on the device or on the host."""
     on_device: bool
     host: Tensor | None = None
-    """Its place in pinned memory, from the first time that it leaves the device."""
+    """Its pinned memory, allocated when it first leaves the device and kept from then on."""
     clean: bool = False
-    """``host`` holds what the device had when the tensors had these ``versions``."""
+    """``host`` has the values that the device had when the tensors had these ``versions``."""
     tensors: list[Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
-    """Where each tensor starts, in bytes of ``data``."""
+    """Byte offset of each tensor in ``data``."""
     versions: list[int] = field(default_factory=list)
+    """torch's version counter of each tensor, which every in-place operation increases."""
 
     def contains(self, tensor: Tensor) -> bool:
         same = _identity(tensor) == _identity(self.data)
@@ -153,7 +150,7 @@ class _Storage:
         self.versions.append(tensor._version)
 
     def remove(self, tensor: Tensor) -> None:
-        """A tensor whose data was exchanged for another's."""
+        """Forget a tensor that has been given other data (by assigning ``tensor.data``)."""
         number = next(number for number, one in enumerate(self.tensors) if one is tensor)
         for entries in (self.tensors, self.places, self.versions):
             del entries[number]
@@ -162,14 +159,14 @@ class _Storage:
         return int(tensor.storage_offset()) * tensor.element_size() - int(self.data.storage_offset())
 
     def stored(self) -> bool:
-        """Whether the host's copy is still true."""
+        """Return whether the host's copy still has the current values."""
         unwritten = all(
             tensor._version == seen for tensor, seen in zip(self.tensors, self.versions, strict=True)
         )
         return self.clean and unwritten
 
     def place(self, data: Tensor, on_device: bool) -> None:
-        """Point every tensor into ``data``."""
+        """Make every tensor a view of ``data``."""
         self.data, self.on_device = data, on_device
         for tensor, place in zip(self.tensors, self.places, strict=True):
             offset = (data.storage_offset() + place) // tensor.element_size()
@@ -187,11 +184,11 @@ class _Part:
 
 
 class Residency:
-    """Moves registered parts as phases are entered; without a mover it does nothing.
+    """Moves registered parts between device and host when a phase is entered; without a mover it does nothing.
 
-    What is left on the device after a phase stays there until another phase is entered. Between phases tensors may
-    be read wherever they are, and written by ordinary torch operations; kernels that write past torch's version
-    counters belong in a phase that changes their part.
+    After a phase its parts stay on the device until another phase is entered. Between phases, tensors may be read
+    wherever they are and written by ordinary torch operations. A kernel that writes without increasing torch's version
+    counter must run in a phase whose ``Needs.changed`` includes the part.
     """
 
     def __init__(self, needs: Mapping[PartName, Needs], mover: Mover | None) -> None:
@@ -203,26 +200,27 @@ class Residency:
 
     @staticmethod
     def from_config(config: Config, device: torch.device) -> Residency:
-        """Active with memory.residency phases on CUDA; a CPU is its own host."""
+        """Offload idle parts with memory.residency phases on a CUDA device; on a CPU there is nothing to offload to."""
         active = config.memory.residency == "phases" and device.type == "cuda"
         return Residency(needs_of(config), CudaMover(device) if active else None)
 
     @staticmethod
     def everything() -> Residency:
-        """All parts stay where they are."""
+        """Leave all parts where they are."""
         return Residency({}, None)
 
     @property
     def active(self) -> bool:
-        """Whether parts take turns on the device."""
+        """Whether parts are moved at all."""
         return self._mover is not None
 
     def register(self, name: PartName, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        """A part, which leaves the device unless the current phase needs it.
+        """Add a part, which leaves the device at once unless the current phase needs it.
 
-        ``tensors`` names the same objects each time, but for those that the part made or dropped since; it is asked
-        at every change of phase. A tensor of several parts, and views of one storage, move once; parts that look into
-        one storage by different objects must be made after each other's registration, or registered as one.
+        ``tensors`` is called at every change of phase. It must return the same objects each time, apart from tensors
+        that the part created or dropped since. A tensor of several parts is moved once, and so are views of one
+        storage. If two parts have different views of one storage, register the first part before the second part's
+        view is created, or register them as one part.
         """
         if self._mover is None:
             return
@@ -232,7 +230,7 @@ class Residency:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """What ``name`` needs is on the device within; an enclosing phase gets back what it needs at the end."""
+        """Have the parts that phase ``name`` needs on the device; at the end, restore those of the enclosing phase."""
         self._enter(name)
         self._entered.append(name)
         try:
@@ -252,11 +250,11 @@ class Residency:
         return moved
 
     def nbytes(self, phase: Phase) -> int:
-        """Bytes of registered tensors that are on the device in a phase; ValueError when nothing is moved."""
+        """Return the bytes of registered tensors that a phase has on the device; ValueError if nothing is moved."""
         if self._mover is None:
             raise ValueError("memory.residency=all: no part is registered; set memory.residency=phases")
-        self._look()
-        return sum(storage.data.numel() for storage in self._wanted(phase))
+        self._update_storages()
+        return sum(storage.data.numel() for storage in self._needed(phase))
 
     def _enter(self, phase: Phase) -> None:
         if self._mover is not None and phase != self._current:
@@ -265,16 +263,16 @@ class Residency:
 
     def _move(self, phase: Phase | None) -> None:
         assert self._mover is not None
-        everything = self._look()
-        self._note_changes()
-        wanted = self._wanted(phase)
-        self._send([one for one in everything if one.on_device and one not in wanted])
+        everything = self._update_storages()
+        self._mark_changed()
+        wanted = self._needed(phase)
+        self._move_to_host([one for one in everything if one.on_device and one not in wanted])
         for storage in wanted:
             if not storage.on_device:
                 storage.place(self._mover.load(storage.data), on_device=True)
 
-    def _send(self, leaving: list[_Storage]) -> None:
-        """To the host; copied only what the host does not have already."""
+    def _move_to_host(self, leaving: list[_Storage]) -> None:
+        """Move storages to the host; copy only those whose current values the host does not have."""
         assert self._mover is not None
         changed = [storage for storage in leaving if not storage.stored()]
         _give_host_memory([storage for storage in changed if storage.host is None], self._mover.host)
@@ -288,18 +286,18 @@ class Residency:
             storage.place(storage.host, on_device=False)
             storage.clean = True
 
-    def _wanted(self, phase: Phase | None) -> dict[_Storage, None]:
+    def _needed(self, phase: Phase | None) -> dict[_Storage, None]:
         parts = [part for part in self._parts.values() if phase in part.needs.phases]
         return dict.fromkeys(storage for part in parts for storage in part.storages)
 
-    def _note_changes(self) -> None:
+    def _mark_changed(self) -> None:
         for part in self._parts.values():
             if self._current in part.needs.changed:
                 for storage in part.storages:
                     storage.clean = False
 
-    def _look(self) -> dict[_Storage, None]:
-        """Ask every part for its tensors; those not seen before get a storage, those gone are let go."""
+    def _update_storages(self) -> dict[_Storage, None]:
+        """Ask every part for its tensors; add storages for new tensors and forget those of tensors that are gone."""
         assert self._mover is not None
         known, index = self._known, _Index(self._known.values())
         self._known = {}
@@ -320,7 +318,7 @@ class Residency:
 
 
 class _Index:
-    """Finds the storage of a tensor that was not seen before."""
+    """Finds or creates the storage of a tensor that was not seen before."""
 
     def __init__(self, known: Iterable[_Storage]) -> None:
         self._by_storage: dict[int, list[_Storage]] = defaultdict(list)
@@ -334,7 +332,7 @@ class _Index:
             storage = _Storage(_bytes_of(tensor), mover.holds(tensor))
             peers.append(storage)
         storage.add(tensor)
-        base = tensor._base  # it would keep the memory of its views
+        base = tensor._base  # must be moved with its views; otherwise it would keep their device memory alive
         if base is not None and not any(one is base for one in storage.tensors):
             storage.add(base)
         return storage

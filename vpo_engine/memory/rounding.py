@@ -1,4 +1,4 @@
-"""bfloat16 weights: holding a network in them, and rounding float32 weights to them without bias."""
+"""bfloat16 weights: round a network's weights to them, and round float32 weights stochastically without bias."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vpo_engine.seeding import generator
 
 _LOW_BITS = 16
-"""What a float32 has below the last bit of a bfloat16."""
+"""Bits of a float32 below the last bit of a bfloat16."""
 _LARGEST = 0x7F7F0000
 """The largest finite bfloat16, as the bits of a float32."""
 _UNROUNDED = "unrounded"
@@ -20,11 +20,11 @@ _UNROUNDED = "unrounded"
 def hold_in_bfloat16(
     network: nn.Module, weights: Literal["float32", "masters", "stochastic"], dtype: torch.dtype
 ) -> None:
-    """Round all parameters of a loaded network to the nearest bfloat16 values, held in ``dtype`` from now on.
+    """Round all parameters of a loaded network to the nearest bfloat16 values, and store them in ``dtype``.
 
-    dtype bfloat16 or float32. Buffers stay as they are, and with weights float32 so does everything. With masters,
-    each trained parameter keeps its unrounded float32 weight at hand for the optimizer, which takes it over (see
-    ``take_unrounded``); copies of the network do not have it. Doing this twice is doing it once.
+    ``dtype`` is bfloat16 or float32. Buffers are not changed, and with weights float32 nothing is. With masters, each
+    trained parameter keeps its unrounded float32 weight until the optimizer takes it (see ``take_unrounded``); copies
+    of the network do not have it. A second call changes nothing.
     """
     if weights == "float32":
         return
@@ -36,7 +36,10 @@ def hold_in_bfloat16(
 
 
 def take_unrounded(parameter: nn.Parameter) -> Tensor:
-    """Its float32 weight from before ``hold_in_bfloat16``, once; a float32 copy of what it is if there is none."""
+    """Return and forget a parameter's float32 weight from before ``hold_in_bfloat16``.
+
+    If there is none, return a float32 copy of the parameter.
+    """
     unrounded: Tensor | None = parameter.__dict__.pop(_UNROUNDED, None)
     if unrounded is None:
         return parameter.detach().to(torch.float32, copy=True)
@@ -44,9 +47,9 @@ def take_unrounded(parameter: nn.Parameter) -> Tensor:
 
 
 def rounding_offsets(like: Tensor, seed: int, step: int, number: int) -> Tensor:
-    """Uniform int32 in [0, 2^16), of ``like``'s shape and device: a function of seed, step and number alone.
+    """Draw uniform int32 values in [0, 2^16) of ``like``'s shape and device.
 
-    On the CPU the same everywhere; on CUDA the same on GPUs of one kind.
+    They depend on seed, step and number alone: they are the same on every CPU, and the same on GPUs of one kind.
     """
     key = generator(seed, "rounding", step, number).initial_seed()
     random = torch.Generator(like.device).manual_seed(key)
@@ -54,12 +57,12 @@ def rounding_offsets(like: Tensor, seed: int, step: int, number: int) -> Tensor:
 
 
 def round_stochastically(values: Tensor, offsets: Tensor) -> Tensor:
-    """float32 ``values`` to bfloat16 values, still float32: one of the two neighbours, by the offset's choice.
+    """Round float32 ``values`` to one of their two neighbouring bfloat16 values, chosen by the offset; keep float32.
 
-    offsets: int32 in [0, 2^16), of the same shape; overwritten, the result lies in its memory. A value that is the
-    share q of the way from the neighbour nearer zero to the other goes to the other for 2^16 q of the 2^16 offsets,
-    so the mean over uniform offsets is the value itself, subnormal numbers included. Values on the grid, infinities
-    and NaN stay; finite values beyond the largest finite bfloat16 become that.
+    offsets: int32 in [0, 2^16), of the same shape. They are overwritten, and the result uses their memory. If a value
+    lies a fraction q of the way from the neighbour nearer zero to the other one, then 2^16 q of the 2^16 offsets round
+    it to the other one. So the mean over uniform offsets is the value itself, for subnormal numbers too. bfloat16
+    values, infinities and NaN are not changed; finite values beyond the largest finite bfloat16 become that.
     """
     bits = values.view(torch.int32)
     offsets.mul_(bits.bitwise_and(0x7FFFFFFF) < _LARGEST)

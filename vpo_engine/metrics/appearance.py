@@ -1,4 +1,5 @@
-"""How clips look, in four numbers, and how far that has moved: a policy that exploits its reward often shows it."""
+"""Four statistics of how clips look, and how much they have changed. A policy that exploits its reward often changes
+the look of its clips."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ from vpo_engine.rewards.frames import spread_frames
 
 STATISTICS = ("brightness", "contrast", "saturation", "sharpness")
 _FRAMES = 8
-"""Of a clip that are looked at."""
+"""Number of frames of a clip that are measured."""
 _LEAST_SPREAD = 0.5
-"""Levels: what rounding to bytes can do."""
+"""Least standard deviation, in levels; rounding to bytes can cause as much."""
 
 
 def appearance(videos: Tensor) -> dict[str, Tensor]:
-    """Of uint8 clips [B, F, H, W, 3], H and W at least 3, means over eight frames; levels 0..255, float32 [B].
+    """Measure uint8 clips [B, F, H, W, 3], H and W at least 3: means over eight frames, in levels 0..255, float32 [B].
 
     brightness: mean luminance. contrast: its standard deviation within a frame. saturation: mean difference of a
     pixel's largest and smallest channel. sharpness: mean absolute Laplacian of the luminance.
@@ -28,7 +29,7 @@ def appearance(videos: Tensor) -> dict[str, Tensor]:
 
 
 def _of_frame(frame: Tensor) -> Tensor:
-    """uint8 [H, W, 3] to the four statistics, float32 [4]."""
+    """Measure the four statistics, float32 [4], of a frame, uint8 [H, W, 3]."""
     pixels = frame.float()
     luma = pixels @ torch.tensor([0.299, 0.587, 0.114], device=frame.device)
     around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
@@ -38,8 +39,10 @@ def _of_frame(frame: Tensor) -> Tensor:
 
 
 def style_distance(base: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of statistics [M], M >= 2, of the same clips before and now: the change of the mean, in standard deviations of
-    the base's clips. The sign says whether it grew."""
+    """Compare statistics [M], M >= 2, of the same clips by the base policy and now.
+
+    Return the change of each mean in standard deviations of the base's clips; positive if it increased.
+    """
     found = {}
     for name, before in base.items():
         spread = max(float(before.double().std()), _LEAST_SPREAD)

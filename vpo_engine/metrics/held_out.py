@@ -1,4 +1,4 @@
-"""Held-out evaluation: prompts that are never trained on, fixed noise, and measures that never select pairs."""
+"""Held-out evaluation with prompts that are never trained on, fixed noise, and measures that never select pairs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PixelMeasures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Instruments:
-    """What looks at held-out clips. The reward is the one that trains; the others never do.
+    """The scorers of held-out clips. The policy is trained on ``reward``, and never on the others.
 
-    judged: the dimensions of the judge whose average is its ``judge/selected``; None: those that are trained on.
+    judged: the dimensions of the judge whose average is ``judge/selected``; None: those that are trained on.
     """
 
     reward: Reward
@@ -34,10 +34,10 @@ class Instruments:
 
 
 class HeldOut:
-    """Samples the held-out prompts at the run's own sampling settings, always from the same noise.
+    """Samples the held-out prompts with the run's sampling settings, always from the same noise.
 
-    Clip number ``s * len(prompts) + p`` is sample s of prompt p; its noise is a function of the seed and that
-    number, so two evaluations can be compared clip by clip, and an evaluation of fewer samples is a prefix.
+    Clip number ``s * len(prompts) + p`` is sample s of prompt p, and its noise is a function of the seed and that
+    number. So evaluations can be compared clip by clip, and one with fewer samples has the first clips of the others.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class HeldOut:
         self.prompts = list(prompts)
 
     def videos(self, network: Network, clips: Sequence[int]) -> Tensor:
-        """uint8 [len(clips), F, H, W, 3]."""
+        """Sample the given clips: uint8 [len(clips), F, H, W, 3]."""
         return torch.cat([self._sample(network, chunk) for chunk in self._chunks(clips)])
 
     def evaluate(self, network: Network, samples_per_prompt: int) -> dict[str, Tensor]:
-        """{measure: float32 [prompts * samples_per_prompt]}, the same on every process.
+        """Sample and measure all clips: {measure: float32 [prompts * samples_per_prompt]}, the same on every process.
 
-        Measures are named ``reward/<dimension>``, ``reward/selected``, ``judge/...``, ``pixels/...`` and, of
+        Measures are named ``reward/<dimension>``, ``reward/selected``, ``judge/...``, ``pixels/...`` and, those of
         ``appearance``, ``style/...``.
         """
         total = len(self.prompts) * samples_per_prompt
         each = -(-total // self._processes.count)
         first = self._processes.rank * each
-        # The last processes may be dealt clips beyond the end: they repeat the last one, and are cut off below.
+        # The last processes may get clip numbers beyond the end: they repeat the last clip, which is cut off below.
         mine = [min(clip, total - 1) for clip in range(first, first + each)]
         parts = [self._measure(self._sample(network, chunk), chunk) for chunk in self._chunks(mine)]
         names = list(parts[0])
@@ -76,16 +76,16 @@ class HeldOut:
         return dict(zip(names, rows.unbind(1), strict=True))
 
     def scores(self, videos: Tensor, clips: Sequence[int]) -> list[dict[str, float]]:
-        """The training reward of given clips, per dimension."""
+        """Return the training reward of the given clips, by dimension."""
         with self._residency.phase("reward"):
             scores = self._instruments.reward.score(videos, [self.caption(clip) for clip in clips])
         return [{name: float(value[i]) for name, value in scores.items()} for i in range(len(clips))]
 
     def check_reward(self, videos: Tensor, clips: Sequence[int], exchange: bool) -> dict[str, Shuffled]:
-        """Whether the training reward can be trusted with these clips, uint8 [len(clips), F, H, W, 3].
+        """Check the training reward on these clips, uint8 [len(clips), F, H, W, 3].
 
-        ValueError unless the first gets the same scores twice. ``exchange``: how their own prompts compare with those
-        of others, by dimension; {} otherwise, and where all have the same prompt.
+        ValueError unless the first clip gets the same scores twice. With ``exchange``, return by dimension how clips
+        score with their own prompts and with each other's; otherwise, or if all have the same prompt, return {}.
         """
         captions = [self.caption(clip) for clip in clips]
         reward = self._instruments.reward
@@ -99,8 +99,8 @@ class HeldOut:
         return self.prompts[clip % len(self.prompts)]
 
     def _chunks(self, clips: Sequence[int]) -> list[Sequence[int]]:
-        rows = self._config.rollout.most_rows or 64
-        return [clips[start : start + rows] for start in range(0, len(clips), rows)]
+        size = self._config.rollout.most_rows or 64
+        return [clips[start : start + size] for start in range(0, len(clips), size)]
 
     @torch.no_grad()
     def _sample(self, network: Network, clips: Sequence[int]) -> Tensor:
@@ -123,14 +123,14 @@ class HeldOut:
         found: dict[str, Tensor] = {}
         trained = self._config.reward.dimensions
         instruments = self._instruments
-        scorers: tuple[tuple[str, Reward | None, Dimensions], ...] = (
+        rewards: tuple[tuple[str, Reward | None, Dimensions], ...] = (
             ("reward", instruments.reward, trained),
             ("judge", instruments.judge, instruments.judged or trained),
         )
-        for name, scorer, dimensions in scorers:
-            if scorer is not None:
+        for name, reward, dimensions in rewards:
+            if reward is not None:
                 with self._residency.phase("reward" if name == "reward" else "judge"):
-                    scores = scorer.score(videos, captions)
+                    scores = reward.score(videos, captions)
                 scores = scores | {"selected": combine(scores, dimensions)}
                 found |= {f"{name}/{key}": value.float().cpu() for key, value in scores.items()}
         for name, measures in (

@@ -1,4 +1,4 @@
-"""Measures of natural video that need no network: exact arithmetic on pixels, no claim to be a benchmark."""
+"""Simple pixel measures of natural videos, which need no network. They are not a benchmark."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from torch import Tensor
 
 
 def pixel_measures(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """uint8 [B, F, H, W, 3] and their prompts (unused: the measures do not depend on them), float32 [B] each.
+    """Measure videos, uint8 [B, F, H, W, 3]: {name: float32 [B]}. The prompts are not used.
 
     motion: mean absolute difference of neighbouring frames, grey levels 0..255.
     flicker: standard deviation over time of the second difference of the frames' mean brightness, grey levels.
     sharpness: mean absolute Laplacian of the luminance, grey levels.
-    Clips of fewer than three frames have no flicker: ValueError.
+    ValueError for clips of fewer than three frames, whose flicker is not defined.
     """
     if videos.dim() != 5 or videos.shape[-1] != 3 or videos.dtype != torch.uint8:
         raise ValueError(f"videos must be uint8 [B, F, H, W, 3], got {videos.dtype} {list(videos.shape)}")
     if videos.shape[1] < 3:
         raise ValueError(f"pixel measures need at least 3 frames, got {videos.shape[1]}")
     if len(prompts) != len(videos):
-        raise ValueError(f"{len(videos)} videos but {len(prompts)} prompts")
+        raise ValueError(
+            f"there are {len(videos)} videos but {len(prompts)} prompts; give one prompt for each video"
+        )
     rows = [_measure_one(video) for video in videos]
     return {name: torch.stack([row[name] for row in rows]).cpu() for name in rows[0]}
 

@@ -1,7 +1,7 @@
-"""What a run changed on held-out clips, with bounds, and the text that says so.
+"""Summarise how a run changed its held-out measures, with confidence bounds, as tables and sentences.
 
-Every comparison is paired: clip i before and clip i after share prompt and noise, so the difference's spread
-is the spread of what training did, not of the clips.
+Every comparison is paired: clip i before training and clip i after it have the same prompt and noise. So the spread of
+the differences comes from the training, and not from the differences between clips.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ BETTER: dict[str, int] = {
     "displacement": +1,
     "displacement_absolute": +1,
 }
-"""Pixel measures of which more (+1) or less (-1) is better. Rewards and judges: more. Others: neither."""
+"""Whether more (+1) or less (-1) of a pixel measure is better. More reward is better; other measures have no sense."""
 
 _PREFIX = "held_out/"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of after - before over n paired clips, with two-sided 95 % bounds (Student's t, n - 1 degrees)."""
+    """The mean of after - before over n paired clips, with two-sided 95 % bounds (Student's t, n - 1 degrees)."""
 
     mean: float
     low: float
@@ -60,17 +60,18 @@ def paired_difference(before: Tensor, after: Tensor) -> Difference:
 def summarise(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], timings: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The content of ``summary.json``.
+    """Return the content of ``summary.json``.
 
     before, after: {measure: [M]}, the same measures, named ``reward/...``, ``judge/...``, ``pixels/...`` (a
     leading ``held_out/`` is dropped). timings: {stage: seconds of the whole run}.
 
-    {"clips", "confidence", "measures": {name: {"before", "after", "difference", "low", "high", "relative"}},
-    "timings"}; ``relative`` is the difference as a share of the base, for pixel measures with a base above 0.
+    The content is {"clips", "confidence", "measures": {name: {"before", "after", "difference", "low", "high",
+    "relative"}}, "timings"}; ``relative`` is the difference divided by the base value, for pixel measures whose base
+    value is above 0.
     """
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
-        raise ValueError(f"measures must be the same before and after; only on one side: {', '.join(odd)}")
+        raise ValueError(f"measures must be the same before and after; only one side has: {', '.join(odd)}")
     if not before:
         raise ValueError("there is no held-out measure to summarise")
     measures: dict[str, dict[str, float]] = {}
@@ -89,7 +90,9 @@ def summarise(
             "high": found.high,
         }
     if len(clips) > 1:
-        raise ValueError(f"every measure must cover the same clips, got numbers of clips {sorted(clips)}")
+        raise ValueError(
+            f"every measure must have a value for each clip, got numbers of clips {sorted(clips)}"
+        )
     for name, numbers in measures.items():
         if name.startswith("pixels/") and numbers["before"] > 0:
             numbers["relative"] = numbers["difference"] / numbers["before"]
@@ -102,13 +105,13 @@ def summarise(
 
 
 def direction(measure: str) -> int:
-    """+1: more is better; -1: less is; 0: neither."""
+    """Return +1 if more of a measure is better, -1 if less is better, and 0 if neither."""
     kind, _, name = measure.partition("/")
     return 1 if kind in ("reward", "judge") else BETTER.get(name, 0)
 
 
 def change(measure: str, numbers: Mapping[str, float]) -> str:
-    """better or worse if the bounds exclude zero (changed if neither direction is better), else unclear."""
+    """Return "better" or "worse" if the bounds exclude zero ("changed" if no direction is better), else "unclear"."""
     if numbers["low"] <= 0 <= numbers["high"]:
         return "unclear"
     sign = direction(measure) * (1 if numbers["low"] > 0 else -1)
@@ -116,7 +119,7 @@ def change(measure: str, numbers: Mapping[str, float]) -> str:
 
 
 def number_texts(numbers: Mapping[str, float]) -> tuple[str, str, str, str]:
-    """base, final, difference and [low, high], with the digits that the width of the bounds warrants."""
+    """Format base, final, difference and [low, high], with as many digits as the width of the bounds justifies."""
     width = numbers["high"] - numbers["low"]
     places = min(8, max(3, 1 - math.floor(math.log10(width)))) if width > 0 else 3
     return (
@@ -128,7 +131,7 @@ def number_texts(numbers: Mapping[str, float]) -> tuple[str, str, str, str]:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """What held-out reward and judge say together, in a few words."""
+    """Say in a few words how the held-out reward and the judge changed."""
     found = {
         kind: change(f"{kind}/selected", summary["measures"][f"{kind}/selected"])
         for kind in ("reward", "judge")
@@ -145,7 +148,7 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """One paragraph in plain words."""
+    """Describe the changes in one paragraph."""
     measures = summary["measures"]
     parts = []
     for name, label in (("reward/selected", "Held-out reward"), ("judge/selected", "Judge")):
@@ -167,7 +170,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """The table that a run prints at its end: a line per measure, then timings and the verdict."""
+    """Format the table that a run prints at its end: a line per measure, then the timings and the ``verdict``."""
     rows = [("measure", "base", "final", "difference", "95 % bounds", "relative", "")]
     for name, numbers in summary["measures"].items():
         relative = f"{100 * numbers['relative']:+.1f} %" if "relative" in numbers else ""
@@ -181,14 +184,14 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 
 def summarise_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Runs that differ in their seed only, as one result. The unit is the run, not the clip.
+    """Combine the summaries of runs that differ in their seed only. The unit is the run, not the clip.
 
-    {"seeds": S, "measures": {name: {"before", "after", "difference": means over seeds, "sd": of the
-    difference over seeds (n - 1), "low", "high": 95 % bounds over seeds, "improved": seeds whose own bounds
-    say better, "each": [difference per seed]}}}. With one seed, ``sd`` and the bounds are absent.
+    Return {"seeds": S, "measures": {name: {"before", "after", "difference": means over seeds, "sd": standard deviation
+    of the difference over seeds (n - 1), "low", "high": 95 % bounds over seeds, "improved": number of seeds that are
+    better by their own bounds, "each": [difference per seed]}}}. With one seed "sd" and the bounds are left out.
     """
     if not summaries:
-        raise ValueError("there is no summary to combine; give one per seed")
+        raise ValueError("there is no summary to combine; give one for each seed")
     names = list(summaries[0]["measures"])
     for summary in summaries[1:]:
         if list(summary["measures"]) != names:
@@ -199,7 +202,7 @@ def summarise_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def format_seeds(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results of ``summarise_seeds`` side by side, e.g. {"online": ..., "offline": ...}: mean change ± sd."""
+    """Format results of ``summarise_seeds`` in columns, e.g. {"online": ..., "offline": ...}: mean change ± sd."""
     if not groups:
         raise ValueError("there is no group of seeds to print")
     names = list(dict.fromkeys(name for group in groups.values() for name in group["measures"]))
@@ -219,16 +222,17 @@ def format_seeds(groups: Mapping[str, Mapping[str, Any]]) -> str:
             cells.append(f"{numbers['difference']:+.3f}{spread}  {numbers['improved']}/{group['seeds']}")
         rows.append((name, *cells))
     note = (
-        "Mean change over seeds ± standard deviation over seeds; how many seeds improved on their own bounds."
+        "Mean change over seeds ± its standard deviation; then the number of seeds that improved by their own 95 % "
+        "bounds."
     )
     return "\n".join([note, "", *_aligned(rows)])
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:
-    """x with P(T <= x) = probability for Student's t with ``degrees`` >= 1 degrees of freedom.
+    """Return x with P(T <= x) = probability for Student's t with ``degrees`` >= 1 degrees of freedom.
 
-    Bisection on the distribution function, which is a regularised incomplete beta function (Abramowitz and
-    Stegun 26.7.1); good to about 1e-10 relative.
+    x is found by bisection of the distribution function, a regularised incomplete beta function (Abramowitz and
+    Stegun 26.7.1), with a relative error of about 1e-10.
     """
     if not 0 < probability < 1 or degrees < 1:
         raise ValueError(f"need 0 < probability < 1 and degrees >= 1, got {probability} and {degrees}")
@@ -246,14 +250,14 @@ def student_t_quantile(probability: float, degrees: int) -> float:
 
 
 def _student_t_cdf(x: float, degrees: int) -> float:
-    """For x >= 0."""
+    """Return P(T <= x) for x >= 0."""
     if x == 0:
         return 0.5
     return 1 - 0.5 * _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + x * x))
 
 
 def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """I_x(a, b) by its continued fraction (Abramowitz and Stegun 26.5.8), evaluated by Lentz."""
+    """Return I_x(a, b) from its continued fraction (Abramowitz and Stegun 26.5.8) by Lentz's method."""
     if x in (0.0, 1.0):
         return x
     if x > (a + 1) / (a + b + 2):
@@ -277,7 +281,7 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 def _mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of at least two values and the half width of its confidence interval."""
+    """Return the mean of at least two values and the half width of its confidence interval."""
     n = len(values)
     mean = math.fsum(values) / n
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
@@ -299,7 +303,7 @@ def _over_seeds(name: str, numbers: Sequence[Mapping[str, float]]) -> dict[str, 
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first and last column left, the others right."""
+    """Align the first and last column to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

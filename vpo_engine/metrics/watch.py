@@ -1,4 +1,4 @@
-"""Alarms of a run: what its evaluations say about the reward that it trains against."""
+"""Monitor the reward of a run, and raise an alarm if evaluations show that the policy exploits it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vpo_engine.metrics.summary import paired_difference
 from vpo_engine.rewards.guards import DivergenceAlarm, Shuffled
 
 Measured = Mapping[str, Tensor]
-"""What ``HeldOut.evaluate`` gives."""
+"""The result of ``HeldOut.evaluate``."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something to look at, noticed after ``step`` steps."""
+    """A warning about the reward or the policy, raised after ``step`` steps."""
 
     step: int
     kind: Literal["prompt", "divergence", "style"]
@@ -27,19 +27,19 @@ class Alarm:
 
     @property
     def stops(self) -> bool:
-        """Whether guards.on_alarm=stop is about it. One at the start is about the reward, not about the policy."""
+        """Whether guards.on_alarm=stop stops the run. A "prompt" alarm is about the reward, so it never does."""
         return self.kind != "prompt"
 
 
 class Watch:
-    """Compares every evaluation with that of the base policy and with those before; raises each kind of alarm once.
+    """Compares every evaluation with the base policy's and with earlier ones, and raises each kind of alarm once.
 
-    The same on every process, since evaluations are. ``clips``: how many of an evaluation's clips, from the first, are
-    in every evaluation; only they are compared.
+    All processes have the same alarms, since they have the same evaluations. ``clips``: the number of clips, counted
+    from the first, that every evaluation has; only these are compared.
     """
 
     NOTHING: ClassVar[Mapping[str, Any]] = {"observations": (), "alarms": ()}
-    """The state of a run that did not watch."""
+    """The state of a run that had no monitor."""
 
     def __init__(self, settings: GuardsConfig, clips: int) -> None:
         self._settings, self._clips = settings, clips
@@ -48,7 +48,7 @@ class Watch:
         self.alarms: list[Alarm] = []
 
     def prompts(self, found: Mapping[str, Shuffled]) -> list[Alarm]:
-        """An alarm unless some dimension of a reward that should read the prompt does, as far as the clips can say."""
+        """Raise an alarm if no dimension of the reward reads the prompt, and there are enough clips to tell."""
         level = 0.05 / len(found)
         if any(shuffled.reads(level) for shuffled in found.values()):
             return []
@@ -56,14 +56,14 @@ class Watch:
             return []
         shares = ", ".join(f"{name} {shuffled.share:.2f}" for name, shuffled in found.items())
         text = (
-            f"the reward does not tell {next(iter(found.values())).clips} held-out clips with their own prompts from "
-            f"the same clips with others' (share that scores higher with its own: {shares}): it will not teach the "
-            "policy to follow prompts, or the base policy does not follow them at all"
+            f"the reward scores {next(iter(found.values())).clips} held-out clips no higher with their own prompts "
+            f"than with each other's (share that scores higher with its own prompt: {shares}). It does not read "
+            "prompts and cannot teach the policy to follow them, or the base policy does not follow prompts at all"
         )
         return self._raise(Alarm(0, "prompt", text))
 
     def observe(self, step: int, base: Measured, now: Measured) -> tuple[dict[str, float], list[Alarm]]:
-        """Numbers for the log, named ``guards/...``, and the alarms that this evaluation raises."""
+        """Return numbers for the log, named ``guards/...``, and the alarms that this evaluation raises."""
         alarms: list[Alarm] = []
         numbers: dict[str, float] = {}
         if "judge/selected" in now:
@@ -99,7 +99,7 @@ class Watch:
         words = ", ".join(f"{name} {value:+.2f}" for name, value in beyond.items())
         text = (
             f"held-out clips look different from the base policy's: {words} standard deviations of its clips, more "
-            f"than guards.style_bound={bound:g}; look at them before you believe the reward"
+            f"than guards.style_bound={bound:g}; look at the clips before you trust the reward"
         )
         return self._raise(Alarm(step, "style", text))
 
@@ -113,14 +113,14 @@ class Watch:
         return [alarm]
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: JSON."""
+        """Return the state for a checkpoint, as JSON data."""
         return {
             "observations": [list(seen) for seen in self._observations],
             "alarms": [asdict(alarm) for alarm in self.alarms],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Into a fresh one: what is observed from now on is judged as if the run had never stopped."""
+        """Load a saved state into a new monitor, which then continues as if the run had never stopped."""
         self.alarms = [Alarm(**fields) for fields in state["alarms"]]
         for step, training, held_out in state["observations"]:
             self._observations.append((step, training, held_out))
@@ -128,7 +128,10 @@ class Watch:
 
 
 def _since_base(step: int, *sides: Tensor) -> str | None:
-    """sides: training reward of the same clips before and now, held-out reward before and now, each [M]."""
+    """Return the text of an alarm if the training reward rose and the held-out reward fell since the base policy.
+
+    sides: training reward of the same clips before and now, then held-out reward before and now, each [M].
+    """
     if len(sides[0]) < 2:
         return None
     training, held_out = paired_difference(*sides[:2]), paired_difference(*sides[2:])
@@ -137,13 +140,13 @@ def _since_base(step: int, *sides: Tensor) -> str | None:
     return (
         f"on {training.n} held-out clips the training reward rose by {training.mean:.3g} since the base policy (95 % "
         f"bounds {training.low:.3g} to {training.high:.3g}) while the held-out reward fell by {-held_out.mean:.3g} "
-        f"({-held_out.high:.3g} to {-held_out.low:.3g}): the policy exploits its reward; look at its videos, and go "
-        f"back to a checkpoint before step {step}"
+        f"({-held_out.high:.3g} to {-held_out.low:.3g}): the policy exploits its reward; look at its videos, and "
+        f"return to a checkpoint before step {step}"
     )
 
 
 def describe_shuffle(found: Mapping[str, Shuffled]) -> str:
-    """The prompt check, for people to read."""
+    """Describe the result of the prompt check in a sentence."""
     shares: Sequence[str] = [f"{name} {shuffled.share:.2f}" for name, shuffled in found.items()]
     clips = next(iter(found.values())).clips
     return f"share of {clips} clips that score higher with their own prompt than with another: {', '.join(shares)}"

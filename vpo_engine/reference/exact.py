@@ -1,4 +1,4 @@
-"""exact8: a bfloat16 matrix held as its 8-bit difference from the policy's, bit for bit, while the policy moves."""
+"""exact8: a bfloat16 matrix of the reference, stored as its 8-bit difference from the policy's matrix without loss."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vpo_kernels import OrderedDelta, decode_delta, encode_delta
 
 from vpo_engine.reference.weights import Scratch, check_parts, in_dtype
 
-_BYTES_PER_SPILLED = 6
+_BYTES_PER_OUTLIER = 6
 """An int32 index and a bfloat16 value."""
 
 
 class ExactWeight:
-    """The matrix as an ``OrderedDelta`` against the policy's weight of the moment, or plain.
+    """The matrix as an ``OrderedDelta`` from the policy's current weight, or in bfloat16 as it is.
 
-    Plain, in bfloat16, is a matrix while more than a sixth of its differences would not fit into 8 bits: it never
-    takes more than 2 bytes a weight. The policy's weight may be bfloat16, or wider with values that bfloat16 has;
-    whoever changes it does so within ``following``.
+    It is stored in bfloat16 while more than a sixth of its differences do not fit into 8 bits, so it never takes more
+    than 2 bytes per weight. The policy's weight may be bfloat16, or a wider type with values that bfloat16 can
+    represent. Code that changes the policy's weight must do so inside ``preserved``.
     """
 
     def __init__(self, policy: Tensor) -> None:
         self.policy = policy
-        self._held: OrderedDelta | Tensor = _nothing_moved(policy)
+        self._held: OrderedDelta | Tensor = _zero_delta(policy)
 
     @property
     def scratch_numel(self) -> int:
@@ -34,7 +34,7 @@ class ExactWeight:
 
     @property
     def spilled(self) -> int:
-        """Weights that are not held in 8 bits."""
+        """The number of weights that are not stored in 8 bits."""
         held = self._held
         return held.index.numel() if isinstance(held, OrderedDelta) else held.numel()
 
@@ -44,7 +44,7 @@ class ExactWeight:
 
     def refresh(self) -> None:
         held = self._held
-        self._held = _nothing_moved(self.policy, held.difference if isinstance(held, OrderedDelta) else None)
+        self._held = _zero_delta(self.policy, held.difference if isinstance(held, OrderedDelta) else None)
 
     def decode(self, dtype: torch.dtype, scratch: Scratch) -> Tensor:
         held, policy = self._held, self.policy.detach()
@@ -56,13 +56,13 @@ class ExactWeight:
         like = self.policy.detach()
         if "difference" not in parts:
             return check_parts(parts, {"bfloat16": like.to("meta", torch.bfloat16)})
-        spilled = parts["index"].shape if "index" in parts else torch.Size([0])
+        outliers = parts["index"].shape if "index" in parts else torch.Size([0])
         return check_parts(
             parts,
             {
                 "difference": like.to("meta", torch.int8),
-                "index": torch.empty(spilled.numel(), dtype=torch.int32, device="meta"),
-                "value": torch.empty(spilled.numel(), dtype=torch.bfloat16, device="meta"),
+                "index": torch.empty(outliers.numel(), dtype=torch.int32, device="meta"),
+                "value": torch.empty(outliers.numel(), dtype=torch.bfloat16, device="meta"),
             },
         )
 
@@ -71,7 +71,7 @@ class ExactWeight:
         self._held = OrderedDelta(**own) if "difference" in own else own["bfloat16"]
 
     def _decoded(self) -> Tensor:
-        """In bfloat16: a new tensor, or the plain one."""
+        """Return the matrix in bfloat16, decoded into a new tensor or as it is stored."""
         if not isinstance(self._held, OrderedDelta):
             return self._held
         policy = self.policy.detach()
@@ -80,32 +80,32 @@ class ExactWeight:
         policy = policy.bfloat16()
         return decode_delta(self._held, policy, out=policy)
 
-    def _hold(self, reference: Tensor) -> None:
-        """Become ``reference``, bfloat16, against the policy's weight as it is now."""
+    def _encode(self, reference: Tensor) -> None:
+        """Store ``reference``, bfloat16, as its difference from the policy's weight as it is now."""
         if isinstance(self.policy, FakeTensor):
-            return  # how much is spilled depends on values; a plan counts none
+            return  # the number of outliers depends on values, which a plan does not have; it assumes none
         old = self._held.difference if isinstance(self._held, OrderedDelta) else None
         delta = encode_delta(reference, self.policy.detach().bfloat16(), out=old)
-        fits = delta.index.numel() * _BYTES_PER_SPILLED <= reference.numel()
+        fits = delta.index.numel() * _BYTES_PER_OUTLIER <= reference.numel()
         self._held = delta if fits else reference
 
 
 @contextmanager
-def following(weights: Iterable[ExactWeight]) -> Iterator[None]:
-    """Within, the policy's weights may change; these stay what they are. For the time they are there in bfloat16."""
+def preserved(weights: Iterable[ExactWeight]) -> Iterator[None]:
+    """Keep the values of these weights while the policy's weights change; meanwhile they are decoded in bfloat16."""
     decoded = [(weight, weight._decoded()) for weight in weights]
     try:
         yield
     finally:
         while decoded:
             weight, reference = decoded.pop()
-            weight._hold(reference)
+            weight._encode(reference)
 
 
 def check_on_grid(weights: Mapping[str, Tensor]) -> None:
-    """ValueError that names the first weight with values that bfloat16 has not; waits for a device once at most.
+    """Raise ValueError, naming the first weight that has a value which bfloat16 cannot represent.
 
-    bfloat16 weights are not looked at, nor are those of a plan.
+    The host waits for the device at most once. bfloat16 weights are not checked, nor are those of a plan.
     """
     wide = {
         name: weight.detach()
@@ -118,14 +118,14 @@ def check_on_grid(weights: Mapping[str, Tensor]) -> None:
     found = [name for name, one in zip(wide, off.tolist(), strict=True) if one]
     if found:
         raise ValueError(
-            f"reference.storage=exact8 needs weights that bfloat16 holds exactly, but {found[0]} "
-            f"({wide[found[0]].dtype}; {len(found)} of {len(wide)} matrices) has others, or NaN; set memory.weights "
-            "to masters or stochastic, or use reference.storage=int8"
+            f"reference.storage=exact8 needs weights that bfloat16 represents exactly, but {found[0]} "
+            f"({wide[found[0]].dtype}; {len(found)} of {len(wide)} matrices) has other values, or NaN; set "
+            "memory.weights to masters or stochastic, or use reference.storage=int8"
         )
 
 
-def _nothing_moved(policy: Tensor, difference: Tensor | None = None) -> OrderedDelta:
-    """The delta of a weight against itself, in ``difference`` if given."""
+def _zero_delta(policy: Tensor, difference: Tensor | None = None) -> OrderedDelta:
+    """Return the delta of a weight from itself; ``difference`` is overwritten and used if given."""
     if difference is None:
         difference = torch.empty(policy.shape, dtype=torch.int8, device=policy.device)
     index = torch.empty(0, dtype=torch.int32, device=policy.device)

@@ -1,4 +1,4 @@
-"""A second network beside the policy: the same modules, other weights."""
+"""The reference network: a frozen copy of the policy's modules, some of whose weights are stored in encoded form."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def block_linears(policy: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers inside the transformer blocks, by name, without those of an adapter.
+    """Return the linear layers inside the transformer blocks, by name, without those of an adapter.
 
-    The blocks are the members of the lists (nn.ModuleList) that the network itself has: so in STDiT3 and in the
-    transformers of diffusers. Embedders, the time's projection and the final layer stand outside them.
+    The blocks are the members of the network's own lists (nn.ModuleList), as in STDiT3 and in the transformers of
+    diffusers. Embedders, the time projection and the final layer are not in blocks.
     """
     return {
         f"{outer}.{name}": module
@@ -30,12 +30,12 @@ def block_linears(policy: nn.Module) -> dict[str, nn.Linear]:
 
 
 def block_matrices(policy: nn.Module) -> dict[str, nn.Linear]:
-    """Those of ``block_linears`` whose weights train."""
+    """Return those of ``block_linears`` whose weights are trained."""
     return {name: layer for name, layer in block_linears(policy).items() if layer.weight.requires_grad}
 
 
 class HeldLinear(nn.Module):
-    """nn.Linear whose weight is decoded when it runs: then the same product as the policy's layer."""
+    """A linear layer whose weight is decoded when the layer runs; the product is that of the policy's layer."""
 
     def __init__(
         self, weight: HeldWeight, bias: nn.Parameter | None, dtype: torch.dtype, scratch: Scratch
@@ -51,13 +51,13 @@ class HeldLinear(nn.Module):
         return F.linear(x, self.held.decode(dtype, self._scratch), self.bias)
 
 
-class Mirror:
+class ReferenceNetwork:
     """A copy of the policy's modules, frozen and in evaluation mode.
 
-    Parameters that do not train are the policy's own objects, and follow it to other devices. All others are
-    copied, but the weights given in ``held``: {name of an nn.Linear: how its weight is held}.
-    Numbers, names and frozen dataclasses that the policy's modules have as attributes (backends, say) are read
-    again at every call: both networks compute alike even if the policy was told otherwise since.
+    Parameters that are not trained are shared with the policy, on whatever device they are. Other parameters are
+    copied, except the weights in ``held``: {name of an nn.Linear: how its weight is stored}.
+    Numbers, strings and frozen dataclasses that the policy's modules have as attributes (backends, for example) are
+    copied again at every call, so that both networks compute in the same way even if those of the policy changed.
     """
 
     def __init__(self, policy: nn.Module, held: Mapping[str, HeldWeight]) -> None:
@@ -89,7 +89,7 @@ class Mirror:
             self._scratch.release()
 
     def copied(self) -> dict[str, Tensor]:
-        """Parameters and buffers that are not the policy's, by name."""
+        """Return the parameters and buffers that are not shared with the policy, by name."""
         tensors = self.network.state_dict(keep_vars=True)
         return {name: tensor for name, tensor in tensors.items() if id(tensor) not in self._shared}
 

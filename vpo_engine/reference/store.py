@@ -1,4 +1,4 @@
-"""The frozen reference: how it is stored, refreshed from the policy, saved and put back."""
+"""The frozen reference: store it, refresh it from the policy, save it and load it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.reference.exact import ExactWeight, check_on_grid, following
-from vpo_engine.reference.mirror import Mirror, block_matrices
+from vpo_engine.reference.exact import ExactWeight, check_on_grid, preserved
+from vpo_engine.reference.mirror import ReferenceNetwork, block_matrices
 from vpo_engine.reference.weights import BFloat16Weight, HeldWeight, Int8Weight, check_parts
 
 Storage = Literal["copy", "bf16", "int8", "exact8", "adapter"]
 
 _SIGNS = {".codes": "int8", ".difference": "exact8", ".bfloat16": "exact8", ".lora_A.": "adapter"}
-"""By which names the storage of a saved reference is recognised."""
+"""Parts of names from which the storage of a saved reference is recognised."""
 
 
 def build_reference(storage: Storage, policy: nn.Module) -> HeldReference:
-    """The reference of ``policy``, equal to it now up to the storage's rounding.
+    """Build a reference that equals ``policy`` now, up to the rounding of the storage.
 
-    In every storage what does not train is shared with the policy. copy and adapter hold the rest as it is;
-    the others encode the matrices of the transformer blocks: see ``weights``.
+    Parameters that are not trained are shared with the policy. copy and adapter copy the others; the other storages
+    encode the matrices of the transformer blocks (see ``weights``) and copy the rest.
     ValueError for a policy that the storage does not fit.
     """
     if storage == "adapter" and all(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError(
-            "reference.storage=adapter shares the frozen base with the policy, but every parameter of it trains; "
-            "set model.lora, or use reference.storage=copy"
+            "reference.storage=adapter shares the frozen base with the policy, but all parameters of this policy are "
+            "trained; set model.lora, or use reference.storage=copy"
         )
     encodings: dict[Storage, Callable[[Tensor], HeldWeight]] = {
         "bf16": BFloat16Weight,
@@ -52,28 +52,28 @@ def build_reference(storage: Storage, policy: nn.Module) -> HeldReference:
 
 
 class HeldReference:
-    """A mirror of the policy, of which ``held`` says how some matrices are held: {name of an nn.Linear: weight}.
+    """A frozen copy of the policy; ``held`` says how some matrices are stored: {name of an nn.Linear: weight}.
 
-    Calling it runs the same modules as the policy does, in evaluation mode and without a graph: where the storage
-    is exact, equal inputs give bitwise equal predictions right after a refresh (DESIGN, invariants 1 and 3).
+    A call runs the same modules as the policy, in evaluation mode and without a graph. With an exact storage, equal
+    inputs give bitwise equal predictions right after a refresh.
     """
 
     def __init__(self, storage: Storage, policy: nn.Module, held: Mapping[str, HeldWeight]) -> None:
         self._storage, self._policy = storage, policy
-        self._mirror = Mirror(policy, held)
-        self._copied = self._mirror.copied()
+        self._network = ReferenceNetwork(policy, held)
+        self._copied = self._network.copied()
         self._held = {f"{name}.weight": weight for name, weight in held.items()}
         self._exact = {
             id(weight.policy): weight for weight in held.values() if isinstance(weight, ExactWeight)
         }
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
-        return self._mirror(*args, **kwargs)
+        return self._network(*args, **kwargs)
 
     @property
     def network(self) -> nn.Module:
-        """The modules that a forward runs."""
-        return self._mirror.network
+        """The modules that a forward pass runs."""
+        return self._network.network
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +81,7 @@ class HeldReference:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Of the trained matrices in the transformer blocks; what stands outside of them is held as it is."""
+        """Bytes per weight of the trained matrices in the transformer blocks; other parameters are not encoded."""
         names = [f"{name}.weight" for name in block_matrices(self._policy)]
         weights = sum(self._policy.get_parameter(name).numel() for name in names)
         nbytes = sum(tensor.nbytes for name in names for tensor in self._parts(name).values())
@@ -89,12 +89,12 @@ class HeldReference:
 
     @property
     def spilled(self) -> float:
-        """Share of those weights that exact8 holds in more than 8 bits."""
+        """Share of the weights of exact8 that are stored in more than 8 bits."""
         weights = sum(weight.policy.numel() for weight in self._exact.values())
         return sum(weight.spilled for weight in self._exact.values()) / max(1, weights)
 
     def numbers(self) -> dict[str, float]:
-        """For the log: "bytes" in all; where matrices are encoded "bytes_per_weight"; of exact8 "spilled"."""
+        """Return numbers for the log: "bytes"; "bytes_per_weight" if matrices are encoded; "spilled" with exact8."""
         numbers: dict[str, float] = {"bytes": self.nbytes}
         if self._held:
             numbers["bytes_per_weight"] = self.bytes_per_weight
@@ -103,7 +103,7 @@ class HeldReference:
         return numbers
 
     def tensors(self) -> list[Tensor]:
-        """All that a forward reads, what is shared with the policy too; their data may move to other devices."""
+        """Return all tensors that a forward pass reads, shared ones included; their data may be moved elsewhere."""
         network = self.network
         held = [tensor for weight in self._held.values() for tensor in weight.tensors().values()]
         policy = [weight.policy for weight in self._exact.values()]
@@ -111,7 +111,7 @@ class HeldReference:
 
     @torch.no_grad()
     def refresh(self, policy: nn.Module) -> None:
-        """reference <- policy, in place; it must be the policy that the reference was built for."""
+        """Set the reference to the policy, in place; it must be the policy that the reference was built for."""
         assert policy is self._policy, "a reference is tied to the policy that it was built for"
         if self._storage == "exact8":
             check_on_grid({name: policy.get_parameter(name) for name in self._held})
@@ -122,14 +122,15 @@ class HeldReference:
             weight.refresh()
 
     def following(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """To be entered around every change of these parameters: exact8 is encoded anew against what they became.
+        """Return a context in which these parameters of the policy may change while the reference keeps its values.
 
-        Within, each of their matrices is there in bfloat16 besides; copies do not move with the policy.
+        exact8 stores differences from the policy: its matrices are decoded to bfloat16 at the start, and encoded
+        again from the changed parameters at the end. Other storages do not depend on the policy's values.
         """
-        return following([self._exact[id(one)] for one in parameters if id(one) in self._exact])
+        return preserved([self._exact[id(one)] for one in parameters if id(one) in self._exact])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is stored, under the policy's names; the parts of an encoded matrix as NAME.PART."""
+        """Return what is stored under the policy's names; the parts of an encoded matrix are named NAME.PART."""
         return {
             f"{name}.{part}" if part else name: tensor.detach()
             for name in (*self._copied, *self._held)
@@ -138,7 +139,7 @@ class HeldReference:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back a ``state_dict``, after the policy. ValueError, before anything changes, if it does not fit."""
+        """Load a ``state_dict``; load the policy first. ValueError, with nothing changed, if it does not fit."""
         try:
             parts = self._split(state)
         except ValueError as error:
@@ -158,7 +159,7 @@ class HeldReference:
         return self._held[name].tensors() if name in self._held else {"": self._copied[name]}
 
     def _split(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """{name: {part: tensor}} for every name that is stored here; ValueError if ``state`` holds anything else."""
+        """Check ``state`` and return {name: {part: tensor}} for every stored name; ValueError if it does not fit."""
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in (*self._copied, *self._held)}
         unexpected = []
         for key, tensor in state.items():

@@ -1,4 +1,4 @@
-"""How one matrix of the reference is held, and decoded when its layer runs."""
+"""The ways to store one matrix of the reference and to decode it when its layer runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 class Scratch:
-    """Working memory of one forward: a single buffer per device and dtype, into which matrices are decoded in turn.
+    """Working memory of a forward pass: one buffer per device and dtype, into which matrices are decoded in turn.
 
-    ``numel`` is the size of the largest. What was taken is overwritten by the next ``take`` of the same kind.
+    ``numel`` is the size of the largest matrix. Each ``take`` overwrites the result of the one before, if both have
+    the same device and dtype.
     """
 
     def __init__(self) -> None:
@@ -21,7 +22,7 @@ class Scratch:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A contiguous tensor with undefined values, no larger than ``numel``."""
+        """Return a contiguous tensor with undefined values, no larger than ``numel``."""
         key = device, dtype
         if key not in self._buffers:
             self._buffers[key] = torch.empty(self.numel, dtype=dtype, device=device)
@@ -32,36 +33,36 @@ class Scratch:
 
 
 class HeldWeight(Protocol):
-    """A matrix [out, in] of the reference, in some storage."""
+    """A matrix [out, in] of the reference in one of the storages."""
 
     @property
     def scratch_numel(self) -> int:
-        """Elements of the buffer that ``decode`` takes."""
+        """The number of elements of the buffer that ``decode`` uses."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is held, by the part's name; "" is the matrix itself."""
+        """Return all stored tensors by the part's name; "" is the matrix itself."""
         ...
 
     def refresh(self) -> None:
-        """Becomes the policy's weight."""
+        """Store the policy's current weight."""
         ...
 
     def decode(self, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-        """The matrix in ``dtype``, valid until the scratch is taken again."""
+        """Return the matrix in ``dtype``; it is valid until the next ``scratch.take``."""
         ...
 
     def check(self, parts: Mapping[str, Tensor]) -> None:
-        """ValueError if these are not such parts as ``tensors`` gives."""
+        """Raise ValueError unless ``parts`` has the names, shapes and dtypes that ``tensors`` gives."""
         ...
 
     def load(self, parts: Mapping[str, Tensor]) -> None:
-        """Becomes these checked parts, copied."""
+        """Store copies of ``parts``, which have been checked."""
         ...
 
 
 def check_parts(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """ValueError unless both have the same names, shapes and dtypes."""
+    """Raise ValueError unless both have the same names, shapes and dtypes."""
     if found.keys() != expected.keys():
         raise ValueError(f"it has the parts {sorted(found)}, expected {sorted(expected)}")
     for name, tensor in expected.items():
@@ -73,7 +74,7 @@ def check_parts(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 class BFloat16Weight:
-    """Rounded to bfloat16: the same matrix if its values lie on bfloat16's grid, or under bfloat16 autocast."""
+    """The matrix rounded to bfloat16; exact if all its values are bfloat16 values, or under bfloat16 autocast."""
 
     def __init__(self, policy: Tensor) -> None:
         self._policy = policy
@@ -100,12 +101,11 @@ class BFloat16Weight:
 
 
 class Int8Weight:
-    """int8 codes with an absmax scale for every ``GROUP`` neighbours along in-features.
+    """int8 codes with a scale, the largest magnitude / 127, for each group of ``GROUP`` neighbouring in-features.
 
-    Groups never cross rows, so a matrix sharded by rows is encoded without communication. Scales are bfloat16,
-    and codes are chosen for the rounded scale: on Gaussian weights the error is 0.4 % larger than with float32
-    scales, which take 3 % more bytes. float16 scales would lose bits below 6e-5, where those of weights under
-    0.008 lie.
+    Groups never cross rows, so a matrix sharded by rows is encoded without communication. Scales are bfloat16, and
+    codes are computed with the rounded scale: on Gaussian weights the error is 0.4 % larger than with float32 scales,
+    which take 3 % more bytes. float16 would lose bits of scales below 6e-5, which belong to weights below 0.008.
     """
 
     GROUP = 64
@@ -128,7 +128,7 @@ class Int8Weight:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Non-finite weights decode to NaN: their group's scale is not finite."""
+        """Store the policy's current weight. A group with a non-finite weight gets such a scale, and decodes to NaN."""
         padding = -self._columns % self._group
         weight = F.pad(self._policy.float(), (0, padding)).view(self._codes.shape)
         self._scales.copy_(weight.abs().amax(dim=-1) / 127)
@@ -137,7 +137,7 @@ class Int8Weight:
         self._codes.copy_(codes.nan_to_num_(0))
 
     def decode(self, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-        """The product of code and scale, rounded once."""
+        """Return the products of code and scale, rounded once."""
         weight = scratch.take(self._codes.shape, dtype, self._codes.device)
         torch.mul(self._codes, self._scales.to(dtype).unsqueeze(-1), out=weight)
         return weight.flatten(1)[:, : self._columns]
@@ -151,7 +151,7 @@ class Int8Weight:
 
 
 def in_dtype(weight: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """The weight itself where it has the dtype, else converted in the scratch."""
+    """Return the weight itself if it has the dtype, else a conversion in the scratch."""
     if weight.dtype == dtype:
         return weight
     return scratch.take(tuple(weight.shape), dtype, weight.device).copy_(weight)

@@ -1,4 +1,4 @@
-"""``alarms.jsonl``: what a run noticed about its reward, for the report."""
+"""``alarms.jsonl``: the alarms that a run raised about its reward, and their section of the report."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from vpo_engine.runs.directory import RunDirectory
 
 _TITLES = {
     "prompt": "The reward does not read prompts",
-    "divergence": "Training reward and held-out reward part",
-    "style": "Clips look different",
+    "divergence": "The training reward rises while the held-out reward falls",
+    "style": "The clips look different",
 }
 
 
 def write_alarms(run: RunDirectory, alarms: Sequence[Mapping[str, Any]]) -> None:
-    """All of them, each {"step": int, "kind": str, "text": str}; the file is replaced atomically."""
+    """Write all alarms, each {"step": int, "kind": str, "text": str}; the file is replaced atomically."""
     unfinished = run.alarms.with_name(f".{run.alarms.name}.tmp")
     unfinished.write_text("".join(json.dumps(alarm) + "\n" for alarm in alarms), encoding="utf-8")
     unfinished.replace(run.alarms)
 
 
 def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
-    """None for a run that did not watch."""
+    """Read the alarms of a run; None if the run had no monitor."""
     if not run.alarms.is_file():
         return None
     return [json.loads(line) for line in run.alarms.read_text(encoding="utf-8").splitlines()]
 
 
 def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Mapping[str, float]) -> str:
-    """prompt_shares: of the check at the start, {dimension: share}; empty where there was none."""
+    """Return the report's section of alarms as HTML.
+
+    prompt_shares: result of the prompt check at the start, {dimension: share}; empty if it was not made.
+    """
     if alarms is None:
         return ""
     body = "".join(
@@ -40,11 +43,14 @@ def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Map
         for alarm in alarms
     )
     if not alarms:
-        body = '<p class="soft">None: nothing that is watched says that the reward is exploited.</p>'
+        body = (
+            '<p class="soft">No alarm was raised: there is no sign that the policy exploits the reward.</p>'
+        )
     if prompt_shares:
         shares = ", ".join(f"{name.replace('_', ' ')} {share:.2f}" for name, share in prompt_shares.items())
         body += (
-            '<p class="soft">Before the first step, share of the base policy\'s clips that score higher with their own '
-            f"prompt than with another's: {escape(shares)}. 0 is a dimension that does not read the prompt.</p>"
+            '<p class="soft">Before the first step: share of the base policy\'s clips that score higher with their own '
+            f"prompt than with another clip's prompt: {escape(shares)}. A dimension that does not read the prompt has "
+            "0.</p>"
         )
     return f"<section><h2>Alarms</h2>{body}</section>"

@@ -1,4 +1,4 @@
-"""Line charts and bars as inline SVG, in the page's colours (``--c1`` ... ``--c6``), for light and dark."""
+"""Line charts and bars as inline SVG, in the colours of the page (``--c1`` ... ``--c6``), light or dark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """Points in order of x. ``noisy`` ones are drawn faint under a running mean, others with their dots."""
+    """Points in order of x. A ``noisy`` series is drawn faintly under its running mean; others get a dot per point."""
 
     label: str
     points: Sequence[Point]
@@ -26,7 +26,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart on one topic."""
+    """A line chart of one or several series."""
 
     title: str
     series: Sequence[Series]
@@ -35,13 +35,13 @@ class Chart:
     baseline: tuple[float, str] | None = None
     """A value to compare with, and its name."""
     percent: bool = False
-    """Values are shares; shown as per cent."""
+    """Values are shares, and are shown in per cent."""
     marks: Sequence[float] = ()
-    """x of events, drawn as thin vertical lines."""
+    """Positions x of events, drawn as thin vertical lines."""
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers, about ``count``, whose range covers low .. high."""
+    """Return about ``count`` round numbers whose range covers low .. high."""
     if not high > low:
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
@@ -53,7 +53,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def running_mean(points: Sequence[Point], width: int) -> list[Point]:
-    """Centred mean over ``width`` points, over fewer at both ends (symmetrically, so the ends do not lag)."""
+    """Return the centred mean over ``width`` points; near both ends over fewer, still symmetric, so it does not lag."""
     ys = [y for _, y in points]
     smooth = []
     for index, (x, _) in enumerate(points):
@@ -64,7 +64,7 @@ def running_mean(points: Sequence[Point], width: int) -> list[Point]:
 
 
 def format_number(value: float, percent: bool = False) -> str:
-    """Three significant digits, without an exponent where a plain number is as short."""
+    """Format with three significant digits, and without an exponent unless the number is very small or large."""
     if percent:
         return f"{100 * value:.3g}\N{NO-BREAK SPACE}%"
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
@@ -76,7 +76,7 @@ def format_number(value: float, percent: bool = False) -> str:
 
 
 def line_chart(chart: Chart) -> str:
-    """A <figure>: title, legend with each series' last value, the plot."""
+    """Return a <figure> with the title, a legend with each series' last value, and the plot; "" without points."""
     drawn = [series for series in chart.series if series.points]
     if not drawn:
         return ""
@@ -110,7 +110,7 @@ def line_chart(chart: Chart) -> str:
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> str:
-    """(label, share of the whole, colour) side by side, with the label inside where it fits."""
+    """Draw parts (label, share of the whole, colour) side by side, with the label inside where it fits."""
     total = math.fsum(share for _, share, _ in parts)
     cells = "".join(
         f'<div style="flex:{share / total:.5f};background:var(--c{colour})" title="{escape(label)}">'
@@ -121,7 +121,7 @@ def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> str:
 
 
 def dumbbell(before: float, after: float, low: float, high: float) -> str:
-    """A hollow dot at ``before``, a full one at ``after``, on a line from low to high."""
+    """Draw a hollow dot at ``before`` and a filled dot at ``after`` on a line from low to high."""
     to_x = _scale(low, high, 5, 95)
     first, second = to_x(before), to_x(after)
     sense = "up" if after > before else "down" if after < before else "same"

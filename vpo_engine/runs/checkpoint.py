@@ -1,8 +1,8 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either complete or absent.
 
-A checkpoint is written into a hidden folder beside its final place, every file synced to disk, the manifest
-(size and SHA-256 of every file) last, and then renamed. What an interruption leaves is hidden or has no
-manifest.
+A checkpoint is written into a hidden folder beside its final place. Every file is synced to disk, the manifest (size
+and SHA-256 of every file) last, and then the folder is renamed. What an interrupted save leaves behind is hidden or
+has no manifest.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _logger = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be saved. Earlier ones are as they were."""
+    """A checkpoint could not be saved. Earlier checkpoints are unchanged."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What ``save_checkpoint`` was given, read back and verified; tensors are on the CPU."""
+    """A checkpoint as ``save_checkpoint`` saved it, read back and verified; tensors are on the CPU."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     policy: Path
-    """The folder that ``write_policy`` wrote; absent if there was none."""
+    """The folder that ``write_policy`` wrote; it does not exist if there was no ``write_policy``."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -62,18 +62,20 @@ def save_checkpoint(
     write_policy: Callable[[Path], None] | None,
     keep: int,
 ) -> Path:
-    """Save ``folder/step_<step>`` atomically and return it.
+    """Save the checkpoint ``folder/step_<step>`` atomically and return its path.
 
     tensors: {group: {name: tensor}}, written as ``<group>.safetensors``; any shape, dtype, layout and device.
     state: JSON data, written as ``state.json``; ValueError if it does not come back from JSON unchanged.
     write_policy: writes the policy into the folder it is given.
-    keep: the number of newest checkpoints kept, this one counted. Older ones are deleted once this one is in
-    place, and so are those of later steps: they belong to a run that was resumed from before them.
+    keep: how many of the newest checkpoints to keep, this one included. Once this one is in place, older ones are
+    deleted, and so are those of later steps, since the run was resumed from a step before them.
 
-    CheckpointError when the disk is full; whatever was being written is then removed.
+    CheckpointError if the disk is full; the unfinished checkpoint is then removed.
     """
     if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}: the checkpoint just saved has to stay")
+        raise ValueError(
+            f"keep must be at least 1, got {keep}: the checkpoint just saved must not be deleted"
+        )
     state_text = _json_text(state)
     folder.mkdir(parents=True, exist_ok=True)
     _settle_interrupted(folder)
@@ -99,10 +101,10 @@ def save_checkpoint(
 
 
 def newest_complete(folder: Path, *, before: int | None = None) -> Path | None:
-    """The complete checkpoint of the highest step (below ``before``), or None.
+    """Return the complete checkpoint of the highest step (below ``before``), or None.
 
-    Complete: the manifest is there and every file has the size it names (hashes are checked when loading).
-    Incomplete ones are skipped with a warning that says what is wrong with them.
+    A checkpoint is complete if it has a manifest and every file has the size given there (hashes are checked when
+    loading). Incomplete ones are skipped, with a warning that says what is wrong.
     """
     if not folder.is_dir():
         return None
@@ -120,9 +122,9 @@ def newest_complete(folder: Path, *, before: int | None = None) -> Path | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, checking every file against the manifest's size and SHA-256 first.
+    """Read a checkpoint, after checking every file's size and SHA-256 against the manifest.
 
-    A missing, truncated or altered file is a ValueError that names it and the checkpoint to use instead.
+    ValueError for a missing, truncated or altered file; it names the file and the checkpoint to use instead.
     """
     try:
         manifest = _read_manifest(path)
@@ -132,7 +134,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             if actual != entry["sha256"]:
                 raise ValueError(
                     f"'{path / name}' was altered after it was saved: its SHA-256 is {actual}, "
-                    f"the manifest says {entry['sha256']}"
+                    f"but the manifest says {entry['sha256']}"
                 )
     except ValueError as error:
         raise ValueError(f"{error}. {_remedy(path)}") from error
@@ -153,13 +155,13 @@ def _json_text(state: Mapping[str, Any]) -> str:
             raise ValueError(f"state['{key}'] cannot be written as JSON: {error}") from error
         if not same:
             raise ValueError(
-                f"state['{key}'] would come back from JSON changed; use lists, not tuples, and string keys"
+                f"state['{key}'] would be changed by JSON; use lists, not tuples, and string keys"
             )
     return json.dumps(state, allow_nan=False, indent=1)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values as contiguous CPU tensors, none sharing memory, as the file format requires."""
+    """Return the same values as contiguous CPU tensors that share no memory, as the file format requires."""
     seen: set[int] = set()
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -176,7 +178,7 @@ def _write_manifest(root: Path, step: int) -> None:
     mode = (root / _STATE).stat().st_mode
     files = {}
     for path in sorted(item for item in root.rglob("*") if item.is_file()):
-        # The safetensors writer makes files that only their owner may read; follow the umask like the others.
+        # The safetensors writer makes files that only their owner may read; give them the mode of the other files.
         path.chmod(mode)
         _sync(path)
         files[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -188,7 +190,7 @@ def _write_manifest(root: Path, step: int) -> None:
 
 
 def _put_in_place(unfinished: Path, final: Path) -> None:
-    """Rename into place. A checkpoint already there steps aside first: a folder cannot be renamed over."""
+    """Rename into place. An existing checkpoint is renamed first, since a folder cannot replace another."""
     replaced = final.with_name(f".{final.name}{_REPLACED}")
     if final.exists():
         final.rename(replaced)
@@ -199,7 +201,7 @@ def _put_in_place(unfinished: Path, final: Path) -> None:
 
 
 def _settle_interrupted(folder: Path, *, remove: bool = True) -> None:
-    """After an interrupted save: bring back what was to be replaced, delete what was not finished."""
+    """Clean up after an interrupted save: restore a checkpoint that was being replaced, delete unfinished ones."""
     for path in folder.glob(f".step_*{_REPLACED}"):
         final = folder / path.name[1:].removesuffix(_REPLACED)
         if not final.exists():
@@ -216,7 +218,7 @@ def _delete_superseded(folder: Path, step: int, keep: int) -> None:
     complete = [s for s in sorted(saved, reverse=True) if s <= step and (saved[s] / _MANIFEST).is_file()]
     for other, path in saved.items():
         if other not in complete[:keep]:
-            # The manifest goes first: half a deletion then reads as incomplete.
+            # Delete the manifest first, so that a half-deleted checkpoint counts as incomplete.
             (path / _MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path)
 
@@ -231,13 +233,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no checkpoint at '{path}'")
     manifest = path / _MANIFEST
     if not manifest.is_file():
-        raise ValueError(f"'{path}' has no {_MANIFEST}: its saving was interrupted")
+        raise ValueError(f"'{path}' has no {_MANIFEST}, so its saving was interrupted")
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{manifest}' is not readable ({error})") from error
     if not isinstance(content, dict) or not {"step", "files"} <= content.keys():
-        raise ValueError(f"'{manifest}' is not a checkpoint's manifest: it needs 'step' and 'files'")
+        raise ValueError(f"'{manifest}' is not the manifest of a checkpoint: it must have 'step' and 'files'")
     return content
 
 
@@ -245,7 +247,7 @@ def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file():
-            raise ValueError(f"'{file}' is missing; the manifest says {entry['bytes']} bytes")
+            raise ValueError(f"'{file}' is missing; according to the manifest it has {entry['bytes']} bytes")
         actual = file.stat().st_size
         if actual != entry["bytes"]:
             raise ValueError(f"'{file}' has {actual} bytes, the manifest says {entry['bytes']}")
@@ -275,7 +277,7 @@ def _sha256(path: Path) -> str:
 def _disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # The safetensors writer wraps the system's error into text of its own.
+    # The safetensors writer reports the system's error only as text.
     return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
 
 

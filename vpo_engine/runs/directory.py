@@ -1,4 +1,4 @@
-"""The run directory: where everything about one run is written, and nothing else is."""
+"""The run directory, which holds all files of one run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 CONFIG_NAME = "config.yaml"
-"""The file whose presence makes a folder a run directory."""
+"""A folder is a run directory if it has this file."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, label: str, config_yaml: str, *, parent: Path = Path("runs")) -> RunDirectory:
-        """Make ``parent/<label>-<date>-<time>``, with ``-2``, ``-3``, ... appended if that name is taken."""
+        """Make the directory ``parent/<label>-<date>-<time>``; append ``-2``, ``-3``, ... if that name is taken."""
         stem = f"{_slug(label)}-{datetime.now():%Y%m%d-%H%M%S}"
         parent.mkdir(parents=True, exist_ok=True)
         name, attempt = stem, 1
@@ -46,12 +46,12 @@ class RunDirectory:
 
     @classmethod
     def open(cls, root: Path) -> RunDirectory:
-        """The existing run at ``root``; ValueError if there is none."""
+        """Open the existing run at ``root``; ValueError if there is none."""
         if not root.is_dir():
-            raise ValueError(f"there is no run directory at '{root}'; check the path or start a new run")
+            raise ValueError(f"there is no run directory at '{root}'; check the path, or start a new run")
         if not (root / CONFIG_NAME).is_file():
             raise ValueError(
-                f"'{root}' is not a run directory: no {CONFIG_NAME} in it; give the folder that a run wrote"
+                f"'{root}' is not a run directory: it has no {CONFIG_NAME}; give the folder that a run wrote"
             )
         return cls(root)
 
@@ -104,16 +104,18 @@ class RunDirectory:
 
 
 def _slug(label: str) -> str:
-    """Letters, digits, dots and dashes only, so that a name is the same on every file system."""
+    """Keep only letters, digits, dots and dashes, so that the name is valid on every file system."""
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")
     if not slug:
-        raise ValueError(f"a run's label needs a letter or a digit, got {label!r}")
+        raise ValueError(f"the name of a run must have a letter or a digit, got {label!r}")
     return slug
 
 
 def _refuse_occupied(root: Path) -> None:
     if not root.is_dir():
-        raise ValueError(f"cannot start a run at '{root}': a file of that name exists; choose another name")
+        raise ValueError(
+            f"cannot start a run at '{root}': there is a file with that name; choose another name"
+        )
     if not any(root.iterdir()):
         return
     if (root / CONFIG_NAME).is_file():

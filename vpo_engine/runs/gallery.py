@@ -1,4 +1,4 @@
-"""Clips worth looking at, kept lossless: safetensors with the captions and scores in the metadata."""
+"""Galleries of clips for the report: lossless safetensors files with captions and scores in the metadata."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEY = "gallery"
 
 @dataclass(frozen=True)
 class HeldOutGallery:
-    """The same prompts and noise, sampled by the base policy and by the trained one."""
+    """Held-out clips of the base policy and of the trained one, sampled from the same prompts and noise."""
 
     before: Tensor
     """uint8 [M, F, H, W, 3]."""
@@ -32,12 +32,12 @@ class HeldOutGallery:
     after_scores: Scores
     fps: int
     settings: str
-    """How they were sampled, in words."""
+    """A sentence about how the clips were sampled."""
 
 
 @dataclass(frozen=True)
 class PairGallery:
-    """Pairs that one training step learned from."""
+    """Pairs that were trained on in one step."""
 
     winner: Tensor
     """uint8 [p, F, H, W, 3]."""
@@ -99,7 +99,7 @@ def read_pairs(path: Path) -> PairGallery:
 
 
 def pair_gaps(path: Path) -> list[float]:
-    """The gaps of a pair gallery, without reading its clips."""
+    """Read the score gaps of a pair gallery, without its clips."""
     with safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {})[_KEY])["gap"]
 
@@ -118,7 +118,7 @@ def _read(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if _KEY not in metadata or set(file.keys()) != set(names):
-            raise ValueError(f"'{path}' is not a gallery of {' and '.join(names)} clips")
+            raise ValueError(f"'{path}' is not a gallery of {' and '.join(names)} clips of a run")
         clips = {name: file.get_tensor(name) for name in names}
     details = json.loads(metadata[_KEY])
     _check(str(path), clips, details)
@@ -126,12 +126,14 @@ def _read(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str
 
 
 def _check(where: str, clips: dict[str, Tensor], details: dict[str, Any]) -> None:
-    """Every clip tensor is uint8 [M, F, H, W, 3], and every list of the details has M entries."""
+    """Check that every clip tensor is uint8 [M, F, H, W, 3] and that every list of the details has M entries."""
     shapes = {tuple(clip.shape) for clip in clips.values()}
     shape = shapes.pop()
     if shapes or len(shape) != 5 or shape[4] != 3 or any(c.dtype != torch.uint8 for c in clips.values()):
         found = ", ".join(f"{name} {clip.dtype} {list(clip.shape)}" for name, clip in clips.items())
-        raise ValueError(f"gallery '{where}' needs uint8 clips [M, F, H, W, 3] of one shape, got {found}")
+        raise ValueError(
+            f"gallery '{where}' needs uint8 clips [M, F, H, W, 3] of the same shape, got {found}"
+        )
     for name, values in details.items():
         if isinstance(values, list) and len(values) != shape[0]:
             raise ValueError(f"gallery '{where}' has {shape[0]} clips but {len(values)} entries of '{name}'")

@@ -1,4 +1,4 @@
-"""Numbers of a run: ``metrics.jsonl`` and, the same, TensorBoard."""
+"""The metrics of a run, written to ``metrics.jsonl`` and to TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes metric rows; each is on disk (flushed to the system) when ``write`` returns.
+    """Writes rows of metrics. When ``write`` returns, the row has been handed to the operating system.
 
-    One process of a run makes one; the others use ``NullLog``.
+    The first process of a run has one; the others have a ``NullLog``.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -35,7 +35,7 @@ class RunLog:
         self._purge_step: int | None = None
 
     def write(self, step: int, kind: Kind, metrics: Mapping[str, float]) -> None:
-        """Append one row. A number that is not finite is a ValueError naming it, and nothing is written."""
+        """Append one row. ValueError, naming it, for a number that is not finite; then nothing is written."""
         row = _checked_row(step, kind, metrics)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
@@ -45,9 +45,9 @@ class RunLog:
         board.flush()
 
     def resume(self, step: int) -> None:
-        """Forget every row of a step after ``step``: the resumed run will write them again.
+        """Delete the rows of all steps after ``step``; the resumed run will write them again.
 
-        The file is replaced atomically; TensorBoard is told to hide its own events from ``step + 1`` on.
+        The file is replaced atomically. TensorBoard is told to hide its events from ``step + 1`` on.
         """
         rows = [row for row in read_metrics(self._run.metrics) if int(row["step"]) <= step]
         self.close()
@@ -75,7 +75,8 @@ class RunLog:
         self.close()
 
     def _tensorboard(self) -> SummaryWriter:
-        """Made at the first row: importing it takes seconds, and resuming has to come before."""
+        """Return the TensorBoard writer. It is made at the first row: importing it takes seconds, and ``resume`` must
+        come before."""
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -84,7 +85,7 @@ class RunLog:
 
 
 class NullLog:
-    """The log of every process but the first: takes the same calls, checks the numbers, writes nothing."""
+    """The log of all processes but the first: it checks the numbers and writes nothing."""
 
     def write(self, step: int, kind: Kind, metrics: Mapping[str, float]) -> None:
         _checked_row(step, kind, metrics)
@@ -95,17 +96,17 @@ class NullLog:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """Every row of a ``metrics.jsonl``, in file order; an absent file has none.
+    """Read all rows of a ``metrics.jsonl``, in file order; [] if there is no file.
 
-    A last line without its newline is one whose writing was interrupted, and is left out with a warning. Any
-    other unreadable line is a ValueError naming file and line.
+    If the last line has no newline, its writing was interrupted; it is left out, with a warning. ValueError, naming
+    file and line, for any other line that cannot be read.
     """
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
     lines = text.split("\n")
     if lines.pop():
-        _logger.warning("'%s': the last line was not finished when the run stopped; left out", path)
+        _logger.warning("'%s': the last line was not finished when the run stopped; it is left out", path)
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -114,7 +115,7 @@ def read_metrics(path: Path) -> list[Row]:
             raise ValueError(f"'{path}' line {number} is not JSON ({error}); remove or repair it") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "kind" not in row:
             raise ValueError(
-                f"'{path}' line {number} is not a metrics row: it must be an object with an integer 'step' "
+                f"'{path}' line {number} is not a row of metrics: it must be an object with an integer 'step' "
                 "and a 'kind'; remove or repair it"
             )
         rows.append(row)
@@ -128,8 +129,8 @@ def _checked_row(step: int, kind: Kind, metrics: Mapping[str, float]) -> Row:
         number = value if isinstance(value, int) else float(value)
         if not math.isfinite(number):
             raise ValueError(
-                f"metric '{name}' of the {kind} row at step {step} is {number}; only finite numbers are "
-                "logged. Stop at the cause, or leave out a metric that has no value at this step"
+                f"metric '{name}' of the {kind} row at step {step} is {number}, but only finite numbers are "
+                "logged. Find the cause, or leave out a metric that has no value at this step"
             )
         row[name] = number
     return row

@@ -1,4 +1,4 @@
-"""What the terminal shows while a run goes on."""
+"""The progress of a run, shown in the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 _SHOWN = {"reward/selected": "reward", "loss": "loss", "implicit_accuracy": "margin accuracy"}
-"""Metrics shown, by their name in the train rows, and what they are called on screen."""
+"""The metrics that are shown: {name in the train rows: label in the terminal}."""
 _WINDOW = 100
 _OUTLIER = 5.0
 _FALLBACK_COLUMNS = 120
@@ -24,9 +24,9 @@ _FALLBACK_COLUMNS = 120
 class StepTimer:
     """Estimates the time left from the durations of the finished steps.
 
-    The mean of the last hundred, each counted as at most five times their median: an evaluation every so
-    often is part of what is left to do, a laptop that was closed for a night is not. The first step, which
-    also pays for warming up, counts only as long as it is the only one.
+    The estimate is the mean of the last hundred durations, each limited to five times their median. So an evaluation
+    now and then counts, and a laptop that was closed for a night does not. The first step includes warm-up, so it
+    counts only as long as it is the only one.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class StepTimer:
             self._durations.append(seconds)
 
     def seconds_per_step(self) -> float | None:
-        """None until a step has finished."""
+        """Return the estimate; None until a step has finished."""
         if not self._durations:
             return self._first
         limit = _OUTLIER * statistics.median(self._durations)
@@ -48,11 +48,11 @@ class StepTimer:
 
 
 class Progress:
-    """Progress of a run: the stage at work, steps done, time left, reward, loss, margin accuracy.
+    """Shows the current stage, finished steps, remaining time, reward, loss and margin accuracy of a run.
 
-    Shows something as soon as it is entered and keeps its clock running during long stages. On a terminal it
-    is one line redrawn in place; elsewhere a plain line every ``plain_interval`` seconds. With ``enabled``
-    False (every process but the first) it shows nothing.
+    It shows a line as soon as it is entered, and updates the time during long stages. On a terminal one line is
+    redrawn in place; elsewhere a line is printed every ``plain_interval`` seconds. With ``enabled`` False, as in all
+    processes but the first, it shows nothing.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Progress:
             self._bar = None
 
     def stage(self, name: str) -> None:
-        """Say what is being done from now on."""
+        """Set the stage that is shown from now on."""
         with self._lock:
             self._stage = name
             if self._bar is not None:
                 self._show()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """``step`` steps are finished; ``metrics`` is the train row of the last one."""
+        """Show that ``step`` steps are finished; ``metrics`` is the train row of the last one."""
         with self._lock:
             now = self._clock()
             self._timer.add(now - self._step_began)
@@ -131,7 +131,7 @@ class Progress:
                 self._show()
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the progress line; it stays in the terminal."""
         if not self._enabled:
             return
         with self._lock:
@@ -141,7 +141,7 @@ class Progress:
                 print(text, file=self._stream, flush=True)
 
     def describe(self) -> str:
-        """The line shown, without counter and bar."""
+        """Return the progress line without counter and bar."""
         now = self._clock()
         per_step = self._timer.seconds_per_step()
         if per_step is None:
@@ -169,7 +169,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """4 s, 2 min 05 s, 3 h 07 min, 2 d 03 h."""
+    """Format a duration: 4 s, 2 min 05 s, 3 h 07 min, 2 d 03 h."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -181,7 +181,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _knows_its_width(stream: TextIO) -> bool:
-    """False for terminals without a size, as containers have: a bar of zero columns would stay invisible."""
+    """Return False for terminals without a size, as in containers, where a bar of zero columns would be invisible."""
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except OSError:

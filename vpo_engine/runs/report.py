@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page about a run, finished or not.
+"""Write ``report.html``, a self-contained page about a run, finished or not.
 
 python -m vpo_engine.runs.report RUN_DIRECTORY
 """
@@ -23,7 +23,7 @@ from vpo_engine.runs.log import read_metrics
 from vpo_engine.runs.report_clips import held_out_section, pairs_section
 from vpo_engine.runs.report_numbers import (
     DIMENSIONS,
-    Rows,
+    MetricRows,
     Summary,
     chart_section,
     summary_section,
@@ -35,13 +35,13 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def write_report(run: RunDirectory) -> Path:
-    """Write ``report.html`` from whatever the run directory holds so far, and return its path.
+    """Write ``report.html`` from what the run directory has so far, and return its path.
 
-    The page loads nothing: styles, script and clips are inside. What is not there yet is said in its place.
+    The page loads nothing: it contains its styles, script and clips. Sections without data say what is missing.
     """
     config = _read_config(run)
     summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.is_file() else None
-    rows = Rows(read_metrics(run.metrics))
+    rows = MetricRows(read_metrics(run.metrics))
     dimensions = _trained_dimensions(config)
     sections = [
         _header(run, config, summary, rows),
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _page(title: str, body: str) -> str:
-    """The policy allows the page's own script and inlined images, nothing from elsewhere."""
+    """Return the whole page. Its security policy allows the page's own script and inline images, and nothing else."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
@@ -83,15 +83,18 @@ def _page(title: str, body: str) -> str:
     )
 
 
-def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, rows: Rows) -> str:
+def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, rows: MetricRows) -> str:
     planned = config.get("steps")
     if summary is not None:
         title, text = headline(summary), verdict(summary)
     elif rows.steps:
         of = f" of {planned}" if planned else ""
-        title, text = "Not finished yet", f"{rows.steps}{of} steps so far; the verdict comes at the end."
+        title, text = (
+            "Not finished yet",
+            f"{rows.steps}{of} steps so far. The result is shown here at the end.",
+        )
     else:
-        title, text = "Not started yet", "No step was logged."
+        title, text = "Not started yet", "No step has been logged."
     facts = [f"{rows.steps} steps"]
     for keys, label in (
         (("pairs_per_step",), "pairs per step"),
@@ -106,7 +109,7 @@ def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, 
             facts.append(f"{value} {label}" if "per" in label else f"{label} {value}")
     alarms = read_alarms(run)
     if alarms:
-        text += f" {len(alarms)} alarm{'s' if len(alarms) > 1 else ''}: see below."
+        text += f" The run raised {len(alarms)} alarm{'s' if len(alarms) > 1 else ''}, see below."
     return (
         f'<header><p class="eyebrow">Online video preference optimization, run <b>{escape(run.name)}</b></p>'
         f'<h1>{escape(title)}</h1><p class="verdict">{escape(text.replace(" %", NO_BREAK + "%"))}</p>'
@@ -117,7 +120,7 @@ def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, 
 def _config_section(run: RunDirectory) -> str:
     text = escape(run.config.read_text(encoding="utf-8"))
     return (
-        f"<section><h2>Configuration</h2><details><summary>{escape(run.config.name)}, as resolved</summary>"
+        f"<section><h2>Configuration</h2><details><summary>{escape(run.config.name)}, with all defaults</summary>"
         f"<pre>{text}</pre></details></section>"
     )
 

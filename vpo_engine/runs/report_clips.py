@@ -1,4 +1,4 @@
-"""The report's sections of clips that play: before and after, best and worst pairs."""
+"""The report's sections with clips: held-out clips before and after training, and training pairs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from vpo_engine.runs.charts import dumbbell
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.frame_sheets import make_frame_sheet
 from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, pair_gaps, read_held_out, read_pairs
-from vpo_engine.runs.strips import make_strip
 
 _MAX_HELD_OUT = 16
 _MAX_PAIRS = 4
-"""Of the widest, and of the narrowest gaps."""
+"""Number of pairs with the widest gaps, and of those with the narrowest."""
 _WIDE = 128
-"""Pixels of a clip's width from which it is given a larger card."""
+"""Clips of at least this many pixels in width get a larger card."""
 _HELD_OUT_BYTES = 4_500_000
 _PAIR_BYTES = 1_500_000
-"""Of images, before base64 makes them a third larger: the page stays below 10 MB."""
+"""Bytes of all images of a section. base64 makes them a third larger; the page stays below 10 MB."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,18 @@ class _Card:
 
 
 def held_out_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
-    """Held-out clips by the base and by the trained policy. dimensions: those whose mean was trained on."""
+    """Show held-out clips of the base and of the trained policy. dimensions: those whose mean was trained on."""
     if not run.held_out_gallery.is_file():
-        return missing("Before and after", "No held-out gallery was saved yet; a run writes it at its end.")
+        return missing("Before and after", "No held-out gallery was saved yet; a run writes it when it ends.")
     gallery = read_held_out(run.held_out_gallery)
     cards = _held_out_cards(gallery)
     rises = sum(_selected(c.scores[1], dimensions) > _selected(c.scores[0], dimensions) for c in cards)
     total = len(gallery.prompts)
     shown = f"All {total} clips" if total == len(cards) else f"The first {len(cards)} of {total} clips"
     lead = (
-        f"{shown} of the held-out gallery, in its order. Left the policy before training, right after; same "
-        f"prompt, same noise. The score rose in {rises} of {len(cards)}. {gallery.settings}"
+        f"{shown} of the held-out gallery. On the left is the policy before training, on the right after it, with the "
+        f"same prompt and the same noise. The score is higher after training in {rises} of {len(cards)} clips. "
+        f"{gallery.settings}"
     )
     body = "".join(
         _card_html(card, ("base", "trained"), dimensions, _HELD_OUT_BYTES, cards) for card in cards
@@ -53,26 +54,26 @@ def held_out_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
 
 
 def pairs_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
-    """The pairs with the widest and the narrowest gap of those that the run kept."""
+    """Show the saved training pairs with the widest and with the narrowest score gap."""
     found = [
         (gap, path, index)
         for path in sorted(run.pairs_gallery.glob("step_*.safetensors"))
         for index, gap in enumerate(pair_gaps(path))
     ]
     if not found:
-        return missing("What it learned from", "No training pairs were saved yet.")
+        return missing("Training pairs", "No training pairs were saved yet.")
     found.sort(key=lambda item: -item[0])
     widest = found[:_MAX_PAIRS]
     narrowest = found[max(_MAX_PAIRS, len(found) - _MAX_PAIRS) :]
     cards = _pair_cards(widest, "wide gap") + _pair_cards(narrowest, "narrow gap")
     first = read_pairs(widest[0][1])
-    then = f", then the {len(narrowest)} with the narrowest" if narrowest else ""
+    then = f", followed by the {len(narrowest)} with the smallest" if narrowest else ""
     lead = (
-        f"Of the {len(found)} training pairs that were saved: the {len(widest)} with the widest gap between "
-        f"loser and winner{then}."
+        f"The run saved {len(found)} training pairs. These are the {len(widest)} with the largest difference between "
+        f"the winner's and the loser's score{then}."
     )
     body = "".join(_card_html(card, ("loser", "winner"), dimensions, _PAIR_BYTES, cards) for card in cards)
-    return _section("What it learned from", lead, body, first.winner[0], first.fps)
+    return _section("Training pairs", lead, body, first.winner[0], first.fps)
 
 
 def missing(title: str, text: str) -> str:
@@ -109,7 +110,7 @@ def _pair_cards(found: Sequence[tuple[float, Path, int]], what: str) -> list[_Ca
 
 
 def _section(title: str, lead: str, cards: str, clip: Tensor, fps: int) -> str:
-    """clip: any of those shown, [F, H, W, 3]; all have its shape."""
+    """Return a section with a player. clip: any of the clips shown, [F, H, W, 3]; all have the same shape."""
     frames, width = clip.shape[0], clip.shape[2]
     size = " wide" if width >= _WIDE else ""
     return (
@@ -119,7 +120,7 @@ def _section(title: str, lead: str, cards: str, clip: Tensor, fps: int) -> str:
         f'<input type="range" min="0" max="{frames - 1}" value="0" aria-label="frame">'
         "<output></output>"
         '<label><input type="checkbox"> quarter speed</label></div>'
-        "<noscript><p>The clips play with JavaScript only.</p></noscript>"
+        "<noscript><p>Playing the clips needs JavaScript.</p></noscript>"
         f'<div class="cards{size}">{cards}</div></section>'
     )
 
@@ -148,16 +149,16 @@ def _card_html(
 
 
 def _clip_html(video: Tensor, label: str, score: float, budget: int) -> str:
-    strip = make_strip(video, budget)
-    kind = ' class="exact"' if strip.exact else ""
+    sheet = make_frame_sheet(video, budget)
+    kind = ' class="exact"' if sheet.exact else ""
     return (
-        f'<figure class="clip"><canvas{kind} width="{strip.width}" height="{strip.height}" '
-        f'data-columns="{strip.columns}" role="img" aria-label="{label} clip"></canvas>'
-        f'<img alt="" src="{strip.url}"><figcaption>{label} <b>{score:.2f}</b></figcaption></figure>'
+        f'<figure class="clip"><canvas{kind} width="{sheet.width}" height="{sheet.height}" '
+        f'data-columns="{sheet.columns}" role="img" aria-label="{label} clip"></canvas>'
+        f'<img alt="" src="{sheet.url}"><figcaption>{label} <b>{score:.2f}</b></figcaption></figure>'
     )
 
 
 def _selected(scores: dict[str, float], dimensions: Sequence[str]) -> float:
-    """The scalar of a clip: the mean over the trained dimensions, over all if none of them is there."""
+    """Return a clip's score: the mean over the trained dimensions, or over all if it has none of them."""
     chosen = [scores[name] for name in dimensions if name in scores] or list(scores.values())
     return math.fsum(chosen) / len(chosen) if chosen else math.nan

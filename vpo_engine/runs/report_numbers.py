@@ -1,4 +1,4 @@
-"""The report's tiles, charts, times and summary table."""
+"""The report's sections with numbers: tiles, charts, times and the summary table."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ DIMENSIONS = (
     "factual_consistency",
 )
 _STAGES = {
-    "text": "prompts become numbers that the model reads",
-    "rollout": "the model makes candidate videos for each prompt",
-    "decode": "the candidates become pixels",
-    "reward": "a second model scores the candidates",
-    "update": "the model learns to prefer the best candidate to the worst",
-    "refresh": "the copy that it is compared with catches up",
-    "evaluate": "videos of prompts that it never trains on are scored",
-    "checkpoint": "the run is saved",
+    "text": "the text encoder embeds the prompts",
+    "rollout": "the policy samples candidates for each prompt",
+    "decode": "the VAE decodes the candidates' latents to videos",
+    "reward": "the reward model scores the candidates",
+    "update": "the policy is trained on pairs of the best and the worst candidate",
+    "refresh": "the reference is set to the policy",
+    "evaluate": "the policy samples held-out prompts, and the videos are scored",
+    "checkpoint": "a checkpoint is saved",
 }
-_OTHER = "outside of all stages"
+_OTHER = "outside all stages"
 _MOST_SERIES = 6
 _MOST_MARKS = 40
 
 Summary = Mapping[str, Any]
 
 
-class Rows:
-    """The rows of ``metrics.jsonl`` as series."""
+class MetricRows:
+    """The rows of ``metrics.jsonl``, read as series of points."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")}
@@ -52,17 +52,17 @@ class Rows:
         return [(float(row["step"]), float(row[name])) for row in self._rows[kind] if name in row]
 
     def names(self, kind: str, prefix: str) -> list[str]:
-        """What follows ``prefix`` in the metrics' names, in order of appearance."""
+        """Return the metrics' names that start with ``prefix``, without it, in order of appearance."""
         found = dict.fromkeys(name for row in self._rows[kind] for name in row if name.startswith(prefix))
         return [name.removeprefix(prefix) for name in found]
 
     def first(self, kind: str, prefix: str) -> dict[str, float]:
-        """The metrics of the first row that start with ``prefix``, without it."""
+        """Return the metrics of the first row whose names start with ``prefix``, without the prefix."""
         row = next(iter(self._rows[kind]), {})
         return {name.removeprefix(prefix): float(row[name]) for name in row if name.startswith(prefix)}
 
     def refreshes(self) -> list[float]:
-        """Steps that ended with a refresh of the reference; none if they are too many to tell apart."""
+        """Return the steps that ended with a refresh of the reference; [] if there are too many to tell apart."""
         steps = [
             float(row["step"])
             for row in self._rows["train"]
@@ -71,8 +71,8 @@ class Rows:
         return steps if len(steps) <= _MOST_MARKS else []
 
 
-def tiles(summary: Summary | None, rows: Rows) -> str:
-    """The few numbers to see first."""
+def tiles(summary: Summary | None, rows: MetricRows) -> str:
+    """Return the most important numbers as HTML tiles."""
     cells = []
     measures = summary["measures"] if summary else {}
     for name, label in (
@@ -101,25 +101,25 @@ def tiles(summary: Summary | None, rows: Rows) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>' if cells else ""
 
 
-def chart_section(rows: Rows) -> str:
+def chart_section(rows: MetricRows) -> str:
     if not rows:
         return missing("Curves", "No metrics were logged yet.")
     topics = (
-        ("What came out", _outcome_charts(rows)),
-        ("How it learned", _learning_charts(rows)),
-        ("Whether it was well", _health_charts(rows)),
+        ("Results", _outcome_charts(rows)),
+        ("Training", _learning_charts(rows)),
+        ("Health of the run", _health_charts(rows)),
     )
     body = ""
     for title, charts in topics:
         drawn = "".join(line_chart(chart) for chart in charts)
         if drawn:
             body += f'<p class="topic">{title}</p><div class="charts">{drawn}</div>'
-    marks = " Dotted vertical lines: the reference was refreshed." if rows.refreshes() else ""
-    lead = f"Over training steps. Thin lines are single steps, thick ones their running mean.{marks}"
+    marks = " Dotted vertical lines mark refreshes of the reference." if rows.refreshes() else ""
+    lead = f"The horizontal axis is the training step. Thin lines are single steps, thick ones running means.{marks}"
     return f'<section><h2>Curves</h2><p class="soft">{lead}</p>{body}</section>'
 
 
-def time_section(rows: Rows) -> str:
+def time_section(rows: MetricRows) -> str:
     stages = [(name, rows.points("train", f"seconds/{name}")) for name in _STAGES]
     totals = [(name, math.fsum(y for _, y in points)) for name, points in stages if points]
     totals = [(name, seconds) for name, seconds in totals if seconds > 0]
@@ -148,8 +148,8 @@ def time_section(rows: Rows) -> str:
     )
 
 
-def _speed(rows: Rows, ceiling: Sequence[Point]) -> str:
-    """What the column "of peak" says, and the candidates per second."""
+def _speed(rows: MetricRows, ceiling: Sequence[Point]) -> str:
+    """Return the candidates per second, and an explanation of the column "of peak"."""
     if not ceiling:
         return ""
     samples = rows.points("train", "speed/samples_per_second")
@@ -157,15 +157,15 @@ def _speed(rows: Rows, ceiling: Sequence[Point]) -> str:
         f"{format_number(_median(samples))} candidates per second in a typical step. " if samples else ""
     )
     return (
-        f'<p class="soft">{sampled}Of peak: how much of the arithmetic that the device could have done in that time '
-        f"went into the network. The device's peak is "
-        f"{_flops(ceiling[-1][1])}, the fastest matrix product measured when the run started.</p>"
+        f'<p class="soft">{sampled}"Of peak" is the arithmetic of the network as a share of what the device could have '
+        f"computed in that time. The device's peak, {_flops(ceiling[-1][1])}, is that of the fastest matrix product "
+        "measured when the run started.</p>"
     )
 
 
 def summary_section(summary: Summary | None) -> str:
     if summary is None:
-        return missing("Held-out measures", "There is no summary yet; a run writes it at its end.")
+        return missing("Held-out measures", "There is no summary yet; a run writes it when it ends.")
     body = ""
     for name, numbers in summary["measures"].items():
         relative = f"{100 * numbers['relative']:+.1f} %" if "relative" in numbers else ""
@@ -176,13 +176,13 @@ def summary_section(summary: Summary | None) -> str:
         )
     return (
         "<section><h2>Held-out measures</h2>"
-        f'<p class="soft">{summary["clips"]} clips, paired: the same prompts and noise before and after. '
-        "Bounds are 95 % over clips, not over seeds.</p>"
+        f'<p class="soft">{summary["clips"]} clips, sampled from the same prompts and noise before and after training. '
+        "The 95 % bounds are over clips, not over seeds.</p>"
         f"{_table(('measure', 'base', 'final', 'difference', '95 % bounds', 'relative', ''), body)}</section>"
     )
 
 
-def _outcome_charts(rows: Rows) -> list[Chart]:
+def _outcome_charts(rows: MetricRows) -> list[Chart]:
     dimensions = [d for d in DIMENSIONS if rows.points("eval", f"held_out/reward/{d}")]
     changes = [
         Series(name.replace("_", " "), _minus_first(rows.points("eval", f"held_out/reward/{name}")), index)
@@ -198,35 +198,38 @@ def _outcome_charts(rows: Rows) -> list[Chart]:
                 Series("held out", rows.points("eval", "held_out/reward/selected"), 1),
                 Series("judge, held out", rows.points("eval", "held_out/judge/selected"), 2),
             ],
-            note="The judge never trains anything: it should follow.",
+            note="The judge is never trained against. It should rise with the reward.",
         ),
         Chart(
-            "Reward by dimension", changes, note="Held out, change since the start.", baseline=(0.0, "start")
+            "Reward by dimension",
+            changes,
+            note="Change since the start, on held-out prompts.",
+            baseline=(0.0, "start"),
         ),
         Chart(
             "Damage",
             _relative(rows, damage),
-            note="Measured in pixels, held out, against the start. Down is good.",
+            note="Pixel measures of held-out clips, relative to the start. Lower is better.",
             baseline=(1.0, "start"),
             percent=True,
         ),
         Chart(
             "Motion and detail",
             _relative(rows, [name for name in pixels if name not in damage]),
-            note="Falling motion is the price to watch for.",
+            note="Less motion is a common side effect.",
             baseline=(1.0, "start"),
             percent=True,
         ),
     ]
 
 
-def _learning_charts(rows: Rows) -> list[Chart]:
+def _learning_charts(rows: MetricRows) -> list[Chart]:
     marks = rows.refreshes()
     return [
         Chart(
             "Loss",
             [_train(rows, "loss", "loss", 1)],
-            note="ln 2 right after a refresh; what it falls below that is learned.",
+            note="It is ln 2 right after a refresh, and falls as the policy learns.",
             baseline=(math.log(2), "ln 2"),
             marks=marks,
         ),
@@ -239,21 +242,21 @@ def _learning_charts(rows: Rows) -> list[Chart]:
             marks=marks,
         ),
         Chart(
-            "Winner and loser gaps",
+            "Error change of winner and loser",
             [_train(rows, "winner_gap", "winner", 3), _train(rows, "loser_gap", "loser", 5)],
-            note="Error against the reference. A winner above zero is learned by unlearning the loser more.",
+            note="Policy's error minus the reference's. If the winner's is above zero, the policy got worse on both.",
             baseline=(0.0, ""),
             marks=marks,
         ),
     ]
 
 
-def _health_charts(rows: Rows) -> list[Chart]:
+def _health_charts(rows: MetricRows) -> list[Chart]:
     return [
         Chart(
-            "Reward gap",
+            "Score gap",
             [_train(rows, "reward/gap", "winner minus loser", 2)],
-            note="A gap that collapses says that the candidates have become alike.",
+            note="If it collapses, the candidates have become alike.",
         ),
         Chart("Tie rate", [_train(rows, "tie_rate", "pairs skipped as ties", 5)], percent=True),
         Chart("Gradient norm", [_train(rows, "grad_norm", "before clipping", 4)]),
@@ -264,24 +267,24 @@ def _health_charts(rows: Rows) -> list[Chart]:
                 Series(name, rows.points("eval", f"guards/style/{name}"), index)
                 for index, name in enumerate(rows.names("eval", "guards/style/"), start=1)
             ],
-            note="Held out, change in standard deviations of the base policy's clips.",
+            note="Held-out clips, change in standard deviations of the base policy's clips.",
             baseline=(0.0, "base"),
         ),
         Chart(
             "Still candidates",
             [_train(rows, "guards/still", "below the motion floor", 5)],
-            note="They never win a pair.",
+            note="Such candidates never win a pair.",
             percent=True,
         ),
     ]
 
 
-def _train(rows: Rows, name: str, label: str, colour: int) -> Series:
+def _train(rows: MetricRows, name: str, label: str, colour: int) -> Series:
     return Series(label, rows.points("train", name), colour, noisy=True)
 
 
-def _relative(rows: Rows, names: Sequence[str]) -> list[Series]:
-    """Pixel measures as shares of their first value; those that start at zero have none."""
+def _relative(rows: MetricRows, names: Sequence[str]) -> list[Series]:
+    """Return pixel measures relative to their first value, without those that start at zero."""
     series: list[Series] = []
     for name in names:
         points = rows.points("eval", f"held_out/pixels/{name}")
@@ -317,7 +320,7 @@ def _median(points: Sequence[Point]) -> float:
     return statistics.median(y for _, y in points)
 
 
-def _typical_percent(rows: Rows, name: str) -> str:
+def _typical_percent(rows: MetricRows, name: str) -> str:
     points = rows.points("train", name)
     return f"{100 * _median(points):.0f} %" if points else ""
 
@@ -327,7 +330,7 @@ def _flops(rate: float) -> str:
 
 
 def _short_seconds(seconds: float) -> str:
-    """Milliseconds, seconds with two digits, then as words."""
+    """Format a duration in milliseconds, in seconds with two decimals, or as ``format_seconds`` from a minute on."""
     if seconds < 0.1:
         return f"{1000 * seconds:.1f} ms"
     return f"{seconds:.2f} s" if seconds < 60 else format_seconds(seconds)

@@ -1,4 +1,4 @@
-"""Stopping between steps: the first SIGTERM or SIGINT asks, the second one insists."""
+"""Stop a run on SIGTERM or SIGINT: the first one after the current step, the second one at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class StopRequest:
-    """While active, SIGTERM and SIGINT only set ``requested``; the training loop looks at it after each step.
+    """A context in which SIGTERM and SIGINT only set ``requested``, which the training loop checks after each step.
 
-    A second signal raises KeyboardInterrupt wherever the program is. Leaving the context puts the earlier
-    handlers back. Python delivers signals to the main thread, and entering elsewhere raises ValueError.
+    A second signal raises KeyboardInterrupt at once. Leaving the context restores the earlier handlers. Python
+    delivers signals to the main thread, and entering in another thread raises ValueError.
     """
 
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -42,5 +42,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested:
-            raise KeyboardInterrupt(f"{name} after {self.signal_name}: stopping without finishing the step")
+            raise KeyboardInterrupt(
+                f"{name} after {self.signal_name}: the run stops without finishing the step"
+            )
         self.signal_name = name

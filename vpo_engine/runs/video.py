@@ -1,4 +1,4 @@
-"""Video files for people to look at: H.264 in mp4, through PyAV."""
+"""Write H.264 videos in mp4 files and read video files, with PyAV."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from av.video.reformatter import Colorspace, Interpolation
 from torch import Tensor
 
 _CRF = "6"
-"""Constant rate factor; visually lossless by a wide margin (0 is lossless, 23 the encoder's default)."""
+"""Constant rate factor: visually lossless by a wide margin (0 is lossless, 23 the encoder's default)."""
 _BT709, _LIMITED = 1, 1
-"""Numbers of ISO/IEC 23091-2: colour primaries, transfer and matrix; and the limited sample range."""
+"""Numbers of ISO/IEC 23091-2 for colour primaries, transfer and matrix, and for the limited sample range."""
 _SCALER = int(
     Interpolation.BILINEAR
     | Interpolation.ACCURATE_RND
     | Interpolation.FULL_CHR_H_INT
     | Interpolation.FULL_CHR_H_INP
 )
-"""Colour conversion without the default's speed: that one darkens by one to two levels of 255."""
+"""Exact colour conversion; the default is faster, but darkens frames by one to two levels of 255."""
 
 
 def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = 256) -> None:
-    """Write uint8 frames [F, H, W, 3] as H.264 with a constant frame rate, playable in any browser.
+    """Write uint8 frames [F, H, W, 3] as H.264 with a constant frame rate, which any browser can play.
 
-    A clip whose shorter side is below ``min_side`` is enlarged by the smallest whole factor that reaches it,
-    each pixel becoming a square. The format needs even sizes: an odd one is made even by repeating the last
-    row or column. Brightness keeps its resolution, colour has half of it (4:2:0, BT.709, limited range).
+    A clip whose shorter side is below ``min_side`` is enlarged by the smallest whole factor that reaches it; each
+    pixel becomes a square. The format needs even sizes, so the last row or column of an odd size is repeated.
+    Brightness keeps the full resolution, colour has half of it (4:2:0, BT.709, limited range).
     """
     if frames.dim() != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8 or not frames.numel():
         raise ValueError(
@@ -57,7 +57,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = 256) ->
 
 
 def read_video(path: Path) -> tuple[Tensor, float]:
-    """Every frame of a video file's first video stream: uint8 [F, H, W, 3], and its frames per second.
+    """Read the frames, uint8 [F, H, W, 3], and the frames per second of a video file's first video stream.
 
     ValueError for a file without readable video.
     """
@@ -71,17 +71,17 @@ def read_video(path: Path) -> tuple[Tensor, float]:
     except av.error.InvalidDataError as error:
         raise ValueError(f"'{path}' is not a readable video file: {error}") from error
     if not frames or not rate:
-        raise ValueError(f"'{path}' has no frames or no frame rate; give a video file")
+        raise ValueError(f"'{path}' has no frames or no frame rate; give a video file that a player can play")
     return torch.stack(frames), float(rate)
 
 
 def enlarge(frames: Tensor, factor: int) -> Tensor:
-    """[F, H, W, 3] to [F, factor * H, factor * W, 3], each pixel a square."""
+    """Enlarge [F, H, W, 3] to [F, factor * H, factor * W, 3]; each pixel becomes a square."""
     return frames.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
 def _rgb(frame: av.VideoFrame) -> Tensor:
-    """A decoded frame as uint8 [H, W, 3], by the colour matrix the file names."""
+    """Convert a decoded frame to uint8 [H, W, 3], with the colour matrix that the file names."""
     return torch.from_numpy(frame.reformat(format="rgb24", interpolation=_SCALER).to_ndarray())
 
 

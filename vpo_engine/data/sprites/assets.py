@@ -1,7 +1,7 @@
 """The shipped weights of the sprites world, and the ``VideoModel`` they make.
 
-Each part lies as its own project publishes it, a folder with ``config.json`` and ``model.safetensors`` (half
-precision; loaded as float32): ``weights/policy``, ``weights/vae``, ``weights/text_encoder``.
+Each part lies in a folder of its own, in its project's published layout: ``config.json`` and ``model.safetensors``
+(half precision; loaded as float32) in ``weights/policy``, ``weights/vae`` and ``weights/text_encoder``.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vpo_engine.config import ModelConfig
 from vpo_engine.data.embeddings import EmbeddingCache
-from vpo_engine.data.sprites.pretrain import FLOW, FPS
-from vpo_engine.data.sprites.train_text import MAX_LENGTH
 from vpo_engine.data.sprites.world import FRAMES, SIZE
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.checkpoint import load_config, load_strict
 from vpo_engine.models.opensora.model import Geometry, OpenSora
+from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
-from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
 from vpo_engine.video_model import Blueprint, LoadContext, ReadConfig
 from vpo_engine.video_model import TextSource as EncodedText
 
@@ -33,6 +32,11 @@ Part = TypeVar("Part", bound=nn.Module)
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUILD_COMMAND = "python -m vpo_engine.data.sprites build"
+FPS = 8.0
+FLOW = RectifiedFlow(use_timestep_transform=True, transform_scale=512 / SIZE)
+"""Times are shifted towards noise for larger and longer clips, as published, with 32 px in the place of 512."""
+MAX_LENGTH = 32
+"""The largest number of tokens: bytes of the longest caption and its end mark."""
 GEOMETRY = Geometry(height=SIZE, width=SIZE, num_frames=FRAMES, fps=int(FPS))
 
 
@@ -91,10 +95,21 @@ def load_sprites(processes: Processes, dtype: torch.dtype, policy: Path | None =
     return Sprites.of_policy(policy, text, processes.device, dtype)
 
 
+def to_pixels(videos: Tensor) -> Tensor:
+    """Convert uint8 clips [B, F, H, W, 3] to float32 [B, 3, F, H, W] in [-1, 1]."""
+    return videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def round_trip(vae: OpenSoraVAE, videos: Tensor) -> Tensor:
+    """Encode and decode uint8 clips [B, F, H, W, 3]; a policy's latents are decoded in the same way."""
+    return to_uint8(vae.decode(vae.encode(to_pixels(videos), sample=False), videos.shape[1]))
+
+
 def _load(build: Callable[[dict[str, Any]], Part], folder: Path) -> Part:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{folder} has no config.json; make the sprites weights with: {BUILD_COMMAND}"
+            f"{folder} has no config.json; make the sprites weights in a checkout of the project with: {BUILD_COMMAND}"
         )
     module = build(load_config(folder))
     load_strict(module, folder)

@@ -1,16 +1,16 @@
-"""Damage of known severity, as video scraped from the web has it, and clips that are destroyed altogether.
+"""Damage clips with known severity, as in videos from the web, and make clips that are completely destroyed.
 
-The five kinds of ``KINDS`` each have a severity in [0, 1], exact because damage edits the ``Scene`` before it
-is rendered. All of them last several frames or several pixels, so they survive an autoencoder that compresses
+Each of the five kinds of ``KINDS`` has a severity in [0, 1], which is exact because damage edits the ``Scene`` before
+it is rendered. All kinds extend over several frames or several pixels, so they survive an autoencoder that compresses
 4x in space and 4x in time, and a generative model can learn them.
 
 flicker   the whole frame's brightness swings by +-40 % x severity, as a sine of 5 to 8 frames' period
-jitter    the sprite is displaced by 3.2 px x severity, to another place every 3 frames, each place at least a
-          quarter turn from the one before
+jitter    the sprite is displaced by 3.2 px x severity, in another direction every 3 frames, which differs from the
+          one before by at least a quarter turn
 blur      Gaussian blur of the sprite, sigma 2.4 px x severity
-identity  from some frame in the middle on, the sprite's colour moves to another colour by the share
-          ``severity`` and, in half of the clips, its outline to another shape by the same share
-freeze    the sprite stands still for the share ``severity`` of the clip's duration (one stretch, anywhere)
+identity  from some frame in the middle on, the sprite's colour is mixed with another colour in the proportion
+          ``severity``; in half of the clips its outline is mixed with another shape in the same proportion
+freeze    the sprite stands still for the fraction ``severity`` of the clip's duration, once, at a random time
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ JITTER_PX = 3.2
 JITTER_HOLD_FRAMES = 3
 BLUR_PX = 2.4
 CLEAN_SHARE = 0.4
-"""Share of a mixture's clips without damage."""
+"""Share of the mixture's clips that have no damage."""
 SINGLE_SHARE = 0.4
-"""Share with one kind of damage; the rest have two."""
+"""Share of the mixture's clips that have one kind of damage; the rest have two."""
 MIXTURE_SEVERITY = (0.3, 1.0)
-"""Range of the severity of a mixture's damage, uniform."""
+"""The severity of the mixture's damage is uniform in this range."""
 DESTRUCTIONS = ("noise", "blotches", "grey", "empty", "shuffled", "halves", "tiles", "crowd", "fragments")
 TILE_SHARE = 0.5
 CROWD_AREA = 1.7
-"""When tiles and overlaid sprites count as destroyed beyond mistaking, see ``sample_wrecks``."""
+"""Limits from which tiles and overlaid sprites clearly count as destroyed, see ``_unmistakable``."""
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Rendered clips with everything that is known about them."""
+    """Rendered clips with their captions, damage and attributes."""
 
     videos: Tensor
     """uint8 [B, F, H, W, 3]"""
     captions: list[str]
-    """B texts; what the clip was rendered from, unless a caller exchanged them."""
+    """B texts. They describe the clips, unless the caller has exchanged them."""
     severities: Tensor
     """float32 [B, 5], columns as KINDS."""
     attributes: Attributes
-    """What the clip shows."""
+    """Colour, shape and direction that the clips show."""
 
     def __len__(self) -> int:
         return self.videos.shape[0]
@@ -112,11 +112,11 @@ def _freeze(scene: Scene, severity: Tensor, generator: torch.Generator) -> Scene
 
 
 def apply(scene: Scene, severities: Tensor, generator: torch.Generator) -> Scene:
-    """Damage clean scenes by severities [B, 5] (columns as KINDS); 0 leaves that aspect exact."""
+    """Damage clean scenes with severities [B, 5] (columns as KINDS); a kind with severity 0 changes nothing."""
     if severities.shape != (len(scene), len(KINDS)):
         raise ValueError(
             f"severities have shape {tuple(severities.shape)}, expected {(len(scene), len(KINDS))}: "
-            f"one row a clip, columns {list(KINDS)}"
+            f"a row for each clip, columns {list(KINDS)}"
         )
     if not bool(((severities >= 0) & (severities <= 1)).all()):
         raise ValueError("severities must lie in [0, 1]")
@@ -129,13 +129,13 @@ def apply(scene: Scene, severities: Tensor, generator: torch.Generator) -> Scene
 
 
 def damaged(attributes: Attributes, severities: Tensor, generator: torch.Generator) -> Clips:
-    """Clips of the given sprites with the given severities [B, 5], under their own captions."""
+    """Render clips of the given sprites with the given severities [B, 5] and the captions that describe them."""
     videos = rasterise(apply(draw_scene(attributes, generator), severities, generator))
     return Clips(videos, attributes.captions(), severities, attributes)
 
 
 def draw_severities(count: int, generator: torch.Generator) -> Tensor:
-    """Severities [count, 5] of a mixture: CLEAN_SHARE all zero, SINGLE_SHARE one kind, the rest two kinds."""
+    """Draw severities [count, 5] of the mixture: a share CLEAN_SHARE is zero, SINGLE_SHARE has one kind, others two."""
     order = torch.rand(count, len(KINDS), generator=generator).argsort(dim=1).argsort(dim=1)
     dice = torch.rand(count, 1, generator=generator)
     kinds = (dice >= CLEAN_SHARE).long() + (dice >= CLEAN_SHARE + SINGLE_SHARE).long()
@@ -143,24 +143,24 @@ def draw_severities(count: int, generator: torch.Generator) -> Tensor:
 
 
 def sample_mixture(count: int, generator: torch.Generator) -> Clips:
-    """Captioned clips as web video is: clean and damaged ones mixed, uniform over the captions."""
+    """Draw captioned clips of the mixture, clean and damaged as videos from the web, uniform over the captions."""
     attributes = Attributes.draw(count, generator)
     return damaged(attributes, draw_severities(count, generator), generator)
 
 
 def sample_clean(count: int, generator: torch.Generator) -> Clips:
-    """Captioned clips without damage, uniform over the captions."""
+    """Draw captioned clips without damage, uniform over the captions."""
     return damaged(Attributes.draw(count, generator), torch.zeros(count, len(KINDS)), generator)
 
 
 def _stretch(small: Tensor) -> Tensor:
-    """Noise [b, c, f, h, w] to frames [b, F, H, W, c], trilinear."""
+    """Resize noise [b, c, f, h, w] to frames [b, F, H, W, c] by trilinear interpolation."""
     large = torch.nn.functional.interpolate(small, size=(FRAMES, SIZE, SIZE), mode="trilinear")
     return large.permute(0, 2, 3, 4, 1)
 
 
 def _tiles(videos: Tensor, generator: torch.Generator) -> Tensor:
-    """Each clip cut into 4 x 4 tiles of 8 px, put back in another order."""
+    """Cut each clip into 4 x 4 tiles of 8 px, and put them together in another order."""
     count, side = videos.shape[0], SIZE // 4
     cut = videos.reshape(count, FRAMES, 4, side, 4, side, 3).permute(0, 2, 4, 1, 3, 5, 6)
     cut = cut.reshape(count, 16, FRAMES, side, side, 3)
@@ -171,7 +171,7 @@ def _tiles(videos: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _halves(count: int, generator: torch.Generator) -> Tensor:
-    """Sprites cut through the middle, one half 4 to 7 px away from the other, of another shape and colour."""
+    """Render sprites that are cut through the middle: one half is 4 to 7 px away, with another shape and colour."""
     first = draw_scene(Attributes.draw(count, generator), generator)
     second = draw_scene(Attributes.draw(count, generator), generator)
     gap = uniform((count, 1), 4.0, 7.0, generator) * (
@@ -188,12 +188,12 @@ def _halves(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _crowd(videos: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three clips to lay over one another, the third moved down by 9 px and around the edge."""
+    """Return three clips to be overlaid; the third is moved down by 9 px, and wraps around the edge."""
     return videos, others, others.flip(0).roll(9, 2)
 
 
 def _wreck(kind: str, videos: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
-    """Fully destroyed versions, float [b, F, H, W, 3], of clips; ``others`` are as many unrelated clips."""
+    """Return destroyed versions, float [b, F, H, W, 3], of clips; ``others`` are as many unrelated clips."""
     count = videos.shape[0]
     clean = videos.float()
     if kind == "noise":
@@ -221,12 +221,12 @@ def _wreck(kind: str, videos: Tensor, others: Tensor, generator: torch.Generator
 
 
 def sample_destroyed(count: int, generator: torch.Generator) -> Clips:
-    """Clips that no dimension may like, every kind of DESTRUCTIONS in turn, under captions of sprites.
+    """Draw clips that must get a low score in every dimension, with each kind of DESTRUCTIONS in turn.
 
-    White noise; coloured blotches like decoded latent noise; one grey; background without a sprite; frames of
-    many clips in disorder; sprites put together of two halves; tiles in disorder; several sprites overlaid;
-    sprites of which pieces are missing. ``sample_wrecks`` is stricter: it would draw some 6 % of these again.
-    ``severities`` are all 1.
+    The kinds are white noise; coloured blotches like decoded latent noise; a single grey; a background without a
+    sprite; frames of many clips in random order; sprites made of two halves; tiles in random order; several sprites
+    overlaid; sprites with missing pieces. Captions are those of sprites, and ``severities`` are all 1.
+    ``sample_wrecks`` is stricter: it would draw about 6 % of these clips again.
     """
     base, others = sample_mixture(count, generator), sample_mixture(count, generator)
     videos = torch.empty_like(base.videos)
@@ -239,17 +239,18 @@ def sample_destroyed(count: int, generator: torch.Generator) -> Clips:
 
 
 def _light(videos: Tensor) -> Tensor:
-    """How far each pixel is from the frame's background, largest of the channels, [b, F, H, W] in levels."""
+    """Return each pixel's difference from the frame's background, the largest channel's, [b, F, H, W] in levels."""
     return (videos - videos[:, :, :1, :1]).abs().amax(-1)
 
 
 def _unmistakable(kind: str, videos: Tensor, others: Tensor) -> Tensor:
-    """Which wrecks [b] of these clips, float [b, F, H, W, 3], resemble no sprite clip; mean over the frames.
+    """Return which wrecks [b] of these clips, float [b, F, H, W, 3], do not look like sprite clips.
 
-    tiles   the brightest tile shows at most TILE_SHARE of the sprite: a tile that holds nearly all of a small
-            square or of a frozen sprite is again a sprite, the more so after an autoencoder (47 % fail)
-    crowd   together the three sprites cover at least CROWD_AREA times what the largest of them covers: one
-            that hides the others is a single sprite (6 % fail)
+    The limits hold for the mean over the frames:
+    tiles   the brightest tile shows at most TILE_SHARE of the sprite. A tile with nearly all of a small square or of a
+            frozen sprite looks like a sprite again, even more so after an autoencoder (47 % fail)
+    crowd   together the three sprites cover at least CROWD_AREA times the area of the largest. A sprite that hides the
+            others looks like a single sprite (6 % fail)
     """
     if kind == "tiles":
         tiles = _light(videos).view(-1, FRAMES, 4, SIZE // 4, 4, SIZE // 4).sum(dim=(3, 5)).flatten(2)
@@ -262,7 +263,7 @@ def _unmistakable(kind: str, videos: Tensor, others: Tensor) -> Tensor:
 
 
 def _draw_wrecks(kind: str, count: int, generator: torch.Generator) -> Clips:
-    """``count`` destroyed clips of one kind, drawn until as many are unmistakable."""
+    """Draw destroyed clips of one kind until ``count`` of them are unmistakable."""
     videos, shown, missing = [], [], count
     while missing:
         tries = max(8, missing + missing // 8)
@@ -276,10 +277,10 @@ def _draw_wrecks(kind: str, count: int, generator: torch.Generator) -> Clips:
 
 
 def sample_wrecks(count: int, generator: torch.Generator, kinds: Sequence[str] = DESTRUCTIONS) -> Clips:
-    """Destroyed clips as of ``sample_destroyed``, ``kinds`` in turn, every one of them beyond mistaking.
+    """Draw destroyed clips like ``sample_destroyed``, with ``kinds`` in turn, none of which looks like a sprite clip.
 
-    Tiles in disorder of which one still shows over half of the sprite, and overlaid sprites of which one covers
-    the others, are drawn again. What rewards learn to refuse; they are tested on ``sample_destroyed``.
+    Tiles of which one still shows more than half of the sprite, and overlaid sprites of which one hides the others,
+    are drawn again. Rewards are trained on these clips, and tested on those of ``sample_destroyed``.
     """
     turn = [kinds[row % len(kinds)] for row in range(count)]
     order = sorted(range(count), key=lambda row: turn[row])
@@ -292,7 +293,7 @@ def sample_wrecks(count: int, generator: torch.Generator, kinds: Sequence[str] =
 
 
 def mismatched_captions(attributes: Attributes, generator: torch.Generator) -> list[str]:
-    """For each clip a caption that is wrong in at least one of colour, shape and direction."""
+    """Draw for each clip a caption that is wrong in at least one of colour, shape and direction."""
     count = len(attributes)
     wrong = torch.rand(count, 3, generator=generator) < 0.5
     wrong[torch.arange(count), torch.randint(3, (count,), generator=generator)] = True

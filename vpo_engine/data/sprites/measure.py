@@ -1,10 +1,10 @@
-"""Pixel measures of sprites clips: plain arithmetic, nothing learned, held-out evidence beside the networks.
+"""Pixel measures of sprites clips, computed without any network. They serve as independent held-out measures.
 
 A frame's background is the median colour of the picture's outermost ring of pixels. A pixel belongs to the
-sprite where some channel differs from the background by more than ``CONTRAST`` levels; a frame shows a sprite
-if that makes ``AREA`` pixels (noise makes more, an empty picture fewer). The sprite's place is the centroid
-of those differences. A clip in which fewer than half of the frames show a sprite gets the ``worst`` value of
-every measure but ``flicker``, which needs no sprite; ``blank_rate`` counts the frames concerned.
+sprite if some channel differs from the background by more than ``CONTRAST`` levels. A frame shows a sprite if the
+number of such pixels is in the range ``AREA`` (noise has more, an empty picture fewer). The sprite's position is the
+centroid of these differences. A clip in which fewer than half of the frames show a sprite gets the ``worst`` value of
+every measure except ``flicker``, which needs no sprite. ``blank_rate`` is the share of frames without a sprite.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AREA = (12, 400)
 
 @dataclass(frozen=True)
 class Measure:
-    """What a measure's numbers mean."""
+    """The unit of a measure, and whether more of it is better."""
 
     unit: str
     better: int
@@ -47,7 +47,7 @@ MEASURES: dict[str, Measure] = {
 
 @dataclass(frozen=True)
 class _Tracks:
-    """What is read off the frames."""
+    """Quantities that are measured in every frame."""
 
     visible: Tensor  # [B, F] bool
     centre: Tensor  # [B, F, 2] px
@@ -57,7 +57,7 @@ class _Tracks:
 
 
 def _ring(frames: Tensor) -> Tensor:
-    """The outermost pixels of [B, F, H, W, 3]: [B, F, 2 * (H + W) - 4, 3]."""
+    """Return the outermost pixels of [B, F, H, W, 3] as [B, F, 2 * (H + W) - 4, 3]."""
     return torch.cat(
         (frames[:, :, 0], frames[:, :, -1], frames[:, :, 1:-1, 0], frames[:, :, 1:-1, -1]), dim=2
     )
@@ -75,7 +75,7 @@ def _read(videos: Tensor) -> _Tracks:
     y = (weight.sum(dim=3) * torch.arange(weight.shape[2])).sum(2) / mass
     peak = difference.amax(dim=(2, 3)).clamp_min(1)
     core = (difference >= 0.7 * peak[..., None, None]).unsqueeze(4)
-    colour = (frames * core).sum(dim=(2, 3)) + 1  # the 1 keeps black defined
+    colour = (frames * core).sum(dim=(2, 3)) + 1  # with + 1 the chromaticity of black is defined
     across, along = difference.diff(dim=3).abs(), difference.diff(dim=2).abs()
     squares = across.square().sum(dim=(2, 3)) + along.square().sum(dim=(2, 3))
     edge = squares / (peak * (across.sum(dim=(2, 3)) + along.sum(dim=(2, 3))).clamp_min(1))
@@ -89,12 +89,12 @@ def _read(videos: Tensor) -> _Tracks:
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of values [B, n] over the True entries of a row; 0 for a row without one."""
+    """Return the mean of values [B, n] over the True entries of each row; 0 for a row without any."""
     return (values * where).sum(1) / where.sum(1).clamp_min(1)
 
 
 def _velocity(centre: Tensor, visible: Tensor) -> Tensor:
-    """Least-squares velocity over the visible frames, px per frame, [B, 2]."""
+    """Return the least-squares velocity over the visible frames, px per frame, [B, 2]."""
     weight = visible.float().unsqueeze(2)
     count = weight.sum(1, keepdim=True).clamp_min(1)
     time = torch.arange(centre.shape[1], dtype=torch.float32).view(1, -1, 1)
@@ -103,17 +103,17 @@ def _velocity(centre: Tensor, visible: Tensor) -> Tensor:
 
 
 def measure(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The measures of MEASURES for uint8 clips [B, F, H, W, 3], F >= 3, and their captions: float32 [B] each.
+    """Compute MEASURES of uint8 clips [B, F, H, W, 3], F >= 3, with captions of sprites: {name: float32 [B]}.
 
-    displacement is the least-squares velocity times (F - 1), so it is exact for constant speed. jitter uses
-    triples of consecutive frames that all show a sprite. ValueError for other shapes, types or captions.
+    displacement is the least-squares velocity times (F - 1), so it is exact for constant speed. jitter uses three
+    consecutive frames that all show a sprite. ValueError for other shapes, types or captions.
     """
     if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or videos.shape[1] < 3:
         raise ValueError(
             f"videos are {videos.dtype} {tuple(videos.shape)}, expected uint8 [B, F, H, W, 3] with F >= 3"
         )
     if len(prompts) != videos.shape[0]:
-        raise ValueError(f"{len(prompts)} prompts for {videos.shape[0]} videos; give one caption a video")
+        raise ValueError(f"{len(prompts)} prompts for {videos.shape[0]} videos; give one caption for each")
     heading = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)[Attributes.of(prompts).direction]
     tracks = _read(videos.cpu())
     visible = tracks.visible

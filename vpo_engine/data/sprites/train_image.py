@@ -1,8 +1,8 @@
-"""Training of the sprites world's image scorer: what the reward learns of clips, as far as one frame shows it.
+"""Train the sprites world's image scorer on single frames, drawn at random from clips as of ``train_rewards``.
 
-The clips are those of ``train_rewards``, of which single frames are drawn at random: blur, destruction, colour and
-shape are learned, flicker, jitter, freezing and the direction are not, since a frame does not show them. Of the
-destroyed clips those are left out whose frames are whole sprites (frames of many clips in disorder).
+It learns what one frame can show: blur, destruction, colour and shape. It does not learn flicker, jitter, freezing
+or the direction. One kind of destroyed clips is left out, frames of many clips in disorder, since each of its frames
+shows a whole sprite.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpo_engine.data.sprites.damage import KINDS
-from vpo_engine.data.sprites.descent import Descent
+from vpo_engine.data.sprites.optimizers import MuonAndAdam
 from vpo_engine.data.sprites.train_rewards import (
     LEARNING_RATES,
     WRECKS,
@@ -29,30 +29,30 @@ FRAMES_PER_STEP = 256
 STEPS = 1000
 SEED = 2001
 DEFECTS = [KINDS.index("blur"), len(KINDS)]
-"""Columns of ``Batch.defects`` that a frame shows: blur and the degree of destruction."""
+"""Columns of ``Batch.defects`` that a single frame can show: blur and the degree of destruction."""
 
 
 def train_image(
     seed: int = SEED, round_trip: RoundTrip | None = None, progress: Progress | None = None
 ) -> FrameNetwork:
-    """The image scorer trained from scratch: some four minutes on one core. Same seed, same weights."""
+    """Train the image scorer from scratch, in about four minutes on one core. The same seed gives the same weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     network = FrameNetwork()
-    descent = Descent(network, STEPS, *LEARNING_RATES)
+    optimizer = MuonAndAdam(network, STEPS, *LEARNING_RATES)
     pool = draw_pool(POOL, generator, round_trip, [kind for kind in WRECKS if kind != "shuffled"])
     for step in range(STEPS):
         loss = _loss(network, pool, generator)
-        descent.step(loss)
+        optimizer.step(loss)
         if progress is not None:
             progress(step + 1, STEPS, loss.item())
     return network.eval().requires_grad_(False)
 
 
 def _loss(network: FrameNetwork, pool: Batch, generator: torch.Generator) -> Tensor:
-    """Cross-entropies of the defects (soft targets) and of colour and shape, of frames drawn from the pool.
+    """Return the cross-entropy of the defects (soft targets), colour and shape of frames drawn from the pool.
 
-    Half of the frames are mirrored. The more of a clip changes identity, the less its colour and shape count.
+    Half of the frames are mirrored. The more strongly a clip changes identity, the less its colour and shape count.
     """
     count, frames = pool.videos.shape[:2]
     clip = torch.randint(count, (FRAMES_PER_STEP,), generator=generator)

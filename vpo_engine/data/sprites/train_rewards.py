@@ -1,10 +1,10 @@
-"""Training of the sprites world's reward and judge on synthetic damage of known severity, and their report.
+"""Train the sprites world's reward and judge on synthetic damage of known severity, and report how good they are.
 
-Both learn to read severities, validity and attributes off rendered clips. Of the clips 58 % are damaged
-(each kind active with probability 0.35, severity uniform in 0..1), 30 % destroyed and 12 % cross-faded with
-a destroyed one. Half of the damaged clips and most of the others go through ``round_trip``, an autoencoder's
-encode and decode, since what is scored later is decoded from latents; without one, a softening stands in for
-it. Every epoch sees them turned in other ways.
+Both learn to read severities, validity and attributes off rendered clips. 58 % of the clips are damaged (each
+kind is active with probability 0.35, its severity uniform in 0..1), 30 % are destroyed and 12 % are cross-faded
+with a destroyed one. Half of the damaged clips and most of the others go through ``round_trip``, the encoder and
+decoder of an autoencoder, because clips that are scored later are decoded from latents. Without an autoencoder
+``soften`` takes its place. Each epoch mirrors and reverses the clips differently.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vpo_engine.data.sprites.damage import (
     sample_destroyed,
     sample_wrecks,
 )
-from vpo_engine.data.sprites.descent import Descent
+from vpo_engine.data.sprites.optimizers import MuonAndAdam
 from vpo_engine.data.sprites.world import SIZE, Attributes
 from vpo_engine.rewards.sprites import (
     DIMENSIONS,
@@ -38,9 +38,9 @@ from vpo_engine.rewards.sprites import (
 )
 
 RoundTrip = Callable[[Tensor], Tensor]
-"""uint8 clips [B, F, H, W, 3] to their reconstructions, same shape and type."""
+"""Maps uint8 clips [B, F, H, W, 3] to their reconstructions, of the same shape and type."""
 Progress = Callable[[int, int, float], None]
-"""Called with step, steps and loss."""
+"""Is called with the step, the number of steps and the loss."""
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -50,7 +50,7 @@ POOL = 7680
 REWARD_STEPS = 1000
 JUDGE_STEPS = 1000
 LEARNING_RATES = (0.02, 3e-3)
-"""Of Muon and Adam, see ``descent``."""
+"""Of Muon and of Adam, see ``optimizers``."""
 ACTIVE = 0.35
 DESTROYED_SHARE = 0.3
 FADED_SHARE = 0.12
@@ -59,18 +59,18 @@ WRECKS = (
     *("shuffled", "halves", "halves", "tiles", "tiles", "fragments"),
     *("crowd", "crowd", "crowd", "crowd"),
 )
-"""Kinds of destroyed clips, in turn: those that still show parts of sprites are learned from more of them."""
+"""Kinds of destroyed clips, drawn in turn. Kinds that still show parts of sprites are harder, and come more often."""
 THROUGH = (0.85, 0.5)
-"""Share of the destroyed or cross-faded clips, and of the others, that goes through the autoencoder."""
+"""Shares of clips that go through the autoencoder: of destroyed or cross-faded ones, and of the others."""
 CAUTION = 3.0
-"""How much more a destroyed clip counts than a valid one where validity is learned: when in doubt, refuse."""
+"""Extra weight of a destroyed clip where validity is learned, so that doubtful clips are refused."""
 HELD_OUT_SEED = 2**40
-"""Seed of the report's clips; training seeds are small."""
+"""Seed of the clips of the report. Seeds of training are small numbers."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips and what to learn of them."""
+    """Clips and their training targets."""
 
     videos: Tensor  # uint8 [B, F, H, W, 3]
     defects: Tensor  # [B, 6] severities and the degree of destruction
@@ -89,7 +89,7 @@ class Batch:
 
 
 def soften(videos: Tensor, generator: torch.Generator) -> Tensor:
-    """A stand-in for an autoencoder's round trip: 32 -> 24 -> 32 px, and noise of 2 levels (sigma)."""
+    """Imitate an autoencoder's round trip: resize 32 -> 24 -> 32 px, and add noise (sigma 2 levels)."""
     frames = videos.flatten(0, 1).permute(0, 3, 1, 2).float()
     small = F.interpolate(frames, size=24, mode="bilinear", antialias=True)
     frames = F.interpolate(small, size=SIZE, mode="bilinear")
@@ -141,9 +141,9 @@ def _draw_batch(
 def draw_pool(
     count: int, generator: torch.Generator, round_trip: RoundTrip | None, wrecks: Sequence[str] = WRECKS
 ) -> Batch:
-    """Training clips for several epochs, ``count`` a multiple of 256, ``wrecks`` the kinds of destroyed ones.
+    """Draw training clips for several epochs, once, because a round trip takes longer than a training step.
 
-    Drawn once, because a round trip costs more than a step.
+    ``count`` is a multiple of 256; ``wrecks`` names the kinds of destroyed clips.
     """
     parts = [_draw_batch(256, generator, round_trip, wrecks) for _ in range(count // 256)]
     return Batch(
@@ -160,7 +160,7 @@ def draw_pool(
 
 
 def _loss(reading: Reading, batch: Batch) -> Tensor:
-    """Sum of the cross-entropies of the defects (soft targets) and of the attributes, mean over clips."""
+    """Return the summed cross-entropies of the defects (soft targets) and of the attributes, averaged over clips."""
     defects = F.binary_cross_entropy_with_logits(
         reading.defects, batch.defects, weight=batch.defect_weight, reduction="sum"
     )
@@ -175,10 +175,10 @@ def _loss(reading: Reading, batch: Batch) -> Tensor:
     return loss
 
 
-def _turned(batch: Batch, generator: torch.Generator) -> Batch:
-    """Clips mirrored left to right, played backwards and, if destroyed, put upside down: half of them each.
+def _augmented(batch: Batch, generator: torch.Generator) -> Batch:
+    """Mirror half of the clips left to right, reverse half in time, and turn half of the destroyed ones upside down.
 
-    Played backwards, a sprite that changes identity begins as something else than its attributes say.
+    A reversed sprite that changes identity begins with other attributes than those given; they get no weight.
     """
     mirrored, backwards, upside_down = torch.rand(3, len(batch.videos), generator=generator) < 0.5
     upside_down = upside_down & (batch.defects[:, -1] == 1)
@@ -195,13 +195,13 @@ def _turned(batch: Batch, generator: torch.Generator) -> Batch:
 
 def _train(network: N, steps: int, seed: int, round_trip: RoundTrip | None, progress: Progress | None) -> N:
     generator = torch.Generator().manual_seed(seed)
-    descent = Descent(network, steps, *LEARNING_RATES)
+    optimizer = MuonAndAdam(network, steps, *LEARNING_RATES)
     pool = draw_pool(POOL, generator, round_trip)
     order = torch.cat([torch.randperm(POOL, generator=generator) for _ in range(steps * BATCH // POOL + 1)])
     for step in range(steps):
-        batch = _turned(pool[order[step * BATCH : (step + 1) * BATCH]], generator)
+        batch = _augmented(pool[order[step * BATCH : (step + 1) * BATCH]], generator)
         loss = _loss(network(batch.videos), batch)
-        descent.step(loss)
+        optimizer.step(loss)
         if progress is not None:
             progress(step + 1, steps, loss.item())
     return network.eval().requires_grad_(False)
@@ -210,7 +210,7 @@ def _train(network: N, steps: int, seed: int, round_trip: RoundTrip | None, prog
 def train_reward(
     seed: int = 1, round_trip: RoundTrip | None = None, progress: Progress | None = None
 ) -> RewardNetwork:
-    """The reward network trained from scratch: some eight minutes on one core. Same seed, same weights."""
+    """Train the reward network from scratch, in about eight minutes on one core. Weights depend on the seed alone."""
     torch.manual_seed(seed)
     return _train(RewardNetwork(), REWARD_STEPS, seed, round_trip, progress)
 
@@ -218,20 +218,20 @@ def train_reward(
 def train_judge(
     seed: int = 1001, round_trip: RoundTrip | None = None, progress: Progress | None = None
 ) -> JudgeNetwork:
-    """The judge trained from scratch, on other clips than the reward's. Same seed, same weights."""
+    """Train the judge from scratch, on other clips than the reward's. Weights depend on the seed alone."""
     torch.manual_seed(seed)
     return _train(JudgeNetwork(), JUDGE_STEPS, seed, round_trip, progress)
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, ties sharing their mean rank, float64."""
+    """Return ranks from 0 in float64; equal values share their mean rank."""
     _, index, counts = values.unique(return_inverse=True, return_counts=True)
     first = counts.cumsum(0) - counts
     return (first + (counts - 1) / 2)[index].double()
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
-    """Rank correlation of two [n] tensors, ties by mean ranks; 0 where one of them is constant."""
+    """Return Spearman's rank correlation of two [n] tensors, with mean ranks for ties; 0 if one of them is constant."""
     pair = torch.stack((_ranks(one), _ranks(other)))
     pair = pair - pair.mean(1, keepdim=True)
     scale = pair.norm(dim=1).prod()
@@ -239,7 +239,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
 
 
 def _held_out(kinds: tuple[str, ...], count: int, generator: torch.Generator) -> Tensor:
-    """Severities [count, 5]: the named kinds uniform in 0..1, each other one in a quarter of the clips."""
+    """Draw severities [count, 5], uniform in 0..1: the named kinds in every clip, each other kind in a quarter."""
     severities = torch.rand(count, len(KINDS), generator=generator)
     keep = torch.rand(count, len(KINDS), generator=generator) < 0.25
     keep[:, [KINDS.index(kind) for kind in kinds]] = True
@@ -257,7 +257,7 @@ OWN_DAMAGE: dict[str, tuple[str, ...]] = {
 def _rank_correlations(
     scorer: SpritesReward | SpritesJudge, count: int, generator: torch.Generator, trip: RoundTrip
 ) -> dict[str, float]:
-    """Spearman of each dimension with its true value, and of temporal_consistency with either kind alone."""
+    """Return Spearman's correlation of each dimension with the truth; "flicker" and "jitter": with that kind alone."""
     cases = dict(OWN_DAMAGE, flicker=("flicker",), jitter=("jitter",))
     result = {}
     for name, kinds in cases.items():
@@ -283,7 +283,7 @@ def _rank_correlations(
 def _attribute_accuracy(
     network: nn.Module, count: int, generator: torch.Generator, trip: RoundTrip
 ) -> dict[str, float]:
-    """Share of clips, clean but for flicker, jitter and blur up to 0.5, whose attributes are read right."""
+    """Return the share of clips whose attributes are read right, with flicker, jitter and blur up to 0.5."""
     severities = 0.5 * _held_out((), count, generator)
     severities[:, [KINDS.index("identity"), KINDS.index("freeze")]] = 0
     clips = damaged(Attributes.draw(count, generator), severities, generator)
@@ -321,13 +321,13 @@ def _report(
 def rank_report(
     reward: nn.Module, judge: nn.Module, count: int = 512, round_trip: RoundTrip | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """What the networks know about clips they have not seen: {"reward" | "judge": {measure: {name: value}}}.
+    """Test the networks on clips that they have not seen: {"reward" | "judge": {measure: {name: value}}}.
 
     spearman            rank correlation with the truth per dimension, over ``count`` clips with its own
                         damage uniform in 0..1 and each other kind in a quarter of them; also for flicker and
-                        jitter alone. The truth of text_alignment, how many attributes are right, has four
-                        levels, and such ties keep the correlation below 1
-    attribute_accuracy  share of lightly damaged clips read right
+                        jitter alone. The truth of text_alignment is the number of right attributes; with four
+                        levels it has many ties, which keep the correlation below 1
+    attribute_accuracy  share of lightly damaged clips whose attributes are read right
     clean_mean          mean score of undamaged clips under their own captions
     destroyed_max, destroyed_p95, destroyed_below_2
                         largest and 95th percentile score of destroyed clips; share below 2 in every dimension

@@ -1,10 +1,11 @@
-"""The sprites world's text encoder: a T5 over bytes, small, trained once and then frozen as T5 is in Open-Sora."""
+"""Train the sprites world's text encoder: a small T5 over bytes, frozen afterwards as T5 is in Open-Sora."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from vpo_engine.data.sprites.assets import MAX_LENGTH
 from vpo_engine.data.sprites.world import COLOURS, DIRECTIONS, SHAPES, Attributes, all_captions
 from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
 
@@ -21,15 +22,10 @@ CONFIG = {
     "dropout_rate": 0.0,
     "layer_norm_epsilon": 1e-6,
 }
-MAX_LENGTH = 32
-"""Bytes of the longest caption, its end mark included."""
 
 
 def train_text_encoder(seed: int, steps: int = 300) -> T5Encoder:
-    """An encoder whose every token knows what its caption says, and which byte it stands for.
-
-    Trained to tell colour, shape, direction and the byte itself from each token's embedding.
-    """
+    """Train an encoder so that colour, shape, direction and the token's own byte can be read off every token."""
     torch.manual_seed(seed)
     encoder = T5Encoder.from_config(CONFIG, ByteTokenizer(MAX_LENGTH))
     sizes = (len(COLOURS), len(SHAPES), len(DIRECTIONS), CONFIG["vocab_size"])

@@ -1,4 +1,4 @@
-"""The sprites world's two-part VAE: ``OpenSoraVAE`` with a spatial part of factor 4, trained on the mixture."""
+"""Train the sprites world's two-part VAE: ``OpenSoraVAE`` with a spatial part of factor 4, on the mixture."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpo_engine.data.sprites.assets import to_pixels
 from vpo_engine.data.sprites.damage import sample_destroyed, sample_mixture
-from vpo_engine.data.sprites.descent import Descent, Say
-from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
+from vpo_engine.data.sprites.optimizers import Log, MuonAndAdam
+from vpo_engine.models.opensora.vae import OpenSoraVAE
 
 SPATIAL_CHANNELS, CHANNELS = 4, 8
 CLIPS = 1500
@@ -45,37 +46,26 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def to_pixels(videos: Tensor) -> Tensor:
-    """uint8 [B, F, H, W, 3] to float32 [B, 3, F, H, W] in [-1, 1]."""
-    return videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-
-
 def training_clips(count: int, generator: torch.Generator) -> Tensor:
-    """Mostly the mixture, some destroyed clips, so that the autoencoder is at home off the beaten track too."""
+    """Draw clips of the mixture and 5 % destroyed clips, so that the autoencoder can show unusual frames too."""
     destroyed = sample_destroyed(count // 20, generator).videos
     return to_pixels(torch.cat([sample_mixture(count - len(destroyed), generator).videos, destroyed]))
 
 
-@torch.no_grad()
-def round_trip(vae: OpenSoraVAE, videos: Tensor) -> Tensor:
-    """uint8 [B, F, H, W, 3] through the autoencoder and back, as a policy's clips are decoded."""
-    return to_uint8(vae.decode(vae.encode(to_pixels(videos), sample=False), videos.shape[1]))
-
-
 def psnr(vae: OpenSoraVAE, generator: torch.Generator, count: int = 128) -> float:
-    """Peak signal to noise ratio in dB of the mean reconstruction of held-out clips of the mixture."""
+    """Return the peak signal-to-noise ratio, in dB, of the mean reconstruction of held-out clips of the mixture."""
     clips = to_pixels(sample_mixture(count, generator).videos)
     with torch.no_grad():
         decoded = vae.decode(vae.encode(clips, sample=False), clips.shape[2]).clamp(-1, 1)
     return 10 * math.log10(4 / float((decoded - clips).square().mean()))
 
 
-def train_vae(seed: int, say: Say, steps: tuple[int, int, int] = (700, 260, 40)) -> OpenSoraVAE:
-    """First the spatial part on single frames, then the temporal part on its latents, then both on whole clips.
+def train_vae(seed: int, log: Log, steps: tuple[int, int, int] = (700, 260, 40)) -> OpenSoraVAE:
+    """Train the spatial part on single frames, then the temporal part on its latents, then both on whole clips.
 
-    Latents get a little noise while training, so that the decoder forgives a sampler's errors. Between the
-    stages the spatial latents, and in the end ``scale`` and ``shift``, are set so that the mixture's latents
-    have deviation 1, as the published ones do for video.
+    A little noise is added to the latents while training, so that the decoder tolerates a sampler's errors. The
+    mixture's latents get standard deviation 1, as the published ones have for video: the spatial latents are
+    rescaled after the first stage, and ``scale`` and ``shift`` are set at the end.
     """
     torch.manual_seed(seed)
     vae = OpenSoraVAE.from_config(CONFIG)
@@ -92,7 +82,7 @@ def train_vae(seed: int, say: Say, steps: tuple[int, int, int] = (700, 260, 40))
             _error(vae.decode_spatial(_disturb(latents, generator)), frames) + 1e-5 * latents.square().mean()
         )
 
-    Descent(vae.spatial_vae, steps[0], 0.03, 4e-3).run(frames_loss, "VAE, spatial part", say)
+    MuonAndAdam(vae.spatial_vae, steps[0], 0.03, 4e-3).run(frames_loss, "VAE, spatial part", log)
     with torch.no_grad():
         spatial = torch.cat([vae.spatial_posterior(part).mean for part in clips.split(64)])
     vae.spatial_scaling = vae.config["spatial_scaling"] = 1 / float(spatial.std())
@@ -103,7 +93,7 @@ def train_vae(seed: int, say: Say, steps: tuple[int, int, int] = (700, 260, 40))
         latents = vae.temporal_posterior(wanted).mean
         return _error(vae.decode_temporal(_disturb(latents, generator), clips.shape[2]), wanted)
 
-    Descent(vae.temporal_vae, steps[1], 0.03, 4e-3).run(latents_loss, "VAE, temporal part", say)
+    MuonAndAdam(vae.temporal_vae, steps[1], 0.03, 4e-3).run(latents_loss, "VAE, temporal part", log)
 
     def clips_loss() -> Tensor:
         wanted = clips[pick(12)]
@@ -111,10 +101,10 @@ def train_vae(seed: int, say: Say, steps: tuple[int, int, int] = (700, 260, 40))
         decoded = vae.decode_spatial(vae.decode_temporal(_disturb(latents, generator), clips.shape[2]))
         return _error(decoded, wanted)
 
-    Descent(vae, steps[2], 0.004, 1e-3).run(clips_loss, "VAE, both parts", say)
+    MuonAndAdam(vae, steps[2], 0.004, 1e-3).run(clips_loss, "VAE, both parts", log)
     vae.eval().requires_grad_(False)
     _normalise(vae, generator)
-    say(f"VAE: {psnr(vae, generator):.1f} dB on held-out clips")
+    log(f"VAE: {psnr(vae, generator):.1f} dB on held-out clips")
     return vae
 
 

@@ -1,9 +1,9 @@
-"""The sprites world: one moving shape on a flat background, described by a caption, rendered by code.
+"""The sprites world: clips of one moving shape on a flat background, described by a caption and rendered by code.
 
 A clip has ``FRAMES`` frames of ``SIZE`` x ``SIZE`` pixels. Coordinates are pixels, x to the right and y down,
-and the centre of the top left pixel is (0, 0). What a clip shows is a ``Scene``: per-frame numbers that the
-renderer turns into pixels and that ``damage`` edits beforehand. Everything is a function of tensors and an
-explicit ``torch.Generator``. Letters: B clips, F frames.
+and the centre of the top left pixel is (0, 0). A ``Scene`` has the numbers from which the frames are rendered;
+``damage`` edits them before rendering. Everything is a function of tensors and an explicit ``torch.Generator``.
+Letters: B clips, F frames.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 RADIUS = (5.0, 6.0)
-"""Range of the sprite's size, px: a circle's radius, a square's side / 1.76, a triangle's height / 1.9."""
+"""Range of the sprite's radius, px: a square's side is 1.76 times its radius, a triangle's height 1.9 times."""
 TRAVEL = (8.0, 11.0)
 """Range of the distance from the first frame's centre to the last one's, px."""
 BACKGROUND = (35, 75)
 """Range of the background's grey level."""
 EDGE = 2.0
-"""A clean sprite's centre stays at least its radius plus this many px inside the picture."""
+"""The centre of a clean sprite is at least its radius plus this many px away from the edges of the picture."""
 WITHHELD = 16
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """What a caption says."""
+    """A sprite as a caption describes it."""
 
     colour: str
     shape: str
@@ -50,12 +50,12 @@ class Sprite:
 
 
 def all_sprites() -> list[Sprite]:
-    """The 60 sprites there are, colour slowest, direction fastest."""
+    """Return all 60 sprites; colour changes slowest, direction fastest."""
     return [Sprite(c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS]
 
 
 def all_captions() -> list[str]:
-    """The 60 captions there are, in the order of ``all_sprites``."""
+    """Return all 60 captions, in the order of ``all_sprites``."""
     return [sprite.caption for sprite in all_sprites()]
 
 
@@ -63,7 +63,7 @@ _BY_CAPTION = {sprite.caption: sprite for sprite in all_sprites()}
 
 
 def parse_caption(text: str) -> Sprite:
-    """The sprite a caption names; ValueError for any text that is not one of ``all_captions()``."""
+    """Return the sprite that a caption describes; ValueError for a text that is not in ``all_captions()``."""
     try:
         return _BY_CAPTION[text]
     except KeyError:
@@ -74,10 +74,10 @@ def parse_caption(text: str) -> Sprite:
 
 
 def withheld_captions() -> list[str]:
-    """The 16 captions kept out of preference training (pretraining sees them), for evaluation.
+    """Return the 16 captions that are used for evaluation only, not for preference training (pretraining uses them).
 
-    Number k has colour k mod 5, shape k mod 3 and direction k mod 4. These are coprime, so the captions are
-    distinct and every value of an attribute occurs as often as any other, give or take one.
+    Number k has colour k mod 5, shape k mod 3 and direction k mod 4. These are coprime, so the captions differ, and
+    the values of each attribute occur equally often, up to one.
     """
     colours, directions = list(COLOURS), list(DIRECTIONS)
     return [Sprite(colours[k % 5], SHAPES[k % 3], directions[k % 4]).caption for k in range(WITHHELD)]
@@ -85,7 +85,7 @@ def withheld_captions() -> list[str]:
 
 @dataclass(frozen=True)
 class Attributes:
-    """What B clips show: int64 [B] indices into COLOURS, SHAPES and DIRECTIONS."""
+    """The attributes of B clips: int64 [B] indices into COLOURS, SHAPES and DIRECTIONS."""
 
     colour: Tensor
     shape: Tensor
@@ -107,7 +107,7 @@ class Attributes:
 
     @staticmethod
     def of(captions: Sequence[str]) -> Attributes:
-        """The attributes captions name; ValueError for an unknown one."""
+        """Return the attributes that captions describe; ValueError for an unknown caption."""
         colours, directions = list(COLOURS), list(DIRECTIONS)
         sprites = [parse_caption(text) for text in captions]
         return Attributes(
@@ -118,7 +118,7 @@ class Attributes:
 
     @staticmethod
     def draw(count: int, generator: torch.Generator) -> Attributes:
-        """``count`` sprites, uniform over the 60."""
+        """Draw ``count`` sprites, uniformly from all 60."""
 
         def pick(size: int) -> Tensor:
             return torch.randint(size, (count,), generator=generator)
@@ -128,7 +128,7 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Scene:
-    """All numbers that B clips are rendered from; float32 unless said otherwise."""
+    """The numbers from which B clips are rendered; float32 unless stated otherwise."""
 
     centre: Tensor
     """[B, F, 2]: x and y of the sprite's centroid, px."""
@@ -137,33 +137,33 @@ class Scene:
     shape: Tensor
     """[B] int64: index into SHAPES."""
     other_shape: Tensor
-    """[B] int64: the shape that ``morph`` leads to."""
+    """[B] int64: the shape that is shown where ``morph`` is 1."""
     morph: Tensor
-    """[B, F]: 0 shows ``shape``, 1 shows ``other_shape``, between them the outline is interpolated."""
+    """[B, F]: 0 shows ``shape``, 1 shows ``other_shape``; between them the outline is interpolated."""
     radius: Tensor
     """[B]: px."""
     background: Tensor
     """[B]: grey level, 0..255."""
     gain: Tensor
-    """[B, F]: factor on the brightness of the whole frame."""
+    """[B, F]: factor of the brightness of the whole frame."""
     blur: Tensor
-    """[B]: standard deviation of a Gaussian blur, px; 0 is none."""
+    """[B]: standard deviation of a Gaussian blur, px; 0 means no blur."""
 
     def __len__(self) -> int:
         return self.radius.shape[0]
 
     def changed(self, **fields: Tensor) -> Scene:
-        """A copy with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return replace(self, **fields)
 
 
 def uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> Tensor:
-    """float32 numbers uniform in [low, high)."""
+    """Draw float32 numbers, uniform in [low, high)."""
     return torch.rand(*shape, generator=generator) * (high - low) + low
 
 
 def draw_scene(attributes: Attributes, generator: torch.Generator) -> Scene:
-    """Clean scenes of the given sprites: random size, background, start and speed, constant velocity."""
+    """Draw clean scenes of the given sprites, with random size, background, start and speed; the speed is constant."""
     count = len(attributes)
     radius = uniform((count,), *RADIUS, generator)
     heading = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)[attributes.direction]  # [B, 2]
@@ -188,7 +188,7 @@ def draw_scene(attributes: Attributes, generator: torch.Generator) -> Scene:
 
 
 def _distance(shape: int, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance to a shape's outline, px, negative inside; x [b, F, 1, W], y [b, F, H, 1]."""
+    """Return the signed distance to a shape's outline, px, negative inside; x [b, F, 1, W], y [b, F, H, 1]."""
     if SHAPES[shape] == "circle":
         return torch.sqrt(x.square() + y.square()) - radius
     if SHAPES[shape] == "square":
@@ -200,7 +200,7 @@ def _distance(shape: int, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def _coverage(scene: Scene) -> Tensor:
-    """How much of each pixel the sprite covers, [B, F, H, W] in 0..1, antialiased over one pixel."""
+    """Return the share of each pixel that the sprite covers, [B, F, H, W] in 0..1, antialiased over one pixel."""
     grid = torch.arange(SIZE, dtype=torch.float32)
     x = grid.view(1, 1, 1, -1) - scene.centre[..., 0, None, None]
     y = grid.view(1, 1, -1, 1) - scene.centre[..., 1, None, None]
@@ -218,7 +218,7 @@ def _coverage(scene: Scene) -> Tensor:
 
 
 def _blur(coverage: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of [b, F, H, W] with one sigma > 0 (px) a clip, as two small matrix products."""
+    """Blur [b, F, H, W] with a Gaussian, one sigma > 0 (px) for each clip, by two small matrix products."""
     grid = torch.arange(SIZE, dtype=torch.float32)
     offset = grid.view(1, -1) - grid.view(-1, 1)
     kernel = torch.exp(-offset.square() / (2 * sigma.view(-1, 1, 1).square()))
@@ -229,7 +229,7 @@ def _blur(coverage: Tensor, sigma: Tensor) -> Tensor:
 
 
 def rasterise(scene: Scene) -> Tensor:
-    """Scenes to clips, uint8 [B, F, SIZE, SIZE, 3]. Blur reaches the sprite only: the background is flat."""
+    """Render scenes as clips, uint8 [B, F, SIZE, SIZE, 3]. Only the sprite is blurred; the background is flat."""
     coverage = _coverage(scene)
     blurred = (scene.blur > 0).nonzero().squeeze(1)
     coverage[blurred] = _blur(coverage[blurred], scene.blur[blurred])
@@ -240,5 +240,5 @@ def rasterise(scene: Scene) -> Tensor:
 
 
 def render(attributes: Attributes, generator: torch.Generator) -> Tensor:
-    """Clean clips of the given sprites, uint8 [B, F, SIZE, SIZE, 3]."""
+    """Render clean clips of the given sprites, uint8 [B, F, SIZE, SIZE, 3]."""
     return rasterise(draw_scene(attributes, generator))

@@ -1,4 +1,4 @@
-"""Clips as still images, all frames side by side, for a page that plays them by itself.
+"""Frame sheets: a clip as one still image with all frames side by side, which a page can play with a script.
 
 Images need no video decoder, keep every pixel of a small clip, and let a page show any number of clips at
 exactly the same frame.
@@ -16,15 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 _FIRST_PIXELS = 800_000
-"""Pixels of all frames together that a clip too large for its budget is first reduced to."""
+"""A clip that is too large for its budget is first reduced to this number of pixels, all frames together."""
 
 
 @dataclass(frozen=True)
-class Strip:
-    """One clip as an image: frame i at column ``i % columns``, row ``i // columns``."""
+class FrameSheet:
+    """One clip as an image: frame i is at column ``i % columns``, row ``i // columns``."""
 
     url: str
-    """``data:`` URL of a PNG (every pixel kept) or a WebP."""
+    """``data:`` URL of a PNG, which keeps every pixel, or of a WebP."""
     frames: int
     columns: int
     width: int
@@ -34,27 +34,27 @@ class Strip:
     """True if no pixel was changed."""
 
 
-def make_strip(video: Tensor, budget: int) -> Strip:
-    """uint8 [F, H, W, 3] as an image of at most ``budget`` bytes, exact if that fits, else made smaller.
+def make_frame_sheet(video: Tensor, budget: int) -> FrameSheet:
+    """Make an image of at most ``budget`` bytes of a clip, uint8 [F, H, W, 3]; reduce the frames if necessary.
 
-    AssertionError if even frames of a few pixels do not fit: a budget has room for some kilobytes.
+    AssertionError if even frames of a few pixels do not fit; a budget must be at least some kilobytes.
     """
     height, width = video.shape[1], video.shape[2]
     data = _encode(video, "PNG", optimize=True) if video.numel() <= 8 * budget else b""
     if 0 < len(data) <= budget:
-        return _strip(data, "png", video, exact=True)
+        return _frame_sheet(data, "png", video, exact=True)
     scale = min(1.0, math.sqrt(_FIRST_PIXELS / (video.shape[0] * height * width)))
     while scale * min(height, width) >= 4:
         smaller = _resized(video, round(scale * height), round(scale * width))
         data = _encode(smaller, "WEBP", quality=85, method=4)
         if len(data) <= budget:
-            return _strip(data, "webp", smaller, exact=False)
+            return _frame_sheet(data, "webp", smaller, exact=False)
         scale *= 0.8
     raise AssertionError(f"a clip {list(video.shape)} cannot be shown in {budget} bytes")
 
 
 def _columns(frames: int, height: int, width: int) -> int:
-    """As many as make the image about square: image formats and browsers limit the sides."""
+    """Return the number of columns that makes the image about square; formats and browsers limit both sides."""
     return max(1, min(frames, round(math.sqrt(frames * height / width))))
 
 
@@ -80,7 +80,7 @@ def _resized(video: Tensor, height: int, width: int) -> Tensor:
     )
 
 
-def _strip(data: bytes, kind: str, video: Tensor, exact: bool) -> Strip:
+def _frame_sheet(data: bytes, kind: str, video: Tensor, exact: bool) -> FrameSheet:
     frames, height, width, _ = video.shape
     url = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    return Strip(url, frames, _columns(frames, height, width), width, height, exact)
+    return FrameSheet(url, frames, _columns(frames, height, width), width, height, exact)

@@ -1,15 +1,15 @@
-"""How good the embedded world's parts are: who ranks damage how well, and where the base policy stands."""
+"""Report the quality of the shipped parts: how well the rewards rank damage, and how the base policy scores."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vpo_engine.data.sprites.assets import load_sprites, load_vae
+from vpo_engine.data.sprites.assets import load_sprites, load_vae, round_trip
 from vpo_engine.data.sprites.damage import sample_clean, sample_mixture
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.train_rewards import rank_report
-from vpo_engine.data.sprites.train_vae import psnr, round_trip
+from vpo_engine.data.sprites.train_vae import psnr
 from vpo_engine.data.sprites.world import all_captions
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import OpenSora
@@ -21,8 +21,8 @@ CLIPS = 240
 STEPS = 12
 
 
-def standing() -> str:
-    """A text: rank correlations with the true severity, and scores of clean, mixture and base clips."""
+def quality_report() -> str:
+    """Return Markdown tables: rank correlations with the true severity; scores of clean, mixture and base clips."""
     reward, judge = SpritesReward(), SpritesJudge()
     model = load_sprites(Processes.start("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(20_000)
@@ -68,7 +68,7 @@ def _mean(values: Tensor) -> str:
 
 
 def _format(rows: list[dict[str, str]]) -> str:
-    """Measures as lines, kinds of clips as columns, in Markdown."""
+    """Format a Markdown table with a line per measure and a column per kind of clips."""
     head = "| | " + " | ".join(row[""] for row in rows) + " |"
     rule = "|---|" + "---|" * len(rows)
     lines = [f"| {key} | " + " | ".join(row[key] for row in rows) + " |" for key in rows[0] if key]
@@ -76,7 +76,7 @@ def _format(rows: list[dict[str, str]]) -> str:
 
 
 def _format_ranks(report: dict[str, dict[str, dict[str, float]]]) -> str:
-    """``rank_report`` as a Markdown table, the two networks as columns."""
+    """Format the result of ``rank_report`` as a Markdown table with a column per network."""
     names = list(report)
     lines = ["| on held-out clips | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for group, values in report[names[0]].items():

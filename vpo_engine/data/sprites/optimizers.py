@@ -1,4 +1,4 @@
-"""How the sprites world's parts are trained: Muon on matrices and convolutions, Adam on the rest."""
+"""The optimizer of all parts of the sprites world: Muon for matrices and convolutions, Adam for the rest."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
+"""Prints a line of progress."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest semi-orthogonal matrix (Jordan et al. 2024), in float32.
+    """Muon (Jordan et al. 2024) in float32: it steps along the semi-orthogonal matrix nearest to the momentum.
 
-    torch.optim.Muon orthogonalises in bfloat16, which a CPU without bfloat16 arithmetic does a hundred times
-    slower, and takes matrices only. The update of a weight seen as [rows, columns] (a convolution's inputs and
-    taps are its columns) is scaled by sqrt(max(1, rows / columns)).
+    torch.optim.Muon orthogonalises in bfloat16, which is a hundred times slower on a CPU without bfloat16
+    arithmetic, and it accepts matrices only. Here a weight is seen as [rows, columns], where a convolution's
+    columns are its inputs and taps, and its update is scaled by sqrt(max(1, rows / columns)).
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
@@ -35,7 +36,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """Five Newton-Schulz steps of the quintic that brings all singular values near 1."""
+    """Bring all singular values near 1 by five Newton-Schulz steps of a quintic polynomial."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
@@ -45,13 +46,13 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-class Descent:
-    """Steps of both optimizers under one schedule: a short warm-up, then a straight line down to 2 %."""
+class MuonAndAdam:
+    """Steps Muon and Adam with one schedule: a warm-up of 30 steps, then a linear decay to 2 % of the peak."""
 
     def __init__(
         self, module: nn.Module, steps: int, muon_lr: float, adam_lr: float, smallest: int = 8
     ) -> None:
-        """Weights of two or more dimensions with at least ``smallest`` rows go to Muon, the rest to Adam."""
+        """Give weights of two or more dimensions and at least ``smallest`` rows to Muon, and the rest to Adam."""
         parameters = [p for p in module.parameters() if p.requires_grad]
         weights = [p for p in parameters if p.dim() >= 2 and p.shape[0] >= smallest]
         chosen = {id(p) for p in weights}
@@ -71,10 +72,10 @@ class Descent:
             optimizer.step()
         self.done += 1
 
-    def run(self, loss_of: Callable[[], Tensor], what: str, say: Say) -> None:
-        """All steps, with a line every hundred."""
+    def run(self, loss_of: Callable[[], Tensor], what: str, log: Log) -> None:
+        """Do all remaining steps, and log a line every hundred steps."""
         while self.done < self.steps:
             loss = loss_of()
             self.step(loss)
             if self.done % 100 == 0 or self.done == self.steps:
-                say(f"{what}: step {self.done}/{self.steps}, loss {loss.item():.4f}")
+                log(f"{what}: step {self.done}/{self.steps}, loss {loss.item():.4f}")
