@@ -29,7 +29,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("vpo_engine", "kernels", "tests", "configs", "examples", "pyproject.toml")
-PRELOADED = ("numpy", "pydantic", "yaml", "torch", "torch.distributed", "safetensors.torch", "pytest", "_pytest.pytester")
+PRELOADED = (
+    "numpy",
+    "pydantic",
+    "yaml",
+    "torch",
+    "torch.distributed",
+    "safetensors.torch",
+    "pytest",
+    "_pytest.pytester",
+)
 """What every child would import again; nothing of the tree."""
 TIME_LIMIT = 180.0
 """Seconds after which a mutation that hangs counts as noticed."""
@@ -69,7 +78,9 @@ def mutated(source: str, mutation: Mutation) -> str:
     """The source with the mutation; StaleError if there is not exactly one place for it."""
     tokens = re.findall(r"\w+|[^\w\s]", mutation.old)
     parts = [rf",?\s*{re.escape(token)}" if token in ")]}" else re.escape(token) for token in tokens]
-    found = list(re.finditer(r"(?<!\w)" + r"\s*".join(parts) if tokens[0][0].isalnum() else r"\s*".join(parts), source))
+    found = list(
+        re.finditer(r"(?<!\w)" + r"\s*".join(parts) if tokens[0][0].isalnum() else r"\s*".join(parts), source)
+    )
     if len(found) != 1:
         raise StaleError(f"{mutation.name}: the old text is {len(found)} times in {mutation.file}")
     (place,) = found
@@ -209,11 +220,15 @@ def report(result: Result) -> Result:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts of names of mutations; default: all")
     parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
     parser.add_argument("--list", action="store_true", help="print the names, and which are stale")
-    parser.add_argument("--from", dest="source", default="mutations", help="module with another list, MUTATIONS")
+    parser.add_argument(
+        "--from", dest="source", default="mutations", help="module with another list, MUTATIONS"
+    )
     given = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT / "tests"))
     everything = [Mutation(*row) for row in importlib.import_module(given.source).MUTATIONS]
@@ -231,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tests = tuple(dict.fromkeys(test for one in chosen for test in one.tests))
     (whole,) = work([Mutation("(the tree as it is)", "", "", "", tests)], 1)
     if whole.verdict != "SURVIVED":
-        print(whole.output, f"The tests must pass before anything is changed, but {whole.by} failed.", sep="\n")
+        print(
+            whole.output, f"The tests must pass before anything is changed, but {whole.by} failed.", sep="\n"
+        )
         return 1
     results = work(chosen, given.jobs)
     bad = [result for result in results if not result.killed]

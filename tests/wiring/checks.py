@@ -124,7 +124,9 @@ def check_lines(case: str, run: Path) -> None:
         assert one.prompt == other.prompt, where
         assert one.seed == 0
         assert list(one.candidates) == [candidate.number for candidate in other.candidates], where
-        assert (one.winner, one.loser, one.kept) == (other.winner.number, other.loser.number, other.kept), where
+        assert (one.winner, one.loser, one.kept) == (other.winner.number, other.loser.number, other.kept), (
+            where
+        )
         for name, scores in one.scores.items():
             if name != "motion":
                 wanted = [candidate.scores[name] for candidate in other.candidates]

@@ -239,7 +239,9 @@ class Oracle:
             pairs = [(w, x) for w in may_win for x in numbers if w != x and self.no_worse(candidates, w, x)]
             allowed = bool(pairs)
             if pairs and (best, worst) not in pairs:
-                best, worst = max(pairs, key=lambda pair: (selected[pair[0]] - selected[pair[1]], -pair[0], -pair[1]))
+                best, worst = max(
+                    pairs, key=lambda pair: (selected[pair[0]] - selected[pair[1]], -pair[0], -pair[1])
+                )
         gap = selected[best] - selected[worst]
         kept = allowed and gap > rule.min_gap
         return Line(

@@ -32,7 +32,9 @@ PRUNED = ("rollout.candidates=4", "rollout.prune.after=0.5", "rollout.prune.keep
 
 @pytest.mark.parametrize("settings", [(), PRUNED], ids=["finished", "previews"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_score_that_is_not_finite_ends_the_run(tmp_path: Path, value: float, settings: tuple[str, ...]) -> None:
+def test_a_score_that_is_not_finite_ends_the_run(
+    tmp_path: Path, value: float, settings: tuple[str, ...]
+) -> None:
     held_out = 5  # the clips of the first evaluation, of which one is scored again
     config = engine.make_config(tmp_path, *settings)
     with pytest.raises(ValueError, match="every score must be finite"):
@@ -42,7 +44,8 @@ def test_a_score_that_is_not_finite_ends_the_run(tmp_path: Path, value: float, s
 
 
 @pytest.mark.parametrize(
-    "changed", ["objective.beta=21", "seed=3", "rollout.candidates=4", "pairs.gap_power=1", "optimizer.lr=1e-3"]
+    "changed",
+    ["objective.beta=21", "seed=3", "rollout.candidates=4", "pairs.gap_power=1", "optimizer.lr=1e-3"],
 )
 def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, changed: str) -> None:
     engine.train(engine.make_config(tmp_path, "steps=3"))

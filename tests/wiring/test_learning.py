@@ -32,4 +32,6 @@ def test_the_policy_learns_what_the_reward_likes(tmp_path: Path, power: float, s
     assert last - first > 0.05, "held-out videos must get better by the reward that trains"
     rows = engine.metrics_of(tmp_path / "run")
     moved = [row["margin"] for row in rows if row["reference_age"] not in (1, 0)]
-    assert sum(moved) / len(moved) > 0, "the policy must prefer winners to losers, more than the reference does"
+    assert sum(moved) / len(moved) > 0, (
+        "the policy must prefer winners to losers, more than the reference does"
+    )

@@ -91,8 +91,6 @@ def test_the_cases_hold_what_they_are_for() -> None:
     assert any(line.gap < max(line.selected) - min(line.selected) - 1e-3 for line in pareto)
 
 
-
-
 def test_stored_pairs_are_trained_on_as_the_run_that_made_them_did(tmp_path: Path) -> None:
     """With the same rules the same rows reach the loss, in the same order, bit for bit; the policy becomes the same."""
     case = "draws, updates and weights"

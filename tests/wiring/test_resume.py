@@ -70,7 +70,9 @@ def assert_same(run: Path, again: Path, step: int) -> None:
     for kind in ("train", "eval"):
         assert engine.metrics_of(again, kind) == engine.metrics_of(run, kind)
     ours, theirs = engine.lines_of(again), engine.lines_of(run)
-    assert [replace(one, latents_file=None) for one in ours] == [replace(one, latents_file=None) for one in theirs]
+    assert [replace(one, latents_file=None) for one in ours] == [
+        replace(one, latents_file=None) for one in theirs
+    ]
     for one, other in zip(ours, theirs, strict=True):
         if one.kept:
             assert all(torch.equal(*both) for both in zip(one.latents(), other.latents(), strict=True))
@@ -125,9 +127,7 @@ def test_a_run_that_was_finished_can_be_made_longer(tmp_path: Path) -> None:
     engine.train(short)
     long = engine.make_config(tmp_path, *SETTINGS, "optimizer.final_lr=1.0", "checkpoint.resume=true")
     engine.train(long)
-    whole = engine.make_config(
-        tmp_path, *SETTINGS, "optimizer.final_lr=1.0", f"run_dir={tmp_path / 'whole'}"
-    )
+    whole = engine.make_config(tmp_path, *SETTINGS, "optimizer.final_lr=1.0", f"run_dir={tmp_path / 'whole'}")
     engine.train(whole)
     assert engine.metrics_of(tmp_path / "run") == engine.metrics_of(tmp_path / "whole")
     assert [line.position for line in engine.lines_of(tmp_path / "run")] == list(range(28))

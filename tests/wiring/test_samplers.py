@@ -10,7 +10,14 @@ import torch
 
 from vpo_engine.protocols import SamplerSettings
 
-BASE = ("steps=1", "optimizer.warmup_steps=0", "rollout.guidance=2.0", "rollout.candidates=4", "rollout.steps=6", "pairs.refill=1")
+BASE = (
+    "steps=1",
+    "optimizer.warmup_steps=0",
+    "rollout.guidance=2.0",
+    "rollout.candidates=4",
+    "rollout.steps=6",
+    "pairs.refill=1",
+)
 EXACT = SamplerSettings(6, 2.0)
 CASES = {
     "plain": ((), {("policy", EXACT, None, None)}),
@@ -68,7 +75,11 @@ def test_held_out_videos_are_sampled_by_the_policy_without_approximations(tmp_pa
         config = engine.make_config(tmp_path / str(number), *BASE, *overrides, "evaluation.steps=3")
         sampled = engine.train(config).sampled
         held_out = sampled[0][3]
-        calls = [(who, settings, part) for who, settings, part, latents in sampled if torch.equal(latents, held_out)]
+        calls = [
+            (who, settings, part)
+            for who, settings, part, latents in sampled
+            if torch.equal(latents, held_out)
+        ]
         assert len(calls) == 4  # measures and clips, before and after
         assert all(call == ("policy", SamplerSettings(3, 2.0), slice(None)) for call in calls)
 

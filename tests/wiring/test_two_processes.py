@@ -25,7 +25,11 @@ def in_two(rank: int, folder: str, port: int) -> None:
 
 def shared_cases() -> list[tuple[str, int]]:
     """Cases and the processes that share a prompt."""
-    return [("draws, updates and weights", 1), ("more candidates for ties", 1), ("draws split over a team", 2)]
+    return [
+        ("draws, updates and weights", 1),
+        ("more candidates for ties", 1),
+        ("draws split over a team", 2),
+    ]
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
