@@ -52,7 +52,7 @@ MUTATIONS = [
         "return self.network(*args, **kwargs)",
         "[m.enable_adapters(False) for m in self.network.modules() if hasattr(m, 'enable_adapters')]\n"
         "            return self.network(*args, **kwargs)",
-        ("tests/test_lora.py",),
+        ("tests/test_lora.py::test_the_margin_is_zero_right_after_a_refresh_and_not_before",),
     ),
     (
         "the last refresh forgotten",
@@ -299,7 +299,7 @@ MUTATIONS = [
         REPLAY,
     ),
     (
-        "selected scores without their weights",
+        "selected scores not normalised",
         STORED,
         "combine(scores, reward.dimensions, reward.normalise)",
         "combine(scores, reward.dimensions)",
@@ -332,7 +332,7 @@ MUTATIONS = [
         STORED,
         "return pair.kept and pair.gap > self._min_gap",
         "return pair.row is not None",
-        ("tests/data_layer/test_ledger.py", "tests/test_pair_policy.py"),
+        REPLAY,
     ),
     (
         "every epoch in the same order",

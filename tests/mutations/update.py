@@ -171,7 +171,7 @@ MUTATIONS = [
         DPO,
         '"loser_scaling": self._config.loser_scaling',
         '"loser_scaling": None',
-        ("tests/test_online_vpo.py::test_anchor_and_loser_scaling_reach_the_gradient",),
+        REPLAY,
     ),
     (
         "winner and loser exchanged, one member at a time",

@@ -101,7 +101,12 @@ CASES: dict[str, tuple[str, ...]] = {
         "pairs.gap_power=1",
         "pairs.refill=1",
     ),
-    "from the reference": ("rollout.source=reference", "reference.refresh_every=4", "objective.updates=2"),
+    "from the reference": (
+        "rollout.source=reference",
+        "reference.refresh_every=4",
+        "objective.updates=2",
+        "objective.loser_scaling=0.3",
+    ),
 }
 CLOSE = {"rtol": 2e-3, "atol": 2e-5}
 """Float32 against float64 over a few optimizer steps."""

@@ -30,6 +30,7 @@ from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.metrics.held_out import HeldOut, Instruments
 from vpo_engine.metrics.throughput import RowFlops
 from vpo_engine.protocols import Denoised, SamplerSettings, TextEmbedding
+from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, read_held_out, read_pairs
 from vpo_engine.seeding import normal
 
 LOSSES = ("vpo_engine.objectives.dpo.paired_dpo_loss", "vpo_kernels.paired_dpo.sequential.paired_dpo_loss")
@@ -256,6 +257,21 @@ def metrics_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
         for row in rows
         if row["kind"] == kind
     ]
+
+
+def summary_of(run: Path) -> dict[str, dict[str, float]]:
+    """{measure: before, after, difference, ...} of a finished run."""
+    return json.loads((run / "summary.json").read_text())["measures"]
+
+
+def galleries_of(run: Path) -> dict[int, PairGallery]:
+    """The pairs of some steps that the report shows, by step."""
+    return {int(path.stem.split("_")[-1]): read_pairs(path) for path in (run / "gallery/pairs").iterdir()}
+
+
+def held_out_gallery(run: Path) -> HeldOutGallery:
+    """Held-out clips before and after."""
+    return read_held_out(run / "gallery/held_out.safetensors")
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -307,11 +307,21 @@ class Oracle:
         t = torch.tensor([row.time], dtype=torch.float64)
         guidance = self.config.rollout.guidance if objective.branch == "guided" else 1.0
         errors: dict[str, Tensor] = {}
+        off: dict[str, Tensor] = {}
         for who, network in (("policy", self.policy), ("reference", self.reference)):
             for side, latents in (("winner", row.winner), ("loser", row.loser)):
                 x = (1 - share) * latents + share * noise
                 predicted = velocity(network, x[None], t, row.caption[None], guidance)[0]
-                errors[f"{who} {side}"] = (predicted - (latents - noise)).square().mean()
+                off[f"{who} {side}"] = predicted - (latents - noise)
+                errors[f"{who} {side}"] = off[f"{who} {side}"].square().mean()
+        if objective.loser_scaling is not None:
+            a, b = off["policy winner"].detach(), off["policy loser"].detach()
+            along, most = float((a * b).sum()), (1 - objective.loser_scaling) * float(a.square().sum())
+            scale = min(1.0, max(0.0, most / along)) if along > 0 else 1.0
+            error = errors["policy loser"]
+            errors["policy loser"] = (
+                scale * error + (1 - scale) * error.detach()
+            )  # the gradient alone is less
         winner = errors["policy winner"] - errors["reference winner"]
         loser = errors["policy loser"] - errors["reference loser"]
         space = {"prediction": 1.0, "epsilon": (1 - share) ** 2, "x0": share**2}[objective.weighting]

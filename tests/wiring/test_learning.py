@@ -35,3 +35,9 @@ def test_the_policy_learns_what_the_reward_likes(tmp_path: Path, power: float, s
     assert sum(moved) / len(moved) > 0, (
         "the policy must prefer winners to losers, more than the reference does"
     )
+    measured = engine.summary_of(tmp_path / "run")["reward/visual_quality"]
+    assert (measured["before"], measured["after"]) == pytest.approx((first, last))
+    assert measured["difference"] == pytest.approx(last - first)
+    shown = engine.held_out_gallery(tmp_path / "run")
+    before, after = (clips[..., 0].float().mean() for clips in (shown.before, shown.after))
+    assert (after > before) == (power > 0)

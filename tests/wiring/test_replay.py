@@ -10,7 +10,7 @@ import engine
 import pytest
 import torch
 from checks import CASES, check_lines, check_metrics, check_policies, check_rows, expected_of
-from toy import caption_of
+from toy import caption_of, scores_of
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -60,6 +60,25 @@ def test_every_video_is_scored_once_with_its_own_prompt(replay: Replay) -> None:
         theirs = [video for name, video in expected if name == prompt]
         for one, other in zip(ours, theirs, strict=True):
             assert (one.int() - other.int()).abs().max() <= 1
+
+
+def test_the_report_shows_the_widest_pairs_with_the_winner_as_the_winner(replay: Replay) -> None:
+    case, run, _ = replay
+    for step, gallery in engine.galleries_of(run).items():
+        lines = [line for line in expected_of(case).lines if line.step == step and line.kept]
+        lines = sorted(lines, key=lambda line: -line.gap)[:4]
+        assert gallery.prompts == [line.prompt for line in lines]
+        assert gallery.gap == pytest.approx([line.gap for line in lines], rel=2e-2, abs=1e-3)
+        sides = (
+            (gallery.winner_scores, gallery.winner, "winner"),
+            (gallery.loser_scores, gallery.loser, "loser"),
+        )
+        for scores, clips, side in sides:
+            for found, clip, line in zip(scores, clips, lines, strict=True):
+                candidate = getattr(line, side)
+                wanted = {name: found[name] for name in candidate.scores}
+                assert wanted == pytest.approx(candidate.scores, rel=1e-3, abs=1e-3), (case, step, side)
+                assert scores_of(clip, line.prompt)[0] == pytest.approx(found["visual_quality"], abs=1e-3)
 
 
 def test_predictions_of_the_update_are_as_the_branch_says(replay: Replay) -> None:
@@ -122,3 +141,25 @@ def test_a_gap_of_exactly_the_smallest_is_a_tie(tmp_path: Path) -> None:
     assert [line.kept for line in again] == [line.gap > gap for line in step]
     assert any(line.kept for line in again)
     assert math.isclose(sum(line.weight for line in again), sum(line.kept for line in again))
+
+
+def test_stored_pairs_are_ties_up_to_a_wider_min_gap_and_go_round(tmp_path: Path) -> None:
+    """Rows and weights are those of the pairs with wider gaps; after the last stored pair comes the first."""
+    engine.train(engine.make_config(tmp_path / "online", "steps=2"))
+    lines = engine.lines_of(tmp_path / "online" / "run")
+    gaps = sorted(line.gap for line in lines if line.kept)
+    min_gap = gaps[len(gaps) // 2 - 1]
+    settings = [f"rollout.ledger={tmp_path / 'online' / 'run'}", "rollout.source=ledger", "pairs.ledger=none"]
+    config = engine.make_config(
+        tmp_path / "offline", *settings, "steps=3", f"pairs.min_gap={min_gap!r}", "pairs.gap_power=1"
+    )
+    rows = iter(engine.train(config).rows)
+    for step in range(3):
+        stored = [lines[position % len(lines)] for position in range(4 * step, 4 * step + 4)]
+        kept = [line for line in stored if line.kept and line.gap > min_gap]
+        for line in kept:
+            row = next(rows)
+            assert all(map(torch.equal, (row.winner, row.loser), line.latents()))
+            mean = sum(one.gap for one in kept) / len(kept)
+            assert row.weight == pytest.approx(line.gap / mean, rel=1e-5)
+    assert next(rows, None) is None

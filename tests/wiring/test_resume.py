@@ -80,7 +80,7 @@ def assert_same(run: Path, again: Path, step: int) -> None:
     assert saved.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in saved.items())
     assert engine.state_of(again, step) == engine.state_of(run, step)
-    assert (again / "summary.json").is_file()
+    assert engine.summary_of(again) == engine.summary_of(run)
 
 
 def test_the_log_of_the_whole_run_counts_from_the_last_refresh(whole: Whole) -> None:

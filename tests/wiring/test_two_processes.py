@@ -9,6 +9,7 @@ from pathlib import Path
 
 import engine
 import oracle
+import pytest
 import torch
 import torch.multiprocessing as mp
 from checks import CASES, check_lines, check_metrics, check_policies, check_rows, expected_of
@@ -54,6 +55,19 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         check_lines(case, folder / "run")
         check_policies(case, folder / "run")
         check_metrics(case, folder / "run")
+        check_evaluation(case, folder / "run", tmp_path / f"alone {number}")
+
+
+def check_evaluation(case: str, run: Path, alone: Path) -> None:
+    """Held-out clips are the same, whoever samples them."""
+    engine.train(engine.make_config(alone, *CASES[case]))
+    for one, other in zip(
+        engine.metrics_of(run, "eval"), engine.metrics_of(alone / "run", "eval"), strict=True
+    ):
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-2), case
+    shown, expected = engine.held_out_gallery(run), engine.held_out_gallery(alone / "run")
+    assert shown.prompts == expected.prompts
+    assert (shown.before.int() - expected.before.int()).abs().max() <= 1
 
 
 def fingerprint(row: engine.Row | oracle.LossRow) -> tuple[float, ...]:
