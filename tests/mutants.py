@@ -4,9 +4,10 @@
 
 A NAME selects all mutations whose name contains it. The command first runs the selected tests on the tree as it is:
 they must pass. It exits with 1 if a mutation survives, or is stale: its old text must be found exactly once in its
-file (spaces, line breaks and a trailing comma aside). The list is in ``mutations.py`` beside this file.
+file (spaces, line breaks and a trailing comma aside). The lists are in ``mutations/`` beside this file.
 
-One process imports torch and forks a child for each mutation, so that a mutation takes seconds.
+One process imports torch and whatever else comes from outside of the tree. It forks a child for each mutation, which
+then takes seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,17 +31,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("vpo_engine", "kernels", "tests", "configs", "examples", "pyproject.toml")
-PRELOADED = (
-    "numpy",
-    "pydantic",
-    "yaml",
-    "torch",
-    "torch.distributed",
-    "safetensors.torch",
-    "pytest",
-    "_pytest.pytester",
-)
-"""What every child would import again; nothing of the tree."""
+STARTED = ("vpo_engine.train", "pytest", "torch.testing")
+"""Modules whose imports from outside of the tree are made once, before the children are forked."""
+WHOLE = "(the tree as it is)"
 TIME_LIMIT = 180.0
 """Seconds after which a mutation that hangs counts as noticed."""
 
@@ -215,6 +209,8 @@ def work(mutations: Sequence[Mutation], jobs: int) -> list[Result]:
 
 def report(result: Result) -> Result:
     said = "killed by" if result.killed else result.verdict
+    if result.name == WHOLE:
+        said = "passes" if result.verdict == "SURVIVED" else "fails"
     print(f"{result.name:<58} {said:<9} {result.by}  ({result.seconds:.1f} s)", flush=True)
     return result
 
@@ -240,11 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.list:
         return list_them(chosen)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for name in PRELOADED:
-        with suppress(ImportError):
-            importlib.import_module(name)
+    preload()
     tests = tuple(dict.fromkeys(test for one in chosen for test in one.tests))
-    (whole,) = work([Mutation("(the tree as it is)", "", "", "", tests)], 1)
+    (whole,) = work([Mutation(WHOLE, "", "", "", tests)], 1)
     if whole.verdict != "SURVIVED":
         print(
             whole.output, f"The tests must pass before anything is changed, but {whole.by} failed.", sep="\n"
@@ -256,6 +250,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in bad:
         print(f"{result.verdict}: {result.name} {result.by}")
     return 1 if bad else 0
+
+
+def preload() -> None:
+    """Import what the children would all import, but nothing of the tree itself."""
+    said = f"import sys, {', '.join(STARTED)}; print(*sys.modules)"
+    places = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"PYTHONPATH": places}
+    done = subprocess.run(
+        [sys.executable, "-c", said], env=environment, capture_output=True, text=True, check=True
+    )
+    for name in done.stdout.split():
+        if not name.startswith(("vpo_", "__")):
+            with suppress(Exception):  # a name of sys.modules need not be importable
+                importlib.import_module(name)
 
 
 def list_them(chosen: Sequence[Mutation]) -> int:
