@@ -1,0 +1,283 @@
+"""Apply meaningful mistakes to copies of the tree, one at a time, and report which test notices each.
+
+    python tests/mutants.py [NAME ...] [--jobs 2] [--list]
+
+A NAME selects all mutations whose name contains it. The command first runs the selected tests on the tree as it is:
+they must pass. It exits with 1 if a mutation survives, or is stale: its old text must be found exactly once in its
+file (spaces, line breaks and a trailing comma aside). The lists are in ``mutations/`` beside this file.
+
+One process imports torch and whatever else comes from outside of the tree. It forks a child for each mutation, which
+then takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("vpo_engine", "kernels", "tests", "configs", "examples", "pyproject.toml")
+STARTED = ("vpo_engine.train", "pytest", "torch.testing")
+"""Modules whose imports from outside of the tree are made once, before the children are forked."""
+WHOLE = "(the tree as it is)"
+TIME_LIMIT = 180.0
+"""Seconds after which a mutation that hangs counts as noticed."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old`` becomes ``new`` in ``file``; ``tests`` are arguments of pytest, of which one must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+@dataclass
+class Result:
+    """How the tests of one mutation ended."""
+
+    name: str
+    verdict: str
+    by: str = ""
+    seconds: float = 0.0
+    output: str = field(default="", repr=False)
+
+    @property
+    def killed(self) -> bool:
+        return self.verdict == "killed"
+
+
+class StaleError(ValueError):
+    """The old text of a mutation is not in its file exactly once."""
+
+
+def mutated(source: str, mutation: Mutation) -> str:
+    """The source with the mutation; StaleError if there is not exactly one place for it."""
+    tokens = re.findall(r"\w+|[^\w\s]", mutation.old)
+    parts = [rf",?\s*{re.escape(token)}" if token in ")]}" else re.escape(token) for token in tokens]
+    found = list(
+        re.finditer(r"(?<!\w)" + r"\s*".join(parts) if tokens[0][0].isalnum() else r"\s*".join(parts), source)
+    )
+    if len(found) != 1:
+        raise StaleError(f"{mutation.name}: the old text is {len(found)} times in {mutation.file}")
+    (place,) = found
+    result = source[: place.start()] + mutation.new + source[place.end() :]
+    compile(result, mutation.file, "exec")
+    return result
+
+
+def copy_tree(to: Path) -> None:
+    """Links to the files of the tree in folders of their own."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, copy_function=os.symlink)
+        elif source.exists():
+            (to / name).symlink_to(source)
+
+
+class _FirstFailure:
+    """A plugin of pytest that notes the first test that fails, or the module that cannot be imported."""
+
+    def __init__(self) -> None:
+        self.failed = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            self.failed = f"import of {report.nodeid}"
+
+
+def run_tests(tree: Path, tests: Sequence[str]) -> None:
+    """In a child: run pytest in ``tree``, write what came out to ``tree``/result.json, and end the process."""
+    import pytest
+
+    os.setsid()
+    log = os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(tree)
+    places = [str(tree), str(tree / "kernels")]
+    outside = [place for place in sys.path if not Path(place or ".").resolve().is_relative_to(ROOT)]
+    sys.path[:] = [*places, *outside]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(places), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    first = _FirstFailure()
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=0", f"--rootdir={tree}"]
+    code = int(pytest.main([*options, *tests], plugins=[first]))
+    module = sys.modules.get("vpo_engine")
+    own = module is None or str(getattr(module, "__file__", tree)).startswith(str(tree))
+    (tree / "result.json").write_text(json.dumps({"code": code, "failed": first.failed, "own": own}))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@dataclass
+class Job:
+    """A child at work."""
+
+    mutation: Mutation
+    tree: Path
+    pid: int
+    started: float
+
+
+def start(mutation: Mutation, scratch: Path) -> Job:
+    tree = Path(tempfile.mkdtemp(dir=scratch))
+    copy_tree(tree)
+    if mutation.file:
+        place = tree / mutation.file
+        text = mutated(place.read_text(encoding="utf-8"), mutation)
+        place.unlink()
+        place.write_text(text, encoding="utf-8")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_tests(tree, mutation.tests)
+        finally:
+            os._exit(3)
+    return Job(mutation, tree, pid, time.monotonic())
+
+
+def end(job: Job, in_time: bool) -> Result:
+    """What a child that ended, or was stopped, has found."""
+    seconds = time.monotonic() - job.started
+    output = job.tree / "output.txt"
+    text = output.read_text(errors="replace") if output.exists() else ""
+    result = job.tree / "result.json"
+    found = json.loads(result.read_text()) if result.exists() else None
+    shutil.rmtree(job.tree, ignore_errors=True)
+    name = job.mutation.name
+    if not in_time:
+        return Result(name, "killed", f"the time limit of {TIME_LIMIT:g} s", seconds, text)
+    if found is None:
+        return Result(name, "killed", "the end of the process", seconds, text)
+    if not found["own"]:
+        return Result(name, "ERROR", "the tests imported another vpo_engine", seconds, text)
+    if found["code"] in (1, 2) and found["failed"]:
+        return Result(name, "killed", found["failed"], seconds, text)
+    if found["code"] == 0:
+        return Result(name, "SURVIVED", "", seconds, text)
+    return Result(name, "ERROR", f"pytest ended with {found['code']}", seconds, text)
+
+
+def work(mutations: Sequence[Mutation], jobs: int) -> list[Result]:
+    """Run all mutations, ``jobs`` at a time, and print a line for each."""
+    results, waiting, running = [], list(mutations), []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                mutation = waiting.pop(0)
+                try:
+                    running.append(start(mutation, Path(folder)))
+                except (StaleError, FileNotFoundError, SyntaxError) as error:
+                    results.append(report(Result(mutation.name, "STALE", str(error))))
+            for job in list(running):
+                ended = os.waitpid(job.pid, os.WNOHANG)[0] != 0
+                late = time.monotonic() - job.started > TIME_LIMIT
+                if ended or late:
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.killpg(job.pid, signal.SIGKILL)
+                    if late and not ended:
+                        os.waitpid(job.pid, 0)
+                    running.remove(job)
+                    results.append(report(end(job, not late)))
+            time.sleep(0.02)
+    return results
+
+
+def report(result: Result) -> Result:
+    said = "killed by" if result.killed else result.verdict
+    if result.name == WHOLE:
+        said = "passes" if result.verdict == "SURVIVED" else "fails"
+    print(f"{result.name:<58} {said:<9} {result.by}  ({result.seconds:.1f} s)", flush=True)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="parts of names of mutations; default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
+    parser.add_argument("--list", action="store_true", help="print the names, and which are stale")
+    parser.add_argument(
+        "--from", dest="source", default="mutations", help="module with another list, MUTATIONS"
+    )
+    given = parser.parse_args(arguments)
+    sys.path.insert(0, str(ROOT / "tests"))
+    everything = [Mutation(*row) for row in importlib.import_module(given.source).MUTATIONS]
+    chosen = [one for one in everything if not given.names or any(name in one.name for name in given.names)]
+    if not chosen:
+        parser.error(f"no mutation is named like {', '.join(given.names)}")
+    if len({one.name for one in everything}) < len(everything):
+        parser.error("two mutations have the same name")
+    if given.list:
+        return list_them(chosen)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    preload()
+    tests = tuple(dict.fromkeys(test for one in chosen for test in one.tests))
+    (whole,) = work([Mutation(WHOLE, "", "", "", tests)], 1)
+    if whole.verdict != "SURVIVED":
+        print(
+            whole.output, f"The tests must pass before anything is changed, but {whole.by} failed.", sep="\n"
+        )
+        return 1
+    results = work(chosen, given.jobs)
+    bad = [result for result in results if not result.killed]
+    print(f"{len(results) - len(bad)} of {len(results)} mutations are killed")
+    for result in bad:
+        print(f"{result.verdict}: {result.name} {result.by}")
+    return 1 if bad else 0
+
+
+def preload() -> None:
+    """Import what the children would all import, but nothing of the tree itself."""
+    said = f"import sys, {', '.join(STARTED)}; print(*sys.modules)"
+    places = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"PYTHONPATH": places}
+    done = subprocess.run(
+        [sys.executable, "-c", said], env=environment, capture_output=True, text=True, check=True
+    )
+    for name in done.stdout.split():
+        if not name.startswith(("vpo_", "__")):
+            with suppress(Exception):  # a name of sys.modules need not be importable
+                importlib.import_module(name)
+
+
+def list_them(chosen: Sequence[Mutation]) -> int:
+    stale = 0
+    for one in chosen:
+        try:
+            mutated((ROOT / one.file).read_text(encoding="utf-8"), one)
+            print(one.name)
+        except (StaleError, FileNotFoundError, SyntaxError) as error:
+            stale += 1
+            print(f"STALE {error}")
+    print(f"{len(chosen)} mutations, {stale} of them stale")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

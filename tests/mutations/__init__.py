@@ -1,0 +1,5 @@
+"""Mistakes that the tests must notice: (name, file, old text, new text, tests). ``tests/mutants.py`` applies them."""
+
+from mutations import rollout, scores, state, step, update
+
+MUTATIONS = [*step.MUTATIONS, *update.MUTATIONS, *rollout.MUTATIONS, *scores.MUTATIONS, *state.MUTATIONS]

@@ -1,0 +1,90 @@
+"""What must stop a run, and what must make no difference to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import engine
+import pytest
+import torch
+from torch import Tensor
+from toy import ToyReward
+
+
+class BrokenReward(ToyReward):
+    """One score of the given value, after ``count`` videos."""
+
+    def __init__(self, value: float, count: int) -> None:
+        super().__init__()
+        self.value, self.count = value, count
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        found = super().score(videos, prompts)
+        if len(self.seen) > self.count:
+            found["visual_quality"][-1] = self.value
+        return found
+
+
+PRUNED = ("rollout.candidates=4", "rollout.prune.after=0.5", "rollout.prune.keep=2")
+
+
+@pytest.mark.parametrize("settings", [(), PRUNED], ids=["finished", "previews"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_not_finite_ends_the_run(
+    tmp_path: Path, value: float, settings: tuple[str, ...]
+) -> None:
+    held_out = 5  # the clips of the first evaluation, of which one is scored again
+    config = engine.make_config(tmp_path, *settings)
+    with pytest.raises(ValueError, match="every score must be finite"):
+        engine.train(config, BrokenReward(value, held_out + 4))
+    assert not engine.metrics_of(tmp_path / "run")
+    assert not (tmp_path / "run" / "ledger" / "pairs_0000.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["objective.beta=21", "seed=3", "rollout.candidates=4", "pairs.gap_power=1", "optimizer.lr=1e-3"],
+)
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, changed: str) -> None:
+    engine.train(engine.make_config(tmp_path, "steps=3"))
+    config = engine.make_config(tmp_path, "steps=4", changed, "checkpoint.resume=true")
+    with pytest.raises(ValueError, match="cannot resume"):
+        engine.train(config)
+
+
+def run(folder: Path, *settings: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The log, without what the reference takes, and the policy at the end."""
+    common = ("steps=5", "objective.updates=2", "reference.refresh_every=3", "optimizer.lr=1e-2")
+    engine.train(engine.make_config(folder, *common, *settings))
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith("reference/")}
+        for row in engine.metrics_of(folder / "run")
+    ]
+    return rows, engine.policy_of(folder / "run", 5)
+
+
+@pytest.mark.parametrize("weights", ["masters", "stochastic"])
+def test_exact_storages_of_the_reference_make_no_difference(tmp_path: Path, weights: str) -> None:
+    """Of bfloat16 weights a copy, bf16 and exact8 hold the same reference, before and after it is refreshed."""
+    storages = ("copy", "bf16", "exact8")
+    runs = [
+        run(tmp_path / name, f"reference.storage={name}", f"memory.weights={weights}") for name in storages
+    ]
+    for rows, policy in runs[1:]:
+        assert rows == runs[0][0]
+        assert all(torch.equal(value, runs[0][1][name]) for name, value in policy.items())
+    margins = {row["optimizer_steps"]: row["margin"] for row in runs[0][0]}
+    assert margins[4] == 0.0  # the second update of step 2 is the first after the refresh at 3
+    assert margins[6] != 0.0
+
+
+def test_where_the_reward_is_the_same_for_all_nothing_is_learned(tmp_path: Path) -> None:
+    config = engine.make_config(tmp_path, "steps=3")
+    engine.train(config, ToyReward(0.0))
+    rows = engine.metrics_of(tmp_path / "run")
+    assert [(row["pairs"], row["tie_rate"], row["optimizer_steps"]) for row in rows] == [(0, 1.0, 0)] * 3
+    assert [row["reference_age"] for row in rows] == [0, 0, 0]
+    before, after = (engine.policy_of(tmp_path / "run", step) for step in (1, 3))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

@@ -1,0 +1,133 @@
+"""Runs that are killed after one or several refreshes go on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import engine
+import pytest
+import torch
+from toy import ToyReward
+
+SETTINGS = (
+    "steps=7",
+    "objective.updates=2",
+    "objective.draws=2",
+    "reference.refresh_every=3",
+    "pairs.gap_power=1",
+    "pairs.refill=1",
+    "rollout.candidates=2",
+    "optimizer.weight_decay=0.1",
+)
+"""14 optimizer steps; the reference is refreshed at 3, 6, 9 and 12, in the middle of steps 2 and 5."""
+STORAGES = {
+    "copy": ("reference.storage=copy",),
+    "exact": ("reference.storage=exact8", "memory.weights=masters"),
+    "int8": ("reference.storage=int8", "memory.weights=stochastic", "memory.sequential=true"),
+}
+
+
+@pytest.fixture(scope="module", params=STORAGES)
+def whole(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, tuple[str, ...], engine.Recording]:
+    """A run that nobody interrupted, its settings, and what reached the loss."""
+    folder = tmp_path_factory.mktemp("whole")
+    settings = (*SETTINGS, *STORAGES[request.param])
+    return folder, settings, engine.train(engine.make_config(folder, *settings))
+
+
+Whole = tuple[Path, tuple[str, ...], engine.Recording]
+
+
+@pytest.mark.parametrize(
+    ("step", "refreshed_at"),
+    [(1, 0), (2, 3), (3, 6), (5, 9)],
+    ids=["before any refresh", "after one", "right after one", "after three"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    whole: Whole, tmp_path: Path, step: int, refreshed_at: int
+) -> None:
+    folder, settings, recording = whole
+    run, again = folder / "run", tmp_path / "run"
+    shutil.copytree(run, again)
+    engine.forget_after(again, step)
+    assert engine.state_of(again, step)["refreshed_at"] == refreshed_at
+    config = engine.make_config(folder, *settings, f"run_dir={again}", "checkpoint.resume=true")
+    resumed = engine.train(config)
+    assert_same(run, again, 7)
+    rest = recording.rows[len(recording.rows) - len(resumed.rows) :]
+    assert 0 < len(resumed.rows) < len(recording.rows)
+    for one, other in zip(rest, resumed.rows, strict=True):
+        for name in ("winner", "loser", "noise", "caption"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert (one.time, one.weight) == (other.time, other.weight)
+
+
+def assert_same(run: Path, again: Path, step: int) -> None:
+    for kind in ("train", "eval"):
+        assert engine.metrics_of(again, kind) == engine.metrics_of(run, kind)
+    ours, theirs = engine.lines_of(again), engine.lines_of(run)
+    assert [replace(one, latents_file=None) for one in ours] == [
+        replace(one, latents_file=None) for one in theirs
+    ]
+    for one, other in zip(ours, theirs, strict=True):
+        if one.kept:
+            assert all(torch.equal(*both) for both in zip(one.latents(), other.latents(), strict=True))
+    saved, expected = engine.saved_tensors(again, step), engine.saved_tensors(run, step)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in saved.items())
+    assert engine.state_of(again, step) == engine.state_of(run, step)
+    assert engine.summary_of(again) == engine.summary_of(run)
+
+
+def test_the_log_of_the_whole_run_counts_from_the_last_refresh(whole: Whole) -> None:
+    folder, _, _ = whole
+    rows = engine.metrics_of(folder / "run")
+    assert [row["optimizer_steps"] for row in rows] == [2, 4, 6, 8, 10, 12, 14]
+    assert [row["reference_age"] for row in rows] == [2, 1, 0, 2, 1, 0, 2]
+
+
+class DyingReward(ToyReward):
+    """Fails when it is asked for the first time after ``count`` videos."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def score(self, videos: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        if len(self.seen) >= self.count:
+            raise RuntimeError("power cut")
+        return super().score(videos, prompts)
+
+
+def test_a_run_that_dies_within_a_step_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
+    """It dies in step 6, two steps after the last checkpoint; ledger and log then hold a step that is made again."""
+    settings = (*SETTINGS, "checkpoint.every=4")
+    first = engine.make_config(tmp_path / "whole", *settings)
+    recording = engine.train(first)
+    training = [one for one in recording.scored if one[1] not in engine.HELD_OUT]
+    held_out = len(recording.scored) - len(training)
+    again = f"run_dir={tmp_path / 'again'}"
+    config = engine.make_config(tmp_path / "whole", *settings, again)
+    with pytest.raises(RuntimeError, match="power cut"):
+        engine.train(config, DyingReward(held_out // 2 + len(training) * 5 // 7 + 1))
+    steps = [row["step"] for row in engine.metrics_of(tmp_path / "again")]
+    assert steps[-1] > 4
+    resumed = engine.make_config(tmp_path / "whole", *settings, again, "checkpoint.resume=true")
+    engine.train(resumed)
+    assert_same(tmp_path / "whole" / "run", tmp_path / "again", 7)
+
+
+def test_a_run_that_was_finished_can_be_made_longer(tmp_path: Path) -> None:
+    """The rows that reach the loss after a resume are those of the positions that follow, none twice, none left out."""
+    short = engine.make_config(tmp_path, *SETTINGS, "steps=3", "optimizer.final_lr=1.0")
+    engine.train(short)
+    long = engine.make_config(tmp_path, *SETTINGS, "optimizer.final_lr=1.0", "checkpoint.resume=true")
+    engine.train(long)
+    whole = engine.make_config(tmp_path, *SETTINGS, "optimizer.final_lr=1.0", f"run_dir={tmp_path / 'whole'}")
+    engine.train(whole)
+    assert engine.metrics_of(tmp_path / "run") == engine.metrics_of(tmp_path / "whole")
+    assert [line.position for line in engine.lines_of(tmp_path / "run")] == list(range(28))

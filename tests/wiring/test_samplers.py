@@ -1,0 +1,98 @@
+"""Who samples candidates, and with which settings: first and second pass of every kind of rollout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import engine
+import pytest
+import torch
+
+from vpo_engine.protocols import SamplerSettings
+
+BASE = (
+    "steps=1",
+    "optimizer.warmup_steps=0",
+    "rollout.guidance=2.0",
+    "rollout.candidates=4",
+    "rollout.steps=6",
+    "pairs.refill=1",
+)
+EXACT = SamplerSettings(6, 2.0)
+CASES = {
+    "plain": ((), {("policy", EXACT, None, None)}),
+    "own settings": (
+        ("rollout.guidance_interval=[0.2, 0.7]", "rollout.cache=0.2"),
+        {("policy", SamplerSettings(6, 2.0, (0.2, 0.7), 0.2), None, None)},
+    ),
+    "pruned": (
+        ("rollout.prune.after=0.34", "rollout.prune.keep=2", "rollout.cache=0.2"),
+        {("policy", SamplerSettings(6, 2.0, None, 0.2), first, last) for first, last in ((0, 2), (2, None))},
+    ),
+    "explored with fewer steps": (
+        ("rollout.explore.steps=2", "rollout.guidance_interval=[0.2, 0.7]", "rollout.cache=0.2"),
+        {
+            ("policy", SamplerSettings(2, 2.0), None, None),
+            ("policy", SamplerSettings(6, 2.0, (0.2, 0.7), 0.2), 0, None),
+        },
+    ),
+    "explored with a cache": (
+        ("rollout.explore.cache=0.4", "rollout.explore.guidance_interval=[0.5, 1.0]"),
+        {
+            ("policy", SamplerSettings(6, 2.0, (0.5, 1.0), 0.4), None, None),
+            ("policy", EXACT, 0, None),
+        },
+    ),
+    "explored in 8 bits": (
+        ("rollout.explore.weights=int8",),
+        {("copy", EXACT, None, None), ("policy", EXACT, 0, None)},
+    ),
+    "in 8 bits": (("rollout.weights=int8",), {("copy", EXACT, None, None)}),
+    "from the reference": (("rollout.source=reference",), {("reference", EXACT, None, None)}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_who_samples_how(tmp_path: Path, case: str) -> None:
+    overrides, expected = CASES[case]
+    found = {
+        (who, settings, part.start or 0, part.stop if part.stop != settings.steps else None)
+        for who, settings, part, latents in recorded(tmp_path, *overrides)
+    }
+    assert found == {(who, settings, first or 0, last) for who, settings, first, last in expected}
+
+
+def recorded(folder: Path, *overrides: str) -> list[tuple[str, SamplerSettings, slice, torch.Tensor]]:
+    """What a run sampled, without the two evaluations and their clips."""
+    run = engine.train(engine.make_config(folder, *BASE, *overrides))
+    sampled = run.sampled
+    held_out = sampled[0][3]
+    return [one for one in sampled if not torch.equal(one[3], held_out)]
+
+
+def test_held_out_videos_are_sampled_by_the_policy_without_approximations(tmp_path: Path) -> None:
+    for number, (overrides, _) in enumerate(CASES.values()):
+        config = engine.make_config(tmp_path / str(number), *BASE, *overrides, "evaluation.steps=3")
+        sampled = engine.train(config).sampled
+        held_out = sampled[0][3]
+        calls = [
+            (who, settings, part)
+            for who, settings, part, latents in sampled
+            if torch.equal(latents, held_out)
+        ]
+        assert len(calls) == 4  # measures and clips, before and after
+        assert all(call == ("policy", SamplerSettings(3, 2.0), slice(None)) for call in calls)
+
+
+def test_the_copy_in_8_bits_follows_the_policy(tmp_path: Path) -> None:
+    """After large steps candidates of the copy are near those of the policy of that step, not of an earlier one."""
+    settings = (*BASE, "steps=3", "optimizer.lr=0.05", "optimizer.warmup_steps=0", "rollout.weights=int8")
+    engine.train(engine.make_config(tmp_path, *settings))
+    run = tmp_path / "run"
+    lines = [line for line in engine.lines_of(run) if line.step == 3 and line.kept]
+    for line in lines:
+        errors = []
+        for step in (0, 1, 2):
+            latents = engine.sampled_alone(run, step, line.prompt, line.position, line.winner, 4, 6, 2.0)
+            errors.append(float((latents - line.latents()[0]).norm()))
+        assert errors[2] < 0.2 * min(errors[:2])

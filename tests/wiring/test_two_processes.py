@@ -1,0 +1,76 @@
+"""Two processes, with prompts of their own or as a team, do what one does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import engine
+import oracle
+import pytest
+import torch
+import torch.multiprocessing as mp
+from checks import CASES, check_lines, check_metrics, check_policies, check_rows, expected_of
+
+
+def in_two(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    for number, (case, size) in enumerate(shared_cases()):
+        own = Path(folder) / str(number)
+        config = engine.make_config(own, *CASES[case], f"processes.per_prompt={size}")
+        torch.save(engine.train(config).rows, own / f"rows_{rank}.pt")
+
+
+def shared_cases() -> list[tuple[str, int]]:
+    """Cases and the processes that share a prompt."""
+    return [
+        ("draws, updates and weights", 1),
+        ("more candidates for ties", 1),
+        ("draws split over a team", 2),
+    ]
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["torch", "vpo_engine.train"])  # imported once for both
+    mp.start_processes(in_two, args=(str(tmp_path), port), nprocs=2, start_method="forkserver")
+    for number, (case, size) in enumerate(shared_cases()):
+        folder = tmp_path / str(number)
+        parts = [torch.load(folder / f"rows_{rank}.pt", weights_only=False) for rank in range(2)]
+        expected = {fingerprint(row): place for place, row in enumerate(expected_of(case).rows)}
+        places = [[expected[fingerprint(row)] for row in part] for part in parts]
+        for part, own in zip(parts, places, strict=True):
+            assert own == sorted(own), (case, size)
+            check_rows(part, [expected_of(case).rows[place] for place in own])
+        assert sorted(places[0] + places[1]) == list(range(len(expected))), (case, size)
+        assert all(places), (case, size)
+        if size == 1:
+            sides = [{expected_of(case).rows[place].position % 4 for place in own} for own in places]
+            assert sides[0] <= {0, 1}
+            assert sides[1] <= {2, 3}
+        check_lines(case, folder / "run")
+        check_policies(case, folder / "run")
+        check_metrics(case, folder / "run")
+        check_evaluation(case, folder / "run", tmp_path / f"alone {number}")
+
+
+def check_evaluation(case: str, run: Path, alone: Path) -> None:
+    """Held-out clips are the same, whoever samples them."""
+    engine.train(engine.make_config(alone, *CASES[case]))
+    for one, other in zip(
+        engine.metrics_of(run, "eval"), engine.metrics_of(alone / "run", "eval"), strict=True
+    ):
+        assert one.pop("kind") == other.pop("kind")
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-2), case
+    shown, expected = engine.held_out_gallery(run), engine.held_out_gallery(alone / "run")
+    assert shown.prompts == expected.prompts
+    assert (shown.before.int() - expected.before.int()).abs().max() <= 1
+
+
+def fingerprint(row: engine.Row | oracle.LossRow) -> tuple[float, ...]:
+    """The noise of a row tells it from all others."""
+    return tuple(row.noise.flatten()[:4].tolist())

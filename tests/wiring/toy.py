@@ -1,0 +1,201 @@
+"""A video model and a reward of a few hundred numbers, with every part that the algorithm asks for.
+
+The toy follows the documented rules of rectified flow: x_t = (1 - t / 1000) * latents + (t / 1000) * noise, and the
+network predicts latents - noise. Everything is a plain formula, so that a test can compute it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vpo_engine.memory.residency import Residency
+from vpo_engine.protocols import Denoised, Network, SamplerSettings, TextEmbedding
+
+SHAPE = (2, 3, 2, 2)
+"""(C, T, H, W) of the latents."""
+WIDTH = 4
+PIXELS = 4
+"""Rows and columns of the video: each latent cell is a square of 2 x 2 pixels."""
+DIMENSIONS = ("visual_quality", "temporal_consistency", "text_alignment")
+
+
+def numbers_of(text: str, count: int) -> Tensor:
+    """Standard normal numbers [count] that depend on the text alone."""
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+class ToyNetwork(nn.Module):
+    """Predicts the velocity of x [B, C, T, H, W] at t [B] for the mean word of a caption, [B, WIDTH]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        size = math.prod(SHAPE)
+        self.blocks = nn.ModuleList([nn.Linear(size, size), nn.Linear(size, size)])
+        self.text = nn.Linear(WIDTH, size)
+        self.time = nn.Linear(1, size)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x: Tensor, t: Tensor, caption: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        hidden = torch.tanh(self.blocks[0](flat) + self.text(caption) + self.time((t / 1000)[:, None]))
+        return (self.blocks[1](hidden) - 0.5 * flat).view_as(x)
+
+
+NULL = torch.tensor([0.3, -0.2, 0.1, 0.4])
+"""The caption of the unguided branch."""
+
+
+def caption_of(text: TextEmbedding) -> Tensor:
+    """The mean of the words that count, [B, WIDTH]."""
+    mask = text.mask[..., None].to(text.embeddings)
+    return (text.embeddings * mask).sum(1) / mask.sum(1)
+
+
+class ToyModel:
+    """See ``vpo_engine.protocols.VideoModel``."""
+
+    latent_shape = SHAPE
+    fps = 8
+    num_frames = SHAPE[1]
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self) -> None:
+        self.network = ToyNetwork().eval()
+        self.residency = Residency.everything()
+        self.prepared: set[str] = set()
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        self.prepared |= set(prompts)
+
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        assert self.prepared >= set(prompts), "a prompt was not prepared"
+        lengths = [len(prompt.split()) for prompt in prompts]
+        embeddings = torch.full((len(prompts), max(lengths), WIDTH), 9.0)  # padding must never count
+        mask = torch.zeros(len(prompts), max(lengths), dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            for place, word in enumerate(prompt.split()):
+                embeddings[row, place] = numbers_of(f"{prompt} {word}", WIDTH)
+            mask[row, : lengths[row]] = True
+        return TextEmbedding(embeddings, mask)
+
+    def predict(
+        self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding, guidance: float = 1.0
+    ) -> Tensor:
+        return velocity(network, latents, t, caption_of(text), guidance)
+
+    def draw_timesteps(self, u: Tensor) -> Tensor:
+        return 1000 * u.sqrt()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        kept, added = (scale.view(-1, 1, 1, 1, 1) for scale in self.noising_scales(t))
+        return kept * latents + added * noise
+
+    def noising_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t / 1000, t / 1000
+
+    def target_scales(self, t: Tensor) -> tuple[float, float]:
+        return 1.0, -1.0
+
+    def sample(
+        self, network: Network, noise: Tensor, text: TextEmbedding, *, steps: int, guidance: float
+    ) -> Tensor:
+        return self.denoise(network, noise, text, SamplerSettings(steps, guidance)).latents
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        network: Network,
+        latents: Tensor,
+        text: TextEmbedding,
+        settings: SamplerSettings,
+        part: slice = slice(None),
+    ) -> Denoised:
+        captions = caption_of(text).repeat_interleave(len(latents) // len(text), dim=0)
+        z = latents
+        for time in sampling_times(settings.steps)[part]:
+            guidance = settings.guidance if settings.guided_at(time / 1000) else 1.0
+            v = velocity(network, z, torch.full((len(z),), time), captions, guidance)
+            v = v if settings.cache is None else v * (1 - settings.cache)
+            z = z + v / settings.steps
+        left = time / 1000 - 1 / settings.steps
+        return Denoised(z, z + v * left)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 [B, T, PIXELS, PIXELS, 3]; the third colour is the mean of the two latent channels."""
+        colours = torch.cat([latents, latents.mean(1, keepdim=True)], dim=1).sigmoid() * 255
+        wide = colours.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+        return wide.permute(0, 2, 3, 4, 1).round().to(torch.uint8)
+
+    def save_policy(self, folder: Path) -> None:
+        weights = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+
+
+def velocity(network: Network, z: Tensor, t: Tensor, captions: Tensor, guidance: float) -> Tensor:
+    """Guided velocity; both branches go through the network in one batch."""
+    if guidance == 1.0:
+        return network(z, t, captions)
+    nulls = NULL.to(captions).expand_as(captions)
+    both = network(torch.cat([z, z]), torch.cat([t, t]), torch.cat([captions, nulls]))
+    prompted, unprompted = both.chunk(2)
+    return unprompted + guidance * (prompted - unprompted)
+
+
+def sampling_times(steps: int) -> list[float]:
+    return [1000 * (1 - number / steps) for number in range(steps)]
+
+
+class ToyReward:
+    """Scores by formulas of the pixels and the prompt, of very different sizes.
+
+    Prompts with the word "tie" have equal candidates; with the word "coarse" scores are rounded so much that some
+    candidates are equal. ``power`` multiplies all scores: -1 turns the preference around.
+    """
+
+    dimensions = DIMENSIONS
+
+    def __init__(self, power: float = 1.0) -> None:
+        self.power = power
+        self.seen: list[tuple[Tensor, str]] = []
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        assert videos.dtype == torch.uint8
+        assert not torch.is_grad_enabled() or not videos.requires_grad
+        assert len(videos) == len(prompts)
+        self.seen += [(video.clone(), prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        rows = [scores_of(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        return {
+            name: torch.tensor([self.power * row[number] for row in rows])
+            for number, name in enumerate(DIMENSIONS)
+        }
+
+
+def scores_of(video: Tensor, prompt: str) -> tuple[float, float, float]:
+    """Of uint8 [F, H, W, 3]: brightness of the first colour, steadiness, and what the prompt likes."""
+    pixels = video.double() / 255
+    words = prompt.split()
+    if "tie" in words:
+        return 0.5, 2.0, 1.0
+    brightness = float(pixels[..., 0].mean())
+    steadiness = 30.0 * (1 - float((pixels[1:] - pixels[:-1]).abs().mean()))
+    liked = 4.0 * float((pixels.mean(dim=(0, 1, 2)) * numbers_of(prompt, 3).double()).sum())
+    if "coarse" in words:
+        return round(brightness * 8) / 8, round(steadiness / 4) * 4.0, round(liked)
+    return brightness, steadiness, liked
+
+
+def toy_motion(videos: Tensor) -> Tensor:
+    """Stands for the measure of motion: the mean change between frames, in levels; float32 [B]."""
+    return (videos[:, 1:].double() - videos[:, :-1].double()).abs().mean(dim=(1, 2, 3, 4)).float()
