@@ -34,7 +34,7 @@ from vpo_engine.rollout.quantised_copy import SamplingCopy
 
 CPU = torch.device("cpu")
 SETS = (
-    "rollout.rows=16",
+    "rollout.batch_size=16",
     "rollout.steps=8",
     "rollout.steps=6",
     "rollout.cache=0.1",

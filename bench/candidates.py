@@ -47,7 +47,7 @@ def sample_candidates(
         networks,
         lambda: None,
         model.start,
-        Denoiser(model, batches or Batches(config.most_rows), device),
+        Denoiser(model, batches or Batches(config.batch_limit), device),
         lambda texts: None,
         score,
         lambda scores, keep: extremes(scores["judge"], keep),

@@ -28,9 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
+from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.memory.offload import OffloadedInputs
 from vpo_engine.memory.optimizer import PolicyOptimizer
-from vpo_engine.memory.residency import Residency
 from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.objectives.dpo import DPO
@@ -52,19 +52,20 @@ ROOT = Path(__file__).parents[1]
 RESOLUTIONS, FRAMES = ("240p", "360p", "480p", "720p"), (17, 34, 51, 68)
 A100_GIB = 79.2
 PLAIN = (
-    "memory.weights=masters",
-    "memory.recompute=block",
+    "memory.weights=fp32_master",
+    "memory.activation_checkpointing=block",
     "memory.sequential=false",
     "memory.mlp_chunks=1",
-    "memory.residency=all",
+    "memory.offload_idle=false",
     "reference.storage=copy",
 )
-"""Probable settings of the paper: bfloat16 with float32 masters, checkpointed blocks, winner and loser in one batch."""
+"""Probable settings of the paper: bfloat16 with fp32 master weights, checkpointed blocks, winner and loser in one
+batch."""
 
 LEANEST = (
-    "memory.weights=stochastic",
+    "memory.weights=stochastic_rounding",
     "memory.optimizer_bits=8",
-    "memory.offload=true",
+    "memory.offload_activations=true",
     "memory.mlp_chunks=8",
 )
 """The settings with the least memory that can still accumulate the gradients of several pairs."""
@@ -89,15 +90,15 @@ of an update or of the optimizer's step, bold beyond what an A100 of 80 GB has (
 
 - Policy, gradients, optimizer, reference and VAE count. Text encoder, reward model, CUDA's context and fragmentation
   do not; `python -m vpo_engine.plan` adds them.
-- *OnlineVPO, leanest* is the recommended configuration with `memory.weights=stochastic memory.optimizer_bits=8
-  memory.offload=true memory.mlp_chunks=8`.
-- *OnlineVPO, recommended* is `configs/opensora_v1_2_720p.yaml`. *Plain* has bfloat16 weights with float32 masters,
+- *OnlineVPO, leanest* is the recommended configuration with `memory.weights=stochastic_rounding memory.optimizer_bits=8
+  memory.offload_activations=true memory.mlp_chunks=8`.
+- *OnlineVPO, recommended* is `configs/opensora_v1_2_720p.yaml`. *Plain* has bfloat16 weights with fp32 master weights,
   checkpointed blocks, a copied reference, winner and loser in one batch, and everything resident.
 - *ReFL* has plain's settings without a reference: one prediction with its graph, the clean latents that it implies,
   all frames decoded in the graph, a gradient from the pixels. What a reward model keeps for that gradient comes on
   top. *VAE checkpointed* computes the decoder again, a micro-batch of 4 frames at a time.
-- The recommended configuration lies flat: at nearly all sizes its peak is the optimizer's step, where float32 masters
-  and moments (13.4 GiB), weights and gradients are together. So it is with the leanest up to 480p x 34.
+- The recommended configuration lies flat: at nearly all sizes its peak is the optimizer's step, where fp32
+  master weights and moments (13.4 GiB), weights and gradients are together. So it is with the leanest up to 480p x 34.
 
 ![Peak memory against frames](memory.png)
 
@@ -145,9 +146,9 @@ class Update:
         if not method.startswith("ReFL"):
             with tracker.making("reference"):
                 self._reference = build_reference(config.reference.storage, network)
-        preserve = _nothing if self._reference is None else self._reference.following
+        preserve = _nothing if self._reference is None else self._reference.preserve
         self._optimizer = PolicyOptimizer(
-            self._trained, config.optimizer, config.memory, seed=0, following=preserve
+            self._trained, config.optimizer, config.memory, seed=0, preserve_reference=preserve
         )
         self._optimizer.begin(0.0)
         torch.stack([parameter.sum() for parameter in self._trained]).sum().backward()
@@ -158,10 +159,10 @@ class Update:
             for decoder in model.decoders:
                 decoder.forward = functools.partial(checkpoint, decoder.forward, use_reentrant=False)
 
-    def stay_by(self, residency: Residency) -> None:
+    def stay_by(self, idle_offload: IdleOffload) -> None:
         if self._reference is not None:
-            residency.register("reference", self._reference.tensors)
-        residency.register("optimizer", self._optimizer.tensors)
+            idle_offload.register("reference", self._reference.tensors)
+        idle_offload.register("optimizer", self._optimizer.tensors)
 
     def gradients(self) -> None:
         """Compute the gradients of a step's second pair, which are added to those of the first."""
@@ -200,7 +201,7 @@ def planned(method: str, config: Config) -> list[float]:
 def _planned(method: str, config: Config, depth: int) -> list[int]:
     tracker = Tracker(scratch=True)
     model = model_of(config, depth)
-    elsewhere = config.memory.residency == "phases"
+    elsewhere = config.memory.offload_idle
     peaks = []
     with (
         without_collections(),
@@ -229,15 +230,15 @@ def measured(method: str, config: Config) -> int:
         for tensor in (*model.network.parameters(), *model.vae.parameters()):
             torch.nn.init.normal_(tensor, std=0.02)
         model.network.choose_backends(dtype=model.dtype)
-        residency = Residency.from_config(config, device)
-        model.stay_by(residency)
-        with residency.phase("refresh"):
+        idle_offload = IdleOffload.from_config(config, device)
+        model.stay_by(idle_offload)
+        with idle_offload.phase("refresh"):
             update = Update(method, config, model, tracker)
-            update.stay_by(residency)
+            update.stay_by(idle_offload)
         torch.cuda.reset_peak_memory_stats()
-        with residency.phase("update"):
+        with idle_offload.phase("update"):
             update.gradients()
-        with residency.phase("optimizer"):
+        with idle_offload.phase("optimizer"):
             update.step()
     return torch.cuda.max_memory_allocated()
 

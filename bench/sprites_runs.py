@@ -23,7 +23,7 @@ from vpo_engine.build import build_model, build_prompts
 from vpo_engine.config_file import load_config
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.metrics.held_out import HeldOut, Instruments
+from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.metrics.summary import summarise
 from vpo_engine.rewards.frames import VideoOfFrames
 from vpo_engine.rewards.sprites import SpritesJudge
@@ -116,8 +116,8 @@ def look(run: RunDirectory, policy: Path | None) -> dict[str, Tensor]:
     model = build_model(config, processes, lambda _: None)
     _, prompts = build_prompts(config)
     model.prepare(prompts)
-    instruments = Instruments(VideoOfFrames(SpritesImage()), measure, SpritesJudge())
-    held_out = HeldOut(config, model, prompts, instruments, processes)
+    scorers = HeldOutScorers(VideoOfFrames(SpritesImage()), measure, SpritesJudge())
+    held_out = HeldOut(config, model, prompts, scorers, processes)
     return held_out.evaluate(model.network, config.evaluation.samples_per_prompt)
 
 

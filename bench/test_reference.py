@@ -3,7 +3,8 @@
 The noise of a storage is the margin with the stored reference minus the margin with a float32 copy of the same policy,
 on the same pairs, times and noise. Right after a refresh it is the whole margin. It stays the same while the policy
 trains, since a margin is the policy's part minus the reference's. The margin of 200 optimizer steps is given for
-comparison. One training serves all storages; weights are float32 (storages round them) or on bfloat16's grid (masters).
+comparison. One training serves all storages; weights are float32 (storages round them) or on bfloat16's grid
+(fp32_master).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vpo_engine.reference.store import Storage, build_reference
 STEPS, PROMPTS, BATCH = 200, 16, 4
 STORAGES: dict[str, tuple[Storage, ...]] = {
     "float32": ("copy", "bf16", "int8"),
-    "masters": ("copy", "bf16", "int8", "exact8"),
+    "fp32_master": ("copy", "bf16", "int8", "exact8"),
 }
 
 
@@ -47,7 +48,7 @@ def samples(config: Config, model: OpenSora, count: int) -> MicroBatch:
     )
     found = algorithm.sampler.sample(embed_prompts(model, prompts, range(count)))
     pairs, objective = algorithm.selector.pairs(algorithm.selector.choose(found)), algorithm.objective
-    every = range(len(pairs) * config.objective.draws)
+    every = range(len(pairs) * config.objective.timesteps_per_pair)
     return objective.micro_batch(pairs, 0, every, objective.timesteps(pairs, 0, every))
 
 
@@ -96,9 +97,9 @@ def train(
 ) -> None:
     """DPO on the pairs, ``BATCH`` samples a step, against the copy."""
     parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
-    preserve = references.get("exact8", references["copy"]).following
+    preserve = references.get("exact8", references["copy"]).preserve
     optimizer = PolicyOptimizer(
-        parameters, config.optimizer, config.memory, seed=config.seed, following=preserve
+        parameters, config.optimizer, config.memory, seed=config.seed, preserve_reference=preserve
     )
     random = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -132,7 +133,7 @@ def test_reference_storage(weights: str, benchmark, add_row) -> None:
         numbers = {
             "bytes_per_block_weight": reference.bytes_per_weight,
             "bytes_per_weight": reference.nbytes / sum(p.numel() for p in model.network.parameters()),
-            "spilled": reference.spilled,
+            "outliers": reference.outliers,
         }
         for beta in (config.objective.beta, 500.0, 5000.0):
             numbers |= {

@@ -76,6 +76,6 @@ def times_and_noise(algorithm: OnlineVPO, positions: Sequence[int], update: int 
     latents = torch.zeros(len(positions), *algorithm.model.latent_shape)
     text = TextEmbedding(torch.zeros(len(positions), 1, 1), torch.ones(len(positions), 1, dtype=torch.bool))
     pairs = pairs_of(latents, latents, text, positions)
-    samples = range(len(positions) * algorithm.config.objective.draws)
+    samples = range(len(positions) * algorithm.config.objective.timesteps_per_pair)
     times = algorithm.objective.timesteps(pairs, update, samples)
     return times, algorithm.objective.micro_batch(pairs, update, samples, times).noise

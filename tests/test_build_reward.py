@@ -41,7 +41,7 @@ def test_everything_a_scorer_needs_reaches_it(
         return object()
 
     monkeypatch.setattr(registry, "build_reward", build)
-    common = (f"reward.path={tmp_path}", "reward.rows=2", "reward.dimensions=global")
+    common = (f"reward.path={tmp_path}", "reward.batch_size=2", "reward.dimensions=global")
     build_reward(small("reward.kind=videoscore_v1_1", "reward.bits=8", *common), CPU)
     assert seen == {
         "name": "videoscore_v1_1",
@@ -49,10 +49,10 @@ def test_everything_a_scorer_needs_reaches_it(
         "device": CPU,
         "dtype": torch.float32,
         "fps": 8.0,
-        "settings": {"rows": 2, "bits": 8},
+        "settings": {"batch_size": 2, "bits": 8},
     }
     build_reward(small("reward.kind=videoalign", *common), CPU)
-    assert (seen["fps"], seen["settings"]) == (8.0, {"rows": 2})
+    assert (seen["fps"], seen["settings"]) == (8.0, {"batch_size": 2})
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def test_paper_configuration_holds_the_papers_values() -> None:
 def test_defaults_are_the_papers() -> None:
     paper = load_config(CONFIGS / "opensora_v1_2_240p.yaml")
     default = Config()
-    assert default.rollout.model_dump(exclude={"rows"}) == paper.rollout.model_dump(exclude={"rows"})
+    assert default.rollout.model_dump(exclude={"batch_size"}) == paper.rollout.model_dump(
+        exclude={"batch_size"}
+    )
     assert default.optimizer == paper.optimizer
     assert default.reference == paper.reference
     assert default.pairs_per_step == paper.pairs_per_step
@@ -83,15 +85,18 @@ def test_wrong_settings_name_key_constraint_and_remedy(override: str, text: str)
         (["reference.storage=exact8"], "keeps differences from bfloat16 weights, but memory.weights=float32"),
         (["reference.storage=adapter"], "reference.storage=adapter and model.lora=null do not go together"),
         (["model.lora.rank=4"], "reference.storage=copy and model.lora=set do not go together"),
-        (["memory.offload=true"], "memory.recompute=nothing keeps many times as much on the device"),
+        (
+            ["memory.offload_activations=true"],
+            "memory.activation_checkpointing=none keeps many times as much on the device",
+        ),
         (["memory.step_in_backward=true"], "memory.step_in_backward=true excludes optimizer.clip"),
         (
             ["memory.step_in_backward=true", "optimizer.clip=null", "memory.sequential=true"],
             "excludes memory.sequential=true: a step needs the gradients of both members",
         ),
         (
-            ["memory.step_in_backward=true", "optimizer.clip=null", "objective.rows=4"],
-            "excludes objective.rows: a step needs the gradients of all rows",
+            ["memory.step_in_backward=true", "optimizer.clip=null", "objective.micro_batch_size=4"],
+            "excludes objective.micro_batch_size: a step needs the gradients of all rows",
         ),
     ],
 )

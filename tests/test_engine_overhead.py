@@ -129,7 +129,8 @@ def counting(algorithm: OnlineVPO, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def operators(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Outside:
     """Of a second step on the sprites world, with everything that is made once made already."""
     config = load_config(
-        None, ["rollout.guidance=7", "objective.draws=1", "reference.refresh_every=1", *overrides]
+        None,
+        ["rollout.guidance=7", "objective.timesteps_per_pair=1", "reference.refresh_every=1", *overrides],
     )
     processes = Processes.start("cpu")
     model = build_model(config, processes, lambda _: None)
@@ -253,7 +254,7 @@ def seconds_of_the_model(config: Config, size: tuple[int, int, int], gpu: str) -
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
 def test_the_engine_takes_less_than_three_per_cent_of_a_step_of_the_paper(gpu: str, monkeypatch) -> None:
     """240p x 34 frames: the smallest step that the paper makes, hence the largest share."""
-    config = load_config("opensora_v1_2_240p.yaml", ["rollout.rows=null", "reference.storage=copy"])
+    config = load_config("opensora_v1_2_240p.yaml", ["rollout.batch_size=null", "reference.storage=copy"])
     config = config.model_copy(update={"reference": config.reference.model_copy(update={"refresh_every": 1})})
     size = (10, 30, 53)
     engine = seconds_of_the_engine(hollow_step(config, size, monkeypatch), gpu)
@@ -261,7 +262,7 @@ def test_the_engine_takes_less_than_three_per_cent_of_a_step_of_the_paper(gpu: s
 
 
 def test_of_a_step_at_720p_it_takes_less_than_one_per_cent(monkeypatch) -> None:
-    config = load_config("opensora_v1_2_240p.yaml", ["pairs_per_step=1", "rollout.rows=1"])
+    config = load_config("opensora_v1_2_240p.yaml", ["pairs_per_step=1", "rollout.batch_size=1"])
     size = (20, 90, 160)
     engine = seconds_of_the_engine(hollow_step(config, size, monkeypatch), "h200")
     assert engine < 0.01 * seconds_of_the_model(config, size, "h200")

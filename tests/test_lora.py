@@ -163,9 +163,11 @@ def test_an_mlp_in_parts_gives_its_adapter_the_same_gradients(network: STDiT3) -
         assert (parts - whole).norm() <= 1e-12 * whole.norm()  # entries near zero are sums that cancel
 
 
-@pytest.mark.parametrize(("weights", "dtype"), [("masters", torch.bfloat16), ("stochastic", torch.float32)])
+@pytest.mark.parametrize(
+    ("weights", "dtype"), [("fp32_master", torch.bfloat16), ("stochastic_rounding", torch.float32)]
+)
 def test_base_and_adapter_are_held_in_bfloat16_alike(
-    network: STDiT3, weights: Literal["masters", "stochastic"], dtype: torch.dtype
+    network: STDiT3, weights: Literal["fp32_master", "stochastic_rounding"], dtype: torch.dtype
 ) -> None:
     inject_adapter(network, SETTINGS, TARGETS, seed=0)
     unrounded = {name: weight.detach().clone() for name, weight in adapter_parameters(network).items()}

@@ -1,4 +1,5 @@
-"""The pair policy in a step: refill, gap weights, Pareto, normalised dimensions, the ledger and training from it."""
+"""The pair policy in a step: resampling of ties, gap weights, Pareto, normalised dimensions, the preference dataset and
+training from it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
-from vpo_engine.data.ledger import LedgerPair, read_ledger
+from vpo_engine.data.preference_dataset import StoredPair, read_dataset
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.protocols import TextEmbedding
@@ -64,11 +65,11 @@ def numbers_of(step: Step) -> list[list[int]]:
     return [[candidate.number for candidate in choice.candidates] for choice in step.choices]
 
 
-# --- Refill ---
+# --- Resampling of ties ---
 
 
 def test_only_tied_prompts_get_more_candidates_and_pairs_are_of_all(small: Make) -> None:
-    config = small("rollout.candidates=2", "pairs.refill=2")
+    config = small("rollout.candidates=2", "pairs.resample=2")
     # Round 0: prompts 1 and 2 tie. Round 1: prompt 1 is told apart by a new best; prompt 2 ties again. Round 2: a new
     # worst for prompt 2.
     reward = Scripted([1.0, 3.0, 2.0, 2.0, 4.0, 4.0], [2.0, 9.0, 4.0, 4.0], [4.0, 0.5])
@@ -80,7 +81,7 @@ def test_only_tied_prompts_get_more_candidates_and_pairs_are_of_all(small: Make)
     assert [pair.gap for pair in result.pairs] == [2.0, 7.0, 3.5]
     assert numbers_of(result) == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
     assert result.metrics["tie_rate"] == 0
-    assert result.metrics["tie_rate_before_refill"] == pytest.approx(2 / 3)
+    assert result.metrics["tie_rate_before_resample"] == pytest.approx(2 / 3)
     assert result.metrics["reward/temporal_consistency"] == pytest.approx(
         16 / 6
     )  # of all prompts' first candidates
@@ -89,7 +90,7 @@ def test_only_tied_prompts_get_more_candidates_and_pairs_are_of_all(small: Make)
 
 def test_what_refill_samples_is_a_function_of_seed_position_and_number(small: Make) -> None:
     """New noise in every round, the same in every run, whatever else is in the batch; first rounds as without it."""
-    config = small("rollout.candidates=2", "pairs.refill=1")
+    config = small("rollout.candidates=2", "pairs.resample=1")
     tie = [1.0] * 4
     both = run_step(make(config, Scripted(tie, [1.0, 2.0, 3.0, 4.0])), 2)
     alone = run_step(make(config, Scripted([5.0, 6.0, 1.0, 1.0], [3.0, 4.0])), 2)
@@ -111,7 +112,7 @@ def test_what_refill_samples_is_a_function_of_seed_position_and_number(small: Ma
 
 
 def test_prompts_that_stay_a_tie_are_skipped_and_counted(small: Make) -> None:
-    config = small("rollout.candidates=2", "pairs.refill=2", "pairs.min_gap=0.5")
+    config = small("rollout.candidates=2", "pairs.resample=2", "pairs.min_gap=0.5")
     result = run_step(make(config, Scripted([1.0, 1.4, 1.0, 2.0], [1.1, 1.3], [1.45, 1.2])), 2)
     assert [choice.tied for choice in result.choices] == [True, False]
     assert result.metrics["tie_rate"] == 0.5
@@ -121,7 +122,7 @@ def test_prompts_that_stay_a_tie_are_skipped_and_counted(small: Make) -> None:
 
 def test_pruned_candidates_keep_their_numbers(small: Make) -> None:
     config = small(
-        "rollout.candidates=4", "rollout.steps=4", "rollout.prune={after: 0.5, keep: 2}", "pairs.refill=1"
+        "rollout.candidates=4", "rollout.steps=4", "rollout.prune={after: 0.5, keep: 2}", "pairs.resample=1"
     )
     previews, tie = [0.0, 3.0, 1.0, 2.0], [1.0, 1.0]
     reward = Scripted(previews, tie, [5.0, 6.0, 7.0, 4.0], [1.0, 0.0])
@@ -184,11 +185,11 @@ def test_pareto_and_normalised_dimensions_reach_the_choice(small: Make) -> None:
     assert chosen(weights) == (2, 0)
 
 
-# --- Ledger ---
+# --- Preference dataset ---
 
-LEDGER = (
-    "pairs.ledger=latents",
-    "pairs.refill=1",
+DATASET = (
+    "pairs.dataset=latents",
+    "pairs.resample=1",
     "pairs.gap_power=1",
     "pairs.min_gap=0.02",
     "reward.dimensions=global",
@@ -205,7 +206,7 @@ def policy(run: Path) -> dict[str, Tensor]:
 def written(smallest: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps with the whole pair policy."""
     run = tmp_path_factory.mktemp("written") / "run"
-    assert entry.main([*smallest, *LEDGER, f"run_dir={run}"]) == 0
+    assert entry.main([*smallest, *DATASET, f"run_dir={run}"]) == 0
     return run
 
 
@@ -214,7 +215,7 @@ def rows(run: Path) -> list[dict[str, object]]:
 
 
 def test_a_run_writes_what_an_audit_needs(written: Path) -> None:
-    pairs = list(read_ledger(written))
+    pairs = list(read_dataset(written))
     assert [pair.position for pair in pairs] == list(range(8))
     assert [pair.step for pair in pairs] == [1, 1, 2, 2, 3, 3, 4, 4]
     for pair in pairs:
@@ -236,11 +237,11 @@ def test_a_run_writes_what_an_audit_needs(written: Path) -> None:
         assert sum(pair.weight for pair in kept) == pytest.approx(len(kept))
 
 
-def test_latents_of_the_ledger_are_what_seed_and_number_sample_again(written: Path) -> None:
+def test_latents_of_the_dataset_are_what_seed_and_number_sample_again(written: Path) -> None:
     """An audit: candidate numbers, seed and position give the stored latents back, from the policy of step 1."""
     config = load_config(written / "config.yaml")
     model = build_model(config, Processes.start("cpu"), lambda _: None)
-    first = [pair for pair in read_ledger(written) if pair.step == 1 and pair.kept]
+    first = [pair for pair in read_dataset(written) if pair.step == 1 and pair.kept]
     assert first
     model.prepare([pair.prompt for pair in first])
     for pair in first:
@@ -260,15 +261,22 @@ def test_latents_of_the_ledger_are_what_seed_and_number_sample_again(written: Pa
             torch.testing.assert_close(sampled[0, place], stored, rtol=0, atol=5e-5)
 
 
-def test_training_from_the_ledger_repeats_the_run_bit_for_bit(
+def test_training_from_the_dataset_repeats_the_run_bit_for_bit(
     written: Path, smallest: list[str], tmp_path: Path
 ) -> None:
     """Same pairs, draws and weights: the same losses, and the same policy, without a single candidate sampled."""
     run = tmp_path / "offline"
-    offline = [setting for setting in LEDGER if not setting.startswith(("pairs.ledger", "pairs.refill"))]
-    source = ["rollout.source=ledger", f"rollout.ledger={written}"]
+    offline = [setting for setting in DATASET if not setting.startswith(("pairs.dataset", "pairs.resample"))]
+    source = ["rollout.source=dataset", f"rollout.dataset={written}"]
     assert entry.main([*smallest, *offline, *source, f"run_dir={run}"]) == 0
-    numbers = ("loss", "margin", "implicit_accuracy", "winner_gap", "loser_gap", "grad_norm")
+    numbers = (
+        "loss",
+        "margin",
+        "implicit_accuracy",
+        "winner_error_change",
+        "loser_error_change",
+        "grad_norm",
+    )
     same = (*numbers, "pairs", "lr", "tie_rate", "reward/gap")
     for one, other in zip(rows(written), rows(run), strict=True):
         assert [other.get(name) for name in same] == [one.get(name) for name in same]
@@ -277,20 +285,19 @@ def test_training_from_the_ledger_repeats_the_run_bit_for_bit(
     assert all(torch.equal(value, trained[name]) for name, value in policy(written).items())
 
 
-@pytest.mark.slow
 def test_two_processes_write_and_weigh_as_one(written: Path, smallest: list[str], tmp_path: Path) -> None:
-    """Each its own file; read as one ledger, with weights whose mean is 1 over both."""
+    """Each its own file; read as one preference dataset, with weights whose mean is 1 over both."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "vpo_engine.train"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29541"}
-    arguments = [*command, *smallest, *LEDGER, f"run_dir={run}"]
+    arguments = [*command, *smallest, *DATASET, f"run_dir={run}"]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (run / "ledger").glob("*.jsonl")) == [
+    assert sorted(path.name for path in (run / "preference_dataset").glob("*.jsonl")) == [
         "pairs_0000.jsonl",
         "pairs_0001.jsonl",
     ]
-    for one, other in zip(read_ledger(written), read_ledger(run), strict=True):
+    for one, other in zip(read_dataset(written), read_dataset(run), strict=True):
         same = ("step", "position", "prompt", "seed", "candidates", "winner", "loser", "kept")
         assert [getattr(one, name) for name in same] == [getattr(other, name) for name in same]
         assert other.gap == pytest.approx(one.gap, abs=1e-3)
@@ -304,7 +311,7 @@ def test_two_processes_write_and_weigh_as_one(written: Path, smallest: list[str]
             torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_resumed_run_writes_the_same_ledger(
+def test_a_resumed_run_writes_the_same_dataset(
     written: Path, smallest: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -315,50 +322,57 @@ def test_a_resumed_run_writes_the_same_ledger(
             raise RuntimeError("power cut")
         return whole(self, prompts)
 
-    arguments = [*smallest, *LEDGER, f"run_dir={run}"]
+    arguments = [*smallest, *DATASET, f"run_dir={run}"]
     monkeypatch.setattr(OnlineVPO, "step", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         entry.main(arguments)
     monkeypatch.undo()
-    with (run / "ledger/pairs_0000.jsonl").open("ab") as file:
+    with (run / "preference_dataset/pairs_0000.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "posi')
     assert entry.main([*arguments, "checkpoint.resume=true"]) == 0
-    name = "ledger/pairs_0000.jsonl"
+    name = "preference_dataset/pairs_0000.jsonl"
     assert (run / name).read_bytes() == (written / name).read_bytes()
 
-    def latents(pair: LedgerPair) -> list[Tensor]:
+    def latents(pair: StoredPair) -> list[Tensor]:
         return list(pair.latents()) if pair.kept else []
 
-    for one, other in zip(read_ledger(written), read_ledger(run), strict=True):
+    for one, other in zip(read_dataset(written), read_dataset(run), strict=True):
         assert all(map(torch.equal, latents(one), latents(other)))
 
 
 def test_stored_pairs_go_round_and_know_a_wider_min_gap(written: Path) -> None:
     stored = StoredPairs(written)
     assert len(stored) == 8
-    prompts = [pair.prompt for pair in read_ledger(written)]
+    prompts = [pair.prompt for pair in read_dataset(written)]
     assert [item.text for item in stored.take(6, 4)] == [*prompts[6:], *prompts[:2]]
-    gaps = sorted(pair.gap for pair in read_ledger(written) if pair.kept)
-    shape = next(pair for pair in read_ledger(written) if pair.kept).latents()[0].shape
+    gaps = sorted(pair.gap for pair in read_dataset(written) if pair.kept)
+    shape = next(pair for pair in read_dataset(written) if pair.kept).latents()[0].shape
     text = TextEmbedding(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
     stream = [Prompt(prompt, text, position) for position, prompt in enumerate(prompts)]
     choices = StoredPairs(written, gaps[-2]).choices(stream, shape, torch.device("cpu"))
     assert [choice.gap for choice in choices if not choice.tied] == [gaps[-1]]
-    with pytest.raises(ValueError, match=r"all 8 pairs of the ledger at .* are ties; nothing is learned"):
+    with pytest.raises(
+        ValueError, match=r"all 8 pairs of the preference dataset at .* are ties; nothing is learned"
+    ):
         StoredPairs(written, gaps[-1])
-    with pytest.raises(ValueError, match=r"the ledger holds latents .*, but the model's are \[9, 9, 9, 9\]"):
+    with pytest.raises(
+        ValueError, match=r"the preference dataset holds latents .*, but the model's are \[9, 9, 9, 9\]"
+    ):
         stored.choices(stream, (9, 9, 9, 9), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["rollout.source=ledger"], "source=ledger and ledger=null do not go together"),
-        (["rollout.ledger=runs/a"], "source=policy and ledger=runs/a do not go together"),
-        (["rollout.source=ledger", "rollout.ledger=absent"], "no pair ledger at absent; a run writes one"),
+        (["rollout.source=dataset"], "source=dataset and dataset=null do not go together"),
+        (["rollout.dataset=runs/a"], "source=policy and dataset=runs/a do not go together"),
         (
-            ["rollout.source=ledger", "rollout.ledger=runs/a", "pairs.refill=1"],
-            "rollout.source=ledger takes its pairs as they were stored; leave out pairs.refill=1",
+            ["rollout.source=dataset", "rollout.dataset=absent"],
+            "no preference dataset at absent; a run writes one",
+        ),
+        (
+            ["rollout.source=dataset", "rollout.dataset=runs/a", "pairs.resample=1"],
+            "rollout.source=dataset takes its pairs as they were stored; leave out pairs.resample=1",
         ),
         (["reward.min_gap=0.5"], "unknown key reward.min_gap; did you mean pairs.min_gap?"),
         (["reward.dimensions={visual_quality: 0}"], "dimensions.visual_quality=0 is no weight"),

@@ -74,12 +74,12 @@ def run(
 
 OPTIONS: list[dict[str, Any]] = [
     {"beta": 5.0},
-    {"beta": 5.0, "draws": 2},
-    {"beta": 5.0, "draws": 3, "rows": 2},
-    {"beta": 5.0, "rows": 1, "weighting": "epsilon"},
+    {"beta": 5.0, "timesteps_per_pair": 2},
+    {"beta": 5.0, "timesteps_per_pair": 3, "micro_batch_size": 2},
+    {"beta": 5.0, "micro_batch_size": 1, "weighting": "epsilon"},
     {"beta": 5.0, "weighting": "x0"},
     {"beta": 5.0, "winner_anchor": 0.5, "loser_scaling": 0.3},
-    {"beta": 5.0, "branch": "guided", "draws": 2},
+    {"beta": 5.0, "branch": "guided", "timesteps_per_pair": 2},
 ]
 
 
@@ -93,7 +93,7 @@ def test_gradients_and_metrics_are_the_joint_ones(options: dict[str, Any]) -> No
             assert gradient.norm() > 0
             assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
         assert found_metrics == pytest.approx(metrics, rel=tolerance, abs=tolerance)
-        assert found_metrics["rows"] == metrics["rows"] == PAIRS * options.get("draws", 1)
+        assert found_metrics["rows"] == metrics["rows"] == PAIRS * options.get("timesteps_per_pair", 1)
 
 
 def test_the_share_of_several_processes_scales_the_gradient() -> None:
@@ -104,7 +104,9 @@ def test_the_share_of_several_processes_scales_the_gradient() -> None:
 
 
 def test_policy_and_reference_see_the_same_members_in_the_same_geometry() -> None:
-    _, _, model = run(torch.float32, sequential=True, beta=5.0, draws=2, rows=4, branch="guided")
+    _, _, model = run(
+        torch.float32, sequential=True, beta=5.0, timesteps_per_pair=2, micro_batch_size=4, branch="guided"
+    )
     first = model.calls[:5]
     assert [is_policy for is_policy, _ in first] == [False, False, True, True, True]
     reference_winner, reference_loser, winner, loser, again = [inputs for _, inputs in first]
@@ -120,7 +122,7 @@ def test_the_margin_is_exactly_zero_at_the_reference() -> None:
     model, _, batch = problem(torch.float32)
     objective = DPO(model, ObjectiveConfig(), 3.0, 0, sequential=True)  # type: ignore[arg-type]
     metrics = objective.backward(batch, build_reference("copy", model.network))
-    assert metrics["margin"] == metrics["winner_gap"] == metrics["loser_gap"] == 0.0
+    assert metrics["margin"] == metrics["winner_error_change"] == metrics["loser_error_change"] == 0.0
 
 
 class Saved:
@@ -148,10 +150,10 @@ class _Held:
         self._saved.now -= self._size
 
 
-def saved_by_batch(recompute: Any, size: int) -> int:
+def saved_by_batch(checkpointing: Any, size: int) -> int:
     """Return the bytes in the graph of one forward pass of a batch of this size."""
     model, _, pairs = problem(torch.float32)
-    model.network.activations = Activations(recompute)
+    model.network.activations = Activations(checkpointing)
     winners = torch.stack([pair.winner.latents for pair in pairs])
     text = TextEmbedding.cat([pair.prompt.embedding for pair in pairs])
     index = torch.arange(size) % PAIRS
@@ -161,15 +163,15 @@ def saved_by_batch(recompute: Any, size: int) -> int:
     return saved.most
 
 
-@pytest.mark.parametrize("recompute", ["nothing", "block"])
-def test_one_members_graph_exists_at_a_time(recompute: Any) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_one_members_graph_exists_at_a_time(checkpointing: Any) -> None:
     of_the_loss = 8 * PAIRS * torch.Size(LATENT).numel() * 4
     for sequential, size in ((False, 2 * PAIRS), (True, PAIRS)):
         model, reference, batch = problem(torch.float32)
-        model.network.activations = Activations(recompute)
+        model.network.activations = Activations(checkpointing)
         saved = Saved()
         with saved.counting():
             DPO(model, ObjectiveConfig(), 3.0, 0, sequential).backward(batch, reference)  # type: ignore[arg-type]
-        network = saved_by_batch(recompute, size)
+        network = saved_by_batch(checkpointing, size)
         assert network < saved.most <= network + of_the_loss
         assert saved.now == 0

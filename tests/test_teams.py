@@ -28,10 +28,10 @@ PROMPTS = (
 )
 TIE = PROMPTS[1]
 CASES = {
-    "one prompt, one draw": (1, ["objective.draws=1"]),
-    "one prompt, three draws": (1, ["objective.draws=3", "rollout.candidates=2"]),
-    "uneven pairs and a tie": (4, ["objective.draws=1"]),
-    "pruned": (2, ["objective.draws=2", "rollout.prune.after=0.5", "rollout.prune.keep=2"]),
+    "one prompt, one draw": (1, ["objective.timesteps_per_pair=1"]),
+    "one prompt, three draws": (1, ["objective.timesteps_per_pair=3", "rollout.candidates=2"]),
+    "uneven pairs and a tie": (4, ["objective.timesteps_per_pair=1"]),
+    "pruned": (2, ["objective.timesteps_per_pair=2", "rollout.prune.after=0.5", "rollout.prune.keep=2"]),
 }
 """Prompts, and settings beside those of ``settings``."""
 
@@ -73,7 +73,7 @@ def steps(case: str, processes: Processes) -> list[dict[str, object]]:
     algorithm.optimizer.step = recorded  # type: ignore[method-assign]
     found = []
     for number in range(2 if "uneven" in case else 1):
-        mine = processes.share(config.pairs_per_step, "pairs_per_step")
+        mine = processes.team_range(config.pairs_per_step, "pairs_per_step")
         prompts = [PROMPTS[index] for index in mine]
         positions = [number * config.pairs_per_step + index for index in mine]
         step = step_on(algorithm, prompts, positions)
@@ -116,7 +116,12 @@ def test_two_processes_share_the_candidates_of_a_prompt_and_train_as_one(tmp_pat
 
 
 def test_the_plan_of_a_process_of_a_team_is_of_its_part() -> None:
-    settings = ["pairs_per_step=1", "rollout.candidates=4", "rollout.steps=1", "objective.draws=4"]
+    settings = [
+        "pairs_per_step=1",
+        "rollout.candidates=4",
+        "rollout.steps=1",
+        "objective.timesteps_per_pair=4",
+    ]
     shared = [*settings, "processes.per_prompt=2"]
     alone = trace_step(load_config(None, settings), on_gpu=False, network_only=True)
     part = trace_step(load_config(None, shared), on_gpu=False, network_only=True, processes=2)
@@ -131,17 +136,17 @@ def member(rank: int, count: int, size: int) -> Processes:
 
 
 def test_teams_take_prompts_in_turn_and_their_members_the_same() -> None:
-    shares = [list(member(rank, 6, 2).share(6, "pairs_per_step")) for rank in range(6)]
+    shares = [list(member(rank, 6, 2).team_range(6, "pairs_per_step")) for rank in range(6)]
     assert shares == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
     with pytest.raises(
         ValueError, match=r"pairs_per_step=4 cannot be shared equally by 3 teams of 2 processes"
     ):
-        member(0, 6, 2).share(4, "pairs_per_step")
+        member(0, 6, 2).team_range(4, "pairs_per_step")
 
 
 @pytest.mark.parametrize("total", [0, 1, 3, 4, 11])
 def test_every_piece_has_one_process(total: int) -> None:
-    parts = [Processes(rank, 4, torch.device("cpu")).part(total) for rank in range(4)]
+    parts = [Processes(rank, 4, torch.device("cpu")).rank_range(total) for rank in range(4)]
     assert [piece for part in parts for piece in part] == list(range(total))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

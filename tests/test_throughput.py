@@ -141,7 +141,7 @@ def test_rows_are_counted_with_both_branches_of_guidance() -> None:
 
 
 def test_utilisation_is_operations_over_what_the_device_could_have_done() -> None:
-    config = load_config(None, ["objective.draws=3"])
+    config = load_config(None, ["objective.timesteps_per_pair=3"])
     throughput = Throughput(config, RowFlops(forward=10.0, training=31.0), ceiling=100.0)
     seconds = {"rollout": 4.0, "update": 20.0}
     assert throughput.utilisation(seconds, rows=20, pairs=2) == {

@@ -79,7 +79,8 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     train_rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["step"] for row in train_rows] == [1, 2, 3, 4]
     wanted = (
-        "loss margin implicit_accuracy winner_gap loser_gap tie_rate grad_norm lr reward/selected reward/gap"
+        "loss margin implicit_accuracy winner_error_change loser_error_change tie_rate grad_norm lr "
+        "reward/selected reward/gap"
     )
     assert set(wanted.split()) <= train_rows[0].keys()
     stages = {"text", "rollout", "decode", "reward", "update", "refresh", "step"}
@@ -380,7 +381,7 @@ def test_prompts_that_cannot_be_shared_equally_are_refused(small: Make) -> None:
     from vpo_engine.distributed.processes import Processes
 
     with pytest.raises(ValueError, match=r"pairs_per_step=3 cannot be shared equally by 2 processes"):
-        Processes(0, 2, torch.device("cpu")).share(3, "pairs_per_step")
+        Processes(0, 2, torch.device("cpu")).team_range(3, "pairs_per_step")
 
 
 def test_a_reward_that_never_tells_candidates_apart_stops_the_run(

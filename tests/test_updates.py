@@ -43,7 +43,7 @@ def weights(algorithm: OnlineVPO) -> list[Tensor]:
 def test_two_updates_are_two_steps_on_the_same_pairs_with_other_draws(
     small: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    algorithm = make(small("objective.updates=2", "optimizer.lr=1e-4"))
+    algorithm = make(small("objective.updates_per_rollout=2", "optimizer.lr=1e-4"))
     noised: list[tuple[Tensor, Tensor, Tensor]] = []
     after: list[list[Tensor]] = []
     add_noise = algorithm.model.add_noise
@@ -73,18 +73,22 @@ def test_two_updates_are_two_steps_on_the_same_pairs_with_other_draws(
 
 
 def test_the_reference_is_refreshed_between_the_updates_of_a_step(small: Make) -> None:
-    algorithm = make(small("objective.updates=2", "reference.refresh_every=3", "optimizer.lr=1e-4"))
+    algorithm = make(
+        small("objective.updates_per_rollout=2", "reference.refresh_every=3", "optimizer.lr=1e-4")
+    )
     assert [step(algorithm, number).metrics["reference_age"] for number in range(3)] == [2, 1, 0]
 
 
 def test_the_learning_rate_falls_over_all_updates(small: Make) -> None:
-    algorithm = make(small("objective.updates=3", "steps=2", "optimizer.lr=1e-4", "optimizer.final_lr=0.5"))
+    algorithm = make(
+        small("objective.updates_per_rollout=3", "steps=2", "optimizer.lr=1e-4", "optimizer.final_lr=0.5")
+    )
     rates = [step(algorithm, number).metrics["lr"] for number in range(2)]
     assert rates == [pytest.approx(0.8e-4), pytest.approx(0.5e-4)]
 
 
 def test_runs_with_several_updates_resume_bit_for_bit(small: Make, tmp_path: Path) -> None:
-    config = small("objective.updates=2", "optimizer.lr=1e-4")
+    config = small("objective.updates_per_rollout=2", "optimizer.lr=1e-4")
     whole, resumed = make(config), make(config)
     step(whole, 0)
     saved = copy.deepcopy(capture(whole, 1, {}))

@@ -15,9 +15,9 @@ from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.memory.residency import Residency, module_tensors
+from vpo_engine.memory.idle_offload import IdleOffload, module_tensors
 from vpo_engine.memory.rounding import hold_in_bfloat16
-from vpo_engine.metrics.held_out import HeldOut, Instruments
+from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.metrics.pixels import pixel_measures
 from vpo_engine.models.lora import inject_adapter
 from vpo_engine.models.registry import check_loaded, check_model, model_family
@@ -69,7 +69,7 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
         for line in filter(None, said):
             say(line)
     hold_in_bfloat16(network, memory.weights, dtype)
-    model.stay_by(Residency.from_config(config, processes.device))
+    model.stay_by(IdleOffload.from_config(config, processes.device))
     return model
 
 
@@ -112,11 +112,11 @@ def check_reward(config: Config) -> None:
         check_dimensions(held_out.dimensions, tuple(registry.reward_card(held_out.kind).dimensions))
 
 
-def build_reward(config: Config, device: torch.device, residency: Residency | None = None) -> Reward:
+def build_reward(config: Config, device: torch.device, idle_offload: IdleOffload | None = None) -> Reward:
     """The reward model, on reward.device or else ``device``, in a process of its own under reward.process.
 
-    ``residency`` is told of its weights if they are on ``device``, in this process. Errors as of ``check_reward``, and
-    of its files.
+    ``idle_offload`` is told of its weights if they are on ``device``, in this process. Errors as of ``check_reward``,
+    and of its files.
     """
     check_reward(config)
     settings = config.reward
@@ -134,8 +134,8 @@ def build_reward(config: Config, device: torch.device, residency: Residency | No
         return start_reward(spec, time_limit=settings.time_limit)
     reward = spec.build()
     network = getattr(reward, "network", None)
-    if moves and residency is not None and network is not None:
-        residency.register("reward", lambda: module_tensors(network))
+    if moves and idle_offload is not None and network is not None:
+        idle_offload.register("reward", lambda: module_tensors(network))
     return reward
 
 
@@ -170,11 +170,11 @@ def build_held_out(
         )
         network = getattr(judge, "network", None)
         if network is not None:
-            model.residency.register("judge", lambda: module_tensors(network))
-    instruments = Instruments(
+            model.idle_offload.register("judge", lambda: module_tensors(network))
+    scorers = HeldOutScorers(
         reward=reward,
         pixels=measure if sprites else pixel_measures,
         judge=judge,
         judged=None if settings is None else settings.dimensions,
     )
-    return HeldOut(config, model, prompts, instruments, processes, model.residency)
+    return HeldOut(config, model, prompts, scorers, processes, model.idle_offload)

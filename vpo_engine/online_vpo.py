@@ -17,8 +17,8 @@ import torch
 
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
-from vpo_engine.memory.residency import Residency
 from vpo_engine.metrics.stage_timer import StageTimer
 from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.objectives.dpo import DPO
@@ -58,25 +58,29 @@ class OnlineVPO:
         reward: Reward,
         reference: ReferenceStore,
         processes: Processes,
-        residency: Residency | None = None,
+        idle_offload: IdleOffload | None = None,
         stored: StoredPairs | None = None,
     ) -> None:
-        """``residency`` knows the model's and the reward's tensors already (None: everything stays where it is).
+        """``idle_offload`` knows the model's and the reward's tensors already (None: everything stays where it is).
 
-        ``stored``: with rollout.source=ledger, the pairs to train on in place of candidates.
+        ``stored``: with rollout.source=dataset, the pairs to train on in place of candidates.
         """
         _check(config, processes)
         self.config, self.model, self.reward, self.reference = config, model, reward, reference
         self.processes, self.stored = processes, stored
-        self.residency = residency or Residency.everything()
+        self.idle_offload = idle_offload or IdleOffload.disabled()
         self.parameters = [p for p in model.network.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the policy requires a gradient; there is nothing to train")
         self.optimizer = PolicyOptimizer(
-            self.parameters, config.optimizer, config.memory, seed=config.seed, following=reference.following
+            self.parameters,
+            config.optimizer,
+            config.memory,
+            seed=config.seed,
+            preserve_reference=reference.preserve,
         )
-        self.residency.register("reference", reference.tensors)
-        self.residency.register("optimizer", self.optimizer.tensors)
+        self.idle_offload.register("reference", reference.tensors)
+        self.idle_offload.register("optimizer", self.optimizer.tensors)
         self.refreshed_at = 0
         self.objective = DPO(
             model, config.objective, config.rollout.guidance, config.seed, config.memory.sequential
@@ -88,8 +92,8 @@ class OnlineVPO:
         self._sample = self.timer.timed("rollout", self.sampler.sample)
         self._update_policy = self.timer.timed("update", self._update)
         self._refresh_reference = self.timer.timed("refresh", self._refresh)
-        self._backward = self.residency.during("update", self.objective.backward)
-        self._optimizer_step = self.residency.during("optimizer", self._average_and_step)
+        self._backward = self.idle_offload.during("update", self.objective.backward)
+        self._optimizer_step = self.idle_offload.during("optimizer", self._average_and_step)
 
     @property
     def optimizer_steps(self) -> int:
@@ -103,14 +107,14 @@ class OnlineVPO:
         else:
             choices = self.stored.choices(prompts, self.model.latent_shape, self.processes.device)
         pairs = self.selector.pairs(choices)  # without ties, weighted
-        for update in range(self.config.objective.updates):
+        for update in range(self.config.objective.updates_per_rollout):
             metrics = self._update_policy(pairs, update)  # Diffusion-DPO on the latents
             self._refresh_reference()  # every K optimizer steps: reference <- policy
         return self._step_made(choices, pairs, metrics)
 
     def _resample_ties(self, choices: list[Choice]) -> list[Choice]:
-        """Sample N more candidates for prompts that are a tie, and choose among all of theirs, pairs.refill times."""
-        for attempt in range(1, 1 + self.config.pairs.refill):
+        """Sample N more candidates for prompts that are a tie, and choose among all of theirs, pairs.resample times."""
+        for attempt in range(1, 1 + self.config.pairs.resample):
             tied = [choice for choice in choices if choice.tied]
             if not tied:
                 break
@@ -125,7 +129,7 @@ class OnlineVPO:
     def _update(self, pairs: Sequence[Pair], update: int) -> dict[str, float]:
         """Make one optimizer step on the pairs of all processes, or none where there are no pairs."""
         team, here = self.processes.team, self.processes.device
-        mine = team.part(len(pairs) * self.config.objective.draws)
+        mine = team.rank_range(len(pairs) * self.config.objective.timesteps_per_pair)
         total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // team.count
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=here)
         rate = learning_rate(self.config.optimizer, self.optimizer_steps, self.config.optimizer_steps)
@@ -136,7 +140,7 @@ class OnlineVPO:
                 self.reference,
                 update=update,
                 samples=mine,
-                total=total * self.config.objective.draws,
+                total=total * self.config.objective.timesteps_per_pair,
                 processes=self.processes.count,
             )
             sums += torch.tensor([local[name] for name in (*DPO.METRICS, "samples")], device=here)
@@ -155,7 +159,7 @@ class OnlineVPO:
         """Copy the policy into the reference after every K optimizer steps; steps without an update do not count."""
         every = self.config.reference.refresh_every
         if every and self.optimizer_steps - self.refreshed_at >= every:
-            with self.residency.phase("refresh"):
+            with self.idle_offload.phase("refresh"):
                 self.reference.refresh(self.model.network)
             self.refreshed_at = self.optimizer_steps
 
@@ -177,7 +181,7 @@ class OnlineVPO:
     def _build_sampler(self) -> CandidateSampler:
         """Join what samples (the policy, the reference, or an 8-bit copy of the policy), decodes and scores."""
         config, model, device = self.config.rollout, self.model, self.processes.device
-        batches = Batches(config.most_rows)
+        batches = Batches(config.batch_limit)
         exact: Network = self.reference if config.source == "reference" else model.network
         bits = config.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
@@ -186,11 +190,11 @@ class OnlineVPO:
         reward = self.reward if self.config.guards.motion_floor is None else WithMotion(self.reward)
         scorer = VideoScorer(
             self.timer.timed("decode", lambda latents: model.decode(latents)),
-            self.residency.during("reward", lambda videos, texts: reward.score(videos, texts)),
+            self.idle_offload.during("reward", lambda videos, texts: reward.score(videos, texts)),
             reward.dimensions,
             batches,
             overlap=config.overlap,
-            take_turns=self.residency.active,
+            take_turns=self.idle_offload.active,
         )
         denoiser = Denoiser(model, batches, device)
         return CandidateSampler(
@@ -198,9 +202,9 @@ class OnlineVPO:
             self.config.seed,
             model.latent_shape,
             self._networks,
-            self.residency.during("rollout", self._refresh_copy),
+            self.idle_offload.during("rollout", self._refresh_copy),
             model.start,
-            self.residency.during("rollout", denoiser),
+            self.idle_offload.during("rollout", denoiser),
             scorer.overlapped,
             self.timer.timed("reward", scorer),
             self.selector.extremes,

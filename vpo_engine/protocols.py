@@ -64,7 +64,7 @@ class ReferenceStore(Protocol):
         """Make the reference equal to the policy."""
         ...
 
-    def following(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    def preserve(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Keep the reference as it is while these parameters of the policy change inside the context."""
         ...
 

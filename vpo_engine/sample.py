@@ -101,7 +101,7 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
         ).to(processes.device)
         text = model.embed([prompt]).repeat_interleave(count)
         settings = config.rollout
-        with model.residency.phase("evaluation"):
+        with model.idle_offload.phase("evaluation"):
             latents = model.sample(
                 model.network, noise, text, steps=settings.steps, guidance=settings.guidance
             )

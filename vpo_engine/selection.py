@@ -82,13 +82,13 @@ class Selector:
         tied = torch.tensor([choice.tied for choice in choices])
         means = {f"reward/{name}": value.mean() for name, value in scores.items()}
         means["reward/selected"] = combine(scores, config.reward.dimensions).mean()
-        if self._floor is not None and rollout.source != "ledger":
+        if self._floor is not None and rollout.source != "dataset":
             means["guards/still"] = self._floor.still(scores).float().mean()
         means["reward/gap"] = torch.tensor([choice.gap for choice in choices]).mean()
         means["tie_rate"] = tied.float().mean()
-        if config.pairs.refill:
+        if config.pairs.resample:
             resampled = torch.tensor([len(choice.candidates) > count for choice in choices])
-            means["tie_rate_before_refill"] = (tied | resampled).float().mean()
+            means["tie_rate_before_resample"] = (tied | resampled).float().mean()
         summed = self._processes.sum(torch.stack([*means.values()]).to(self._processes.device))
         return dict(zip(means, (summed / self._processes.count).tolist(), strict=True))
 

@@ -20,7 +20,7 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.memory.residency import Residency
+from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.models.registry import check_model
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.parts import configurations_are_here
@@ -64,28 +64,28 @@ def train(config: Config) -> int:
     processes = Processes.start(config.model.device, own.per_prompt, own.reward)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)
-        if processes.spared:
+        if processes.is_reward_process:
             return _serve_reward(config, processes, at_end)
         served = None
         if processes.store is not None:
             served = at_end.enter_context(find_reward(processes.store, processes.rank))
         check_model(config)
         check_reward(config)
-        ledger = config.rollout.ledger
-        stored = None if ledger is None else StoredPairs(ledger, config.pairs.min_gap)
+        dataset = config.rollout.dataset
+        stored = None if dataset is None else StoredPairs(dataset, config.pairs.min_gap)
         prompts, held_out_prompts = build_prompts(config)
         if configurations_are_here(config):  # else building the model says which is missing
             config, plan = check_fits(config, processes.device, processes.count)
             if processes.first:
                 print(plan, flush=True)
         model = build_model(config, processes)
-        reward = served or _build_reward(config, processes, at_end, model.residency)
+        reward = served or _build_reward(config, processes, at_end, model.idle_offload)
         if served is not None:
             served.wait_until_loaded()
         run = _run_directory(config, processes)
-        with model.residency.phase("refresh"):
+        with model.idle_offload.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
-            algorithm = OnlineVPO(config, model, reward, reference, processes, model.residency, stored)
+            algorithm = OnlineVPO(config, model, reward, reference, processes, model.idle_offload, stored)
         stream = PromptStream(prompts, config.seed) if stored is None else stored
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         trainer = Trainer(
@@ -115,16 +115,16 @@ def _serve_reward(config: Config, processes: Processes, at_end: ExitStack) -> in
 
 
 def _build_reward(
-    config: Config, processes: Processes, at_end: ExitStack, residency: Residency | None = None
+    config: Config, processes: Processes, at_end: ExitStack, idle_offload: IdleOffload | None = None
 ) -> Reward:
-    reward = build_reward(config, processes.device, residency)
+    reward = build_reward(config, processes.device, idle_offload)
     return at_end.enter_context(reward) if isinstance(reward, RemoteReward) else reward
 
 
 def _run_directory(config: Config, processes: Processes) -> RunDirectory:
     """Made, or for a resumed run opened, by the first process; the others are told where it is."""
     path = str(_open_or_create(config).root) if processes.first else ""
-    return RunDirectory.open(Path(processes.agree(path)))
+    return RunDirectory.open(Path(processes.broadcast_text(path)))
 
 
 def _open_or_create(config: Config) -> RunDirectory:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from vpo_engine.config import Config
-from vpo_engine.data.ledger import truncate_ledger
+from vpo_engine.data.preference_dataset import truncate_dataset
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.held_out import HeldOut
+from vpo_engine.metrics.reward_monitor import Alarm, RewardMonitor, describe_shuffle
 from vpo_engine.metrics.summary import format_summary, summarise
 from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
-from vpo_engine.metrics.watch import Alarm, Watch, describe_shuffle
 from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rollout.preference_dataset import PairRecorder, StoredPairs
@@ -74,7 +74,7 @@ class Trainer:
         self._config, self._algorithm, self._stream = config, algorithm, stream
         self._held_out, self._run, self._processes = held_out, run, processes
         self._stop_elsewhere = stop_elsewhere
-        self._mine = processes.share(config.pairs_per_step, "pairs_per_step")
+        self._mine = processes.team_range(config.pairs_per_step, "pairs_per_step")
         self._seconds: dict[str, float] = defaultdict(float)
         self._stage_seconds: dict[str, float] = {}
         self._taken_at = time.perf_counter()
@@ -82,7 +82,7 @@ class Trainer:
         self._steps_without_pairs = 0
         samples = config.evaluation.samples_per_prompt
         samples = min(samples, config.evaluation.samples_between or samples)
-        self._watch = Watch(config.guards, samples * len(held_out.prompts))
+        self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts))
         self._alarmed = False
 
     def run(self) -> Outcome:
@@ -124,15 +124,16 @@ class Trainer:
         return Outcome(step, None, "an alarm (guards.on_alarm=stop)", alarmed=True)
 
     def _open_recorder(self, start: int) -> PairRecorder | None:
-        """Return what writes the run's ledger, without the steps after ``start``; one process of each team has it."""
-        if self._config.pairs.ledger == "none":
+        """Return what writes the run's preference dataset, without the steps after ``start``; one process of each team
+        has it."""
+        if self._config.pairs.dataset == "none":
             return None
         if self._processes.first:
-            truncate_ledger(self._run.ledger, start)
+            truncate_dataset(self._run.preference_dataset, start)
         self._processes.wait()
         if not self._processes.team.first:
             return None
-        return PairRecorder(self._config, self._run.ledger, self._processes.rank)
+        return PairRecorder(self._config, self._run.preference_dataset, self._processes.rank)
 
     def _encode_text(self) -> None:
         """Encode all prompts of the run, also those of steps already done, since equal batches give equal bits."""
@@ -215,7 +216,7 @@ class Trainer:
         if not found:
             return {}
         self._progress.note(describe_shuffle(found))
-        self._raise_alarms(self._watch.prompts(found))
+        self._raise_alarms(self._monitor.prompts(found))
         return {f"guards/prompt/{name}": shuffled.share for name, shuffled in found.items()}
 
     def _raise_alarms(self, alarms: Sequence[Alarm]) -> None:
@@ -223,7 +224,7 @@ class Trainer:
             self._progress.note(f"ALARM after step {alarm.step}: {alarm.text}")
             self._alarmed |= alarm.stops and self._config.guards.on_alarm == "stop"
         if self._processes.first:
-            write_alarms(self._run, [asdict(alarm) for alarm in self._watch.alarms])
+            write_alarms(self._run, [asdict(alarm) for alarm in self._monitor.alarms])
 
     def _finish(self, step: int) -> dict[str, object]:
         self._progress.stage("evaluating the trained policy")
@@ -246,7 +247,7 @@ class Trainer:
         self, step: int, measured: dict[str, Tensor], more: Mapping[str, float] | None = None
     ) -> None:
         means = {f"held_out/{name}": float(value.mean()) for name, value in _logged(measured).items()}
-        numbers, alarms = self._watch.observe(step, self._baseline, measured)
+        numbers, alarms = self._monitor.observe(step, self._baseline, measured)
         self._log.write(step, "eval", means | numbers | dict(more or {}))
         self._raise_alarms(alarms)
 
@@ -294,7 +295,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         if self._processes.first:
             snapshot = capture(self._algorithm, step, self._baseline)
-            snapshot["state"]["guards"] = self._watch.state()
+            snapshot["state"]["guards"] = self._monitor.state()
             save_checkpoint(
                 self._run.checkpoints,
                 step,
@@ -316,7 +317,7 @@ class Trainer:
         step, self._baseline = restore(
             self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy
         )
-        self._watch.load(checkpoint.state.get("guards", Watch.NOTHING))
+        self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
         return step
 
     @staticmethod

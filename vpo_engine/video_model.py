@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
-from vpo_engine.memory.residency import PartName, Residency
+from vpo_engine.memory.idle_offload import IdleOffload, PartName
 from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerState, TextEmbedding
 
 Padding = Literal["masked", "zeros", "attended"]
 Option = Literal[
     "model.attention",
-    "model.companions",
-    "memory.recompute",
-    "memory.offload",
+    "model.fused_ops",
+    "memory.activation_checkpointing",
+    "memory.offload_activations",
     "memory.mlp_chunks",
     "memory.decode_frames",
-    "memory.decode_rows",
+    "memory.decode_strip_height",
     "rollout.guidance",
     "rollout.guidance_interval",
     "rollout.cache",
@@ -204,7 +204,7 @@ class VideoModel(ABC):
     network: the policy, the only module that is trained. Its repeating blocks are the members of the lists
         (nn.ModuleList) that are its attributes; see ``repeating_blocks``. Nothing in its forward pass may be random.
     latent_shape: (C, T, H, W) of one sample. fps: frames a second of the videos. text_rule: see ``TextRule``.
-    device, dtype: where the model is, and its arithmetic. residency: says what is on the device; see ``stay_by``.
+    device, dtype: where the model is, and its arithmetic. idle_offload: says what is on the device; see ``stay_by``.
     """
 
     card: ClassVar[ModelCard]
@@ -214,7 +214,7 @@ class VideoModel(ABC):
     text_rule: TextRule
     device: torch.device
     dtype: torch.dtype
-    residency: Residency
+    idle_offload: IdleOffload
 
     # --- before anything is loaded -------------------------------------------------------------------------
 
@@ -334,8 +334,8 @@ class VideoModel(ABC):
         """Choose what computes attention and fused operations; return a line for the user, "" for no choice."""
 
     @abstractmethod
-    def stay_by(self, residency: Residency) -> None:
-        """Let ``residency`` say when each of ``parts`` is on the device."""
+    def stay_by(self, idle_offload: IdleOffload) -> None:
+        """Let ``idle_offload`` say when each of ``parts`` is on the device."""
 
     @abstractmethod
     def row_flops(self, text: TextEmbedding) -> RowFlops | None:

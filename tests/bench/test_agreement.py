@@ -51,7 +51,11 @@ def test_an_interval_covers_the_mean_of_many_and_has_no_width_where_nothing_vari
 
 
 def test_smaller_batches_and_previews_of_the_last_step_agree() -> None:
-    sets = ["rollout.rows=4", "rollout.prune.after=0.9 rollout.prune.keep=3", "rollout.explore.steps=11"]
+    sets = [
+        "rollout.batch_size=4",
+        "rollout.prune.after=0.9 rollout.prune.keep=3",
+        "rollout.explore.steps=11",
+    ]
     table = measure(sets, prompts=2, candidates=4)
     assert [shares(cells)[1:5] for cells in table.lines] == [["100 %"] * 4] * 3
 

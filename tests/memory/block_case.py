@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from vpo_kernels.attention import TextPlan, plan_text
 
-from vpo_engine.config import Recompute
+from vpo_engine.config import ActivationCheckpointing
 from vpo_engine.memory.checkpointing import checkpointed
 from vpo_engine.models.opensora.blocks import Block, rotary_tables
 
@@ -72,13 +72,13 @@ class Case:
         own = self.T if self.temporal else self.S
         return self.N * own + self.T * self.S * self.L
 
-    def forward(self, recompute: Recompute, parts: int = 1) -> Tensor:
+    def forward(self, checkpointing: ActivationCheckpointing, parts: int = 1) -> Tensor:
         inputs = (self.x, self.text, self.plan, self.time, self.rope, parts)
-        return checkpointed(self.block, *inputs, recompute=recompute)
+        return checkpointed(self.block, *inputs, checkpointing=checkpointing)
 
-    def outcome(self, recompute: Recompute, parts: int = 1) -> list[Tensor]:
+    def outcome(self, checkpointing: ActivationCheckpointing, parts: int = 1) -> list[Tensor]:
         """Prediction and gradients."""
-        out = self.forward(recompute, parts)
+        out = self.forward(checkpointing, parts)
         out.square().sum().backward()
         return [out.detach(), *self.gradients()]
 

@@ -9,11 +9,11 @@ import torch
 from block_case import Case, Storages
 from torch import Tensor
 
-from vpo_engine.config import Recompute
+from vpo_engine.config import ActivationCheckpointing
 from vpo_engine.memory.checkpointing import in_parts
 from vpo_engine.models.opensora.embeddings import Mlp
 
-POLICIES: tuple[Recompute, ...] = get_args(Recompute)
+POLICIES: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
 MEASURED = 4e-7
 """Largest relative norm of what parts change in a float32 gradient, over the cases below: sums in another order."""
 PARTS = [2, 3, 7, 20, 64]
@@ -25,7 +25,7 @@ def test_the_prediction_differs_by_rounding_of_products_at_most(temporal: bool, 
     """A library may sum a product of few rows in another order than that of many."""
     for dtype, most in ((torch.float64, 1e-15), (torch.float32, 1e-7)):
         case = Case(temporal, dtype=dtype)
-        assert relative(case.forward("nothing", parts), case.forward("nothing")) <= most
+        assert relative(case.forward("none", parts), case.forward("none")) <= most
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -36,10 +36,10 @@ def test_with_and_without_grad_the_prediction_is_the_same_bits(temporal: bool, p
         case = Case(temporal, dtype=dtype)
         before = case.x.clone()
         with torch.no_grad():
-            expected = case.forward("nothing", parts)
+            expected = case.forward("none", parts)
         assert torch.equal(case.x, before)
-        for recompute in POLICIES:
-            assert torch.equal(case.forward(recompute, parts), expected)
+        for checkpointing in POLICIES:
+            assert torch.equal(case.forward(checkpointing, parts), expected)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -51,13 +51,15 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("temporal", [False, True], ids=["spatial", "temporal"])
 def test_gradients_are_as_near_to_float64_as_before(temporal: bool, parts: int) -> None:
     """In float64 a library's product of few rows may round otherwise than that of many."""
-    exact = Case(temporal, dtype=torch.float64).outcome("nothing")
-    exact_parts = Case(temporal, dtype=torch.float64).outcome("nothing", parts)
+    exact = Case(temporal, dtype=torch.float64).outcome("none")
+    exact_parts = Case(temporal, dtype=torch.float64).outcome("none", parts)
     for one, other in zip(exact, exact_parts, strict=True):
         assert relative(other, one) <= 1e-15
-    whole = Case(temporal).outcome("nothing")
-    for recompute in POLICIES:
-        for found, before, truth in zip(Case(temporal).outcome(recompute, parts), whole, exact, strict=True):
+    whole = Case(temporal).outcome("none")
+    for checkpointing in POLICIES:
+        for found, before, truth in zip(
+            Case(temporal).outcome(checkpointing, parts), whole, exact, strict=True
+        ):
             assert relative(found, before) <= MEASURED
             assert relative(found, truth) <= 1.5 * relative(before, truth)
 
@@ -65,9 +67,9 @@ def test_gradients_are_as_near_to_float64_as_before(temporal: bool, parts: int) 
 @pytest.mark.parametrize("parts", [3, 20])
 def test_policies_agree_bit_for_bit_in_parts(parts: int) -> None:
     for temporal in (False, True):
-        expected = Case(temporal).outcome("nothing", parts)
-        for recompute in POLICIES[1:]:
-            found = Case(temporal).outcome(recompute, parts)
+        expected = Case(temporal).outcome("none", parts)
+        for checkpointing in POLICIES[1:]:
+            found = Case(temporal).outcome(checkpointing, parts)
             assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -101,11 +103,11 @@ def test_a_part_is_computed_once_forward_and_once_backward(
         return forward(self, x)
 
     monkeypatch.setattr(Mlp, "forward", counted)
-    for recompute in POLICIES:
+    for checkpointing in POLICIES:
         case = Case(temporal=False)
         sizes.clear()
         with torch.set_grad_enabled(grad):
-            out = case.forward(recompute, 4)
+            out = case.forward(checkpointing, 4)
         assert sizes == [5] * 4
         if grad:
             out.sum().backward()
@@ -117,12 +119,12 @@ def large(temporal: bool = False) -> Case:
     return Case(temporal, B=1, T=10, S=96, C=32, H=2, lengths=(5,))
 
 
-@pytest.mark.parametrize("recompute", POLICIES)
-def test_hidden_activations_exist_one_part_at_a_time(recompute: Recompute) -> None:
+@pytest.mark.parametrize("checkpointing", POLICIES)
+def test_hidden_activations_exist_one_part_at_a_time(checkpointing: ActivationCheckpointing) -> None:
     parts, case = 8, large()
     hidden = case.N * case.M * 4
     with Storages() as storages:
-        out = case.forward(recompute, parts)
+        out = case.forward(checkpointing, parts)
         assert storages.most[hidden // parts] <= 2  # before and after the activation
         out.sum().backward()
     assert storages.most[hidden] == 0
@@ -135,13 +137,13 @@ def test_without_grad_the_peak_falls_too() -> None:
     unit = case.x.nbytes
     for parts, most in ((1, 10.1), (8, 7.1)):  # the MLP's and the attention's
         with Storages(case.shared()) as storages:
-            case.forward("nothing", parts)
+            case.forward("none", parts)
         assert 0.97 * most < storages.peak / unit < most
 
 
 @pytest.mark.parametrize("temporal", [False, True], ids=["spatial", "temporal"])
 @pytest.mark.parametrize(
-    ("recompute", "parts", "most"),
+    ("checkpointing", "parts", "most"),
     [
         ("block", 1, 31),
         ("block", 8, 19),
@@ -152,7 +154,7 @@ def test_without_grad_the_peak_falls_too() -> None:
     ],
 )
 def test_what_one_blocks_backward_needs_at_once(
-    temporal: bool, recompute: Recompute, parts: int, most: int
+    temporal: bool, checkpointing: ActivationCheckpointing, parts: int, most: int
 ) -> None:
     """In values per token and channel, with what the policy kept, beside the block's input and two gradients."""
     case = large(temporal)
@@ -162,7 +164,7 @@ def test_what_one_blocks_backward_needs_at_once(
     ):
         tensor.grad = gradient
     with Storages([*case.shared(), *gradients]) as storages:
-        out = case.forward(recompute, parts)
+        out = case.forward(checkpointing, parts)
         start = torch.ones_like(out)
         storages.peak = 0
         out.backward(start)

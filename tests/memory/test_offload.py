@@ -269,17 +269,17 @@ def gradients(model: STDiT3, backward_passes: int = 1) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("recompute", ["block", "all_but_attention"])
+@pytest.mark.parametrize("checkpointing", ["block", "all_but_attention"])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_the_model_has_the_same_gradients(recompute: str, parts: int) -> None:
+def test_the_model_has_the_same_gradients(checkpointing: str, parts: int) -> None:
     model = network()
-    model.activations = Activations(recompute, mlp_chunks=parts)  # type: ignore[arg-type]
+    model.activations = Activations(checkpointing, mlp_chunks=parts)  # type: ignore[arg-type]
     expected = gradients(model, 2)
     recorders: list[Recorder] = []
     model.offloaded = OffloadedInputs(
         lambda tensor: recorders.append(Recorder(tensor.device)) or recorders[-1]
     )
-    model.activations = Activations(recompute, offload=True, mlp_chunks=parts)  # type: ignore[arg-type]
+    model.activations = Activations(checkpointing, offload=True, mlp_chunks=parts)  # type: ignore[arg-type]
     assert same(gradients(model, 2), expected)
     (recorder,) = recorders
     sent = [f"out {block}" for block in range(BLOCKS)]

@@ -25,7 +25,9 @@ from vpo_engine.memory.rounding import hold_in_bfloat16
 
 SHAPES = ((64, 80), (80,), (3, 5, 7))
 """The first has enough elements (4096) for 8-bit moments, the others do not."""
-ALL_MODES = [(weights, bits) for weights in ("float32", "masters", "stochastic") for bits in (32, 8)]
+ALL_MODES = [
+    (weights, bits) for weights in ("float32", "fp32_master", "stochastic_rounding") for bits in (32, 8)
+]
 ULP = 2.0**-8
 """The distance of bfloat16 values in [0.5, 1)."""
 
@@ -56,7 +58,7 @@ def optimizer_of(
 ) -> PolicyOptimizer:
     given = OptimizerConfig(**{"lr": 1e-4, "weight_decay": 0.01, "clip": None, **settings})
     memory = MemoryConfig(weights=weights, optimizer_bits=bits, step_in_backward=in_backward)  # type: ignore[arg-type]
-    return PolicyOptimizer(list(network.parameters()), given, memory, seed=seed, following=preserve)
+    return PolicyOptimizer(list(network.parameters()), given, memory, seed=seed, preserve_reference=preserve)
 
 
 def run(optimizer: PolicyOptimizer, network: nn.ParameterList, steps: range) -> None:
@@ -90,7 +92,7 @@ def test_float32_is_plain_adamw_over_the_sprites_policy_bit_for_bit(
     one, other = (list(network.parameters()) for network in sides)
     settings = OptimizerConfig(lr=1e-3, weight_decay=0.01, clip=clip)
     optimizer = PolicyOptimizer(
-        one, settings, MemoryConfig(), seed=0, following=lambda parameters: nullcontext()
+        one, settings, MemoryConfig(), seed=0, preserve_reference=lambda parameters: nullcontext()
     )
     plain = torch.optim.AdamW(other, lr=1e-3, weight_decay=0.01)
     random = torch.Generator().manual_seed(0)
@@ -127,8 +129,8 @@ def test_float32_stays_within_its_rounding_of_float64() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_masters_are_float32_and_the_weights_their_nearest_bfloat16(dtype: torch.dtype) -> None:
     unrounded = [p.detach().clone() for p in policy("float32").parameters()]
-    network = policy("masters", dtype)
-    optimizer = optimizer_of(network, "masters")
+    network = policy("fp32_master", dtype)
+    optimizer = optimizer_of(network, "fp32_master")
     exact = float64_adamw(unrounded, network, 50)
     run(optimizer, network, range(50))
     state = optimizer.state_dict()
@@ -143,9 +145,9 @@ def test_masters_are_float32_and_the_weights_their_nearest_bfloat16(dtype: torch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_stochastic_weights_are_a_random_walk_around_float64(dtype: torch.dtype) -> None:
     """Each step adds an error of mean zero and variance q (1 - q) ulp^2, at most a quarter."""
-    network = policy("stochastic", dtype, [(200, 100)])
+    network = policy("stochastic_rounding", dtype, [(200, 100)])
     exact = float64_adamw([p.detach().clone() for p in network.parameters()], network, 50)
-    run(optimizer_of(network, "stochastic"), network, range(50))
+    run(optimizer_of(network, "stochastic_rounding"), network, range(50))
     (parameter,) = network.parameters()
     assert torch.equal(parameter.bfloat16().to(dtype), parameter)
     error = (parameter.double() - exact[0]) / ULP
@@ -158,13 +160,13 @@ def test_small_updates_are_lost_by_nearest_rounding_and_kept_on_average_by_stoch
     """At the paper's learning rate 1e-5 a weight near one moves by 1/400 of what bfloat16 can tell apart."""
     steps, rate = 50, 1e-5
     nearest, random, master = (
-        policy(w, torch.bfloat16, [(200, 100)]) for w in ("masters", "stochastic", "masters")
+        policy(w, torch.bfloat16, [(200, 100)]) for w in ("fp32_master", "stochastic_rounding", "fp32_master")
     )
     before = nearest[0].detach().clone()
     plain = torch.optim.AdamW(nearest.parameters(), lr=rate, weight_decay=0.0)
     optimizers = [
-        optimizer_of(random, "stochastic", lr=rate, weight_decay=0.0),
-        optimizer_of(master, "masters", lr=rate, weight_decay=0.0),
+        optimizer_of(random, "stochastic_rounding", lr=rate, weight_decay=0.0),
+        optimizer_of(master, "fp32_master", lr=rate, weight_decay=0.0),
     ]
     for _ in range(steps):
         nearest[0].grad = torch.ones_like(before)
@@ -219,19 +221,19 @@ def test_8_bit_moments_stay_within_the_librarys_own_bound() -> None:
         exact.data.copy_(network[0])
 
 
-def test_bytes_of_moments_and_masters() -> None:
+def test_bytes_of_moments_and_fp32_master_weights() -> None:
     large, elements = 64 * 80, 64 * 80 + 80 + 105
     small_ones = elements - large
     eight_bits = 2 * large + 2 * 4 * (large // 256) + 2 * 4 * small_ones
     for weights, bits in ALL_MODES:
         network = policy(weights)
         optimizer = optimizer_of(network, weights, bits)
-        masters = 4 * elements if weights == "masters" else 0
-        assert optimizer.nbytes() == {"moments": 0, "masters": masters}
+        fp32_masters = 4 * elements if weights == "fp32_master" else 0
+        assert optimizer.nbytes() == {"moments": 0, "fp32_master": fp32_masters}
         run(optimizer, network, range(1))
         assert optimizer.nbytes() == {
             "moments": 8 * elements if bits == 32 else eight_bits,
-            "masters": masters,
+            "fp32_master": fp32_masters,
         }
         assert sum(t.numel() * t.element_size() for t in optimizer.tensors()) == sum(
             optimizer.nbytes().values()
@@ -260,8 +262,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_a_loaded_state_is_a_copy() -> None:
-    network, other = policy("masters"), policy("masters")
-    first, second = optimizer_of(network, "masters", 8), optimizer_of(other, "masters", 8)
+    network, other = policy("fp32_master"), policy("fp32_master")
+    first, second = optimizer_of(network, "fp32_master", 8), optimizer_of(other, "fp32_master", 8)
     run(first, network, range(2))
     saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     second.load_state_dict(first.state_dict())
@@ -272,8 +274,8 @@ def test_a_loaded_state_is_a_copy() -> None:
 def test_random_numbers_depend_on_the_seed_alone() -> None:
     ends = []
     for seed in (0, 0, 1):
-        network = policy("stochastic")
-        run(optimizer_of(network, "stochastic", seed=seed), network, range(2))
+        network = policy("stochastic_rounding")
+        run(optimizer_of(network, "stochastic_rounding", seed=seed), network, range(2))
         ends.append(network)
     assert_equal(ends[0], ends[1])
     assert not torch.equal(ends[0][0], ends[2][0])
@@ -284,18 +286,18 @@ def altered(state: dict[str, Tensor], name: str, value: Tensor | None) -> dict[s
 
 
 def test_states_of_another_setup_are_refused_and_change_nothing() -> None:
-    network = policy("masters")
-    optimizer = optimizer_of(network, "masters", 8)
+    network = policy("fp32_master")
+    optimizer = optimizer_of(network, "fp32_master", 8)
     run(optimizer, network, range(2))
     state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
-    stochastic = policy("stochastic")
+    stochastic = policy("stochastic_rounding")
     wrong = {
-        r"saved with memory.weights=stochastic, memory.optimizer_bits=32 and 3 parameters, but this run has "
-        r"memory.weights=masters, memory.optimizer_bits=8 and 3": optimizer_of(
-            stochastic, "stochastic"
+        r"saved with memory.weights=stochastic_rounding, memory.optimizer_bits=32 and 3 parameters, but this run has "
+        r"memory.weights=fp32_master, memory.optimizer_bits=8 and 3": optimizer_of(
+            stochastic, "stochastic_rounding"
         ).state_dict(),
-        r"masters, memory.optimizer_bits=8 and 2 parameters, but": optimizer_of(
-            policy("masters", shapes=SHAPES[:2]), "masters", 8
+        r"fp32_master, memory.optimizer_bits=8 and 2 parameters, but": optimizer_of(
+            policy("fp32_master", shapes=SHAPES[:2]), "fp32_master", 8
         ).state_dict(),
         r"state 0\.state1: \(80, 64\), but parameter 0 of shape \(64, 80\) needs": altered(
             state, "0.state1", state["0.state1"].T
@@ -337,8 +339,8 @@ def test_a_parameter_changes_only_inside_the_context_of_the_reference(weights: s
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_is_refused_before_anything_changes(bad: float, clip: float | None) -> None:
-    network = policy("masters")
-    optimizer = optimizer_of(network, "masters", clip=clip)
+    network = policy("fp32_master")
+    optimizer = optimizer_of(network, "fp32_master", clip=clip)
     run(optimizer, network, range(1))
     before = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     network[2].grad = torch.full_like(network[2], bad)
@@ -350,8 +352,8 @@ def test_a_norm_that_is_not_finite_is_refused_before_anything_changes(bad: float
 
 
 def test_the_norm_of_bfloat16_gradients_is_taken_in_float32() -> None:
-    network = policy("stochastic", torch.bfloat16)
-    optimizer = optimizer_of(network, "stochastic", clip=1.0)
+    network = policy("stochastic_rounding", torch.bfloat16)
+    optimizer = optimizer_of(network, "stochastic_rounding", clip=1.0)
     optimizer.begin(1e-4)
     for parameter, gradient in zip(network.parameters(), gradients(network, 0), strict=True):
         parameter.grad = gradient
@@ -381,7 +383,9 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("weights", "buffers"), [("float32", 2), ("masters", 3), ("stochastic", 4)])
+@pytest.mark.parametrize(
+    ("weights", "buffers"), [("float32", 2), ("fp32_master", 3), ("stochastic_rounding", 4)]
+)
 def test_a_step_needs_a_few_buffers_of_the_largest_parameter(weights: str, buffers: int) -> None:
     """Two in which AdamW makes its denominator; the float32 gradient; the passing float32 weight."""
     shapes = [(100, 100), (150, 100), *[(100, 100)] * 6]

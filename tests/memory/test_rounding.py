@@ -101,7 +101,7 @@ def small_network() -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("weights", ["masters", "stochastic"])
+@pytest.mark.parametrize("weights", ["fp32_master", "stochastic_rounding"])
 def test_a_held_network_has_the_nearest_values_and_its_own_buffers(weights: str, dtype: torch.dtype) -> None:
     network, before = small_network(), small_network()
     hold_in_bfloat16(network, weights, dtype)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_float32_weights_are_left_alone() -> None:
 def test_masters_start_from_the_unrounded_weights_once() -> None:
     network, before = small_network(), small_network()
     for _ in range(2):
-        hold_in_bfloat16(network, "masters", torch.float32)
+        hold_in_bfloat16(network, "fp32_master", torch.float32)
     assert not any(vars(parameter) for parameter in copy.deepcopy(network).parameters())
     weight, frozen = network[0].weight, network[1].bias
     assert torch.equal(take_unrounded(weight), before[0].weight)

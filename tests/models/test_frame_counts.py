@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from vpo_engine.data.embeddings import EmbeddingCache
-from vpo_engine.data.sprites.assets import GEOMETRY, load_policy, load_text_encoder, load_vae
-from vpo_engine.data.sprites.pretrain import FLOW
+from vpo_engine.data.sprites.assets import FLOW, GEOMETRY, load_policy, load_text_encoder, load_vae
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import Geometry, OpenSora

@@ -99,7 +99,7 @@ def test_an_adapter_goes_where_the_family_says(tmp_path: Path, in_the_repository
 def test_what_it_does_not_support_is_refused(
     tmp_path: Path, in_the_repository: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert entry.main(command(tmp_path / "run", "memory.recompute=block")) == 1
+    assert entry.main(command(tmp_path / "run", "memory.activation_checkpointing=block")) == 1
     assert "is not supported by model.kind=examples.own_model:ToyModel (toy); set" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

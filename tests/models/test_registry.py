@@ -123,8 +123,11 @@ def test_sizes_that_a_model_cannot_represent_name_the_nearest(own_module: str) -
     ("overrides", "text"),
     [
         (["model.attention=sdpa"], "model.attention=sdpa is not supported by"),
-        (["memory.recompute=block"], "set memory.recompute=nothing"),
-        (["memory.recompute=block", "memory.offload=true"], "memory.recompute=block is not supported"),
+        (["memory.activation_checkpointing=block"], "set memory.activation_checkpointing=none"),
+        (
+            ["memory.activation_checkpointing=block", "memory.offload_activations=true"],
+            "memory.activation_checkpointing=block is not supported",
+        ),
         (["memory.decode_frames=1"], "set memory.decode_frames=null"),
         (["rollout.cache=0.1"], "rollout.cache=0.1 is not supported"),
         (["rollout.explore={steps: 2, cache: 0.1}"], "rollout.cache=0.1 is not supported"),
@@ -142,12 +145,17 @@ def test_options_that_a_family_does_not_have_are_refused(
 
 
 def test_modules_that_must_stay_float32_exclude_bfloat16_weights(own_module: str) -> None:
-    message = refused(f"model.kind={own_module}:Precise", "memory.weights=masters")
+    message = refused(f"model.kind={own_module}:Precise", "memory.weights=fp32_master")
     assert "needs rope in float32; set memory.weights=float32" in message
 
 
 def test_the_shipped_families_support_every_option() -> None:
-    check_model(load_config(None, ["memory.recompute=block", "memory.offload=true", "rollout.cache=0.1"]))
+    check_model(
+        load_config(
+            None,
+            ["memory.activation_checkpointing=block", "memory.offload_activations=true", "rollout.cache=0.1"],
+        )
+    )
 
 
 def test_what_a_constructor_has_not_set_is_named() -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vpo_engine.config import Recompute
+from vpo_engine.config import ActivationCheckpointing
 from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.opensora.stdit3 import STDiT3
 
@@ -127,9 +127,9 @@ def test_every_module_output_equals_the_recording(tiny, inputs, case):
         assert worst(found[name].reshape(value.shape), value) <= FORWARD_TOLERANCE, name
 
 
-@pytest.mark.parametrize("recompute", get_args(Recompute))
-def test_gradients_equal_the_public_code(tiny, inputs, outputs, recompute):
-    tiny.activations = Activations(recompute)
+@pytest.mark.parametrize("checkpointing", get_args(ActivationCheckpointing))
+def test_gradients_equal_the_public_code(tiny, inputs, outputs, checkpointing):
+    tiny.activations = Activations(checkpointing)
     out = tiny(**arguments(inputs, "textmask"))
     loss = (out[:, :4] - inputs["textmask.grad_target"]).square().mean()
     assert loss.item() == pytest.approx(MANIFEST["grad"]["loss"], rel=1e-6)

@@ -165,22 +165,22 @@ def test_a_choice_reaches_every_module_and_copies_keep_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attention", "companions", "message"),
+    ("attention", "fused_ops", "message"),
     [
         ("flash2", "auto", "attention='flash2' cannot run here: it needs a CUDA"),
         ("auto", "triton", "on a CUDA device"),
     ],
 )
 def test_what_cannot_run_here_is_refused_before_the_first_step(
-    attention: Any, companions: Any, message: str
+    attention: Any, fused_ops: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        network().choose_backends(attention, companions, dtype=torch.bfloat16)
+        network().choose_backends(attention, fused_ops, dtype=torch.bfloat16)
 
 
 def test_a_run_says_its_attention_and_follows_its_settings() -> None:
     said: list[str] = []
-    config = load_config(None, ["model.companions=reference"])
+    config = load_config(None, ["model.fused_ops=reference"])
     model = build_model(config, Processes.start("cpu"), said.append)
     assert said == ["attention: sdpa (cpu; flash2, flash3, flash4, xformers need a CUDA device)"]
     assert model.network.final_layer.backends == Backends("sdpa", "reference")

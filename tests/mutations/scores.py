@@ -177,15 +177,15 @@ MUTATIONS = [
     (
         "one round too few",
         PAIRING,
-        "range(1, 1 + self._config.pairs.refill)",
-        "range(1, self._config.pairs.refill)",
+        "range(1, 1 + self._config.pairs.resample)",
+        "range(1, self._config.pairs.resample)",
         REPLAY,
     ),
     (
         "one round too many",
         PAIRING,
-        "range(1, 1 + self._config.pairs.refill)",
-        "range(1, 2 + self._config.pairs.refill)",
+        "range(1, 1 + self._config.pairs.resample)",
+        "range(1, 2 + self._config.pairs.resample)",
         REPLAY,
     ),
     (

@@ -1,4 +1,5 @@
-"""Mistakes in what is kept: the reference, the state of a run, checkpoints, the ledger, the prompts' order."""
+"""Mistakes in what is kept: the reference, the state of a run, checkpoints, the preference dataset, the prompts'
+order."""
 
 from mutations.tests_of import DISK, FAULTS, REPLAY, RESUME
 
@@ -9,10 +10,10 @@ MIRROR = "vpo_engine/reference/mirror.py"
 STATE = "vpo_engine/run_state.py"
 CHECKPOINT = "vpo_engine/runs/checkpoint.py"
 LOG = "vpo_engine/runs/log.py"
-LEDGER = "vpo_engine/data/ledger.py"
+DATASET = "vpo_engine/data/preference_dataset.py"
 STORED = "vpo_engine/rollout/stored.py"
 PROMPTS = "vpo_engine/data/prompts.py"
-READING = ("tests/data_layer/test_ledger.py", *REPLAY)
+READING = ("tests/data_layer/test_preference_dataset.py", *REPLAY)
 
 MUTATIONS = [
     ("refresh leaves what is copied", STORE, "tensor.copy_(source[name])", "pass", REPLAY),
@@ -226,53 +227,53 @@ MUTATIONS = [
         "pass\n        replacement.replace",
         DISK,
     ),
-    ("a cut ledger not synced", LEDGER, "os.fsync(file.fileno())", "pass", DISK),
+    ("a cut dataset not synced", DATASET, "os.fsync(file.fileno())", "pass", DISK),
     (
-        "the ledger's winners and losers exchanged",
-        LEDGER,
+        "the preference dataset's winners and losers exchanged",
+        DATASET,
         '{"winner": winner, "loser": loser}',
         '{"winner": loser, "loser": winner}',
         REPLAY,
     ),
     (
-        "the ledger read exchanged",
-        LEDGER,
+        "the preference dataset read exchanged",
+        DATASET,
         'for name in ("winner", "loser"))',
         'for name in ("loser", "winner"))',
         REPLAY,
     ),
     (
-        "the ledger's first latents for all",
-        LEDGER,
+        "the preference dataset's first latents for all",
+        DATASET,
         "file.get_slice(name)[self.row]",
         "file.get_slice(name)[0]",
         REPLAY,
     ),
     (
-        "the ledger in the order of its files",
-        LEDGER,
+        "the preference dataset in the order of its files",
+        DATASET,
         "key=lambda pair: (pair.step, pair.position)",
         "key=lambda pair: 0",
         READING,
     ),
     (
-        "the ledger in the order of positions alone, reversed",
-        LEDGER,
+        "the preference dataset in the order of positions alone, reversed",
+        DATASET,
         "(pair.step, pair.position)",
         "(pair.step, -pair.position)",
         READING,
     ),
     (
         "the step of the checkpoint cut, too",
-        LEDGER,
+        DATASET,
         'values["step"] <= step',
         'values["step"] < step',
         RESUME,
     ),
-    ("latents of the checkpoint's step cut, too", LEDGER, "[1]) > step", "[1]) >= step", RESUME),
+    ("latents of the checkpoint's step cut, too", DATASET, "[1]) > step", "[1]) >= step", RESUME),
     (
         "lines before their latents",
-        LEDGER,
+        DATASET,
         "unfinished) unfinished.replace(path)",
         "unfinished)\n            _pairs_file(self._folder, self._rank).touch()\n            unfinished.replace(path)",
         DISK,

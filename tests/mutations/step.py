@@ -105,7 +105,7 @@ MUTATIONS = [
         "refresh after the last update of a step only",
         STEP,
         'with stages("refresh"): self._refresh()',
-        "if update + 1 == self.config.objective.updates:\n                self._refresh()",
+        "if update + 1 == self.config.objective.updates_per_rollout:\n                self._refresh()",
         REPLAY,
     ),
     (
@@ -134,7 +134,7 @@ MUTATIONS = [
     (
         "candidates of later rounds left out",
         STEP,
-        "pool, pairs = self.pairing.refill(self.sampling, pool, first, prompts, text, positions, stages)",
+        "pool, pairs = self.pairing.resample(self.sampling, pool, first, prompts, text, positions, stages)",
         "pairs = first",
         REPLAY,
     ),
@@ -204,9 +204,9 @@ MUTATIONS = [
         RESUME,
     ),
     (
-        "the ledger is not cut at a resume",
+        "the preference dataset is not cut at a resume",
         TRAINER,
-        "truncate_ledger(self._run.ledger, start)",
+        "truncate_dataset(self._run.preference_dataset, start)",
         "pass",
         RESUME,
     ),

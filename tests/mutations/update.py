@@ -192,8 +192,8 @@ MUTATIONS = [
     (
         "winners' errors logged as losers'",
         DPO,
-        "float(result.loser_gap.sum())",
-        "float(result.winner_gap.sum())",
+        "float(result.loser_error_change.sum())",
+        "float(result.winner_error_change.sum())",
         REPLAY,
     ),
     (
@@ -250,8 +250,8 @@ MUTATIONS = [
     (
         "an exact reference that does not follow",
         OPTIMIZER,
-        "with self._following([parameter]):",
-        "with self._following([]):",
+        "with self._preserve_reference([parameter]):",
+        "with self._preserve_reference([]):",
         FAULTS,
     ),
     (

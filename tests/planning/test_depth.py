@@ -71,7 +71,11 @@ def test_operations_are_those_of_the_architecture():
 SMALL = ("model.resolution=240p", "model.num_frames=17")
 SETTINGS = {
     "recommended, small": SMALL,
-    "offload": ("memory.offload=true", "memory.sequential=false", "memory.weights=stochastic"),
+    "offload": (
+        "memory.offload_activations=true",
+        "memory.sequential=false",
+        "memory.weights=stochastic_rounding",
+    ),
 }
 
 
@@ -96,12 +100,12 @@ def test_extrapolated_depth_is_the_deeper_networks(name: str):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("memory.recompute=pointwise",),
+        ("memory.activation_checkpointing=pointwise",),
         ("memory.weights=float32", "reference.storage=copy"),
         (
             "memory.step_in_backward=true",
             "memory.sequential=false",
-            "objective.rows=null",
+            "objective.micro_batch_size=null",
             "optimizer.clip=null",
         ),
     ],

@@ -13,7 +13,7 @@ from vpo_engine import plan, train
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, PhasePlan, Plan, estimate
-from vpo_engine.planning.fit import most_frames, with_granted_rows, with_setting
+from vpo_engine.planning.fit import most_frames, with_granted_batch_size, with_setting
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
 from vpo_engine.planning.parts import Assumed, blueprint_of, build_reward_network, materialise
 from vpo_engine.planning.planner import check_fits, plan_run
@@ -79,8 +79,8 @@ def test_a_plan_adds_allowances_on_gpus_only(sprites: Trace):
         assert allowed.seconds is not None
 
 
-def test_residency_leaves_out_what_a_phase_does_not_need(sprites: Trace):
-    config = load_config(None, ["memory.residency=phases"])
+def test_offload_of_idle_parts_leaves_out_what_a_phase_does_not_need(sprites: Trace):
+    config = load_config(None, ["memory.offload_idle=true"])
     phases = {phase.name: phase for phase in estimate(config, sprites, A100, 2**40, "a test").phases}
     assert set(phases["decode"].bytes) >= {"vae", "activations"}
     assert not {"weights", "optimizer", "reference"} & set(phases["decode"].bytes)
@@ -113,8 +113,8 @@ def test_the_nearest_change_that_fits_is_named_and_true():
 
 def test_on_a_gpu_a_run_begins_with_the_plan_that_the_command_prints(monkeypatch, capsys):
     monkeypatch.setattr("vpo_engine.planning.planner.present_gpu", lambda: A100)
-    _, said = check_fits(load_config(None, ["rollout.rows=64"]), torch.device("cuda"))
-    assert plan.main(["rollout.rows=64", "--gpu", "a100-80g"]) == 0
+    _, said = check_fits(load_config(None, ["rollout.batch_size=64"]), torch.device("cuda"))
+    assert plan.main(["rollout.batch_size=64", "--gpu", "a100-80g"]) == 0
     assert said == capsys.readouterr().out.rstrip() + "; 64 candidates at once"
 
 
@@ -132,11 +132,11 @@ def test_rows_are_granted_in_whole_prompts_or_even_parts_of_one(candidates: int,
 
     def granted_of(most: int) -> int | None:
         def planner(changed: Config) -> Plan:
-            rows = min(changed.rollout.most_rows or everything, everything)
+            rows = min(changed.rollout.batch_limit or everything, everything)
             phases = (PhasePlan("rollout", {"activations": rows}, 0, 0.0, None), update)
             return Plan(phases, most, "a test", None, ())
 
-        return with_granted_rows(config, planner, processes).rollout.most_rows
+        return with_granted_batch_size(config, planner, processes).rollout.batch_limit
 
     for most in range(everything):
         rows = granted_of(most)
@@ -145,8 +145,8 @@ def test_rows_are_granted_in_whole_prompts_or_even_parts_of_one(candidates: int,
         assert 2 * rows > most / 2, "a half, rounded, of what would fit at least"
         assert rows % candidates == 0 or rows < candidates
     assert granted_of(everything) is granted_of(10**6) is None
-    fixed = load_config(None, ["rollout.rows=7"])
-    assert with_granted_rows(fixed, pytest.fail) is fixed
+    fixed = load_config(None, ["rollout.batch_size=7"])
+    assert with_granted_batch_size(fixed, pytest.fail) is fixed
 
 
 def test_a_run_takes_the_rows_that_its_plan_grants(monkeypatch, capsys, tmp_path):
@@ -154,10 +154,10 @@ def test_a_run_takes_the_rows_that_its_plan_grants(monkeypatch, capsys, tmp_path
         pass
 
     def build(config: Config, *_: object) -> None:
-        raise ThatIsAll(config.rollout.rows)
+        raise ThatIsAll(config.rollout.batch_size)
 
     monkeypatch.setattr(train, "build_model", build)
-    phases = plan_run(load_config(None, ["rollout.rows=16"]), None).phases
+    phases = plan_run(load_config(None, ["rollout.batch_size=16"]), None).phases
     enough = max(phase.total for phase in phases if phase.name in ("rollout", "decode")) / GIB
     for limit, rows in ((enough, 16), (20, None)):
         settings = ["model.device=cpu", "memory.overcommit=true", f"memory.limit_gib={limit}"]
@@ -179,17 +179,17 @@ def test_rewards_that_are_known_by_their_cards_count_with_their_weights():
     trace = trace_step(load_config(None, names), on_gpu=True)
     assert sum("only its weights are planned" in note for note in trace.notes) == 2
     held = {}
-    for residency, process in (("all", False), ("phases", False), ("phases", True)):
-        settings = [f"memory.residency={residency}", f"reward.process={str(process).lower()}"]
+    for idle, process in ((False, False), (True, False), (True, True)):
+        settings = [f"memory.offload_idle={str(idle).lower()}", f"reward.process={str(process).lower()}"]
         phases = estimate(load_config(None, [*names, *settings]), trace, A100, 2**40, "a test").phases
         for part in ("reward", "judge"):
-            held[residency, process, part] = {phase.name: phase.bytes.get(part, 0) for phase in phases}
+            held[idle, process, part] = {phase.name: phase.bytes.get(part, 0) for phase in phases}
     reward, judge = (-(-2 * reward_card(name).parameters // 512) * 512 for name in ("pickscore", "hpsv2"))
-    assert set(held["all", False, "reward"].values()) == {reward}
-    assert set(held["all", False, "judge"].values()) == {judge}
-    assert {name for name, size in held["phases", False, "reward"].items() if size} == {"reward"}
-    assert set(held["phases", True, "reward"].values()) == {reward}
-    assert set(held["phases", False, "judge"].values()) == {0}
+    assert set(held[False, False, "reward"].values()) == {reward}
+    assert set(held[False, False, "judge"].values()) == {judge}
+    assert {name for name, size in held[True, False, "reward"].items() if size} == {"reward"}
+    assert set(held[True, True, "reward"].values()) == {reward}
+    assert set(held[True, False, "judge"].values()) == {0}
 
 
 def test_scoring_beside_the_sampling_takes_its_memory_there(sprites: Trace):
@@ -215,9 +215,9 @@ def test_changes_that_are_made_or_excluded_are_not_proposed():
     config = load_config(None)
     assert with_setting(config, "memory.optimizer_bits", 32) is None
     assert with_setting(config, "reference.storage", "exact8") is None
-    changed = with_setting(config, "memory.recompute", "block")
+    changed = with_setting(config, "memory.activation_checkpointing", "block")
     assert changed is not None
-    assert changed.memory.recompute == "block"
+    assert changed.memory.activation_checkpointing == "block"
 
 
 class Straight:
@@ -274,7 +274,7 @@ def test_unknown_gpus_are_refused(capsys):
 
 def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes(monkeypatch):
     """The engine's own step, sprites at two pairs, with tensors that have memory, every block and every step run."""
-    config = load_config(None, ["pairs_per_step=2", "objective.draws=1"])
+    config = load_config(None, ["pairs_per_step=2", "objective.timesteps_per_pair=1"])
 
     class NoFakes:
         def __init__(self, **_: object) -> None: ...
@@ -306,7 +306,7 @@ def test_720p_and_68_frames_fit_in_24_gib():
     plan_24 = plan_run(xl("memory.limit_gib=24"), A100)
     assert plan_24.fits
     assert plan_24.peak.total < 24 * GIB
-    assert not plan_run(xl("memory.limit_gib=24", "memory.residency=all"), A100).fits
+    assert not plan_run(xl("memory.limit_gib=24", "memory.offload_idle=false"), A100).fits
 
 
 def test_the_sprites_world_has_no_other_sizes(capsys):

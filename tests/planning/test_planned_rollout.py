@@ -7,16 +7,17 @@ from contextlib import nullcontext
 import pytest
 
 from vpo_engine.config_file import load_config
-from vpo_engine.data.sprites.assets import GEOMETRY, load_policy
-from vpo_engine.data.sprites.pretrain import FLOW
+from vpo_engine.data.sprites.assets import FLOW, GEOMETRY, load_policy
 from vpo_engine.planning.trace import Trace, trace_step
 from vpo_engine.planning.tracker import BLOCK
 from vpo_engine.protocols import SamplerSettings
-from vpo_engine.reference.mirror import block_linears
+from vpo_engine.reference.network import block_linears
 
 
 def rollout(*overrides: str, network_only: bool = True) -> Trace:
-    config = load_config(None, ["pairs_per_step=1", "objective.draws=1", "rollout.steps=6", *overrides])
+    config = load_config(
+        None, ["pairs_per_step=1", "objective.timesteps_per_pair=1", "rollout.steps=6", *overrides]
+    )
     return trace_step(config, on_gpu=False, network_only=network_only)
 
 
@@ -69,7 +70,7 @@ def test_a_step_cache_is_planned_as_if_it_never_served(plain: tuple[float, float
 
 
 def test_groups_of_rows_cost_the_same_and_take_less():
-    all_at_once, in_groups = rollout("pairs_per_step=4"), rollout("pairs_per_step=4", "rollout.rows=4")
+    all_at_once, in_groups = rollout("pairs_per_step=4"), rollout("pairs_per_step=4", "rollout.batch_size=4")
     assert in_groups.flops("rollout") == all_at_once.flops("rollout")
     assert sum(in_groups.peak("rollout").values()) < sum(all_at_once.peak("rollout").values())
 

@@ -21,16 +21,16 @@ from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.models.opensora.blocks import Block
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.reference.exact import ExactWeight
-from vpo_engine.reference.mirror import block_matrices
+from vpo_engine.reference.network import block_matrices
 from vpo_engine.reference.store import HeldReference, build_reference
 
-ROUNDINGS = ("masters", "stochastic")
+ROUNDINGS = ("fp32_master", "stochastic_rounding")
 
 
 def optimizer_of(policy: nn.Module, reference: HeldReference, rounding: str, lr: float) -> PolicyOptimizer:
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     settings, memory = OptimizerConfig(lr=lr), MemoryConfig(weights=rounding)  # type: ignore[arg-type]
-    return PolicyOptimizer(parameters, settings, memory, seed=7, following=reference.following)
+    return PolicyOptimizer(parameters, settings, memory, seed=7, preserve_reference=reference.preserve)
 
 
 def train_step(policy: STDiT3, optimizer: PolicyOptimizer, number: int, lr: float) -> None:
@@ -85,17 +85,17 @@ def follow(policy: STDiT3, rounding: str, lr: float, steps: int) -> HeldReferenc
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_after_some_steps_it_is_the_bfloat16_copy(rounding: str, dtype: torch.dtype) -> None:
     reference = follow(tiny_policy(dtype), rounding, 1e-4, steps=10)
-    assert reference.spilled > 0
+    assert reference.outliers > 0
 
 
 @pytest.mark.parametrize(
     ("rounding", "lr", "steps"),
     [
-        ("masters", 8e-4, 25),
-        ("stochastic", 8e-4, 25),
-        pytest.param("masters", 1e-4, 200, marks=pytest.mark.long),
-        pytest.param("stochastic", 1e-4, 200, marks=pytest.mark.long),
-        pytest.param("stochastic", 1e-5, 200, marks=pytest.mark.long),
+        ("fp32_master", 8e-4, 25),
+        ("stochastic_rounding", 8e-4, 25),
+        pytest.param("fp32_master", 1e-4, 200, marks=pytest.mark.long),
+        pytest.param("stochastic_rounding", 1e-4, 200, marks=pytest.mark.long),
+        pytest.param("stochastic_rounding", 1e-5, 200, marks=pytest.mark.long),
     ],
 )
 def test_after_many_steps_it_is_the_bfloat16_copy(rounding: str, lr: float, steps: int) -> None:
@@ -106,7 +106,7 @@ def test_after_many_steps_it_is_the_bfloat16_copy(rounding: str, lr: float, step
     """
     reference = follow(sprites_policy(), rounding, lr, steps)
     print(
-        f"{rounding}, lr {lr}: spilled {reference.spilled:.3%}, {reference.bytes_per_weight:.3f} bytes a weight"
+        f"{rounding}, lr {lr}: outliers {reference.outliers:.3%}, {reference.bytes_per_weight:.3f} bytes a weight"
     )
     assert 1.0 < reference.bytes_per_weight <= 1.25
 
@@ -156,7 +156,7 @@ def test_on_a_block_with_noise_and_drift(rounding: str, channels: int, lr: float
             layer.weight.grad = (part + drift).bfloat16()
         optimizer.step()
     assert_same(held_bits(reference), before)
-    print(f"{rounding}: spilled {reference.spilled:.3%}, {reference.bytes_per_weight:.3f} bytes a weight")
+    print(f"{rounding}: outliers {reference.outliers:.3%}, {reference.bytes_per_weight:.3f} bytes a weight")
     assert 1.0 < reference.bytes_per_weight <= 1.25
 
 
@@ -198,7 +198,7 @@ def test_parameters_may_be_followed_one_by_one_or_all_at_once() -> None:
         reference = build_reference("exact8", policy)
         parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         for group in [parameters] if together else [[parameter] for parameter in parameters]:
-            with reference.following(group), torch.no_grad():
+            with reference.preserve(group), torch.no_grad():
                 for parameter in group:
                     parameter.copy_((parameter * 1.3).bfloat16())
         states.append(reference.state_dict())
@@ -212,7 +212,7 @@ def test_a_change_that_fails_half_way_leaves_the_reference_true() -> None:
     weight = policy.get_parameter("spatial_blocks.0.mlp.fc1.weight")
 
     def fail() -> None:
-        with reference.following([weight]), torch.no_grad():
+        with reference.preserve([weight]), torch.no_grad():
             weight[:3] *= -2
             raise RuntimeError("half way")
 
@@ -223,7 +223,7 @@ def test_a_change_that_fails_half_way_leaves_the_reference_true() -> None:
 
 def change(policy: nn.Module, reference: HeldReference, to: Callable[[Tensor], Tensor]) -> None:
     parameters = list(policy.parameters())
-    with reference.following(parameters), torch.no_grad():
+    with reference.preserve(parameters), torch.no_grad():
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.copy_(to(parameter).bfloat16())
@@ -235,7 +235,7 @@ def test_never_above_two_bytes_and_back_when_it_can() -> None:
     reference, before = build_reference("exact8", policy), snapshot(policy)
     original = {id(p): p.detach().clone() for p in policy.parameters()}
     change(policy, reference, lambda weight: -3 * weight)
-    assert reference.spilled > 0.95  # only zeros have not moved
+    assert reference.outliers > 0.95  # only zeros have not moved
     assert all(
         ".bfloat16" in name or "blocks" not in name or name.endswith(("bias", "norm.weight", "table"))
         for name in reference.state_dict()
@@ -246,10 +246,10 @@ def test_never_above_two_bytes_and_back_when_it_can() -> None:
     assert reference.bytes_per_weight == 2.0
     assert_same(held_bits(reference), before)
     for parameter in policy.parameters():
-        with reference.following([parameter]):
+        with reference.preserve([parameter]):
             parameter.data.copy_(original[id(parameter)])
     assert reference.bytes_per_weight == 1.0
-    assert reference.spilled == 0.0
+    assert reference.outliers == 0.0
     assert_same(held_bits(reference), before)
 
 
@@ -259,7 +259,7 @@ def test_the_sixth_is_where_plain_becomes_smaller(over: bool) -> None:
     reference, before = build_reference("exact8", policy), snapshot(policy)
     weight = policy.get_parameter("temporal_blocks.1.attn.proj.weight")
     outliers = weight.numel() // 6 + over
-    with reference.following([weight]), torch.no_grad():
+    with reference.preserve([weight]), torch.no_grad():
         weight.view(-1)[:outliers] = 1e6
     held = reference._held["temporal_blocks.1.attn.proj.weight"]
     nbytes = sum(tensor.nbytes for tensor in held.tensors().values())
@@ -287,7 +287,7 @@ def test_weights_off_the_grid_are_refused_by_name(value: float) -> None:
         policy.get_parameter(name)[3, 3] = value
     message = (
         rf"bfloat16 represents exactly, but {name} \(torch.float32; 1 of 28 matrices\)"
-        ".* set memory.weights to masters"
+        ".* set memory.weights to fp32_master"
     )
     with pytest.raises(ValueError, match=message):
         build_reference("exact8", policy)
@@ -299,7 +299,7 @@ def test_a_refresh_after_steps_is_the_policy_again() -> None:
     policy = on_grid(tiny_policy())
     reference = build_reference("exact8", policy)
     change(policy, reference, lambda weight: weight * 1.7 + 0.01)
-    assert reference.spilled > 0
+    assert reference.outliers > 0
     reference.refresh(policy)
     assert_same(held_bits(reference), snapshot(policy))
     assert reference.bytes_per_weight == 1.0
@@ -311,7 +311,7 @@ def follow_in_a_group() -> None:
     dist.init_process_group("gloo")
     policy = on_grid(tiny_policy())
     reference, before = build_reference("exact8", policy), snapshot(policy)
-    optimizer = optimizer_of(policy, reference, "stochastic", 1e-3)
+    optimizer = optimizer_of(policy, reference, "stochastic_rounding", 1e-3)
     for number in range(10):
         optimizer.begin(1e-3)
         policy(**inputs(policy, seed=2 * number + dist.get_rank())).square().mean().backward()
@@ -320,7 +320,7 @@ def follow_in_a_group() -> None:
                 dist.all_reduce(parameter.grad)
         optimizer.step()
     assert_same(held_bits(reference), before)
-    assert reference.spilled > 0
+    assert reference.outliers > 0
     own = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     both: list[dict[str, Tensor]] = [{}, {}]
     dist.all_gather_object(both, own)

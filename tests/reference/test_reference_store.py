@@ -26,7 +26,7 @@ from policies import (
 
 from vpo_engine.models.opensora.blocks import Backends
 from vpo_engine.models.opensora.stdit3 import STDiT3
-from vpo_engine.reference.mirror import block_matrices
+from vpo_engine.reference.network import block_matrices
 from vpo_engine.reference.store import HeldReference, Storage, build_reference
 from vpo_engine.reference.weights import Scratch
 
@@ -63,7 +63,7 @@ def move(policy: nn.Module, size: float = 1e-3, seed: int = 1) -> None:
 
 def move_followed(policy: nn.Module, reference: HeldReference) -> None:
     """The policy goes on by a bfloat16 step, as an optimizer takes it."""
-    with reference.following(list(policy.parameters())):
+    with reference.preserve(list(policy.parameters())):
         move(policy, seed=2)
         on_grid(policy)
 
@@ -185,7 +185,7 @@ def test_the_policy_moves_to_other_storages_and_leaves_none_alive(storage: Stora
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_everything_that_a_forward_reads_is_named(storage: Storage) -> None:
-    """The same objects each time; their data may go elsewhere and come back, as residency has it."""
+    """The same objects each time; their data may go elsewhere and come back, as the offload of idle parts has it."""
     policy = policy_for(storage)
     reference = build_reference(storage, policy)
     arguments = inputs(policy)
@@ -318,7 +318,7 @@ def test_it_runs_under_fake_tensors(storage: Storage) -> None:
         arguments = inputs_under_fake(policy)
         assert reference(**arguments).shape == policy(**arguments).shape
         parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        with reference.following(parameters):
+        with reference.preserve(parameters):
             move(policy)
         reference.refresh(policy)
         assert reference.nbytes == nbytes

@@ -103,7 +103,7 @@ def test_settings_exist_and_others_are_refused(name: str, tmp_path: Path) -> Non
     calls = registry._OF_FRAMES if entry.images else registry._OF_SCORERS
     assert {calls[setting] for setting in entry.settings} <= set(inspect.signature(scorer).parameters)
     path = None if entry.shipped else tmp_path
-    for setting in ("rows", "max_frames", "bits", "frames", "frame_reduce", "frame_decay"):
+    for setting in ("batch_size", "max_frames", "bits", "frames", "frame_reduce", "frame_decay"):
         if setting in entry.settings:
             check_reward(name, path, {setting: 8})
         else:
@@ -134,7 +134,7 @@ def test_variants_and_image_scorers(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         monkeypatch.setattr(f"vpo_engine.rewards.{module}.{scorer}", Scorer)
     placed, w = {"device": "cpu", "dtype": torch.float32}, tmp_path
     assert isinstance(build_reward("hpsv2_1", w), VideoOfFrames)
-    of_frames = build_reward("hpsv2", w, settings={"rows": 5, "frames": 3, "frame_reduce": "min"})
+    of_frames = build_reward("hpsv2", w, settings={"batch_size": 5, "frames": 3, "frame_reduce": "min"})
     assert isinstance(of_frames, VideoOfFrames)
     assert (of_frames.batch_size, of_frames.frames, of_frames.reduce) == (5, 3, "min")
     of_frames = build_reward(
@@ -143,7 +143,7 @@ def test_variants_and_image_scorers(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert isinstance(of_frames, VideoOfFrames)
     assert (of_frames.frames, of_frames.segments, of_frames.decay) == (None, 3, 0.5)
     assert isinstance(build_reward("videoscore_v1_1", w, fps=24), Scorer)
-    build_reward("videoscore_v1_1", w, settings={"rows": 2, "max_frames": 32, "bits": 8})
+    build_reward("videoscore_v1_1", w, settings={"batch_size": 2, "max_frames": 32, "bits": 8})
     build_reward("videoalign", w, fps=8)
     assert given == [
         (w, placed | {"version": "v2.1"}),

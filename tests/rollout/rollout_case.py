@@ -13,8 +13,7 @@ from torch import Tensor
 from vpo_engine.build import build_model
 from vpo_engine.config import RolloutConfig
 from vpo_engine.config_file import load_config
-from vpo_engine.data.sprites.assets import GEOMETRY
-from vpo_engine.data.sprites.pretrain import FLOW
+from vpo_engine.data.sprites.assets import FLOW, GEOMETRY
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.stdit3 import STDiT3

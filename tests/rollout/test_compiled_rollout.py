@@ -20,7 +20,6 @@ from vpo_engine.rewards.sprites import SpritesReward
 from vpo_engine.selection import select_pairs
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_three_functions_serve_all_sizes_and_three_more_a_single_row() -> None:
     """Over depths, rows, captions of all layouts, frames and patches; what is traced is what is computed."""
@@ -63,7 +62,6 @@ def test_three_functions_serve_all_sizes_and_three_more_a_single_row() -> None:
     assert graphs == [3] * 5 + [6] * 2
 
 
-@pytest.mark.slow
 def test_compiled_blocks_sample_the_same_pairs_and_leave_training_alone() -> None:
     model, text = sprites()
     config = settings(guidance=1.0)
@@ -122,8 +120,8 @@ def test_a_replayed_step_is_the_step_bit_for_bit() -> None:
 
     config = settings(steps=5, guidance=3.0, guidance_interval=(0.2, 0.9))
     for rows in (None, 4):
-        plain, rows_plain = on_gpu(config.model_copy(update={"rows": rows}))
-        replayed, rows_replayed = on_gpu(config.model_copy(update={"rows": rows, "compile": "graphs"}))
+        plain, rows_plain = on_gpu(config.model_copy(update={"batch_size": rows}))
+        replayed, rows_replayed = on_gpu(config.model_copy(update={"batch_size": rows, "compile": "graphs"}))
         assert torch.equal(plain, replayed)
         assert rows_plain == rows_replayed
 

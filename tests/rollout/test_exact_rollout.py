@@ -65,7 +65,7 @@ def test_shared_text_changes_no_bit_of_a_batch_of_equal_size(guidance: float) ->
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7])
 def test_rows_at_once_change_neither_candidates_nor_pairs(rows: int) -> None:
     whole = sampled(settings(steps=2))
-    cut = sampled(settings(steps=2, rows=rows))
+    cut = sampled(settings(steps=2, batch_size=rows))
     assert (whole - cut).abs().max() <= 2e-5
     assert pairs_of(whole) == pairs_of(cut)
 
@@ -106,7 +106,7 @@ def test_text_is_projected_once_for_all_steps_and_candidates() -> None:
 def test_each_group_of_rows_projects_its_own_prompts() -> None:
     model, text = sprites()
     with counted(model.network) as calls:
-        sampled(settings(rows=4, guidance=1.0, steps=2))
+        sampled(settings(batch_size=4, guidance=1.0, steps=2))
     assert calls["spatial_blocks.0.cross_attn.kv_linear"] == text.mask.sum(1).tolist()
 
 
@@ -114,8 +114,8 @@ def test_every_step_is_one_call_for_candidates_prompts_and_branches() -> None:
     for changes, expected in (
         ({}, [16] * STEPS),
         ({"guidance": 1.0}, [8] * STEPS),
-        ({"rows": 4}, [8] * STEPS * 2),
-        ({"rows": 3}, [4] * STEPS * 4),
+        ({"batch_size": 4}, [8] * STEPS * 2),
+        ({"batch_size": 3}, [4] * STEPS * 4),
     ):
         network = Counting(sprites()[0].network)
         sampled(settings(**changes), network)

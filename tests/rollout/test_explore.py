@@ -56,13 +56,13 @@ def test_the_chosen_two_are_the_exact_rollouts_own() -> None:
 def test_the_chosen_are_bit_for_bit_exact_in_batches_of_their_size() -> None:
     """Candidates 0 and 1 of one prompt chosen: the same rows as a rollout in groups of two."""
     chosen_first = torch.tensor([[0.9, 0.1, 0.5, 0.5]] * 2)
-    found = sampled(settings(explore=CHEAP, rows=2), None, lambda _: chosen_first)
-    assert torch.equal(found, sampled(settings(rows=2))[:, :2])
+    found = sampled(settings(explore=CHEAP, batch_size=2), None, lambda _: chosen_first)
+    assert torch.equal(found, sampled(settings(batch_size=2))[:, :2])
 
 
 def test_what_is_regenerated_follows_the_rollouts_own_settings() -> None:
-    found = sampled(settings(cache=1e9, rows=2, explore={"steps": 2}), None, lambda _: SCORES)
-    expected = sampled(settings(cache=1e9, rows=2))
+    found = sampled(settings(cache=1e9, batch_size=2, explore={"steps": 2}), None, lambda _: SCORES)
+    expected = sampled(settings(cache=1e9, batch_size=2))
     # The cache goes by the batch: these groups hold the candidates of one prompt, as the expected ones do.
     assert torch.equal(found[1], expected[1, :2])
 

@@ -60,8 +60,8 @@ def run(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return candidates and their scores, with prune also those of the previews."""
     model, text = sprites()
-    config = settings(steps=2, guidance=1.0, **{"rows": 4, **changes})
-    batches, previews = Batches(config.most_rows), list[Tensor]()
+    config = settings(steps=2, guidance=1.0, **{"batch_size": 4, **changes})
+    batches, previews = Batches(config.batch_limit), list[Tensor]()
 
     def keep_extremes(scores: dict[str, Tensor], keep: int) -> Tensor:
         previews.append(scores["visual_quality"])
@@ -98,7 +98,9 @@ def run(
 
 
 @pytest.mark.parametrize("threaded", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"rows": 3}, {"prune": PRUNED}], ids=["prompts", "parts", "pruned"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"batch_size": 3}, {"prune": PRUNED}], ids=["prompts", "parts", "pruned"]
+)
 def test_scores_and_candidates_are_bit_for_bit_those_of_one_after_the_other(
     threaded: bool, changes: dict[str, Any]
 ) -> None:
@@ -158,7 +160,7 @@ def test_an_error_stops_the_sampling_of_the_groups_after() -> None:
     reward = Watched(failing=1)
     network = Heard(reward)
     with pytest.raises(RuntimeError, match="the scorer broke"):
-        run(reward, True, False, network, rows=1)
+        run(reward, True, False, network, batch_size=1)
     assert len(network.scored) == 2
 
 
@@ -179,13 +181,13 @@ def test_a_decoder_that_runs_out_of_memory_in_the_thread_gets_half(
     assert (latents - found).abs().max() <= 2e-5
     # Rounding moves a few pixels by one of 255 levels.
     assert all((expected[name] - scores[name]).abs().max() <= 0.01 for name in expected)
-    assert capsys.readouterr().out.count("set rollout.rows=2 to start so") == 1
+    assert capsys.readouterr().out.count("set rollout.batch_size=2 to start so") == 1
 
 
 def test_a_run_with_overlap_makes_the_same_step(small: Callable[..., Config]) -> None:
     from test_prune import make, step
 
-    common = ("rollout.candidates=2", "rollout.rows=2", "optimizer.lr=1e-4")
+    common = ("rollout.candidates=2", "rollout.batch_size=2", "optimizer.lr=1e-4")
     reward = Watched()
     whole, overlapped = (
         step(make(small(*common, *more), reward)) for more in ((), ("rollout.overlap=true",))
@@ -195,6 +197,6 @@ def test_a_run_with_overlap_makes_the_same_step(small: Callable[..., Config]) ->
 
 def test_parts_that_take_turns_cannot_overlap() -> None:
     with pytest.raises(
-        ValueError, match=r"rollout\.overlap=true .* set rollout\.overlap=false, or memory\.residency"
+        ValueError, match=r"rollout\.overlap=true .* set rollout\.overlap=false, or memory\.offload_idle"
     ):
-        load_config(None, ["rollout.overlap=true", "memory.residency=phases"])
+        load_config(None, ["rollout.overlap=true", "memory.offload_idle=true"])

@@ -82,7 +82,7 @@ def test_previews_are_where_the_last_prediction_points_to() -> None:
 
 
 def test_pruning_in_groups_of_rows_is_the_same() -> None:
-    found = [sampled(settings(prune=HALF, rows=rows), None, lambda _: SCORES) for rows in (None, 3)]
+    found = [sampled(settings(prune=HALF, batch_size=rows), None, lambda _: SCORES) for rows in (None, 3)]
     assert (found[0] - found[1]).abs().max() <= 2e-5
 
 
@@ -206,4 +206,4 @@ def test_a_decoder_that_runs_out_of_memory_gets_half_of_the_videos(
     result = step(algorithm)
     assert seen == [4, 2, 2]
     assert scores_of(result, "first").tolist() == [[0.0, 1.0], [2.0, 0.0]]
-    assert capsys.readouterr().out.count("set rollout.rows=2 to start so") == 1
+    assert capsys.readouterr().out.count("set rollout.batch_size=2 to start so") == 1

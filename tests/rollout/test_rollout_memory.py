@@ -27,11 +27,14 @@ def test_half_of_the_rows_sample_the_same() -> None:
     found = sample(config, network, rows)
     assert network.rows == [8, 8, 4, 4, 4, 4]
     assert said == [
-        "out of memory with 8 rows at once: going on with 4, with the same samples; set rollout.rows=4 to start so"
+        "out of memory with 8 rows at once: going on with 4, with the same samples; set "
+        "rollout.batch_size=4 to start so"
     ]
     assert rows.size == 4
     whole = sample(config, sprites()[0].network, Batches(None))
-    assert torch.equal(found, sample(config.model_copy(update={"rows": 4}), sprites()[0].network, Batches(4)))
+    assert torch.equal(
+        found, sample(config.model_copy(update={"batch_size": 4}), sprites()[0].network, Batches(4))
+    )
     assert (found - whole).abs().max() <= 2e-5
     network.rows.clear()
     network.calls = ()
@@ -41,14 +44,14 @@ def test_half_of_the_rows_sample_the_same() -> None:
 
 def test_groups_already_sampled_are_kept() -> None:
     network = Failing(sprites()[0].network, 3)
-    sample(settings(steps=2, guidance=1.0, rows=4), network, Batches(4, lambda _: None))
+    sample(settings(steps=2, guidance=1.0, batch_size=4), network, Batches(4, lambda _: None))
     assert network.rows == [4, 4, 4, 2, 2, 2, 2]
 
 
 def test_a_second_time_names_the_setting() -> None:
     network = Failing(sprites()[0].network, 1, 2)
     with pytest.raises(
-        torch.OutOfMemoryError, match=r"set rollout\.rows to 2, or .*Tried to allocate 2\.00 GiB"
+        torch.OutOfMemoryError, match=r"set rollout\.batch_size to 2, or .*Tried to allocate 2\.00 GiB"
     ):
         sample(settings(steps=2, guidance=1.0), network, Batches(None, lambda _: None))
 
@@ -56,7 +59,7 @@ def test_a_second_time_names_the_setting() -> None:
 def test_one_row_cannot_be_halved() -> None:
     network = Failing(sprites()[0].network, 1)
     with pytest.raises(torch.OutOfMemoryError, match="1 rows at once do not fit"):
-        sample(settings(steps=2, guidance=1.0, rows=1), network, Batches(1))
+        sample(settings(steps=2, guidance=1.0, batch_size=1), network, Batches(1))
 
 
 def test_other_errors_pass() -> None:

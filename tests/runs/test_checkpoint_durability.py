@@ -1,4 +1,5 @@
-"""In which order checkpoints, logs and ledgers reach the disk, and what a power cut at any moment leaves."""
+"""In which order checkpoints, logs and preference datasets reach the disk, and what a power cut at any moment
+leaves."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from vpo_engine.data.ledger import LedgerPair, LedgerWriter, read_ledger, truncate_ledger
+from vpo_engine.data.preference_dataset import DatasetWriter, StoredPair, read_dataset, truncate_dataset
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import RunLog, read_metrics
@@ -232,8 +233,8 @@ def test_older_ones_go_after_the_new_one_is_safe_and_lose_their_manifest_first(t
     assert value_of(tmp_path / "step_00000003") == 3.0
 
 
-def pair(step: int, row: int | None = 0) -> LedgerPair:
-    return LedgerPair(
+def pair(step: int, row: int | None = 0) -> StoredPair:
+    return StoredPair(
         step=step,
         position=step - 1,
         prompt="a circle",
@@ -254,9 +255,9 @@ def latents(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.full((1, 1, 1, 2, 2), float(step)), torch.full((1, 1, 1, 2, 2), -float(step))
 
 
-def test_latents_of_the_ledger_are_in_place_before_their_line_is(tmp_path: Path) -> None:
-    folder = tmp_path / "ledger"
-    writer = LedgerWriter(folder, 0)
+def test_latents_of_the_dataset_are_in_place_before_their_line_is(tmp_path: Path) -> None:
+    folder = tmp_path / "preference_dataset"
+    writer = DatasetWriter(folder, 0)
     lengths = []
     with watched(folder, lambda: lengths.append((folder / "pairs_0000.jsonl").exists())) as disk:
         writer.write(3, [pair(3)], latents(3))
@@ -264,22 +265,22 @@ def test_latents_of_the_ledger_are_in_place_before_their_line_is(tmp_path: Path)
     assert event.kind == "rename"
     assert event.target == folder / "latents" / "step_00000003_0000.safetensors"
     assert lengths == [False], "the line comes after the latents"
-    (line,) = read_ledger(folder)
+    (line,) = read_dataset(folder)
     winner, loser = line.latents()
     assert float(winner.mean()) == 3.0
     assert float(loser.mean()) == -3.0
 
 
-def test_a_ledger_is_cut_by_a_synced_file_that_is_renamed(tmp_path: Path) -> None:
-    folder = tmp_path / "ledger"
-    writer = LedgerWriter(folder, 0)
+def test_a_dataset_is_cut_by_a_synced_file_that_is_renamed(tmp_path: Path) -> None:
+    folder = tmp_path / "preference_dataset"
+    writer = DatasetWriter(folder, 0)
     for step in (1, 2, 3):
         writer.write(step, [pair(step)], latents(step))
     with watched(folder) as disk:
-        truncate_ledger(folder, 2)
+        truncate_dataset(folder, 2)
     assert disk.names()[:2] == ["fsync .pairs_0000.jsonl.tmp", "rename .pairs_0000.jsonl.tmp"]
     assert disk.events[0].content == _content(folder / "pairs_0000.jsonl")
-    assert [line.step for line in read_ledger(folder)] == [1, 2]
+    assert [line.step for line in read_dataset(folder)] == [1, 2]
     assert sorted(path.name for path in (folder / "latents").iterdir()) == [
         "step_00000001_0000.safetensors",
         "step_00000002_0000.safetensors",

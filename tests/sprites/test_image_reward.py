@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vpo_engine.data.sprites import train_image
+from tools.sprites import train_image
+from tools.sprites.train_image import train_image as train
+from tools.sprites.train_rewards import HELD_OUT_SEED, soften, spearman
 from vpo_engine.data.sprites.assets import load_vae, round_trip
 from vpo_engine.data.sprites.damage import KINDS, damaged, sample_clean, sample_wrecks
-from vpo_engine.data.sprites.train_image import train_image as train
-from vpo_engine.data.sprites.train_rewards import HELD_OUT_SEED, soften, spearman
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards import sprites, sprites_image

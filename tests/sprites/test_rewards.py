@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from vpo_engine.data.sprites import train_rewards
+from tools.sprites import train_rewards
+from tools.sprites.train_rewards import HELD_OUT_SEED, rank_report, soften, spearman
 from vpo_engine.data.sprites.assets import load_vae, round_trip
 from vpo_engine.data.sprites.damage import (
     DESTRUCTIONS,
@@ -24,7 +25,6 @@ from vpo_engine.data.sprites.damage import (
     sample_wrecks,
 )
 from vpo_engine.data.sprites.measure import measure
-from vpo_engine.data.sprites.train_rewards import HELD_OUT_SEED, rank_report, soften, spearman
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards import sprites
@@ -173,10 +173,10 @@ def test_saved_networks_load_and_the_wrong_kind_is_refused(kind, tmp_path):
 
 
 def test_missing_weights_name_the_build_command(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"python -m vpo_engine\.data\.sprites build"):
+    with pytest.raises(FileNotFoundError, match=r"python -m tools\.sprites build"):
         load_network("reward", tmp_path / "none.safetensors")
     monkeypatch.setattr(sprites.resources, "files", lambda _: Path(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no judge weights.*python -m vpo_engine.data.sprites build"):
+    with pytest.raises(FileNotFoundError, match=r"no judge weights.*python -m tools.sprites build"):
         SpritesJudge()
 
 

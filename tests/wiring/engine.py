@@ -24,10 +24,10 @@ from vpo_engine import train as entry
 from vpo_engine.build import DTYPES
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
-from vpo_engine.data.ledger import LedgerPair, read_ledger
+from vpo_engine.data.preference_dataset import StoredPair, read_dataset
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.rounding import hold_in_bfloat16
-from vpo_engine.metrics.held_out import HeldOut, Instruments
+from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.metrics.throughput import RowFlops
 from vpo_engine.protocols import Denoised, SamplerSettings, TextEmbedding
 from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, read_held_out, read_pairs
@@ -57,9 +57,9 @@ SETTINGS = (
     "rollout.steps=4",
     "rollout.guidance=1.0",
     "reward.dimensions={visual_quality: 3.0, temporal_consistency: 0.2, text_alignment: 1.0}",
-    "pairs.ledger=latents",
+    "pairs.dataset=latents",
     "objective.beta=20",
-    "objective.draws=1",
+    "objective.timesteps_per_pair=1",
     "reference.refresh_every=3",
     "optimizer.lr=3e-3",
     "optimizer.warmup_steps=2",
@@ -199,7 +199,9 @@ def _toy_parts(recording: Recording, reward: ToyReward) -> Iterator[None]:
     def build_held_out(
         config: Config, model: Any, prompts: Any, scorer: Any, processes: Processes
     ) -> HeldOut:
-        instruments = Instruments(scorer, lambda videos, _: {"levels": videos.float().mean(dim=(1, 2, 3, 4))})
+        instruments = HeldOutScorers(
+            scorer, lambda videos, _: {"levels": videos.float().mean(dim=(1, 2, 3, 4))}
+        )
         return HeldOut(config, model, prompts, instruments, processes)
 
     places = {
@@ -243,9 +245,9 @@ def train(config: Config, reward: ToyReward | None = None) -> Recording:
     return recording
 
 
-def lines_of(run: Path) -> list[LedgerPair]:
-    """Every line of a run's ledger, in the order of steps and positions."""
-    return list(read_ledger(run))
+def lines_of(run: Path) -> list[StoredPair]:
+    """Every line of a run's preference dataset, in the order of steps and positions."""
+    return list(read_dataset(run))
 
 
 def metrics_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ class Oracle:
             lines.append(self.line(step, position, item.text))
         self.weigh(lines)
         metrics: dict[str, float] = {}
-        for update in range(self.config.objective.updates):
+        for update in range(self.config.objective.updates_per_rollout):
             metrics = self.update(lines, update)
             every = self.config.reference.refresh_every
             if every is not None and self.optimizer_steps - self.refreshed_at >= every:
@@ -145,7 +145,7 @@ class Oracle:
         candidates = self.block(position, prompt, 0)
         line = self.pair(step, position, prompt, candidates)
         tied_at_first = not line.kept
-        for block in range(1, 1 + self.config.pairs.refill):
+        for block in range(1, 1 + self.config.pairs.resample):
             if line.kept:
                 break
             candidates = candidates + self.block(position, prompt, block)
@@ -268,8 +268,10 @@ class Oracle:
         if not kept:
             return metrics
         self.policy.zero_grad()
-        sums = dict.fromkeys(("loss", "margin", "implicit_accuracy", "winner_gap", "loser_gap"), 0.0)
-        count = len(kept) * objective.draws
+        sums = dict.fromkeys(
+            ("loss", "margin", "implicit_accuracy", "winner_error_change", "loser_error_change"), 0.0
+        )
+        count = len(kept) * objective.timesteps_per_pair
         for line in kept:
             for row in self.draws(line, update):
                 self.found.rows.append(row)
@@ -282,7 +284,7 @@ class Oracle:
         return metrics
 
     def draws(self, line: Line, update: int) -> list[LossRow]:
-        config, draws = self.config, self.config.objective.draws
+        config, draws = self.config, self.config.objective.timesteps_per_pair
         which = (update,) if update else ()
         uniform = torch.rand(draws, generator=generator(config.seed, "time", line.position, *which))
         noise = normal((draws, *SHAPE), config.seed, "noise", line.position, *which)
@@ -330,14 +332,14 @@ class Oracle:
         values = {
             "margin": margin.item(),
             "implicit_accuracy": float(margin > 0),
-            "winner_gap": winner.item(),
-            "loser_gap": loser.item(),
+            "winner_error_change": winner.item(),
+            "loser_error_change": loser.item(),
         }
         return row.weight * loss, values
 
     def rate(self) -> float:
         """A straight line up over the warm-up, then one down to final_lr at the last optimizer step."""
-        settings, total = self.config.optimizer, self.config.steps * self.config.objective.updates
+        settings, total = self.config.optimizer, self.config.steps * self.config.objective.updates_per_rollout
         step, warmup = self.optimizer_steps, settings.warmup_steps
         if step < warmup:
             return settings.lr * (step + 1) / (warmup + 1)
@@ -374,8 +376,8 @@ class Oracle:
         found["reward/selected"] = _mean(plain)
         found["reward/gap"] = _mean([line.gap for line in lines])
         found["tie_rate"] = _mean([not line.kept for line in lines])
-        if self.config.pairs.refill:
-            found["tie_rate_before_refill"] = _mean([line.tied_at_first for line in lines])
+        if self.config.pairs.resample:
+            found["tie_rate_before_resample"] = _mean([line.tied_at_first for line in lines])
         if self.config.guards.motion_floor is not None:
             found["guards/still"] = _mean([one.still for row in first for one in row])
         return found

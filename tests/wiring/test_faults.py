@@ -40,7 +40,7 @@ def test_a_score_that_is_not_finite_ends_the_run(
     with pytest.raises(ValueError, match="every score must be finite"):
         engine.train(config, BrokenReward(value, held_out + 4))
     assert not engine.metrics_of(tmp_path / "run")
-    assert not (tmp_path / "run" / "ledger" / "pairs_0000.jsonl").exists()
+    assert not (tmp_path / "run" / "preference_dataset" / "pairs_0000.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, changed: str) 
 
 def run(folder: Path, *settings: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """The log, without what the reference takes, and the policy at the end."""
-    common = ("steps=5", "objective.updates=2", "reference.refresh_every=3", "optimizer.lr=1e-2")
+    common = ("steps=5", "objective.updates_per_rollout=2", "reference.refresh_every=3", "optimizer.lr=1e-2")
     engine.train(engine.make_config(folder, *common, *settings))
     rows = [
         {name: value for name, value in row.items() if not name.startswith("reference/")}
@@ -65,7 +65,7 @@ def run(folder: Path, *settings: str) -> tuple[list[dict[str, Any]], dict[str, T
     return rows, engine.policy_of(folder / "run", 5)
 
 
-@pytest.mark.parametrize("weights", ["masters", "stochastic"])
+@pytest.mark.parametrize("weights", ["fp32_master", "stochastic_rounding"])
 def test_exact_storages_of_the_reference_make_no_difference(tmp_path: Path, weights: str) -> None:
     """Of bfloat16 weights a copy, bf16 and exact8 hold the same reference, before and after it is refreshed."""
     storages = ("copy", "bf16", "exact8")

@@ -18,7 +18,7 @@ SETTINGS = (
     "optimizer.warmup_steps=0",
     "checkpoint.every=null",
     "evaluation.samples_per_prompt=8",
-    "pairs.ledger=none",
+    "pairs.dataset=none",
 )
 
 

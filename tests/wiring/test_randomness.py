@@ -13,9 +13,9 @@ from torch import Tensor
 
 SETTINGS = (
     "steps=2",
-    "objective.updates=2",
-    "objective.draws=2",
-    "pairs.refill=2",
+    "objective.updates_per_rollout=2",
+    "objective.timesteps_per_pair=2",
+    "pairs.resample=2",
     "rollout.candidates=2",
     "evaluation.every=1",
 )
@@ -74,7 +74,13 @@ def test_another_seed_has_other_noise(run: engine.Recording, tmp_path: Path) -> 
 
 def test_noise_depends_on_the_position_and_not_on_the_batch(run: engine.Recording, tmp_path: Path) -> None:
     """Two prompts a step for twice as many steps: the same positions, hence the same noise, but the pairs' order."""
-    settings = (*SETTINGS, "steps=4", "pairs_per_step=2", "rollout.rows=1", "reference.refresh_every=null")
+    settings = (
+        *SETTINGS,
+        "steps=4",
+        "pairs_per_step=2",
+        "rollout.batch_size=1",
+        "reference.refresh_every=null",
+    )
     other = engine.train(engine.make_config(tmp_path, *settings))
     rollout, _, _ = noises_of(run)
     rollout_again, _, _ = noises_of(other)

@@ -25,12 +25,12 @@ def replay(
 Replay = tuple[str, Path, engine.Recording]
 
 
-def test_the_ledger_says_what_the_rules_give(replay: Replay) -> None:
+def test_the_dataset_says_what_the_rules_give(replay: Replay) -> None:
     case, run, _ = replay
     check_lines(case, run)
 
 
-def test_what_reaches_the_loss_is_what_the_ledger_and_the_seed_say(replay: Replay) -> None:
+def test_what_reaches_the_loss_is_what_the_dataset_and_the_seed_say(replay: Replay) -> None:
     case, run, recording = replay
     check_rows(recording.rows, expected_of(case).rows)
     latents = {line.position: line.latents() for line in engine.lines_of(run) if line.kept}
@@ -115,7 +115,11 @@ def test_stored_pairs_are_trained_on_as_the_run_that_made_them_did(tmp_path: Pat
     case = "draws, updates and weights"
     first = engine.make_config(tmp_path / "online", *CASES[case])
     online = engine.train(first)
-    stored = [f"rollout.ledger={tmp_path / 'online' / 'run'}", "rollout.source=ledger", "pairs.ledger=none"]
+    stored = [
+        f"rollout.dataset={tmp_path / 'online' / 'run'}",
+        "rollout.source=dataset",
+        "pairs.dataset=none",
+    ]
     second = engine.make_config(tmp_path / "offline", *CASES[case], *stored)
     offline = engine.train(second)
     assert len(online.rows) == len(offline.rows)
@@ -149,7 +153,11 @@ def test_stored_pairs_are_ties_up_to_a_wider_min_gap_and_go_round(tmp_path: Path
     lines = engine.lines_of(tmp_path / "online" / "run")
     gaps = sorted(line.gap for line in lines if line.kept)
     min_gap = gaps[len(gaps) // 2 - 1]
-    settings = [f"rollout.ledger={tmp_path / 'online' / 'run'}", "rollout.source=ledger", "pairs.ledger=none"]
+    settings = [
+        f"rollout.dataset={tmp_path / 'online' / 'run'}",
+        "rollout.source=dataset",
+        "pairs.dataset=none",
+    ]
     config = engine.make_config(
         tmp_path / "offline", *settings, "steps=3", f"pairs.min_gap={min_gap!r}", "pairs.gap_power=1"
     )

@@ -13,19 +13,19 @@ from toy import ToyReward
 
 SETTINGS = (
     "steps=7",
-    "objective.updates=2",
-    "objective.draws=2",
+    "objective.updates_per_rollout=2",
+    "objective.timesteps_per_pair=2",
     "reference.refresh_every=3",
     "pairs.gap_power=1",
-    "pairs.refill=1",
+    "pairs.resample=1",
     "rollout.candidates=2",
     "optimizer.weight_decay=0.1",
 )
 """14 optimizer steps; the reference is refreshed at 3, 6, 9 and 12, in the middle of steps 2 and 5."""
 STORAGES = {
     "copy": ("reference.storage=copy",),
-    "exact": ("reference.storage=exact8", "memory.weights=masters"),
-    "int8": ("reference.storage=int8", "memory.weights=stochastic", "memory.sequential=true"),
+    "exact": ("reference.storage=exact8", "memory.weights=fp32_master"),
+    "int8": ("reference.storage=int8", "memory.weights=stochastic_rounding", "memory.sequential=true"),
 }
 
 
@@ -104,7 +104,7 @@ class DyingReward(ToyReward):
 
 
 def test_a_run_that_dies_within_a_step_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
-    """It dies in step 6, two steps after the last checkpoint; ledger and log then hold a step that is made again."""
+    """It dies in step 6, two steps after the last checkpoint; dataset and log then hold a step that is made again."""
     settings = (*SETTINGS, "checkpoint.every=4")
     first = engine.make_config(tmp_path / "whole", *settings)
     recording = engine.train(first)

@@ -16,7 +16,7 @@ BASE = (
     "rollout.guidance=2.0",
     "rollout.candidates=4",
     "rollout.steps=6",
-    "pairs.refill=1",
+    "pairs.resample=1",
 )
 EXACT = SamplerSettings(6, 2.0)
 CASES = {

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vpo_engine.memory.residency import Residency
+from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.protocols import Denoised, Network, SamplerSettings, TextEmbedding
 
 SHAPE = (2, 3, 2, 2)
@@ -72,7 +72,7 @@ class ToyModel:
 
     def __init__(self) -> None:
         self.network = ToyNetwork().eval()
-        self.residency = Residency.everything()
+        self.idle_offload = IdleOffload.disabled()
         self.prepared: set[str] = set()
 
     def prepare(self, prompts: Sequence[str]) -> None:

@@ -4,7 +4,7 @@
 """
 
 from vpo_engine.config.guards import GuardsConfig, HeldOutRewardConfig
-from vpo_engine.config.memory import MemoryConfig, Recompute
+from vpo_engine.config.memory import ActivationCheckpointing, MemoryConfig
 from vpo_engine.config.model import LoraConfig, ModelConfig
 from vpo_engine.config.pairs import PairsConfig
 from vpo_engine.config.processes import ProcessesConfig
@@ -15,6 +15,7 @@ from vpo_engine.config.section import Section
 from vpo_engine.config.update import ObjectiveConfig, OptimizerConfig, ReferenceConfig
 
 __all__ = [
+    "ActivationCheckpointing",
     "CheckpointConfig",
     "Config",
     "EvaluationConfig",
@@ -29,7 +30,6 @@ __all__ = [
     "ProcessesConfig",
     "PromptsConfig",
     "PruneConfig",
-    "Recompute",
     "ReferenceConfig",
     "RewardConfig",
     "RolloutConfig",

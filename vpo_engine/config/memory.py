@@ -8,20 +8,20 @@ from pydantic import Field
 
 from vpo_engine.config.section import Section
 
-Recompute = Literal["nothing", "pointwise", "all_but_attention", "block"]
+ActivationCheckpointing = Literal["none", "pointwise", "all_but_attention", "block"]
 
 
 class MemoryConfig(Section):
     """What is held, computed again, or sent to the host: memory against time. Rounding apart, nothing else changes."""
 
-    weights: Literal["float32", "masters", "stochastic"] = "float32"
-    """How the policy's weights are held. masters: bfloat16, with float32 copies for the optimizer. stochastic:
-    bfloat16 only; updates are rounded up or down at random, in proportion, so that small ones add up. With model.dtype
-    float32 the bfloat16 values are held in float32, for CPUs that are slow at bfloat16."""
-    recompute: Recompute = "nothing"
-    """What the backward pass computes again rather than finding it in memory: nothing; pointwise (norms, modulations,
+    weights: Literal["float32", "fp32_master", "stochastic_rounding"] = "float32"
+    """How the policy's weights are held. fp32_master: bfloat16, with float32 copies for the optimizer.
+    stochastic_rounding: bfloat16 only; updates are rounded up or down at random, in proportion, so that small ones add
+    up. With model.dtype float32 the bfloat16 values are held in float32, for CPUs that are slow at bfloat16."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What the backward pass computes again rather than finding it in memory: none; pointwise (norms, modulations,
     gates, activations: all but matrix products and attention); all_but_attention; block (all but a block's input)."""
-    offload: bool = False
+    offload_activations: bool = False
     """Inputs of blocks wait for the backward pass in pinned host memory, copied on a stream of their own."""
     mlp_chunks: int = Field(1, ge=1)
     """Parts in which a block's MLP goes over the tokens, each computed again in the backward pass."""
@@ -31,12 +31,12 @@ class MemoryConfig(Section):
     """Of AdamW's two moments; 8: blockwise, by bitsandbytes."""
     step_in_backward: bool = False
     """Each weight is updated as soon as its gradient is there, which is then freed."""
-    residency: Literal["all", "phases"] = "all"
-    """phases: policy, optimizer, reference, VAE and reward model are on the device only while a phase needs them."""
+    offload_idle: bool = False
+    """Keep policy, optimizer, reference, VAE and reward model on the device only while a phase needs them."""
     decode_frames: int | None = Field(None, ge=1)
     """Frames that the image decoder takes at once; null: as published, 4. Activations of a frame of 720 x 1280 pixels
     take 1.3 GiB in bfloat16."""
-    decode_rows: int | None = Field(None, ge=1)
+    decode_strip_height: int | None = Field(None, ge=1)
     """Rows of its maps that the image decoder goes over at once; null: all. With 16, activations of a frame of 720 x
     1280 pixels take 0.7 GiB in bfloat16."""
     limit_gib: float | None = Field(None, gt=0)

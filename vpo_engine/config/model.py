@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 from vpo_kernels.attention import AttentionName
-from vpo_kernels.companions import BackendName as CompanionName
+from vpo_kernels.fused_ops import BackendName as FusedOpsBackend
 
 from vpo_engine.config.section import Section
 
@@ -51,7 +51,7 @@ class ModelConfig(Section):
     attention: AttentionName = "auto"
     """What computes attention: torch's own (sdpa), flash2, flash3, flash4 or xformers. auto: sdpa, unless another
     imports and has been measured to win on this GPU; the run prints the choice with its reason."""
-    companions: CompanionName = "auto"
+    fused_ops: FusedOpsBackend = "auto"
     """What computes the modulated norm, the gated residual, the query-key norm with rope, and temporal
     attention: reference is plain torch, triton the fused kernels (GPU only). auto: those measured to win."""
     lora: LoraConfig | None = None

@@ -20,9 +20,9 @@ class PairsConfig(Section):
     gap_power: float = Field(0.0, ge=0, le=4)
     """The weight of a pair's loss is gap^gap_power over the mean of that among the pairs of the step, over all
     processes. 0: all weigh 1 (paper). 1: in proportion to the gap."""
-    refill: int = Field(0, ge=0)
+    resample: int = Field(0, ge=0)
     """Rounds in which the prompts that are a tie get rollout.candidates more candidates; the pair is then made of all
     that the prompt has."""
-    ledger: Literal["none", "scores", "latents"] = "none"
-    """What the run directory's ledger keeps of every prompt: nothing, all scores and the choice, or also the latents of
-    the pair, from which rollout.source=ledger trains again."""
+    dataset: Literal["none", "scores", "latents"] = "none"
+    """What the run directory's dataset keeps of every prompt: nothing, all scores and the choice, or also the latents
+    of the pair, from which rollout.source=dataset trains again."""

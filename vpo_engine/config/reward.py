@@ -65,7 +65,7 @@ class RewardConfig(Section):
     package.module:Class for a reward of your own (see docs/rewards.md)."""
     path: Path | None = None
     """Folder of the reward model's checkpoint; null for those whose weights are in the package."""
-    rows: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
     """Videos, or frames of a scorer of images, that are scored at once; null: 4 videos (viclip: 8), 64 frames."""
     bits: Literal[16, 8, 4] = 16
     """Of the matrices behind videoscore's vision tower, by bitsandbytes: 15.4, 8.2 or 5.1 GiB in all; scores move by
@@ -81,7 +81,7 @@ class RewardConfig(Section):
     frame_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     """InstructVideo's lambda, per frame; null: 4 over the frames of a segment, which is its 1 at 16 frames."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Where the reward model is; auto: where the policy is. Elsewhere it stays, whatever memory.residency says."""
+    """Where the reward model is; auto: where the policy is. Elsewhere it stays, whatever memory.offload_idle says."""
     process: bool = False
     """The reward model in a process of its own, where it stays on its device; its death says why, and ends the run."""
     time_limit: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -123,7 +123,7 @@ class RewardConfig(Section):
 
     @property
     def scorer_settings(self) -> dict[str, Any]:
-        """Those of the settings rows to frame_decay that are not left to the scorer, by name."""
-        names = ("rows", "bits", "max_frames", "frames", "frame_reduce", "frame_decay")
+        """Those of the settings batch_size to frame_decay that are not left to the scorer, by name."""
+        names = ("batch_size", "bits", "max_frames", "frames", "frame_reduce", "frame_decay")
         fields = type(self).model_fields
         return {name: value for name in names if (value := getattr(self, name)) != fields[name].default}

@@ -45,23 +45,23 @@ class RolloutConfig(Section):
     """Inference steps (paper, section 4.1)."""
     guidance: float = Field(7.0, ge=0)
     """Classifier-free guidance scale; the published Open-Sora 1.2 sampling default. 1 turns guidance off."""
-    source: Literal["policy", "reference", "ledger"] = "policy"
-    """Who samples. policy: online (the paper). reference with no refresh: offline preference data. ledger: nobody; the
+    source: Literal["policy", "reference", "dataset"] = "policy"
+    """Who samples. policy: online (the paper). reference with no refresh: offline preference data. dataset: nobody; the
     pairs are those that another run stored."""
-    ledger: Path | None = None
-    """Run directory (or its ledger folder) whose pairs source ledger trains on, in the order in which they were made,
-    again and again; it was written with pairs.ledger=latents."""
-    rows: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
+    dataset: Path | None = None
+    """Run directory (or its folder preference_dataset) whose pairs source dataset trains on, in the order in which they
+    were made, again and again; it was written with pairs.dataset=latents."""
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
     """The most candidates that go through the network and the decoder at once, as whole prompts or as even parts of
     one; null: all of a step. auto: as many as the plan says fit; give the number that the run prints where a resumed
     run is to be the same bit for bit on a device with other memory."""
     overlap: bool = False
-    """Decode and score groups of ``rows`` while the next are sampled: on a GPU in a stream of its own, on a CPU, whose
-    cores sampling takes, between groups. Scores stay the same. The seconds of decoding and scoring that sampling hides
-    count as the rollout's. It needs the memory of both at once, and excludes memory.residency=phases."""
+    """Decode and score groups of ``batch_size`` while the next are sampled: on a GPU in a stream of its own, on a CPU,
+    whose cores sampling takes, between groups. Scores stay the same. The seconds of decoding and scoring that sampling
+    hides count as the rollout's. It needs the memory of both at once, and excludes memory.offload_idle=true."""
     compile: Literal["none", "blocks", "graphs"] = "none"
     """blocks: the policy's blocks go through torch.compile while it samples for training, as three functions for any
-    depth and number of rows; candidates differ by rounding, and a CPU needs a C++ compiler. graphs: all steps of a loop
+    depth and batch size; candidates differ by rounding, and a CPU needs a C++ compiler. graphs: all steps of a loop
     but the first are replays of one CUDA graph, of the same kernels; GPUs only."""
     guidance_interval: tuple[float, float] | None = None
     """[low, high]: guidance only at times t / 1000 in it (arXiv 2404.07724), one branch at all others; null: always."""
@@ -77,9 +77,9 @@ class RolloutConfig(Section):
     """null: candidates are sampled once."""
 
     @property
-    def most_rows(self) -> int | None:
-        """``rows`` as a number, None for all; all, too, where nobody planned what auto may take."""
-        return None if self.rows == "auto" else self.rows
+    def batch_limit(self) -> int | None:
+        """``batch_size`` as a number, None for all; all, too, where nobody planned what auto may take."""
+        return None if self.batch_size == "auto" else self.batch_size
 
     @property
     def prune_step(self) -> int:
@@ -106,11 +106,12 @@ class RolloutConfig(Section):
         return self.explore.model_copy(update={"steps": self.explore.steps or self.steps})
 
     @model_validator(mode="after")
-    def _from_the_ledger(self) -> Self:
-        if (self.source == "ledger") != (self.ledger is not None):
+    def _from_a_dataset(self) -> Self:
+        if (self.source == "dataset") != (self.dataset is not None):
             raise ValueError(
-                f"source={self.source} and ledger={'null' if self.ledger is None else self.ledger} do not go together: "
-                "source ledger reads pairs from the run directory that rollout.ledger names"
+                f"source={self.source} and dataset={'null' if self.dataset is None else self.dataset} do "
+                f"not go together: "
+                "source dataset reads pairs from the run directory that rollout.dataset names"
             )
         return self
 

@@ -57,7 +57,8 @@ class Config(Section):
     name: str = "run"
     seed: int = 0
     steps: int = Field(1000, ge=1)
-    """Steps of Algorithm 1; each makes objective.updates optimizer steps, or none where all pairs are ties."""
+    """Steps of Algorithm 1; each makes objective.updates_per_rollout optimizer steps, or none where all pairs are
+    ties."""
     pairs_per_step: int = Field(8, ge=1)
     """Prompts, hence pairs, per step over all processes (paper, section 4.1: batch 8)."""
     run_dir: Path | None = None
@@ -79,7 +80,7 @@ class Config(Section):
     @property
     def optimizer_steps(self) -> int:
         """Of a run in which no step goes without pairs."""
-        return self.steps * self.objective.updates
+        return self.steps * self.objective.updates_per_rollout
 
     @property
     def held_out_steps(self) -> int:
@@ -94,7 +95,7 @@ class Config(Section):
         return self
 
     def _check_run(self) -> None:
-        train = self.prompts.train or self.rollout.ledger
+        train = self.prompts.train or self.rollout.dataset
         if self.model.kind != "sprites" and (train is None or self.prompts.held_out is None):
             raise ValueError(
                 "prompts.train and prompts.held_out name files; only the sprites world has its own"
@@ -104,10 +105,10 @@ class Config(Section):
                 f"reward.kind {self.reward.kind} scores the sprites world only; set reward.kind=videoscore with its "
                 "reward.path, or reward.kind=builtin"
             )
-        if self.rollout.source == "ledger" and (self.pairs.refill or self.pairs.ledger != "none"):
+        if self.rollout.source == "dataset" and (self.pairs.resample or self.pairs.dataset != "none"):
             raise ValueError(
-                "rollout.source=ledger takes its pairs as they were stored; leave out "
-                f"pairs.refill={self.pairs.refill} and pairs.ledger={self.pairs.ledger}"
+                "rollout.source=dataset takes its pairs as they were stored; leave out "
+                f"pairs.resample={self.pairs.resample} and pairs.dataset={self.pairs.dataset}"
             )
         held_out = self.guards.reward
         if held_out is not None and (held_out.kind, held_out.path) == (self.reward.kind, self.reward.path):
@@ -118,7 +119,7 @@ class Config(Section):
         if self.optimizer.warmup_steps >= self.optimizer_steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps} times "
-                f"objective.updates={self.objective.updates}"
+                f"objective.updates_per_rollout={self.objective.updates_per_rollout}"
             )
 
     def _check_processes(self) -> None:
@@ -143,7 +144,7 @@ class Config(Section):
         if storage == "exact8" and memory.weights == "float32":
             raise ValueError(
                 "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
-                "memory.weights=masters or stochastic, or use reference.storage=int8"
+                "memory.weights=fp32_master or stochastic_rounding, or use reference.storage=int8"
             )
         if (storage == "adapter") != (lora is not None):
             raise ValueError(
@@ -151,15 +152,19 @@ class Config(Section):
                 "an adapter's reference is its base and a frozen copy of the adapter (storage adapter), and full "
                 "fine-tuning has no adapter"
             )
-        if memory.offload and memory.recompute not in ("block", "all_but_attention"):
+        if memory.offload_activations and memory.activation_checkpointing not in (
+            "block",
+            "all_but_attention",
+        ):
             raise ValueError(
-                f"memory.offload=true sends the inputs of blocks to the host, but memory.recompute={memory.recompute} "
-                "keeps many times as much on the device; set memory.recompute=block or all_but_attention"
+                f"memory.offload_activations=true sends the inputs of blocks to the host, but "
+                f"memory.activation_checkpointing={memory.activation_checkpointing} "
+                "keeps many times as much on the device; set memory.activation_checkpointing=block or all_but_attention"
             )
-        if self.rollout.overlap and memory.residency == "phases":
+        if self.rollout.overlap and memory.offload_idle:
             raise ValueError(
                 "rollout.overlap=true has policy, VAE and reward model on the device at once, which "
-                "memory.residency=phases exists to avoid; set rollout.overlap=false, or memory.residency=all"
+                "memory.offload_idle=true exists to avoid; set rollout.overlap=false, or memory.offload_idle=false"
             )
         if memory.step_in_backward:
             self._check_step_in_backward()
@@ -167,7 +172,10 @@ class Config(Section):
     def _check_step_in_backward(self) -> None:
         wrong = {
             "memory.sequential=true": (self.memory.sequential, "a step needs the gradients of both members"),
-            "objective.rows": (self.objective.rows is not None, "a step needs the gradients of all rows"),
+            "objective.micro_batch_size": (
+                self.objective.micro_batch_size is not None,
+                "a step needs the gradients of all rows",
+            ),
             "optimizer.clip": (
                 self.optimizer.clip is not None,
                 "their common norm is known too late; set null",

@@ -10,15 +10,15 @@ from vpo_engine.config.section import Section
 
 
 class ObjectiveConfig(Section):
-    """The preference loss: mean over pairs of -logsigmoid(-(beta / 2) (winner gap - loser gap))."""
+    """The preference loss: mean over pairs of -logsigmoid(-(beta / 2) (winner error change - loser error change))."""
 
     beta: float = Field(500.0, gt=0, allow_inf_nan=False)
     """With the half factor and errors averaged over the elements of a sample. The paper gives none; 500 is
     the published value for flow matching on a 1 B video model with this form (VideoReward, appendix I). It is
     not the 500 of an implementation that sums errors or drops the half."""
-    draws: int = Field(1, ge=1)
+    timesteps_per_pair: int = Field(1, ge=1)
     """(t, noise) draws per pair and optimizer step, a sigmoid each (paper: one)."""
-    updates: int = Field(1, ge=1)
+    updates_per_rollout: int = Field(1, ge=1)
     """Optimizer steps on the pairs of one rollout, each with other draws (paper: one). The log has the numbers of the
     last."""
     weighting: Literal["prediction", "epsilon", "x0"] = "prediction"
@@ -33,8 +33,8 @@ class ObjectiveConfig(Section):
     branch: Literal["conditional", "guided"] = "conditional"
     """Which prediction is trained: the conditional branch, as public code does, or the guided prediction of
     policy and reference alike, at rollout.guidance."""
-    rows: int | None = Field(None, ge=1)
-    """Pairs times draws that go through the networks at once; null: all of a step."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Pairs times timesteps per pair that go through the networks at once; null: all of a step."""
 
 
 class ReferenceConfig(Section):
@@ -43,7 +43,7 @@ class ReferenceConfig(Section):
     storage: Literal["copy", "bf16", "int8", "exact8", "adapter"] = "copy"
     """copy: in the policy's own type. bf16: matrices rounded to it. int8: absmax groups, half a percent of rounding.
     exact8: 8-bit differences from the policy's bf16 weights, bit for bit the bf16 reference; needs memory.weights
-    masters or stochastic. adapter: under model.lora, the base and a frozen copy of the adapter."""
+    fp32_master or stochastic_rounding. adapter: under model.lora, the base and a frozen copy of the adapter."""
     refresh_every: int | None = Field(200, ge=1)
     """K, in optimizer steps (paper, section 4.1); null: never refreshed."""
 

@@ -29,12 +29,12 @@ class Processes:
     store: dist.Store | None = None
 
     @staticmethod
-    def start(device: str = "auto", per_team: int = 1, spare: bool = False) -> Processes:
+    def start(device: str = "auto", per_team: int = 1, reward_process: bool = False) -> Processes:
         """Join the process group that torchrun describes in the environment; without one, return a single process.
 
         The backend is gloo on CPU and nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team: see
-        ``in_teams``. spare: the process with the last rank runs the reward model and is not in the group (see
-        ``spared``); ValueError if no other process is left.
+        ``in_teams``. reward_process: the process with the last rank runs the reward model and is not in the group (see
+        ``is_reward_process``); ValueError if no other process is left.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
@@ -48,7 +48,7 @@ class Processes:
             chosen = torch.device("cuda", chosen.index if chosen.index is not None else local_rank)
             torch.cuda.set_device(chosen)
         store = None
-        if spare:
+        if reward_process:
             if count == 1:
                 raise ValueError(
                     "processes.reward=true gives the last of 1 processes to the reward model, which leaves none to "
@@ -84,7 +84,7 @@ class Processes:
         return replace(self, _team=team)
 
     @property
-    def spared(self) -> bool:
+    def is_reward_process(self) -> bool:
         """Whether this process runs the reward model only; then it takes part in no collective operation below."""
         return self.rank == self.count
 
@@ -97,7 +97,7 @@ class Processes:
         """This process among those that share its prompts; without ``in_teams`` it is alone."""
         return self._team or Processes(0, 1, self.device)
 
-    def share(self, total: int, what: str) -> range:
+    def team_range(self, total: int, what: str) -> range:
         """Return which of ``total`` items belong to this team. ValueError if the teams cannot get equally many.
 
         ``what`` is the name of the setting that has the value ``total``, for the error.
@@ -113,7 +113,7 @@ class Processes:
         team = self.rank // size
         return range(team * each, (team + 1) * each)
 
-    def part(self, total: int) -> range:
+    def rank_range(self, total: int) -> range:
         """Return which of ``total`` items belong to this process, divided in rank order as evenly as possible."""
         return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
@@ -166,7 +166,7 @@ class Processes:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return bool(value.item())
 
-    def agree(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Return the text of the process with rank 0, in every process."""
         box = [text]
         if self.count > 1:
@@ -178,5 +178,5 @@ class Processes:
             dist.barrier(group=self.group)
 
     def stop(self) -> None:
-        if self.count > 1 and not self.spared and dist.is_initialized():
+        if self.count > 1 and not self.is_reward_process and dist.is_initialized():
             dist.destroy_process_group()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from vpo_engine.config import Recompute
+from vpo_engine.config import ActivationCheckpointing
 
 ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",
@@ -36,7 +36,7 @@ packages. flash4 launches its kernels without an operator, so its results cannot
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm")
 """Operators that linear layers call."""
 
-KEPT: dict[Recompute, tuple[str, ...]] = {
+KEPT: dict[ActivationCheckpointing, tuple[str, ...]] = {
     "pointwise": (*PRODUCTS, *ATTENTION),
     "all_but_attention": ATTENTION,
     "block": (),
@@ -48,12 +48,13 @@ _OFFLOADABLE = ("all_but_attention", "block")
 
 @dataclass(frozen=True)
 class Activations:
-    """How blocks are run. ``recompute`` and ``offload`` have an effect with gradients only, ``mlp_chunks`` always has.
+    """How blocks are run. ``checkpointing`` and ``offload`` have an effect with gradients only, ``mlp_chunks`` always
+    has.
 
-    recompute: ``nothing`` keeps everything. ``pointwise`` keeps a block's input and the outputs of its matrix
+    checkpointing: ``none`` keeps everything. ``pointwise`` keeps a block's input and the outputs of its matrix
         products and attentions, ``all_but_attention`` its input and the outputs of its attentions, ``block`` its
         input. The loss is the same bit for bit, and so are the gradients where operations are deterministic.
-    offload: the inputs of blocks wait for the backward pass in host memory; see ``memory.offload``.
+    offload: the inputs of blocks wait for the backward pass in host memory; see ``vpo_engine.memory.offload``.
     mlp_chunks: the MLP, with its norm and its residual, processes the tokens in this many parts. With gradients each
         part is computed again in the backward pass, so that the hidden activations of one part exist at a time.
         Matrix products of fewer rows may round differently: predictions change by about one ulp, and the gradients of
@@ -63,36 +64,40 @@ class Activations:
     activations on the device than the offload saves.
     """
 
-    recompute: Recompute = "nothing"
+    checkpointing: ActivationCheckpointing = "none"
     offload: bool = False
     mlp_chunks: int = 1
 
     def __post_init__(self) -> None:
-        if self.recompute not in get_args(Recompute):
+        if self.checkpointing not in get_args(ActivationCheckpointing):
             raise ValueError(
-                f"recompute={self.recompute!r} is unknown; it must be one of: {', '.join(get_args(Recompute))}"
+                f"checkpointing={self.checkpointing!r} is unknown; it must be one of: "
+                f"{', '.join(get_args(ActivationCheckpointing))}"
             )
         if self.mlp_chunks < 1:
             raise ValueError(
                 f"mlp_chunks={self.mlp_chunks} must be at least 1; 1 computes the MLP in one part"
             )
-        if self.offload and self.recompute not in _OFFLOADABLE:
+        if self.offload and self.checkpointing not in _OFFLOADABLE:
             raise ValueError(
-                f"offload=True moves the inputs of blocks to the host, but recompute={self.recompute!r} keeps many "
-                f"times as much on the device; set recompute to {' or '.join(_OFFLOADABLE)}, or offload=False"
+                f"offload=True moves the inputs of blocks to the host, but "
+                f"checkpointing={self.checkpointing!r} keeps many times as much on the device; set "
+                f"checkpointing to {' or '.join(_OFFLOADABLE)}, or offload=False"
             )
 
 
-def checkpointed(function: Callable[..., Tensor], *inputs: Any, recompute: Recompute) -> Tensor:
-    """Call ``function(*inputs)``, keeping for the backward pass only what ``recompute`` says."""
-    if recompute == "nothing" or not torch.is_grad_enabled():
+def checkpointed(
+    function: Callable[..., Tensor], *inputs: Any, checkpointing: ActivationCheckpointing
+) -> Tensor:
+    """Call ``function(*inputs)``, keeping for the backward pass only what ``checkpointing`` says."""
+    if checkpointing == "none" or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(
         function,
         *inputs,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=partial(_contexts, recompute),
+        context_fn=partial(_contexts, checkpointing),
     )
 
 
@@ -148,9 +153,11 @@ class _WithFlag:
         self._inner.__exit__(*error)
 
 
-def _contexts(recompute: Recompute) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _contexts(
+    checkpointing: ActivationCheckpointing,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Return the contexts for the first computation and for the repeated one in the backward pass."""
-    kept = _operators(KEPT[recompute])
+    kept = _operators(KEPT[checkpointing])
     if not kept:
         return nullcontext(), _WithFlag(_recomputing, nullcontext())
     first, again = create_selective_checkpoint_contexts(partial(_policy, kept))

@@ -1,4 +1,4 @@
-"""AdamW one parameter at a time, over float32 weights, float32 masters or bfloat16 weights alone.
+"""AdamW one parameter at a time, over float32 weights, fp32 master weights or bfloat16 weights alone.
 
 torch (or bitsandbytes for 8-bit moments) steps each parameter separately. So a step can be part of the backward pass,
 the float32 weight can exist during its own step only, and a stored reference can be updated around each change.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vpo_engine.config import MemoryConfig, OptimizerConfig
 from vpo_engine.memory.rounding import round_stochastically, rounding_offsets, take_unrounded
 
-Following = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+PreserveReference = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 """Returns a context in which these parameters may change while the reference keeps its values."""
 
 _WEIGHTS: tuple[str, ...] = get_args(MemoryConfig.model_fields["weights"].annotation)
@@ -43,14 +43,14 @@ def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
 class PolicyOptimizer:
     """AdamW (``settings``) over ``parameters``, whose weights are stored as ``memory.weights`` says.
 
-    float32: the parameters are stepped themselves. masters: a float32 master of each is stepped, and the parameter
-    gets it rounded to the nearest bfloat16 value. stochastic: a parameter is float32 during its own step only, and
-    is then rounded stochastically to bfloat16. The random numbers are a function of ``seed``, the step and the
+    float32: the parameters are stepped themselves. fp32_master: a float32 copy of each is stepped, and the parameter
+    gets it rounded to the nearest bfloat16 value. stochastic_rounding: a parameter is float32 during its own step only,
+    and is then rounded stochastically to bfloat16. The random numbers are a function of ``seed``, the step and the
     parameter's number, so they are the same in every process, in a rerun and after a resume.
 
     With memory.optimizer_bits=8 the moments are bitsandbytes', which keeps those of parameters of fewer than 4096
     elements in 32 bits. All parameters must be on one device. Each change of a parameter happens inside the context
-    ``following([parameter])``. A parameter's gradient is freed when the parameter is stepped.
+    ``preserve_reference([parameter])``. A parameter's gradient is freed when the parameter is stepped.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class PolicyOptimizer:
         memory: MemoryConfig,
         *,
         seed: int,
-        following: Following,
+        preserve_reference: PreserveReference,
     ) -> None:
         self.steps = 0
         self._parameters, self._settings, self._mode = list(parameters), settings, memory.weights
-        self._seed, self._following = seed, following
+        self._seed, self._preserve_reference = seed, preserve_reference
         self._bits = memory.optimizer_bits
         self._weights = [self._float32_weight(parameter) for parameter in self._parameters]
         self._library: _Library = (_Bitsandbytes if self._bits == 8 else _Torch)(self._weights, settings)
@@ -102,8 +102,8 @@ class PolicyOptimizer:
         return value
 
     def nbytes(self) -> dict[str, int]:
-        """Count the bytes of the "moments" (with scales; 0 before the first step) and of the "masters"."""
-        kinds = {"moments": self._moment_tensors(), "masters": self._masters()}
+        """Count the bytes of the "moments" (with scales; 0 before the first step) and of the "fp32_master"."""
+        kinds = {"moments": self._moment_tensors(), "fp32_master": self._fp32_masters()}
         return {
             kind: sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             for kind, tensors in kinds.items()
@@ -112,9 +112,9 @@ class PolicyOptimizer:
     def tensors(self) -> list[Tensor]:
         """Return the optimizer's own tensors, not copies, so that their data can be moved.
 
-        The moments and masters there are; before the first step there are no moments.
+        The moments and fp32 master weights there are; before the first step there are no moments.
         """
-        return [*self._moment_tensors(), *self._masters()]
+        return [*self._moment_tensors(), *self._fp32_masters()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state under flat names, "{parameter's number}.{name}" for that of a parameter; not copies."""
@@ -122,7 +122,7 @@ class PolicyOptimizer:
         state = {_SETUP: torch.tensor(setup), _STEPS: torch.tensor(self.steps)}
         for number, weight in enumerate(self._weights):
             state |= {f"{number}.{name}": value for name, value in self._library.state(number).items()}
-            if self._mode == "masters":
+            if self._mode == "fp32_master":
                 state[f"{number}.{_MASTER}"] = weight.detach()
         return state
 
@@ -131,7 +131,7 @@ class PolicyOptimizer:
         entries = self._checked(state)
         self.steps = int(state[_STEPS])
         for number, entry in entries.items():
-            if self._mode == "masters":
+            if self._mode == "fp32_master":
                 self._weights[number].data.copy_(entry.pop(_MASTER))
             self._library.load(number, entry, self._parameters[number].device)
 
@@ -139,7 +139,7 @@ class PolicyOptimizer:
         """Return the weight that is stepped: the parameter, its master, or a weight that is empty between steps."""
         if self._mode == "float32":
             return parameter
-        if self._mode == "masters":
+        if self._mode == "fp32_master":
             return nn.Parameter(take_unrounded(parameter))
         return nn.Parameter(torch.empty(0, device=parameter.device))
 
@@ -155,16 +155,16 @@ class PolicyOptimizer:
         parameter.grad = None
         if factor is not None:
             gradient.mul_(factor)
-        with self._following([parameter]):
-            if self._mode == "stochastic":
+        with self._preserve_reference([parameter]):
+            if self._mode == "stochastic_rounding":
                 weight.data = parameter.detach().to(torch.float32, copy=True)
             weight.grad = gradient
             del gradient
             self._library.step(number)
             weight.grad = None
-            if self._mode == "masters":
+            if self._mode == "fp32_master":
                 parameter.copy_(weight.bfloat16())
-            elif self._mode == "stochastic":
+            elif self._mode == "stochastic_rounding":
                 offsets = rounding_offsets(weight, self._seed, self.steps, number)
                 parameter.copy_(round_stochastically(weight.detach(), offsets))
                 weight.data = weight.data.new_empty(0)
@@ -202,8 +202,8 @@ class PolicyOptimizer:
         states = [self._library.state(number) for number in range(len(self._weights))]
         return [value for state in states for name, value in state.items() if name != _STEP]
 
-    def _masters(self) -> Sequence[Tensor]:
-        return self._weights if self._mode == "masters" else []
+    def _fp32_masters(self) -> Sequence[Tensor]:
+        return self._weights if self._mode == "fp32_master" else []
 
     def _checked(self, state: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """Check ``state``, and return its entries by parameter."""
@@ -233,7 +233,7 @@ class PolicyOptimizer:
 
     def _check_entry(self, number: int, entry: dict[str, Tensor]) -> None:
         shape = tuple(self._parameters[number].shape)
-        expected: dict[str, tuple[int, ...]] = {_MASTER: shape} if self._mode == "masters" else {}
+        expected: dict[str, tuple[int, ...]] = {_MASTER: shape} if self._mode == "fp32_master" else {}
         if _STEP in entry:  # absent if it has never been stepped
             expected |= {_STEP: (), **self._library.shapes(shape, entry)}
         for name in sorted(expected.keys() | entry.keys()):

@@ -18,19 +18,19 @@ _UNROUNDED = "unrounded"
 
 @torch.no_grad()
 def hold_in_bfloat16(
-    network: nn.Module, weights: Literal["float32", "masters", "stochastic"], dtype: torch.dtype
+    network: nn.Module, weights: Literal["float32", "fp32_master", "stochastic_rounding"], dtype: torch.dtype
 ) -> None:
     """Round all parameters of a loaded network to the nearest bfloat16 values, and store them in ``dtype``.
 
-    ``dtype`` is bfloat16 or float32. Buffers are not changed, and with weights float32 nothing is. With masters, each
-    trained parameter keeps its unrounded float32 weight until the optimizer takes it (see ``take_unrounded``); copies
-    of the network do not have it. A second call changes nothing.
+    ``dtype`` is bfloat16 or float32. Buffers are not changed, and with weights float32 nothing is. With fp32_master,
+    each trained parameter keeps its unrounded float32 weight until the optimizer takes it (see ``take_unrounded``);
+    copies of the network do not have it. A second call changes nothing.
     """
     if weights == "float32":
         return
     for parameter in network.parameters():
         unrounded = parameter.data
-        if weights == "masters" and parameter.requires_grad and not hasattr(parameter, _UNROUNDED):
+        if weights == "fp32_master" and parameter.requires_grad and not hasattr(parameter, _UNROUNDED):
             setattr(parameter, _UNROUNDED, unrounded.float())
         parameter.data = unrounded.to(torch.bfloat16, copy=True).to(dtype)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.memory.residency import Residency
+from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.metrics.appearance import appearance
 from vpo_engine.protocols import Network, Reward, VideoModel
 from vpo_engine.rewards.combine import Dimensions, combine
@@ -21,7 +21,7 @@ PixelMeasures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Instruments:
+class HeldOutScorers:
     """The scorers of held-out clips. The policy is trained on ``reward``, and never on the others.
 
     judged: the dimensions of the judge whose average is ``judge/selected``; None: those that are trained on.
@@ -45,13 +45,13 @@ class HeldOut:
         config: Config,
         model: VideoModel,
         prompts: Sequence[str],
-        instruments: Instruments,
+        scorers: HeldOutScorers,
         processes: Processes,
-        residency: Residency | None = None,
+        idle_offload: IdleOffload | None = None,
     ) -> None:
-        self._config, self._model, self._instruments = config, model, instruments
+        self._config, self._model, self._scorers = config, model, scorers
         self._processes = processes
-        self._residency = residency or Residency.everything()
+        self._idle_offload = idle_offload or IdleOffload.disabled()
         self.prompts = list(prompts)
 
     def videos(self, network: Network, clips: Sequence[int]) -> Tensor:
@@ -77,8 +77,8 @@ class HeldOut:
 
     def scores(self, videos: Tensor, clips: Sequence[int]) -> list[dict[str, float]]:
         """Return the training reward of the given clips, by dimension."""
-        with self._residency.phase("reward"):
-            scores = self._instruments.reward.score(videos, [self.caption(clip) for clip in clips])
+        with self._idle_offload.phase("reward"):
+            scores = self._scorers.reward.score(videos, [self.caption(clip) for clip in clips])
         return [{name: float(value[i]) for name, value in scores.items()} for i in range(len(clips))]
 
     def check_reward(self, videos: Tensor, clips: Sequence[int], exchange: bool) -> dict[str, Shuffled]:
@@ -88,8 +88,8 @@ class HeldOut:
         score with their own prompts and with each other's; otherwise, or if all have the same prompt, return {}.
         """
         captions = [self.caption(clip) for clip in clips]
-        reward = self._instruments.reward
-        with self._residency.phase("reward"):
+        reward = self._scorers.reward
+        with self._idle_offload.phase("reward"):
             check_deterministic(reward, videos[0], captions[0])
             if not exchange or len(set(captions)) < 2:
                 return {}
@@ -99,7 +99,7 @@ class HeldOut:
         return self.prompts[clip % len(self.prompts)]
 
     def _chunks(self, clips: Sequence[int]) -> list[Sequence[int]]:
-        size = self._config.rollout.most_rows or 64
+        size = self._config.rollout.batch_limit or 64
         return [clips[start : start + size] for start in range(0, len(clips), size)]
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class HeldOut:
         noise = torch.stack([normal(shape, seed, "held-out", clip) for clip in clips])
         text = self._model.embed([self.caption(clip) for clip in clips])
         rollout = self._config.rollout
-        with self._residency.phase("evaluation"):
+        with self._idle_offload.phase("evaluation"):
             latents = self._model.sample(
                 network,
                 noise.to(self._processes.device),
@@ -122,19 +122,19 @@ class HeldOut:
         captions = [self.caption(clip) for clip in clips]
         found: dict[str, Tensor] = {}
         trained = self._config.reward.dimensions
-        instruments = self._instruments
+        scorers = self._scorers
         rewards: tuple[tuple[str, Reward | None, Dimensions], ...] = (
-            ("reward", instruments.reward, trained),
-            ("judge", instruments.judge, instruments.judged or trained),
+            ("reward", scorers.reward, trained),
+            ("judge", scorers.judge, scorers.judged or trained),
         )
         for name, reward, dimensions in rewards:
             if reward is not None:
-                with self._residency.phase("reward" if name == "reward" else "judge"):
+                with self._idle_offload.phase("reward" if name == "reward" else "judge"):
                     scores = reward.score(videos, captions)
                 scores = scores | {"selected": combine(scores, dimensions)}
                 found |= {f"{name}/{key}": value.float().cpu() for key, value in scores.items()}
         for name, measures in (
-            ("pixels", instruments.pixels(videos, captions)),
+            ("pixels", scorers.pixels(videos, captions)),
             ("style", appearance(videos)),
         ):
             found |= {f"{name}/{key}": value.float().cpu() for key, value in measures.items()}

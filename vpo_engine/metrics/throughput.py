@@ -34,7 +34,7 @@ _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 class ChoosesBackends(Protocol):
     """A network whose attention and fused operations come in several implementations."""
 
-    def choose_backends(self, attention: str, companions: str, *, dtype: torch.dtype) -> object:
+    def choose_backends(self, attention: str, fused_ops: str, *, dtype: torch.dtype) -> object:
         """Choose what computes from now on; "sdpa" and "reference" are plain torch."""
         ...
 
@@ -179,7 +179,9 @@ class Throughput:
         """
         objective = self._config.objective
         guided = objective.branch == "guided" and self._config.rollout.guidance != 1.0
-        trained = pairs * 2 * objective.draws * objective.updates * (2 if guided else 1)
+        trained = (
+            pairs * 2 * objective.timesteps_per_pair * objective.updates_per_rollout * (2 if guided else 1)
+        )
         work = {
             "rollout": rows * self._flops.forward,
             "update": trained * (self._flops.forward + self._flops.training),
@@ -193,7 +195,7 @@ class Throughput:
     def rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """Candidates per second of all processes, if any are sampled, and the share of the time outside of all stages.
 
-        Candidates that ``pairs.refill`` adds are not counted.
+        Candidates that ``pairs.resample`` adds are not counted.
 
         seconds: of every stage since the last call, and of everything as "step".
         """
@@ -201,7 +203,7 @@ class Throughput:
         staged = sum(value for stage, value in seconds.items() if stage != "step")
         between = sum(seconds.get(stage, 0.0) for stage in BETWEEN)
         rates = {"speed/idle": max(0.0, 1 - staged / whole)}
-        if self._config.rollout.source != "ledger":
+        if self._config.rollout.source != "dataset":
             candidates = self._config.pairs_per_step * self._config.rollout.candidates
             rates["speed/samples_per_second"] = candidates / (whole - between)
         return rates

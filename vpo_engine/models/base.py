@@ -1,4 +1,4 @@
-"""What most model families share: the sampling loop, text, residency, saving. A family overrides what differs."""
+"""What most model families share: the sampling loop, text, idle_offload, saving. A family overrides what differs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
-from vpo_engine.memory.residency import PartName, Residency, module_tensors
+from vpo_engine.memory.idle_offload import IdleOffload, PartName, module_tensors
 from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerState, TextEmbedding
 from vpo_engine.models.lora import has_adapter, load_adapter, save_adapter
 from vpo_engine.models.step_graph import Predict, StepGraph
@@ -40,7 +40,7 @@ class BaseModel(VideoModel):
         """Move network and VAE to the device, the VAE in ``dtype`` too; None where there is no VAE to be moved."""
         self.device, self.dtype = device, dtype
         self.network = network.to(device).eval()
-        self.residency = Residency.everything()
+        self.idle_offload = IdleOffload.disabled()
         self._text = text
         self._parts: dict[PartName, nn.Module] = {"policy": self.network}
         if vae is not None:
@@ -161,7 +161,7 @@ class BaseModel(VideoModel):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        with self.residency.phase("decode"):
+        with self.idle_offload.phase("decode"):
             return self.to_video(latents)
 
     # --- memory and files ----------------------------------------------------------------------------------
@@ -170,10 +170,10 @@ class BaseModel(VideoModel):
     def parts(self) -> Mapping[PartName, nn.Module]:
         return self._parts
 
-    def stay_by(self, residency: Residency) -> None:
-        self.residency = residency
+    def stay_by(self, idle_offload: IdleOffload) -> None:
+        self.idle_offload = idle_offload
         for name in self.parts:
-            residency.register(name, partial(self._tensors, name))
+            idle_offload.register(name, partial(self._tensors, name))
 
     def _tensors(self, name: PartName) -> list[Tensor]:
         return module_tensors(self.parts[name])

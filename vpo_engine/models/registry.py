@@ -61,7 +61,7 @@ def check_model(config: Config) -> None:
 
 def check_loaded(kind: str, model: VideoModel) -> VideoModel:
     """Return the model; ValueError names what its constructor has not set."""
-    names = ("network", "latent_shape", "fps", "text_rule", "device", "dtype", "residency")
+    names = ("network", "latent_shape", "fps", "text_rule", "device", "dtype", "idle_offload")
     missing = [name for name in names if not hasattr(model, name)]
     if missing:
         raise ValueError(
@@ -131,12 +131,12 @@ def _asked(config: Config) -> dict[Option, tuple[Any, Any]]:
     compiling = rollout.compile
     return {
         "model.attention": (model.attention, "auto"),
-        "model.companions": (model.companions, "auto"),
-        "memory.recompute": (memory.recompute, "nothing"),
-        "memory.offload": (memory.offload, False),
+        "model.fused_ops": (model.fused_ops, "auto"),
+        "memory.activation_checkpointing": (memory.activation_checkpointing, "none"),
+        "memory.offload_activations": (memory.offload_activations, False),
         "memory.mlp_chunks": (memory.mlp_chunks, 1),
         "memory.decode_frames": (memory.decode_frames, None),
-        "memory.decode_rows": (memory.decode_rows, None),
+        "memory.decode_strip_height": (memory.decode_strip_height, None),
         "rollout.guidance": (rollout.guidance, 1.0),
         "rollout.guidance_interval": (rollout.guidance_interval or first.guidance_interval, None),
         "rollout.cache": (rollout.cache or first.cache, None),

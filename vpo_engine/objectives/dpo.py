@@ -43,7 +43,7 @@ class DPO:
     a time; the policy's forward pass of the winner is made twice. Same gradient and metrics but for rounding.
     """
 
-    METRICS = ("loss", "margin", "implicit_accuracy", "winner_gap", "loser_gap")
+    METRICS = ("loss", "margin", "implicit_accuracy", "winner_error_change", "loser_error_change")
 
     def __init__(
         self,
@@ -79,10 +79,10 @@ class DPO:
         samples: those of the P * draws samples to learn from in this process; None: all of them. total: the samples of
         the whole step, on all processes; None: as many as ``pairs`` have. Keys of the result: METRICS and "samples".
         """
-        draws = self._config.draws
+        draws = self._config.timesteps_per_pair
         mine = range(len(pairs) * draws) if samples is None else samples
         times = self.timesteps(pairs, update, mine)
-        size = self._config.rows or len(mine)
+        size = self._config.micro_batch_size or len(mine)
         sums = dict.fromkeys((*self.METRICS, "samples"), 0.0)
         for start in range(0, len(mine), size):
             chosen = mine[start : start + size]
@@ -92,8 +92,8 @@ class DPO:
             sums["loss"] += float(result.loss) * len(chosen)
             sums["margin"] += float(result.margin.sum())
             sums["implicit_accuracy"] += float((result.margin > 0).sum())
-            sums["winner_gap"] += float(result.winner_gap.sum())
-            sums["loser_gap"] += float(result.loser_gap.sum())
+            sums["winner_error_change"] += float(result.winner_error_change.sum())
+            sums["loser_error_change"] += float(result.loser_error_change.sum())
             sums["samples"] += len(chosen)
         return sums
 
@@ -103,7 +103,7 @@ class DPO:
         The timesteps of one pair are stratified: each falls in another of ``draws`` equal parts of (0, 1), which
         leaves their distribution as it is and lowers the variance of the mean.
         """
-        draws = self._config.draws
+        draws = self._config.timesteps_per_pair
         uniform = []
         for number, part in _by_pair(samples, draws).items():
             random = generator(self._seed, "time", pairs[number].prompt.position, *_later(update))
@@ -112,7 +112,7 @@ class DPO:
 
     def micro_batch(self, pairs: Sequence[Pair], update: int, samples: range, times: Tensor) -> MicroBatch:
         """Return these samples of the pairs at their ``times``, on the device of the latents."""
-        draws, shape = self._config.draws, self._model.latent_shape
+        draws, shape = self._config.timesteps_per_pair, self._model.latent_shape
         noise = [
             normal((draws, *shape), self._seed, "noise", pairs[number].prompt.position, *_later(update))[part]
             for number, part in _by_pair(samples, draws).items()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vpo_engine.config import Config
-from vpo_engine.memory.residency import PartName, needs_of
+from vpo_engine.memory.idle_offload import PartName, needs_of
 from vpo_engine.planning.extrapolate import Traced
 from vpo_engine.planning.gpus import GIB, Gpu
 from vpo_engine.planning.trace import PHASES, PhaseName
@@ -92,7 +92,7 @@ def estimate(config: Config, trace: Traced, gpu: Gpu | None, limit: int, limited
 
 def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None) -> PhasePlan:
     absent = {"host"}
-    if config.memory.residency == "phases" and gpu is not None:
+    if config.memory.offload_idle and gpu is not None:
         needs = needs_of(config)
         staying = {"reward"} if config.reward.process else set()
         absent |= {part for part in _PARTS if name not in needs[part].phases} - staying

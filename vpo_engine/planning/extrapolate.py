@@ -85,7 +85,7 @@ def traced(config: Config, *, on_gpu: bool, processes: int = 1) -> Traced:
     """Trace a step of the configured network, or extrapolate it where peaks do not move with depth."""
     memory = config.memory
     autocast = config.model.dtype == "bfloat16" and memory.weights == "float32"
-    straight = memory.recompute == "block" and not autocast and not memory.step_in_backward
+    straight = memory.activation_checkpointing == "block" and not autocast and not memory.step_in_backward
     if configured_depth(config) <= DEEPER or not straight:
         return trace_step(config, on_gpu=on_gpu, processes=processes)
     shallow = trace_step(config, on_gpu=on_gpu, processes=processes, depth=SHALLOW)

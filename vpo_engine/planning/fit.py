@@ -18,22 +18,22 @@ _EVERYWHERE = PHASES
 _PARTS = ("weights", "optimizer", "reference", "vae", "reward")
 
 CHANGES: tuple[tuple[str, Any, Sequence[str], Sequence[str]], ...] = (
-    ("memory.residency", "phases", _EVERYWHERE, _PARTS),
+    ("memory.offload_idle", True, _EVERYWHERE, _PARTS),
     ("rollout.overlap", False, _ROLLOUT, COMPUTED),
-    ("objective.rows", 1, _UPDATE, COMPUTED),
-    ("rollout.rows", 4, _ROLLOUT, COMPUTED),
-    ("rollout.rows", 1, _ROLLOUT, COMPUTED),
-    ("reward.rows", 1, ("rollout", "reward"), COMPUTED),
+    ("objective.micro_batch_size", 1, _UPDATE, COMPUTED),
+    ("rollout.batch_size", 4, _ROLLOUT, COMPUTED),
+    ("rollout.batch_size", 1, _ROLLOUT, COMPUTED),
+    ("reward.batch_size", 1, ("rollout", "reward"), COMPUTED),
     ("memory.decode_frames", 1, _ROLLOUT, COMPUTED),
-    ("memory.decode_rows", 16, _ROLLOUT, COMPUTED),
+    ("memory.decode_strip_height", 16, _ROLLOUT, COMPUTED),
     ("memory.mlp_chunks", 4, ("rollout", "update"), COMPUTED),
     ("memory.sequential", True, _UPDATE, COMPUTED),
-    ("memory.recompute", "block", _UPDATE, COMPUTED),
-    ("memory.offload", True, _UPDATE, COMPUTED),
+    ("memory.activation_checkpointing", "block", _UPDATE, COMPUTED),
+    ("memory.offload_activations", True, _UPDATE, COMPUTED),
     ("reference.storage", "bf16", _EVERYWHERE, ("reference",)),
     ("reference.storage", "exact8", _EVERYWHERE, ("reference",)),
     ("memory.optimizer_bits", 8, _EVERYWHERE, ("optimizer",)),
-    ("memory.weights", "stochastic", _EVERYWHERE, (*_PARTS, *COMPUTED, "gradients")),
+    ("memory.weights", "stochastic_rounding", _EVERYWHERE, (*_PARTS, *COMPUTED, "gradients")),
     ("reward.bits", 8, _EVERYWHERE, ("reward",)),
     ("reference.storage", "int8", _EVERYWHERE, ("reference",)),
     ("reward.bits", 4, _EVERYWHERE, ("reward",)),
@@ -93,19 +93,20 @@ def _could_suffice(plan: Plan, phases: Sequence[str], categories: Sequence[str])
 
 
 def _takes_more(config: Config, name: str, value: Any) -> bool:
-    """Return whether a number of rows, frames or bits is at or below ``value`` already; None means all of them."""
+    """Return whether a batch size, a number of frames or bits is at or below ``value`` already; None means all of
+    them."""
     section, key = name.split(".")
     now = getattr(getattr(config, section), key)
-    return key.endswith(("rows", "frames", "bits")) and now is not None and now <= value
+    return key.endswith(("batch_size", "strip_height", "frames", "bits")) and now is not None and now <= value
 
 
-def with_granted_rows(config: Config, planner: Planner, processes: int = 1) -> Config:
-    """Replace rollout.rows=auto by the number that the plan grants.
+def with_granted_batch_size(config: Config, planner: Planner, processes: int = 1) -> Config:
+    """Replace rollout.batch_size=auto by the number that the plan grants.
 
     That is all candidates of a process's step, or else the most whole prompts, or even parts of one, with which
     sampling and decoding fit. It is 1 if not even one fits.
     """
-    if config.rollout.rows != "auto":
+    if config.rollout.batch_size != "auto":
         return config
     team = config.processes.per_prompt
     each = max(1, config.rollout.candidates // team)
@@ -116,13 +117,13 @@ def with_granted_rows(config: Config, planner: Planner, processes: int = 1) -> C
         plan = planner(changed)
         return all(phase.total <= plan.limit for phase in plan.phases if phase.name in _ROLLOUT)
 
-    if fits(everything := _with_rows(config, None)):
+    if fits(everything := _with_batch_size(config, None)):
         return everything
     low, high = 0, len(choices) - 1  # choices[high] does not fit; choices[low] does, if any
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(_with_rows(config, choices[middle])) else (low, middle)
-    return _with_rows(config, choices[low])
+        low, high = (middle, high) if fits(_with_batch_size(config, choices[middle])) else (low, middle)
+    return _with_batch_size(config, choices[low])
 
 
 def _halvings(number: int) -> list[int]:
@@ -133,8 +134,8 @@ def _halvings(number: int) -> list[int]:
     return found
 
 
-def _with_rows(config: Config, rows: int | None) -> Config:
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"rows": rows})})
+def _with_batch_size(config: Config, rows: int | None) -> Config:
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"batch_size": rows})})
 
 
 def most_frames(config: Config, resolution: str, planner: Planner) -> int:
@@ -142,16 +143,16 @@ def most_frames(config: Config, resolution: str, planner: Planner) -> int:
 
     Counted are whole groups of frames, as the model's ``SizeRule`` has them. Every phase grows with the frames in
     nearly a straight line: two plans give a guess, and more confirm that it fits and that a group more does not. With
-    rollout.rows=auto that is one row: any run that fits at all fits so. ValueError for a model whose videos have one
-    size.
+    rollout.batch_size=auto that is a batch of one: any run that fits at all fits so. ValueError for a model whose
+    videos have one size.
     """
     card = model_family(config.model.kind).card
     if not card.resolutions:
         raise ValueError(
             f"{card.name} has videos of one size; the most frames are planned for models with several sizes"
         )
-    if config.rollout.rows == "auto":
-        config = _with_rows(config, 1)
+    if config.rollout.batch_size == "auto":
+        config = _with_batch_size(config, 1)
 
     def plan(groups: int) -> Plan:
         size = {"resolution": resolution, "num_frames": card.sizes.frames(groups)}

@@ -89,7 +89,7 @@ def blueprint_of(config: Config, assumed: Assumed, depth: int | None = None) -> 
     if blueprint is None:
         raise ValueError(
             f"model.kind={config.model.kind} ({family.card.name}) cannot be planned: its class has no blueprint (see "
-            "docs/models.md). Its runs start without a plan; set rollout.rows to a number"
+            "docs/models.md). Its runs start without a plan; set rollout.batch_size to a number"
         )
     model = blueprint.model
     model.use_memory(config.memory)

@@ -11,7 +11,7 @@ import torch
 from vpo_engine.config import Config
 from vpo_engine.planning.estimate import Plan, estimate
 from vpo_engine.planning.extrapolate import Traced, traced
-from vpo_engine.planning.fit import fitting_changes, with_granted_rows
+from vpo_engine.planning.fit import fitting_changes, with_granted_batch_size
 from vpo_engine.planning.gpus import GIB, Gpu, present_gpu
 from vpo_engine.planning.report import line, shortfall, whole
 
@@ -21,10 +21,10 @@ def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
 
     Its limit is memory.limit_gib, else the GPU's capacity or the memory that this machine has available.
     """
-    if config.rollout.rows == "auto":
+    if config.rollout.batch_size == "auto":
         config = granted(config, gpu, processes)
         plan = plan_run(config, gpu, processes)
-        note = f"rollout.rows=auto grants {config.rollout.rows or 'all'} candidates at once"
+        note = f"rollout.batch_size=auto grants {config.rollout.batch_size or 'all'} candidates at once"
         return replace(plan, notes=(*plan.notes, note))
     given = config.memory.limit_gib
     if given is not None:
@@ -37,12 +37,12 @@ def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
 
 
 def granted(config: Config, gpu: Gpu | None, processes: int = 1) -> Config:
-    """Replace rollout.rows=auto by the number that the plan on ``gpu`` (None: this CPU) grants."""
-    return with_granted_rows(config, lambda changed: plan_run(changed, gpu, processes), processes)
+    """Replace rollout.batch_size=auto by the number that the plan on ``gpu`` (None: this CPU) grants."""
+    return with_granted_batch_size(config, lambda changed: plan_run(changed, gpu, processes), processes)
 
 
 def check_fits(config: Config, device: torch.device, processes: int = 1) -> tuple[Config, str]:
-    """Return the configuration with its rows granted, and the text of its plan on ``device``.
+    """Return the configuration with its batch size granted, and the text of its plan on ``device``.
 
     The text is what ``vpo_engine.plan`` prints, or one line on a CPU. Unless memory.overcommit is set, a run that does
     not fit is a ValueError with the phase, the need, the limit, and the cheapest single setting that would make it fit.
@@ -53,9 +53,9 @@ def check_fits(config: Config, device: torch.device, processes: int = 1) -> tupl
     if not plan.fits and not config.memory.overcommit:
         changes = fitting_changes(config, plan, lambda changed: plan_run(changed, gpu, processes))
         raise ValueError(shortfall(plan, next(changes, None)))
-    rows = config.rollout.rows
+    size = config.rollout.batch_size
     said = line(plan) if gpu is None else whole(plan)
-    return config, said + (f"; {rows} candidates at once" if rows else "")
+    return config, said + (f"; {size} candidates at once" if size else "")
 
 
 def available_memory() -> int:
@@ -74,5 +74,5 @@ def _trace(config: Config, on_gpu: bool, processes: int) -> Traced:
 
 def _as_traced(config: Config) -> Config:
     """Return the configuration without settings that do not change the trace, so that traces are shared."""
-    memory = config.memory.model_copy(update={"residency": "all", "limit_gib": None, "overcommit": False})
+    memory = config.memory.model_copy(update={"offload_idle": False, "limit_gib": None, "overcommit": False})
     return config.model_copy(update={"memory": memory, "name": "", "run_dir": None, "steps": 10**9})

@@ -176,7 +176,7 @@ class _Tracing:
         materialise_model(self._model, tracker)
         hold_in_bfloat16(network, config.memory.weights, self._model.dtype)
         tracker.label([*network.parameters(), *network.buffers()], "weights")
-        if "memory.offload" in self._model.card.supports:
+        if "memory.offload_activations" in self._model.card.supports:
             copies = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
             network.offloaded = copies  # type: ignore[assignment]
         if self._reward is not None:
@@ -195,7 +195,11 @@ class _Tracing:
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         self._optimizer = PolicyOptimizer(
-            trained, config.optimizer, config.memory, seed=config.seed, following=self._reference.following
+            trained,
+            config.optimizer,
+            config.memory,
+            seed=config.seed,
+            preserve_reference=self._reference.preserve,
         )
         with tracker.making("optimizer"):
             self._optimizer.begin(config.optimizer.lr)
@@ -265,7 +269,7 @@ class _Tracing:
         self._tracker.answer = lambda: 0.0
         for settings, first_step, stop, candidates in parts:
             everything = Batch(range(self._pairs), range(candidates // self._team))
-            group = everything.split(config.most_rows)[0]
+            group = everything.split(config.batch_limit)[0]
             row_text = text[group.index[0]]
             with self._phase("rollout", len(everything) / len(group)):
                 noise = latents[: len(group)]
@@ -276,7 +280,7 @@ class _Tracing:
     def _score(self, latents: Tensor) -> None:
         rollout = self._config.rollout
         mine = len(latents) // self._team
-        rows = min(rollout.most_rows or mine, mine)
+        rows = min(rollout.batch_limit or mine, mine)
         scored = mine + self._pairs * (rollout.keep or 0) // self._team
         with self._phase("decode", scored / rows):
             video = self._model.decode(latents[:rows])
@@ -286,7 +290,7 @@ class _Tracing:
                     pass
             return
         settings, network = self._config.reward, self._reward
-        at_once = min(settings.rows or 4, rows)
+        at_once = min(settings.batch_size or 4, rows)
         most = settings.max_frames or (48 if settings.kind == "videoscore_v1_1" else 16)
         frames = len(frame_indices(video.shape[1], most))
         height, width = _processed(*video.shape[2:4])
@@ -299,12 +303,12 @@ class _Tracing:
         self._tracker.answer = lambda: 1.0
 
     def _update(self, latents: Tensor, text: TextEmbedding) -> None:
-        config, draws = self._config, self._config.objective.draws
+        config, draws = self._config, self._config.objective.timesteps_per_pair
         total = -(-self._pairs * draws // self._team)
-        rows = min(config.objective.rows or total, total)
+        rows = min(config.objective.micro_batch_size or total, total)
         objective = DPO(
             self._model,
-            config.objective.model_copy(update={"draws": 1, "rows": None}),
+            config.objective.model_copy(update={"timesteps_per_pair": 1, "micro_batch_size": None}),
             config.rollout.guidance,
             config.seed,
             config.memory.sequential,
@@ -317,7 +321,7 @@ class _Tracing:
         pairs = [
             _pair(latents[row // draws], text[row // draws : row // draws + 1], row) for row in range(rows)
         ]
-        updates = config.objective.updates
+        updates = config.objective.updates_per_rollout
         with self._phase("update", updates * total / rows):
             objective.backward(pairs, self._reference)
         with self._phase("optimizer", updates):

@@ -33,7 +33,7 @@ class ExactWeight:
         return self.policy.numel()
 
     @property
-    def spilled(self) -> int:
+    def outliers(self) -> int:
         """The number of weights that are not stored in 8 bits."""
         held = self._held
         return held.index.numel() if isinstance(held, OrderedDelta) else held.numel()
@@ -120,7 +120,7 @@ def check_on_grid(weights: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"reference.storage=exact8 needs weights that bfloat16 represents exactly, but {found[0]} "
             f"({wide[found[0]].dtype}; {len(found)} of {len(wide)} matrices) has other values, or NaN; set "
-            "memory.weights to masters or stochastic, or use reference.storage=int8"
+            "memory.weights to fp32_master or stochastic_rounding, or use reference.storage=int8"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vpo_engine.reference.exact import ExactWeight, check_on_grid, preserved
-from vpo_engine.reference.mirror import ReferenceNetwork, block_matrices
+from vpo_engine.reference.network import ReferenceNetwork, block_matrices
 from vpo_engine.reference.weights import BFloat16Weight, HeldWeight, Int8Weight, check_parts
 
 Storage = Literal["copy", "bf16", "int8", "exact8", "adapter"]
@@ -88,18 +88,18 @@ class HeldReference:
         return nbytes / max(1, weights)
 
     @property
-    def spilled(self) -> float:
+    def outliers(self) -> float:
         """Share of the weights of exact8 that are stored in more than 8 bits."""
         weights = sum(weight.policy.numel() for weight in self._exact.values())
-        return sum(weight.spilled for weight in self._exact.values()) / max(1, weights)
+        return sum(weight.outliers for weight in self._exact.values()) / max(1, weights)
 
     def numbers(self) -> dict[str, float]:
-        """Return numbers for the log: "bytes"; "bytes_per_weight" if matrices are encoded; "spilled" with exact8."""
+        """Return numbers for the log: "bytes"; "bytes_per_weight" if matrices are encoded; "outliers" with exact8."""
         numbers: dict[str, float] = {"bytes": self.nbytes}
         if self._held:
             numbers["bytes_per_weight"] = self.bytes_per_weight
         if self._exact:
-            numbers["spilled"] = self.spilled
+            numbers["outliers"] = self.outliers
         return numbers
 
     def tensors(self) -> list[Tensor]:
@@ -121,7 +121,7 @@ class HeldReference:
         for weight in self._held.values():
             weight.refresh()
 
-    def following(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    def preserve(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Return a context in which these parameters of the policy may change while the reference keeps its values.
 
         exact8 stores differences from the policy: its matrices are decoded to bfloat16 at the start, and encoded

@@ -20,9 +20,14 @@ from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import ImageScorer, VideoOfFrames
 from vpo_engine.rewards.own import build_own, check_own, is_own, own_card, own_parameters
 
-_OF_FRAMES = {"rows": "batch_size", "frames": "frames", "frame_reduce": "reduce", "frame_decay": "decay"}
+_OF_FRAMES = {
+    "batch_size": "batch_size",
+    "frames": "frames",
+    "frame_reduce": "reduce",
+    "frame_decay": "decay",
+}
 """Settings of image scorers, with the names that ``VideoOfFrames`` has for them."""
-_OF_SCORERS = {"rows": "batch_size", "frames": "frames", "max_frames": "max_frames", "bits": "bits"}
+_OF_SCORERS = {"batch_size": "batch_size", "frames": "frames", "max_frames": "max_frames", "bits": "bits"}
 """Settings of the other scorers, with the names that their ``from_pretrained`` has for them."""
 
 
@@ -49,7 +54,7 @@ class _Entry:
         return tuple(_OF_FRAMES) if self.images else self.takes
 
 
-_VIDEOSCORE = ("rows", "max_frames", "bits")
+_VIDEOSCORE = ("batch_size", "max_frames", "bits")
 _ENTRIES = {
     "sprites": _Entry("sprites", "SpritesOfFiles", shipped=True),
     "sprites_image": _Entry("sprites_image", "SpritesImage", images=True, shipped=True),
@@ -67,8 +72,8 @@ _ENTRIES = {
         "videoscore", "VideoScore", "CARD_V1_1", takes=_VIDEOSCORE, options={"max_frames": 48}
     ),
     "videoscore2": _Entry("videoscore2", "VideoScore2", timed=True),
-    "videoalign": _Entry("videoalign", "VideoAlign", timed=True, takes=("rows",)),
-    "q_align": _Entry("q_align", "QAlign", timed=True, takes=("rows", "frames")),
+    "videoalign": _Entry("videoalign", "VideoAlign", timed=True, takes=("batch_size",)),
+    "q_align": _Entry("q_align", "QAlign", timed=True, takes=("batch_size", "frames")),
     "unified_reward": _Entry("unified_reward", "UnifiedReward", timed=True),
     "laion_aesthetic": _Entry("laion_aesthetic", "LaionAesthetic", images=True),
     "imagereward": _Entry("imagereward", "ImageReward", images=True),
@@ -76,8 +81,8 @@ _ENTRIES = {
     "hpsv2": _Entry("hpsv2", "HPSv2", images=True, options={"version": "v2"}),
     "hpsv2_1": _Entry("hpsv2", "HPSv2", images=True, options={"version": "v2.1"}),
     "pickscore": _Entry("pickscore", "PickScore", images=True),
-    "viclip": _Entry("viclip", "ViCLIP", takes=("rows",)),
-    "vjepa": _Entry("vjepa", "VJepa", takes=("rows",)),
+    "viclip": _Entry("viclip", "ViCLIP", takes=("batch_size",)),
+    "vjepa": _Entry("vjepa", "VJepa", takes=("batch_size",)),
 }
 NAMES = tuple(_ENTRIES)
 
@@ -138,10 +143,11 @@ def build_reward(
     """Make the reward of this kind, its weights read from the folder ``path``.
 
     Those whose weights are in the package take no path. ``fps`` is the frame rate of all videos that it will score, and
-    is needed where ``knows_frame_rate``. ``settings``: rows (videos through the network at once; of an image scorer:
-    images), frames, max_frames, bits, frame_reduce and frame_decay, for those that have them; for what is left out the
-    scorer has its own value. ValueError for an unknown kind, a missing or unwanted path, a missing fps, a setting that
-    the reward does not have, and whatever the reward refuses; FileNotFoundError for what is missing in the folder.
+    is needed where ``knows_frame_rate``. ``settings``: batch_size (videos through the network at once; of an image
+    scorer: images), frames, max_frames, bits, frame_reduce and frame_decay, for those that have them; for what is left
+    out the scorer has its own value. ValueError for an unknown kind, a missing or unwanted path, a missing fps, a
+    setting that the reward does not have, and whatever the reward refuses; FileNotFoundError for what is missing in the
+    folder.
     """
     check_reward(name, path, settings)
     settings = settings or {}

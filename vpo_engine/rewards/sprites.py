@@ -51,7 +51,7 @@ CARD = RewardCard(
     licence="the engine's own",
     source="vpo_engine/data/sprites/weights",
 )
-BUILD_COMMAND = "python -m vpo_engine.data.sprites build"
+BUILD_COMMAND = "python -m tools.sprites build"
 CHUNK = 64
 """Clips per forward."""
 

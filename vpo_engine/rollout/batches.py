@@ -63,7 +63,7 @@ class Batches:
     def run(self, work: Callable[[Batch], Result], prompts: int, candidates: int) -> Iterator[Result]:
         """Yield the result of ``work`` for every batch of [prompts, candidates], in order.
 
-        torch.OutOfMemoryError, naming rollout.rows, if half of a batch does not fit either.
+        torch.OutOfMemoryError, naming rollout.batch_size, if half of a batch does not fit either.
         """
         waiting = [Batch(range(prompts), range(candidates))]
         while waiting:
@@ -88,8 +88,8 @@ class Batches:
     def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
         if self._halved or size == 1:
             raise torch.OutOfMemoryError(
-                f"{size} rows at once do not fit in the memory of the device either; set rollout.rows to "
-                f"{max(1, size // 2)}, or let the model share the device less (memory.residency=phases): {error}"
+                f"{size} rows at once do not fit in the memory of the device either; set rollout.batch_size to "
+                f"{max(1, size // 2)}, or let the model share the device less (memory.offload_idle=true): {error}"
             ) from error
         self._halved, self.size = True, size // 2
         # The frames of the failed work hold what it had computed.
@@ -98,7 +98,7 @@ class Batches:
             torch.cuda.empty_cache()
         self._say(
             f"out of memory with {size} rows at once: going on with {self.size}, with the same samples; set "
-            f"rollout.rows={self.size} to start so"
+            f"rollout.batch_size={self.size} to start so"
         )
 
 

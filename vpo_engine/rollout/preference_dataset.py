@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vpo_engine.config import Config
-from vpo_engine.data.ledger import LedgerPair, LedgerWriter, read_ledger
+from vpo_engine.data.preference_dataset import DatasetWriter, StoredPair, read_dataset
 from vpo_engine.data.prompts import PromptItem
 from vpo_engine.values import Candidate, Choice, Pair, Prompt
 
@@ -20,15 +20,15 @@ class PairRecorder:
     def __init__(self, config: Config, folder: Path, rank: int) -> None:
         """``folder``: where the run keeps its preference dataset."""
         self._seed = config.seed
-        self._with_latents = config.pairs.ledger == "latents"
-        self._writer = LedgerWriter(folder, rank)
+        self._with_latents = config.pairs.dataset == "latents"
+        self._writer = DatasetWriter(folder, rank)
 
     def record(self, step: int, choices: Sequence[Choice], pairs: Sequence[Pair]) -> None:
         """Append the choices of a step, ties included, and the latents of the pairs that were made of them."""
         weights = {pair.prompt.position: pair.weight for pair in pairs}
         rows = {position: row for row, position in enumerate(weights)} if self._with_latents else {}
         lines = [
-            LedgerPair(
+            StoredPair(
                 step=step,
                 position=choice.prompt.position,
                 prompt=choice.prompt.text,
@@ -66,21 +66,21 @@ class StoredPairs:
     """
 
     def __init__(self, path: Path, min_gap: float = 0.0) -> None:
-        """``path``: see ``read_ledger``. Pairs with gaps of at most ``min_gap`` are ties, as are those that were.
+        """``path``: see ``read_dataset``. Pairs with gaps of at most ``min_gap`` are ties, as are those that were.
 
         ValueError for a dataset without any other, or without their latents.
         """
-        self._pairs = list(read_ledger(path))
+        self._pairs = list(read_dataset(path))
         self._min_gap = min_gap
         untied = [pair for pair in self._pairs if not self._is_tied(pair)]
         if not untied:
             raise ValueError(
-                f"all {len(self._pairs)} pairs of the ledger at {path} are ties; nothing is learned"
+                f"all {len(self._pairs)} pairs of the preference dataset at {path} are ties; nothing is learned"
             )
         if any(pair.row is None for pair in untied):
             raise ValueError(
-                f"the ledger at {path} holds scores without latents, which cannot be trained on; write it with "
-                "pairs.ledger=latents"
+                f"the preference dataset at {path} holds scores without latents, which cannot be trained on; write it "
+                "with pairs.dataset=latents"
             )
 
     def __len__(self) -> int:
@@ -119,15 +119,15 @@ class StoredPairs:
             tied,
         )
 
-    def _is_tied(self, pair: LedgerPair) -> bool:
+    def _is_tied(self, pair: StoredPair) -> bool:
         return not pair.kept or pair.gap <= self._min_gap
 
 
-def _latents(stored: LedgerPair, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _latents(stored: StoredPair, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     latents = stored.latents()
     if tuple(latents[0].shape) != latent_shape:
         raise ValueError(
-            f"the ledger holds latents {list(latents[0].shape)}, but the model's are {list(latent_shape)}; "
+            f"the preference dataset holds latents {list(latents[0].shape)}, but the model's are {list(latent_shape)}; "
             "train the model, resolution and num_frames that wrote it"
         )
     return latents

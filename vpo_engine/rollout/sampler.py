@@ -115,7 +115,7 @@ class CandidateSampler:
         self, run: Pass, state: SamplerState, prompts: Sequence[Prompt]
     ) -> tuple[SamplerState, Scores]:
         """Let each process of the team run an equal part of the candidates [P, N, ...]; return what all have made."""
-        mine = as_slice(self._team.part(state.latents.shape[1]))
+        mine = as_slice(self._team.rank_range(state.latents.shape[1]))
         made, scores = self._run(run, state.map(lambda tensor: tensor[:, mine]), prompts)
         return made.map(lambda tensor: self._team.gather(tensor, 1)), {
             name: self._team.gather(value, 1) for name, value in scores.items()

@@ -56,8 +56,8 @@ class RunDirectory:
         return cls(root)
 
     @property
-    def ledger(self) -> Path:
-        return self.root / "ledger"
+    def preference_dataset(self) -> Path:
+        return self.root / "preference_dataset"
 
     @property
     def name(self) -> str:

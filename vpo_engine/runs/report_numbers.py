@@ -243,7 +243,10 @@ def _learning_charts(rows: MetricRows) -> list[Chart]:
         ),
         Chart(
             "Error change of winner and loser",
-            [_train(rows, "winner_gap", "winner", 3), _train(rows, "loser_gap", "loser", 5)],
+            [
+                _train(rows, "winner_error_change", "winner", 3),
+                _train(rows, "loser_error_change", "loser", 5),
+            ],
             note="Policy's error minus the reference's. If the winner's is above zero, the policy got worse on both.",
             baseline=(0.0, ""),
             marks=marks,

@@ -31,7 +31,7 @@ from vpo_engine.video_model import TextSource as EncodedText
 Part = TypeVar("Part", bound=nn.Module)
 
 WEIGHTS = Path(__file__).parent / "weights"
-BUILD_COMMAND = "python -m vpo_engine.data.sprites build"
+BUILD_COMMAND = "python -m tools.sprites build"
 FPS = 8.0
 FLOW = RectifiedFlow(use_timestep_transform=True, transform_scale=512 / SIZE)
 """Times are shifted towards noise for larger and longer clips, as published, with 32 px in the place of 512."""

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from vpo_kernels.attention import BackendName, TextPlan, attention, text_attention
-from vpo_kernels.companions import BackendName as CompanionName
-from vpo_kernels.companions import uses_triton
+from vpo_kernels.fused_ops import BackendName as FusedOpsBackend
+from vpo_kernels.fused_ops import uses_triton
 from vpo_kernels.gated_residual import gated_residual
 from vpo_kernels.modulated_norm import modulated_norm
 from vpo_kernels.qk_norm_rope import qk_norm_rope
@@ -33,7 +33,7 @@ class Backends:
     """The implementations of attention and of the small operations around it."""
 
     attention: BackendName = "sdpa"
-    companions: CompanionName = "auto"
+    fused_ops: FusedOpsBackend = "auto"
 
 
 class Backed(nn.Module):
@@ -52,7 +52,7 @@ class HeadNorm(Backed):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Normalise [..., N, heads, channels]; shape and dtype stay."""
         cos, sin = rope or (None, None)
-        return qk_norm_rope(x, self.weight, cos, sin, NORM_EPSILON, self.backends.companions)
+        return qk_norm_rope(x, self.weight, cos, sin, NORM_EPSILON, self.backends.fused_ops)
 
 
 def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,9 +82,9 @@ class SelfAttention(Backed):
         """Attend within each sequence of [sequences, N, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         q, k = self.q_norm(q, rope), self.k_norm(k, rope)
-        companions = self.backends.companions
-        if self.temporal and uses_triton("temporal_attention", companions, q):
-            out = temporal_attention(q, k, v, companions)
+        fused_ops = self.backends.fused_ops
+        if self.temporal and uses_triton("temporal_attention", fused_ops, q):
+            out = temporal_attention(q, k, v, fused_ops)
         else:
             out = attention(q, k, v, self.backends.attention)
         del q, k, v  # without grad, five times the size of the result
@@ -122,7 +122,7 @@ class CrossAttention(nn.Module):
     def attend(self, q: Tensor, text: Tensor | KeysValues, plan: TextPlan) -> Tensor:
         """Compute ``forward`` between its two projections, from queries [B, N, C] to [B, N, C]."""
         k, v = text if isinstance(text, KeysValues) else self.project_text(text)
-        by_caption = q.unflatten(-1, (self.heads, -1)).flatten(0, 1).unflatten(0, (plan.rows, -1))
+        by_caption = q.unflatten(-1, (self.heads, -1)).flatten(0, 1).unflatten(0, (plan.batch_size, -1))
         return text_attention(by_caption, k, v, plan).reshape(q.shape)
 
 
@@ -178,13 +178,13 @@ class Block(Backed):
     def mix(self, x: Tensor, modulation: Sequence[Tensor], rope: tuple[Tensor, Tensor]) -> Tensor:
         """Return x + gate * self-attention of the modulated norm of x [B, T, S, C]; modulation: shift, scale, gate."""
         shift, scale, gate = modulation
-        backend = self.backends.companions
+        backend = self.backends.fused_ops
         mixed = self.attend(modulated_norm(x, shift, scale, NORM_EPSILON, backend), rope)
         return gated_residual(x, gate, mixed, backend)
 
     def feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Return x + gate * MLP of the modulated norm of x [B, T, S, C]; each token by itself."""
-        backend = self.backends.companions
+        backend = self.backends.fused_ops
         normed = modulated_norm(x, shift, scale, NORM_EPSILON, backend)
         return gated_residual(x, gate, self.mlp(normed), backend)
 
@@ -212,4 +212,4 @@ class FinalLayer(Backed):
 
     def _modulate(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + time[:, None])[:, :, None, None].unbind(1)
-        return modulated_norm(x, shift, scale, NORM_EPSILON, self.backends.companions)
+        return modulated_norm(x, shift, scale, NORM_EPSILON, self.backends.fused_ops)

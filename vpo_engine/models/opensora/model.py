@@ -62,7 +62,7 @@ class OpenSora(BaseModel):
     ``dtype`` is that of the arithmetic and of the VAE. With bfloat16, networks of float32 weights run under autocast,
     others as they are, and t is rounded to bfloat16 as the published bfloat16 model does, for policy and reference
     alike (opensora/models/stdit/stdit3.py casts t to the model's dtype). ``decode_frames`` bounds the frames that the
-    image decoder takes at once, ``decode_rows`` the rows of its maps (None: as published).
+    image decoder takes at once, ``decode_strip_height`` the rows of its maps (None: as published).
     """
 
     card = ModelCard(
@@ -80,12 +80,12 @@ class OpenSora(BaseModel):
         supports=frozenset(
             {
                 "model.attention",
-                "model.companions",
-                "memory.recompute",
-                "memory.offload",
+                "model.fused_ops",
+                "memory.activation_checkpointing",
+                "memory.offload_activations",
                 "memory.mlp_chunks",
                 "memory.decode_frames",
-                "memory.decode_rows",
+                "memory.decode_strip_height",
                 "rollout.guidance",
                 "rollout.guidance_interval",
                 "rollout.cache",
@@ -112,7 +112,7 @@ class OpenSora(BaseModel):
         self._geometry = geometry
         self._flow = flow
         self.decode_frames: int | None = None
-        self.decode_rows: int | None = None
+        self.decode_strip_height: int | None = None
         self._compiled: CompiledBlocks | None = None
         self.num_frames, self.fps = geometry.num_frames, geometry.fps
         size = self.vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
@@ -251,7 +251,7 @@ class OpenSora(BaseModel):
         return self._flow.solver(steps, size.height, size.width, size.num_frames)
 
     def to_video(self, latents: Tensor) -> Tensor:
-        return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames, self.decode_rows)
+        return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames, self.decode_strip_height)
 
     @property
     def decoders(self) -> Sequence[nn.Module]:
@@ -260,11 +260,13 @@ class OpenSora(BaseModel):
         return [images.module.decoder, images.strips, self.vae.temporal_vae.decoder]
 
     def use_memory(self, memory: MemoryConfig) -> None:
-        self.network.activations = Activations(memory.recompute, memory.offload, memory.mlp_chunks)
-        self.decode_frames, self.decode_rows = memory.decode_frames, memory.decode_rows
+        self.network.activations = Activations(
+            memory.activation_checkpointing, memory.offload_activations, memory.mlp_chunks
+        )
+        self.decode_frames, self.decode_strip_height = memory.decode_frames, memory.decode_strip_height
 
     def choose_backends(self, settings: ModelConfig) -> str:
-        return str(self.network.choose_backends(settings.attention, settings.companions, dtype=self.dtype))
+        return str(self.network.choose_backends(settings.attention, settings.fused_ops, dtype=self.dtype))
 
     def save_full_policy(self, folder: Path) -> None:
         save_pretrained_layout(self.network.state_dict(), self.network.config, folder)

@@ -24,8 +24,8 @@ from vpo_kernels.attention import (
     plan_text,
     text_places,
 )
-from vpo_kernels.companions import BackendName as CompanionName
-from vpo_kernels.companions import uses_triton
+from vpo_kernels.fused_ops import BackendName as FusedOpsBackend
+from vpo_kernels.fused_ops import uses_triton
 
 from vpo_engine.memory.checkpointing import Activations, checkpointed
 from vpo_engine.memory.offload import ForwardPass, OffloadedInputs
@@ -98,11 +98,11 @@ class STDiT3(nn.Module):
         return self.x_embedder.proj.weight.dtype
 
     def choose_backends(
-        self, attention: AttentionName = "auto", companions: CompanionName = "auto", *, dtype: torch.dtype
+        self, attention: AttentionName = "auto", fused_ops: FusedOpsBackend = "auto", *, dtype: torch.dtype
     ) -> Choice:
         """Choose what computes from now on; return the choice of attention, with its reason.
 
-        attention: as for ``vpo_kernels.attention.choose_attention``. companions: backend of the modulated norm,
+        attention: as for ``vpo_kernels.attention.choose_attention``. fused_ops: backend of the modulated norm,
         the gated residual, the query-key norm with rope, and, where its kernel is taken, of temporal attention.
         dtype: of the arithmetic, so that of autocast where the network will run under it. ValueError for what
         does not run on the weights' device.
@@ -111,9 +111,9 @@ class STDiT3(nn.Module):
         head_dim = self.settings.hidden_size // self.settings.num_heads
         choice = choose_attention(attention, device=weight.device, dtype=dtype, head_dim=head_dim)
         uses_triton(
-            "modulated_norm", companions, weight
+            "modulated_norm", fused_ops, weight
         )  # refuses a device without kernels now, not in a step
-        self._backends = Backends(choice.name, companions)
+        self._backends = Backends(choice.name, fused_ops)
         for module in self.modules():
             if isinstance(module, Backed):
                 module.backends = self._backends
@@ -310,7 +310,9 @@ class STDiT3(nn.Module):
         settings = self.activations
         sending = settings.offload and torch.is_grad_enabled()
         with sender.sending(tokens) if sending else nullcontext():
-            return checkpointed(block, tokens, *others, settings.mlp_chunks, recompute=settings.recompute)
+            return checkpointed(
+                block, tokens, *others, settings.mlp_chunks, checkpointing=settings.checkpointing
+            )
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Rearrange [B, T, S, rows * columns * channels] to [B, channels, T, H, W]."""

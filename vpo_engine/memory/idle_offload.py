@@ -183,7 +183,7 @@ class _Part:
     storages: list[_Storage] = field(default_factory=list)
 
 
-class Residency:
+class IdleOffload:
     """Moves registered parts between device and host when a phase is entered; without a mover it does nothing.
 
     After a phase its parts stay on the device until another phase is entered. Between phases, tensors may be read
@@ -199,15 +199,15 @@ class Residency:
         self._entered: list[Phase] = []
 
     @staticmethod
-    def from_config(config: Config, device: torch.device) -> Residency:
-        """Offload idle parts with memory.residency phases on a CUDA device; on a CPU there is nothing to offload to."""
-        active = config.memory.residency == "phases" and device.type == "cuda"
-        return Residency(needs_of(config), CudaMover(device) if active else None)
+    def from_config(config: Config, device: torch.device) -> IdleOffload:
+        """Offload idle parts with memory.offload_idle on a CUDA device; on a CPU there is nothing to offload to."""
+        active = config.memory.offload_idle and device.type == "cuda"
+        return IdleOffload(needs_of(config), CudaMover(device) if active else None)
 
     @staticmethod
-    def everything() -> Residency:
+    def disabled() -> IdleOffload:
         """Leave all parts where they are."""
-        return Residency({}, None)
+        return IdleOffload({}, None)
 
     @property
     def active(self) -> bool:
@@ -252,7 +252,7 @@ class Residency:
     def nbytes(self, phase: Phase) -> int:
         """Return the bytes of registered tensors that a phase has on the device; ValueError if nothing is moved."""
         if self._mover is None:
-            raise ValueError("memory.residency=all: no part is registered; set memory.residency=phases")
+            raise ValueError("memory.offload_idle=false: no part is registered; set memory.offload_idle=true")
         self._update_storages()
         return sum(storage.data.numel() for storage in self._needed(phase))
 

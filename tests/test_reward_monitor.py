@@ -16,7 +16,7 @@ from vpo_engine.config import Config, GuardsConfig
 from vpo_engine.data.sprites.damage import KINDS, damaged
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.metrics.appearance import STATISTICS, appearance, style_distance
-from vpo_engine.metrics.watch import Watch
+from vpo_engine.metrics.reward_monitor import RewardMonitor
 from vpo_engine.rewards.guards import Shuffled, motion
 from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
 from vpo_engine.runs.log import read_metrics
@@ -40,14 +40,14 @@ def evaluation(
 
 class TestDivergenceOfEvaluations:
     def test_changes_since_the_base_clear_of_chance_raise_it_at_once(self) -> None:
-        watch, base = Watch(GuardsConfig(), 12), evaluation(2.0, 3.0)
-        assert watch.observe(0, base, base)[1] == []
-        numbers, (alarm,) = watch.observe(20, base, evaluation(2.5, 2.8, spread=0.05))
+        monitor, base = RewardMonitor(GuardsConfig(), 12), evaluation(2.0, 3.0)
+        assert monitor.observe(0, base, base)[1] == []
+        numbers, (alarm,) = monitor.observe(20, base, evaluation(2.5, 2.8, spread=0.05))
         assert (alarm.step, alarm.kind) == (20, "divergence")
         assert "on 12 held-out clips the training reward rose by 0." in alarm.text
         assert "while the held-out reward fell by 0.2" in alarm.text
         assert numbers["guards/training"] == pytest.approx(2.5, abs=0.05)
-        assert watch.observe(40, base, evaluation(3.0, 1.0))[1] == []  # once
+        assert monitor.observe(40, base, evaluation(3.0, 1.0))[1] == []  # once
 
     @pytest.mark.parametrize(
         ("training", "held_out", "spread"), [(2.5, 3.2, 0.05), (1.8, 2.5, 0.05), (2.02, 2.98, 1.0)]
@@ -56,29 +56,32 @@ class TestDivergenceOfEvaluations:
         self, training: float, held_out: float, spread: float
     ) -> None:
         base = evaluation(2.0, 3.0)
-        assert Watch(GuardsConfig(), 12).observe(9, base, evaluation(training, held_out, spread))[1] == []
+        assert (
+            RewardMonitor(GuardsConfig(), 12).observe(9, base, evaluation(training, held_out, spread))[1]
+            == []
+        )
 
     def test_a_trend_that_no_single_change_shows(self) -> None:
         """Clips vary by more than the change, the means follow a line."""
-        watch, base = Watch(GuardsConfig(window=4), 12), evaluation(2.0, 3.0)
+        monitor, base = RewardMonitor(GuardsConfig(window=4), 12), evaluation(2.0, 3.0)
         said = []
         for step in range(5):
             now = evaluation(2.0, 3.0, spread=2.0)
             for name, sign in (("reward/selected", 1), ("judge/selected", -1)):
                 now[name] = now[name] - now[name].mean() + 2.5 + sign * 0.1 * step
-            said += watch.observe(step, base, now)[1]
+            said += monitor.observe(step, base, now)[1]
         assert [alarm.step for alarm in said] == [3]
         assert "from step 0 to 3 the training reward rose" in said[0].text
 
     def test_only_clips_of_every_evaluation_are_compared(self) -> None:
-        watch, base = Watch(GuardsConfig(), 4), evaluation(2.0, 3.0, clips=12)
+        monitor, base = RewardMonitor(GuardsConfig(), 4), evaluation(2.0, 3.0, clips=12)
         now = {name: values[:4] for name, values in evaluation(2.0, 3.0, clips=12).items()}
-        numbers, alarms = watch.observe(1, base, now)
+        numbers, alarms = monitor.observe(1, base, now)
         assert alarms == []
         assert all(numbers[f"guards/style/{name}"] == 0 for name in STATISTICS)
 
     def test_a_resumed_watch_goes_on_as_if_never_stopped(self) -> None:
-        base, whole = evaluation(2.0, 3.0), Watch(GuardsConfig(window=4), 12)
+        base, whole = evaluation(2.0, 3.0), RewardMonitor(GuardsConfig(window=4), 12)
         nows = [evaluation(2.0 + 0.01 * step, 3.0 - 0.01 * step, brightness=4 * step) for step in range(6)]
         for now in nows:
             now["judge/selected"] = now["judge/selected"] + torch.linspace(
@@ -87,7 +90,10 @@ class TestDivergenceOfEvaluations:
         expected = [whole.observe(step, base, now) for step, now in enumerate(nows)]
         assert [alarm.kind for _, alarms in expected for alarm in alarms] == ["style", "divergence"]
         for cut in range(6):
-            first, second = Watch(GuardsConfig(window=4), 12), Watch(GuardsConfig(window=4), 12)
+            first, second = (
+                RewardMonitor(GuardsConfig(window=4), 12),
+                RewardMonitor(GuardsConfig(window=4), 12),
+            )
             for step in range(cut):
                 first.observe(step, base, nows[step])
             second.load(json.loads(json.dumps(first.state())))
@@ -132,10 +138,10 @@ class TestStyle:
         clips = self.clips()
         now = change(clips).round().to(torch.uint8)
         base, after = ({f"style/{key}": value for key, value in appearance(v).items()} for v in (clips, now))
-        _, alarms = Watch(GuardsConfig(style_bound=1.0), 16).observe(7, base, after)
+        _, alarms = RewardMonitor(GuardsConfig(style_bound=1.0), 16).observe(7, base, after)
         assert [alarm.kind for alarm in alarms] == ["style"]
         assert f"{name} {'+' if grows else '-'}" in alarms[0].text
-        assert Watch(GuardsConfig(style_bound=None), 16).observe(7, base, after)[1] == []
+        assert RewardMonitor(GuardsConfig(style_bound=None), 16).observe(7, base, after)[1] == []
 
     def test_other_clips_of_the_same_world_are_within_the_bound(self) -> None:
         base = appearance(self.clips())
@@ -150,16 +156,16 @@ class TestStyle:
 class TestPrompts:
     def test_a_reward_that_does_not_read_them_is_named(self) -> None:
         found = dict.fromkeys(DIMENSIONS, Shuffled(0, 0, 16)) | {"text_alignment": Shuffled(9, 7, 16)}
-        (alarm,) = Watch(GuardsConfig(), 4).prompts(found)
+        (alarm,) = RewardMonitor(GuardsConfig(), 4).prompts(found)
         assert (alarm.step, alarm.kind, alarm.stops) == (0, "prompt", False)
         assert "text_alignment 0.56" in alarm.text
 
     def test_one_dimension_that_reads_them_is_enough(self) -> None:
         found = dict.fromkeys(DIMENSIONS, Shuffled(0, 0, 16)) | {"text_alignment": Shuffled(15, 1, 16)}
-        assert Watch(GuardsConfig(), 4).prompts(found) == []
+        assert RewardMonitor(GuardsConfig(), 4).prompts(found) == []
 
     def test_few_clips_say_nothing(self) -> None:
-        assert Watch(GuardsConfig(), 4).prompts(dict.fromkeys(DIMENSIONS, Shuffled(0, 0, 6))) == []
+        assert RewardMonitor(GuardsConfig(), 4).prompts(dict.fromkeys(DIMENSIONS, Shuffled(0, 0, 6))) == []
 
 
 def test_the_held_out_reward_is_another_one(small: Make) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vpo_engine.build import build_held_out, build_model, build_reward
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.memory.residency import Residency, module_tensors, needs_of
+from vpo_engine.memory.idle_offload import IdleOffload, module_tensors, needs_of
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
 
@@ -23,15 +23,19 @@ SETTINGS = {
     "float32": (),
     "offline": ("rollout.source=reference", "reference.refresh_every=null"),
     "int8": ("reference.storage=int8",),
-    "exact8": ("reference.storage=exact8", "memory.weights=masters"),
-    "stochastic": ("reference.storage=bf16", "memory.weights=stochastic", "memory.optimizer_bits=8"),
+    "exact8": ("reference.storage=exact8", "memory.weights=fp32_master"),
+    "stochastic rounding": (
+        "reference.storage=bf16",
+        "memory.weights=stochastic_rounding",
+        "memory.optimizer_bits=8",
+    ),
     "adapter": ("reference.storage=adapter", "model.lora.rank=2"),
     "in backward": ("memory.step_in_backward=true", "optimizer.clip=null"),
     "in backward, exact8": (
         "memory.step_in_backward=true",
         "optimizer.clip=null",
         "reference.storage=exact8",
-        "memory.weights=stochastic",
+        "memory.weights=stochastic_rounding",
     ),
 }
 
@@ -42,16 +46,16 @@ class Run:
     def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None) -> None:
         torch.manual_seed(0)
         self.device, self.used = device, set[str]()
-        residency = Residency(needs_of(config), device)
-        monkeypatch.setattr(Residency, "from_config", lambda *_: residency)
+        idle_offload = IdleOffload(needs_of(config), device)
+        monkeypatch.setattr(IdleOffload, "from_config", lambda *_: idle_offload)
         processes = Processes.start("cpu")
         self.model = build_model(config, processes, say=lambda _: None)
-        assert self.model.residency is residency
+        assert self.model.idle_offload is idle_offload
         self.model.prepare(PROMPTS)
-        reward = build_reward(config, processes.device, residency)
-        with residency.phase("refresh"):
+        reward = build_reward(config, processes.device, idle_offload)
+        with idle_offload.phase("refresh"):
             self.reference = build_reference(config.reference.storage, self.model.network)
-            self.algorithm = OnlineVPO(config, self.model, reward, self.reference, processes, residency)
+            self.algorithm = OnlineVPO(config, self.model, reward, self.reference, processes, idle_offload)
         self.held_out = build_held_out(config, self.model, PROMPTS, reward, processes)
         if device is not None:
             self._watch()
@@ -76,7 +80,7 @@ class Run:
     def _check(self, name: str, tensors: Sequence[Tensor]) -> None:
         assert self.device is not None
         self.used.add(name)
-        made = [tensor for tensor in tensors if id(tensor) in self.model.residency._known]
+        made = [tensor for tensor in tensors if id(tensor) in self.model.idle_offload._known]
         assert self.device.has(made), f"{name} is used while it is not on the device"
 
     def results(self) -> dict[str, Tensor]:
@@ -103,8 +107,8 @@ def test_a_run_in_phases_is_the_same_run(small: Make, monkeypatch: pytest.Monkey
     assert plain.keys() == moved.keys()
     assert all(torch.equal(plain[key], moved[key]) for key in plain)
     assert run.used == {"policy", "reference", "vae", "optimizer"}
-    residency = run.model.residency
+    idle_offload = run.model.idle_offload
     for phase in ("rollout", "decode", "update", "optimizer"):
-        with residency.phase(phase):
-            assert device.live == residency.nbytes(phase), f"{phase}: bytes that no phase gives back"
-    assert device.peak < sum(residency.nbytes(phase) for phase in ("decode", "update", "optimizer"))
+        with idle_offload.phase(phase):
+            assert device.live == idle_offload.nbytes(phase), f"{phase}: bytes that no phase gives back"
+    assert device.peak < sum(idle_offload.nbytes(phase) for phase in ("decode", "update", "optimizer"))

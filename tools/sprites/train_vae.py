@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.sprites.optimizers import Log, MuonAndAdam
 from vpo_engine.data.sprites.assets import to_pixels
 from vpo_engine.data.sprites.damage import sample_destroyed, sample_mixture
-from vpo_engine.data.sprites.optimizers import Log, MuonAndAdam
 from vpo_engine.models.opensora.vae import OpenSoraVAE
 
 SPATIAL_CHANNELS, CHANNELS = 4, 8

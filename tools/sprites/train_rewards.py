@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tools.sprites.optimizers import MuonAndAdam
 from vpo_engine.data.sprites.damage import (
     DESTRUCTIONS,
     KINDS,
@@ -25,7 +26,6 @@ from vpo_engine.data.sprites.damage import (
     sample_destroyed,
     sample_wrecks,
 )
-from vpo_engine.data.sprites.optimizers import MuonAndAdam
 from vpo_engine.data.sprites.world import SIZE, Attributes
 from vpo_engine.rewards.sprites import (
     DIMENSIONS,

@@ -18,12 +18,12 @@ from vpo_engine.config import Config
 from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.memory.residency import (
+from vpo_engine.memory.idle_offload import (
     CudaMover,
+    IdleOffload,
     Needs,
     PartName,
     Phase,
-    Residency,
     module_tensors,
     needs_of,
 )
@@ -51,13 +51,13 @@ class Toy:
         }
         self.sizes = {name: nbytes(module_tensors(part)) for name, part in modules.items()}
         self.device = FakeDevice()
-        self.residency = Residency(needs or {}, self.device if needs else None)
+        self.idle_offload = IdleOffload(needs or {}, self.device if needs else None)
         for name, part in modules.items():
-            self.residency.register(name, lambda part=part: module_tensors(part))
-        self.residency.register("optimizer", lambda: optimizer_tensors(self.optimizer))
+            self.idle_offload.register(name, lambda part=part: module_tensors(part))
+        self.idle_offload.register("optimizer", lambda: optimizer_tensors(self.optimizer))
 
     def step(self, number: int) -> Tensor:
-        phase = self.residency.phase
+        phase = self.idle_offload.phase
         noise = torch.randn(6, 8, generator=torch.Generator().manual_seed(number))
         with phase("rollout"), torch.no_grad():
             latents = self.policy(noise)
@@ -133,8 +133,8 @@ def test_live_bytes_of_every_phase_are_those_of_its_parts(small: Make) -> None:
         "decode",
     )
     for phase in phases:
-        with toy.residency.phase(phase):
-            assert device.live == toy.residency.nbytes(phase) == expected[phase], phase
+        with toy.idle_offload.phase(phase):
+            assert device.live == toy.idle_offload.nbytes(phase) == expected[phase], phase
     assert device.peak == max(expected.values()), "the largest phase, also while parts change places"
 
 
@@ -156,34 +156,34 @@ def test_what_did_not_change_is_not_copied_back(small: Make) -> None:
 
 def test_repeated_and_nested_phases_cost_nothing(small: Make) -> None:
     toy = Toy(default_needs(small))
-    with toy.residency.phase("decode"):
+    with toy.idle_offload.phase("decode"):
         moves = toy.device.loaded, toy.device.stored, toy.device.waits
-        with toy.residency.phase("decode"):
+        with toy.idle_offload.phase("decode"):
             pass
-    with toy.residency.phase("decode"):
+    with toy.idle_offload.phase("decode"):
         assert (toy.device.loaded, toy.device.stored, toy.device.waits) == moves
 
 
 def test_an_enclosing_phase_gets_back_what_it_needs(small: Make) -> None:
     toy = Toy(default_needs(small))
-    with toy.residency.phase("update"):
-        with toy.residency.phase("decode"):
-            assert toy.device.live == toy.residency.nbytes("decode")
-        assert toy.device.live == toy.residency.nbytes("update")
-        with pytest.raises(RuntimeError, match="out of luck"), toy.residency.phase("rollout"):
+    with toy.idle_offload.phase("update"):
+        with toy.idle_offload.phase("decode"):
+            assert toy.device.live == toy.idle_offload.nbytes("decode")
+        assert toy.device.live == toy.idle_offload.nbytes("update")
+        with pytest.raises(RuntimeError, match="out of luck"), toy.idle_offload.phase("rollout"):
             raise RuntimeError("out of luck")
-        assert toy.device.live == toy.residency.nbytes("update")
+        assert toy.device.live == toy.idle_offload.nbytes("update")
 
 
 def test_one_wait_a_phase_and_none_where_nothing_is_copied(small: Make) -> None:
     toy = Toy(default_needs(small))
     waits = toy.device.waits
     for phase in STEP[:4]:
-        with toy.residency.phase(phase):
+        with toy.idle_offload.phase(phase):
             assert toy.device.waits == waits
-    with toy.residency.phase("optimizer"):
+    with toy.idle_offload.phase("optimizer"):
         pass
-    with toy.residency.phase("decode"):
+    with toy.idle_offload.phase("decode"):
         assert toy.device.waits == waits + 1
 
 
@@ -194,12 +194,12 @@ def test_views_of_one_storage_move_once_and_stay_views() -> None:
     own = nn.Parameter(torch.arange(3.0))
     device = FakeDevice()
     both = Needs(frozenset({"update"}))
-    residency = Residency({"policy": both, "reference": both}, device)
-    residency.register("policy", lambda: [first, second, own])
-    residency.register("reference", lambda: [second, own, own])
+    idle_offload = IdleOffload({"policy": both, "reference": both}, device)
+    idle_offload.register("policy", lambda: [first, second, own])
+    idle_offload.register("reference", lambda: [second, own, own])
     assert device.stored == 172
-    with residency.phase("update"):
-        assert device.loaded == device.live == residency.nbytes("update") == 172
+    with idle_offload.phase("update"):
+        assert device.loaded == device.live == idle_offload.nbytes("update") == 172
         first[0, 2] = -1
         assert (float(second[0]), first.stride()) == (-1, (1, 4))
         assert first.untyped_storage()._cdata == second.untyped_storage()._cdata
@@ -210,13 +210,13 @@ def test_views_of_one_storage_move_once_and_stay_views() -> None:
 def test_an_alias_made_on_the_host_follows_the_original() -> None:
     weights = [torch.full((3,), float(number)) for number in range(3)]
     device = FakeDevice()
-    residency = Residency(
+    idle_offload = IdleOffload(
         {"policy": Needs(frozenset({"update"})), "reference": Needs(frozenset({"update"}))}, device
     )
-    residency.register("policy", lambda: weights)
+    idle_offload.register("policy", lambda: weights)
     alias = weights[1].detach()
-    residency.register("reference", lambda: [alias])
-    with residency.phase("update"):
+    idle_offload.register("reference", lambda: [alias])
+    with idle_offload.phase("update"):
         assert device.loaded == 36
         weights[1].zero_()
         assert alias.tolist() == [0, 0, 0]
@@ -224,18 +224,18 @@ def test_an_alias_made_on_the_host_follows_the_original() -> None:
 
 def test_a_write_in_a_phase_that_is_said_to_change_nothing_is_not_lost(small: Make) -> None:
     toy = Toy(default_needs(small))
-    with toy.residency.phase("rollout"):
+    with toy.idle_offload.phase("rollout"):
         state = {name: torch.full_like(value, 2) for name, value in toy.policy.state_dict().items()}
         toy.policy.load_state_dict(state)
-    with toy.residency.phase("decode"):
+    with toy.idle_offload.phase("decode"):
         assert all(bool((tensor == 2).all()) for tensor in module_tensors(toy.policy))
 
 
 def test_a_write_on_the_host_reaches_the_device(small: Make) -> None:
     toy = Toy(default_needs(small))
-    with toy.residency.phase("decode"), torch.no_grad():
+    with toy.idle_offload.phase("decode"), torch.no_grad():
         toy.policy[0].weight.fill_(3)
-    with toy.residency.phase("update"):
+    with toy.idle_offload.phase("update"):
         assert bool((toy.policy[0].weight == 3).all())
 
 
@@ -243,15 +243,15 @@ def test_tensors_that_are_exchanged_for_others_are_followed() -> None:
     """As the outliers of an 8-bit reference are at every optimizer step."""
     held: dict[str, Tensor] = {"values": torch.zeros(4), "outliers": torch.arange(10.0)}
     device = FakeDevice()
-    residency = Residency({"reference": Needs(frozenset({"update"}), frozenset({"update"}))}, device)
-    residency.register("reference", lambda: list(held.values()))
+    idle_offload = IdleOffload({"reference": Needs(frozenset({"update"}), frozenset({"update"}))}, device)
+    idle_offload.register("reference", lambda: list(held.values()))
     parameter = held["values"]
     for count in (7, 12):
-        with residency.phase("update"):
+        with idle_offload.phase("update"):
             held["outliers"] = torch.arange(float(count))
             parameter.data = torch.full((4,), float(count))
-        with residency.phase("decode"):
-            assert residency.nbytes("update") == 16 + 4 * count
+        with idle_offload.phase("decode"):
+            assert idle_offload.nbytes("update") == 16 + 4 * count
             assert held["outliers"].tolist() == list(range(count))
             assert parameter.tolist() == [count] * 4
             assert device.live == 0
@@ -261,17 +261,17 @@ def test_small_tensors_share_host_memory_and_large_ones_have_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     slab = 4096
-    monkeypatch.setattr("vpo_engine.memory.residency.SLAB_BYTES", slab)
+    monkeypatch.setattr("vpo_engine.memory.idle_offload.SLAB_BYTES", slab)
     sizes = [1000, 2048, 1000, 300, slab + 1, 100, 17]
     parts = [torch.empty(size, dtype=torch.uint8) for size in sizes]
     device = FakeDevice()
-    residency = Residency({"vae": Needs(frozenset({"decode"}))}, device)
-    residency.register("vae", lambda: parts)
+    idle_offload = IdleOffload({"vae": Needs(frozenset({"decode"}))}, device)
+    idle_offload.register("vae", lambda: parts)
     assert device.allocated == [slab, slab, slab + 256, 512], "never more than a slab beyond what is held"
     for _ in range(3):
-        with residency.phase("decode"):
+        with idle_offload.phase("decode"):
             assert device.live == sum(sizes)
-        with residency.phase("rollout"):
+        with idle_offload.phase("rollout"):
             assert device.live == 0
     assert len(device.allocated) == 4, "reused"
 
@@ -279,7 +279,7 @@ def test_small_tensors_share_host_memory_and_large_ones_have_their_own(
 def test_weights_can_be_saved_from_the_host(small: Make, tmp_path: object) -> None:
     toy = Toy(default_needs(small))
     expected = Toy().policy.state_dict()
-    with toy.residency.phase("decode"):
+    with toy.idle_offload.phase("decode"):
         save_file(toy.policy.state_dict(), f"{tmp_path}/policy.safetensors")
     found = load_file(f"{tmp_path}/policy.safetensors")
     assert found.keys() == expected.keys()
@@ -296,26 +296,26 @@ def test_what_each_part_needs(small: Make) -> None:
     assert "rollout" in offline["policy"].phases, "guidance takes the policy's embedding of no caption"
     assert "rollout" in offline["reference"].phases
     exact = default_needs(
-        small, "rollout.source=reference", "reference.storage=exact8", "memory.weights=masters"
+        small, "rollout.source=reference", "reference.storage=exact8", "memory.weights=fp32_master"
     )
     assert "optimizer" in exact["reference"].changed & exact["reference"].phases
     fused = default_needs(small, "memory.step_in_backward=true", "optimizer.clip=null")
     assert "update" in fused["optimizer"].phases & fused["policy"].changed
 
 
-def test_on_a_cpu_and_with_residency_all_nothing_moves(small: Make) -> None:
-    for residency in (
-        Residency.from_config(small("memory.residency=phases"), torch.device("cpu")),
-        Residency.from_config(small(), torch.device("cuda")),
-        Residency.everything(),
+def test_on_a_cpu_and_without_offload_nothing_moves(small: Make) -> None:
+    for idle_offload in (
+        IdleOffload.from_config(small("memory.offload_idle=true"), torch.device("cpu")),
+        IdleOffload.from_config(small(), torch.device("cuda")),
+        IdleOffload.disabled(),
     ):
         weight = torch.zeros(3)
         pointer = weight.data_ptr()
-        residency.register("policy", lambda weight=weight: [weight])
-        with residency.phase("decode"):
+        idle_offload.register("policy", lambda weight=weight: [weight])
+        with idle_offload.phase("decode"):
             assert weight.data_ptr() == pointer
-        with pytest.raises(ValueError, match=r"memory.residency=all.*set memory.residency=phases"):
-            residency.nbytes("decode")
+        with pytest.raises(ValueError, match=r"memory.offload_idle=false.*set memory.offload_idle=true"):
+            idle_offload.nbytes("decode")
 
 
 def test_the_text_encoder_is_gone_after_the_text_is_prepared() -> None:
@@ -346,17 +346,17 @@ def test_on_a_gpu(small: Make) -> None:
     device = torch.device("cuda")
     big = nn.Linear(2048, 2048, device=device)
     expected = big.weight.detach().cpu()
-    residency = Residency(default_needs(small), CudaMover(device))
-    residency.register("vae", lambda: module_tensors(big))
+    idle_offload = IdleOffload(default_needs(small), CudaMover(device))
+    idle_offload.register("vae", lambda: module_tensors(big))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     assert big.weight.device.type == "cpu"
     assert big.weight.is_pinned()
     for _ in range(2):
-        with residency.phase("decode"):
+        with idle_offload.phase("decode"):
             assert big.weight.device.type == "cuda"
-            assert torch.cuda.memory_allocated() - before >= residency.nbytes("decode")
+            assert torch.cuda.memory_allocated() - before >= idle_offload.nbytes("decode")
             assert torch.equal(big.weight.cpu(), expected)
-        with residency.phase("rollout"):
+        with idle_offload.phase("rollout"):
             assert torch.cuda.memory_allocated() == before
             assert torch.equal(big.weight, expected)

@@ -1,4 +1,4 @@
-"""Test the pair ledger on disk: reading what was written, killed and resumed runs, and damaged files."""
+"""Test The preference dataset on disk: reading what was written, killed and resumed runs, and damaged files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vpo_engine.data.ledger import LedgerPair, LedgerWriter, read_ledger, truncate_ledger
+from vpo_engine.data.preference_dataset import DatasetWriter, StoredPair, read_dataset, truncate_dataset
 
 
-def pair(step: int, position: int, row: int | None = None) -> LedgerPair:
+def pair(step: int, position: int, row: int | None = None) -> StoredPair:
     numbers = torch.rand(3, generator=torch.Generator().manual_seed(position)).tolist()
-    return LedgerPair(
+    return StoredPair(
         step=step,
         position=position,
         prompt=f"a “red” circle \n {position}",
@@ -39,10 +39,10 @@ def latents(count: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return winner, winner.flip(0) * 0.1
 
 
-def write(root: Path, steps: int, ranks: int = 2, kept: bool = True) -> list[LedgerPair]:
+def write(root: Path, steps: int, ranks: int = 2, kept: bool = True) -> list[StoredPair]:
     """Two prompts of each process and step, of which the second of each has latents."""
-    folder, expected = root / "ledger", []
-    writers = [LedgerWriter(folder, rank) for rank in range(ranks)]
+    folder, expected = root / "preference_dataset", []
+    writers = [DatasetWriter(folder, rank) for rank in range(ranks)]
     for step in range(1, steps + 1):
         for rank, writer in enumerate(writers):
             first = (step - 1) * 2 * ranks + 2 * rank
@@ -54,16 +54,16 @@ def write(root: Path, steps: int, ranks: int = 2, kept: bool = True) -> list[Led
 
 def test_what_is_written_is_read_in_the_order_of_positions(tmp_path: Path) -> None:
     expected = write(tmp_path, 3)
-    found = list(read_ledger(tmp_path))
+    found = list(read_dataset(tmp_path))
     assert [replace(one, latents_file=None) for one in found] == expected
     assert [one.position for one in found] == list(range(12))
-    assert list(read_ledger(tmp_path / "ledger")) == found
+    assert list(read_dataset(tmp_path / "preference_dataset")) == found
     assert found[3].score(5) == {"visual_quality": found[3].selected[2], "b": 1e-30}
 
 
 def test_latents_are_bitwise_those_that_were_sampled(tmp_path: Path) -> None:
     write(tmp_path, 2)
-    for one in read_ledger(tmp_path):
+    for one in read_dataset(tmp_path):
         if not one.kept:
             with pytest.raises(ValueError, match=rf"step {one.step}, position {one.position} has no latents"):
                 one.latents()
@@ -77,33 +77,33 @@ def test_latents_are_bitwise_those_that_were_sampled(tmp_path: Path) -> None:
 def test_reading_leaves_out_a_line_that_was_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Wherever it was cut: a run killed while it writes loses that line and nothing else."""
     expected = write(tmp_path, 2, ranks=1)
-    path = tmp_path / "ledger/pairs_0000.jsonl"
+    path = tmp_path / "preference_dataset/pairs_0000.jsonl"
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     for cut in (*range(1, len(lines[-1]), 9), len(lines[-1]) - 1):
         path.write_bytes(whole[:-cut])
-        assert [replace(one, latents_file=None) for one in read_ledger(tmp_path)] == expected[:-1]
+        assert [replace(one, latents_file=None) for one in read_dataset(tmp_path)] == expected[:-1]
     assert "the last line was not finished when the run stopped" in caplog.text
 
 
 @pytest.mark.parametrize("cut", [0, 5])
-def test_a_resumed_ledger_equals_that_of_an_uninterrupted_run(tmp_path: Path, cut: int) -> None:
+def test_a_resumed_dataset_equals_that_of_an_uninterrupted_run(tmp_path: Path, cut: int) -> None:
     write(tmp_path / "whole", 4)
     write(tmp_path / "resumed", 4)
-    folder = tmp_path / "resumed/ledger"
+    folder = tmp_path / "resumed/preference_dataset"
     if cut:
         for path in folder.glob("*.jsonl"):
             os.truncate(path, path.stat().st_size - cut)
-    truncate_ledger(folder, 2)
-    assert {one.step for one in read_ledger(folder)} == {1, 2}
+    truncate_dataset(folder, 2)
+    assert {one.step for one in read_dataset(folder)} == {1, 2}
     assert {int(path.name.split("_")[1]) for path in folder.glob("latents/*")} == {1, 2}
-    writers = [LedgerWriter(folder, rank) for rank in range(2)]
+    writers = [DatasetWriter(folder, rank) for rank in range(2)]
     for step in (3, 4):
         for rank, writer in enumerate(writers):
             first = (step - 1) * 4 + 2 * rank
             writer.write(step, [pair(step, first), pair(step, first + 1, 0)], latents(1, first))
-    for path in (tmp_path / "whole/ledger").rglob("*.*"):
-        other = folder / path.relative_to(tmp_path / "whole/ledger")
+    for path in (tmp_path / "whole/preference_dataset").rglob("*.*"):
+        other = folder / path.relative_to(tmp_path / "whole/preference_dataset")
         if path.suffix == ".jsonl":
             assert path.read_bytes() == other.read_bytes()
         else:
@@ -113,41 +113,43 @@ def test_a_resumed_ledger_equals_that_of_an_uninterrupted_run(tmp_path: Path, cu
 
 def test_a_run_resumed_on_fewer_processes_forgets_what_the_others_wrote(tmp_path: Path) -> None:
     write(tmp_path, 3, ranks=2)
-    truncate_ledger(tmp_path / "ledger", 1)
-    writer = LedgerWriter(tmp_path / "ledger", 0)
+    truncate_dataset(tmp_path / "preference_dataset", 1)
+    writer = DatasetWriter(tmp_path / "preference_dataset", 0)
     writer.write(2, [pair(2, position) for position in range(4, 8)])
-    assert [one.position for one in read_ledger(tmp_path)] == list(range(8))
+    assert [one.position for one in read_dataset(tmp_path)] == list(range(8))
 
 
 def test_a_step_without_pairs_has_lines_and_no_latents(tmp_path: Path) -> None:
-    writer = LedgerWriter(tmp_path / "ledger", 0)
+    writer = DatasetWriter(tmp_path / "preference_dataset", 0)
     writer.write(1, [pair(1, 0)], latents(0, 0))
-    assert len(list(read_ledger(tmp_path))) == 1
-    assert not (tmp_path / "ledger/latents").exists()
+    assert len(list(read_dataset(tmp_path))) == 1
+    assert not (tmp_path / "preference_dataset/latents").exists()
 
 
 def test_damage_is_named_with_file_and_line(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no pair ledger at .*pairs\.ledger=scores or latents"):
-        read_ledger(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no preference dataset at .*pairs\.dataset=scores or latents"
+    ):
+        read_dataset(tmp_path)
     write(tmp_path, 1, ranks=1)
-    path = tmp_path / "ledger/pairs_0000.jsonl"
+    path = tmp_path / "preference_dataset/pairs_0000.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{", lines[1]]) + "\n")
     with pytest.raises(ValueError, match=r"pairs_0000\.jsonl' line 2 is not JSON"):
-        list(read_ledger(tmp_path))
+        list(read_dataset(tmp_path))
     fewer = {name: value for name, value in json.loads(lines[1]).items() if name != "gap"}
     path.write_text("\n".join([lines[0], json.dumps(fewer)]) + "\n")
     with pytest.raises(
         ValueError, match=r"pairs_0000\.jsonl' line 2 is not a pair: it must be an object with step,"
     ):
-        list(read_ledger(tmp_path))
+        list(read_dataset(tmp_path))
 
 
 def test_latents_that_are_gone_are_named(tmp_path: Path) -> None:
     write(tmp_path, 1, ranks=1)
-    found = list(read_ledger(tmp_path))[1]
+    found = list(read_dataset(tmp_path))[1]
     assert found.latents_file is not None
-    with pytest.raises(ValueError, match="does not have pair 9, although the ledger says so"):
+    with pytest.raises(ValueError, match="does not have pair 9, although the preference dataset says so"):
         replace(found, row=9).latents()
     found.latents_file.unlink()
     with pytest.raises(ValueError, match=r"step_00000001_0000\.safetensors' does not have pair 0"):
@@ -155,7 +157,7 @@ def test_latents_that_are_gone_are_named(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
-    writer = LedgerWriter(tmp_path / "ledger", 0)
+    writer = DatasetWriter(tmp_path / "preference_dataset", 0)
     with pytest.raises(ValueError, match="Out of range float values"):
         writer.write(1, [replace(pair(1, 0), gap=float("nan"))])
-    assert not list((tmp_path / "ledger").iterdir())
+    assert not list((tmp_path / "preference_dataset").iterdir())

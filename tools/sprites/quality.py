@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tools.sprites.train_rewards import rank_report
+from tools.sprites.train_vae import psnr
 from vpo_engine.data.sprites.assets import load_sprites, load_vae, round_trip
 from vpo_engine.data.sprites.damage import sample_clean, sample_mixture
 from vpo_engine.data.sprites.measure import measure
-from vpo_engine.data.sprites.train_rewards import rank_report
-from vpo_engine.data.sprites.train_vae import psnr
 from vpo_engine.data.sprites.world import all_captions
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import OpenSora

@@ -1,9 +1,9 @@
-"""The pair ledger of a run: the candidates of every prompt with their scores, and the pair that was chosen.
+"""The preference dataset of a run: the candidates of every prompt with their scores, and the pair that was chosen.
 
-    RUN/ledger/pairs_0000.jsonl                         a line for every prompt of every step, of process 0
-    RUN/ledger/latents/step_00000012_0000.safetensors   `winner`, `loser` [p, C, T, H, W] of its pairs
+    RUN/preference_dataset/pairs_0000.jsonl                         a line for every prompt of every step, of process 0
+    RUN/preference_dataset/latents/step_00000012_0000.safetensors   `winner`, `loser` [p, C, T, H, W] of its pairs
 
-A line is an object with the fields of ``LedgerPair``. `row` is the pair's position in its file of latents, null if
+A line is an object with the fields of ``StoredPair``. `row` is the pair's position in its file of latents, null if
 its latents were not stored. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c)
 alone, so it can be sampled again with the policy of that step.
 """
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LedgerPair:
+class StoredPair:
     """One prompt of one step.
 
     position: the prompt's position in the stream. seed: the run's seed. candidates: the numbers of all candidates that
@@ -62,32 +62,32 @@ class LedgerPair:
         """Read the clean latents [C, T, H, W] of winner and loser. ValueError if they were not stored."""
         if self.latents_file is None or self.row is None:
             raise ValueError(
-                f"the pair of step {self.step}, position {self.position} has no latents in the ledger; "
-                "pairs.ledger=latents stores those of all pairs that are not ties"
+                f"the pair of step {self.step}, position {self.position} has no latents in the preference dataset; "
+                "pairs.dataset=latents stores those of all pairs that are not ties"
             )
         try:
             with safe_open(self.latents_file, framework="pt") as file:
                 winner, loser = (file.get_slice(name)[self.row] for name in ("winner", "loser"))
         except (SafetensorError, FileNotFoundError, IndexError) as error:
             raise ValueError(
-                f"'{self.latents_file}' does not have pair {self.row}, although the ledger says so: {error}"
+                f"'{self.latents_file}' does not have pair {self.row}, although the preference dataset says so: {error}"
             ) from error
         return winner, loser
 
 
-_FIELDS = tuple(field.name for field in fields(LedgerPair) if field.name != "latents_file")
+_FIELDS = tuple(field.name for field in fields(StoredPair) if field.name != "latents_file")
 
 
-class LedgerWriter:
+class DatasetWriter:
     """Writes the pairs of one process. When ``write`` returns, latents and lines are with the operating system."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        """Make ``folder``, the run's ledger, if it does not exist."""
+        """Make ``folder``, the run's preference dataset, if it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._rank = folder, rank
 
     def write(
-        self, step: int, pairs: Sequence[LedgerPair], latents: tuple[Tensor, Tensor] | None = None
+        self, step: int, pairs: Sequence[StoredPair], latents: tuple[Tensor, Tensor] | None = None
     ) -> None:
         """Append the pairs of one step. latents: winners and losers [p, C, T, H, W], at the positions ``row``."""
         if latents is not None and len(latents[0]):
@@ -104,23 +104,23 @@ class LedgerWriter:
                 data = data[file.write(data) :]
 
 
-def read_ledger(path: str | Path) -> Iterator[LedgerPair]:
+def read_dataset(path: str | Path) -> Iterator[StoredPair]:
     """Iterate over the pairs of all processes, in the order of steps and positions, without loading all of them.
 
-    path: a run directory or its ledger folder. If the last line of a file has no newline, its writing was interrupted,
-    and it is left out, with a warning. FileNotFoundError if there is no ledger; ValueError, naming file and line, for
-    any other line that cannot be read.
+    path: a run directory or its folder preference_dataset. If the last line of a file has no newline, its writing was
+    interrupted, and it is left out, with a warning. FileNotFoundError if there is no dataset; ValueError, naming file
+    and line, for any other line that cannot be read.
     """
     folder = _folder_of(Path(path))
     files = sorted(folder.glob("pairs_*.jsonl"))
     if not files:
         raise FileNotFoundError(
-            f"no pair ledger at {path}; a run writes one into its directory with pairs.ledger=scores or latents"
+            f"no preference dataset at {path}; a run writes one into its directory with pairs.dataset=scores or latents"
         )
     return heapq.merge(*(_read(file) for file in files), key=lambda pair: (pair.step, pair.position))
 
 
-def truncate_ledger(folder: Path, step: int) -> None:
+def truncate_dataset(folder: Path, step: int) -> None:
     """Delete the pairs of all steps after ``step``; the resumed run will write them again. Atomic for each file."""
     for path in sorted(folder.glob("pairs_*.jsonl")):
         unfinished = path.with_name(f".{path.name}.tmp")
@@ -135,7 +135,7 @@ def truncate_ledger(folder: Path, step: int) -> None:
 
 
 def _folder_of(path: Path) -> Path:
-    return path / "ledger" if (path / "ledger").is_dir() else path
+    return path / "preference_dataset" if (path / "preference_dataset").is_dir() else path
 
 
 def _pairs_file(folder: Path, rank: int) -> Path:
@@ -146,7 +146,7 @@ def _latents_file(folder: Path, step: int, rank: int) -> Path:
     return folder / "latents" / f"step_{step:08d}_{rank:04d}.safetensors"
 
 
-def _line(pair: LedgerPair) -> dict[str, Any]:
+def _line(pair: StoredPair) -> dict[str, Any]:
     values = asdict(pair)
     return {name: values[name] for name in _FIELDS}
 
@@ -174,16 +174,16 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, values
 
 
-def _read(path: Path) -> Iterator[LedgerPair]:
+def _read(path: Path) -> Iterator[StoredPair]:
     rank = int(path.stem.rpartition("_")[2])
     for _, values in _lines(path):
         stored = None if values["row"] is None else _latents_file(path.parent, values["step"], rank)
         values["candidates"], values["selected"] = tuple(values["candidates"]), tuple(values["selected"])
         values["scores"] = {name: tuple(each) for name, each in values["scores"].items()}
-        yield LedgerPair(**values, latents_file=stored)
+        yield StoredPair(**values, latents_file=stored)
 
 
-def stack_latents(pairs: Sequence[LedgerPair]) -> tuple[Tensor, Tensor]:
+def stack_latents(pairs: Sequence[StoredPair]) -> tuple[Tensor, Tensor]:
     """Read the winners and losers [p, C, T, H, W] of at least one pair with stored latents."""
     winners, losers = zip(*(pair.latents() for pair in pairs), strict=True)
     return torch.stack(winners), torch.stack(losers)

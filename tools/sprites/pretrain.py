@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.sprites.optimizers import Log, MuonAndAdam
+from tools.sprites.train_text import CONFIG as TEXT_CONFIG
+from tools.sprites.train_vae import CHANNELS
 from vpo_engine.data.sprites.assets import FLOW, FPS, MAX_LENGTH, to_pixels
 from vpo_engine.data.sprites.damage import sample_mixture
-from vpo_engine.data.sprites.optimizers import Log, MuonAndAdam
-from vpo_engine.data.sprites.train_text import CONFIG as TEXT_CONFIG
-from vpo_engine.data.sprites.train_vae import CHANNELS
 from vpo_engine.data.sprites.world import FRAMES, SIZE
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.stdit3 import STDiT3

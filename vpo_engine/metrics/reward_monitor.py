@@ -31,7 +31,7 @@ class Alarm:
         return self.kind != "prompt"
 
 
-class Watch:
+class RewardMonitor:
     """Compares every evaluation with the base policy's and with earlier ones, and raises each kind of alarm once.
 
     All processes have the same alarms, since they have the same evaluations. ``clips``: the number of clips, counted

@@ -1,7 +1,7 @@
 """Rebuild the weights of the sprites world, or report how good they are.
 
-    python -m vpo_engine.data.sprites build [PART ...] [--out FOLDER]
-    python -m vpo_engine.data.sprites report
+    python -m tools.sprites build [PART ...] [--out FOLDER]
+    python -m tools.sprites report
 
 All parts are trained from fixed seeds on the CPU. They depend on one another in the order in which they are listed.
 """
@@ -17,14 +17,14 @@ from pathlib import Path
 
 from torch import nn
 
+from tools.sprites.pretrain import pretrain
+from tools.sprites.quality import quality_report
+from tools.sprites.train_image import train_image
+from tools.sprites.train_rewards import train_judge, train_reward
+from tools.sprites.train_text import CONFIG as TEXT_CONFIG
+from tools.sprites.train_text import train_text_encoder
+from tools.sprites.train_vae import train_vae
 from vpo_engine.data.sprites.assets import WEIGHTS, load_text_encoder, load_vae, round_trip
-from vpo_engine.data.sprites.pretrain import pretrain
-from vpo_engine.data.sprites.quality import quality_report
-from vpo_engine.data.sprites.train_image import train_image
-from vpo_engine.data.sprites.train_rewards import train_judge, train_reward
-from vpo_engine.data.sprites.train_text import CONFIG as TEXT_CONFIG
-from vpo_engine.data.sprites.train_text import train_text_encoder
-from vpo_engine.data.sprites.train_vae import train_vae
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.rewards.sprites import save_network
 
@@ -33,7 +33,7 @@ PARTS = ("vae", "text_encoder", "reward", "judge", "image", "policy")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m vpo_engine.data.sprites",
+        prog="python -m tools.sprites",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

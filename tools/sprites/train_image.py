@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpo_engine.data.sprites.damage import KINDS
-from vpo_engine.data.sprites.optimizers import MuonAndAdam
-from vpo_engine.data.sprites.train_rewards import (
+from tools.sprites.optimizers import MuonAndAdam
+from tools.sprites.train_rewards import (
     LEARNING_RATES,
     WRECKS,
     Batch,
@@ -21,6 +20,7 @@ from vpo_engine.data.sprites.train_rewards import (
     RoundTrip,
     draw_pool,
 )
+from vpo_engine.data.sprites.damage import KINDS
 from vpo_engine.rewards.sprites import FrameNetwork
 
 POOL = 3840
