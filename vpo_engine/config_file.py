@@ -1,9 +1,9 @@
-"""Configurations as files: one YAML per run, ``key.path=value`` overrides, errors that name the nearest known key."""
+"""Read and write configurations: one YAML file per run, ``key.path=value`` overrides, errors that say what to do."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,32 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vpo_engine.config import Config
+from vpo_engine.config.renamed import find_renamed
 
 SPRITES = "sprites.yaml"
 _SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
-"""Where the shipped configurations are: inside an installed package, or beside it in a checkout."""
+"""Folders of the shipped configurations: inside an installed package, or beside it in a checkout."""
 
 
 def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file (None: the sprites world) with ``key.path=value`` overrides.
+    """Return the configuration of a YAML file (None: the sprites world) with ``key.path=value`` overrides.
 
-    A name that is no file is looked up among the shipped configurations. ValueError names the file or
-    argument, the key, the constraint and, for an unknown key, the nearest known one.
+    A name that is no file is looked up among the shipped configurations. ValueError names the file or argument, the
+    key, the constraint and, for an unknown key, the nearest known one. Settings with old names are all listed at once,
+    with their new names.
     """
     path = _shipped(SPRITES) if source is None else _find(Path(source))
+    text = _read(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of settings, found {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
+    given = [_parse(override) for override in overrides]
+    _refuse_old_names(path, text, values, given)
+    for keys, value, override in given:
+        _apply(values, keys, value, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -39,7 +44,7 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Con
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, which ``load_config`` reads back to an equal one."""
+    """Return the configuration as YAML, which ``load_config`` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -55,20 +60,59 @@ def _shipped(name: str, asked: Path | None = None) -> Path:
     raise ValueError(f"no configuration file {asked or name}; shipped ones: {', '.join(known) or 'none'}")
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+
+
+def _parse(override: str) -> tuple[list[str], Any, str]:
+    """Return the keys and the value of ``key.path=value``, and the override itself."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"expected key.path=value, got {override!r}")
-    *parents, leaf = key.split(".")
+    try:
+        return key.split("."), yaml.safe_load(text), override
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from error
+
+
+def _apply(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
+    *parents, leaf = keys
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ValueError(f"{override!r}: {parent} is a value, not a group of settings")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from error
     values[leaf] = value
+
+
+def _refuse_old_names(
+    path: Path, text: str, values: dict[str, Any], given: Sequence[tuple[list[str], Any, str]]
+) -> None:
+    """Raise ValueError that lists every old key and old value in the file and in the overrides."""
+    lines = dict(_line_numbers(yaml.compose(text, Loader=yaml.SafeLoader)))
+    found = [f"{path}:{lines.get(old.key, '?')}: {old}" for old in find_renamed(values)]
+    for keys, value, _ in given:
+        nested = value
+        for key in reversed(keys):
+            nested = {key: nested}
+        found += [f"argument {old}" for old in find_renamed(nested)]
+    if found:
+        raise ValueError(
+            "these settings have new names (docs/glossary.md lists them all); replace them:\n  "
+            + "\n  ".join(found)
+        )
+
+
+def _line_numbers(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the dotted key and the line of every setting of a YAML file."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        yield name, key.start_mark.line + 1
+        yield from _line_numbers(value, f"{name}.")
 
 
 def _explain(error: ValidationError) -> str:

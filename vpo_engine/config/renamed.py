@@ -1,0 +1,63 @@
+"""Settings that have been renamed: the old keys and values, and what replaces them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+KEYS = {
+    "memory.recompute": "memory.activation_checkpointing",
+    "memory.residency": "memory.offload_idle",
+    "memory.offload": "memory.offload_activations",
+    "memory.decode_rows": "memory.decode_strip_height",
+    "rollout.rows": "rollout.batch_size",
+    "rollout.ledger": "rollout.dataset",
+    "objective.rows": "objective.micro_batch_size",
+    "objective.draws": "objective.timesteps_per_pair",
+    "objective.updates": "objective.updates_per_rollout",
+    "reward.rows": "reward.batch_size",
+    "pairs.refill": "pairs.resample",
+    "pairs.ledger": "pairs.dataset",
+    "model.companions": "model.fused_ops",
+}
+"""Old key to new key."""
+
+VALUES: dict[str, dict[str, str]] = {
+    "memory.activation_checkpointing": {"nothing": "none"},
+    "memory.weights": {"masters": "fp32_master", "stochastic": "stochastic_rounding"},
+    "memory.offload_idle": {"all": "false", "phases": "true"},
+    "rollout.source": {"ledger": "dataset"},
+}
+"""New key to its old values, each with the value that replaces it, as it is written in a file."""
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One setting of somebody's that has an old key, an old value, or both."""
+
+    key: str
+    value: Any
+    new_key: str
+    new_value: Any
+
+    def __str__(self) -> str:
+        if self.key == self.new_key:
+            return f"{self.key}={self.value} is now {self.new_key}={self.new_value}"
+        if self.value == self.new_value:
+            return f"{self.key} is now {self.new_key}"
+        return f"{self.key}={self.value} is now {self.new_key}={self.new_value}"
+
+
+def find_renamed(values: Mapping[str, Any], prefix: str = "") -> Iterator[Rename]:
+    """Yield every old key and old value in nested ``values``, in their order."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from find_renamed(value, f"{key}.")
+            continue
+        new_key = KEYS.get(key, key)
+        replaced = VALUES.get(new_key, {})
+        new_value = replaced.get(value, value) if isinstance(value, str) else value
+        if new_key != key or new_value != value:
+            yield Rename(key, value, new_key, new_value)
