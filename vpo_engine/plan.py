@@ -21,6 +21,7 @@ from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.fit import fitting_changes, most_frames
 from vpo_engine.planning.gpus import GIB, GPUS, Gpu, find_gpu
 from vpo_engine.planning.planner import granted, plan_run
+from vpo_engine.planning.presets import resolve_presets
 from vpo_engine.planning.report import as_json, whole
 
 
@@ -47,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source, overrides = None, [source, *overrides]
     try:
         config, gpu = load_config(source, overrides), find_gpu(given.gpu)
+        config, presets = resolve_presets(config, lambda changed: plan_run(changed, gpu).fits)
         plan = plan_run(config, gpu)
         frames = not given.no_frames and bool(model_family(config.model.kind).card.resolutions)
         if given.json:
-            found = as_json(plan) | ({"most_frames": dict(frames_that_fit(config, gpu))} if frames else {})
+            found = as_json(plan) | {"presets": presets.splitlines()}
+            found |= {"most_frames": dict(frames_that_fit(config, gpu))} if frames else {}
             print(json.dumps(found, indent=1))
             return 0
-        print(whole(plan), flush=True)
+        print(*filter(None, [presets, whole(plan)]), sep="\n", flush=True)
         if not plan.fits:
             print(*_remedies(config, gpu, plan), sep="\n", flush=True)
         if frames:

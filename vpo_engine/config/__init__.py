@@ -1,6 +1,6 @@
-"""The typed configuration: one YAML per run, unknown keys refused, every default with its source.
+"""The typed configuration of a run: one YAML file, in which unknown keys are refused.
 
-"paper" below is OnlineVPO, arXiv 2412.15159; where it gives no value the comment says whose the default is.
+"Paper" in the sources of defaults is OnlineVPO, arXiv 2412.15159.
 """
 
 from vpo_engine.config.guards import GuardsConfig, HeldOutRewardConfig

@@ -1,4 +1,4 @@
-"""What is watched while a run trains, so that a reward that is exploited is noticed."""
+"""Settings of the guards, which notice when a run exploits its reward."""
 
 from __future__ import annotations
 
@@ -15,29 +15,34 @@ class HeldOutRewardConfig(Section):
     """A second reward model, which scores held-out videos and never selects pairs."""
 
     kind: RewardKind
+    """Name of the reward model, as for reward.kind."""
     path: Path | None = None
-    """Folder of its checkpoint; null for those whose weights are in the package."""
+    """Folder of its checkpoint; null for reward models whose weights are in the package."""
     dimensions: tuple[str, ...] = ("global",)
-    """Those whose average is compared with the training reward; "global" alone for all."""
+    """Dimensions whose average is compared with the training reward; "global" alone means all of them."""
 
 
 class GuardsConfig(Section):
-    """Checks of the reward at the start of a run, and alarms at its evaluations. No paper gives values; these are ours.
+    """Checks of the reward at the start of a run, and alarms at its evaluations.
 
-    Always: one clip is scored twice and must get the same scores, and captions are exchanged to see whether a reward
-    that should read them does.
+    Two checks are always made: one clip is scored twice and must get the same scores, and captions are exchanged to see
+    whether a reward that should read them does. No paper gives values for the settings below; the defaults are this
+    project's own.
     """
 
     motion_floor: float | None = Field(None, gt=0, le=100)
-    """Mean motion, in per cent of the shorter side a frame, below which a video never wins a pair; null: any may win.
-    Online pairs are known to favour still videos (DenseDPO, arXiv 2506.03517; the paper's Table 3 on CogVideoX)."""
+    """Mean motion below which a video never wins a pair, in per cent of the shorter side per frame; null: any video may
+    win. Online pairs are known to favour still videos (DenseDPO, arXiv 2506.03517; the paper's Table 3 on
+    CogVideoX)."""
     reward: HeldOutRewardConfig | None = None
-    """The held-out reward; null: the sprites world's judge, and none elsewhere."""
+    """The held-out reward; null: the judge of the sprites world there, and none for other models."""
     window: int = Field(5, ge=4)
-    """Evaluations in which the training reward rises and the held-out reward falls, both slopes by two standard errors,
-    for an alarm. Beside it, whatever the window: both changes since the base policy clear of zero, at 95 %."""
+    """Number of evaluations over which slopes are taken. An alarm is raised when in them the training reward rises and
+    the held-out reward falls, each by more than two standard errors. Whatever the window, an alarm is also raised when
+    both changes since the base policy are clear of zero at 95 %."""
     style_bound: float | None = Field(1.0, gt=0, allow_inf_nan=False)
-    """Standard deviations of the base policy's clips by which mean brightness, contrast, saturation or sharpness of
-    the same held-out clips may move before an alarm; null: any."""
+    """How far the mean brightness, contrast, saturation or sharpness of the held-out clips may move before an alarm, in
+    standard deviations of the base policy's clips; null: any distance."""
     on_alarm: Literal["note", "stop"] = "note"
-    """note: say it, log it, show it in the report. stop: also save and end the run; resumed, it goes on."""
+    """What an alarm does. note: it is printed, logged and shown in the report. stop: the run is also saved and ended; a
+    resumed run goes on."""

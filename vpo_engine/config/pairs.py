@@ -1,4 +1,4 @@
-"""How pairs are made of scored candidates."""
+"""Settings of how pairs are made of scored candidates."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from vpo_engine.config.section import Section
 
 
 class PairsConfig(Section):
-    """How pairs are made of scored candidates. The paper: best and worst of each prompt, all alike."""
+    """How pairs are made of scored candidates. The defaults are the paper's: the best and the worst candidate of each
+    prompt, and all pairs weigh the same."""
 
     rule: Literal["extremes", "pareto"] = "extremes"
-    """extremes: best and worst by the selected scalar. pareto: the pair of the widest gap whose winner is no worse than
-    its loser in any of reward.dimensions; a prompt without one is a tie."""
+    """Which two candidates make the pair. extremes: the best and the worst by the selected scalar. pareto: the two with
+    the widest gap of which the winner is no worse than the loser in any of reward.dimensions; a prompt without such a
+    pair is a tie. Source: paper, Algorithm 1."""
     min_gap: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """A pair whose scores differ by no more than this is a tie: skipped and counted."""
+    """Largest difference of scores that is a tie. Ties are counted and not trained on."""
     gap_power: float = Field(0.0, ge=0, le=4)
-    """The weight of a pair's loss is gap^gap_power over the mean of that among the pairs of the step, over all
-    processes. 0: all weigh 1 (paper). 1: in proportion to the gap."""
+    """Exponent of the pair weights: the weight of a pair's loss is gap^gap_power, divided by the mean of that over the
+    pairs of the step on all processes. 0: all pairs weigh 1. 1: the weight is proportional to the gap. Source: paper
+    (0)."""
     resample: int = Field(0, ge=0)
-    """Rounds in which the prompts that are a tie get rollout.candidates more candidates; the pair is then made of all
-    that the prompt has."""
+    """Number of rounds in which prompts that are a tie get rollout.candidates more candidates. The pair is then made of
+    all candidates of the prompt."""
     dataset: Literal["none", "scores", "latents"] = "none"
-    """What the run directory's dataset keeps of every prompt: nothing, all scores and the choice, or also the latents
-    of the pair, from which rollout.source=dataset trains again."""
+    """What the run directory keeps of every prompt, as a preference dataset. none: nothing. scores: all scores and the
+    chosen pair. latents: also the latents of the pair, on which rollout.source=dataset can train again."""

@@ -1,4 +1,4 @@
-"""How candidates are scored and paired."""
+"""Settings of how candidates are scored."""
 
 from __future__ import annotations
 
@@ -58,40 +58,45 @@ RewardKind = Annotated[str, AfterValidator(_check_kind)]
 
 
 class RewardConfig(Section):
-    """How candidates are scored."""
+    """The reward model, and how its scores become one number."""
 
     kind: RewardKind = "sprites"
     """A name that ``python -m vpo_engine.rank --list`` prints, except for those that it calls not for training; or
     package.module:Class for a reward of your own (see docs/rewards.md)."""
     path: Path | None = None
-    """Folder of the reward model's checkpoint; null for those whose weights are in the package."""
+    """Folder of the reward model's checkpoint; null for reward models whose weights are in the package."""
     batch_size: int | None = Field(None, ge=1)
-    """Videos, or frames of a scorer of images, that are scored at once; null: 4 videos (viclip: 8), 64 frames."""
+    """Number of videos that are scored at once, or of frames for a scorer of images; null: 4 videos (viclip: 8), 64
+    frames."""
     bits: Literal[16, 8, 4] = 16
-    """Of the matrices behind videoscore's vision tower, by bitsandbytes: 15.4, 8.2 or 5.1 GiB in all; scores move by
-    rounding."""
+    """Bits of the matrices of videoscore behind its vision tower, by bitsandbytes. The model takes 15.4, 8.2 or 5.1
+    GiB; scores change by the rounding."""
     max_frames: int | None = Field(None, ge=1)
-    """Frames that videoscore looks at; null: 16, and 48 for v1.1."""
+    """Number of frames that videoscore looks at; null: 16, and 48 for version 1.1."""
     frames: int | None = Field(None, ge=1)
-    """Frames that are scored, evenly spread, by scorers of images (null: all), builtin (null: 8) and q_align (null: one
-    a second). With frame_reduce=segments it is the number of segments (null: 4)."""
+    """Number of frames, evenly spread, that are scored by scorers of images (null: all), builtin (null: 8) and q_align
+    (null: one per second). With frame_reduce=segments it is the number of segments (null: 4)."""
     frame_reduce: Literal["mean", "min", "segments"] = "mean"
-    """How the scores of frames become a video's. segments: InstructVideo's (arXiv 2312.12490), one frame of each
-    segment, weighed by exp(-frame_decay * its distance from the middle frame)."""
+    """How the scores of frames become the score of a video. mean, min: of all frames. segments: one frame of each
+    segment, weighted by exp(-frame_decay * distance from the middle frame) (InstructVideo, arXiv 2312.12490)."""
     frame_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """InstructVideo's lambda, per frame; null: 4 over the frames of a segment, which is its 1 at 16 frames."""
+    """InstructVideo's lambda, per frame of distance; null: 4 divided by the frames of a segment, which is
+    InstructVideo's 1 at 16 frames."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Where the reward model is; auto: where the policy is. Elsewhere it stays, whatever memory.offload_idle says."""
+    """Device of the reward model. auto: the policy's. On any other device it stays, whatever memory.offload_idle
+    says."""
     process: bool = False
-    """The reward model in a process of its own, where it stays on its device; its death says why, and ends the run."""
+    """Run the reward model in a separate process, where it stays on its device. If that process dies, the run ends with
+    the reason."""
     time_limit: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Seconds that the scoring of one group of videos may take before the run stops; needs process. null: any."""
+    """Seconds that scoring one group of videos may take before the run stops; it needs reward.process=true. null: no
+    limit."""
     dimensions: tuple[str, ...] | dict[str, float] = ("temporal_consistency",)
-    """One dimension, several (their average), "global" (the average of all) or {name: weight} (the average weighted by
-    them). The paper's best row is temporal consistency alone (Table 4b)."""
+    """The dimensions whose average selects pairs: one name, several names, "global" for all, or {name: weight} for a
+    weighted average. Source: paper, Table 4b, the best row."""
     normalise: Literal["none", "group"] = "none"
-    """group: a dimension counts in standard deviations from its mean among the candidates of the prompt; pairs and
-    their gaps are then made in these."""
+    """Scale of the dimensions. none: as scored. group: standard deviations from the mean of the dimension among the
+    candidates of the prompt; pairs and their gaps are then made in these."""
 
     @model_validator(mode="before")
     @classmethod
@@ -123,7 +128,7 @@ class RewardConfig(Section):
 
     @property
     def scorer_settings(self) -> dict[str, Any]:
-        """Those of the settings batch_size to frame_decay that are not left to the scorer, by name."""
+        """Return the settings from batch_size to frame_decay that differ from their defaults, by name."""
         names = ("batch_size", "bits", "max_frames", "frames", "frame_reduce", "frame_decay")
         fields = type(self).model_fields
         return {name: value for name in names if (value := getattr(self, name)) != fields[name].default}

@@ -1,101 +1,114 @@
-"""How candidates are sampled."""
+"""Settings of how candidates are sampled."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from vpo_engine.config.presets import RolloutPreset, rollout_preset
 from vpo_engine.config.section import Section
 
 
 class PruneConfig(Section):
-    """Candidates that are given up on the way: previews of all are scored, and only the extremes are finished."""
+    """Give up candidates on the way: previews of all candidates are scored, and only the best and the worst are
+    finished."""
 
     after: float = Field(gt=0, lt=1)
-    """Share of the steps after which the clean latents that the last prediction points to are decoded and scored."""
+    """Share of the steps after which previews are made: the clean latents to which the last prediction points are
+    decoded and scored."""
     keep: int = Field(ge=2)
-    """Candidates of each prompt that are finished: the better half of this number from the top, the rest from the
-    bottom."""
+    """Number of candidates of each prompt that are finished: the better half of this number from the top of the scores,
+    the rest from the bottom."""
 
 
 Weights = Literal["policy", "int8", "fp8"]
 
 
 class ExploreConfig(Section):
-    """How all candidates are sampled first, cheaply, and scored; the best and the worst of each prompt are then sampled
-    once more from the same noise, as the rollout would without this, and scored again. At N candidates it pays where a
-    cheap one costs less than 1 - 2 / N of another. Settings as in ``RolloutConfig``."""
+    """Sample all candidates cheaply first and score them; then sample the best and the worst of each prompt again from
+    the same noise, as the rollout would without this setting, and score them again. With N candidates it saves time if
+    a cheap candidate costs less than 1 - 2 / N of a full one."""
 
     steps: int | None = Field(None, ge=1)
-    """null: rollout.steps."""
+    """Sampling steps of cheap candidates; null: rollout.steps."""
     guidance_interval: tuple[float, float] | None = None
+    """As rollout.guidance_interval, for cheap candidates."""
     cache: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """As rollout.cache, for cheap candidates."""
     weights: Weights = "policy"
+    """As rollout.weights, for cheap candidates."""
 
 
 class RolloutConfig(Section):
-    """How candidates are sampled. guidance_interval, prune, cache, weights and explore are approximations, for training
-    only: held-out videos are sampled without them."""
+    """How candidates are sampled. The settings guidance_interval, prune, cache, weights and explore are approximations
+    and apply to training only: held-out videos are sampled without them."""
 
+    preset: RolloutPreset | None = None
+    """A named set of values for the approximations; settings that are given win. exact: none of them. fast: cache=0.1,
+    and with guidance (guidance other than 1) guidance_interval=[0.3, 1.0]. null: only what is given. Source:
+    docs/rollout.md."""
     candidates: int = Field(4, ge=2)
-    """N (paper, section 4.4)."""
+    """N: number of candidates per prompt. Source: paper, section 4.4."""
     steps: int = Field(30, ge=1)
-    """Inference steps (paper, section 4.1)."""
+    """Number of sampling steps. Source: paper, section 4.1."""
     guidance: float = Field(7.0, ge=0)
-    """Classifier-free guidance scale; the published Open-Sora 1.2 sampling default. 1 turns guidance off."""
+    """Scale of classifier-free guidance; 1 turns guidance off. Source: the published Open-Sora 1.2 sampling default."""
     source: Literal["policy", "reference", "dataset"] = "policy"
-    """Who samples. policy: online (the paper). reference with no refresh: offline preference data. dataset: nobody; the
-    pairs are those that another run stored."""
+    """Where pairs come from. policy: the current policy samples candidates (online). reference: the reference samples
+    them; if it is never refreshed, this is offline preference data. dataset: nothing is sampled, and pairs that another
+    run stored are used. Source: paper (policy)."""
     dataset: Path | None = None
-    """Run directory (or its folder preference_dataset) whose pairs source dataset trains on, in the order in which they
-    were made, again and again; it was written with pairs.dataset=latents."""
+    """Run directory, or its folder preference_dataset, whose pairs source=dataset trains on. They are taken in the
+    order in which they were made, again and again. That run must have had pairs.dataset=latents."""
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
-    """The most candidates that go through the network and the decoder at once, as whole prompts or as even parts of
-    one; null: all of a step. auto: as many as the plan says fit; give the number that the run prints where a resumed
-    run is to be the same bit for bit on a device with other memory."""
+    """Largest number of candidates that go through the network and the decoder at once, as whole prompts or as even
+    parts of one prompt; null: all candidates of a step. auto: as many as the plan says fit. If a resumed run has to be
+    the same bit for bit on a device with other memory, give the number that the run prints."""
     overlap: bool = False
-    """Decode and score groups of ``batch_size`` while the next are sampled: on a GPU in a stream of its own, on a CPU,
-    whose cores sampling takes, between groups. Scores stay the same. The seconds of decoding and scoring that sampling
-    hides count as the rollout's. It needs the memory of both at once, and excludes memory.offload_idle=true."""
+    """Decode and score groups of batch_size candidates while the next group is sampled: on a GPU in a separate stream,
+    on a CPU between groups. Scores stay the same. Seconds of decoding and scoring that sampling hides count as the
+    rollout's. It needs the memory of both at once, and excludes memory.offload_idle=true."""
     compile: Literal["none", "blocks", "graphs"] = "none"
-    """blocks: the policy's blocks go through torch.compile while it samples for training, as three functions for any
-    depth and batch size; candidates differ by rounding, and a CPU needs a C++ compiler. graphs: all steps of a loop
-    but the first are replays of one CUDA graph, of the same kernels; GPUs only."""
+    """How the policy is compiled while it samples for training. blocks: its blocks go through torch.compile, as three
+    functions for any depth and batch size; candidates differ by rounding, and a CPU needs a C++ compiler. graphs: all
+    steps of a sampling loop but the first replay one CUDA graph of the same kernels; GPUs only."""
     guidance_interval: tuple[float, float] | None = None
-    """[low, high]: guidance only at times t / 1000 in it (arXiv 2404.07724), one branch at all others; null: always."""
+    """[low, high]: guidance is used only at times t / 1000 in this interval, and one branch at all other times
+    (arXiv 2404.07724); null: guidance is always used."""
     prune: PruneConfig | None = None
-    """null: every candidate is finished."""
+    """Candidates that are given up on the way; null: every candidate is finished."""
     cache: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Relative change of what the first pair of blocks adds, below which a step takes what the blocks after it add
-    from the step that last computed it; null: every step computes all blocks."""
+    """Largest relative change of what the first pair of blocks adds at which a step reuses what the other blocks added
+    in the step that last computed them; null: every step computes all blocks."""
     weights: Weights = "policy"
-    """What samples: the policy's weights, or a copy of it whose blocks multiply in 8 bits, rounded anew before every
-    rollout. It is meant for GPUs that have such products; elsewhere it takes longer than the policy."""
+    """The weights that sample. policy: the policy's own. int8, fp8: a copy whose blocks multiply in 8 bits, rounded
+    again before every rollout. The copy is meant for GPUs that multiply in 8 bits; on other devices it takes longer."""
     explore: ExploreConfig | None = None
-    """null: candidates are sampled once."""
+    """Cheap sampling of all candidates before the exact sampling of two; null: candidates are sampled once."""
 
     @property
     def batch_limit(self) -> int | None:
-        """``batch_size`` as a number, None for all; all, too, where nobody planned what auto may take."""
+        """Return ``batch_size`` as a number. None means all candidates, which is also the limit of an auto that nobody
+        has planned."""
         return None if self.batch_size == "auto" else self.batch_size
 
     @property
     def prune_step(self) -> int:
-        """Steps before previews are scored; all of them without ``prune``."""
+        """Return the number of steps before previews are scored; all steps without ``prune``."""
         return self.steps if self.prune is None else round(self.prune.after * self.steps)
 
     @property
     def keep(self) -> int | None:
-        """Candidates of each prompt that a second pass makes; None where there is none."""
+        """Return the number of candidates of each prompt that a second pass makes; None if there is no second pass."""
         if self.explore is not None:
             return 2
         return None if self.prune is None else self.prune.keep
 
     @property
     def first_pass(self) -> ExploreConfig:
-        """How all candidates are sampled first."""
+        """Return the settings with which all candidates are sampled first."""
         if self.explore is None:
             return ExploreConfig(
                 steps=self.steps,
@@ -105,13 +118,20 @@ class RolloutConfig(Section):
             )
         return self.explore.model_copy(update={"steps": self.explore.steps or self.steps})
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        guidance = values.get("guidance", cls.model_fields["guidance"].default)
+        return {**rollout_preset(values.get("preset"), guidance), **values}
+
     @model_validator(mode="after")
     def _from_a_dataset(self) -> Self:
         if (self.source == "dataset") != (self.dataset is not None):
             raise ValueError(
-                f"source={self.source} and dataset={'null' if self.dataset is None else self.dataset} do "
-                f"not go together: "
-                "source dataset reads pairs from the run directory that rollout.dataset names"
+                f"source={self.source} and dataset={'null' if self.dataset is None else self.dataset} do not go "
+                "together: source=dataset trains on the pairs of the run directory that rollout.dataset names"
             )
         return self
 

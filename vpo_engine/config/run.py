@@ -1,4 +1,4 @@
-"""A run: prompts, evaluation, checkpoints, and all sections together."""
+"""Settings of a run: prompts, evaluation, checkpoints, and all sections together."""
 
 from __future__ import annotations
 
@@ -19,34 +19,41 @@ from vpo_engine.config.update import ObjectiveConfig, OptimizerConfig, Reference
 
 
 class PromptsConfig(Section):
-    """Where prompts come from. Without files, the sprites world's own captions."""
+    """Where prompts come from. Without files, the sprites world has captions of its own."""
 
     train: Path | None = None
+    """File of training prompts: .txt (a prompt per line), .csv or .jsonl; null: the captions of the sprites world."""
     held_out: Path | None = None
+    """File of held-out prompts, likewise."""
     column: str | None = None
-    """Column of a .csv or key of a .jsonl file; by default the usual one is found by name."""
+    """Column of a .csv file, or key of a .jsonl file; null: the usual names are tried."""
     cache: Path | None = None
-    """Folder of text embeddings, shared between runs; null: ``embeddings`` beside the run directory."""
+    """Folder of text embeddings, which runs may share; null: the folder embeddings beside the run directory."""
 
 
 class EvaluationConfig(Section):
-    """Held-out prompts, sampled with fixed noise before, during and after training, never trained on."""
+    """Evaluation on held-out prompts: videos are sampled with fixed noise before, during and after training, and never
+    trained on."""
 
     every: int | None = Field(200, ge=1)
-    """Optimizer steps between evaluations; null: at the start and the end only."""
+    """Optimizer steps between evaluations; null: only at the start and at the end."""
     samples_per_prompt: int = Field(1, ge=1)
+    """Number of videos per held-out prompt."""
     prompts: int | None = Field(None, ge=1)
-    """How many of the held-out prompts are used; null: all."""
+    """Number of held-out prompts that are used; null: all."""
     samples_between: int | None = Field(None, ge=1)
-    """Samples of an evaluation during training; null: as many as at the start and the end."""
+    """Number of videos per prompt in evaluations during training; null: as many as at the start and at the end."""
     steps: int | None = Field(None, ge=1)
     """Sampling steps of held-out videos; null: rollout.steps."""
 
 
 class CheckpointConfig(Section):
+    """Checkpoints, from which a run can be resumed."""
+
     every: int | None = Field(100, ge=1)
-    """Steps between checkpoints; null: at the end (and on SIGTERM) only."""
+    """Steps between checkpoints; null: only at the end and on SIGTERM."""
     keep: int = Field(2, ge=1)
+    """Number of checkpoints that are kept; older ones are removed."""
     resume: bool = False
     """Continue from the newest complete checkpoint of the run directory."""
 
@@ -55,14 +62,15 @@ class Config(Section):
     """A run."""
 
     name: str = "run"
+    """Name of the run; its directory under runs/ begins with it."""
     seed: int = 0
+    """Seed of all random numbers. Runs with the same seed on the same machine are the same."""
     steps: int = Field(1000, ge=1)
-    """Steps of Algorithm 1; each makes objective.updates_per_rollout optimizer steps, or none where all pairs are
-    ties."""
+    """Steps of Algorithm 1. Each makes objective.updates_per_rollout optimizer steps, or none if all pairs are ties."""
     pairs_per_step: int = Field(8, ge=1)
-    """Prompts, hence pairs, per step over all processes (paper, section 4.1: batch 8)."""
+    """Number of prompts, and so of pairs, per step over all processes. Source: paper, section 4.1 (batch 8)."""
     run_dir: Path | None = None
-    """Where the run lives; null: a new directory under runs/ of the current directory."""
+    """Directory of the run; null: a new one under runs/ of the current directory."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -79,12 +87,12 @@ class Config(Section):
 
     @property
     def optimizer_steps(self) -> int:
-        """Of a run in which no step goes without pairs."""
+        """Return the number of optimizer steps of a run in which every step has pairs."""
         return self.steps * self.objective.updates_per_rollout
 
     @property
     def held_out_steps(self) -> int:
-        """Sampling steps of held-out videos."""
+        """Return the number of sampling steps of held-out videos."""
         return self.evaluation.steps or self.rollout.steps
 
     @model_validator(mode="after")
@@ -107,7 +115,7 @@ class Config(Section):
             )
         if self.rollout.source == "dataset" and (self.pairs.resample or self.pairs.dataset != "none"):
             raise ValueError(
-                "rollout.source=dataset takes its pairs as they were stored; leave out "
+                "rollout.source=dataset trains on pairs as they were stored; leave out "
                 f"pairs.resample={self.pairs.resample} and pairs.dataset={self.pairs.dataset}"
             )
         held_out = self.guards.reward
@@ -152,14 +160,12 @@ class Config(Section):
                 "an adapter's reference is its base and a frozen copy of the adapter (storage adapter), and full "
                 "fine-tuning has no adapter"
             )
-        if memory.offload_activations and memory.activation_checkpointing not in (
-            "block",
-            "all_but_attention",
-        ):
+        kept = memory.activation_checkpointing
+        if memory.offload_activations and kept not in ("block", "all_but_attention"):
             raise ValueError(
-                f"memory.offload_activations=true sends the inputs of blocks to the host, but "
-                f"memory.activation_checkpointing={memory.activation_checkpointing} "
-                "keeps many times as much on the device; set memory.activation_checkpointing=block or all_but_attention"
+                "memory.offload_activations=true sends the inputs of blocks to the host, but "
+                f"memory.activation_checkpointing={kept} keeps many times as much on the device; set "
+                "memory.activation_checkpointing=block or all_but_attention"
             )
         if self.rollout.overlap and memory.offload_idle:
             raise ValueError(
@@ -171,14 +177,17 @@ class Config(Section):
 
     def _check_step_in_backward(self) -> None:
         wrong = {
-            "memory.sequential=true": (self.memory.sequential, "a step needs the gradients of both members"),
+            "memory.sequential=true": (
+                self.memory.sequential,
+                "a step needs the gradients of winner and loser; set false",
+            ),
             "objective.micro_batch_size": (
                 self.objective.micro_batch_size is not None,
-                "a step needs the gradients of all rows",
+                "a step needs the gradients of all pairs; set null",
             ),
             "optimizer.clip": (
                 self.optimizer.clip is not None,
-                "their common norm is known too late; set null",
+                "the norm of all gradients is known too late; set null",
             ),
         }
         for name, (given, reason) in wrong.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vpo_engine.planning.estimate import Plan, estimate
 from vpo_engine.planning.extrapolate import Traced, traced
 from vpo_engine.planning.fit import fitting_changes, with_granted_batch_size
 from vpo_engine.planning.gpus import GIB, Gpu, present_gpu
+from vpo_engine.planning.presets import resolve_presets
 from vpo_engine.planning.report import line, shortfall, whole
 
 
@@ -41,20 +43,23 @@ def granted(config: Config, gpu: Gpu | None, processes: int = 1) -> Config:
     return with_granted_batch_size(config, lambda changed: plan_run(changed, gpu, processes), processes)
 
 
-def check_fits(config: Config, device: torch.device, processes: int = 1) -> tuple[Config, str]:
-    """Return the configuration with its batch size granted, and the text of its plan on ``device``.
+def check_fits(
+    config: Config, device: torch.device, processes: int = 1, agree: Callable[[str], str] = str
+) -> tuple[Config, str]:
+    """Return the configuration with its presets resolved and its batch size granted, and its plan on ``device``.
 
-    The text is what ``vpo_engine.plan`` prints, or one line on a CPU. Unless memory.overcommit is set, a run that does
+    The plan is what ``vpo_engine.plan`` prints, or one line on a CPU. ``agree``: see ``resolve_presets``. Unless memory.overcommit is set, a run that does
     not fit is a ValueError with the phase, the need, the limit, and the cheapest single setting that would make it fit.
     """
     gpu = present_gpu() if device.type == "cuda" else None
+    config, presets = resolve_presets(config, lambda changed: plan_run(changed, gpu, processes).fits, agree)
     config = granted(config, gpu, processes)
     plan = plan_run(config, gpu, processes)
     if not plan.fits and not config.memory.overcommit:
         changes = fitting_changes(config, plan, lambda changed: plan_run(changed, gpu, processes))
         raise ValueError(shortfall(plan, next(changes, None)))
     size = config.rollout.batch_size
-    said = line(plan) if gpu is None else whole(plan)
+    said = (f"{presets}\n" if presets else "") + (line(plan) if gpu is None else whole(plan))
     return config, said + (f"; {size} candidates at once" if size else "")
 
 
