@@ -1,6 +1,7 @@
 """Train a text-to-video policy by online video preference optimization.
 
     torchrun -m vpo_engine.train [CONFIG.yaml] [key.path=value ...]
+    python -m vpo_engine.train --help settings [SECTION]          what every setting does
 
 Without a configuration it trains the embedded sprites world, which needs nothing but this package. Under torchrun
 with several processes each (with processes.per_prompt each team of them) takes its own prompts; gradients are averaged.
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from vpo_engine import settings
 from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward, check_reward
 from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
@@ -38,6 +40,9 @@ from vpo_engine.trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:2] in (["--help", "settings"], ["-h", "settings"]):
+        return settings.main(words[2:])
     parser = argparse.ArgumentParser(
         prog="torchrun -m vpo_engine.train",
         description=__doc__,
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's"
     )
-    given = parser.parse_intermixed_args(arguments)
+    given = parser.parse_intermixed_args(words)
     source, overrides = given.config, given.overrides
     if source is not None and "=" in source:
         source, overrides = None, [source, *overrides]

@@ -48,8 +48,9 @@ def check_fits(
 ) -> tuple[Config, str]:
     """Return the configuration with its presets resolved and its batch size granted, and its plan on ``device``.
 
-    The plan is what ``vpo_engine.plan`` prints, or one line on a CPU. ``agree``: see ``resolve_presets``. Unless memory.overcommit is set, a run that does
-    not fit is a ValueError with the phase, the need, the limit, and the cheapest single setting that would make it fit.
+    The plan is what ``vpo_engine.plan`` prints, or one line on a CPU. ``agree``: see ``resolve_presets``. Unless
+    memory.overcommit is set, a run that does not fit is a ValueError with the phase, the need, the limit, and the
+    cheapest single setting that would make it fit.
     """
     gpu = present_gpu() if device.type == "cuda" else None
     config, presets = resolve_presets(config, lambda changed: plan_run(changed, gpu, processes).fits, agree)
