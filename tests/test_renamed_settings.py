@@ -84,3 +84,15 @@ def test_a_run_that_was_written_with_old_names_is_not_resumed(
         check_same_run(config, tmp_path / "config.yaml")
     assert train.main([str(tmp_path / "config.yaml"), f"run_dir={tmp_path}", "checkpoint.resume=true"]) == 1
     assert "objective.draws is now objective.timesteps_per_pair" in capsys.readouterr().err
+
+
+def test_the_glossary_lists_every_renamed_setting() -> None:
+    glossary = (Path(__file__).parent.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(\S+)` \| `(\S+)` \|$", glossary, re.MULTILINE))
+    for old, new in KEYS.items():
+        assert {(old, new)} & rows or any(row[0].startswith(f"{old}=") for row in rows), old
+    for key, values in VALUES.items():
+        for old, new in values.items():
+            assert any(row[0].endswith(f"={old}") and row[1] == f"{key}={new}" for row in rows), (
+                f"{key}={old}"
+            )
