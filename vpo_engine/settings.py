@@ -186,6 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write docs/settings.md and configs/schema.json")
     given = parser.parse_args(arguments)
     if given.write:
+        if not REFERENCE.parent.is_dir():
+            print(
+                f"error: {ROOT} is no checkout of the project: it has no folder docs",
+                file=sys.stderr,
+                flush=True,
+            )
+            return 1
         for path, text in ((REFERENCE, markdown()), (SCHEMA, schema())):
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
