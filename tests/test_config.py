@@ -92,11 +92,11 @@ def test_wrong_settings_name_key_constraint_and_remedy(override: str, text: str)
         (["memory.step_in_backward=true"], "memory.step_in_backward=true excludes optimizer.clip"),
         (
             ["memory.step_in_backward=true", "optimizer.clip=null", "memory.sequential=true"],
-            "excludes memory.sequential=true: a step needs the gradients of both members",
+            "excludes memory.sequential=true: a step needs the gradients of winner and loser; set false",
         ),
         (
             ["memory.step_in_backward=true", "optimizer.clip=null", "objective.micro_batch_size=4"],
-            "excludes objective.micro_batch_size: a step needs the gradients of all rows",
+            "excludes objective.micro_batch_size: a step needs the gradients of all pairs; set null",
         ),
     ],
 )

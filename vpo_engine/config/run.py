@@ -115,7 +115,7 @@ class Config(Section):
             )
         if self.rollout.source == "dataset" and (self.pairs.resample or self.pairs.dataset != "none"):
             raise ValueError(
-                "rollout.source=dataset trains on pairs as they were stored; leave out "
+                "rollout.source=dataset takes its pairs as they were stored; leave out "
                 f"pairs.resample={self.pairs.resample} and pairs.dataset={self.pairs.dataset}"
             )
         held_out = self.guards.reward
