@@ -23,9 +23,9 @@ def resolve_presets(
     first process's text in every process: all take the same step.
     """
     lines = []
-    if (name := config.rollout.preset) is not None:
-        values = rollout_preset(name, config.rollout.guidance)
-        lines.append(_line(f"rollout.preset={name}", config.rollout, values))
+    if (sampling := config.rollout.preset) is not None:
+        values = rollout_preset(sampling, config.rollout.guidance)
+        lines.append(_line(f"rollout.preset={sampling}", config.rollout, values))
     if (name := config.memory.preset) is not None:
         values, title = MEMORY_PRESETS.get(name, {}), f"memory.preset={name}"
         if name == "balanced" and config.memory.model_fields_set >= memory_step(_LAST).keys():
