@@ -80,7 +80,7 @@ def train(config: Config) -> int:
         stored = None if dataset is None else StoredPairs(dataset, config.pairs.min_gap)
         prompts, held_out_prompts = build_prompts(config)
         if configurations_are_here(config):  # else building the model says which is missing
-            config, plan = check_fits(config, processes.device, processes.count, processes.agree)
+            config, plan = check_fits(config, processes.device, processes.count, processes.broadcast_text)
             if processes.first:
                 print(plan, flush=True)
         model = build_model(config, processes)
