@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "one member at a time": (
         "memory.sequential=true",
+        "objective.rows=3",
         "objective.draws=2",
         "objective.weighting=epsilon",
         "objective.winner_anchor=0.3",
