@@ -78,7 +78,7 @@ def test_everything_a_scorer_needs_reaches_it(
         (["reward.bits=8"], "reward 'sprites' has no setting bits: it takes none; leave out"),
         (
             ["reward.kind=hpsv2", "reward.path={here}", "reward.max_frames=8"],
-            "reward 'hpsv2' has no setting max_frames: it takes rows, frames, frame_reduce, frame_decay",
+            "reward 'hpsv2' has no setting max_frames: it takes batch_size, frames, frame_reduce, frame_decay",
         ),
     ],
 )
