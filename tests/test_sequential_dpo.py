@@ -93,7 +93,7 @@ def test_gradients_and_metrics_are_the_joint_ones(options: dict[str, Any]) -> No
             assert gradient.norm() > 0
             assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
         assert found_metrics == pytest.approx(metrics, rel=tolerance, abs=tolerance)
-        assert found_metrics["rows"] == metrics["rows"] == PAIRS * options.get("timesteps_per_pair", 1)
+        assert found_metrics["samples"] == metrics["samples"] == PAIRS * options.get("timesteps_per_pair", 1)
 
 
 def test_the_share_of_several_processes_scales_the_gradient() -> None:

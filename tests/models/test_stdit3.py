@@ -107,6 +107,11 @@ def test_autocast_keeps_the_time_exact_and_float32_gradients(tiny, inputs, outpu
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["plain", "xmask"])
 def test_every_module_output_equals_the_recording(tiny, inputs, case):
+    """Float64 has no rounding to speak of, so this is the recording's own, in float32, on every machine.
+
+    Inside the network values reach 7, and float32 rounds relative to them. The recording is off by 1.5e-6 of a module's
+    largest value at most, 12 of float32's steps: the bound is 2e-6 of it.
+    """
     recorded = load_file(DATA / "stdit3_tiny_intermediates.safetensors")
     expected = {
         key.removeprefix(case + "."): value for key, value in recorded.items() if key.startswith(case)
@@ -115,8 +120,11 @@ def test_every_module_output_equals_the_recording(tiny, inputs, case):
     modules = dict(tiny.named_modules())
     for name in expected.keys() - {"pos_embed"}:
         modules[name].register_forward_hook(partial(keep_last, found, name))
-    kwargs = arguments(inputs, case)
-    tiny(**kwargs)
+    kwargs = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments(inputs, case).items()
+    }
+    tiny.double()(**kwargs)
     rows, columns = (-(-size // 2) for size in kwargs["x"].shape[-2:])
     height, width = float(kwargs["height"][0]), float(kwargs["width"][0])
     found["pos_embed"] = tiny._position((rows, columns), height, width, kwargs["x"])
@@ -124,7 +132,8 @@ def test_every_module_output_equals_the_recording(tiny, inputs, case):
     if kwargs["mask"] is not None:  # the public code embeds padding too
         expected["y_embedder"] = expected["y_embedder"][:, 0][kwargs["mask"] == 1]
     for name, value in expected.items():
-        assert worst(found[name].reshape(value.shape), value) <= FORWARD_TOLERANCE, name
+        bound = 2e-6 * max(1.0, float(value.abs().max()))
+        assert worst(found[name].reshape(value.shape), value.double()) <= bound, name
 
 
 @pytest.mark.parametrize("checkpointing", get_args(ActivationCheckpointing))

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -72,21 +73,42 @@ def temporal(video: Tensor) -> dict[str, float]:
     return {name: values.item() for name, values in scores.items()}
 
 
+def jitter(measure: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """Return how far a measure moves if pixels are rounded otherwise: by 1e-14, many times.
+
+    In flat places normalised values are rounding noise, whose signs count. Another processor rounds otherwise, so no
+    two of them agree on such a picture any better.
+    """
+    random = torch.Generator().manual_seed(0)
+    value = measure(images).item()
+    moved = [
+        images + 1e-14 * torch.randn(images.shape, generator=random, dtype=images.dtype) for _ in range(8)
+    ]
+    return max(abs(measure(one.clamp(0, 1)).item() - value) for one in moved)
+
+
 class TestPictures:
-    """JPEG makes flat blocks, where normalised values are rounding noise whose signs count: hence its tolerance."""
+    """JPEG makes flat blocks, where normalised values are rounding noise whose signs count: hence its tolerance.
+
+    A clean picture has flat places, too; see ``jitter``.
+    """
 
     @pytest.mark.parametrize(
         ("kind", "tolerance"), [("clean", 1e-3), ("blurred", 1e-3), ("noisy", 1e-3), ("jpeg", 1.0)]
     )
     def test_brisque_of_the_package(self, kind: str, tolerance: float) -> None:
-        assert abs(brisque(pixels(PICTURES_OF[kind])).item() - GOLDEN[kind]["brisque"]) < tolerance
+        images = pixels(PICTURES_OF[kind])
+        bound = tolerance + 2 * jitter(brisque, images)
+        assert abs(brisque(images).item() - GOLDEN[kind]["brisque"]) < bound
 
     @pytest.mark.parametrize(
         ("kind", "tolerance"), [("clean", 1e-3), ("blurred", 1e-3), ("noisy", 1e-3), ("jpeg", 1.0)]
     )
     def test_niqe_of_the_package(self, kind: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
         """On the package's grid of 0.001 for shape parameters; without it, 0.06 off at most."""
-        assert abs(niqe(pixels(PICTURES_OF[kind])).item() - GOLDEN[kind]["niqe"]) < tolerance + 0.06
+        images = pixels(PICTURES_OF[kind])
+        bound = tolerance + 2 * jitter(niqe, images)
+        assert abs(niqe(images).item() - GOLDEN[kind]["niqe"]) < bound + 0.06
         exact = natural_scenes._Shape.apply
 
         class OnGrid:
@@ -95,7 +117,7 @@ class TestPictures:
                 return (exact(ratio) * 1000).round() / 1000
 
         monkeypatch.setattr(natural_scenes, "_Shape", OnGrid)
-        assert abs(niqe(pixels(PICTURES_OF[kind])).item() - GOLDEN[kind]["niqe"]) < tolerance
+        assert abs(niqe(images).item() - GOLDEN[kind]["niqe"]) < bound
 
     @pytest.mark.parametrize("kind", ["blurred", "noisy", "jpeg"])
     def test_damage_scores_lower(self, kind: str) -> None:
