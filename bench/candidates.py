@@ -9,11 +9,12 @@ from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.protocols import Network, TextEmbedding, VideoModel
+from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.sampler import CandidateSampler, Denoiser
 from vpo_engine.selection import extremes
 from vpo_engine.values import Candidate, Prompt
+from vpo_engine.video_model import VideoModel
 
 Judge = Callable[[Tensor], Tensor]
 """Latents [P, N, C, T, H, W] to the one number per candidate that decides, [P, N]."""

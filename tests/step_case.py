@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
 from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
-from vpo_engine.protocols import Network, TextEmbedding, VideoModel
+from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.values import Candidate, Choice, Pair, Prompt
+from vpo_engine.video_model import VideoModel
 
 
 def step_on(algorithm: OnlineVPO, texts: Sequence[str], positions: Sequence[int]) -> Step:

@@ -21,12 +21,12 @@ from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.metrics.pixels import pixel_measures
 from vpo_engine.models.lora import inject_adapter
 from vpo_engine.models.registry import check_loaded, check_model, model_family
-from vpo_engine.protocols import Reward, VideoModel
+from vpo_engine.protocols import Reward
 from vpo_engine.rewards import registry
 from vpo_engine.rewards.combine import check_dimensions
 from vpo_engine.rewards.process import start_reward
 from vpo_engine.rewards.sprites import SpritesJudge
-from vpo_engine.video_model import Encoder, LoadContext
+from vpo_engine.video_model import Encoder, LoadContext, VideoModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -22,7 +22,7 @@ from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.metrics.stage_timer import StageTimer
 from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.objectives.dpo import DPO
-from vpo_engine.protocols import Network, ReferenceStore, Reward, VideoModel
+from vpo_engine.protocols import Network, ReferenceStore, Reward
 from vpo_engine.rewards.guards import WithMotion
 from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.preference_dataset import StoredPairs
@@ -30,6 +30,7 @@ from vpo_engine.rollout.quantised_copy import SamplingCopy
 from vpo_engine.rollout.sampler import CandidateSampler, Denoiser, VideoScorer
 from vpo_engine.selection import Selector
 from vpo_engine.values import Choice, Pair, Prompt
+from vpo_engine.video_model import VideoModel
 
 
 @dataclass

@@ -20,7 +20,6 @@ from vpo_engine.model_values import (
     SamplerState,
     TextEmbedding,
 )
-from vpo_engine.video_model import VideoModel
 
 __all__ = [
     "Compile",
@@ -31,7 +30,6 @@ __all__ = [
     "SamplerSettings",
     "SamplerState",
     "TextEmbedding",
-    "VideoModel",
 ]
 
 

@@ -109,8 +109,8 @@ def test_autocast_keeps_the_time_exact_and_float32_gradients(tiny, inputs, outpu
 def test_every_module_output_equals_the_recording(tiny, inputs, case):
     """Float64 has no rounding to speak of, so this is the recording's own, in float32, on every machine.
 
-    Inside the network values reach 7, and float32 rounds relative to them. The recording is off by 1.5e-6 of a module's
-    largest value at most, 12 of float32's steps: the bound is 2e-6 of it.
+    Inside the network values reach 7, and float32 rounds relative to them: where that is more than the tolerance of
+    outputs, the bound is 2e-6 of a module's largest value, 17 of float32's steps. The recording is within 12.
     """
     recorded = load_file(DATA / "stdit3_tiny_intermediates.safetensors")
     expected = {
@@ -132,7 +132,7 @@ def test_every_module_output_equals_the_recording(tiny, inputs, case):
     if kwargs["mask"] is not None:  # the public code embeds padding too
         expected["y_embedder"] = expected["y_embedder"][:, 0][kwargs["mask"] == 1]
     for name, value in expected.items():
-        bound = 2e-6 * max(1.0, float(value.abs().max()))
+        bound = max(FORWARD_TOLERANCE, 2e-6 * float(value.abs().max()))
         assert worst(found[name].reshape(value.shape), value.double()) <= bound, name
 
 

@@ -12,10 +12,11 @@ from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.metrics.appearance import appearance
-from vpo_engine.protocols import Network, Reward, VideoModel
+from vpo_engine.protocols import Network, Reward
 from vpo_engine.rewards.combine import Dimensions, combine
 from vpo_engine.rewards.guards import Shuffled, check_deterministic, prompt_shuffle
 from vpo_engine.seeding import normal
+from vpo_engine.video_model import VideoModel
 
 PixelMeasures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 

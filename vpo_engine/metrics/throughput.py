@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vpo_engine.config import Config
 from vpo_engine.model_values import RowFlops
-from vpo_engine.protocols import Network, TextEmbedding, VideoModel
-from vpo_engine.video_model import repeating_blocks
+from vpo_engine.protocols import Network, TextEmbedding
+from vpo_engine.video_model import VideoModel, repeating_blocks
 
 SMALLEST, LARGEST = 128, 8192
 """Sides of the matrices whose products are timed."""

@@ -12,9 +12,10 @@ from torch import Tensor
 from vpo_kernels import PairedDPOLoss, error_weight, paired_dpo_loss, sequential_backward
 
 from vpo_engine.config import ObjectiveConfig
-from vpo_engine.protocols import Network, ReferenceStore, TextEmbedding, VideoModel
+from vpo_engine.protocols import Network, ReferenceStore, TextEmbedding
 from vpo_engine.seeding import generator, normal
 from vpo_engine.values import Pair
+from vpo_engine.video_model import VideoModel
 
 
 @dataclass(frozen=True)

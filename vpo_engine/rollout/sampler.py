@@ -12,10 +12,11 @@ from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.protocols import Network, SamplerSettings, SamplerState, TextEmbedding, VideoModel
+from vpo_engine.protocols import Network, SamplerSettings, SamplerState, TextEmbedding
 from vpo_engine.rollout.batches import Batch, Batches, as_slice
 from vpo_engine.seeding import normal
 from vpo_engine.values import Candidate, Prompt, stacked_embeddings
+from vpo_engine.video_model import VideoModel
 
 Scores = dict[str, Tensor]
 """{dimension: float32 [...]}."""
