@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_prompts(config: Config) -> tuple[Prompts, list[str]]:
-    """Training prompts and held-out prompts; ValueError names the file and row of a bad one."""
+    """Return training prompts and held-out prompts; a ValueError names the file and row of a bad one."""
     settings = config.prompts
     withheld = withheld_captions()
     train: Prompts = [caption for caption in all_captions() if caption not in withheld]
@@ -74,7 +74,7 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
 
 
 def _load_context(config: Config, processes: Processes, dtype: torch.dtype) -> LoadContext:
-    """Embeddings on disk lie in prompts.cache, or beside the run."""
+    """Return where the model is loaded to; embeddings on disk lie in prompts.cache, or beside the run."""
     beside = config.run_dir.parent if config.run_dir else Path("runs")
     folder = config.prompts.cache or beside / "embeddings"
 
@@ -113,7 +113,7 @@ def check_reward(config: Config) -> None:
 
 
 def build_reward(config: Config, device: torch.device, idle_offload: IdleOffload | None = None) -> Reward:
-    """The reward model, on reward.device or else ``device``, in a process of its own under reward.process.
+    """Make the reward model, on reward.device or else ``device``, in a separate process if reward.process is set.
 
     ``idle_offload`` is told of its weights if they are on ``device``, in this process. Errors as of ``check_reward``,
     and of its files.
@@ -157,7 +157,8 @@ def _present(name: str) -> torch.device:
 def build_held_out(
     config: Config, model: VideoModel, prompts: Sequence[str], reward: Reward, processes: Processes
 ) -> HeldOut:
-    """With guards.reward as the judge, on the policy's device; else the sprites world's own, or none."""
+    """Build the held-out evaluation, judged by guards.reward on the policy's device, else by the sprites world's judge
+    if it is the model."""
     sprites, settings = config.model.kind == "sprites", config.guards.reward
     judge: Reward | None = SpritesJudge() if sprites and settings is None else None
     if settings is not None:

@@ -40,7 +40,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Preference:
-    """At least two videos of one prompt, and the position of the one that people prefer."""
+    """A choice among at least two videos of one prompt, with the position of the one that people prefer."""
 
     clips: tuple[Clip, ...]
     preferred: int

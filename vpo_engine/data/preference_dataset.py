@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredPair:
-    """One prompt of one step.
+    """The stored results of one prompt in one step.
 
     position: the prompt's position in the stream. seed: the run's seed. candidates: the numbers of all candidates that
     were scored. scores: {dimension: score of each candidate}. selected: the score of each candidate from which the pair

@@ -85,7 +85,7 @@ class Processes:
 
     @property
     def is_reward_process(self) -> bool:
-        """Whether this process runs the reward model only; then it takes part in no collective operation below."""
+        """Return whether this process runs the reward model only, and takes part in no collective operation."""
         return self.rank == self.count
 
     @property
@@ -94,7 +94,7 @@ class Processes:
 
     @property
     def team(self) -> Processes:
-        """This process among those that share its prompts; without ``in_teams`` it is alone."""
+        """Return this process's rank among those that share its prompts; without ``in_teams`` it is alone."""
         return self._team or Processes(0, 1, self.device)
 
     def team_range(self, total: int, what: str) -> range:

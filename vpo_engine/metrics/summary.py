@@ -24,7 +24,7 @@ BETTER: dict[str, int] = {
     "displacement": +1,
     "displacement_absolute": +1,
 }
-"""Whether more (+1) or less (-1) of a pixel measure is better. More reward is better; other measures have no sense."""
+"""The better direction of each pixel measure: more (+1) or less (-1). More reward is better; others have none."""
 
 _PREFIX = "held_out/"
 

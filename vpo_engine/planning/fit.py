@@ -44,7 +44,7 @@ copy more, then those that round. With each stand the phases and the categories 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting, and the plan with that setting."""
+    """A changed setting, and the plan with that setting."""
 
     name: str
     value: Any

@@ -21,7 +21,7 @@ _FIRST_PIXELS = 800_000
 
 @dataclass(frozen=True)
 class FrameSheet:
-    """One clip as an image: frame i is at column ``i % columns``, row ``i // columns``."""
+    """A clip as one image: frame i is at column ``i % columns``, row ``i // columns``."""
 
     url: str
     """``data:`` URL of a PNG, which keeps every pixel, or of a WebP."""
