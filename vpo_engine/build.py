@@ -49,7 +49,7 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
     """Load the model with its policy, and give it a fresh adapter under model.lora.
 
     The first process ``say``s which attention was chosen, and why, and how much of the policy an adapter trains.
-    ValueError if the model cannot run so, or if the adapter's targets do not fit.
+    Raise ValueError if the model cannot run so, or if the adapter's targets do not fit.
     """
     check_model(config)
     settings, memory = config.model, config.memory
@@ -94,8 +94,8 @@ def _load_context(config: Config, processes: Processes, dtype: torch.dtype) -> L
 def check_reward(config: Config) -> None:
     """Refuse, before any weight is read, what ``build_reward`` or the first step would.
 
-    ValueError for a reward that is not for training, for settings it does not have and for dimensions it does not
-    have; FileNotFoundError for a missing folder.
+    Raise ValueError for a reward that is not for training, for settings it does not have and for dimensions it does
+    not have; FileNotFoundError for a missing folder.
     """
     settings = config.reward
     registry.check_reward(settings.kind, settings.path, settings.scorer_settings)
@@ -115,8 +115,8 @@ def check_reward(config: Config) -> None:
 def build_reward(config: Config, device: torch.device, idle_offload: IdleOffload | None = None) -> Reward:
     """Make the reward model, on reward.device or else ``device``, in a separate process if reward.process is set.
 
-    ``idle_offload`` is told of its weights if they are on ``device``, in this process. Errors as of ``check_reward``,
-    and of its files.
+    ``idle_offload`` is told of its weights if they are on ``device``, in this process. Errors: those of
+    ``check_reward``, and of its files.
     """
     check_reward(config)
     settings = config.reward
@@ -144,7 +144,7 @@ def _scorer_dtype(device: torch.device) -> torch.dtype:
 
 
 def _present(name: str) -> torch.device:
-    """ValueError for a CUDA device that is not there."""
+    """Raise ValueError for a CUDA device that is not there."""
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(

@@ -125,8 +125,8 @@ def select_pairs(
     taken; where none with a gap above ``min_gap`` does, the prompt is a tie.
     barred: [P, N], True for candidates that must not win; they may lose. A prompt is a tie where no other candidate has
     a gap above ``min_gap``.
-    Of equal scores and gaps the lower places are taken, so that the choice is deterministic. ValueError if a score is
-    not finite: a failed scorer never becomes data.
+    Of equal scores and gaps the lower places are taken, so that the choice is deterministic. Raise ValueError if a
+    score is not finite: a failed scorer never becomes data.
     """
     if scores.dim() != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores must be [P, N] with N >= 2, got {list(scores.shape)}")
@@ -164,7 +164,7 @@ def extremes(scores: Tensor, keep: int) -> Tensor:
     """Return the numbers, int64 [P, keep] ascending, of each prompt's best and worst candidates by scores [P, N].
 
     The better half of ``keep`` (with the odd one) comes from the top, the rest from the bottom; of equal scores the
-    lower candidate number counts as the better. ValueError if a score is not finite.
+    lower candidate number counts as the better. Raise ValueError if a score is not finite.
     """
     _check_finite(
         scores,

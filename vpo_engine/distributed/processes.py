@@ -70,7 +70,7 @@ class Processes:
     def in_teams(self, size: int) -> Processes:
         """Divide the processes into teams of ``size`` neighbouring ranks; the members of a team share their prompts.
 
-        Every process of the run must call this. ValueError if ``size`` does not divide the number of processes.
+        Every process of the run must call this. Raise ValueError if ``size`` does not divide the number of processes.
         """
         if self.count % size:
             raise ValueError(
@@ -98,7 +98,7 @@ class Processes:
         return self._team or Processes(0, 1, self.device)
 
     def team_range(self, total: int, what: str) -> range:
-        """Return which of ``total`` items belong to this team. ValueError if the teams cannot get equally many.
+        """Return which of ``total`` items belong to this team. Raise ValueError if the teams cannot get equally many.
 
         ``what`` is the name of the setting that has the value ``total``, for the error.
         """

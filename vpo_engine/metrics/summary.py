@@ -42,7 +42,7 @@ class Difference:
 
 
 def paired_difference(before: Tensor, after: Tensor) -> Difference:
-    """Compare per-clip values [M], M >= 2, in float64. ValueError for other shapes and non-finite values."""
+    """Compare per-clip values [M], M >= 2, in float64. Raise ValueError for other shapes and non-finite values."""
     if before.dim() != 1 or before.shape != after.shape or len(before) < 2:
         raise ValueError(
             f"a paired comparison needs two vectors of the same length, at least 2, got {list(before.shape)} "

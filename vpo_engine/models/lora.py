@@ -102,8 +102,8 @@ def save_adapter(network: nn.Module, folder: Path) -> None:
 def load_adapter(network: nn.Module, folder: Path) -> None:
     """Put back what ``save_adapter`` wrote, into a network with an adapter of the same targets and rank.
 
-    FileNotFoundError where the file is missing; ValueError where it is damaged or does not fit. Then the network is
-    unchanged.
+    Raise FileNotFoundError where the file is missing; ValueError where it is damaged or does not fit. Then the
+    network is unchanged.
     """
     saved, own = _read(folder / WEIGHTS), adapter_parameters(network)
     wrong = sorted(saved.keys() ^ own.keys())

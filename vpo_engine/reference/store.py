@@ -24,7 +24,7 @@ def build_reference(storage: Storage, policy: nn.Module) -> HeldReference:
 
     Parameters that are not trained are shared with the policy. copy and adapter copy the others; the other storages
     encode the matrices of the transformer blocks (see ``weights``) and copy the rest.
-    ValueError for a policy that the storage does not fit.
+    Raise ValueError for a policy that the storage does not fit.
     """
     if storage == "adapter" and all(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError(

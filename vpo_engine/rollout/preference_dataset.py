@@ -69,7 +69,7 @@ class StoredPairs:
         """Read a dataset; for ``path`` see ``read_dataset``. Pairs with gaps of at most ``min_gap`` are ties, and so
         are those that were ties when they were stored.
 
-        ValueError for a dataset without any other, or without their latents.
+        Raise ValueError for a dataset without any other, or without their latents.
         """
         self._pairs = list(read_dataset(path))
         self._min_gap = min_gap
@@ -97,8 +97,8 @@ class StoredPairs:
     ) -> list[Choice]:
         """Return the stored choices of prompts of this stream, each of the winner and the loser alone.
 
-        Latents are [*latent_shape] on ``device``, and empty where a pair is a tie. ValueError if the stored ones are of
-        another shape.
+        Latents are [*latent_shape] on ``device``, and empty where a pair is a tie. Raise ValueError if the stored
+        ones are of another shape.
         """
         return [self._choice(prompt, tuple(latent_shape), device) for prompt in prompts]
 

@@ -115,7 +115,7 @@ class RectifiedFlow:
 def null_captions(text: Tensor, null_embedding: Tensor) -> Tensor:
     """Return as many null captions as there are captions in ``text`` [P, L, D], of the same shape and dtype.
 
-    null_embedding: [max length, D]. ValueError for text longer than the null caption.
+    null_embedding: [max length, D]. Raise ValueError for text longer than the null caption.
     """
     length = text.shape[1]
     if null_embedding.shape[0] < length:
