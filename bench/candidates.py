@@ -17,7 +17,7 @@ from vpo_engine.values import Candidate, Prompt
 from vpo_engine.video_model import VideoModel
 
 Judge = Callable[[Tensor], Tensor]
-"""Latents [P, N, C, T, H, W] to the one number per candidate that decides, [P, N]."""
+"""A function of latents [P, N, C, T, H, W] that returns the one deciding number per candidate, [P, N]."""
 
 
 def sample_candidates(
@@ -34,8 +34,8 @@ def sample_candidates(
 ) -> list[list[Candidate]]:
     """Return the candidates of the P prompts of ``text``; scored by ``judge`` as "judge", by zeros without one.
 
-    ``networks``: what samples in the first pass, and in the second that config.prune or explore make. attempt: the
-    candidates have the numbers attempt * N to (attempt + 1) * N - 1.
+    ``networks``: the networks that sample in the first pass, and in the second if config.prune or explore asks for one.
+    attempt: the candidates have the numbers attempt * N to (attempt + 1) * N - 1.
     """
 
     def score(latents: Tensor, *_: object) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ class Took:
 
 @dataclass(frozen=True)
 class Run:
-    """One run in the folder. ``settings``: a configuration file followed by overrides, separated by blanks."""
+    """A run in the folder. ``settings``: a configuration file followed by overrides, separated by blanks."""
 
     folder: Path
     settings: str

@@ -128,7 +128,7 @@ def config_of(method: str, resolution: str, frames: int) -> Config:
 
 
 def model_of(config: Config, depth: int | None = None) -> OpenSora:
-    """Policy and VAE without weights."""
+    """Build policy and VAE without weights."""
     model = blueprint_of(config, Assumed(), depth).model
     assert isinstance(model, OpenSora)
     return model

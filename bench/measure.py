@@ -131,7 +131,7 @@ def copy_bytes_per_second(moved_bytes: int) -> float:
 @dataclass(frozen=True)
 class Footprint:
     peak_bytes: int
-    """Most bytes allocated at once during the call, beyond what was there before its arguments were made."""
+    """The most bytes allocated at once during the call, beyond those before its arguments were made."""
     items: int
     """Kernels launched on a GPU; on the CPU, operators issued. Compiled code issues none for its own loops."""
 

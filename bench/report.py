@@ -74,7 +74,7 @@ def cell(name: str, value: float | None) -> str:
 
 
 def _loss_line(row: Row, others: dict[str, Row]) -> list[str]:
-    """``others``: rows of the same case by implementation."""
+    """Return the line of a row. ``others``: rows of the same case by implementation."""
     numbers = row.numbers
 
     def times(name: str) -> str:
@@ -176,12 +176,12 @@ def markdown(topics: dict[str, list[Row]]) -> str:
 
 
 def replace_rows(page: str, rows: str) -> str:
-    """Return the page with ``rows`` between its markers. ValueError unless it has one pair of them, in order."""
+    """Return the page with ``rows`` between its markers. Raise ValueError unless it has one pair of them, in order."""
     return replaced(page, rows, START, END)
 
 
 def replaced(page: str, text: str, first: str, last: str) -> str:
-    """Return the page with ``text`` between two markers. ValueError unless it has one pair of them, in order."""
+    """Return the page with ``text`` between two markers. Raise ValueError unless it has one pair of them, in order."""
     head, start, rest = page.partition(first)
     _, end, tail = rest.partition(last)
     if not start or not end or first in tail:

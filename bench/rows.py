@@ -39,7 +39,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured case. A number's name ends with its unit, ``seconds`` or ``bytes``; other numbers are counts."""
+    """A measured case. A number's name ends with its unit, ``seconds`` or ``bytes``; other numbers are counts."""
 
     topic: str
     case: dict[str, str]

@@ -32,7 +32,7 @@ from vpo_engine.runs.video import read_video, write_mp4
 from vpo_engine.seeding import generator
 
 GROUPS = 48
-"""Three of each withheld caption."""
+"""The number of groups: three of each withheld caption."""
 CANDIDATES = 8
 ACTIVE = 0.5
 GAP = 0.2
@@ -53,7 +53,7 @@ ROWS = {
 }
 """The rows of the table: {label: (reward, dimension)}."""
 Rankings = dict[str, dict[str, Ranking]]
-"""{variant: {label: ranking}}"""
+"""The rankings: {variant: {label: ranking}}."""
 
 
 @dataclass(frozen=True)

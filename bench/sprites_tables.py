@@ -54,7 +54,7 @@ FOR_THE_PAPERS = {
 PAPER_BASE = (44.0, 95.35, 52.74)
 _MARKS = {"better": " ↑", "worse": " ↓", "unclear": "", "changed": ""}
 Summaries = Mapping[str, Mapping[str, Any]]
-"""{run: as of ``sprites_runs.measured``}"""
+"""The summaries by run: {run: summary}, as ``sprites_runs.measured`` returns them."""
 
 
 def _percent(found: Estimate) -> str:

@@ -35,7 +35,7 @@ STORAGES: dict[str, tuple[Storage, ...]] = {
 
 
 def samples(config: Config, model: OpenSora, count: int) -> MicroBatch:
-    """The policy's best and worst candidate for each of ``count`` prompts, by the sprites reward, without ties.
+    """Make pairs of the policy's best and worst candidates for ``count`` prompts, by the sprites reward, without ties.
 
     Every timestep of every pair is a sample.
     """
@@ -53,7 +53,7 @@ def samples(config: Config, model: OpenSora, count: int) -> MicroBatch:
 
 
 def part_of(batch: MicroBatch, which: slice | Tensor) -> MicroBatch:
-    """Some samples of a batch whose pairs all weigh the same."""
+    """Return some samples of a batch whose pairs all weigh the same."""
     text, times, noise = batch.text[which], batch.times[which], batch.noise[which]
     return MicroBatch(batch.winner[which], batch.loser[which], text, times, noise, None)
 
@@ -84,7 +84,7 @@ def loss(model: OpenSora, reference: Network, batch: MicroBatch, beta: float):
 def margins(
     model: OpenSora, references: Mapping[str, ReferenceStore], batch: MicroBatch
 ) -> dict[str, Tensor]:
-    """float64 [samples] at beta 1, to which margins are proportional."""
+    """Return margins, float64 [samples], at beta 1; they are proportional to beta."""
     parts = [part_of(batch, slice(start, start + BATCH)) for start in range(0, len(batch.times), BATCH)]
     return {
         name: torch.cat([loss(model, reference, part, 1.0).margin.double() for part in parts])
@@ -95,7 +95,7 @@ def margins(
 def train(
     config: Config, model: OpenSora, references: Mapping[str, ReferenceStore], batch: MicroBatch, steps: int
 ) -> None:
-    """DPO on the pairs, ``BATCH`` samples a step, against the copy."""
+    """Train by DPO on the pairs, ``BATCH`` samples a step, against the copy."""
     parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
     preserve = references.get("exact8", references["copy"]).preserve
     optimizer = PolicyOptimizer(

@@ -3,8 +3,8 @@
     python -m vpo_engine.train examples/own_model.yaml
 
 docs/models.md goes through it line by line. Videos are 8 frames of 96 x 192 pixels, and latents are the videos
-themselves at an eighth of the size, so there is no VAE. Weights start at random: it learns to please the reward, not
-to make good videos.
+themselves at an eighth of the size, so there is no VAE. Weights start at random: the model learns to please the reward,
+not to make good videos.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_prompts(config: Config) -> tuple[Prompts, list[str]]:
-    """Training prompts and held-out prompts; ValueError names the file and row of a bad one."""
+    """Return training prompts and held-out prompts; a ValueError names the file and row of a bad one."""
     settings = config.prompts
     withheld = withheld_captions()
     train: Prompts = [caption for caption in all_captions() if caption not in withheld]
@@ -49,7 +49,7 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
     """Load the model with its policy, and give it a fresh adapter under model.lora.
 
     The first process ``say``s which attention was chosen, and why, and how much of the policy an adapter trains.
-    ValueError if the model cannot run so, or if the adapter's targets do not fit.
+    Raise ValueError if the model cannot run so, or if the adapter's targets do not fit.
     """
     check_model(config)
     settings, memory = config.model, config.memory
@@ -74,7 +74,7 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
 
 
 def _load_context(config: Config, processes: Processes, dtype: torch.dtype) -> LoadContext:
-    """Embeddings on disk lie in prompts.cache, or beside the run."""
+    """Return where the model is loaded to; embeddings on disk lie in prompts.cache, or beside the run."""
     beside = config.run_dir.parent if config.run_dir else Path("runs")
     folder = config.prompts.cache or beside / "embeddings"
 
@@ -94,8 +94,8 @@ def _load_context(config: Config, processes: Processes, dtype: torch.dtype) -> L
 def check_reward(config: Config) -> None:
     """Refuse, before any weight is read, what ``build_reward`` or the first step would.
 
-    ValueError for a reward that is not for training, for settings it does not have and for dimensions it does not
-    have; FileNotFoundError for a missing folder.
+    Raise ValueError for a reward that is not for training, for settings it does not have and for dimensions it does
+    not have; FileNotFoundError for a missing folder.
     """
     settings = config.reward
     registry.check_reward(settings.kind, settings.path, settings.scorer_settings)
@@ -113,10 +113,10 @@ def check_reward(config: Config) -> None:
 
 
 def build_reward(config: Config, device: torch.device, idle_offload: IdleOffload | None = None) -> Reward:
-    """The reward model, on reward.device or else ``device``, in a process of its own under reward.process.
+    """Make the reward model, on reward.device or else ``device``, in a separate process if reward.process is set.
 
-    ``idle_offload`` is told of its weights if they are on ``device``, in this process. Errors as of ``check_reward``,
-    and of its files.
+    ``idle_offload`` is told of its weights if they are on ``device``, in this process. Errors: those of
+    ``check_reward``, and of its files.
     """
     check_reward(config)
     settings = config.reward
@@ -144,7 +144,7 @@ def _scorer_dtype(device: torch.device) -> torch.dtype:
 
 
 def _present(name: str) -> torch.device:
-    """ValueError for a CUDA device that is not there."""
+    """Raise ValueError for a CUDA device that is not there."""
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
@@ -157,7 +157,8 @@ def _present(name: str) -> torch.device:
 def build_held_out(
     config: Config, model: VideoModel, prompts: Sequence[str], reward: Reward, processes: Processes
 ) -> HeldOut:
-    """With guards.reward as the judge, on the policy's device; else the sprites world's own, or none."""
+    """Build the held-out evaluation, judged by guards.reward on the policy's device, else by the sprites world's judge
+    if it is the model."""
     sprites, settings = config.model.kind == "sprites", config.guards.reward
     judge: Reward | None = SpritesJudge() if sprites and settings is None else None
     if settings is not None:

@@ -59,7 +59,8 @@ Compile = Literal["none", "blocks", "graphs"]
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How noise becomes latents; see ``RolloutConfig``. The defaults of all fields after guidance are exact.
+    """Settings of how noise becomes latents; see ``RolloutConfig``. The defaults of all fields after guidance are
+    exact.
 
     steps: of the whole loop, also where only a part of it is run.
     """
@@ -119,7 +120,7 @@ class SamplerState:
 
 
 class Network(Protocol):
-    """What predicts: the trained module itself, or a reference store standing in for it."""
+    """A network that predicts: the trained module itself, or a reference store in its place."""
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor: ...
 

@@ -35,11 +35,11 @@ from vpo_engine.video_model import VideoModel
 
 @dataclass
 class Step:
-    """What one step made, for the log, the gallery and the preference dataset.
+    """The results of one step, for the log, the gallery and the preference dataset.
 
     metrics: for the log. choices: the candidates of this team's prompts, with the best and the worst of each, ties
-    included. pairs: what was learned from. seconds: of each stage. rows: how many inputs this process's rollout sent
-    through the network.
+    included. pairs: the pairs that were trained on. seconds: of each stage. rows: how many inputs this process's
+    rollout sent through the network.
     """
 
     metrics: dict[str, float]
@@ -62,7 +62,8 @@ class OnlineVPO:
         idle_offload: IdleOffload | None = None,
         stored: StoredPairs | None = None,
     ) -> None:
-        """``idle_offload`` knows the model's and the reward's tensors already (None: everything stays where it is).
+        """Build the reference, the optimizer and the sampler of candidates. ``idle_offload`` knows the model's and the
+        reward's tensors already (None: everything stays where it is).
 
         ``stored``: with rollout.source=dataset, the pairs to train on in place of candidates.
         """
@@ -180,7 +181,7 @@ class OnlineVPO:
             self.copy.refresh()
 
     def _build_sampler(self) -> CandidateSampler:
-        """Join what samples (the policy, the reference, or an 8-bit copy of the policy), decodes and scores."""
+        """Return the sampler of candidates, for which the policy, the reference or an 8-bit copy predicts."""
         config, model, device = self.config.rollout, self.model, self.processes.device
         batches = Batches(config.batch_limit)
         exact: Network = self.reference if config.source == "reference" else model.network

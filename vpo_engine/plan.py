@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _remedies(config: Config, gpu: Gpu | None, plan: Plan) -> list[str]:
-    """Return the lines that say what would make the run fit."""
+    """Return lines about changes of settings that would make the run fit."""
     changes = fitting_changes(granted(config, gpu), plan, lambda changed: plan_run(changed, gpu))
     lines = [f"  {change}: {change.plan.peak.total / GIB:.2f} GiB" for change in changes]
     if not lines:

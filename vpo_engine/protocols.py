@@ -1,7 +1,7 @@
 """The small interfaces through which models, rewards, references and objectives meet in ``online_vpo.py``.
 
-That of models stands in ``video_model.py``, with the values that pass in ``model_values.py``. Shape letters: B videos,
-F frames of H x W pixels.
+The interface of models is in ``video_model.py``, and the values that pass through it are in ``model_values.py``. Shape
+letters: B videos, F frames of H x W pixels.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Reward(Protocol):
 
 
 class ReferenceStore(Protocol):
-    """How the frozen reference is stored."""
+    """A store of the frozen reference, which can run it and refresh it."""
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +67,7 @@ class ReferenceStore(Protocol):
         ...
 
     def numbers(self) -> dict[str, float]:
-        """Return numbers for the log, by name: what the reference takes."""
+        """Return numbers for the log, by name, such as the bytes that the reference takes."""
         ...
 
     def tensors(self) -> Sequence[Tensor]:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, how it is put back, and which settings may change in between."""
+"""The state of a run: how it goes into a checkpoint and back, and which settings may change in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The selector: from the scores of candidates to one number each, to winner and loser, to the pairs of a step."""
+"""The selector: it makes one number of each candidate's scores, finds winner and loser, and makes the step's pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpo_engine.values import Candidate, Choice, Pair
 
 
 class Selector:
-    """Choose as the configuration says: which scores count, which pair is taken, what is a tie, what a pair weighs."""
+    """The configured choice: which scores count, which pair is taken, what a tie is, and how much a pair weighs."""
 
     def __init__(self, config: Config, processes: Processes) -> None:
         self._config, self._processes = config, processes
@@ -59,7 +59,7 @@ class Selector:
         ]
 
     def pairs(self, choices: Sequence[Choice]) -> list[Pair]:
-        """Return the pairs to learn from, which leaves the ties out, with the weights of their losses."""
+        """Return the pairs to learn from, without ties, with the weights of their losses."""
         here = self._processes.device
         # All members of a team count their pairs, which cancels in the mean.
         weights = gap_weights(
@@ -103,7 +103,7 @@ def _stacked(scores: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Tenso
 
 @dataclass(frozen=True)
 class Selected:
-    """Which candidates of each prompt are winner and loser.
+    """The winner and the loser among each prompt's candidates.
 
     winner, loser: int64 [P], places among the prompt's candidates. gap: float32 [P], the winner's score minus the
     loser's. tied: bool [P], True where there is no pair to learn from.
@@ -125,8 +125,8 @@ def select_pairs(
     taken; where none with a gap above ``min_gap`` does, the prompt is a tie.
     barred: [P, N], True for candidates that must not win; they may lose. A prompt is a tie where no other candidate has
     a gap above ``min_gap``.
-    Of equal scores and gaps the lower places are taken, so that the choice is deterministic. ValueError if a score is
-    not finite: a failed scorer never becomes data.
+    Of equal scores and gaps the lower places are taken, so that the choice is deterministic. Raise ValueError if a
+    score is not finite: a failed scorer never becomes data.
     """
     if scores.dim() != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores must be [P, N] with N >= 2, got {list(scores.shape)}")
@@ -164,7 +164,7 @@ def extremes(scores: Tensor, keep: int) -> Tensor:
     """Return the numbers, int64 [P, keep] ascending, of each prompt's best and worst candidates by scores [P, N].
 
     The better half of ``keep`` (with the odd one) comes from the top, the rest from the bottom; of equal scores the
-    lower candidate number counts as the better. ValueError if a score is not finite.
+    lower candidate number counts as the better. Raise ValueError if a score is not finite.
     """
     _check_finite(
         scores,

@@ -40,7 +40,7 @@ This page is made from the docstrings of `vpo_engine/config` by `python -m vpo_e
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting as the reference shows it."""
+    """A setting as the reference shows it."""
 
     name: str
     type: str

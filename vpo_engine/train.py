@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config) -> int:
-    """Run ``config`` in this process (one of a torchrun group, or alone); the exit code."""
+    """Run ``config`` in this process (one of a torchrun group, or alone); return the exit code."""
     own = config.processes
     processes = Processes.start(config.model.device, own.per_prompt, own.reward)
     with ExitStack() as at_end:
@@ -113,7 +113,7 @@ def train(config: Config) -> int:
 
 
 def _serve_reward(config: Config, processes: Processes, at_end: ExitStack) -> int:
-    """What the process that is given to the reward model does; the exit code."""
+    """Serve the reward model in the process that is given to it; return the exit code."""
     assert processes.store is not None
     serve(lambda: _build_reward(config, processes, at_end), processes.store, processes.count)
     return 0
@@ -127,13 +127,13 @@ def _build_reward(
 
 
 def _run_directory(config: Config, processes: Processes) -> RunDirectory:
-    """Made, or for a resumed run opened, by the first process; the others are told where it is."""
+    """Return the run directory. The first process makes it, or opens it to resume; the others are told where it is."""
     path = str(_open_or_create(config).root) if processes.first else ""
     return RunDirectory.open(Path(processes.broadcast_text(path)))
 
 
 def _open_or_create(config: Config) -> RunDirectory:
-    """With checkpoint.resume an existing run goes on: that of run_dir, else the newest of this name."""
+    """Open the run to resume (that of run_dir, else the newest of this name), or create a run directory."""
     root = config.run_dir
     if config.checkpoint.resume:
         earlier = Path("runs").glob(f"{config.name}-*/")

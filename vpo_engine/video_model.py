@@ -40,7 +40,7 @@ Option = Literal[
 
 @dataclass(frozen=True)
 class SizeRule:
-    """Which videos a family can represent.
+    """The sizes of videos that a family can represent.
 
     Frame counts are ``frame_step`` * k + ``frame_offset``. With ``exact`` other counts are refused; without it they are
     possible, but the last group of frames is incomplete. Height and width are multiples of ``side`` pixels.
@@ -79,7 +79,7 @@ class SizeRule:
 
 @dataclass(frozen=True)
 class TextRule:
-    """How the model reads text.
+    """The rules by which the model reads text.
 
     max_tokens: the longest prompt, in tokens. channels: D. padding: ``masked`` padding is never computed on, so a batch
     is cut to its longest prompt; ``zeros`` fill every prompt up to max_tokens and are attended to; ``attended`` padding
@@ -93,10 +93,11 @@ class TextRule:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What is true of every model of a family, before any file is read.
+    """The facts about every model of a family that are known before any file is read.
 
-    name: for people. files: the settings of ``model`` that must name local folders or files. lora_targets: ends of the
-    names of the linear layers that get an adapter, unless ``model.lora.targets`` names others. sizes: see ``SizeRule``.
+    name: the name that people read. files: the settings of ``model`` that must name local folders or files.
+    lora_targets: ends of the names of the linear layers that get an adapter, unless ``model.lora.targets`` names
+    others. sizes: see ``SizeRule``.
     resolutions: the values of ``model.resolution`` for which ``vpo_engine.plan`` searches the most frames; none where
     videos have one size. supports: the options that the family has. float32_modules: modules whose weights must stay
     float32; a run that would hold them in bfloat16 (``memory.weights``) is refused.
@@ -146,7 +147,7 @@ class MakeTextSource(Protocol):
 
 @dataclass(frozen=True)
 class LoadContext:
-    """Where a model is loaded to. dtype: of its arithmetic. text_source: see ``MakeTextSource``."""
+    """The place that a model is loaded to. dtype: that of its arithmetic. text_source: see ``MakeTextSource``."""
 
     device: torch.device
     dtype: torch.dtype
@@ -154,7 +155,7 @@ class LoadContext:
 
 
 ReadConfig = Callable[[Path | None, Mapping[str, Any], str], dict[str, Any]]
-"""(folder, published sizes, name) to the contents of the folder's config.json, or the published sizes without it."""
+"""A function of (folder, published sizes, name) that returns the folder's config.json, or else the published sizes."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Blueprint:
 
 
 class Solver(Protocol):
-    """One way from noise to clean latents in a given number of steps.
+    """A way from noise to clean latents in a given number of steps.
 
     Steps are numbered from 0. ``memory`` is what earlier steps left behind, () before the first; each tensor of it is
     [B, ...], and nothing else may be remembered.
@@ -180,7 +181,7 @@ class Solver(Protocol):
 
     @property
     def times(self) -> Sequence[float]:
-        """The time of each step, at which the network is asked, in the units of the model's schedule."""
+        """Return the time of each step, at which the network is asked, in the units of the model's schedule."""
         ...
 
     def noise_level(self, step: int) -> float:
@@ -248,7 +249,8 @@ class VideoModel(ABC):
 
     @abstractmethod
     def null_text(self, text: TextEmbedding) -> TextEmbedding:
-        """Return what guidance sets against ``text``: no caption, or the negative prompt, of the same shape."""
+        """Return the text of guidance's second prediction: no caption or a negative prompt, in the shape of
+        ``text``."""
 
     # --- what the network predicts -------------------------------------------------------------------------
 
@@ -318,12 +320,12 @@ class VideoModel(ABC):
     @property
     @abstractmethod
     def parts(self) -> Mapping[PartName, nn.Module]:
-        """The modules that are moved and planned as one: "policy", which is the network, and "vae"."""
+        """Return the modules that are moved and planned as one: "policy", which is the network, and "vae"."""
 
     @property
     @abstractmethod
     def decoders(self) -> Sequence[nn.Module]:
-        """The modules that ``decode`` calls again and again with equal shapes; the planner traces one call of each."""
+        """Return the modules that ``decode`` calls repeatedly with equal shapes; the planner traces one call each."""
 
     @abstractmethod
     def use_memory(self, memory: MemoryConfig) -> None:
@@ -331,7 +333,7 @@ class VideoModel(ABC):
 
     @abstractmethod
     def choose_backends(self, settings: ModelConfig) -> str:
-        """Choose what computes attention and fused operations; return a line for the user, "" for no choice."""
+        """Choose the implementations of attention and fused ops; return a line for the user, "" for no choice."""
 
     @abstractmethod
     def stay_by(self, idle_offload: IdleOffload) -> None:

@@ -27,7 +27,7 @@ _SHOWN = 4
 def read_file(path: Path) -> Any:
     """Return what a .safetensors file, or a pickle of tensors, holds; tensors are on the CPU, mapped.
 
-    ValueError for a file that cannot be read.
+    Raise ValueError for a file that cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -44,7 +44,7 @@ def read_file(path: Path) -> Any:
 def weight_files(folder: Path, names: Sequence[str] = ()) -> list[Path]:
     """Return the weight files of a folder: those of the first of WHOLE or its index, or else the first of ``names``.
 
-    An empty list if there is none; errors as of ``shard_files``.
+    An empty list if there is none; errors are those of ``shard_files``.
     """
     for name in WHOLE:
         index = folder / f"{name}.index.json"
@@ -68,7 +68,7 @@ def shard_files(index: Path) -> list[Path]:
 
 
 def read_files(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return the tensors of weight files, mapped. ValueError as of ``read_file``, and for shards that lack a key."""
+    """Return the tensors of weight files, mapped. Raise ValueError as ``read_file`` does, or if shards lack a key."""
     weights: dict[str, Any] = {}
     for path in paths:
         content = read_file(path)
@@ -88,7 +88,7 @@ def read_files(paths: Sequence[Path]) -> dict[str, Any]:
 def check_weights(
     network: nn.Module, weights: Mapping[str, Tensor], *, where: str | Path, model: str, remedy: str
 ) -> None:
-    """ValueError unless the weights have exactly the keys and shapes of the network's state dict.
+    """Raise ValueError unless the weights have exactly the keys and shapes of the network's state dict.
 
     The error names what is missing, unexpected and of another shape. ``where``: the file or folder, ``model``: what it
     should be of, ``remedy``: the end of the sentence.
@@ -125,8 +125,8 @@ def load_strict(
 
     A network made on the meta device gets tensors on ``device``, those with a floating type in ``dtype`` (None: the
     files' own); keys that begin with one of ``float32`` are kept in float32 instead. Any other network keeps its own
-    devices and types. ValueError as of ``check_weights``, and then the network is as it was. Buffers outside of the
-    state dict stay as they are: make them in forward, or afterwards.
+    devices and types. Raise ValueError as ``check_weights`` does, and then the network is as it was. Buffers outside
+    of the state dict stay as they are: make them in forward, or afterwards.
     """
     check_weights(network, weights, where=where, model=model, remedy=remedy)
     expected = network.state_dict()
@@ -146,7 +146,7 @@ def load_strict(
 
 
 def _promised(index: Path) -> dict[str, str]:
-    """Return {key: file} of an index. ValueError for a file that is no index."""
+    """Return {key: file} of an index. Raise ValueError for a file that is no index."""
     try:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:

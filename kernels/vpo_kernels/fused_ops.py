@@ -1,7 +1,5 @@
-"""What the four fused operations around STDiT3's memory-bound layers share.
-
-Here are the choice between formula and Triton kernel, the checks of arguments, and the registration with
-torch.library. Nothing here needs triton.
+"""The code that the four fused operations around STDiT3's memory-bound layers share: the choice between formula and
+Triton kernel, the checks of arguments, and the registration with torch.library. It does not need triton.
 """
 
 from __future__ import annotations

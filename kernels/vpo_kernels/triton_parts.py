@@ -37,7 +37,7 @@ block_max = tl.max.fn if INTERPRETED else tl.max
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel over tokens or heads is launched.
+    """The launch of a kernel over tokens or heads.
 
     block: channels of a program. tile: tokens or heads worked on at once. chunk: tokens or heads of a program.
     """
@@ -48,7 +48,7 @@ class Launch:
     warps: int = 4
 
     def constants(self) -> dict[str, int]:
-        """Return the kernel's arguments that say the same."""
+        """Return these numbers as the kernel's arguments."""
         return {"BLOCK": self.block, "TILE": self.tile, "CHUNK": self.chunk, "num_warps": self.warps}
 
 

@@ -41,8 +41,8 @@ class GuardsConfig(Section):
     the held-out reward falls, each by more than two standard errors. Whatever the window, an alarm is also raised when
     both changes since the base policy are clear of zero at 95 %."""
     style_bound: float | None = Field(1.0, gt=0, allow_inf_nan=False)
-    """How far the mean brightness, contrast, saturation or sharpness of the held-out clips may move before an alarm, in
-    standard deviations of the base policy's clips; null: any distance."""
+    """The largest change of mean brightness, contrast, saturation or sharpness of the held-out clips without an alarm,
+    in standard deviations of the base policy's clips; null: any distance."""
     on_alarm: Literal["note", "stop"] = "note"
     """What an alarm does. note: it is printed, logged and shown in the report. stop: the run is also saved and ended; a
     resumed run goes on."""

@@ -13,8 +13,8 @@ ActivationCheckpointing = Literal["none", "pointwise", "all_but_attention", "blo
 
 
 class MemoryConfig(Section):
-    """What is held in memory, computed again, or sent to the host. These settings exchange memory for time and change
-    nothing else but rounding."""
+    """Settings that say what is held in memory, computed again, or sent to the host. They exchange memory for time and
+    change nothing else but rounding."""
 
     preset: MemoryPreset | None = None
     """A named set of values for the other settings of this section; those that are given win. fast: keep everything on
@@ -27,9 +27,9 @@ class MemoryConfig(Section):
     that small updates add up. With model.dtype=float32 the bfloat16 values are held in float32 tensors, for CPUs that
     are slow at bfloat16."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """What the backward pass of a block computes again instead of keeping it. none: nothing. pointwise: norms,
-    modulations, gates and activation functions, which is all but matrix products and attention. all_but_attention:
-    everything but attention. block: everything; only the block's input is kept."""
+    """The parts of a block that its backward pass computes again instead of keeping their results. none: nothing.
+    pointwise: norms, modulations, gates and activation functions, which is all but matrix products and attention.
+    all_but_attention: everything but attention. block: everything; only the block's input is kept."""
     offload_activations: bool = False
     """Keep the inputs of blocks in pinned host memory until the backward pass needs them; a separate stream copies
     them."""

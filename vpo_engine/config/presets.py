@@ -49,7 +49,7 @@ _EXACT: dict[str, Any] = {
 }
 _FAST_CACHE = 0.1
 _FAST_INTERVAL = (0.3, 1.0)
-"""What docs/rollout.md measures on the sprites world and proposes for Open-Sora."""
+"""The interval for guidance that docs/rollout.md measures on the sprites world and proposes for Open-Sora."""
 
 
 def rollout_preset(name: Any, guidance: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from vpo_engine.config.section import Section
 
 
 class ProcessesConfig(Section):
-    """How the work is divided among several processes. What is trained does not depend on it beyond rounding, so a run
+    """The division of the work among several processes. What is trained does not depend on it beyond rounding, so a run
     may be resumed with other settings and another number of processes."""
 
     per_prompt: int = Field(1, ge=1)

@@ -21,7 +21,7 @@ KEYS = {
     "pairs.ledger": "pairs.dataset",
     "model.companions": "model.fused_ops",
 }
-"""Old key to new key."""
+"""A map from old keys to new keys."""
 
 VALUES: dict[str, dict[str, str]] = {
     "memory.activation_checkpointing": {"nothing": "none"},
@@ -29,12 +29,12 @@ VALUES: dict[str, dict[str, str]] = {
     "memory.offload_idle": {"all": "false", "phases": "true"},
     "rollout.source": {"ledger": "dataset"},
 }
-"""New key to its old values, each with the value that replaces it, as it is written in a file."""
+"""A map from new keys to their old values, each with the value that replaces it, as it is written in a file."""
 
 
 @dataclass(frozen=True)
 class Rename:
-    """One setting of somebody's that has an old key, an old value, or both."""
+    """A setting in a user's configuration that has an old key, an old value, or both."""
 
     key: str
     value: Any

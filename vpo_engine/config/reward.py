@@ -77,8 +77,8 @@ class RewardConfig(Section):
     """Number of frames, evenly spread, that are scored by scorers of images (null: all), builtin (null: 8) and q_align
     (null: one per second). With frame_reduce=segments it is the number of segments (null: 4)."""
     frame_reduce: Literal["mean", "min", "segments"] = "mean"
-    """How the scores of frames become the score of a video. mean, min: of all frames. segments: one frame of each
-    segment, weighted by exp(-frame_decay * distance from the middle frame) (InstructVideo, arXiv 2312.12490)."""
+    """The way in which the scores of frames become the score of a video. mean, min: of all frames. segments: one frame
+    of each segment, weighted by exp(-frame_decay * distance from the middle frame) (arXiv 2312.12490)."""
     frame_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     """InstructVideo's lambda, per frame of distance; null: 4 divided by the frames of a segment, which is
     InstructVideo's 1 at 16 frames."""

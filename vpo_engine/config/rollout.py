@@ -34,16 +34,16 @@ class ExploreConfig(Section):
     steps: int | None = Field(None, ge=1)
     """Sampling steps of cheap candidates; null: rollout.steps."""
     guidance_interval: tuple[float, float] | None = None
-    """As rollout.guidance_interval, for cheap candidates."""
+    """The same as rollout.guidance_interval, for cheap candidates."""
     cache: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """As rollout.cache, for cheap candidates."""
+    """The same as rollout.cache, for cheap candidates."""
     weights: Weights = "policy"
-    """As rollout.weights, for cheap candidates."""
+    """The same as rollout.weights, for cheap candidates."""
 
 
 class RolloutConfig(Section):
-    """How candidates are sampled. The settings guidance_interval, prune, cache, weights and explore are approximations
-    and apply to training only: held-out videos are sampled without them."""
+    """The way in which candidates are sampled. The settings guidance_interval, prune, cache, weights and explore are
+    approximations and apply to training only: held-out videos are sampled without them."""
 
     preset: RolloutPreset | None = None
     """A named set of values for the approximations; settings that are given win. exact: none of them. fast: cache=0.1,
@@ -56,7 +56,7 @@ class RolloutConfig(Section):
     guidance: float = Field(7.0, ge=0)
     """Scale of classifier-free guidance; 1 turns guidance off. Source: the published Open-Sora 1.2 sampling default."""
     source: Literal["policy", "reference", "dataset"] = "policy"
-    """Where pairs come from. policy: the current policy samples candidates (online). reference: the reference samples
+    """The source of the pairs. policy: the current policy samples candidates (online). reference: the reference samples
     them; if it is never refreshed, this is offline preference data. dataset: nothing is sampled, and pairs that another
     run stored are used. Source: paper (policy)."""
     dataset: Path | None = None
@@ -71,9 +71,9 @@ class RolloutConfig(Section):
     on a CPU between groups. Scores stay the same. Seconds of decoding and scoring that sampling hides count as the
     rollout's. It needs the memory of both at once, and excludes memory.offload_idle=true."""
     compile: Literal["none", "blocks", "graphs"] = "none"
-    """How the policy is compiled while it samples for training. blocks: its blocks go through torch.compile, as three
-    functions for any depth and batch size; candidates differ by rounding, and a CPU needs a C++ compiler. graphs: all
-    steps of a sampling loop but the first replay one CUDA graph of the same kernels; GPUs only."""
+    """The compilation of the policy while it samples for training. blocks: its blocks go through torch.compile, as
+    three functions for any depth and batch size; candidates differ by rounding, and a CPU needs a C++ compiler.
+    graphs: all steps of a sampling loop but the first replay one CUDA graph of the same kernels; GPUs only."""
     guidance_interval: tuple[float, float] | None = None
     """[low, high]: guidance is used only at times t / 1000 in this interval, and one branch at all other times
     (arXiv 2404.07724); null: guidance is always used."""

@@ -19,12 +19,12 @@ from vpo_engine.config.update import ObjectiveConfig, OptimizerConfig, Reference
 
 
 class PromptsConfig(Section):
-    """Where prompts come from. Without files, the sprites world has captions of its own."""
+    """The files that prompts come from. Without files, the sprites world has captions of its own."""
 
     train: Path | None = None
     """File of training prompts: .txt (a prompt per line), .csv or .jsonl; null: the captions of the sprites world."""
     held_out: Path | None = None
-    """File of held-out prompts, likewise."""
+    """File of held-out prompts: .txt, .csv or .jsonl; null: the held-out captions of the sprites world."""
     column: str | None = None
     """Column of a .csv file, or key of a .jsonl file; null: the usual names are tried."""
     cache: Path | None = None
@@ -59,7 +59,7 @@ class CheckpointConfig(Section):
 
 
 class Config(Section):
-    """A run."""
+    """All settings of a run."""
 
     name: str = "run"
     """Name of the run; its directory under runs/ begins with it."""

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A group of settings. It cannot be changed once it is made, and it refuses keys that it does not know.
+    """A group of settings. It cannot be changed once it is made, and it refuses unknown keys.
 
     The docstring below a field is its description: docs/settings.md, ``--help settings`` and configs/schema.json are
     made from these. A last sentence that begins with "Source:" says where the default comes from.

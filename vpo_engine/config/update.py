@@ -45,10 +45,11 @@ class ReferenceConfig(Section):
     """The frozen reference against which the loss compares the policy."""
 
     storage: Literal["copy", "bf16", "int8", "exact8", "adapter"] = "copy"
-    """How the reference is stored. copy: in the policy's own type. bf16: matrices are rounded to bfloat16. int8:
-    matrices are rounded to 8 bits in groups, by about half a percent. exact8: 8-bit differences from the policy's
-    bfloat16 weights, which give the bfloat16 reference bit for bit; it needs memory.weights=fp32_master or
-    stochastic_rounding. adapter: under model.lora, the base and a frozen copy of the adapter."""
+    """The form in which the reference is stored. copy: in the policy's own type. bf16: matrices are rounded to
+    bfloat16. int8: matrices are rounded to 8 bits in groups, by about half a percent. exact8: 8-bit differences
+    from the policy's bfloat16 weights, which give the bfloat16 reference bit for bit; it needs
+    memory.weights=fp32_master or stochastic_rounding. adapter: under model.lora, the base and a frozen copy of the
+    adapter."""
     refresh_every: int | None = Field(200, ge=1)
     """K: the reference becomes the policy after every so many optimizer steps; null: never. Source: paper, section
     4.1."""

@@ -40,7 +40,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Preference:
-    """At least two videos of one prompt, and the position of the one that people prefer."""
+    """A choice among at least two videos of one prompt, with the position of the one that people prefer."""
 
     clips: tuple[Clip, ...]
     preferred: int
@@ -49,8 +49,8 @@ class Preference:
 def find_clips(folder: Path) -> list[Clip]:
     """Find the videos in a folder and its subfolders, in order of their names, with their prompts (see above).
 
-    A prompt from a file's name can be empty. ValueError for a folder without videos, for more than one prompt file, and
-    if the prompts in the file do not belong to exactly these videos.
+    A prompt from a file's name can be empty. Raise ValueError for a folder without videos, for more than one prompt
+    file, and if the prompts in the file do not belong to exactly these videos.
     """
     names = _video_names(folder)
     files = [folder / name for name in PROMPT_FILES if (folder / name).is_file()]

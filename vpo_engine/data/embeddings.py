@@ -121,8 +121,8 @@ class EmbeddingCache:
     def get(self, prompts: Sequence[str]) -> TextEmbedding:
         """Return embeddings [P, L, D] on the CPU, in the encoder's dtype; they are zero where the mask is False.
 
-        L is the largest length to which the encoder had padded one of these prompts. ValueError for a prompt that was
-        never encoded, and for a damaged shard.
+        L is the largest length to which the encoder had padded one of these prompts. Raise ValueError for a prompt
+        that was never encoded, and for a damaged shard.
         """
         if not prompts:
             raise ValueError("prompts is empty; ask for at least one embedding")

@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredPair:
-    """One prompt of one step.
+    """The stored results of one prompt in one step.
 
     position: the prompt's position in the stream. seed: the run's seed. candidates: the numbers of all candidates that
     were scored. scores: {dimension: score of each candidate}. selected: the score of each candidate from which the pair
@@ -59,7 +59,7 @@ class StoredPair:
         return {name: values[place] for name, values in self.scores.items()}
 
     def latents(self) -> tuple[Tensor, Tensor]:
-        """Read the clean latents [C, T, H, W] of winner and loser. ValueError if they were not stored."""
+        """Read the clean latents [C, T, H, W] of winner and loser. Raise ValueError if they were not stored."""
         if self.latents_file is None or self.row is None:
             raise ValueError(
                 f"the pair of step {self.step}, position {self.position} has no latents in the preference dataset; "
@@ -108,8 +108,8 @@ def read_dataset(path: str | Path) -> Iterator[StoredPair]:
     """Iterate over the pairs of all processes, in the order of steps and positions, without loading all of them.
 
     path: a run directory or its folder preference_dataset. If the last line of a file has no newline, its writing was
-    interrupted, and it is left out, with a warning. FileNotFoundError if there is no dataset; ValueError, naming file
-    and line, for any other line that cannot be read.
+    interrupted, and it is left out, with a warning. Raise FileNotFoundError if there is no dataset; ValueError,
+    naming file and line, for any other line that cannot be read.
     """
     folder = _folder_of(Path(path))
     files = sorted(folder.glob("pairs_*.jsonl"))

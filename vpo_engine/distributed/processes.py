@@ -70,7 +70,7 @@ class Processes:
     def in_teams(self, size: int) -> Processes:
         """Divide the processes into teams of ``size`` neighbouring ranks; the members of a team share their prompts.
 
-        Every process of the run must call this. ValueError if ``size`` does not divide the number of processes.
+        Every process of the run must call this. Raise ValueError if ``size`` does not divide the number of processes.
         """
         if self.count % size:
             raise ValueError(
@@ -85,7 +85,7 @@ class Processes:
 
     @property
     def is_reward_process(self) -> bool:
-        """Whether this process runs the reward model only; then it takes part in no collective operation below."""
+        """Return whether this process runs the reward model only, and takes part in no collective operation."""
         return self.rank == self.count
 
     @property
@@ -94,11 +94,11 @@ class Processes:
 
     @property
     def team(self) -> Processes:
-        """This process among those that share its prompts; without ``in_teams`` it is alone."""
+        """Return this process's rank among those that share its prompts; without ``in_teams`` it is alone."""
         return self._team or Processes(0, 1, self.device)
 
     def team_range(self, total: int, what: str) -> range:
-        """Return which of ``total`` items belong to this team. ValueError if the teams cannot get equally many.
+        """Return which of ``total`` items belong to this team. Raise ValueError if the teams cannot get equally many.
 
         ``what`` is the name of the setting that has the value ``total``, for the error.
         """

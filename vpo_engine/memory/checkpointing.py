@@ -48,8 +48,8 @@ _OFFLOADABLE = ("all_but_attention", "block")
 
 @dataclass(frozen=True)
 class Activations:
-    """How blocks are run. ``checkpointing`` and ``offload`` have an effect with gradients only, ``mlp_chunks`` always
-    has.
+    """Settings of how blocks are run. ``checkpointing`` and ``offload`` have an effect with gradients only,
+    ``mlp_chunks`` always has.
 
     checkpointing: ``none`` keeps everything. ``pointwise`` keeps a block's input and the outputs of its matrix
         products and attentions, ``all_but_attention`` its input and the outputs of its attentions, ``block`` its

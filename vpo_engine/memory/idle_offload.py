@@ -131,7 +131,7 @@ class _Storage:
     """The bytes, on the device or on the host."""
     on_device: bool
     host: Tensor | None = None
-    """Its pinned memory, allocated when it first leaves the device and kept from then on."""
+    """The storage's pinned memory, allocated when it first leaves the device and kept from then on."""
     clean: bool = False
     """``host`` has the values that the device had when the tensors had these ``versions``."""
     tensors: list[Tensor] = field(default_factory=list)
@@ -211,7 +211,7 @@ class IdleOffload:
 
     @property
     def active(self) -> bool:
-        """Whether parts are moved at all."""
+        """Return whether parts are moved at all."""
         return self._mover is not None
 
     def register(self, name: PartName, tensors: Callable[[], Iterable[Tensor]]) -> None:
@@ -241,7 +241,7 @@ class IdleOffload:
                 self._enter(self._entered[-1])
 
     def during(self, name: Phase, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        """Return ``function``, during whose calls what ``name`` needs is on the device."""
+        """Return ``function``, wrapped so that the parts that phase ``name`` needs are on the device while it runs."""
 
         def moved(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             with self.phase(name):

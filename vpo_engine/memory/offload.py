@@ -96,7 +96,7 @@ def copies_for(tensor: Tensor) -> Copies:
 
 
 class _Input:
-    """One block's input, always kept on the host and at times on the device. Its host memory is reused afterwards."""
+    """The input of one block, always kept on the host and at times on the device. Its host memory is reused."""
 
     def __init__(
         self, device: Tensor, host: Tensor, copies: Copies, free_hosts: list[Tensor], previous: _Input | None

@@ -85,8 +85,9 @@ class HeldOut:
     def check_reward(self, videos: Tensor, clips: Sequence[int], exchange: bool) -> dict[str, Shuffled]:
         """Check the training reward on these clips, uint8 [len(clips), F, H, W, 3].
 
-        ValueError unless the first clip gets the same scores twice. With ``exchange``, return by dimension how clips
-        score with their own prompts and with each other's; otherwise, or if all have the same prompt, return {}.
+        Raise ValueError unless the first clip gets the same scores twice. With ``exchange``, return by dimension
+        how clips score with their own prompts and with each other's; otherwise, or if all have the same prompt,
+        return {}.
         """
         captions = [self.caption(clip) for clip in clips]
         reward = self._scorers.reward

@@ -14,7 +14,7 @@ def pixel_measures(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     motion: mean absolute difference of neighbouring frames, grey levels 0..255.
     flicker: standard deviation over time of the second difference of the frames' mean brightness, grey levels.
     sharpness: mean absolute Laplacian of the luminance, grey levels.
-    ValueError for clips of fewer than three frames, whose flicker is not defined.
+    Raise ValueError for clips of fewer than three frames, whose flicker is not defined.
     """
     if videos.dim() != 5 or videos.shape[-1] != 3 or videos.dtype != torch.uint8:
         raise ValueError(f"videos must be uint8 [B, F, H, W, 3], got {videos.dtype} {list(videos.shape)}")

@@ -44,8 +44,8 @@ def ranks(scores: Sequence[Sequence[float]], preferred: Sequence[int], ties: Tie
     """Return the rank of each prompt's preferred candidate, float64 [P].
 
     scores: for each prompt, one number per candidate, higher is better; prompts may have different numbers of
-    candidates. preferred: index of the preferred one. ties: each tied candidate adds 1/2 (mean), 0 or 1. ValueError for
-    fewer than two candidates, an index outside of them, and a score that is not finite.
+    candidates. preferred: index of the preferred one. ties: each tied candidate adds 1/2 (mean), 0 or 1. Raise
+    ValueError for fewer than two candidates, an index outside of them, and a score that is not finite.
     """
     if ties not in get_args(Ties):
         raise ValueError(f"ties is {ties!r}, expected one of {', '.join(get_args(Ties))}")

@@ -27,7 +27,7 @@ class Alarm:
 
     @property
     def stops(self) -> bool:
-        """Whether guards.on_alarm=stop stops the run. A "prompt" alarm is about the reward, so it never does."""
+        """Return whether guards.on_alarm=stop stops the run. A "prompt" alarm is about the reward, so it never does."""
         return self.kind != "prompt"
 
 

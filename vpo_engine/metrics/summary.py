@@ -24,7 +24,7 @@ BETTER: dict[str, int] = {
     "displacement": +1,
     "displacement_absolute": +1,
 }
-"""Whether more (+1) or less (-1) of a pixel measure is better. More reward is better; other measures have no sense."""
+"""The better direction of each pixel measure: more (+1) or less (-1). More reward is better; others have none."""
 
 _PREFIX = "held_out/"
 
@@ -42,7 +42,7 @@ class Difference:
 
 
 def paired_difference(before: Tensor, after: Tensor) -> Difference:
-    """Compare per-clip values [M], M >= 2, in float64. ValueError for other shapes and non-finite values."""
+    """Compare per-clip values [M], M >= 2, in float64. Raise ValueError for other shapes and non-finite values."""
     if before.dim() != 1 or before.shape != after.shape or len(before) < 2:
         raise ValueError(
             f"a paired comparison needs two vectors of the same length, at least 2, got {list(before.shape)} "

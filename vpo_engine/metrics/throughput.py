@@ -1,7 +1,7 @@
-"""How well a step uses the device: samples per second, model FLOP utilisation, and time outside of all stages.
+"""Measures of how well a step uses the device: samples per second, model FLOP utilisation, time outside of stages.
 
-Operations are those that the algorithm asks of the model; a multiplication and its addition count as two. What memory
-settings compute a second time is not counted, so such settings lower the utilisation.
+Operations are those that the algorithm asks of the model; a multiplication and its addition count as two. Operations
+that memory settings make a second time are not counted, so such settings lower the utilisation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALLEST, LARGEST = 128, 8192
 """Sides of the matrices whose products are timed."""
 
 BETWEEN = ("evaluate", "checkpoint")
-"""Stages that are no part of Algorithm 1."""
+"""Stages that do not belong to Algorithm 1."""
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -35,29 +35,29 @@ class ChoosesBackends(Protocol):
     """A network whose attention and fused operations come in several implementations."""
 
     def choose_backends(self, attention: str, fused_ops: str, *, dtype: torch.dtype) -> object:
-        """Choose what computes from now on; "sdpa" and "reference" are plain torch."""
+        """Choose the implementations that compute from now on; "sdpa" and "reference" are plain torch."""
         ...
 
 
 class CountedRows:
-    """A network whose rows are counted as they go through it."""
+    """A network that counts the inputs (rows of its batches) that go through it."""
 
     def __init__(self, network: Network) -> None:
         self._network, self.rows, self._last = network, 0, 0
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
-        """The network's forward, whose first argument is [rows, ...]."""
+        """Call the network; its first argument is [rows, ...]."""
         assert isinstance(args[0], Tensor)
         self._last = len(args[0])
         self.rows += self._last
         return self._network(*args, **kwargs)
 
     def replayed(self) -> None:
-        """A CUDA graph makes the last call again."""
+        """Count the last call again, because a CUDA graph has repeated it."""
         self.rows += self._last
 
     def take(self) -> int:
-        """The rows since the last call of this."""
+        """Return how many rows were counted since the last ``take``."""
         rows, self.rows = self.rows, 0
         return rows
 
@@ -65,7 +65,8 @@ class CountedRows:
 def count_row_flops(model: VideoModel, text: TextEmbedding) -> RowFlops:
     """Return the cost of one sample of the policy, with its adapter, for captions of the mean length of ``text``.
 
-    A prediction is counted on tensors without values. Of a deep network shallow ones are counted, since blocks repeat.
+    A prediction is counted on tensors without values. For a deep network, shallow ones are counted and extrapolated,
+    since blocks repeat.
     A backward pass makes each attention product twice, once for either operand, and each product with weights once for
     its input and once for the weights, as far as these train.
     """
@@ -102,7 +103,7 @@ def _by_depth(model: VideoModel, text: TextEmbedding) -> tuple[int, int]:
 
 
 def _products(model: VideoModel, tokens: int, width: int, depths: Mapping[str, int]) -> tuple[int, int]:
-    """Count one sample, with only so many blocks of each list of ``depths``."""
+    """Count one sample, of a network whose lists of blocks have the lengths ``depths``."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     network = _without_data(model.network, depths, mode)
     with mode, torch.no_grad():
@@ -135,7 +136,7 @@ def _without_data(network: nn.Module, depths: Mapping[str, int], mode: FakeTenso
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of the fastest product of two square matrices seen in about ``seconds``.
+    """Measure the FLOP/s of the fastest product of two square matrices seen in about ``seconds``.
 
     Sides double from 128 to 8192 as far as the time allows. No global random number is drawn.
     """
@@ -167,15 +168,15 @@ class Throughput:
     """Turns the seconds of a step into the metrics ``speed/...`` of one process; see docs/architecture.md."""
 
     def __init__(self, config: Config, flops: RowFlops, ceiling: float) -> None:
-        """ceiling: FLOP/s of the device, as ``matrix_rate`` gives it, in the network's arithmetic."""
+        """Keep the costs. ceiling: FLOP/s of the device, as ``matrix_rate`` gives it, in the network's arithmetic."""
         self._config, self._flops, self.ceiling = config, flops, ceiling
 
     def utilisation(self, seconds: Mapping[str, float], rows: int, pairs: float) -> dict[str, float]:
-        """Shares of the ceiling that rollout and update of a step reach; of an update without pairs nothing is said.
+        """Return the shares of the ceiling that rollout and update reach; an update without pairs is left out.
 
-        seconds: of the stages. rows: that the rollout sent through the network. pairs: that this process trained on,
-        a part of its team's, each draw of them with winner and loser through the reference, and through the policy and
-        back.
+        seconds: of the stages. rows: how many inputs the rollout sent through the network. pairs: the number that
+        this process trained on, a part of its team's. For each timestep of a pair, winner and loser go through the
+        reference, and through the policy and back.
         """
         objective = self._config.objective
         guided = objective.branch == "guided" and self._config.rollout.guidance != 1.0
@@ -193,7 +194,7 @@ class Throughput:
         }
 
     def rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Candidates per second of all processes, if any are sampled, and the share of the time outside of all stages.
+        """Return candidates per second of all processes, if any are sampled, and the share of time outside of stages.
 
         Candidates that ``pairs.resample`` adds are not counted.
 

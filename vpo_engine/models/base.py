@@ -1,4 +1,4 @@
-"""What most model families share: the sampling loop, text, idle_offload, saving. A family overrides what differs."""
+"""The base class of model families: sampling loop, text, offload, saving. A family overrides what differs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class BaseModel(VideoModel):
         return []
 
     def use_memory(self, memory: MemoryConfig) -> None:
-        """Nothing to take over: a family that supports settings of memory overrides this."""
+        """Take over no setting: a family that supports settings of memory overrides this."""
 
     def choose_backends(self, settings: ModelConfig) -> str:
         return ""

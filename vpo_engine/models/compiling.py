@@ -1,4 +1,4 @@
-"""Functions of blocks through torch.compile, for sampling."""
+"""Compile functions of blocks with torch.compile, for sampling."""
 
 from __future__ import annotations
 

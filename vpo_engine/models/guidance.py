@@ -1,4 +1,4 @@
-"""Classifier-free guidance: a prediction with the prompt, one without, and what is made of both."""
+"""Classifier-free guidance: a prediction with the prompt, one without, and their combination."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from vpo_engine.model_values import TextEmbedding
 
 Branch = Callable[[Tensor, Tensor, TextEmbedding], Tensor]
-"""(latents [B, C, T, H, W], t [B], text of B prompts) to the prediction [B, C, T, H, W]."""
+"""A function of latents [B, C, T, H, W], t [B] and the text of B prompts that predicts [B, C, T, H, W]."""
 
 
 def mixed(prompted: Tensor, unprompted: Tensor, guidance: float) -> Tensor:

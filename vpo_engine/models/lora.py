@@ -26,7 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
-"""What PEFT's files put before a module's name: the path to it in PEFT's own wrappers."""
+"""The prefix of module names in PEFT's files: the path to the module in PEFT's own wrappers."""
 
 
 def inject_adapter(
@@ -40,8 +40,8 @@ def inject_adapter(
 
     The network computes the same as before, bit for bit: B starts at zero. A is uniform within 1 / sqrt(in), PEFT's
     usual start, drawn from ``seed`` and the layer's name and rounded to bfloat16 values; the layer's own dtype holds
-    them. ``family_targets``: what gets an adapter where ``settings.targets`` is null. ``base``: the folder of the
-    network's weights, for the adapter's file.
+    them. ``family_targets``: the layers that get an adapter where ``settings.targets`` is null. ``base``: the folder of
+    the network's weights, for the adapter's file.
 
     ValueError: PEFT is missing, a target names no linear layer, or a target names something else as well.
     """
@@ -102,8 +102,8 @@ def save_adapter(network: nn.Module, folder: Path) -> None:
 def load_adapter(network: nn.Module, folder: Path) -> None:
     """Put back what ``save_adapter`` wrote, into a network with an adapter of the same targets and rank.
 
-    FileNotFoundError where the file is missing; ValueError where it is damaged or does not fit. Then the network is
-    unchanged.
+    Raise FileNotFoundError where the file is missing; ValueError where it is damaged or does not fit. Then the
+    network is unchanged.
     """
     saved, own = _read(folder / WEIGHTS), adapter_parameters(network)
     wrong = sorted(saved.keys() ^ own.keys())

@@ -1,4 +1,4 @@
-"""The one place that knows every model family: the class that ``model.kind`` names, and what a run may ask of it."""
+"""The registry of model families: the class that ``model.kind`` names, and the options that a run may ask of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step cache: steps of a sampling loop that take over what the later blocks added in an earlier step."""
+"""The step cache: steps of a sampling loop reuse what the later blocks added in an earlier step."""
 
 from __future__ import annotations
 

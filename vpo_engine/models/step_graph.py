@@ -10,7 +10,7 @@ from torch import Tensor
 from vpo_engine.model_values import Network, Replayed
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(latents [B, C, T, H, W], t [B]) to the prediction [B, C, T, H, W]."""
+"""A function of latents [B, C, T, H, W] and t [B] that predicts [B, C, T, H, W]."""
 
 
 class StepGraph:
@@ -22,7 +22,7 @@ class StepGraph:
     """
 
     def __init__(self, predict: Predict, network: Network) -> None:
-        """``network`` is what ``predict`` calls; it is told of replays if it is ``Replayed``."""
+        """Prepare for ``predict``, which calls ``network``; that is told of replays if it is ``Replayed``."""
         self._predict, self._network = predict, network
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False

@@ -20,10 +20,10 @@ from vpo_engine.video_model import VideoModel
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What goes through the networks at once: B pairs, each with a timestep and noise.
+    """A micro-batch that goes through the networks at once: B pairs, each with a timestep and noise.
 
     winner, loser: clean latents [B, C, T, H, W]. text: the embeddings of the pairs' prompts. times: [B]. noise:
-    [B, C, T, H, W], the same for winner and loser. weight: float32 [B], of the pairs' losses; None: 1.
+    [B, C, T, H, W], the same for winner and loser. weight: float32 [B], the weights of the pairs' losses; None: 1.
     """
 
     winner: Tensor
@@ -153,7 +153,7 @@ class DPO:
         return PairedDPOLoss(*(value.detach() for value in out))
 
     def _one_by_one(self, batch: MicroBatch, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
-        """As ``_jointly``, one member at a time."""
+        """Do what ``_jointly`` does, with one member of the pairs at a time."""
 
         def predict(network: Network, latents: Tensor) -> Tensor:
             inputs = self._noised(batch, latents)
@@ -174,7 +174,7 @@ class DPO:
         return self._model.add_noise(latents, batch.noise, batch.times)
 
     def _options(self, batch: MicroBatch) -> dict[str, Any]:
-        """Of ``paired_dpo_loss``, whose targets are the clean latents and the noise."""
+        """Return the options of ``paired_dpo_loss``; its targets are given as clean latents and noise."""
         return {
             "beta": self._beta(batch.times),
             "pair_weight": batch.weight,

@@ -32,11 +32,11 @@ _PARTS: tuple[PartName, ...] = ("policy", "reference", "optimizer", "vae", "rewa
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase on one device.
+    """The plan of one phase on one device.
 
-    bytes: on the device at its peak, by category; "allowance" is context and fragmentation. host: pinned memory of
-    offloaded activations. flops, seconds: of one step (the text's: of one batch); seconds None where rates are
-    not known.
+    bytes: taken on the device at the phase's peak, by category; "allowance" is context and fragmentation. host: pinned
+    memory of offloaded activations. flops, seconds: of one step (the text's: of one batch); seconds None where
+    rates are not known.
     """
 
     name: PhaseName
@@ -51,7 +51,7 @@ class PhasePlan:
 
     @property
     def largest(self) -> str:
-        """The category that takes the most memory, apart from the allowance."""
+        """Return the category that takes the most memory, apart from the allowance."""
         return max((name for name in self.bytes if name != "allowance"), key=lambda name: self.bytes[name])
 
 
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of one step; None where rates are not known."""
+        """Return the seconds of one step; None where rates are not known."""
         each = [phase.seconds for phase in self.phases if phase.name != "text"]
         return (
             None

@@ -44,7 +44,7 @@ copy more, then those that round. With each stand the phases and the categories 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting, and the plan with that setting."""
+    """A changed setting, and the plan with that setting."""
 
     name: str
     value: Any
@@ -143,8 +143,8 @@ def most_frames(config: Config, resolution: str, planner: Planner) -> int:
 
     Counted are whole groups of frames, as the model's ``SizeRule`` has them. Every phase grows with the frames in
     nearly a straight line: two plans give a guess, and more confirm that it fits and that a group more does not. With
-    rollout.batch_size=auto that is a batch of one: any run that fits at all fits so. ValueError for a model whose
-    videos have one size.
+    rollout.batch_size=auto that is a batch of one: any run that fits at all fits so. Raise ValueError for a model
+    whose videos have one size.
     """
     card = model_family(config.model.kind).card
     if not card.resolutions:

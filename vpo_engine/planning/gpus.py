@@ -12,10 +12,11 @@ DEFAULT = "a100-80g"
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of device.
+    """A kind of device.
 
     capacity: bytes that torch reports as its total memory. flops: bf16 matrix products with float32 sums, per second,
-    as measured on large products; bandwidth: bytes per second. None where unknown. measured: by this project.
+    as measured on large products; bandwidth: bytes per second. None where unknown. measured: whether this project
+    measured the rates.
     """
 
     name: str

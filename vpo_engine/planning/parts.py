@@ -81,7 +81,7 @@ def configurations_are_here(config: Config) -> bool:
 def blueprint_of(config: Config, assumed: Assumed, depth: int | None = None) -> Blueprint:
     """Return the configured model without weights; ``depth`` is other than configured, for extrapolation.
 
-    ValueError for a family that cannot be planned.
+    Raise ValueError for a family that cannot be planned.
     """
     check_model(config)
     family = model_family(config.model.kind)

@@ -23,7 +23,7 @@ from vpo_engine.planning.tracker import BLOCK, Phase, Tracker
 
 @dataclass
 class _Call:
-    """What a call did: operations, bytes, its highest memory above that at its start, and its results.
+    """A record of a call: operations, bytes, its highest memory above that at its start, and its results.
 
     results: for each tensor, the number of the argument whose memory it is, else shape, stride and dtype; other values
     as they are.

@@ -28,10 +28,10 @@ Peak = dict[str, int]
 
 @dataclass(eq=False)
 class Phase:
-    """What happened between two moments: events of the log from ``start`` to ``stop``, and sums over operators.
+    """A record of the time between two moments: events of the log from ``start`` to ``stop``, and sums over operators.
 
-    flops: of operators with a formula (matrix products, convolutions, attention). traffic: bytes that the others
-    read and write. resident: live storages at the start.
+    flops: operations of those with a formula (matrix products, convolutions, attention). traffic: bytes that the others
+    read and write. resident: storages that are live at the start.
     """
 
     start: int
@@ -51,7 +51,7 @@ class _Storage:
 class _Log:
     storages: list[_Storage] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
-    """One entry for each event: number + 1 when a storage appears, -(number + 1) when it is freed."""
+    """The log, an entry for each event: number + 1 when a storage appears, -(number + 1) when it is freed."""
 
 
 class Tracker(TorchDispatchMode):

@@ -34,7 +34,7 @@ class ExactWeight:
 
     @property
     def outliers(self) -> int:
-        """The number of weights that are not stored in 8 bits."""
+        """Return the number of weights that are not stored in 8 bits."""
         held = self._held
         return held.index.numel() if isinstance(held, OrderedDelta) else held.numel()
 

@@ -24,7 +24,7 @@ def build_reference(storage: Storage, policy: nn.Module) -> HeldReference:
 
     Parameters that are not trained are shared with the policy. copy and adapter copy the others; the other storages
     encode the matrices of the transformer blocks (see ``weights``) and copy the rest.
-    ValueError for a policy that the storage does not fit.
+    Raise ValueError for a policy that the storage does not fit.
     """
     if storage == "adapter" and all(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError(
@@ -72,7 +72,7 @@ class HeldReference:
 
     @property
     def network(self) -> nn.Module:
-        """The modules that a forward pass runs."""
+        """Return the modules that a forward pass runs."""
         return self._network.network
 
     @property
@@ -81,7 +81,7 @@ class HeldReference:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes per weight of the trained matrices in the transformer blocks; other parameters are not encoded."""
+        """Return the bytes per weight of the trained matrices in the transformer blocks, which alone are encoded."""
         names = [f"{name}.weight" for name in block_matrices(self._policy)]
         weights = sum(self._policy.get_parameter(name).numel() for name in names)
         nbytes = sum(tensor.nbytes for name in names for tensor in self._parts(name).values())
@@ -89,7 +89,7 @@ class HeldReference:
 
     @property
     def outliers(self) -> float:
-        """Share of the weights of exact8 that are stored in more than 8 bits."""
+        """Return the share of the weights of exact8 that are stored in more than 8 bits."""
         weights = sum(weight.policy.numel() for weight in self._exact.values())
         return sum(weight.outliers for weight in self._exact.values()) / max(1, weights)
 

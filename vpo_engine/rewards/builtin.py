@@ -110,7 +110,7 @@ class Builtin:
     ) -> Builtin:
         """Make the reward as every other is made.
 
-        ValueError for a ``path``; ``dtype`` has no effect: statistics are float64.
+        Raise ValueError for a ``path``; ``dtype`` has no effect: statistics are float64.
         """
         del dtype
         if path is not None:
@@ -123,7 +123,7 @@ class Builtin:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
-        ValueError for a wrong shape or type, and for frames too few or too small for a dimension.
+        Raise ValueError for a wrong shape or type, and for frames too few or too small for a dimension.
         """
         check_videos(videos, prompts)
         rows = []

@@ -13,8 +13,9 @@ class RewardCard:
     """A scorer's contract, as ``python -m vpo_engine.rank --list`` prints it.
 
     dimensions: name to the range of its scores; None where a side has no bound. Higher is better in all of them.
-    frames: which frames are looked at. resolution: what they are resized to. reads_prompt: whether the score depends on
-    the text. differentiable: whether gradients can reach the pixels. parameters: of the published size; 0 for none.
+    frames: the frames that are scored. resolution: the size that they are resized to. reads_prompt: whether the score
+    depends on the text. differentiable: whether gradients can reach the pixels. parameters: of the published size;
+    0 for none.
     licence: of weights and, where it differs, code. source: where the weights are published. for_training: whether
     pairs may be made of its scores; judges that write their answers are for ranking and evaluation alone.
     """
@@ -32,12 +33,12 @@ class RewardCard:
 
     @property
     def gib_bf16(self) -> float:
-        """GiB that the weights take in bfloat16."""
+        """Return the GiB that the weights take in bfloat16."""
         return 2 * self.parameters / GIB
 
     @property
     def gib_8bit(self) -> float:
-        """GiB that the weights take at a byte each; what stays in 16 bits comes on top."""
+        """Return the GiB that the weights take at a byte each; what stays in 16 bits comes on top."""
         return self.parameters / GIB
 
 

@@ -36,7 +36,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 START, END = "<|startoftext|>", "<|endoftext|>"
 _BPE = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 49152 - 256 - 2
-"""How many of the file's merges are in the vocabulary."""
+"""The number of the file's merges that are in the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ImagePreprocessor:
 
     @staticmethod
     def named(name: str, size: int) -> ImagePreprocessor:
-        """Return the preprocessor of a name in CONVENTIONS. ValueError for another name."""
+        """Return the preprocessor of a name in CONVENTIONS. Raise ValueError for another name."""
         if name not in CONVENTIONS:
             raise ValueError(f"preprocessing is {name!r}, expected one of {', '.join(CONVENTIONS)}")
         return ImagePreprocessor(size, CONVENTIONS[name])
@@ -176,8 +176,8 @@ class ClipTokenizer:
     ) -> ClipTokenizer:
         """Read tokenizer.json (transformers) or bpe_simple_vocab_16e6.txt.gz (OpenAI, open_clip, hpsv2, ViCLIP).
 
-        ``remedy``: the sentence that ends an error. FileNotFoundError where both are missing, ValueError for a file
-        that cannot be read or is no CLIP tokenizer.
+        ``remedy``: the sentence that ends an error. Raise FileNotFoundError where both are missing, ValueError for
+        a file that cannot be read or is no CLIP tokenizer.
         """
         folder = Path(folder)
         for name, read in (("tokenizer.json", _read_json_tokenizer), (_BPE, _read_bpe)):
@@ -193,7 +193,7 @@ class ClipTokenizer:
     def of_config(folder: str | Path, config: CLIPConfig, remedy: str) -> ClipTokenizer:
         """Read the tokenizer of transformers' CLIP: texts of the model's length, padded with end tokens.
 
-        Errors as of ``from_folder`` and ``check_rows``, and ValueError for another end token than the model reads at.
+        Raise what ``from_folder`` and ``check_rows`` do, and ValueError for another end token than the model reads at.
         """
         text = config.text_config
         tokenizer = ClipTokenizer.from_folder(folder, remedy, length=text.max_position_embeddings)
@@ -209,7 +209,7 @@ class ClipTokenizer:
         return tokenizer
 
     def check_rows(self, rows: int, folder: str | Path, remedy: str) -> None:
-        """ValueError for more tokens than the model has embeddings."""
+        """Raise ValueError for more tokens than the model has embeddings."""
         if len(self) > rows:
             raise ValueError(
                 f"the tokenizer in {folder} has {len(self)} tokens for {rows} embeddings; {remedy}"
@@ -222,7 +222,7 @@ class ClipTokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Return the ids of B prompts, int64 [B, L] on the CPU; what is too long is cut off in front of the end token.
 
-        ValueError for a prompt with a special token in it.
+        Raise ValueError for a prompt with a special token in it.
         """
         rows = torch.full((len(prompts), self.length), self.pad, dtype=torch.int64)
         for row, prompt in zip(rows, prompts, strict=True):
@@ -321,7 +321,7 @@ class ClipScorer(ABC):
     """
 
     name: ClassVar[str]
-    """The model's name, for errors."""
+    """Return the model's name, for errors."""
     reads_prompt: ClassVar[bool] = True
 
     def __init__(self, network: nn.Module, preprocess: ImagePreprocessor) -> None:
@@ -332,8 +332,8 @@ class ClipScorer(ABC):
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score uint8 images [B, H, W, 3] with B prompts, float32 [B] on the CPU, in one forward.
 
-        Deterministic. ValueError for a wrong shape or type, for a score that is not finite and, where the prompt is
-        read, for one without text or with a special token of the tokenizer in it.
+        Deterministic. Raise ValueError for a wrong shape or type, for a score that is not finite and, where the
+        prompt is read, for one without text or with a special token of the tokenizer in it.
         """
         check_images(images, prompts)
         return self.scores(self.preprocess(images), prompts).cpu()
@@ -341,7 +341,7 @@ class ClipScorer(ABC):
     def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score float images [B, 3, H, W] in 0..1 with B prompts, float32 [B] on the network's device, with gradients.
 
-        The scores are near those of ``score_images``, which rounds to bytes after resizing. ValueError as there.
+        The scores are near those of ``score_images``, which rounds to bytes after resizing. Errors are the same.
         """
         check_image_pixels(images, prompts)
         return self.scores(self.preprocess.pixels(images), prompts)

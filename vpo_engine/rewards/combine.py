@@ -1,4 +1,4 @@
-"""Turns a scorer's dimensions into the one number per video that preferences are made of."""
+"""Turn a scorer's dimensions into the one number per video that preferences are made of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Dimensions = Sequence[str] | Mapping[str, float]
-"""One name (a bare string too), several (their average), "global" for all of them, or {name: weight}."""
+"""The chosen dimensions: one name (a string too), several (their average), "global" for all, or {name: weight}."""
 Normalise = Literal["none", "group"]
 MOTION = "motion"
 """The extra score beside a reward's dimensions where guards.motion_floor is set; it is not part of "global"."""
@@ -18,7 +18,7 @@ MOTION = "motion"
 def check_dimensions(dimensions: Dimensions, known: Sequence[str]) -> tuple[str, ...]:
     """Return the dimensions that are meant, of those that the scorer has: all ``known`` for "global" alone.
 
-    ValueError for no dimension, one named twice, and one that the scorer does not have.
+    Raise ValueError for no dimension, one named twice, and one that the scorer does not have.
     """
     names = (dimensions,) if isinstance(dimensions, str) else tuple(dimensions)
     if names == ("global",) and not isinstance(dimensions, Mapping):
@@ -48,7 +48,7 @@ def combine(scores: Mapping[str, Tensor], dimensions: Dimensions, normalise: Nor
     normalise: "group" takes of each dimension its ``standard_scores`` among the candidates of a prompt first; scores
     are then [..., N].
 
-    ValueError as of ``check_dimensions``.
+    Raise ValueError as ``check_dimensions`` does.
     """
     names = check_dimensions(dimensions, tuple(scores))
     parts = [scores[name].float() for name in names]
@@ -64,7 +64,7 @@ def combine(scores: Mapping[str, Tensor], dimensions: Dimensions, normalise: Nor
 def chosen(scores: Mapping[str, Tensor], dimensions: Dimensions) -> Tensor:
     """Return the chosen dimensions of scores {dimension: [...]} as float32 [D, ...].
 
-    ValueError as of ``check_dimensions``.
+    Raise ValueError as ``check_dimensions`` does.
     """
     return torch.stack([scores[name].float() for name in check_dimensions(dimensions, tuple(scores))])
 

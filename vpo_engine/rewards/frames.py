@@ -1,4 +1,4 @@
-"""Scorers of images on videos: which frames are scored, and how the scores become one number; checks of inputs.
+"""Scorers of images on videos: the choice of frames, the one number made of their scores, and checks of inputs.
 
 Letters: B videos (or images), F frames of a video, f frames of it that are scored, S segments.
 """
@@ -61,7 +61,8 @@ def segment_frames(num_frames: int, segments: int, generator: torch.Generator | 
     """Return one frame from each of ``segments`` runs of ``num_frames // segments`` frames, int64 [S].
 
     With a ``generator`` (on the CPU) it is drawn, as InstructVideo does at every step; otherwise it is the middle
-    one. The ``num_frames % segments`` frames at the end are in no segment. ValueError for fewer frames than segments.
+    one. The ``num_frames % segments`` frames at the end are in no segment. Raise ValueError for fewer frames than
+    segments.
     """
     span = num_frames // segments
     if span == 0:
@@ -136,7 +137,7 @@ class VideoOfFrames:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
-        ValueError for a wrong shape or type, and for what the scorer refuses.
+        Raise ValueError for a wrong shape or type, and for what the scorer refuses.
         """
         check_videos(videos, prompts)
         indices = self._indices(videos.shape[0], videos.shape[1], None)
@@ -158,7 +159,7 @@ class VideoOfFrames:
         Return {dimension: float32 [B]} on the network's device, with gradients.
 
         ``generator`` (on the CPU) draws the frames of reduce="segments", anew for each video; without it they are the
-        middle ones, as in ``score``. ValueError as for ``score``, and for a scorer without gradients.
+        middle ones, as in ``score``. Raise ValueError as ``score`` does, and for a scorer without gradients.
         """
         differentiable = getattr(self.scorer, "score_image_pixels", None)
         if differentiable is None:
@@ -211,13 +212,13 @@ def _check_floats(kind: str, inputs: Tensor) -> None:
 
 
 def check_videos(videos: Tensor, prompts: Sequence[str]) -> None:
-    """ValueError unless ``videos`` are uint8 [B, F, H, W, 3] with B prompts."""
+    """Raise ValueError unless ``videos`` are uint8 [B, F, H, W, 3] with B prompts."""
     _check_bytes("video", videos)
     _check("video", videos, 5, 4, "[B, F, H, W, 3]", prompts)
 
 
 def check_moving(videos: Tensor, reader: str) -> None:
-    """ValueError for videos [B, F, ...] of a single frame; ``reader`` is the model that judges them."""
+    """Raise ValueError for videos [B, F, ...] of a single frame; ``reader`` is the model that judges them."""
     if videos.shape[1] < 2:
         raise ValueError(
             f"videos have {videos.shape[1]} frame, expected at least 2: {reader} judges motion too, which a picture "
@@ -234,32 +235,32 @@ def check_enough_frames(num_frames: int, count: int, reader: str) -> None:
 
 
 def check_images(images: Tensor, prompts: Sequence[str]) -> None:
-    """ValueError unless ``images`` are uint8 [B, H, W, 3] with B prompts."""
+    """Raise ValueError unless ``images`` are uint8 [B, H, W, 3] with B prompts."""
     _check_bytes("image", images)
     _check("image", images, 4, 3, "[B, H, W, 3]", prompts)
 
 
 def check_video_pixels(videos: Tensor, prompts: Sequence[str]) -> None:
-    """ValueError unless ``videos`` are floats [B, F, 3, H, W] with B prompts."""
+    """Raise ValueError unless ``videos`` are floats [B, F, 3, H, W] with B prompts."""
     _check_floats("video", videos)
     _check("video", videos, 5, 2, "[B, F, 3, H, W]", prompts)
 
 
 def check_image_pixels(images: Tensor, prompts: Sequence[str]) -> None:
-    """ValueError unless ``images`` are floats [B, 3, H, W] with B prompts."""
+    """Raise ValueError unless ``images`` are floats [B, 3, H, W] with B prompts."""
     _check_floats("image", images)
     _check("image", images, 4, 1, "[B, 3, H, W]", prompts)
 
 
 def check_prompts(prompts: Sequence[str], reader: str) -> None:
-    """ValueError for a prompt without text; ``reader`` is the model that reads them."""
+    """Raise ValueError for a prompt without text; ``reader`` is the model that reads them."""
     for row, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {row} is {prompt!r}, expected text: {reader} judges by it")
 
 
 def check_special_tokens(prompt: str, tokens: Sequence[str], reader: str) -> None:
-    """ValueError for a prompt with one of the special ``tokens`` in it; the tokenizer is that of ``reader``."""
+    """Raise ValueError for a prompt with one of the special ``tokens`` in it; the tokenizer is that of ``reader``."""
     for token in tokens:
         if token in prompt:
             raise ValueError(
@@ -273,7 +274,7 @@ def by_dimension(
 ) -> dict[str, Tensor]:
     """Return scores [B, D] of model ``name`` as {dimension: [B]}.
 
-    ValueError as of ``check_finite``, naming the dimension.
+    Raise ValueError as ``check_finite`` does, naming the dimension.
     """
     columns = dict(zip(dimensions, scores.unbind(1), strict=True))
     for dimension, column in columns.items():
@@ -282,7 +283,7 @@ def by_dimension(
 
 
 def check_finite(scores: Tensor, prompts: Sequence[str], name: str) -> None:
-    """ValueError naming the first of the scores [B] of model ``name`` that is not finite, and its prompt."""
+    """Raise ValueError naming the first of the scores [B] of model ``name`` that is not finite, and its prompt."""
     if bool(scores.isfinite().all()):
         return
     row = int((~scores.isfinite()).nonzero()[0, 0])

@@ -26,7 +26,7 @@ CLEAR = 2.0
 def check_deterministic(reward: Reward, video: Tensor, prompt: str) -> None:
     """Score one clip twice, uint8 [F, H, W, 3], and compare the scores bit by bit.
 
-    ValueError naming the first dimension that differs, and its two values.
+    Raise ValueError naming the first dimension that differs, and its two values.
     """
     first, second = (reward.score(video.unsqueeze(0), [prompt]) for _ in range(2))
     for name, once in first.items():
@@ -40,7 +40,7 @@ def check_deterministic(reward: Reward, video: Tensor, prompt: str) -> None:
 
 @dataclass(frozen=True)
 class Shuffled:
-    """How many of ``clips`` score higher with their own prompt than with another clip's, and how many lower."""
+    """The numbers of ``clips`` that score higher, and lower, with their own prompt than with another clip's."""
 
     higher: int
     lower: int
@@ -67,7 +67,7 @@ def prompt_shuffle(
     """Count, for each dimension, the clips that score higher with their own prompt than with another clip's.
 
     videos: uint8 [B, F, H, W, 3] with B prompts. The other prompt is drawn by ``seed`` from those with another text.
-    ValueError for fewer than two different prompts.
+    Raise ValueError for fewer than two different prompts.
     """
     if len(set(prompts)) < 2:
         raise ValueError(f"{len(set(prompts))} different prompts, expected at least 2 to exchange them")
@@ -95,8 +95,8 @@ def motion(videos: Tensor) -> Tensor:
 
     Takes uint8 [..., F, H, W, 3], returns float32 [...] on the CPU: the m of the builtin reward's dynamic_degree.
 
-    Flicker counts for little and a moving camera in full; noise looks like motion. ValueError for another type or
-    fewer than two frames.
+    Flicker counts for little and a moving camera in full; noise looks like motion. Raise ValueError for another
+    type or fewer than two frames.
     """
     if videos.dtype != torch.uint8 or videos.ndim < 4 or videos.shape[-1] != 3 or videos.shape[-4] < 2:
         raise ValueError(
@@ -155,7 +155,7 @@ class DivergenceAlarm:
     def __call__(self, step: int, training: float, held_out: float) -> str | None:
         """Observe both rewards after a step.
 
-        Return the message, once, or None. ValueError for a number that is not finite.
+        Return the message, once, or None. Raise ValueError for a number that is not finite.
 
         held_out: of videos of prompts outside of the training, by a reward that is not trained against.
         """

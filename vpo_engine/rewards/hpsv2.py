@@ -133,8 +133,8 @@ class HPSv2(ClipScorer):
         """Load a local folder with HPS_{version}_compressed.pt (or .safetensors, first) and the tokenizer.
 
         ``dtype`` is the towers'; cosines are float32. ``preprocessing``: a name of ``clip.CONVENTIONS``. ``shape``: of
-        models of another size than ViT-H-14. Nothing is downloaded. FileNotFoundError for a missing file, ValueError
-        for files of another model.
+        models of another size than ViT-H-14. Nothing is downloaded. Raise FileNotFoundError for a missing file,
+        ValueError for files of another model.
         """
         shape = shape or ClipShape()
         folder = local_folder(folder, REMEDY)
@@ -154,7 +154,7 @@ class HPSv2(ClipScorer):
         return super().score_images(images.to(self.network.logit_scale.device), prompts)
 
     def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """ValueError for pixels of another size, which preprocessing "instructvideo" makes of oblong images."""
+        """Raise ValueError for pixels of another size, which preprocessing "instructvideo" makes of oblong images."""
         side = self.preprocess.size
         if tuple(pixel_values.shape[1:]) != (3, side, side):
             raise ValueError(

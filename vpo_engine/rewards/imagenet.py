@@ -1,4 +1,4 @@
-"""Turns frames into what video networks take that were trained with ImageNet's means: resized, cropped to a square."""
+"""Turn frames into the inputs of video networks trained with ImageNet's means: resized, cropped to a square."""
 
 from __future__ import annotations
 

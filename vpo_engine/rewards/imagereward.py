@@ -146,8 +146,8 @@ class ImageReward(ClipScorer):
         """Load a local folder: med_config.json, ImageReward.safetensors (first) or .pt, and the tokenizer.
 
         ``dtype`` is BLIP's. ``preprocessing``: a name of ``clip.CONVENTIONS``. ``shape``: of a model of other sizes
-        than the published one. Nothing is downloaded. FileNotFoundError for a missing file, ValueError for files of
-        another model.
+        than the published one. Nothing is downloaded. Raise FileNotFoundError for a missing file, ValueError for
+        files of another model.
         """
         folder, shape = Path(folder), shape or VisionShape()
         text = _read_text_config(folder, shape)
@@ -176,7 +176,7 @@ class ImageReward(ClipScorer):
         return self.network(pixels, ids.to(table.device), mask.to(table.device))
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return ids and attention mask of B prompts, int64 [B, TOKENS] on the CPU. ValueError for a special token."""
+        """Return ids and attention mask of B prompts, int64 [B, TOKENS] on the CPU; refuse special tokens."""
         ids = torch.zeros(len(prompts), TOKENS, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         start, end = self.tokenizer.token_to_id("[CLS]"), self.tokenizer.token_to_id("[SEP]")

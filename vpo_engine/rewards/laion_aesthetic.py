@@ -105,8 +105,8 @@ class LaionAesthetic(ClipScorer):
         """Load a local folder: config.json and weights of the CLIP, and the head (.safetensors first, or .pth).
 
         ``dtype`` is the image tower's. The CLIP's text tower is left out. ``preprocessing``: a name of
-        ``clip.CONVENTIONS``. Nothing is downloaded. FileNotFoundError for a missing file, ValueError for files of
-        another model.
+        ``clip.CONVENTIONS``. Nothing is downloaded. Raise FileNotFoundError for a missing file, ValueError for
+        files of another model.
         """
         folder = Path(folder)
         fields = read_config(folder, "clip", REMEDY)
@@ -134,7 +134,7 @@ class LaionAesthetic(ClipScorer):
 
 
 def read_head(folder: Path, features: int, device: torch.device | str = "cpu") -> AestheticHead:
-    """Read the published head for features [B, ``features``], float32. Errors as of ``LaionAesthetic.from_pretrained``.
+    """Read the published head for features [B, ``features``], float32; raise what ``from_pretrained`` does.
 
     The repository's other file, of a head with ReLUs between other layers, is refused.
     """

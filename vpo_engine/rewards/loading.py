@@ -18,7 +18,7 @@ from vpo_engine.weights import WHOLE, read_file, read_files, weight_files
 
 
 def local_folder(folder: str | Path, remedy: str) -> Path:
-    """Return the folder's path. FileNotFoundError where there is no folder."""
+    """Return the folder's path. Raise FileNotFoundError where there is no folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}; {remedy}")
@@ -28,7 +28,7 @@ def local_folder(folder: str | Path, remedy: str) -> Path:
 def read_json(folder: str | Path, name: str, remedy: str) -> dict[str, Any]:
     """Return the object in a folder's JSON file.
 
-    FileNotFoundError where folder or file is missing, ValueError for a file that is no JSON object.
+    Raise FileNotFoundError where folder or file is missing, ValueError for a file that is no JSON object.
     """
     folder = local_folder(folder, remedy)
     path = folder / name
@@ -44,7 +44,7 @@ def read_json(folder: str | Path, name: str, remedy: str) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path, model_type: str, remedy: str) -> dict[str, Any]:
-    """Return the object in config.json. Errors as of ``read_json``, and ValueError for another ``model_type``."""
+    """Return the object in config.json. Raise what ``read_json`` does, and ValueError for another ``model_type``."""
     fields = read_json(folder, "config.json", remedy)
     kind = fields.get("model_type")
     if kind != model_type:
@@ -66,8 +66,8 @@ def read_weights(folder: str | Path, remedy: str, names: Sequence[str] = ()) -> 
     """Return all tensors of a checkpoint folder, mapped, in the files' types.
 
     They are of the first that exists of model.safetensors (the shards of its index, or itself), pytorch_model.bin
-    (likewise) and the files ``names``. FileNotFoundError where none or a shard is missing, ValueError for a file that
-    cannot be read.
+    (likewise) and the files ``names``. Raise FileNotFoundError where none or a shard is missing, ValueError for a
+    file that cannot be read.
     """
     paths = weight_files(Path(folder), names)
     if not paths:
@@ -78,7 +78,8 @@ def read_weights(folder: str | Path, remedy: str, names: Sequence[str] = ()) -> 
 
 
 def read_under(path: Path, key: str, remedy: str) -> dict[str, Tensor]:
-    """Return the weights of a file; in a pickle they lie under ``key``. ValueError as of ``read_file``, and without."""
+    """Return a file's weights, under ``key`` in a pickle. Raise ValueError as ``read_file`` does, or without the
+    key."""
     content = read_file(path)
     if path.suffix == ".safetensors":
         return content
@@ -96,7 +97,7 @@ def read_tokenizer(path: Path, expected: Mapping[str, int | None], vocabulary: i
     """Read a tokenizer.json; the tokenizer takes texts of any length, and does not pad.
 
     ``expected``: special tokens it must have, with the id where the model's config gives one. ``vocabulary``: how many
-    embeddings the model has. FileNotFoundError without the file, ValueError for one of another model.
+    embeddings the model has. Raise FileNotFoundError without the file, ValueError for one of another model.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}; {remedy}")

@@ -55,7 +55,7 @@ class StackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MplugOwl2Config:
-    """The parts' sizes. queries: vectors of a frame, its end aside; rope_theta: base of the rotary embedding."""
+    """The sizes of the parts. queries: vectors of a frame without its end; rope_theta: base of the rotary embedding."""
 
     vision: StackConfig
     abstractor: StackConfig
@@ -68,12 +68,12 @@ class MplugOwl2Config:
 
     @property
     def positions(self) -> int:
-        """Vectors the vision transformer gives for an image: one for each patch, and one for the whole."""
+        """Return the number of vectors of an image: one for each patch, and one for the whole."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> MplugOwl2Config:
-        """The published config.json. ValueError for another model's, or one with what is not built here."""
+        """Read the published config.json. Raise ValueError for another model, or an option that is not built here."""
         if fields.get("model_type") != "mplug_owl2":
             raise ValueError(
                 f"model_type is {fields.get('model_type')!r}, expected 'mplug_owl2': the model is another one"
@@ -97,12 +97,12 @@ class MplugOwl2Config:
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
-    """[N, L, D] to [N, heads, L, D / heads]."""
+    """Split [N, L, D] into [N, heads, L, D / heads]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _merge(x: Tensor) -> Tensor:
-    """[N, heads, L, D / heads] to [N, L, D]."""
+    """Merge [N, heads, L, D / heads] into [N, L, D]."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -114,7 +114,7 @@ class _VisionAttention(nn.Module):
         self.dense = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, L, D] to the same; the projection's channels are ordered (head, query or key or value, channel)."""
+        """Attend within [N, L, D]; the projection's channels are ordered (head, query or key or value, channel)."""
         joint = self.query_key_value(x).unflatten(-1, (self.heads, 3, -1))
         query, key, value = joint.permute(3, 0, 2, 1, 4)
         return self.dense(_merge(F.scaled_dot_product_attention(query, key, value)))
@@ -160,7 +160,7 @@ class _VisionEmbeddings(nn.Module):
 
 
 class _Layers(nn.Module):
-    """What the checkpoint calls an encoder: a list of layers."""
+    """A list of layers, which the checkpoint calls an encoder."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class _VisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.vision.width, eps=config.vision.eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [N, 3, S, S] to [N, positions, D]."""
+        """Encode normalised pixels [N, 3, S, S] to [N, positions, D]."""
         x = self.embeddings(pixels)
         for layer in self.encoder.layers:
             x = layer(x)
@@ -194,7 +194,7 @@ class _QueryAttention(nn.Module):
         self.register_buffer("k_pos_embed", torch.zeros(config.positions, width))
 
     def forward(self, queries: Tensor, image: Tensor) -> Tensor:
-        """Queries [N, Q, D] look at themselves and at the image [N, positions, D]; to [N, Q, D].
+        """Let queries [N, Q, D] attend to themselves and to the image [N, positions, D]; return [N, Q, D].
 
         Positions are added to queries and keys, not to values.
         """
@@ -237,7 +237,7 @@ class _CrossAttention(nn.Module):
         self.norm1, self.normk = (nn.LayerNorm(config.abstractor.width) for _ in range(2))
 
     def forward(self, queries: Tensor, image: Tensor) -> Tensor:
-        """The residual path starts after the norm: queries leave as their normalised selves plus what was seen."""
+        """Add the attention's output to the normalised queries: the residual path starts after the norm."""
         queries = self.norm1(queries)
         return self.output(self.attention(queries, self.normk(image)), queries)
 
@@ -261,7 +261,7 @@ class _Abstractor(nn.Module):
         self.vit_eos = nn.Parameter(torch.zeros(1, 1, language))
 
     def forward(self, image: Tensor) -> Tensor:
-        """[N, positions, D of the image] to [N, Q + 1, D of the language model]."""
+        """Turn [N, positions, D of the image] into [N, Q + 1, D of the language model]."""
         queries = self.query_embeds.expand(len(image), -1, -1)
         for layer in self.encoder.layers:
             queries = layer(queries, image)
@@ -269,21 +269,21 @@ class _Abstractor(nn.Module):
 
 
 class _Multiway(nn.Module):
-    """Two modules of one kind: the first for text, the second for what is seen."""
+    """Two modules of one kind: the first for text, the second for frames."""
 
     def __init__(self, text: nn.Module, seen: nn.Module) -> None:
         super().__init__()
         self.multiway = nn.ModuleList((text, seen))
 
     def forward(self, x: Tensor, seen: slice) -> Tensor:
-        """x [B, L, D], of which the positions ``seen`` stand for frames."""
+        """Apply both to x [B, L, D], in which the positions ``seen`` stand for frames."""
         text, visual = self.multiway
         parts = (text(x[:, : seen.start]), visual(x[:, seen]), text(x[:, seen.stop :]))
         return torch.cat(parts, dim=1)
 
 
 def _rotary(length: int, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of LLaMA's rotary embedding, each [length, width], computed in float32."""
+    """Return cosines and sines of LLaMA's rotary embedding, each [length, width], computed in float32."""
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=like.device) / width
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=like.device), theta**-steps)
     angles = torch.cat((angles, angles), dim=1)
@@ -291,7 +291,7 @@ def _rotary(length: int, width: int, theta: float, like: Tensor) -> tuple[Tensor
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B, heads, L, d], its two halves taken for the two sides of a plane."""
+    """Rotate x [B, heads, L, d], whose two halves are the two coordinates of planes."""
     first, second = x.chunk(2, dim=-1)
     return x * rotary[0] + torch.cat((-second, first), dim=-1) * rotary[1]
 
@@ -358,11 +358,11 @@ class MplugOwl2(nn.Module):
         self.lm_head = nn.Linear(config.language.width, config.vocabulary, bias=False)
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [N, 3, S, S] to the vectors that stand for each image, [N, Q + 1, D]."""
+        """Turn normalised pixels [N, 3, S, S] into the vectors that stand for each image, [N, Q + 1, D]."""
         return self.model.visual_abstractor(self.model.vision_model(pixels.to(self.lm_head.weight.dtype)))
 
     def next_token_logits(self, before: Tensor, seen: Tensor, after: Tensor, tokens: Tensor) -> Tensor:
-        """Logits of some tokens to come next, float32 [B, K].
+        """Return the logits with which some tokens come next, float32 [B, K].
 
         before, after: ids, int64 [L], of the text on both sides of what is seen; the same for all videos. seen: the
         vectors of each video's frames in a row, [B, f (Q + 1), D]. tokens: ids, int64 [K]. The K rows of the head are

@@ -46,7 +46,7 @@ CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
     "texture, quantity, attributes, position, number, location, word, things."
 )
-"""What the overall preference was trained with (README of Kwai-Kolors/MPS)."""
+"""The condition that the overall preference was trained with (README of Kwai-Kolors/MPS)."""
 THRESHOLD = 0.01
 """The threshold of the README and of the network's forward; the authors' two evaluation scripts have 0.3."""
 CROSS_MODEL = {"dim": 1024, "layer_num": 4, "dim_head": 64, "heads": 16, "ff_mult": 4}
@@ -160,7 +160,7 @@ class CrossModel(nn.Module):
 
 
 class MPSNetwork(nn.Module):
-    """The state dict has the published key names, without those of FREQUENCIES."""
+    """The network; its state dict has the published key names, without those of FREQUENCIES."""
 
     def __init__(self, config: CLIPConfig, cross_model: Mapping[str, int]) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class MPSNetwork(nn.Module):
         return project(states.last_hidden_state), project(states.pooler_output)
 
     def forward(self, pixel_values: Tensor, text: Tensor, end: Tensor, kept: Tensor) -> Tensor:
-        """Return scores, float32 [B], of normalised pixels [B, 3, H, W] and each image's text as of ``texts``.
+        """Return scores, float32 [B], of normalised pixels [B, 3, H, W] and each image's text from ``texts``.
 
         ``kept``: the text tokens that count, bool [B, L].
         """
@@ -232,7 +232,7 @@ class MPS(ClipScorer):
         Read are MPS_overall.safetensors or .pth (or else model.safetensors) and, of the CLIP that it was trained
         from, config.json and tokenizer.json; "cross_model" in config.json describes sizes other than the published
         ones. ``preprocessing``: one of clip.CONVENTIONS; the default is the authors', VideoX-Fun has "videox_fun".
-        FileNotFoundError for a missing file, ValueError for files of another model.
+        Raise FileNotFoundError for a missing file, ValueError for files of another model.
         """
         folder = Path(folder)
         fields = read_config(folder, "clip", REMEDY)

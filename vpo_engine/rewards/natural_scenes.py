@@ -1,4 +1,4 @@
-"""BRISQUE and NIQE: how far a picture's local statistics are from those of undamaged photographs. No reference needed.
+"""BRISQUE and NIQE measure, without a reference, how far a picture's local statistics are from undamaged photographs'.
 
 Both fit asymmetric generalised Gaussians to normalised luminance and to products of neighbouring values of it, at full
 and at half size. BRISQUE (Mittal, Moorthy, Bovik, IEEE TIP 2012) regresses opinion scores on the fits; NIQE (Mittal,
@@ -25,17 +25,17 @@ LUMA_NIQE = (0.299, 0.587, 0.114)
 PATCH = 96
 """Side of NIQE's patches, at full size."""
 MIN_SIDE = 16
-"""Of BRISQUE's pictures: at half of it the window still fits."""
+"""The least side of pictures for BRISQUE: at half of it the window still fits."""
 _SHAPES = (0.2, 10.0)
 """Range of the Gaussians' shape parameter."""
 _TINY = 1e-12
 _RBF_GAMMA, _RHO = 0.05, -155.845
-"""Of BRISQUE's support vector regression, as its model file has them."""
+"""Parameters of BRISQUE's support vector regression, as its model file has them."""
 
 
 @cache
 def parameters(device: torch.device) -> dict[str, Tensor]:
-    """The shipped parameters of both measures, float64.
+    """Load the shipped parameters of both measures, float64.
 
     brisque.support_vectors [S, 36], brisque.coefficients [S], brisque.minimum and .maximum [36] (ranges of the
     features), niqe.mean [32], niqe.covariance [32, 32].
@@ -45,12 +45,12 @@ def parameters(device: torch.device) -> dict[str, Tensor]:
 
 
 def luminance(images: Tensor, weights: Sequence[float]) -> Tensor:
-    """Images [n, 3, H, W] to [n, 1, H, W] of the same type."""
+    """Return the luminance [n, 1, H, W] of images [n, 3, H, W], in their type."""
     return (images * images.new_tensor(weights).view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def smooth(maps: Tensor) -> Tensor:
-    """Gaussian mean of [n, 1, H, W] over 7 x 7 pixels, sigma 7/6, zeros beyond the border."""
+    """Return the Gaussian mean of [n, 1, H, W] over 7 x 7 pixels, sigma 7/6, with zeros beyond the border."""
     line = torch.arange(-3, 4, device=maps.device, dtype=maps.dtype)
     line = torch.softmax(-0.5 * (line * 6 / 7) ** 2, dim=0)
     rows = F.conv2d(maps, line.view(1, 1, 7, 1), padding=(3, 0))
@@ -58,14 +58,14 @@ def smooth(maps: Tensor) -> Tensor:
 
 
 def normalise_locally(maps: Tensor, floor: float = 1 / 255) -> Tensor:
-    """(x - mean) / (deviation + floor), both of ``smooth``'s windows, of [n, 1, H, W] in 0..1."""
+    """Return (x - mean) / (deviation + floor) of [n, 1, H, W] in 0..1, both over ``smooth``'s windows."""
     mean = smooth(maps)
     variance = (smooth(maps.square()) - mean.square()).abs()
     return (maps - mean) / ((variance + _TINY).sqrt() + floor)
 
 
 def brisque(images: Tensor) -> Tensor:
-    """RGB images [n, 3, H, W] in 0..1 to float64 [n]; lower is better.
+    """Compute BRISQUE of RGB images [n, 3, H, W] in 0..1, float64 [n]; lower is better.
 
     About 0 (undamaged) to 100; never above 156 by much, which is what pictures unlike any it was trained on get, such
     as those without texture. At odd sizes the half-size picture loses the last row or column.
@@ -81,9 +81,10 @@ def brisque(images: Tensor) -> Tensor:
 
 
 def niqe(images: Tensor) -> Tensor:
-    """RGB images [n, 3, H, W] in 0..1, of at least two patches of 96 x 96, to float64 [n]; 0 upwards, lower is better.
+    """Compute NIQE, 0 upwards, of RGB images [n, 3, H, W] in 0..1 of at least two patches of 96 x 96: float64 [n],
+    lower is better.
 
-    What is left at the right and at the bottom of the last whole patch is not seen.
+    Pixels to the right of the last whole patch and below it are not used.
     """
     height, width = (side // PATCH * PATCH for side in images.shape[2:])
     full = luminance(images[:, :, :height, :width].double(), LUMA_NIQE)
@@ -99,12 +100,12 @@ def niqe(images: Tensor) -> Tensor:
 
 
 def niqe_patches(height: int, width: int) -> int:
-    """How many patches NIQE sees in a picture; it needs two."""
+    """Return how many patches NIQE sees in a picture; it needs two."""
     return (height // PATCH) * (width // PATCH)
 
 
 def _brisque_features(full: Tensor) -> Tensor:
-    """Luminance [n, 1, H, W] to [n, 18]."""
+    """Compute the features [n, 18] of luminance [n, 1, H, W]."""
     x = normalise_locally(full).squeeze(1)
     maps = (
         x,
@@ -121,7 +122,7 @@ def _brisque_features(full: Tensor) -> Tensor:
 
 
 def _niqe_features(luma: Tensor, side: int) -> Tensor:
-    """Luminance [n, 1, H, W] to [n, p, 16]. Products wrap around within a patch."""
+    """Compute the features [n, p, 16] of the patches of luminance [n, 1, H, W]. Products wrap around within a patch."""
     x = (
         normalise_locally(luma)[:, 0].unfold(1, side, side).unfold(2, side, side).flatten(1, 2)
     )  # [n, p, side, side]
@@ -141,9 +142,10 @@ def _niqe_features(luma: Tensor, side: int) -> Tensor:
 
 
 def _fit(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Asymmetric generalised Gaussian of [..., m] by its moments (Lasmar, Stitou, Berthoumieu, ICIP 2009).
+    """Fit an asymmetric generalised Gaussian to [..., m] by its moments (Lasmar, Stitou, Berthoumieu, ICIP 2009).
 
-    (shape, mean, mean square below zero, mean square from zero on, sqrt(gamma(1/shape) / gamma(3/shape))), each [...].
+    Return (shape, mean, mean square below zero, mean square from zero on, sqrt(gamma(1/shape) / gamma(3/shape))), each
+    [...].
     """
     squares, below = values.square(), values < 0
     left = (squares * below).sum(-1) / below.sum(-1).clamp(min=1) + _TINY
@@ -159,12 +161,12 @@ def _fit(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _log_moment_ratio(shape: Tensor) -> Tensor:
-    """log of gamma(2/a)^2 / (gamma(1/a) gamma(3/a)), which rises with a."""
+    """Return the log of gamma(2/a)^2 / (gamma(1/a) gamma(3/a)), which rises with a."""
     return 2 * torch.lgamma(2 / shape) - torch.lgamma(1 / shape) - torch.lgamma(3 / shape)
 
 
 class _Shape(torch.autograd.Function):
-    """The a in 0.2..10 whose moment ratio is the given one, by bisection; the nearer end if there is none."""
+    """A function that finds, by bisection, the a in 0.2..10 of a given moment ratio, or else the nearer end."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, ratio: Tensor) -> Tensor:

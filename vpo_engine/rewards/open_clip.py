@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """[B, N, width] to the same shape; mask: as for nn.MultiheadAttention."""
+    """A stack of blocks on [B, N, width]; mask: as for nn.MultiheadAttention."""
 
     def __init__(self, width: int, layers: int, heads: int, gelu: Callable[[], nn.Module]) -> None:
         super().__init__()

@@ -12,19 +12,19 @@ from torch import Tensor
 from vpo_engine.rewards.natural_scenes import normalise_locally
 
 _LEVELS = (4, 2, 1)
-"""Pixels a side that become one, coarsest first."""
+"""The sides, in pixels, of the squares that become one pixel at each level, coarsest first."""
 _WINDOW = 9
 _RIDGE = 0.01
-"""Added to the squared gradients: where there is no texture, there is no motion."""
+"""A number added to the squared gradients: where there is no texture, there is no motion."""
 _FLOOR = 0.03
-"""Added to the local deviation of luminance."""
+"""A number added to the local deviation of luminance."""
 
 
 def flow_between(before: Tensor, after: Tensor) -> Tensor:
-    """Motion from one luminance [n, 1, H, W] in 0..1 to the other, [n, 2, H, W], at the places midway.
+    """Return the motion [n, 2, H, W] from one luminance [n, 1, H, W] in 0..1 to the other, at the places midway.
 
-    Both are normalised locally, so that a change of brightness or contrast is no motion. Right up to about a tenth of
-    the shorter side.
+    Both are normalised locally, so that a change of brightness or contrast is no motion. The result is right up to
+    about a tenth of the shorter side.
     """
     flow = before.new_zeros(before.shape[0], 2, 1, 1)
     for factor in _LEVELS:
@@ -37,7 +37,7 @@ def flow_between(before: Tensor, after: Tensor) -> Tensor:
 
 
 def displace(maps: Tensor, flow: Tensor) -> Tensor:
-    """Values of maps [n, 1, H, W] at each place plus flow [n, 2, H, W], bilinear; beyond the border, the border's."""
+    """Return the values of maps [n, 1, H, W] at each place plus flow [n, 2, H, W], bilinear, clamped to the border."""
     height, width = maps.shape[2:]
     right = torch.arange(width, device=maps.device, dtype=maps.dtype) + flow[:, 0]
     down = torch.arange(height, device=maps.device, dtype=maps.dtype).unsqueeze(1) + flow[:, 1]
@@ -46,7 +46,7 @@ def displace(maps: Tensor, flow: Tensor) -> Tensor:
 
 
 def _step(x: Tensor, y: Tensor) -> Tensor:
-    """The small motion [n, 2, H, W] that best explains y - x [n, 1, H, W] in each window."""
+    """Return the small motion [n, 2, H, W] that best explains y - x [n, 1, H, W] in each window."""
     mean = (x + y) / 2
     padded = F.pad(mean, (1, 1, 1, 1), mode="replicate")
     right = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2

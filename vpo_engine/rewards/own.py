@@ -22,7 +22,7 @@ ENTRY_POINTS = "vpo_engine.rewards"
 """The group of entry points under which an installed package offers rewards by name (also in config/reward.py)."""
 _HELP = "see docs/rewards.md"
 _MADE_WITH = ("path", "device", "dtype", "fps")
-"""What a constructor may ask for by the name of a parameter, beside the reward's settings."""
+"""The values that a constructor may ask for by the name of a parameter, beside the reward's settings."""
 
 
 def is_own(kind: str) -> bool:
@@ -33,7 +33,7 @@ def is_own(kind: str) -> bool:
 def own_class(kind: str) -> Any:
     """Return the class of a reward of the user's own.
 
-    ValueError for a module or a class that is not there, and for a class that is no reward.
+    Raise ValueError for a module or a class that is not there, and for a class that is no reward.
     """
     place = kind if ":" in kind else entry_points(group=ENTRY_POINTS)[kind].value
     module_name, _, name = place.partition(":")
@@ -93,7 +93,7 @@ def own_card(kind: str) -> RewardCard:
 
 
 def own_parameters(kind: str) -> tuple[str, ...]:
-    """Return the names of what the class is made with."""
+    """Return the names of the parameters with which the class is made."""
     return tuple(inspect.signature(own_class(kind)).parameters)
 
 

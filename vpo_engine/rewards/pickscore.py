@@ -65,7 +65,7 @@ class PickScore(ClipScorer):
         """Load a local folder: config.json, weights (safetensors first) and the tokenizer; nothing is downloaded.
 
         ``dtype`` is the towers'; cosines are float32. ``preprocessing``: a name of ``clip.CONVENTIONS``.
-        FileNotFoundError for a missing file, ValueError for files of another model.
+        Raise FileNotFoundError for a missing file, ValueError for files of another model.
         """
         config = CLIPConfig.from_dict(read_config(folder, "clip", REMEDY))
         tokenizer = ClipTokenizer.of_config(folder, config, REMEDY)

@@ -19,9 +19,9 @@ from vpo_engine.rewards.wire import Wire
 _PATIENCE = 5.0
 """Seconds for the process to leave by itself once its connection is closed, before it is killed."""
 _TAIL = 8192
-"""Bytes of its standard error that are kept."""
+"""Bytes of the process's standard error that are kept."""
 _WORDS = 600
-"""Characters of it that an error quotes."""
+"""Characters of the standard error that an error message quotes."""
 
 
 def start_reward(spec: RewardSpec, *, time_limit: float | None = None) -> RemoteReward:

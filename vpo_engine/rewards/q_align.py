@@ -51,13 +51,13 @@ CARD = RewardCard(
     source="q-future/one-align",
 )
 LEVELS = {"excellent": 1.0, "good": 0.75, "fair": 0.5, "poor": 0.25, "bad": 0.0}
-"""The answers, of which only the first token is looked at, and what they are worth."""
+"""The answers, of which only the first token is read, and the score of each."""
 IMAGE = "<|image|>"
 REMEDY = "Q-Align needs a whole local copy of q-future/one-align"
 
 
 def question(dimension: str, medium: str = "video", *, swapped_words: bool = False) -> str:
-    """What the model is asked, with ``IMAGE`` for all the frames (scorer.py; ``AutoModel.score`` swaps two words).
+    """Return the model's question, with ``IMAGE`` for all the frames (scorer.py; ``AutoModel.score`` swaps two words).
 
     ``medium``: "video" or "image". ``swapped_words``: end in "The video of the quality is", as ``AutoModel.score``
     does by mistake, not in the words of the training.
@@ -70,7 +70,7 @@ def question(dimension: str, medium: str = "video", *, swapped_words: bool = Fal
 
 
 def frames_of_seconds(num_frames: int, fps: float) -> list[int]:
-    """The first frame of each whole second (scorer.py). ValueError for a video shorter than one."""
+    """Return the numbers of the first frame of each whole second (scorer.py); refuse a video shorter than one."""
     indices = [int(fps * second) for second in range(int(num_frames / fps))]
     if not indices:
         raise ValueError(
@@ -90,11 +90,11 @@ class SquareFrames:
 
     @property
     def colour(self) -> tuple[int, ...]:
-        """Of the padding, levels 0..255, rounded down."""
+        """Return the colour of the padding, levels 0..255, rounded down."""
         return tuple(int(255 * channel) for channel in self.mean)
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """uint8 [n, H, W, 3] on the CPU to float32 [n, 3, S, S], by PIL's bicubic resize as in the authors' code."""
+        """Turn uint8 [n, H, W, 3] on the CPU into float32 [n, 3, S, S], by PIL's bicubic resize as the authors do."""
         count, height, width, _ = frames.shape
         side = max(height, width)
         top, left = (side - height) // 2, (side - width) // 2
@@ -107,7 +107,7 @@ class SquareFrames:
         return self._normalise(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255)
 
     def of_pixels(self, frames: Tensor) -> Tensor:
-        """Float [n, 3, H, W] in 0..1 to [n, 3, S, S], differentiable; within a rounded level of what PIL gives."""
+        """Turn float [n, 3, H, W] in 0..1 into [n, 3, S, S], differentiably, within a rounded level of PIL's result."""
         height, width = frames.shape[2:]
         side = max(height, width)
         top, left = (side - height) // 2, (side - width) // 2
@@ -139,7 +139,8 @@ class QAlign:
         swapped_words: bool = False,
         batch_size: int = 4,
     ) -> None:
-        """``encode``: text to ids, nothing added; ``bos``: the id of the start. The rest as ``from_pretrained``."""
+        """``encode`` turns text into ids and adds nothing; ``bos`` is the start's id. See ``from_pretrained`` for the
+        rest."""
         for name, value in (("fps", fps), ("frames", frames), ("batch_size", batch_size)):
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value}, expected a number above 0")
@@ -168,7 +169,7 @@ class QAlign:
         Read are config.json, preprocessor_config.json, tokenizer.model (or tokenizer.json) and the weights, shards of
         pytorch_model.bin or of model.safetensors. ``fps``: of the videos, for one frame a second; ``frames``: that
         many instead, evenly spread. ``swapped_words``: ask as ``AutoModel.score`` does. ``batch_size``: videos per
-        forward. FileNotFoundError for a missing file, ValueError for files of another model.
+        forward. Raise FileNotFoundError for a missing file, ValueError for files of another model.
         """
         fields = read_json(path, "config.json", REMEDY)
         config = MplugOwl2Config.from_dict(fields)
@@ -199,8 +200,9 @@ class QAlign:
 
         Return {dimension: float32 [B]} on the CPU.
 
-        ValueError for a wrong shape or type, for videos shorter than a second where ``frames`` is None, and for a score
-        that is not finite. With ``frames`` set, a single frame is scored as the published code scores it.
+        Raise ValueError for a wrong shape or type, for videos shorter than a second where ``frames`` is None, and
+        for a score that is not finite. With ``frames`` set, a single frame is scored as the published code scores
+        it.
         """
         check_videos(videos, prompts)
         indices = self.frame_indices(videos.shape[1])
@@ -223,13 +225,13 @@ class QAlign:
         return by_dimension(self._scores(seen), DIMENSIONS, prompts, "Q-Align")
 
     def frame_indices(self, num_frames: int) -> list[int]:
-        """Which frames of a video are looked at."""
+        """Return the numbers of the frames of a video that are scored."""
         if self.frames is None:
             return frames_of_seconds(num_frames, self.fps)
         return spread_frames(num_frames, self.frames)
 
     def level_logits(self, seen: Tensor, text: str) -> Tensor:
-        """Logits of the ``LEVELS``, float32 [B, 5], for the frames' vectors [B, f, n, D] and a question."""
+        """Return the logits of the ``LEVELS``, float32 [B, 5], for the frames' vectors [B, f, n, D] and a question."""
         before, after = self.ids(text)
         levels = torch.tensor(self._levels, device=seen.device)
         return self.network.next_token_logits(
@@ -237,12 +239,12 @@ class QAlign:
         )
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Frames as the processor makes them, [B, f, 3, S, S], to the vectors that stand for them, [B, f, n, D]."""
+        """Turn frames of the processor, [B, f, 3, S, S], into the vectors that stand for them, [B, f, n, D]."""
         device = self.network.lm_head.weight.device
         return self.network.see(pixels.flatten(0, 1).to(device)).unflatten(0, pixels.shape[:2])
 
     def ids(self, text: str) -> tuple[Tensor, Tensor]:
-        """Ids, int64 [L], of a question before and after its ``IMAGE``, the start in front.
+        """Return the ids, int64 [L], of a question before and after its ``IMAGE``, with the start in front.
 
         The two sides are tokenized apart, so that the second begins with SentencePiece's word mark too.
         """
@@ -250,7 +252,7 @@ class QAlign:
         return torch.tensor([self._bos, *self._encode(before)]), torch.tensor(self._encode(after))
 
     def _scores(self, pixels: Tensor) -> Tensor:
-        """Of each of the DIMENSIONS, [B, D]."""
+        """Return the score of each of the DIMENSIONS, [B, D]."""
         seen = self.see(pixels)
         worth = torch.tensor(list(LEVELS.values()), device=seen.device)
         answers = [self.level_logits(seen, self.questions[name]).softmax(-1) for name in DIMENSIONS]
@@ -258,7 +260,7 @@ class QAlign:
 
 
 def _read_processor(folder: str | Path, size: int) -> SquareFrames:
-    """From preprocessor_config.json, which has to agree with the network's image size."""
+    """Read preprocessor_config.json, which has to agree with the network's image size."""
     name = "preprocessor_config.json"
     fields = read_json(folder, name, REMEDY)
     sides = fields.get("crop_size")
@@ -272,7 +274,7 @@ def _read_processor(folder: str | Path, size: int) -> SquareFrames:
 
 
 def _read_tokenizer(folder: Path, vocabulary: int) -> Callable[[str], list[int]]:
-    """LLaMA's tokenizer as its file has it: transformers' classes differ in what they put in front."""
+    """Read LLaMA's tokenizer exactly as its file has it: transformers' classes differ in what they put in front."""
     encode: Callable[[str], list[int]]
     if (folder / "tokenizer.model").is_file():
         from sentencepiece import SentencePieceProcessor

@@ -64,7 +64,7 @@ class QuantisedLinear(nn.Module):
 
 
 def check_bits(bits: int) -> None:
-    """ValueError for a number of bits that there is no quantisation for."""
+    """Raise ValueError for a number of bits that there is no quantisation for."""
     if bits not in get_args(Bits):
         raise ValueError(f"bits is {bits}, expected 16, 8 or 4")
 

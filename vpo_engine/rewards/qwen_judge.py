@@ -1,4 +1,4 @@
-"""Qwen2.5-VL that is shown clips and asked a question, and answers in words: what the generative judges share.
+"""The base of the generative judges: Qwen2.5-VL is shown clips and asked a question, and answers in words.
 
 Decoding is greedy, without sampling and without the repetition penalty of Qwen's generation_config.json: one input, one
 answer. Network and 3-D positions are transformers'.
@@ -30,7 +30,7 @@ DIGITS = "12345"
 
 @dataclass(frozen=True)
 class Clip:
-    """uint8 frames [f, 3, h, w], sides multiples of 28. seconds: between pairs of frames; None for single images."""
+    """A clip of uint8 frames [f, 3, h, w], sides multiples of 28. seconds: between pairs of frames; None for images."""
 
     frames: Tensor
     seconds: float | None
@@ -38,7 +38,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote. ids: its tokens, n of them. digits: logits of the tokens 1 to 5, float32 [n, 5]."""
+    """The model's answer. ids: its n tokens. digits: logits of the tokens 1 to 5, float32 [n, 5]."""
 
     text: str
     ids: list[int]
@@ -46,7 +46,7 @@ class Answer:
 
 
 class _DigitRecorder(LogitsProcessor):
-    """Keeps the digits' logits of every step, changes nothing."""
+    """A processor of logits that keeps the digits' logits of every step and changes nothing."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids, self.steps = list(ids), list[Tensor]()
@@ -89,7 +89,7 @@ class QwenJudge:
     ) -> QwenJudge:
         """Load a local folder as transformers writes it (config.json, tokenizer.json, safetensors).
 
-        FileNotFoundError for a missing file, ValueError for files of another model; both end with ``remedy``.
+        Raise FileNotFoundError for a missing file, ValueError for files of another model; both end with ``remedy``.
         """
         folder = Path(path)
         read_config(folder, "qwen2_5_vl", remedy)
@@ -131,7 +131,7 @@ class QwenJudge:
         return Answer(self.tokenizer.decode(ids, skip_special_tokens=False), ids, digits)
 
     def step_of(self, answer: Answer, place: int) -> int:
-        """Which token of the answer is the single character at ``place`` of its text. ValueError where none is."""
+        """Return which token is the single character at ``place`` of the answer; raise ValueError where none is."""
         for step in range(len(answer.ids)):
             if (
                 self.tokenizer.decode(answer.ids[: step + 1], skip_special_tokens=False)
@@ -144,7 +144,7 @@ class QwenJudge:
         )
 
     def _inputs(self, clips: Sequence[Clip], question: str) -> dict[str, Any]:
-        """What generate takes, on the network's device."""
+        """Return the arguments of ``generate``, on the network's device."""
         places, patches, grids = "", [], []
         images = clips[0].seconds is None
         assert all((clip.seconds is None) == images for clip in clips)
@@ -169,7 +169,7 @@ class QwenJudge:
 
 
 def shown(text: str, limit: int = 300) -> str:
-    """A text for an error: quoted, its beginning left out where it is long."""
+    """Return a text as an error message quotes it, without its beginning where it is long."""
     return repr(text if len(text) <= limit else f"... {text[-limit:]}")
 
 

@@ -1,4 +1,4 @@
-"""What the scorers made of Qwen2-VL and Qwen2.5-VL share: frames, sizes, patches, chat text.
+"""Inputs of the scorers made of Qwen2-VL and Qwen2.5-VL: frames, sizes, patches, chat text.
 
 The rules are those of qwen-vl-utils and of Qwen's image processor (transformers 4.45), without torchvision.
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2
 CELL = PATCH * MERGE
-"""Pixels a side of what becomes one token."""
+"""The side, in pixels, of the square that becomes one token."""
 
 VIDEO_MIN_PIXELS = 128 * CELL * CELL
 MIN_FRAMES, MAX_FRAMES, MAX_RATIO = 4, 768, 200
@@ -27,13 +27,13 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
 Grid = tuple[int, int, int]
-"""Patches along time, height and width."""
+"""The numbers of patches along time, height and width."""
 
 
 def frame_indices(num_frames: int, video_fps: float, fps: float) -> list[int]:
     """Return which frames of a clip at ``video_fps`` stand for it at ``fps``: an even number, with first and last.
 
-    At least 4 and at most 768, as far as there are any. ValueError for a single frame.
+    At least 4 and at most 768, as far as there are any. Raise ValueError for a single frame.
     """
     if num_frames < TEMPORAL:
         raise ValueError(
@@ -46,9 +46,9 @@ def frame_indices(num_frames: int, video_fps: float, fps: float) -> list[int]:
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The (height, width) in multiples of 28 that keeps the aspect ratio and has min_pixels to max_pixels pixels.
+    """Return (height, width) in multiples of 28 that keeps the aspect ratio and has min_pixels to max_pixels pixels.
 
-    ValueError for an aspect ratio over 200.
+    Raise ValueError for an aspect ratio over 200.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
         raise ValueError(f"frames are {height} x {width}, expected an aspect ratio of at most {MAX_RATIO}")
@@ -65,18 +65,18 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with antialiasing, float [f, 3, H, W] in 0..1 to [f, 3, h, w], cut to 0..1. Differentiable."""
+    """Resize float [f, 3, H, W] in 0..1 to [f, 3, h, w], bicubic with antialiasing, cut to 0..1, differentiably."""
     return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def resize_levels(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [f, H, W, 3] to uint8 [f, 3, h, w], as torchvision resizes bytes: in float32, cut, rounded."""
+    """Resize uint8 [f, H, W, 3] to uint8 [f, 3, h, w], as torchvision resizes bytes: in float32, cut, rounded."""
     levels = F.interpolate(frames.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
     return levels.clamp(0, 255).round().to(torch.uint8)
 
 
 def patchify(pixels: Tensor) -> tuple[Tensor, Grid]:
-    """Floats [f, 3, h, w] in 0..1, h and w multiples of 28, to normalised patches [N, 1176] and their grid.
+    """Cut floats [f, 3, h, w] in 0..1, h and w multiples of 28, into normalised patches [N, 1176] and their grid.
 
     Rows go by time, then by blocks of 2 x 2 patches, then within the block; columns by channel, the two frames of
     a temporal patch, height, width. An odd number of frames has the last one repeated.
@@ -92,12 +92,12 @@ def patchify(pixels: Tensor) -> tuple[Tensor, Grid]:
 
 
 def slots(token: str, grid: Grid) -> str:
-    """A clip's (or image's) place in the text: its token once for each 2 x 2 block of patches, between marks."""
+    """Return a clip's (or image's) place in the text: its token once for each 2 x 2 block of patches, between marks."""
     return VISION_START + token * (math.prod(grid) // MERGE**2) + VISION_END
 
 
 def chat(content: str) -> str:
-    """A user's message in Qwen's chat template, up to where the answer begins."""
+    """Return a user's message in Qwen's chat template, up to where the answer begins."""
     turns = (("system", "You are a helpful assistant."), ("user", content))
     return "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in turns) + (
         f"{TURN_START}assistant\n"

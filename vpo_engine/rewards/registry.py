@@ -1,4 +1,4 @@
-"""Every reward by its kind: its card, and how it is made. A module is imported when its reward is asked for.
+"""The registry of rewards: every kind's card, and how it is made. A module is imported when its reward is asked for.
 
 A kind is a name of NAMES, a name that an installed package offers, or package.module:Class; see ``own.py`` for the
 last two.
@@ -88,7 +88,7 @@ NAMES = tuple(_ENTRIES)
 
 
 def reward_card(name: str) -> RewardCard:
-    """Return what the reward declares about itself, under its kind. ValueError for an unknown kind."""
+    """Return what the reward declares about itself, under its kind. Raise ValueError for an unknown kind."""
     if name not in _ENTRIES and is_own(name):
         return own_card(name)
     entry = _entry(name)
@@ -145,9 +145,9 @@ def build_reward(
     Those whose weights are in the package take no path. ``fps`` is the frame rate of all videos that it will score, and
     is needed where ``knows_frame_rate``. ``settings``: batch_size (videos through the network at once; of an image
     scorer: images), frames, max_frames, bits, frame_reduce and frame_decay, for those that have them; for what is left
-    out the scorer has its own value. ValueError for an unknown kind, a missing or unwanted path, a missing fps, a
-    setting that the reward does not have, and whatever the reward refuses; FileNotFoundError for what is missing in the
-    folder.
+    out the scorer has its own value. Raise ValueError for an unknown kind, a missing or unwanted path, a missing
+    fps, a setting that the reward does not have, and whatever the reward refuses; FileNotFoundError for what is
+    missing in the folder.
     """
     check_reward(name, path, settings)
     settings = settings or {}
@@ -188,7 +188,7 @@ class RewardSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Reward:
-        """Make the reward; errors as of ``build_reward``."""
+        """Make the reward; errors are those of ``build_reward``."""
         return build_reward(
             self.kind,
             self.path,

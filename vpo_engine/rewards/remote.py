@@ -20,15 +20,15 @@ from torch import Tensor
 from vpo_engine.rewards.wire import Message, RewardProcessError, Wire, recreate_error
 
 _LATE_NEWS = 1.0
-"""Seconds in which the reason of a failure elsewhere arrives."""
+"""Seconds to wait for the reason of a failure elsewhere."""
 
 
 class Holder(Protocol):
-    """What is known here of the process that holds a reward."""
+    """The process that holds a reward, as far as this process knows it."""
 
     @property
     def place(self) -> str:
-        """A name of the process, for errors."""
+        """Return a name of the process, for errors."""
         ...
 
     def obituary(self, doing: str) -> str:
@@ -78,7 +78,7 @@ class RemoteReward:
                 self._dimensions = tuple(self._receive(None, "was made").fields["dimensions"])
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return what the reward itself returns, on the CPU. RewardProcessError if its process died or hung."""
+        """Return what the reward itself returns, on the CPU. Raise RewardProcessError if its process died or hung."""
         self.wait_until_loaded()
         doing = f"scored {len(videos)} videos"
         with self._lock:

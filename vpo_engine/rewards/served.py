@@ -28,7 +28,7 @@ _KEY = "reward"
 _ARRIVAL = 300.0
 """Seconds for all asking processes to connect."""
 _INTRODUCTION = 5.0
-"""Seconds for one that has connected to say who it is."""
+"""Seconds for a process that has connected to say who it is."""
 _FAREWELL = 10.0
 """Seconds for the asking processes to leave after a failure was told to them."""
 _TOKEN_BYTES = 32
@@ -50,8 +50,9 @@ def find_reward(store: dist.Store, rank: int) -> RemoteReward:
 def serve(make: Callable[[], Reward], store: dist.Store, asking: int) -> None:
     """Make a reward and score for ``asking`` processes that each ``find_reward``, until all have left.
 
-    What making or scoring raises is told to all of them and raised. RewardProcessError if one of them leaves by an
-    error, dies, or does not come. A first SIGTERM or SIGINT is passed on to them; a second one is KeyboardInterrupt.
+    What making or scoring raises is told to all of them and raised. Raise RewardProcessError if one of them leaves
+    by an error, dies, or does not come. A first SIGTERM or SIGINT is passed on to them; a second one is
+    KeyboardInterrupt.
     """
     door = _Door(store, asking)
     try:
@@ -101,7 +102,7 @@ class _Door:
         store.set(_KEY, json.dumps([host, self._socket.getsockname()[1], self._token]))
 
     def admit_all(self) -> None:
-        """Let all in. RewardProcessError if one is missing ``_ARRIVAL`` seconds after the beginning."""
+        """Let all in. Raise RewardProcessError if one is missing ``_ARRIVAL`` seconds after the beginning."""
         while self._coming:
             if not wait([self._socket], max(0.0, self._until - time.monotonic())):
                 raise RewardProcessError(

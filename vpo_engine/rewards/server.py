@@ -1,4 +1,4 @@
-"""What a process does that holds a reward model: it answers requests for scores until all that ask have left.
+"""The server of a reward model: its process answers requests for scores until all that ask have left.
 
 Run as a module it is the child process that ``process.py`` starts, with the number of an inherited socket and the id
 of its parent as arguments; a first message describes the reward to make.
@@ -32,7 +32,7 @@ def answer_requests(members: dict[Wire, str], reward: Reward, stopping: Callable
     """Score what ``members`` ask for, one request after the other; who leaves is taken out of ``members``.
 
     ``members`` maps each connection to the name of its process. What the reward raises is raised here, and answered by
-    the caller. AskerLostError where a process ends without a farewell. ``stopping`` is asked after every score,
+    the caller. Raise AskerLostError where a process ends without a farewell. ``stopping`` is asked after every score,
     and its answer sent with it.
     """
     while members:

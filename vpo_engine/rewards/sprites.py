@@ -1,7 +1,7 @@
 """The sprites world's reward network and its judge, with VideoScore's five dimensions on its scale of 1 to 4.
 
 Either network reads, from the pixels alone, the severity of each kind of damage, whether there is a sprite
-clip at all ("valid"), and what moves how. The dimensions (4 is best) are put together from these readings:
+clip at all ("valid"), and the sprite's attributes. The dimensions (4 is best) are put together from these readings:
 
     visual_quality        1 + 3 valid (1 - blur)
     temporal_consistency  1 + 3 valid (1 - flicker) (1 - jitter)
@@ -58,7 +58,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Reading:
-    """What a network sees in B clips; logits, float32."""
+    """A network's reading of B clips; logits, float32."""
 
     defects: Tensor
     """[B, 6]: sigmoid gives the severities (columns as ``damage.KINDS``) and the degree of destruction."""
@@ -72,14 +72,14 @@ class Reading:
 
 
 def dimensions_of(severities: Tensor, valid: Tensor, match: Tensor) -> dict[str, Tensor]:
-    """The five dimensions, 1..4, of severities [B, 5], validity [B] and caption match [B], all in 0..1."""
+    """Compute the five dimensions, 1..4, from severities [B, 5], validity [B] and caption match [B], all in 0..1."""
     flicker, jitter, blur, identity, freeze = severities.unbind(1)
     quality = (1 - blur, (1 - flicker) * (1 - jitter), 1 - freeze, match, 1 - identity)
     return {name: 1 + 3 * valid * part for name, part in zip(DIMENSIONS, quality, strict=True)}
 
 
 def score_reading(reading: Reading, attributes: Attributes) -> dict[str, Tensor]:
-    """The five dimensions of what was read, given what the captions say."""
+    """Compute the five dimensions of a reading, given the attributes in the captions."""
     defects = reading.defects.sigmoid()
     parts = (
         (reading.colour, attributes.colour),
@@ -94,20 +94,20 @@ def score_reading(reading: Reading, attributes: Attributes) -> dict[str, Tensor]
 
 
 def _grid(side: int) -> Tensor:
-    """Coordinates in -1..1 of a side x side map, [side * side, 2] (x, y)."""
+    """Return coordinates in -1..1 of a side x side map, [side * side, 2] (x, y)."""
     line = torch.linspace(-1, 1, side)
     return torch.stack((line.repeat(side), line.repeat_interleave(side)), dim=1)
 
 
 def _pixels(videos: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [B, F, H, W, 3] to frames about their own mean, [B * F, 3, H, W], and the means, [B * F, 3]."""
+    """Turn uint8 [B, F, H, W, 3] into frames less their own mean, [B * F, 3, H, W], and the means, [B * F, 3]."""
     frames = videos.flatten(0, 1).permute(0, 3, 1, 2).float().div_(64)
     mean = frames.mean(dim=(2, 3))
     return frames.sub_(mean[:, :, None, None]), mean - 1
 
 
 def _peak(maps: Tensor) -> Tensor:
-    """Largest value of each channel, [n, C, H, W] to [n, C]: how strong an edge response gets shows blur."""
+    """Return the largest value [n, C] of each channel of [n, C, H, W]: weak edge responses show blur."""
     return F.max_pool2d(maps, maps.shape[-1]).flatten(1)
 
 
@@ -129,7 +129,7 @@ class _Frames(nn.Module):
     """Reads frames: soft-argmax keypoints with the features there, edge strengths and layout."""
 
     seen: int
-    """Channels that ``look`` gives of a frame."""
+    """Return how many channels ``look`` gives for a frame."""
 
     def __init__(self, keypoints: int) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def save_network(network: nn.Module, path: Path) -> None:
 def load_network(kind: str, path: Path | None = None) -> nn.Module:
     """Load a trained network, ``kind`` a key of NETWORKS, float32, in evaluation mode; from the package without a path.
 
-    FileNotFoundError naming the build command if the weights are missing, ValueError if the file holds
+    Raise FileNotFoundError naming the build command if the weights are missing, ValueError if the file holds
     another kind of network.
     """
     if path is None:
@@ -320,9 +320,9 @@ class _SpritesScorer:
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 [B, 17, 32, 32, 3] and B captions to {dimension: float32 [B] in 1..4}, on the CPU.
+        """Score uint8 [B, 17, 32, 32, 3] and B captions: {dimension: float32 [B] in 1..4}, on the CPU.
 
-        ValueError for another shape or type, for a text that is no caption of the sprites world, and for
+        Raise ValueError for another shape or type, for a text that is no caption of the sprites world, and for
         a score that is not finite.
         """
         _check(videos, prompts)

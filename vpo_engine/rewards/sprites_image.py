@@ -58,8 +58,8 @@ class SpritesImage:
 
         Return float32 [n] in 1..4.
 
-        ValueError for another shape or type, for a text that is no caption of the sprites world, and for a score that
-        is not finite.
+        Raise ValueError for another shape or type, for a text that is no caption of the sprites world, and for a
+        score that is not finite.
         """
         check_images(images, prompts)
         height, width = images.shape[1:3]

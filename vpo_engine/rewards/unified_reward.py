@@ -113,7 +113,8 @@ QUESTION_PAIR = (
 
 @dataclass(frozen=True)
 class Form:
-    """What a version is asked. labels: {label in the answer, in any case: (dimension, lowest, highest)}."""
+    """The question and answer of a version. labels: {label in the answer, in any case: (dimension, lowest,
+    highest)}."""
 
     question: str
     labels: dict[str, tuple[str, float, float]]
@@ -185,14 +186,14 @@ _VERDICTS = {
 
 
 def parse_answer(text: str) -> dict[str, float]:
-    """{label of either version: number} of the lines "label: number" of an answer; the last one counts."""
+    """Return {label of either version: number} from the lines "label: number" of an answer; the last one counts."""
     known = {label.lower(): label for form in FORMS.values() for label in form.labels}
     lines = _LINE.findall(text)
     return {known[label.lower()]: float(number) for label, number in lines if label.lower() in known}
 
 
 def parse_scores(text: str, version: Version) -> dict[str, float]:
-    """{dimension: score} of an answer. ValueError unless it has all of the version's, each in its range."""
+    """Return {dimension: score} of an answer. Raise ValueError unless it has all of the version's, each in range."""
     answer, scores = parse_answer(text), {}
     for label, (name, low, high) in FORMS[version].labels.items():
         if label in answer:
@@ -212,8 +213,8 @@ def parse_scores(text: str, version: Version) -> dict[str, float]:
 
 
 def parse_preference(text: str) -> int:
-    """1 or 2 for the better video, 0 for equally good. ValueError for a text that says none of it, or "
-    "several."""
+    """Return 1 or 2 for the better video, 0 for equally good; raise ValueError if the text says none or several of
+    these."""
     found = [verdict for verdict, pattern in _VERDICTS.items() if pattern.search(text)]
     if len(found) != 1:
         raise ValueError(
@@ -253,7 +254,7 @@ class UnifiedReward:
         fps: float = 24.0,
         max_new_tokens: int = 1024,
     ) -> UnifiedReward:
-        """Load a local folder in the published layout; nothing is downloaded. Errors as of ``QwenJudge``."""
+        """Load a local folder in the published layout; nothing is downloaded. Errors are those of ``QwenJudge``."""
         judge = QwenJudge.from_pretrained(
             path, dtype=dtype, device=device, name=NAME, max_new_tokens=max_new_tokens, remedy=REMEDY
         )
@@ -262,8 +263,8 @@ class UnifiedReward:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3], F >= 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
-        One answer after the other. ValueError for a wrong shape or type, for a prompt without text or with a special
-        token in it, for an answer without an end and for one that does not parse.
+        One answer after the other. Raise ValueError for a wrong shape or type, for a prompt without text or with a
+        special token in it, for an answer without an end and for one that does not parse.
         """
         check_videos(videos, prompts)
         check_moving(videos, NAME)
@@ -278,7 +279,7 @@ class UnifiedReward:
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> list[int]:
         """Say which of two videos is better, pair by pair: 1, 2, or 0 for equally good. Both uint8 [B, F, H, W, 3].
 
-        As version 1 asks it; the order of the two can matter to the model. ValueError as for ``score``.
+        As version 1 asks it; the order of the two can matter to the model. Raise ValueError as ``score`` does.
         """
         check_videos(first, prompts)
         check_videos(second, prompts)

@@ -135,7 +135,7 @@ class ViCLIPNetwork(nn.Module):
 def frame_indices(num_frames: int, count: int, generator: torch.Generator | None = None) -> list[int]:
     """Return ``count`` frames ``num_frames // count`` apart, from frame 0 or a first one that ``generator`` draws.
 
-    ValueError for fewer frames than ``count``.
+    Raise ValueError for fewer frames than ``count``.
     """
     check_enough_frames(num_frames, count, NAME)
     step = num_frames // count
@@ -168,7 +168,7 @@ class ViCLIP:
         """Load a local folder with one of FILES and bpe_simple_vocab_16e6.txt.gz (or tokenizer.json).
 
         ``dtype`` is the encoders'; cosines are float32. ``shape``: of models of another size than ViCLIP-L. Nothing
-        is downloaded. FileNotFoundError for a missing file, ValueError for files of another model.
+        is downloaded. Raise FileNotFoundError for a missing file, ValueError for files of another model.
         """
         shape = shape or ViCLIPShape()
         folder = local_folder(folder, REMEDY)
@@ -185,8 +185,8 @@ class ViCLIP:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {"viclip": float32 [B]}, on the CPU.
 
-        Deterministic. ValueError for a wrong shape or type, for fewer than 8 frames, for a prompt without text or with
-        a special token of the tokenizer in it, and for a score that is not finite.
+        Deterministic. Raise ValueError for a wrong shape or type, for fewer than 8 frames, for a prompt without
+        text or with a special token of the tokenizer in it, and for a score that is not finite.
         """
         check_videos(videos, prompts)
         check_prompts(prompts, NAME)
@@ -206,8 +206,8 @@ class ViCLIP:
 
         Return {"viclip": float32 [B]} on the network's device, with gradients.
 
-        Of uint8 levels / 255 this is ``score``, unless ``generator`` (on the CPU) draws the first frame and the crop,
-        once per call, as T2V-Turbo does in training. ValueError as there.
+        For uint8 levels / 255 it equals ``score``, unless ``generator`` (on the CPU) draws the first frame and the
+        crop, once per call, as T2V-Turbo does in training. Errors are those of ``score``.
         """
         check_video_pixels(videos, prompts)
         check_prompts(prompts, NAME)

@@ -215,7 +215,7 @@ class VideoAlign:
         tokenizer.json (in the checkpoint's tokenizer/, the checkpoint or the folder). LoRA matrices are merged in
         float32. Sizes are Qwen2-VL-2B's unless a config.json of the base lies in the folder. Without an
         "inference_config" in model_config.json scores stay uncalibrated, as the authors'. ``dtype`` is that of
-        all but the head. FileNotFoundError for a missing file, ValueError for files of another model.
+        all but the head. Raise FileNotFoundError for a missing file, ValueError for files of another model.
         """
         folder = Path(path)
         settings = read_json(folder, "model_config.json", REMEDY)
@@ -240,8 +240,8 @@ class VideoAlign:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3], F at least 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
-        Deterministic. ValueError for a wrong shape or type, for one frame, for a prompt without text or with a special
-        token in it, and for a score that is not finite.
+        Deterministic. Raise ValueError for a wrong shape or type, for one frame, for a prompt without text or with
+        a special token in it, and for a score that is not finite.
         """
         check_videos(videos, prompts)
         check_prompts(prompts, NAME)
@@ -257,7 +257,7 @@ class VideoAlign:
 
         Return {dimension: float32 [B]} on the network's device, with gradients.
 
-        Equal to ``score`` but for the rounding of resized frames to bytes. ValueError as there.
+        Equal to ``score`` but for the rounding of resized frames to bytes. Errors are the same.
         """
         check_video_pixels(videos, prompts)
         check_prompts(prompts, NAME)
@@ -271,7 +271,7 @@ class VideoAlign:
     def encode(self, prompt: str, grid: qwen_vl.Grid) -> Tensor:
         """Return the ids, int64 [L], of the whole chat about a clip of this grid.
 
-        ValueError for a special token in the prompt.
+        Raise ValueError for a special token in the prompt.
         """
         check_special_tokens(prompt, special_tokens(self.tokenizer), NAME)
         text = qwen_vl.chat(qwen_vl.slots(qwen_vl.VIDEO, grid) + TEMPLATE.format(text_prompt=prompt))

@@ -41,7 +41,7 @@ def merge_lora(weights: Mapping[str, Tensor], *, scale: float) -> dict[str, Tens
     """Return the plain weights of a PEFT state dict: W + scale * B @ A, computed in float32, in W's type.
 
     Names lose "base_model.model." and ".base_layer"; lm_head, which plays no part, is dropped. A state dict without
-    adapters passes with its names. ValueError for half an adapter, or one without a matrix of its size.
+    adapters passes with its names. Raise ValueError for half an adapter, or one without a matrix of its size.
     """
     plain: dict[str, Tensor] = {}
     halves: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}}
@@ -62,7 +62,7 @@ def merge_lora(weights: Mapping[str, Tensor], *, scale: float) -> dict[str, Tens
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """ValueError for settings of another model than VideoReward."""
+    """Raise ValueError for settings of another model than VideoReward."""
     expected: dict[str, dict[str, object]] = {
         "data_config": {
             "prompt_template_type": "detailed_special",
@@ -104,7 +104,7 @@ def read_calibration(folder: Path, settings: Mapping[str, Any]) -> dict[str, tup
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint-* folder of the highest step. FileNotFoundError without one."""
+    """Return the checkpoint-* folder of the highest step. Raise FileNotFoundError without one."""
     steps = {int(step): path for path in folder.glob("checkpoint-*") if (step := path.name[11:]).isdigit()}
     if not steps:
         raise FileNotFoundError(f"no checkpoint-* folder in {folder}; {REMEDY}")

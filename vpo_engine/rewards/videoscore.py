@@ -43,7 +43,7 @@ DIMENSIONS = (
     "text_alignment",
     "factual_consistency",
 )
-"""In the order of the model's outputs."""
+"""The dimensions, in the order of the model's outputs."""
 
 QUESTION = (
     "\nSuppose you are an expert in judging and evaluating the quality of AI-generated videos,\n"
@@ -118,7 +118,7 @@ class FrameProcessor:
     longest_edge: int
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after the resize.
+        """Return (height, width) after the resize.
 
         The longer side is capped at ``longest_edge`` with the aspect kept; then each side is raised to
         ``shortest_edge`` on its own, so that small clips lose their aspect ratio (240 x 426 -> 378 x 426).
@@ -215,8 +215,8 @@ class VideoScore:
         Read are config.json, preprocessor_config.json, tokenizer.json and model.safetensors, or the shards
         that model.safetensors.index.json names. ``dtype`` is the trunk's. ``bits`` 8 or 4 quantises the matrices of
         the language model and of the connector as they are read; the vision tower, in front of everything and a
-        twentieth of the weights, the embeddings and the head stay as they are. FileNotFoundError for a missing file,
-        ValueError for files of another model.
+        twentieth of the weights, the embeddings and the head stay as they are. Raise FileNotFoundError for a
+        missing file, ValueError for files of another model.
         """
         check_bits(bits)
         folder = Path(folder)
@@ -230,7 +230,7 @@ class VideoScore:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
-        Videos come at their own size. Deterministic. ValueError for a wrong shape or type, for videos of one
+        Videos come at their own size. Deterministic. Raise ValueError for a wrong shape or type, for videos of one
         frame (which the authors' code scores, motion and all), for a prompt without text or with a special token
         of the tokenizer (such as "<image>") in it, and for a score that is not finite.
         """
@@ -251,7 +251,7 @@ class VideoScore:
     def logits(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores, float32 [B, 5], of ``preprocess``ed pixels [B, f, 3, h, w], of one size, and B prompts.
 
-        Differentiable in the pixels. ValueError for a special token in a prompt.
+        Differentiable in the pixels. Raise ValueError for a special token in a prompt.
         """
         device = self.network.score.weight.device
         ids = [self.encode(prompt, pixel_values.shape[1]) for prompt in prompts]

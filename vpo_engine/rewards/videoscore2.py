@@ -69,8 +69,8 @@ _LINES = re.compile(
 def parse(text: str) -> tuple[list[int], list[int]]:
     """Find the three grades of an answer, and where in the text their digits stand.
 
-    Read is what follows the thoughts: the numbered list, or else the lines that the question asks for. ValueError for
-    any other text, and for grades outside 1..5.
+    Read is what follows the thoughts: the numbered list, or else the lines that the question asks for. Raise
+    ValueError for any other text, and for grades outside 1..5.
     """
     thoughts, mark, _ = text.rpartition("</think>")
     start = len(thoughts) + len(mark)
@@ -113,7 +113,7 @@ class VideoScore2:
         fps: float = 24.0,
         max_new_tokens: int = 1024,
     ) -> VideoScore2:
-        """Load a local folder in the published layout; nothing is downloaded. Errors as of ``QwenJudge``."""
+        """Load a local folder in the published layout; nothing is downloaded. Errors are those of ``QwenJudge``."""
         judge = QwenJudge.from_pretrained(
             path, dtype=dtype, device=device, name=NAME, max_new_tokens=max_new_tokens, remedy=REMEDY
         )
@@ -122,8 +122,8 @@ class VideoScore2:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3], F at least 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
-        One answer after the other. ValueError for a wrong shape or type, for a prompt without text or with a special
-        token in it, for an answer without an end and for one that does not parse.
+        One answer after the other. Raise ValueError for a wrong shape or type, for a prompt without text or with a
+        special token in it, for an answer without an end and for one that does not parse.
         """
         check_videos(videos, prompts)
         check_prompts(prompts, NAME)

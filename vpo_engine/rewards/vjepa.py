@@ -51,7 +51,7 @@ PARTS = ("encoder", "target_encoder", "predictor")
 STRIDE = 4
 """Frames from one scored frame to the next in training."""
 BLOCKS = ((8, 0.15), (2, 0.7))
-"""How many blocks a mask hides, and the share of a frame's patches of each (configs/pretrain/vitl16.yaml)."""
+"""The number of blocks that a mask hides, and each one's share of a frame's patches (configs/pretrain/vitl16.yaml)."""
 ASPECT_RATIOS = (0.75, 1.5)
 Masks = Sequence[tuple[Tensor, Tensor]]
 """Patches in sight and hidden, int64 [B, K] and [B, M], for each of the predictor's mask tokens."""
@@ -156,7 +156,7 @@ class VJepaNetwork(nn.Module):
         self.predictor = Published(Predictor(config))
 
     def targets(self, clips: Tensor) -> Tensor:
-        """Return what is to be predicted of normalised clips [B, 3, T, H, W], float32 [B, N, D] of unit variance."""
+        """Return the features to predict for normalised clips [B, 3, T, H, W], float32 [B, N, D] of unit variance."""
         features = self.target_encoder(clips).float()
         return F.layer_norm(features, features.shape[-1:])
 
@@ -180,7 +180,7 @@ class VJepaNetwork(nn.Module):
 def frame_indices(num_frames: int, count: int, stride: int = STRIDE) -> list[int]:
     """Return ``count`` frames ``stride`` apart, less where the video is too short for it, around its middle.
 
-    ValueError for fewer frames than ``count``.
+    Raise ValueError for fewer frames than ``count``.
     """
     check_enough_frames(num_frames, count, NAME)
     stride = min(stride, (num_frames - 1) // max(count - 1, 1))
@@ -192,7 +192,7 @@ def draw_masks(grid: tuple[int, int, int], generator: torch.Generator) -> Masks:
     """Draw patches in sight [1, K] and hidden [1, M], ascending, for each entry of BLOCKS.
 
     A mask hides blocks of one size, over all frames, at random places; one that hides everything is drawn again.
-    ValueError where that does not end, on grids too small for it.
+    Raise ValueError where that does not end, on grids too small for it.
     """
     depth, height, width = grid
     masks = []
@@ -253,7 +253,7 @@ class VJepa:
 
         A model.safetensors with the checkpoint's keys ("encoder.module.backbone.norm.bias") is preferred. A
         config.json with VJepaConfig's fields describes sizes other than the published ones; model.safetensors without
-        one is a ViT-L/16. FileNotFoundError for a missing file, ValueError for files of another model.
+        one is a ViT-L/16. Raise FileNotFoundError for a missing file, ValueError for files of another model.
         """
         folder = local_folder(folder, REMEDY)
         path = next((folder / name for name in (WHOLE[0], *CHECKPOINTS) if (folder / name).is_file()), None)
@@ -272,8 +272,8 @@ class VJepa:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3]; return {"vjepa": float32 [B]}, at most 0, on the CPU.
 
-        The prompts are only counted. ValueError for a wrong shape or type, for too few frames and for a score that is
-        not finite.
+        The prompts are only counted. Raise ValueError for a wrong shape or type, for too few frames and for a score
+        that is not finite.
         """
         check_videos(videos, prompts)
         device = next(self.network.parameters()).device
@@ -290,7 +290,7 @@ class VJepa:
 
         Return {"vjepa": float32 [B]} on the network's device, with gradients.
 
-        Of uint8 levels / 255 this is ``score``. ValueError as there.
+        For uint8 levels / 255 it equals ``score``. Errors are the same.
         """
         check_video_pixels(videos, prompts)
         frames = videos[:, self._frames(videos.shape[1])].to(next(self.network.parameters()).device)

@@ -60,7 +60,7 @@ class Wire:
         tensors: Mapping[str, Tensor] | None = None,
         deadline: float | None = None,
     ) -> None:
-        """Send a message; tensors may be on any device. ConnectionError where the other side is gone."""
+        """Send a message; tensors may be on any device. Raise ConnectionError where the other side is gone."""
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
         described = [
             {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
@@ -77,8 +77,8 @@ class Wire:
     def receive(self, deadline: float | None = None, most: int | None = None) -> Message:
         """Return the next message, its tensors on the CPU.
 
-        EOFError where the other side has closed the connection, ConnectionError where it was lost, for bytes that are
-        no message, and for more than ``most`` bytes of header or tensors.
+        Raise EOFError where the other side has closed the connection, ConnectionError where it was lost, for bytes
+        that are no message, and for more than ``most`` bytes of header or tensors.
         """
         lengths = bytearray(_LENGTHS.size)
         self._fill(memoryview(lengths), deadline)
@@ -167,7 +167,7 @@ def _of_its_type(fields: Mapping[str, Any]) -> Exception | None:
 
 
 def _allocated(described: Sequence[Mapping[str, Any]], size: int) -> dict[str, Tensor]:
-    """Return empty tensors as a header describes them. ValueError unless they have ``size`` bytes in all."""
+    """Return empty tensors as a header describes them. Raise ValueError unless they have ``size`` bytes in all."""
     tensors = {
         str(each["name"]): torch.empty(each["shape"], dtype=_dtype(each["dtype"]), device="meta")
         for each in described

@@ -1,4 +1,4 @@
-"""How many candidates go through a network at once: in batches of a limited size, halved once if memory runs out."""
+"""Batches of candidates that go through a network at once; their size is limited, and halved if memory runs out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Batch:
 
     @property
     def index(self) -> tuple[slice, slice]:
-        """The batch's part of a tensor [P, N, ...]."""
+        """Return the index of the batch's part in a tensor [P, N, ...]."""
         return as_slice(self.prompts), as_slice(self.candidates)
 
     def split(self, size: int | None) -> list[Batch]:
@@ -54,7 +54,7 @@ class Batches:
     """
 
     def __init__(self, size: int | None, say: Callable[[str], None] = print) -> None:
-        """``size``: None computes all candidates of a step at once. ``say`` is told when the size is halved."""
+        """Set the limit; None computes all candidates of a step at once. ``say`` is told when the size is halved."""
         self.size = size
         self._say = say
         self._halved = False

@@ -18,7 +18,7 @@ class PairRecorder:
     """Write the choices of a run's steps; the first process of every team has a recorder."""
 
     def __init__(self, config: Config, folder: Path, rank: int) -> None:
-        """``folder``: where the run keeps its preference dataset."""
+        """Write to ``folder``, where the run keeps its preference dataset."""
         self._seed = config.seed
         self._with_latents = config.pairs.dataset == "latents"
         self._writer = DatasetWriter(folder, rank)
@@ -66,9 +66,10 @@ class StoredPairs:
     """
 
     def __init__(self, path: Path, min_gap: float = 0.0) -> None:
-        """``path``: see ``read_dataset``. Pairs with gaps of at most ``min_gap`` are ties, as are those that were.
+        """Read a dataset; for ``path`` see ``read_dataset``. Pairs with gaps of at most ``min_gap`` are ties, and so
+        are those that were ties when they were stored.
 
-        ValueError for a dataset without any other, or without their latents.
+        Raise ValueError for a dataset without any other, or without their latents.
         """
         self._pairs = list(read_dataset(path))
         self._min_gap = min_gap
@@ -96,8 +97,8 @@ class StoredPairs:
     ) -> list[Choice]:
         """Return the stored choices of prompts of this stream, each of the winner and the loser alone.
 
-        Latents are [*latent_shape] on ``device``, and empty where a pair is a tie. ValueError if the stored ones are of
-        another shape.
+        Latents are [*latent_shape] on ``device``, and empty where a pair is a tie. Raise ValueError if the stored
+        ones are of another shape.
         """
         return [self._choice(prompt, tuple(latent_shape), device) for prompt in prompts]
 

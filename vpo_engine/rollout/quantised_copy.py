@@ -25,7 +25,7 @@ class SamplingCopy:
     """
 
     def __init__(self, policy: nn.Module, bits: Bits) -> None:
-        """ValueError for a policy without linear layers in transformer blocks."""
+        """Make the copy. Raise ValueError for a policy without linear layers in transformer blocks."""
         linears = block_linears(policy)
         if not linears:
             raise ValueError(
@@ -38,7 +38,7 @@ class SamplingCopy:
         self.network: nn.Module = copy.deepcopy(policy, memo).eval()
 
     def refresh(self) -> None:
-        """Becomes the policy as it is now, rounded."""
+        """Round the policy's weights as they are now into the copy."""
         for layer in self._layers:
             layer.refresh()
 
@@ -48,7 +48,7 @@ class SamplingCopy:
 
     @property
     def nbytes(self) -> int:
-        """Held beside the policy."""
+        """Return the bytes that the copy holds beside the policy."""
         return sum(layer.codes.nbytes + layer.scales.nbytes for layer in self._layers)
 
 
@@ -79,7 +79,7 @@ class QuantisedLinear(nn.Module):
         self.scales.copy_(scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out], in the dtype in which nn.Linear would answer."""
+        """Map [..., in] to [..., out], in the dtype that nn.Linear would return."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         codes, scales = rounded(x.flatten(0, -2), self._bits)
@@ -91,7 +91,7 @@ class QuantisedLinear(nn.Module):
 
 
 def rounded(x: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """8-bit codes of x [rows, n] and a scale for each row, float32 [rows]: x is about codes * scale.
+    """Return 8-bit codes of x [rows, n] and a scale for each row, float32 [rows]: x is about codes * scale.
 
     A row with a value that is not finite has a scale that is not finite.
     """
@@ -104,17 +104,17 @@ def rounded(x: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
 
 
 def multiplied(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor) -> Tensor:
-    """Codes x [rows, in] times codes weight [out, in] and their scales, in float32: [rows, out]."""
+    """Multiply codes x [rows, in], codes weight [out, in] and their scales in float32; return [rows, out]."""
     return F.linear(x.float(), weight.float()) * x_scales[:, None] * weight_scales
 
 
 def int8_product(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor) -> Tensor:
-    """As ``multiplied``, of int8; the sums are exact."""
+    """Do what ``multiplied`` does, for int8 codes; the sums are exact."""
     return torch._int_mm(x, weight.t()).float() * x_scales[:, None] * weight_scales
 
 
 def fp8_product(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor) -> Tensor:
-    """As ``multiplied``, of float8_e4m3fn; rounded to bfloat16."""
+    """Do what ``multiplied`` does, for float8_e4m3fn codes; the result is rounded to bfloat16."""
     return torch._scaled_mm(
         x,
         weight.t(),
@@ -126,7 +126,7 @@ def fp8_product(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tens
 
 
 PRODUCTS = {"int8": int8_product, "fp8": fp8_product}
-"""What GPUs have; a CPU computes them too, without gain."""
+"""The products of 8-bit matrices that GPUs have; a CPU computes them too, without gain."""
 
 
 def _has_8_bit_product(bits: Bits, x: Tensor, weight: Tensor) -> bool:

@@ -19,15 +19,15 @@ from vpo_engine.values import Candidate, Prompt, stacked_embeddings
 from vpo_engine.video_model import VideoModel
 
 Scores = dict[str, Tensor]
-"""{dimension: float32 [...]}."""
+"""Scores by dimension: {dimension: float32 [...]}."""
 Decode = Callable[[Tensor], Tensor]
-"""Latents [B, C, T, H, W] to videos, uint8 [B, F, Hpx, Wpx, 3]."""
+"""A function that turns latents [B, C, T, H, W] into videos, uint8 [B, F, Hpx, Wpx, 3]."""
 Score = Callable[[Tensor, Sequence[str]], Scores]
-"""Videos and their B prompts to scores [B]."""
+"""A function of videos and their B prompts that returns their scores [B]."""
 Sampled = Callable[[Batch, Tensor], None]
-"""Is given a batch as soon as it is sampled, with the latents to be scored, [B, C, T, H, W]."""
+"""A function that is given each batch as soon as it is sampled, with the latents to be scored, [B, C, T, H, W]."""
 Extremes = Callable[[Scores, int], Tensor]
-"""Scores [P, N] and how many to keep, to the numbers [P, keep], ascending, of the best and worst candidates."""
+"""A function of scores [P, N] and ``keep`` that returns the numbers [P, keep], ascending, of the best and the worst."""
 
 
 class CandidateSampler:
@@ -52,10 +52,11 @@ class CandidateSampler:
         extremes: Extremes,
         team: Processes,
     ) -> None:
-        """``networks``: what predicts in the first pass, and in the second where there is one.
+        """``networks``: the networks that predict in the first pass, and in the second if there is one.
 
-        ``prepare``: is called before every rollout. ``start``: the model's. ``denoise``: a ``Denoiser``. ``overlapped``
-        and ``score``: of a ``VideoScorer``. All may be wrapped, to be timed for example. ``extremes``: the selector's.
+        ``prepare``: is called before every rollout. ``start``: the model's method. ``denoise``: a ``Denoiser``.
+        ``overlapped`` and ``score``: of a ``VideoScorer``. All may be wrapped, to be timed for example.
+        ``extremes``: the selector's method.
         ``team``: the processes that share the candidates of every prompt; each samples and scores an equal part.
         """
         self._config, self._seed, self._shape = config, seed, tuple(latent_shape)

@@ -20,7 +20,7 @@ class Series:
     label: str
     points: Sequence[Point]
     colour: int
-    """1 to 6."""
+    """The number of the line's colour, 1 to 6."""
     noisy: bool = False
 
 
@@ -31,7 +31,7 @@ class Chart:
     title: str
     series: Sequence[Series]
     note: str = ""
-    """What to look for, in a few words."""
+    """A hint, in a few words, about what to look for."""
     baseline: tuple[float, str] | None = None
     """A value to compare with, and its name."""
     percent: bool = False

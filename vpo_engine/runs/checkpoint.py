@@ -70,7 +70,7 @@ def save_checkpoint(
     keep: how many of the newest checkpoints to keep, this one included. Once this one is in place, older ones are
     deleted, and so are those of later steps, since the run was resumed from a step before them.
 
-    CheckpointError if the disk is full; the unfinished checkpoint is then removed.
+    Raise CheckpointError if the disk is full; the unfinished checkpoint is then removed.
     """
     if keep < 1:
         raise ValueError(
@@ -124,7 +124,7 @@ def newest_complete(folder: Path, *, before: int | None = None) -> Path | None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, after checking every file's size and SHA-256 against the manifest.
 
-    ValueError for a missing, truncated or altered file; it names the file and the checkpoint to use instead.
+    Raise ValueError for a missing, truncated or altered file; it names the file and the checkpoint to use instead.
     """
     try:
         manifest = _read_manifest(path)

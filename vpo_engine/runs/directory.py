@@ -13,7 +13,7 @@ CONFIG_NAME = "config.yaml"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run, as laid out in docs/architecture.md ("What a run directory holds")."""
+    """Paths of one run, as laid out in docs/run_directory.md."""
 
     root: Path
 

@@ -21,7 +21,7 @@ _FIRST_PIXELS = 800_000
 
 @dataclass(frozen=True)
 class FrameSheet:
-    """One clip as an image: frame i is at column ``i % columns``, row ``i // columns``."""
+    """A clip as one image: frame i is at column ``i % columns``, row ``i // columns``."""
 
     url: str
     """``data:`` URL of a PNG, which keeps every pixel, or of a WebP."""
@@ -37,7 +37,7 @@ class FrameSheet:
 def make_frame_sheet(video: Tensor, budget: int) -> FrameSheet:
     """Make an image of at most ``budget`` bytes of a clip, uint8 [F, H, W, 3]; reduce the frames if necessary.
 
-    AssertionError if even frames of a few pixels do not fit; a budget must be at least some kilobytes.
+    Raise AssertionError if even frames of a few pixels do not fit; a budget must be at least some kilobytes.
     """
     height, width = video.shape[1], video.shape[2]
     data = _encode(video, "PNG", optimize=True) if video.numel() <= 8 * budget else b""

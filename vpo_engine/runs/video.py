@@ -59,7 +59,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = 256) ->
 def read_video(path: Path) -> tuple[Tensor, float]:
     """Read the frames, uint8 [F, H, W, 3], and the frames per second of a video file's first video stream.
 
-    ValueError for a file without readable video.
+    Raise ValueError for a file without readable video.
     """
     try:
         with av.open(str(path)) as container:

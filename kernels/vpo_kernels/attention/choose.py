@@ -55,7 +55,7 @@ def choose_attention(
 
 
 def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
-    """Return what ``auto`` means."""
+    """Return the backend that ``auto`` means."""
     if device.type != "cuda":
         return Choice("sdpa", f"{device.type}; {', '.join(PACKAGES)} need a CUDA device")
     major, minor = torch.cuda.get_device_capability(device)

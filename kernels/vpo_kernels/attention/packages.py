@@ -54,7 +54,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Offsets:
-    """Where samples begin, int32 [B + 1] with the total last, and the longest sample, for queries and for text."""
+    """The places where samples begin, int32 [B + 1] with the total last, and the longest sample, for queries and
+    text."""
 
     queries: Tensor
     text: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
 PerPair = float | Tensor
-"""One number for all pairs, or a tensor [P] of any float dtype."""
+"""A number for all pairs, or a tensor [P] of any float dtype."""
 WinnerLoser = tuple[Tensor, Tensor]
 """A tensor [P, ...] of the winners, and one of the losers."""
 
@@ -100,7 +100,7 @@ class Forward(NamedTuple):
 
 
 class GradientInputs(NamedTuple):
-    """What the gradient is computed from: what forward saved, and the gradient of the loss."""
+    """The inputs of the gradient: the tensors that forward saved, and the gradient of the loss."""
 
     policy: WinnerLoser
     target: WinnerLoser

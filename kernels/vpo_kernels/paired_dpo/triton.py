@@ -43,7 +43,7 @@ _PerPairArguments = tuple[float, tuple[Tensor, int] | None]
 
 @dataclass(frozen=True)
 class Launches:
-    """How the kernels are launched. Their time depends on it, their results do not."""
+    """The configuration of the kernels' launches. Their time depends on it, their results do not."""
 
     sums_warps: int
     finish_warps: int

@@ -64,7 +64,7 @@ def _load(view, sizes, pair, lane, inside, dtype: tl.constexpr):
 
 @kernel_part
 def _counted(mask, sizes, pair, lane, inside):
-    """Return which elements exist and count."""
+    """Return a mask of the elements that exist and that the loss counts."""
     if mask is not None:
         inside = inside & (tl.load(_address(mask, sizes, pair, lane), mask=inside, other=0) != 0)
     return inside

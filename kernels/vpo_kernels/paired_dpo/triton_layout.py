@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 View = tuple[Tensor, int, tuple[int, ...]]
-"""Pointer; elements between pairs; strides inside a sample, or () where its elements lie one after the other."""
+"""A pointer, the elements between pairs, and strides inside a sample (() if its elements lie one after the other)."""
 
 
 def _contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:

@@ -26,7 +26,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernels are launched. tile: positions of a program. packed: problems of it. block: channels, padded."""
+    """The configuration of a launch. tile: positions of a program. packed: its problems. block: channels, padded."""
 
     tile: int
     packed: int

@@ -106,7 +106,7 @@ def measure(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Compute MEASURES of uint8 clips [B, F, H, W, 3], F >= 3, with captions of sprites: {name: float32 [B]}.
 
     displacement is the least-squares velocity times (F - 1), so it is exact for constant speed. jitter uses three
-    consecutive frames that all show a sprite. ValueError for other shapes, types or captions.
+    consecutive frames that all show a sprite. Raise ValueError for other shapes, types or captions.
     """
     if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or videos.shape[1] < 3:
         raise ValueError(

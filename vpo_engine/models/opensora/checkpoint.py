@@ -40,8 +40,8 @@ def load_strict(module: nn.Module, path: str | Path, dtype: torch.dtype | None =
 
     path: a .safetensors or .bin file, or a folder with model.safetensors, pytorch_model.bin, or an index of shards of
     either. Parameters keep their device and dtype; those on the meta device become tensors on the CPU, in ``dtype`` or
-    else in the file's. FileNotFoundError where a file is missing; ValueError where one is damaged or does not fit, and
-    then the module is as it was.
+    else in the file's. Raise FileNotFoundError where a file is missing; ValueError where one is damaged or does not
+    fit, and then the module is as it was.
     """
     remedy = f"check that the weights and {CONFIG} belong together"
     model = type(module).__name__

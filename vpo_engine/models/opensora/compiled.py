@@ -1,4 +1,4 @@
-"""STDiT3's blocks through torch.compile, for sampling. Modules stay as they are, so training computes as before."""
+"""Compile STDiT3's blocks with torch.compile, for sampling. Modules stay as they are; training computes as before."""
 
 from __future__ import annotations
 

@@ -255,7 +255,7 @@ class OpenSora(BaseModel):
 
     @property
     def decoders(self) -> Sequence[nn.Module]:
-        """What decodes a micro-batch of frames, whole or in strips, and a chunk of latents."""
+        """Return the modules that decode a micro-batch of frames, whole or in strips, and a chunk of latents."""
         images = self.vae.spatial_vae
         return [images.module.decoder, images.strips, self.vae.temporal_vae.decoder]
 

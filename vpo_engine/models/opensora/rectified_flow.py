@@ -18,7 +18,7 @@ from vpo_engine.models.guidance import mixed
 from vpo_engine.models.solvers import EulerFlow
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(z [B, C, T, H, W], t [B]) to the velocity [B, C, T, H, W]."""
+"""A function of z [B, C, T, H, W] and t [B] that predicts the velocity [B, C, T, H, W]."""
 
 BASE_PIXELS = 512 * 512
 
@@ -43,7 +43,7 @@ class RectifiedFlow:
     geometry_dtype: torch.dtype = torch.float32
 
     def timestep_transform(self, t: Tensor, height: float, width: float, num_frames: int) -> Tensor:
-        """Map times of a 512 x 512 image, of any shape, to times that look equally noisy at this size.
+        """Map times, of any shape, of a 512 x 512 image to times that look equally noisy at this size.
 
         With r = sqrt(height * width / 512^2) * sqrt(frames) * transform_scale, where frames is 1 for an image
         and floor(num_frames / 17) * 5 otherwise: u -> r * u / (1 + (r - 1) * u), u = t / num_timesteps.
@@ -115,7 +115,7 @@ class RectifiedFlow:
 def null_captions(text: Tensor, null_embedding: Tensor) -> Tensor:
     """Return as many null captions as there are captions in ``text`` [P, L, D], of the same shape and dtype.
 
-    null_embedding: [max length, D]. ValueError for text longer than the null caption.
+    null_embedding: [max length, D]. Raise ValueError for text longer than the null caption.
     """
     length = text.shape[1]
     if null_embedding.shape[0] < length:

@@ -1,4 +1,4 @@
-"""Keep what the steps of one sampling loop share, so that it is computed once."""
+"""Keep the values that all steps of one sampling loop share, so that they are computed once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Reuse:
 
     @property
     def filled(self) -> bool:
-        """Whether the first call was made."""
+        """Return whether the first call was made."""
         return self._constants is not None
 
     def constants(self, owner: object, text: Tensor, rows: int, make: Callable[[], Constants]) -> Constants:

@@ -40,7 +40,7 @@ from vpo_engine.models.opensora.reuse import Constants, Reuse
 from vpo_engine.models.opensora.stdit3_config import STDiT3Config
 
 _CACHE_ENTRIES = 4
-"""How many position embeddings, and how many layouts of captions, are kept on the device."""
+"""The number of position embeddings, and of layouts of captions, that are kept on the device."""
 
 
 class STDiT3(nn.Module):
@@ -84,12 +84,12 @@ class STDiT3(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The dictionary that ``from_config`` takes."""
+        """Return the dictionary that ``from_config`` takes."""
         return self.settings.to_dict()
 
     @property
     def num_trainable(self) -> int:
-        """The number of parameters that train."""
+        """Return the number of parameters that train."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     @property
@@ -100,12 +100,12 @@ class STDiT3(nn.Module):
     def choose_backends(
         self, attention: AttentionName = "auto", fused_ops: FusedOpsBackend = "auto", *, dtype: torch.dtype
     ) -> Choice:
-        """Choose what computes from now on; return the choice of attention, with its reason.
+        """Choose the implementations that compute from now on; return the choice of attention, with its reason.
 
         attention: as for ``vpo_kernels.attention.choose_attention``. fused_ops: backend of the modulated norm,
         the gated residual, the query-key norm with rope, and, where its kernel is taken, of temporal attention.
-        dtype: of the arithmetic, so that of autocast where the network will run under it. ValueError for what
-        does not run on the weights' device.
+        dtype: that of the arithmetic, which is autocast's where the network will run under it. Raise ValueError for an
+        implementation that does not run on the weights' device.
         """
         weight = self.x_embedder.proj.weight
         head_dim = self.settings.hidden_size // self.settings.num_heads

@@ -67,7 +67,8 @@ class STDiT3Config:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> STDiT3Config:
-        """Build it from the contents of config.json. ValueError for an unknown key or another model's file."""
+        """Build the configuration from the contents of config.json. Raise ValueError for an unknown key or another
+        model's file."""
         if config.get("model_type", "STDiT3") != "STDiT3":
             raise ValueError(f"config.json says model_type={config['model_type']!r}, expected 'STDiT3'")
         known = {field.name for field in fields(cls)}

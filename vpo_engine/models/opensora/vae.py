@@ -1,8 +1,8 @@
 """The Open-Sora 1.2 VAE: an image autoencoder frame by frame, then a causal temporal one over its latents.
 
 Numbers, chunking and noise order follow ``opensora/models/vae/vae.py`` of Open-Sora v1.2.0; state-dict keys
-are the published ones (``scale``, ``shift``, ``spatial_vae.module.*``, ``temporal_vae.*``). Nothing here
-stops gradients: callers that want none say ``torch.no_grad()``.
+are the published ones (``scale``, ``shift``, ``spatial_vae.module.*``, ``temporal_vae.*``). Gradients flow through all
+of it; callers that want none use ``torch.no_grad()``.
 
 Shape letters: B clips, F frames of H x W pixels, C latent channels, T latent frames of h x w.
 """
@@ -165,7 +165,7 @@ class OpenSoraVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> OpenSoraVAE:
-        """A local copy of hpcai-tech/OpenSora-VAE-v1.2: config.json, model.safetensors; its dtype is kept."""
+        """Load a local copy of hpcai-tech/OpenSora-VAE-v1.2: config.json, model.safetensors; its dtype is kept."""
         config = load_config(folder)
         with torch.device("meta"):
             vae = cls.from_config(config)
@@ -174,12 +174,12 @@ class OpenSoraVAE(nn.Module):
 
     @property
     def spatial_factor(self) -> int:
-        """The pixels per latent pixel along one axis: 8 as published."""
+        """Return the pixels per latent pixel along one axis: 8 as published."""
         return self.spatial_vae.factor
 
     @property
     def temporal_factor(self) -> int:
-        """The frames per latent frame within a chunk: 4 as published."""
+        """Return the frames per latent frame within a chunk: 4 as published."""
         return self.temporal_vae.config.factor
 
     def chunks(self, num_frames: int) -> list[int]:

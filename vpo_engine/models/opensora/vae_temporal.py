@@ -57,7 +57,7 @@ class TemporalConfig:
 
     @property
     def factor(self) -> int:
-        """The number of frames per latent."""
+        """Return the number of frames per latent."""
         return int(2 ** sum(self.temporal_downsample))
 
 
