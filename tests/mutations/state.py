@@ -53,7 +53,7 @@ MUTATIONS = [
         "return self.network(*args, **kwargs)",
         "[m.enable_adapters(False) for m in self.network.modules() if hasattr(m, 'enable_adapters')]\n"
         "            return self.network(*args, **kwargs)",
-        ("tests/test_lora.py::test_the_margin_is_zero_right_after_a_refresh_and_not_before",),
+        ("tests/test_lora_runs.py::test_the_margin_is_zero_right_after_a_refresh_and_not_before",),
     ),
     (
         "the last refresh forgotten",
