@@ -181,6 +181,15 @@ def _add_chunks(
 
 
 @triton.jit
+def _loser_scale(sums, pair, exist, mu, SUMS: tl.constexpr):
+    """Return the factor of the loser's gradient (Diffusion-SDPO), from the pairs' sums 2 and 3, in float64."""
+    aa = tl.load(sums + pair * SUMS + 2, mask=exist, other=0.0)
+    ab = tl.load(sums + pair * SUMS + 3, mask=exist, other=0.0)
+    bound = (1.0 - mu) * aa / tl.where(ab > 0, ab, 1.0)
+    return tl.where(ab > 0, tl.where(bound > 1, 1.0, bound), 1.0)
+
+
+@triton.jit
 def finish(
     loss,  # scalar, ARITHMETIC
     margin,  # [P], ARITHMETIC
@@ -230,10 +239,7 @@ def finish(
             loss_of_pair += anchor * (tl.load(sums + pair * SUMS + 2, mask=exist, other=0.0) / divisor)
             winner += anchor * push
         if SCALED:
-            aa = tl.load(sums + pair * SUMS + 2, mask=exist, other=0.0)
-            ab = tl.load(sums + pair * SUMS + 3, mask=exist, other=0.0)
-            bound = (1.0 - mu) * aa / tl.where(ab > 0, ab, 1.0)
-            loser *= tl.where(ab > 0, tl.where(bound > 1, 1.0, bound), 1.0)
+            loser *= _loser_scale(sums, pair, exist, mu, SUMS)
         losses += tl.where(exist, pair_weight * loss_of_pair, 0.0)
         tl.store(margin + pair, z.to(ARITHMETIC), mask=exist)
         tl.store(winner_error_change + pair, change_w.to(ARITHMETIC), mask=exist)
