@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("vpo_engine", "kernels", "tests", "configs", "examples", "pyproject.toml")
+COPIED = ("vpo_engine", "kernels", "tests", "bench", "configs", "examples", "pyproject.toml")
 STARTED = ("vpo_engine.train", "pytest", "torch.testing")
 """Modules whose imports from outside of the tree are made once, before the children are forked."""
 WHOLE = "(the tree as it is)"
@@ -124,7 +124,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> None:
     os.environ |= {"PYTHONPATH": os.pathsep.join(places), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     first = _FirstFailure()
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=0", f"--rootdir={tree}"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={tree}"]
     code = int(pytest.main([*options, *tests], plugins=[first]))
     module = sys.modules.get("vpo_engine")
     own = module is None or str(getattr(module, "__file__", tree)).startswith(str(tree))

@@ -151,13 +151,6 @@ MUTATIONS = [
         REPLAY,
     ),
     (
-        "previews taken for the candidates",
-        SAMPLER,
-        "made.latents[row, place]",
-        "made.preview[row, place]",
-        ("tests/rollout", "-k", "sampl"),
-    ),
-    (
         "noise of all prompts mixed among them",
         SAMPLER,
         "tensor.unflatten(0, (len(prompts), -1)))",

@@ -5,7 +5,6 @@ from mutations.tests_of import FAULTS, LEARNING, OPENSORA, RANDOMNESS, REPLAY, R
 DPO = "vpo_engine/objectives/dpo.py"
 OPTIMIZER = "vpo_engine/memory/optimizer.py"
 SEEDING = "vpo_engine/seeding.py"
-PROCESSES = "vpo_engine/distributed/processes.py"
 OPENSORA_MODEL = "vpo_engine/models/opensora/model.py"
 FLOW = "vpo_engine/models/opensora/rectified_flow.py"
 
@@ -218,13 +217,6 @@ MUTATIONS = [
         LEARNING,
     ),
     (
-        "weights left out of a micro-batch with one of 1",
-        DPO,
-        "(weights == 1).all()",
-        "(weights[0] == 1)",
-        REPLAY,
-    ),
-    (
         "weights left out of a micro-batch that has one of about 1",
         DPO,
         "(weights == 1).all()",
@@ -357,7 +349,6 @@ MUTATIONS = [
         RANDOMNESS,
     ),
     ("the seed ignored", SEEDING, "repr((seed, *key))", "repr((0, *key))", RANDOMNESS),
-    ("gradients summed over processes", PROCESSES, "flat /= self.count", "pass", TWO),
     (
         "time rounded for the policy alone",
         OPENSORA_MODEL,

@@ -207,6 +207,7 @@ def _toy_parts(recording: Recording, reward: ToyReward) -> Iterator[None]:
         "vpo_engine.trainer.matrix_rate": lambda *_: 1.0,
         "vpo_engine.trainer.write_report": lambda run: run.root,
         "vpo_engine.rewards.guards.motion": toy_motion,
+        "vpo_engine.distributed.processes._BUCKET_ELEMENTS": 600,  # several buckets of gradients
         "vpo_engine.runs.log.RunLog._tensorboard": lambda _: mock.MagicMock(),
     }
     with ExitStack() as stack:
