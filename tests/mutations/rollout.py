@@ -42,7 +42,7 @@ MUTATIONS = [
         SAMPLER,
         "(begun if self._config.explore is not None else made)",
         "begun",
-        REPLAY,
+        SAMPLERS,
     ),
     (
         "later attempts reuse the first noise",
@@ -105,13 +105,6 @@ MUTATIONS = [
         SAMPLER,
         "sampled(batch, made.preview if run.previews else made.latents)",
         "sampled(batch, made.latents)",
-        REPLAY,
-    ),
-    (
-        "previews scored after the last pass, too",
-        SAMPLER,
-        "self._second = Pass(networks[1], exact)",
-        "self._second = Pass(networks[1], exact, previews=True)",
         REPLAY,
     ),
     (
@@ -253,7 +246,7 @@ MUTATIONS = [
         BATCHES,
         "waiting = parts + waiting",
         "waiting = waiting + parts",
-        REPLAY,
+        ("tests/rollout/test_rollout_memory.py",),
     ),
     (
         "a last small batch left out",

@@ -86,6 +86,13 @@ CASES: dict[str, tuple[str, ...]] = {
         "rollout.candidates=4",
         "pairs.resample=1",
     ),
+    "no worse in two dimensions of three": (
+        "steps=3",
+        "pairs.rule=pareto",
+        "reward.dimensions=[visual_quality, text_alignment]",
+        "rollout.candidates=4",
+        "pairs.gap_power=1",
+    ),
     "one pair a step": (
         "steps=11",
         "pairs_per_step=1",
