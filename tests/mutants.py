@@ -2,9 +2,11 @@
 
     python tests/mutants.py [NAME ...] [--jobs 2] [--list]
 
-A NAME selects all mutations whose name contains it. The command first runs the selected tests on the tree as it is:
-they must pass. It exits with 1 if a mutation survives, or is stale: its old text must be found exactly once in its
-file (spaces, line breaks and a trailing comma aside). The lists are in ``mutations/`` beside this file.
+A NAME selects all mutations whose name contains it; without one all are tried. First the tests of the selected
+mutations run on the tree as it is, and must pass. Then each mutation is applied to a copy, its tests run, and a line
+says which test failed. The exit code is 1 if a mutation survives, which means that no test failed, or if one is stale:
+its old text must occur exactly once in its file (spaces, line breaks and a trailing comma aside). Nothing is tried
+before all selected mutations fit. The lists are in ``tests/mutations``.
 
 One process imports torch and whatever else comes from outside of the tree. It forks a child for each mutation, which
 then takes seconds.
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("vpo_engine", "kernels", "tests", "configs", "examples", "pyproject.toml")
+COPIED = ("vpo_engine", "kernels", "tests", "bench", "configs", "examples", "pyproject.toml")
 STARTED = ("vpo_engine.train", "pytest", "torch.testing")
 """Modules whose imports from outside of the tree are made once, before the children are forked."""
 WHOLE = "(the tree as it is)"
@@ -76,7 +78,10 @@ def mutated(source: str, mutation: Mutation) -> str:
         re.finditer(r"(?<!\w)" + r"\s*".join(parts) if tokens[0][0].isalnum() else r"\s*".join(parts), source)
     )
     if len(found) != 1:
-        raise StaleError(f"{mutation.name}: the old text is {len(found)} times in {mutation.file}")
+        raise StaleError(
+            f"{mutation.name}: its old text occurs {len(found)} times in {mutation.file}, expected once; adapt it to "
+            "the code as it is now"
+        )
     (place,) = found
     result = source[: place.start()] + mutation.new + source[place.end() :]
     compile(result, mutation.file, "exec")
@@ -124,7 +129,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> None:
     os.environ |= {"PYTHONPATH": os.pathsep.join(places), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     first = _FirstFailure()
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=0", f"--rootdir={tree}"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={tree}"]
     code = int(pytest.main([*options, *tests], plugins=[first]))
     module = sys.modules.get("vpo_engine")
     own = module is None or str(getattr(module, "__file__", tree)).startswith(str(tree))
@@ -188,11 +193,7 @@ def work(mutations: Sequence[Mutation], jobs: int) -> list[Result]:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         while waiting or running:
             while waiting and len(running) < jobs:
-                mutation = waiting.pop(0)
-                try:
-                    running.append(start(mutation, Path(folder)))
-                except (StaleError, FileNotFoundError, SyntaxError) as error:
-                    results.append(report(Result(mutation.name, "STALE", str(error))))
+                running.append(start(waiting.pop(0), Path(folder)))
             for job in list(running):
                 ended = os.waitpid(job.pid, os.WNOHANG)[0] != 0
                 late = time.monotonic() - job.started > TIME_LIMIT
@@ -202,28 +203,37 @@ def work(mutations: Sequence[Mutation], jobs: int) -> list[Result]:
                     if late and not ended:
                         os.waitpid(job.pid, 0)
                     running.remove(job)
-                    results.append(report(end(job, not late)))
+                    results.append(end(job, not late))
+                    report(results[-1], f"{len(results)}/{len(mutations)}")
             time.sleep(0.02)
     return results
 
 
-def report(result: Result) -> Result:
+def report(result: Result, place: str) -> None:
+    """Print the line of a mutation; ``place`` says how many are done."""
     said = "killed by" if result.killed else result.verdict
     if result.name == WHOLE:
-        said = "passes" if result.verdict == "SURVIVED" else "fails"
-    print(f"{result.name:<58} {said:<9} {result.by}  ({result.seconds:.1f} s)", flush=True)
-    return result
+        place, said = "", "passes" if result.verdict == "SURVIVED" else "fails"
+    print(f"{place:>7} {result.name:<68} {said:<9} {result.by}  ({result.seconds:.1f} s)", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="parts of names of mutations; default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
-    parser.add_argument("--list", action="store_true", help="print the names, and which are stale")
     parser.add_argument(
-        "--from", dest="source", default="mutations", help="module with another list, MUTATIONS"
+        "names", nargs="*", metavar="NAME", help="part of the names of mutations; default: all"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="how many mutations are tried at a time; default: 2"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names and the stale ones; try none")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        default="mutations",
+        metavar="MODULE",
+        help="take the list MUTATIONS of this module, mutations.step for example; default: all",
     )
     given = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT / "tests"))
@@ -233,8 +243,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no mutation is named like {', '.join(given.names)}")
     if len({one.name for one in everything}) < len(everything):
         parser.error("two mutations have the same name")
+    stale = stale_ones(chosen)
     if given.list:
-        return list_them(chosen)
+        print(*(one.name for one in chosen), sep="\n")
+        print(f"{len(chosen)} mutations, {len(stale)} of them stale")
+    for line in stale:
+        print(f"STALE {line}")
+    if given.list or stale:
+        return 1 if stale else 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     preload()
     tests = tuple(dict.fromkeys(test for one in chosen for test in one.tests))
@@ -266,17 +282,17 @@ def preload() -> None:
                 importlib.import_module(name)
 
 
-def list_them(chosen: Sequence[Mutation]) -> int:
-    stale = 0
+def stale_ones(chosen: Sequence[Mutation]) -> list[str]:
+    """Return what is wrong with each mutation that does not fit the tree."""
+    found = []
     for one in chosen:
         try:
             mutated((ROOT / one.file).read_text(encoding="utf-8"), one)
-            print(one.name)
-        except (StaleError, FileNotFoundError, SyntaxError) as error:
-            stale += 1
-            print(f"STALE {error}")
-    print(f"{len(chosen)} mutations, {stale} of them stale")
-    return 1 if stale else 0
+        except StaleError as error:
+            found.append(str(error))
+        except (FileNotFoundError, SyntaxError) as error:
+            found.append(f"{one.name}: {error}")
+    return found
 
 
 if __name__ == "__main__":

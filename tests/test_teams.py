@@ -176,3 +176,32 @@ def test_candidates_that_cannot_be_shared_equally_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=text):
         small("processes.per_prompt=4", *overrides)
+
+
+def test_teams_are_neighbouring_ranks_with_a_group_and_prompts_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of six processes in teams of two each team has its own group, and members have the same prompts."""
+    monkeypatch.setattr("torch.distributed.new_group", lambda ranks: list(ranks))
+    here = torch.device("cpu")
+    processes = [Processes(rank, 6, here).in_teams(2) for rank in range(6)]
+    assert [one.team.group for one in processes] == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
+    assert [one.team.rank for one in processes] == [0, 1, 0, 1, 0, 1]
+    assert [one.team.first for one in processes] == [True, False] * 3
+    prompts = [one.team_range(9, "pairs_per_step") for one in processes]
+    assert [[*one] for one in prompts[::2]] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert prompts[::2] == prompts[1::2]
+
+
+def test_a_flag_of_one_process_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process has no flag."""
+
+    def reduce(value: Tensor, op: object, group: object) -> None:
+        other = torch.zeros_like(value)
+        kinds = {torch.distributed.ReduceOp.MAX: torch.maximum, torch.distributed.ReduceOp.MIN: torch.minimum}
+        value.copy_(kinds[op](value, other))
+
+    monkeypatch.setattr("torch.distributed.all_reduce", reduce)
+    processes = Processes(0, 2, torch.device("cpu"))
+    assert processes.any(True)
+    assert not processes.any(False)

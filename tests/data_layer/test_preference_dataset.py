@@ -161,3 +161,12 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float values"):
         writer.write(1, [replace(pair(1, 0), gap=float("nan"))])
     assert not list((tmp_path / "preference_dataset").iterdir())
+
+
+def test_a_score_is_found_by_the_number_of_its_candidate() -> None:
+    """After pruning and more candidates for a tie numbers are no places."""
+    numbers = (1, 2, 4, 7)
+    one = replace(
+        pair(1, 0), candidates=numbers, scores={"a": (0.1, 0.2, 0.4, 0.7), "b": (1.0, 2.0, 4.0, 7.0)}
+    )
+    assert [one.score(number) for number in numbers] == [{"a": n / 10, "b": float(n)} for n in numbers]

@@ -14,7 +14,6 @@ from vpo_engine.data.sprites.assets import FLOW, GEOMETRY, load_policy, load_tex
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.model import Geometry, OpenSora
-from vpo_engine.protocols import SamplerSettings
 from vpo_engine.seeding import normal
 
 PROMPTS = ("a red circle moving left", "a yellow triangle moving up")
@@ -42,7 +41,7 @@ def test_a_video_is_sampled_and_decoded_to_its_own_number_of_frames(frames: int)
     assert model.latent_shape[1] == LATENTS[frames]
     noise = normal((2, *model.latent_shape), 0, "rollout", 3)
     text = model.embed(PROMPTS)
-    latents = model.denoise(model.network, noise, text, SamplerSettings(2, 2.0)).latents
+    latents = model.sample(model.network, noise, text, steps=2, guidance=2.0)
     videos = model.decode(latents)
     assert videos.shape == (2, frames, GEOMETRY.height, GEOMETRY.width, 3)
     assert torch.isfinite(latents).all()

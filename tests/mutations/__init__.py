@@ -1,5 +1,13 @@
 """Mistakes that the tests must notice: (name, file, old text, new text, tests). ``tests/mutants.py`` applies them."""
 
-from mutations import rollout, scores, state, step, update
+from mutations import models, rollout, runs, scores, state, step, update
 
-MUTATIONS = [*step.MUTATIONS, *update.MUTATIONS, *rollout.MUTATIONS, *scores.MUTATIONS, *state.MUTATIONS]
+MUTATIONS = [
+    *step.MUTATIONS,
+    *update.MUTATIONS,
+    *rollout.MUTATIONS,
+    *scores.MUTATIONS,
+    *state.MUTATIONS,
+    *models.MUTATIONS,
+    *runs.MUTATIONS,
+]

@@ -6,12 +6,12 @@ from mutations.tests_of import DISK, FAULTS, REPLAY, RESUME
 STORE = "vpo_engine/reference/store.py"
 WEIGHTS = "vpo_engine/reference/weights.py"
 EXACT = "vpo_engine/reference/exact.py"
-MIRROR = "vpo_engine/reference/mirror.py"
+NETWORK = "vpo_engine/reference/network.py"
 STATE = "vpo_engine/run_state.py"
 CHECKPOINT = "vpo_engine/runs/checkpoint.py"
 LOG = "vpo_engine/runs/log.py"
 DATASET = "vpo_engine/data/preference_dataset.py"
-STORED = "vpo_engine/rollout/stored.py"
+STORED = "vpo_engine/rollout/preference_dataset.py"
 PROMPTS = "vpo_engine/data/prompts.py"
 READING = ("tests/data_layer/test_preference_dataset.py", *REPLAY)
 
@@ -34,7 +34,7 @@ MUTATIONS = [
     (
         "an exact matrix is not refreshed",
         EXACT,
-        "self._held = _nothing_moved(self.policy, held.difference if isinstance(held, OrderedDelta) else None)",
+        "self._held = _zero_delta(self.policy, held.difference if isinstance(held, OrderedDelta) else None)",
         "pass",
         FAULTS,
     ),
@@ -42,14 +42,14 @@ MUTATIONS = [
         "an exact matrix forgets how far the policy went",
         EXACT,
         "self._held = delta if fits else reference",
-        "self._held = _nothing_moved(self.policy)",
+        "self._held = _zero_delta(self.policy)",
         FAULTS,
     ),
     ("encoded matrices not restored", STORE, "self._held[name].load(found_parts)", "pass", RESUME),
     ("copied tensors not restored", STORE, 'self._copied[name].copy_(found_parts[""])', "pass", RESUME),
     (
         "a reference without its adapter",
-        MIRROR,
+        NETWORK,
         "return self.network(*args, **kwargs)",
         "[m.enable_adapters(False) for m in self.network.modules() if hasattr(m, 'enable_adapters')]\n"
         "            return self.network(*args, **kwargs)",
@@ -80,7 +80,7 @@ MUTATIONS = [
         "the reference made anew at a resume",
         STATE,
         'algorithm.reference.load_state_dict(dict(tensors["reference"]))',
-        "algorithm.reference.refresh(network)",
+        "algorithm.reference.refresh(algorithm.model.network)",
         RESUME,
     ),
     (
@@ -93,7 +93,7 @@ MUTATIONS = [
     (
         "the policy made anew at a resume",
         STATE,
-        "network.load_state_dict(weights, strict=True)",
+        "algorithm.model.load_policy(policy)",
         "pass",
         RESUME,
     ),
@@ -281,58 +281,94 @@ MUTATIONS = [
     (
         "places of prompts in the file of latents",
         STORED,
-        "row=place.get(row)",
-        "row=row if row in place else None",
+        "rows = {position: row for row, position in enumerate(weights)} if",
+        "rows = {c.prompt.position: row for row, c in enumerate(choices) if not c.tied} if",
         REPLAY,
     ),
     (
-        "stored latents exchanged",
+        "written latents exchanged",
         STORED,
-        "(pool.pick(kept, pairs.winner[kept]), pool.pick(kept, pairs.loser[kept])) if place",
-        "(pool.pick(kept, pairs.loser[kept]), pool.pick(kept, pairs.winner[kept])) if place",
+        "torch.stack([pair.winner.latents for pair in pairs]), torch.stack([pair.loser.latents for pair in pairs])",
+        "torch.stack([pair.loser.latents for pair in pairs]), torch.stack([pair.winner.latents for pair in pairs])",
+        REPLAY,
+    ),
+    (
+        "written winner and loser exchanged",
+        STORED,
+        "winner=choice.winner.number, loser=choice.loser.number",
+        "winner=choice.loser.number, loser=choice.winner.number",
         REPLAY,
     ),
     (
         "places in place of candidate numbers",
         STORED,
-        "numbers[int(pairs.winner[row])]",
-        "int(pairs.winner[row])",
+        "winner=choice.winner.number",
+        "winner=choice.candidates.index(choice.winner)",
         REPLAY,
     ),
     (
-        "selected scores not normalised",
+        "candidates written by their places",
         STORED,
-        "combine(scores, reward.dimensions, reward.normalise)",
-        "combine(scores, reward.dimensions)",
+        "tuple(candidate.number for candidate in choice.candidates)",
+        "tuple(range(len(choice.candidates)))",
         REPLAY,
     ),
-    ("stored weights of ones", STORED, "weight=float(weights[row])", "weight=1.0", REPLAY),
+    ("ties written as pairs", STORED, "kept=not choice.tied", "kept=choice.gap > 0", REPLAY),
+    (
+        "written weights of ones",
+        STORED,
+        "weights.get(choice.prompt.position, 0.0)",
+        "float(choice.prompt.position in weights)",
+        REPLAY,
+    ),
+    (
+        "ties written with a weight",
+        STORED,
+        "weights.get(choice.prompt.position, 0.0)",
+        "weights.get(choice.prompt.position, 1.0)",
+        REPLAY,
+    ),
+    ("the step before written", STORED, "step=step,", "step=step - 1,", REPLAY),
     (
         "stored pairs one place on",
         STORED,
-        "lines = [self._pairs[position % len(self)] for",
-        "lines = [self._pairs[(position + 1) % len(self)] for",
+        "self._pairs[prompt.position % len(self)]",
+        "self._pairs[(prompt.position + 1) % len(self)]",
         REPLAY,
     ),
     (
-        "stored pairs exchanged",
+        "stored prompts one place on",
         STORED,
-        "Pairs(first, first + 1, gap, kept)",
-        "Pairs(first + 1, first, gap, kept)",
+        "range(cursor, cursor + count)",
+        "range(cursor + 1, cursor + count + 1)",
         REPLAY,
     ),
     (
-        "stored latents of the first pairs",
+        "stored winner and loser exchanged",
         STORED,
-        "index_copy(0, kept.nonzero().squeeze(1), members)",
-        "index_copy(0, torch.arange(len(members)), members)",
+        "winner, loser, stored.gap, tied",
+        "loser, winner, stored.gap, tied",
+        REPLAY,
+    ),
+    (
+        "stored latents exchanged",
+        STORED,
+        "zip((stored.winner, stored.loser), latents, strict=True)",
+        "zip((stored.winner, stored.loser), latents[::-1], strict=True)",
         REPLAY,
     ),
     (
         "stored ties trained on",
         STORED,
-        "return pair.kept and pair.gap > self._min_gap",
-        "return pair.row is not None",
+        "return not pair.kept or pair.gap <= self._min_gap",
+        "return not pair.kept",
+        REPLAY,
+    ),
+    (
+        "a stored gap of exactly min_gap is kept",
+        STORED,
+        "pair.gap <= self._min_gap",
+        "pair.gap < self._min_gap",
         REPLAY,
     ),
     (

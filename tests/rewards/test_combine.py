@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpo_engine.rewards.combine import combine, standard_scores
+from vpo_engine.rewards.combine import MOTION, chosen, combine, standard_scores
 
 
 @pytest.fixture
@@ -19,6 +19,12 @@ def scores() -> dict[str, Tensor]:
 def test_one_dimension_is_that_dimension(scores: dict[str, Tensor]) -> None:
     assert torch.equal(combine(scores, ["temporal_consistency"]), scores["temporal_consistency"])
     assert torch.equal(combine(scores, "temporal_consistency"), scores["temporal_consistency"])
+
+
+def test_the_motion_that_a_guard_measures_is_no_part_of_global(scores: dict[str, Tensor]) -> None:
+    moving = {**scores, MOTION: torch.full((2, 4), 50.0)}
+    assert torch.equal(combine(moving, "global"), combine(scores, "global"))
+    assert torch.equal(chosen(moving, "global"), chosen(scores, "global"))
 
 
 def test_several_are_averaged_plainly(scores: dict[str, Tensor]) -> None:

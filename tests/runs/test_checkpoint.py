@@ -126,6 +126,14 @@ def test_leftovers_of_an_interrupted_save_are_cleaned(tmp_path):
     assert names(tmp_path) == ["notes", "step_00000036"]
 
 
+def test_looking_for_the_newest_leaves_a_save_of_another_process_alone(tmp_path):
+    path = save(tmp_path, 1)
+    unfinished = tmp_path / ".step_00000002.unfinished"
+    (unfinished / "policy").mkdir(parents=True)
+    assert newest_complete(tmp_path) == path
+    assert (unfinished / "policy").is_dir()
+
+
 def test_a_replacement_interrupted_between_its_renames(tmp_path):
     path = save(tmp_path, 12, value=1.0)
     path.rename(tmp_path / ".step_00000012.replaced")

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "rollout.prune.after=0.5",
         "rollout.prune.keep=3",
         "rollout.guidance=2.5",
-        "rollout.guidance_interval=[0.3, 0.8]",
+        "rollout.guidance_interval=[0.25, 0.75]",
         "objective.branch=guided",
         "reward.normalise=group",
         "pairs.resample=1",
@@ -85,6 +85,13 @@ CASES: dict[str, tuple[str, ...]] = {
         "pairs.rule=pareto",
         "rollout.candidates=4",
         "pairs.resample=1",
+    ),
+    "no worse in two dimensions of three": (
+        "steps=3",
+        "pairs.rule=pareto",
+        "reward.dimensions=[visual_quality, text_alignment]",
+        "rollout.candidates=4",
+        "pairs.gap_power=1",
     ),
     "one pair a step": (
         "steps=11",

@@ -1,7 +1,7 @@
 """The only place where the wiring tests touch names inside the engine.
 
-``train`` runs ``vpo_engine.train`` with the toy model and the toy reward in the place of real ones. ``Recording``
-keeps what the model was asked for and what reached the loss. When the engine's inside changes, this file changes.
+``train`` runs ``vpo_engine.train`` with the toy as model.kind and a toy reward. ``Recording`` keeps what the model was
+asked for and what reached the loss. When the engine's inside changes, this file changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -21,15 +21,14 @@ from torch import Tensor
 from toy import SHAPE, ToyModel, ToyReward, toy_motion
 
 from vpo_engine import train as entry
-from vpo_engine.build import DTYPES
+from vpo_engine.build import build_model
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.data.preference_dataset import StoredPair, read_dataset
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
-from vpo_engine.metrics.throughput import RowFlops
-from vpo_engine.protocols import Denoised, SamplerSettings, TextEmbedding
+from vpo_engine.metrics.throughput import CountedRows
+from vpo_engine.protocols import SamplerSettings, SamplerState, TextEmbedding
 from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, read_held_out, read_pairs
 from vpo_engine.seeding import normal
 
@@ -51,6 +50,10 @@ PROMPTS = (
 )
 HELD_OUT = ("held out cat", "held out yellow dog")
 SETTINGS = (
+    "model.kind=engine:RecordingModel",
+    "reward.kind=toy:ToyReward",
+    "prompts.train=train.txt",
+    "prompts.held_out=held_out.txt",
     "steps=4",
     "pairs_per_step=4",
     "rollout.candidates=3",
@@ -99,11 +102,9 @@ class Recording:
 
 
 class RecordingModel(ToyModel):
-    """The toy model, which notes what it is asked for."""
+    """The toy model, which notes what it is asked for: model.kind=engine:RecordingModel."""
 
-    def __init__(self, recording: Recording) -> None:
-        super().__init__()
-        self.recording = recording
+    recording: ClassVar[Recording] = Recording()
 
     def predict(
         self, network: Any, latents: Tensor, t: Tensor, text: TextEmbedding, guidance: float = 1.0
@@ -122,16 +123,17 @@ class RecordingModel(ToyModel):
     def denoise(
         self,
         network: Any,
-        latents: Tensor,
+        state: SamplerState,
         text: TextEmbedding,
         settings: SamplerSettings,
-        part: slice = slice(None),
-    ) -> Denoised:
-        self.recording.sampled.append((self._name(network), settings, part, latents.detach().clone()))
-        return super().denoise(network, latents, text, settings, part)
+        stop: int | None = None,
+    ) -> SamplerState:
+        latents = state.latents.detach().clone()
+        self.recording.sampled.append((self._name(network), settings, slice(state.step, stop), latents))
+        return super().denoise(network, state, text, settings, stop)
 
     def _name(self, network: Any) -> str:
-        inner = getattr(network, "_network", network)  # the engine may count the batches of a network
+        inner = network._network if isinstance(network, CountedRows) else network
         if inner is self.network:
             return "policy"
         return "reference" if hasattr(inner, "refresh") and hasattr(inner, "load_state_dict") else "copy"
@@ -191,11 +193,6 @@ def _note(
 
 @contextmanager
 def _toy_parts(recording: Recording, reward: ToyReward) -> Iterator[None]:
-    def build_model(config: Config, processes: Processes, *_: Any) -> ToyModel:
-        model = RecordingModel(recording)
-        hold_in_bfloat16(model.network, config.memory.weights, DTYPES[config.model.dtype])
-        return model
-
     def build_held_out(
         config: Config, model: Any, prompts: Any, scorer: Any, processes: Processes
     ) -> HeldOut:
@@ -205,17 +202,16 @@ def _toy_parts(recording: Recording, reward: ToyReward) -> Iterator[None]:
         return HeldOut(config, model, prompts, instruments, processes)
 
     places = {
-        "vpo_engine.train.configurations_are_here": lambda _: False,
-        "vpo_engine.train.build_model": build_model,
         "vpo_engine.train.build_reward": lambda *_, **__: reward,
         "vpo_engine.train.build_held_out": build_held_out,
-        "vpo_engine.trainer.count_row_flops": lambda *_: RowFlops(1.0, 1.0),
         "vpo_engine.trainer.matrix_rate": lambda *_: 1.0,
         "vpo_engine.trainer.write_report": lambda run: run.root,
         "vpo_engine.rewards.guards.motion": toy_motion,
+        "vpo_engine.distributed.processes._BUCKET_ELEMENTS": 600,  # several buckets of gradients
         "vpo_engine.runs.log.RunLog._tensorboard": lambda _: mock.MagicMock(),
     }
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(RecordingModel, "recording", recording))
         for place, replacement in places.items():
             stack.enter_context(mock.patch(place, replacement))
         for place in LOSSES:
@@ -319,7 +315,7 @@ def sampled_alone(
     guidance: float,
 ) -> Tensor:
     """Candidate ``number`` of a prompt, sampled by the policy after ``step`` (0: the one that runs start from)."""
-    model = ToyModel()
+    model = build_model(load_config(None, list(SETTINGS)), Processes.start("cpu"))
     if step:
         model.network.load_state_dict(policy_of(run, step))
     model.prepare([prompt])

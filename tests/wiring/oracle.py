@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from toy import SHAPE, ToyModel, ToyNetwork, numbers_of, sampling_times, scores_of, toy_motion, velocity
+from toy import SHAPE, ToyNetwork, numbers_of, sampling_times, scores_of, toy_motion, velocity, video_of
 
 from vpo_engine.config import Config
 from vpo_engine.data.prompts import PromptStream
@@ -203,7 +203,7 @@ class Oracle:
         return z[0], (z + v * (time / 1000 - 1 / steps))[0]
 
     def judged(self, number: int, latents: Tensor, prompt: str) -> Candidate:
-        video = ToyModel.decode(None, latents[None].float())[0]  # type: ignore[arg-type]
+        video = video_of(latents[None].float())[0]
         self.found.scored.append((prompt, video))
         names = ("visual_quality", "temporal_consistency", "text_alignment")
         scores = dict(zip(names, scores_of(video, prompt), strict=True))

@@ -27,6 +27,8 @@ class BrokenReward(ToyReward):
         return found
 
 
+SCORED_FIRST = 14
+"""Videos of the first evaluation: its 4 clips, one of them twice again, and all with their own and another prompt."""
 PRUNED = ("rollout.candidates=4", "rollout.prune.after=0.5", "rollout.prune.keep=2")
 
 
@@ -35,23 +37,38 @@ PRUNED = ("rollout.candidates=4", "rollout.prune.after=0.5", "rollout.prune.keep
 def test_a_score_that_is_not_finite_ends_the_run(
     tmp_path: Path, value: float, settings: tuple[str, ...]
 ) -> None:
-    held_out = 5  # the clips of the first evaluation, of which one is scored again
     config = engine.make_config(tmp_path, *settings)
-    with pytest.raises(ValueError, match="every score must be finite"):
-        engine.train(config, BrokenReward(value, held_out + 4))
+    where = " on its preview" if settings else ""
+    with pytest.raises(ValueError, match=rf"of this step is (nan|-?inf){where}; every score must be finite"):
+        engine.train(config, BrokenReward(value, SCORED_FIRST + 4))
     assert not engine.metrics_of(tmp_path / "run")
     assert not (tmp_path / "run" / "preference_dataset" / "pairs_0000.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "changed",
-    ["objective.beta=21", "seed=3", "rollout.candidates=4", "pairs.gap_power=1", "optimizer.lr=1e-3"],
+CHANGED = (
+    "seed=3",
+    "pairs_per_step=2",
+    "rollout.candidates=4",
+    "reward.normalise=group",
+    "pairs.gap_power=1",
+    "objective.beta=21",
+    "reference.refresh_every=2",
+    "optimizer.lr=1e-3",
+    "memory.sequential=true",
+    "guards.motion_floor=1",
+    "evaluation.steps=7",
 )
-def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, changed: str) -> None:
+
+
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
     engine.train(engine.make_config(tmp_path, "steps=3"))
-    config = engine.make_config(tmp_path, "steps=4", changed, "checkpoint.resume=true")
-    with pytest.raises(ValueError, match="cannot resume"):
-        engine.train(config)
+    saved = engine.saved_tensors(tmp_path / "run", 3)
+    for changed in CHANGED:
+        config = engine.make_config(tmp_path, "steps=4", changed, "checkpoint.resume=true")
+        with pytest.raises(ValueError, match="cannot resume"):
+            engine.train(config)
+    assert len(engine.metrics_of(tmp_path / "run")) == 3
+    assert all(map(torch.equal, saved.values(), engine.saved_tensors(tmp_path / "run", 3).values()))
 
 
 def run(folder: Path, *settings: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -88,3 +105,34 @@ def test_where_the_reward_is_the_same_for_all_nothing_is_learned(tmp_path: Path)
     assert [row["reference_age"] for row in rows] == [0, 0, 0]
     before, after = (engine.policy_of(tmp_path / "run", step) for step in (1, 3))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+class TiesBut(ToyReward):
+    """The same score for all candidates, but for those of one step."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        found = super().score(videos, prompts)
+        if self.first < len(self.seen) <= self.last:
+            return found
+        return {name: torch.ones_like(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize(("ties", "stops"), [(20, True), (19, False)])
+def test_a_run_stops_after_twenty_steps_in_a_row_without_a_pair(
+    tmp_path: Path, ties: int, stops: bool
+) -> None:
+    """Ten steps of ties before a pair do not count, nor do nineteen after it."""
+    rare = ("checkpoint.every=null", "pairs.dataset=none", "pairs_per_step=1", "rollout.candidates=2")
+    config = engine.make_config(tmp_path, f"steps={10 + 1 + ties}", *rare)
+    first = SCORED_FIRST + 2 * 10
+    reward = TiesBut(first, first + 2)
+    if stops:
+        with pytest.raises(ValueError, match="every pair of the last 20 steps"):
+            engine.train(config, reward)
+    else:
+        engine.train(config, reward)
+    assert [row["step"] for row in engine.metrics_of(tmp_path / "run") if row["pairs"]] == [11]

@@ -79,7 +79,7 @@ def test_policy_and_reference_are_asked_at_the_same_rounded_time() -> None:
     assert torch.equal(other.calls[0][0][1], rounded)
     sampler = Noting()
     noise = torch.zeros(2, *model.latent_shape)
-    model.denoise(sampler, noise, model.embed(PROMPTS), SamplerSettings(3))
+    model.denoise(sampler, model.start(noise), model.embed(PROMPTS), SamplerSettings(3))
     asked_at = [call[0][1] for call in sampler.calls]
     assert all(torch.equal(t, t.bfloat16().float()) for t in asked_at)
 
@@ -96,9 +96,9 @@ def test_a_sampling_step_follows_the_velocity_towards_the_clean_latents() -> Non
 
     text = model.embed(PROMPTS[:1])
     for steps in (1, 4):
-        found = model.denoise(true, noise, text, SamplerSettings(steps))
+        found = model.denoise(true, model.start(noise), text, SamplerSettings(steps))
         torch.testing.assert_close(found.latents, latents, rtol=1e-4, atol=1e-4)
-    half = model.denoise(true, noise, text, SamplerSettings(4), slice(0, 2))
+    half = model.denoise(true, model.start(noise), text, SamplerSettings(4), stop=2)
     torch.testing.assert_close(half.preview, latents, rtol=1e-4, atol=1e-4)
     t = torch.tensor([400.0])
     kept, added = model.noising_scales(t)

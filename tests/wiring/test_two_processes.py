@@ -20,7 +20,7 @@ def in_two(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     for number, (case, size) in enumerate(shared_cases()):
         own = Path(folder) / str(number)
-        config = engine.make_config(own, *CASES[case], f"processes.per_prompt={size}")
+        config = engine.make_config(own, *CASES[case], *evaluation(size), f"processes.per_prompt={size}")
         torch.save(engine.train(config).rows, own / f"rows_{rank}.pt")
 
 
@@ -31,6 +31,11 @@ def shared_cases() -> list[tuple[str, int]]:
         ("more candidates for ties", 1),
         ("draws split over a team", 2),
     ]
+
+
+def evaluation(size: int) -> tuple[str, ...]:
+    """Return settings of evaluations: clips that two processes share equally, and clips that they cannot."""
+    return ("evaluation.prompts=1", "evaluation.samples_per_prompt=3") if size == 2 else ()
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
@@ -55,12 +60,12 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         check_lines(case, folder / "run")
         check_policies(case, folder / "run")
         check_metrics(case, folder / "run")
-        check_evaluation(case, folder / "run", tmp_path / f"alone {number}")
+        check_evaluation(case, size, folder / "run", tmp_path / f"alone {number}")
 
 
-def check_evaluation(case: str, run: Path, alone: Path) -> None:
+def check_evaluation(case: str, size: int, run: Path, alone: Path) -> None:
     """Held-out clips are the same, whoever samples them."""
-    engine.train(engine.make_config(alone, *CASES[case]))
+    engine.train(engine.make_config(alone, *CASES[case], *evaluation(size)))
     for one, other in zip(
         engine.metrics_of(run, "eval"), engine.metrics_of(alone / "run", "eval"), strict=True
     ):

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vpo_engine.memory.idle_offload import IdleOffload
-from vpo_engine.protocols import Denoised, Network, SamplerSettings, TextEmbedding
+from vpo_engine.config import ModelConfig
+from vpo_engine.model_values import RowFlops
+from vpo_engine.models.base import BaseModel
+from vpo_engine.models.guidance import guided
+from vpo_engine.models.solvers import EulerFlow
+from vpo_engine.protocols import Network, SamplerSettings, TextEmbedding
+from vpo_engine.video_model import LoadContext, ModelCard, TextRule
 
 SHAPE = (2, 3, 2, 2)
 """(C, T, H, W) of the latents."""
 WIDTH = 4
+PADDING = 9.0
 PIXELS = 4
 """Rows and columns of the video: each latent cell is a square of 2 x 2 pixels."""
 DIMENSIONS = ("visual_quality", "temporal_consistency", "text_alignment")
@@ -62,26 +69,12 @@ def caption_of(text: TextEmbedding) -> Tensor:
     return (text.embeddings * mask).sum(1) / mask.sum(1)
 
 
-class ToyModel:
-    """See ``vpo_engine.protocols.VideoModel``."""
+class WordEncoder:
+    """Gives every word of a prompt numbers of its own; padding is large, since it must never count."""
 
-    latent_shape = SHAPE
-    fps = 8
-    num_frames = SHAPE[1]
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def __init__(self) -> None:
-        self.network = ToyNetwork().eval()
-        self.idle_offload = IdleOffload.disabled()
-        self.prepared: set[str] = set()
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        self.prepared |= set(prompts)
-
-    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
-        assert self.prepared >= set(prompts), "a prompt was not prepared"
+    def encode(self, prompts: list[str]) -> TextEmbedding:
         lengths = [len(prompt.split()) for prompt in prompts]
-        embeddings = torch.full((len(prompts), max(lengths), WIDTH), 9.0)  # padding must never count
+        embeddings = torch.full((len(prompts), max(lengths), WIDTH), PADDING)
         mask = torch.zeros(len(prompts), max(lengths), dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             for place, word in enumerate(prompt.split()):
@@ -89,17 +82,47 @@ class ToyModel:
             mask[row, : lengths[row]] = True
         return TextEmbedding(embeddings, mask)
 
+
+class ToyModel(BaseModel):
+    """The toy as a family of models: model.kind=toy:ToyModel."""
+
+    card = ModelCard(
+        name="toy",
+        supports=frozenset({"rollout.guidance", "rollout.guidance_interval", "rollout.cache"}),
+    )
+
+    @classmethod
+    def load(cls, settings: ModelConfig, context: LoadContext) -> Self:
+        text = context.text_source(WordEncoder, "words", on_disk=False)
+        model = cls(ToyNetwork(), None, text, device=context.device, dtype=context.dtype)
+        model.latent_shape, model.fps = SHAPE, 8
+        model.text_rule = TextRule(max_tokens=16, channels=WIDTH)
+        return model
+
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        text = super().embed(prompts)
+        return TextEmbedding(text.embeddings.masked_fill(~text.mask[..., None], PADDING), text.mask)
+
+    def null_text(self, text: TextEmbedding) -> TextEmbedding:
+        return TextEmbedding(NULL.to(text.embeddings).expand_as(text.embeddings), text.mask)
+
     def predict(
         self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding, guidance: float = 1.0
     ) -> Tensor:
-        return velocity(network, latents, t, caption_of(text), guidance)
+        def branch(latents: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+            return network(latents, t, caption_of(text))
+
+        return guided(branch, latents, t, text, self.null_text, guidance)
+
+    def predictor(
+        self, network: Network, text: TextEmbedding, settings: SamplerSettings, guidance: float
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return predictions that a cache makes smaller, so that it can be told whether and where there was one."""
+        share = 1 - (settings.cache or 0.0)
+        return lambda latents, t: share * ToyModel.predict(self, network, latents, t, text, guidance)
 
     def draw_timesteps(self, u: Tensor) -> Tensor:
         return 1000 * u.sqrt()
-
-    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        kept, added = (scale.view(-1, 1, 1, 1, 1) for scale in self.noising_scales(t))
-        return kept * latents + added * noise
 
     def noising_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t / 1000, t / 1000
@@ -107,44 +130,29 @@ class ToyModel:
     def target_scales(self, t: Tensor) -> tuple[float, float]:
         return 1.0, -1.0
 
-    def sample(
-        self, network: Network, noise: Tensor, text: TextEmbedding, *, steps: int, guidance: float
-    ) -> Tensor:
-        return self.denoise(network, noise, text, SamplerSettings(steps, guidance)).latents
+    def solver(self, steps: int) -> EulerFlow:
+        return EulerFlow(sampling_times(steps), [1 / steps] * steps)
 
-    @torch.no_grad()
-    def denoise(
-        self,
-        network: Network,
-        latents: Tensor,
-        text: TextEmbedding,
-        settings: SamplerSettings,
-        part: slice = slice(None),
-    ) -> Denoised:
-        captions = caption_of(text).repeat_interleave(len(latents) // len(text), dim=0)
-        z = latents
-        for time in sampling_times(settings.steps)[part]:
-            guidance = settings.guidance if settings.guided_at(time / 1000) else 1.0
-            v = velocity(network, z, torch.full((len(z),), time), captions, guidance)
-            v = v if settings.cache is None else v * (1 - settings.cache)
-            z = z + v / settings.steps
-        left = time / 1000 - 1 / settings.steps
-        return Denoised(z, z + v * left)
+    def to_video(self, latents: Tensor) -> Tensor:
+        return video_of(latents)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """uint8 [B, T, PIXELS, PIXELS, 3]; the third colour is the mean of the two latent channels."""
-        colours = torch.cat([latents, latents.mean(1, keepdim=True)], dim=1).sigmoid() * 255
-        wide = colours.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
-        return wide.permute(0, 2, 3, 4, 1).round().to(torch.uint8)
+    def row_flops(self, text: TextEmbedding) -> RowFlops:
+        return RowFlops(1.0, 1.0)
 
-    def save_policy(self, folder: Path) -> None:
+    def save_full_policy(self, folder: Path) -> None:
         weights = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
 
 
+def video_of(latents: Tensor) -> Tensor:
+    """uint8 [B, T, PIXELS, PIXELS, 3]; the third colour is the mean of the two latent channels."""
+    colours = torch.cat([latents, latents.mean(1, keepdim=True)], dim=1).sigmoid() * 255
+    wide = colours.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+    return wide.permute(0, 2, 3, 4, 1).round().to(torch.uint8)
+
+
 def velocity(network: Network, z: Tensor, t: Tensor, captions: Tensor, guidance: float) -> Tensor:
-    """Guided velocity; both branches go through the network in one batch."""
+    """Return the guided velocity, for the oracle; both branches go through the network in one batch."""
     if guidance == 1.0:
         return network(z, t, captions)
     nulls = NULL.to(captions).expand_as(captions)

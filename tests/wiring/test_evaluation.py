@@ -1,0 +1,91 @@
+"""Evaluations, the summary and the held-out gallery say what the policy of their step samples from the fixed noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import engine
+import pytest
+from oracle import Oracle
+from torch import Tensor
+from toy import ToyNetwork, scores_of, video_of
+
+from vpo_engine.seeding import normal
+
+SETTINGS = (
+    "steps=5",
+    "optimizer.lr=3e-2",
+    "optimizer.warmup_steps=0",
+    "rollout.guidance=2.0",
+    "evaluation.every=2",
+    "evaluation.steps=3",
+    "evaluation.samples_per_prompt=2",
+    "evaluation.samples_between=1",
+    "checkpoint.every=2",
+    "rollout.batch_size=3",
+)
+WEIGHTS = {"visual_quality": 3.0, "temporal_consistency": 0.2, "text_alignment": 1.0}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    engine.train(engine.make_config(folder, *SETTINGS))
+    return folder / "run"
+
+
+def clips_after(run: Path, step: int, count: int) -> list[tuple[str, Tensor]]:
+    """Return the first clips with their prompts: clip c is of prompt c modulo the number of prompts."""
+    config = engine.load_config(None, [*engine.SETTINGS, *SETTINGS])
+    judge = Oracle(config, engine.PROMPTS)
+    judge.policy.load_state_dict(engine.policy_of(run, step) if step else ToyNetwork().state_dict())
+    found = []
+    for clip in range(count):
+        noise = normal(engine.SHAPE, config.seed, "held-out", clip).double()
+        prompt = engine.HELD_OUT[clip % len(engine.HELD_OUT)]
+        latents, _ = judge.sampled(noise, prompt, 3, config.rollout)
+        found.append((prompt, video_of(latents[None].float())[0]))
+    return found
+
+
+def measured(clips: list[tuple[str, Tensor]]) -> dict[str, float]:
+    """Return the means over clips, as the log names them."""
+    scores = [dict(zip(WEIGHTS, scores_of(video, prompt), strict=True)) for prompt, video in clips]
+    means = {f"reward/{name}": sum(one[name] for one in scores) / len(scores) for name in WEIGHTS}
+    selected = sum(weight * means[f"reward/{name}"] for name, weight in WEIGHTS.items()) / 4.2
+    levels = sum(float(video.float().mean()) for _, video in clips) / len(clips)
+    return {**means, "reward/selected": selected, "pixels/levels": levels}
+
+
+def close(values: dict[str, float]) -> object:
+    return pytest.approx(values, rel=1e-3, abs=2e-3)
+
+
+def test_every_evaluation_measures_the_policy_of_its_step(run: Path) -> None:
+    rows = engine.metrics_of(run, "eval")
+    assert [row["step"] for row in rows] == [0, 2, 4, 5]
+    for row, count in zip(rows, (4, 2, 2, 4), strict=True):
+        expected = measured(clips_after(run, row["step"], count))
+        assert {name: row[f"held_out/{name}"] for name in expected} == close(expected), row["step"]
+    brightness = [row["held_out/reward/visual_quality"] for row in rows]
+    assert len({round(value, 2) for value in brightness}) > 2, (
+        "the policies must differ for this test to prove anything"
+    )
+
+
+def test_the_summary_compares_the_end_with_the_start(run: Path) -> None:
+    summary = engine.summary_of(run)
+    before, after = (measured(clips_after(run, step, 4)) for step in (0, 5))
+    assert {name: summary[name]["before"] for name in before} == close(before)
+    assert {name: summary[name]["after"] for name in after} == close(after)
+
+
+def test_the_held_out_gallery_shows_the_clips_before_and_after(run: Path) -> None:
+    shown = engine.held_out_gallery(run)
+    sides = ((0, shown.before, shown.before_scores), (5, shown.after, shown.after_scores))
+    for step, clips, scores in sides:
+        expected = clips_after(run, step, 4)
+        assert shown.prompts == [prompt for prompt, _ in expected]
+        for clip, found, (prompt, video) in zip(clips, scores, expected, strict=True):
+            assert (clip.int() - video.int()).abs().max() <= 1
+            assert found == close(dict(zip(WEIGHTS, scores_of(video, prompt), strict=True)))
