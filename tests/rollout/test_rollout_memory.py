@@ -87,12 +87,12 @@ def test_what_failed_is_let_go_before_it_is_tried_again() -> None:
 
 
 def test_halved_batches_come_before_those_that_waited() -> None:
-    """The first of two batches does not fit; its halves keep its place."""
+    """The first of three batches does not fit, and the last is small enough as it is; all keep their places."""
 
     def work(batch: Batch) -> list[tuple[int, int]]:
         if len(batch) > 2:
             raise torch.OutOfMemoryError("full")
         return [(prompt, candidate) for prompt in batch.prompts for candidate in batch.candidates]
 
-    found = [one for part in Batches(4, lambda _: None).run(work, 4, 2) for one in part]
-    assert found == [(prompt, candidate) for prompt in range(4) for candidate in range(2)]
+    found = [one for part in Batches(4, lambda _: None).run(work, 5, 2) for one in part]
+    assert found == [(prompt, candidate) for prompt in range(5) for candidate in range(2)]
