@@ -84,3 +84,15 @@ def test_what_failed_is_let_go_before_it_is_tried_again() -> None:
     rows = Batches(None, lambda _: gone.append(held[0]() is None))
     assert list(rows.run(work, 2, 2)) == [2, 2]
     assert gone == [True]
+
+
+def test_halved_batches_come_before_those_that_waited() -> None:
+    """The first of three batches does not fit, and the last is small enough as it is; all keep their places."""
+
+    def work(batch: Batch) -> list[tuple[int, int]]:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("full")
+        return [(prompt, candidate) for prompt in batch.prompts for candidate in batch.candidates]
+
+    found = [one for part in Batches(4, lambda _: None).run(work, 5, 2) for one in part]
+    assert found == [(prompt, candidate) for prompt in range(5) for candidate in range(2)]
