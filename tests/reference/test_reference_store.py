@@ -344,3 +344,13 @@ def inputs_under_fake(policy: STDiT3) -> dict[str, Tensor | float]:
         "height": 48.0,
         "width": 32.0,
     }
+
+
+def test_a_buffer_of_the_policy_that_changes_reaches_the_reference_at_a_refresh_only() -> None:
+    policy = torch.nn.Linear(2, 2)
+    policy.register_buffer("scale", torch.ones(2))
+    reference = build_reference("copy", policy)
+    policy.scale.mul_(3)
+    assert torch.equal(reference.state_dict()["scale"], torch.ones(2))
+    reference.refresh(policy)
+    assert torch.equal(reference.state_dict()["scale"], policy.scale)
