@@ -158,6 +158,7 @@ def train_and_keep_the_adapter(folder: Path, arguments: list[str]) -> int:
     return code
 
 
+@pytest.mark.long
 def test_two_processes_hold_the_same_adapter(smallest: list[str], tmp_path: Path) -> None:
     settings = [*smallest, *LORA, f"run_dir={tmp_path / 'run'}"]
     output = run_in_group(tmp_path, 2, train_and_keep_the_adapter, tmp_path, settings)

@@ -285,6 +285,7 @@ def test_training_from_the_dataset_repeats_the_run_bit_for_bit(
     assert all(torch.equal(value, trained[name]) for name, value in policy(written).items())
 
 
+@pytest.mark.long
 def test_two_processes_write_and_weigh_as_one(written: Path, smallest: list[str], tmp_path: Path) -> None:
     """Each its own file; read as one preference dataset, with weights whose mean is 1 over both."""
     run = tmp_path / "run"

@@ -65,6 +65,7 @@ def test_copy_rate_is_that_of_memory() -> None:
     assert 1e8 < copy_bytes_per_second(2**20) < 1e13
 
 
+@pytest.mark.long
 def test_a_benchmark_runs_and_prints_its_rows_without_writing_them(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (ROOT / "bench" / "results").glob("*.jsonl")}
     paths = [str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]

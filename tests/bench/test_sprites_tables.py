@@ -83,6 +83,7 @@ class TestRuns:
                 del config[key]
         assert all(config == whole[0] for config in whole)
 
+    @pytest.mark.long
     def test_a_run_is_made_once_and_measured_on_its_own_clips(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

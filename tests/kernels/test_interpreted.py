@@ -1,5 +1,6 @@
 """The Triton kernels of all operations without a GPU, in Triton's interpreter; on a GPU the files *_gpu.py run them."""
 
+import pytest
 from interpreter import run_interpreted
 
 COMMON = (
@@ -13,7 +14,13 @@ CHECKS = ("paired_dpo_triton_checks", "fused_ops/fused_ops_triton_checks")
 SELECT = "triton and not test_gradcheck and not adds_the_winners_error and not test_compiles_as_one_graph"
 
 
+def test_the_goldens_interpreted() -> None:
+    """One process runs the goldens of the loss and the checks of exact 8-bit weights with Triton's kernels."""
+    run_interpreted("test_paired_dpo_goldens.py", "test_ordered_delta.py", select=SELECT)
+
+
+@pytest.mark.long
 def test_the_kernels_interpreted() -> None:
-    """One process runs the tests that all backends pass, for Triton's, and the checks of Triton's kernels."""
+    """One process runs all tests that all backends pass, for Triton's, and the checks of Triton's kernels."""
     modules = (*COMMON, "test_ordered_delta", *CHECKS)
     run_interpreted(*(f"{module}.py" for module in modules), select=SELECT)

@@ -74,6 +74,7 @@ def deepspeed_zero2(pairs: slice) -> list[Tensor]:
     return [safe_get_full_grad(parameter) for parameter in policy.parameters()]
 
 
+@pytest.mark.long
 def test_under_fsdp(tmp_path: Path) -> None:
     mp.spawn(run, args=(str(tmp_path / "rendezvous"), fsdp), nprocs=WORLD)
 

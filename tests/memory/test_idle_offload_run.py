@@ -97,7 +97,9 @@ class Run:
         return found
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [name if name == "exact8" else pytest.param(name, marks=pytest.mark.long) for name in SETTINGS]
+)
 def test_a_run_in_phases_is_the_same_run(small: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     config = small("optimizer.lr=1e-3", "reference.refresh_every=1", "evaluation.prompts=2", *SETTINGS[name])
     plain = Run(config, monkeypatch, None).results()

@@ -196,6 +196,7 @@ def test_peak_at_720p() -> None:
         assert peak == pytest.approx(3 * frames * widest, rel=0.02), peaks
 
 
+@pytest.mark.long
 def test_peak_at_720p_in_strips() -> None:
     """One frame: a map of 256 channels, one of 128, and the strips."""
     widest = 256 * 720 * 1280 * 2 / GIB

@@ -91,7 +91,8 @@ def compare(depth: int | None, *overrides: str) -> None:
         assert found.host(name) == expected.host(name), name
 
 
-@pytest.mark.parametrize("name", ["recommended, small", pytest.param("offload", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["recommended, small", "offload"])
 def test_extrapolated_depth_is_the_deeper_networks(name: str):
     """Two settings that load memory differently: all on the device, and block inputs on the host."""
     compare(5, *SETTINGS[name])

@@ -88,6 +88,7 @@ def test_offload_of_idle_parts_leaves_out_what_a_phase_does_not_need(sprites: Tr
     assert "optimizer" in phases["optimizer"].bytes
 
 
+@pytest.mark.long
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch, capsys):
     def loads(*_: object) -> None:
         raise AssertionError("a model was loaded")

@@ -62,6 +62,7 @@ def test_three_functions_serve_all_sizes_and_three_more_a_single_row() -> None:
     assert graphs == [3] * 5 + [6] * 2
 
 
+@pytest.mark.long
 def test_compiled_blocks_sample_the_same_pairs_and_leave_training_alone() -> None:
     model, text = sprites()
     config = settings(guidance=1.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vpo_engine.config import Config
+from vpo_engine.config import CheckpointConfig, Config, EvaluationConfig
 from vpo_engine.planning.estimate import Plan, estimate
 from vpo_engine.planning.extrapolate import Traced, traced
 from vpo_engine.planning.fit import fitting_changes, with_granted_batch_size
@@ -81,4 +81,5 @@ def _trace(config: Config, on_gpu: bool, processes: int) -> Traced:
 def _as_traced(config: Config) -> Config:
     """Return the configuration without settings that do not change the trace, so that traces are shared."""
     memory = config.memory.model_copy(update={"offload_idle": False, "limit_gib": None, "overcommit": False})
-    return config.model_copy(update={"memory": memory, "name": "", "run_dir": None, "steps": 10**9})
+    same = {"evaluation": EvaluationConfig(), "checkpoint": CheckpointConfig(), "seed": 0}
+    return config.model_copy(update={"memory": memory, "name": "", "run_dir": None, "steps": 10**9, **same})
