@@ -119,6 +119,7 @@ def settings(checkpoints: Path, run: Path) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_the_papers_configuration_runs_from_local_checkpoints(checkpoints: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert entry.main(settings(checkpoints, run)) == 0

@@ -312,6 +312,7 @@ def test_two_processes_write_and_weigh_as_one(written: Path, smallest: list[str]
             torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.long
 def test_a_resumed_run_writes_the_same_dataset(
     written: Path, smallest: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_run_prints_and_saves_what_its_presets_set(
     assert saved["memory"]["preset"] == "balanced"
 
 
+@pytest.mark.long
 def test_plan_prints_presets_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["rollout.preset=fast", "memory.preset=balanced"]
     _, said = check_fits(load_config(None, overrides), torch.device("cpu"))

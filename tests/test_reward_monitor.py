@@ -207,6 +207,7 @@ def exploited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out.HeldOut, "evaluate", changed)
 
 
+@pytest.mark.long
 def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_resumed(
     smallest: list[str], tmp_path: Path, exploited: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +237,7 @@ def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_r
     assert (run / "summary.json").is_file()
 
 
+@pytest.mark.long
 def test_another_held_out_reward_takes_the_judges_place(small: Make, tmp_path: Path) -> None:
     config = small("steps=1", "evaluation.every=null", "guards.reward.kind=brisque")
     assert train(config) == 0

@@ -186,6 +186,7 @@ def test_the_ceiling_is_measured_in_less_than_a_second_and_draws_no_global_numbe
     assert 0.5 * fastest < rate < 4 * fastest
 
 
+@pytest.mark.long
 def test_a_run_logs_its_speed(small) -> None:
     config = small("rollout.guidance=2.0", "steps=2")
     assert config.run_dir is not None

@@ -340,6 +340,7 @@ def test_two_processes_train_as_one(
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.long
 def test_a_run_with_a_process_for_the_reward_goes_on_without_it_bit_for_bit(
     finished: Path, smallest: list[str], small: Make, tmp_path: Path
 ) -> None:
@@ -354,6 +355,7 @@ def test_a_run_with_a_process_for_the_reward_goes_on_without_it_bit_for_bit(
     assert_same_run(finished, run, 4)
 
 
+@pytest.mark.long
 def test_a_scorer_that_fails_ends_every_process_with_its_error(smallest: list[str], tmp_path: Path) -> None:
     """Of two that train one asks and one waits for the other; no time limit of the process group has to pass.
 

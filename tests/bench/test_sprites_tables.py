@@ -52,6 +52,7 @@ class TestGroups:
             assert torch.equal(one.videos, same.videos)
             assert not torch.equal(one.videos, another.videos)
 
+    @pytest.mark.long
     def test_rankings_are_those_of_the_rank_command_and_are_kept(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

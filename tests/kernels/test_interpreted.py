@@ -14,11 +14,6 @@ CHECKS = ("paired_dpo_triton_checks", "fused_ops/fused_ops_triton_checks")
 SELECT = "triton and not test_gradcheck and not adds_the_winners_error and not test_compiles_as_one_graph"
 
 
-def test_the_goldens_interpreted() -> None:
-    """One process runs the goldens of the loss and the checks of exact 8-bit weights with Triton's kernels."""
-    run_interpreted("test_paired_dpo_goldens.py", "test_ordered_delta.py", select=SELECT)
-
-
 @pytest.mark.long
 def test_the_kernels_interpreted() -> None:
     """One process runs all tests that all backends pass, for Triton's, and the checks of Triton's kernels."""

@@ -261,5 +261,6 @@ def step_in_a_group() -> None:
     processes.stop()
 
 
+@pytest.mark.long
 def test_two_processes_have_the_same_weights_in_every_mode(tmp_path: Path) -> None:
     run_in_group(tmp_path, 2, step_in_a_group)

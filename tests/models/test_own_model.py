@@ -61,6 +61,7 @@ def policy(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}" / "policy" / "model.safetensors"
 
 
+@pytest.mark.long
 def test_it_trains_and_starts_from_its_reference(finished: Path) -> None:
     rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["margin"] == 0.0 for row in rows] == [True, False, True, False]
@@ -69,6 +70,7 @@ def test_it_trains_and_starts_from_its_reference(finished: Path) -> None:
     assert all(row["speed/rollout_mfu"] > 0 for row in rows)
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_the_uninterrupted_one(
     finished: Path, tmp_path: Path, in_the_repository: None
 ) -> None:

@@ -180,6 +180,7 @@ def test_faults(tiny: OpenSoraVAE) -> None:
         tiny.decode_uint8(z, 34, 1)
 
 
+@pytest.mark.long
 def test_peak_at_720p() -> None:
     """Activations of the published VAE in bfloat16, GiB, for 68 frames of 720 x 1280: the widest place is the last
     block of the image decoder, 256 channels at full size, held three times, with its normalised and activated forms."""

@@ -47,6 +47,7 @@ def step_at(depth: int | None, overrides: tuple[str, ...]) -> Trace:
     return trace_step(config, on_gpu=True, depth=depth, network_only=not everything)
 
 
+@pytest.mark.long
 def test_operations_are_those_of_the_architecture():
     """720p x 68 frames, one prompt, 3 steps of 4 candidates with guidance, one at a time; winner after loser."""
     once = TEXT_PROJECTION + 2 * SCALAR + MODULATION + PATCH_EMBEDDING + LINEAR + ATTENTION + FINAL

@@ -119,6 +119,7 @@ def test_on_a_gpu_a_run_begins_with_the_plan_that_the_command_prints(monkeypatch
     assert said == capsys.readouterr().out.rstrip() + "; 64 candidates at once"
 
 
+@pytest.mark.long
 def test_overcommit_goes_on():
     _, line = check_fits(load_config(None, ["memory.limit_gib=0.001", "memory.overcommit=true"]), CPU)
     assert "limit 0.00 GiB" in line
@@ -150,6 +151,7 @@ def test_rows_are_granted_in_whole_prompts_or_even_parts_of_one(candidates: int,
     assert with_granted_batch_size(fixed, pytest.fail) is fixed
 
 
+@pytest.mark.long
 def test_a_run_takes_the_rows_that_its_plan_grants(monkeypatch, capsys, tmp_path):
     class ThatIsAll(Exception):  # noqa: N818
         pass
@@ -303,6 +305,7 @@ def _random(module: torch.nn.Module, dtype: torch.dtype | None = None, device: t
             tensor.normal_(0.0, 0.05)
 
 
+@pytest.mark.long
 def test_720p_and_68_frames_fit_in_24_gib():
     plan_24 = plan_run(xl("memory.limit_gib=24"), A100)
     assert plan_24.fits

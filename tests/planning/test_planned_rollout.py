@@ -40,6 +40,7 @@ def test_guidance_doubles_the_steps_in_its_interval(plain: tuple[float, float]):
     assert sometimes == 2 * once + once + (6 + guided) * step
 
 
+@pytest.mark.long
 def test_candidates_that_are_given_up_cost_their_first_steps_and_a_preview():
     pruned = rollout("rollout.candidates=4", "rollout.prune={after: 0.5, keep: 2}", network_only=False)
     begun = rollout("rollout.candidates=4", "rollout.steps=3", network_only=False)
@@ -48,6 +49,7 @@ def test_candidates_that_are_given_up_cost_their_first_steps_and_a_preview():
     assert pruned.flops("decode") == begun.flops("decode") * (4 + 2) / 4
 
 
+@pytest.mark.long
 def test_exploring_costs_all_candidates_cheaply_and_two_exactly():
     found = rollout("rollout.candidates=4", "rollout.explore={steps: 2}", network_only=False)
     cheap = rollout("rollout.candidates=4", "rollout.steps=2", network_only=False)

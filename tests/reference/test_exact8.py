@@ -328,5 +328,6 @@ def follow_in_a_group() -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_processes_keep_the_same_store(tmp_path: Path) -> None:
     run_in_group(tmp_path, 2, follow_in_a_group)

@@ -54,6 +54,7 @@ class Mine:
 """
 
 
+@pytest.mark.long
 def test_the_example_trains_the_sprites_world(smallest: list[str], tmp_path: Path) -> None:
     """As a user runs it, from the repository's root, with another reward of their own that is held out."""
     run = tmp_path / "run"

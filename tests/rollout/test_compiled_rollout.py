@@ -21,6 +21,7 @@ from vpo_engine.selection import select_pairs
 
 
 @torch.no_grad()
+@pytest.mark.long
 def test_three_functions_serve_all_sizes_and_three_more_a_single_row() -> None:
     """Over depths, rows, captions of all layouts, frames and patches; what is traced is what is computed."""
     torch._dynamo.reset()
