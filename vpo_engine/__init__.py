@@ -2,6 +2,8 @@
 
 import logging
 
+from vpo_engine.importing import import_when_used
+
 __version__ = "0.1.0"
 
 
@@ -9,7 +11,8 @@ def _needed_here(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
 
-# diffusers and peft import bitsandbytes themselves, so every run does. On CPUs with AVX-512 BF16 it then warns that it
-# has no fast 4-bit matrix product. The engine never calls that product (rewards/quantize.py dequantises first), so this
-# one message is dropped; all others are shown.
+# diffusers imports bitsandbytes, which takes longer to load than the engine itself; most runs never use it.
+import_when_used("bitsandbytes")
+# On CPUs with AVX-512 BF16 bitsandbytes warns when it is loaded that it has no fast 4-bit matrix product. The engine
+# never calls that product (rewards/quantize.py dequantises first), so this one message is dropped.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_needed_here)

@@ -81,6 +81,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert all((found[name] == expected[name]).all() for name in expected)
 
 
+@pytest.mark.long
 def test_its_videos_are_sampled_from_the_run(
     finished: Path, tmp_path: Path, in_the_repository: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

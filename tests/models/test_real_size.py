@@ -65,6 +65,7 @@ def predict(network: STDiT3, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return network(x_t, t, y, fps=FPS, height=HEIGHT, width=WIDTH)[:, :4]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fake")
 def test_a_dpo_step_runs_at_720p_and_68_frames():
     policy = real_size()

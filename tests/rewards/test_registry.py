@@ -163,7 +163,12 @@ def test_importing_registry_and_server_imports_no_reward_and_no_settings() -> No
         "print({'transformers', 'torch._dynamo'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    rooms = ["vpo_engine.model_values", "vpo_engine.protocols", "vpo_engine.rewards"]
+    rooms = [
+        "vpo_engine.importing",
+        "vpo_engine.model_values",
+        "vpo_engine.protocols",
+        "vpo_engine.rewards",
+    ]
     names = ("card", "frames", "own", "registry", "server", "wire")
     assert out.splitlines() == [
         " ".join([*rooms, *(f"vpo_engine.rewards.{name}" for name in names)]),

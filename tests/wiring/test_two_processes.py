@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 
 import engine
 import oracle
 import pytest
 import torch
-import torch.multiprocessing as mp
 from checks import CASES, check_lines, check_metrics, check_policies, check_rows, expected_of
+from process_group import run_in_group
 
 
-def in_two(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def in_two(folder: Path) -> None:
+    rank = os.environ["RANK"]
     for number, (case, size) in enumerate(shared_cases()):
-        own = Path(folder) / str(number)
+        own = folder / str(number)
         config = engine.make_config(own, *CASES[case], *evaluation(size), f"processes.per_prompt={size}")
         torch.save(engine.train(config).rows, own / f"rows_{rank}.pt")
 
@@ -39,10 +36,7 @@ def evaluation(size: int) -> tuple[str, ...]:
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["torch", "vpo_engine.train"])  # imported once for both
-    mp.start_processes(in_two, args=(str(tmp_path), port), nprocs=2, start_method="forkserver")
+    run_in_group(tmp_path, 2, in_two, tmp_path)
     for number, (case, size) in enumerate(shared_cases()):
         folder = tmp_path / str(number)
         parts = [torch.load(folder / f"rows_{rank}.pt", weights_only=False) for rank in range(2)]

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from vpo_kernels.attention import AttentionName
-from vpo_kernels.fused_ops import BackendName as FusedOpsBackend
 
 from vpo_engine.config.section import Section
+
+AttentionName = Literal["auto", "sdpa", "flash2", "flash3", "flash4", "xformers"]
+FusedOpsBackend = Literal["auto", "reference", "triton"]
+"""The names that ``vpo_kernels`` knows, written out so that a configuration is read without loading torch."""
 
 
 class LoraConfig(Section):

@@ -40,7 +40,7 @@ def make_frame_sheet(video: Tensor, budget: int) -> FrameSheet:
     Raise AssertionError if even frames of a few pixels do not fit; a budget must be at least some kilobytes.
     """
     height, width = video.shape[1], video.shape[2]
-    data = _encode(video, "PNG", optimize=True) if video.numel() <= 8 * budget else b""
+    data = _encode(video, "PNG") if video.numel() <= 8 * budget else b""
     if 0 < len(data) <= budget:
         return _frame_sheet(data, "png", video, exact=True)
     scale = min(1.0, math.sqrt(_FIRST_PIXELS / (video.shape[0] * height * width)))

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from vpo_kernels.attention.choose import BackendName
 from vpo_kernels.attention.packages import Offsets, kernels
@@ -122,6 +121,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None = None) -> Tens
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Offsets) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # loads torch.compile, so only where it is called
+
     out = varlen_attn(q.flatten(0, 1), k, v, ends.queries, ends.text, ends.longest_queries, ends.longest_text)
     assert isinstance(out, Tensor)
     return out.unflatten(0, (q.shape[0], -1))

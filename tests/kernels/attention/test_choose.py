@@ -277,7 +277,7 @@ def test_torchs_variable_length_call_serves_gpus(monkeypatch: pytest.MonkeyPatch
     q, k, v = inputs()
     expected = text_attention(q, k, v, LENGTHS)
     monkeypatch.setattr(text, "_has_varlen", lambda *_: True)
-    monkeypatch.setattr(op, "varlen_attn", stand_in)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
     plan = plan_text(LENGTHS, queries=5, device=CPU, dtype=torch.float32, head_dim=8)
     assert (plan.way, plan.backend) == ("packed", "sdpa")
     assert torch.allclose(text_attention(q, k, v, plan), expected, rtol=0, atol=1e-6)
