@@ -27,7 +27,7 @@ def test_half_of_the_rows_sample_the_same() -> None:
     found = sample(config, network, rows)
     assert network.rows == [8, 8, 4, 4, 4, 4]
     assert said == [
-        "out of memory with 8 rows at once: going on with 4, with the same samples; set "
+        "out of memory with a batch of 8 candidates: going on with 4, with the same samples; set "
         "rollout.batch_size=4 to start so"
     ]
     assert rows.size == 4
@@ -58,7 +58,7 @@ def test_a_second_time_names_the_setting() -> None:
 
 def test_one_row_cannot_be_halved() -> None:
     network = Failing(sprites()[0].network, 1)
-    with pytest.raises(torch.OutOfMemoryError, match="1 rows at once do not fit"):
+    with pytest.raises(torch.OutOfMemoryError, match="a batch of 1 candidates does not fit"):
         sample(settings(steps=2, guidance=1.0, batch_size=1), network, Batches(1))
 
 

@@ -88,7 +88,7 @@ class Batches:
     def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
         if self._halved or size == 1:
             raise torch.OutOfMemoryError(
-                f"{size} rows at once do not fit in the memory of the device either; set rollout.batch_size to "
+                f"a batch of {size} candidates does not fit in the memory of the device either; set rollout.batch_size to "
                 f"{max(1, size // 2)}, or let the model share the device less (memory.offload_idle=true): {error}"
             ) from error
         self._halved, self.size = True, size // 2
@@ -97,7 +97,7 @@ class Batches:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._say(
-            f"out of memory with {size} rows at once: going on with {self.size}, with the same samples; set "
+            f"out of memory with a batch of {size} candidates: going on with {self.size}, with the same samples; set "
             f"rollout.batch_size={self.size} to start so"
         )
 
