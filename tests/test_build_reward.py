@@ -70,7 +70,10 @@ def test_everything_a_scorer_needs_reaches_it(
             ["reward.kind=videoscore", "reward.path=absent"],
             "no folder at absent; reward 'videoscore' reads the weights published at TIGER-Lab/VideoScore",
         ),
-        (["reward.path={here}"], "reward 'sprites' has its weights in the package; leave out the path"),
+        (
+            ["reward.path={here}"],
+            "has no meaning for reward.kind=sprites, whose weights are in the package; leave it",
+        ),
         (
             ["reward.dimensions=beauty"],
             "unknown reward dimension 'beauty'; this scorer has visual_quality, temporal_consistency,",

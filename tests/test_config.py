@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from vpo_kernels import attention, fused_ops
 
 from vpo_engine.config import Config
+from vpo_engine.config.model import KNOWN_MODELS, AttentionName, FusedOpsBackend
+from vpo_engine.config.notes import notes
 from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.models.registry import BUILT_IN
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -59,17 +64,59 @@ def test_overrides_replace_and_scientific_notation_is_a_number() -> None:
         ("objective.betta=3", "unknown key objective.betta; did you mean objective.beta?"),
         ("lr=1", "did you mean optimizer.lr?"),
         ("rolout.candidates=4", "unknown key rolout; did you mean rollout?"),
-        ("rollout.candidates=1", "rollout.candidates=1: Input should be greater than or equal to 2"),
-        (
-            "reference.refresh_every=0",
-            "reference.refresh_every=0: Input should be greater than or equal to 1",
-        ),
-        ("objective.beta=-5", "objective.beta=-5: Input should be greater than 0"),
-        ("objective.beta=.inf", "objective.beta=inf: Input should be a finite number"),
-        ("reward.kind=videoscore", "kind videoscore needs reward.path, a local folder"),
-        ("reward.kind=hpsv2_1", "kind hpsv2_1 needs reward.path, a local folder"),
+        ("rollout.candidates=1", "argument rollout.candidates=1 must be at least 2"),
+        ("reference.refresh_every=0", "argument reference.refresh_every=0 must be at least 1"),
+        ("objective.beta=-5", "objective.beta=-5 must be above 0"),
+        ("objective.beta=.inf", "objective.beta=.inf must be a finite number"),
+        ("reward.kind=videoscore", "reward.kind=videoscore needs reward.path, a local folder"),
+        ("reward.kind=hpsv2_1", "reward.kind=hpsv2_1 needs reward.path, a local folder"),
         ("reward.frame_decay=0.5", "frame_decay=0.5 weighs segments, but frame_reduce=mean"),
-        ("optimizer.warmup_steps=99", "optimizer.warmup_steps=99 must be below steps=40"),
+        (
+            "reward.kind=pikscore",
+            "argument reward.kind=pikscore: there is no such reward; did you mean pickscore?",
+        ),
+        (
+            "model.kind=sprits",
+            "argument model.kind=sprits: there is no such model family; did you mean sprites?",
+        ),
+        (
+            "model.device=gpu",
+            "argument model.device=gpu: must be auto, cpu, cuda, or cuda:N for one of several GPUs; did",
+        ),
+        ("reward.device=tpu", "argument reward.device=tpu: must be auto, cpu, cuda"),
+        (
+            "memory.weights=fp32",
+            "must be one of float32, fp32_master, stochastic_rounding; did you mean fp32_master?",
+        ),
+        ("memory.optimizer_bits=16", "argument memory.optimizer_bits=16 must be 32 or 8"),
+        ("memory.sequential=maybe", "argument memory.sequential=maybe must be true or false"),
+        (
+            "rollout.batch_size=many",
+            "argument rollout.batch_size=many must be auto or must be a whole number",
+        ),
+        ("rollout.guidance_interval=[0.5]", "argument rollout.guidance_interval=[0.5] must have 2 values"),
+        ("rollout.prune.keep=2", "argument rollout.prune.after is missing; give it a value"),
+        ("objective=3", "objective=3 is one value, but objective is a group of settings"),
+        ("guards.reward.kind=hpsv2", "guards.reward.kind=hpsv2 needs guards.reward.path"),
+        (
+            "reward.path=weights",
+            "reward.path=weights has no meaning for reward.kind=sprites, whose weights are in the",
+        ),
+        (
+            "model.resolution=720p",
+            "model.resolution=720p has no meaning for model.kind=sprites, whose clips have 17",
+        ),
+        ("steps=60:00", "argument steps=60:00 must be a whole number"),
+        ("steps=true", "argument steps=true must be a whole number"),
+        ("optimizer.lr=1,5", "argument optimizer.lr=1,5 must be a number"),
+        (
+            "steps=[4",
+            "the value begins with [, so it is read as YAML, but this is not valid YAML: expected ',' or ']'",
+        ),
+        (
+            "prompts.train=$NOWHERE/p.txt",
+            "prompts.train=$NOWHERE/p.txt: $NOWHERE is not replaced in settings",
+        ),
         ("steps", "expected key.path=value, got 'steps'"),
         ("steps.more=1", "steps is a value, not a group of settings"),
     ],
@@ -105,16 +152,116 @@ def test_settings_that_exclude_each_other_say_why(overrides: list[str], text: st
         load_config(None, overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("name=001", "001"),
+        ("name=1e5", "1e5"),
+        ("name=yes", "yes"),
+        ("name=a # b", "a # b"),
+        ("name='quoted'", "quoted"),
+        ("run_dir=2024-11-23", Path("2024-11-23")),
+        ("run_dir=12:30", Path("12:30")),
+        ("run_dir=~/runs/a", Path.home() / "runs/a"),
+        ("prompts.train=data #2.txt", Path("data #2.txt")),
+        ("prompts.train=a: b.txt", Path("a: b.txt")),
+        ("prompts.column=null", None),
+        ("model.dtype=float32", "float32"),
+        ("optimizer.lr=1e-5", 1e-5),
+        ("optimizer.lr=.5", 0.5),
+        ("steps=010", 10),
+        ("memory.overcommit=yes", True),
+        ("memory.overcommit=False", False),
+        ("reward.dimensions=global", ("global",)),
+        ("reward.dimensions={global: 2}", {"global": 2.0}),
+    ],
+)
+def test_a_value_is_what_was_written_in_an_argument_and_in_a_file(
+    override: str, value: object, tmp_path: Path
+) -> None:
+    keys, text = override.split("=", 1)
+    file = tmp_path / "a.yaml"
+    *sections, leaf = keys.split(".")
+    text = f'"{text}"' if "#" in text or (": " in text and "{" not in text) else text
+    file.write_text("".join(f"{section}:\n  " for section in sections) + f"{leaf}: {text}\n")
+    for config in (load_config(None, [override]), load_config(file)):
+        for key in keys.split("."):
+            config = getattr(config, key)
+        assert config == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "objective:\n  beta: 4\nsteps: 3\nobjective:\n  lr: 1\n",
+            "objective is given twice, in lines 1 and 4",
+        ),
+        ("objective:\n  beta: 4\n  beta: 5\n", "objective.beta is given twice, in lines 2 and 3"),
+        ("steps: 3\nobjective:\n  beta: -1\n", "a.yaml:3: objective.beta=-1 must be above 0"),
+        ("steps: 3\nobjective:\n", "a.yaml:2: objective is empty, but objective is a group of settings"),
+        ("steps: 3\nobjetive:\n  beta: 1\n", "a.yaml:2: unknown key objetive; did you mean objective?"),
+        ("name: !!python/object:os.system x\n", "a.yaml:1: name has the tag tag:yaml.org,2002:python/object"),
+        ("model: &m\n  lora: *m\n", "model.lora contains itself"),
+        ("steps: [", "a.yaml:1: this is not valid YAML"),
+        ("- 1", "must hold settings as 'key: value', found a list"),
+        ("memory:\n  step_in_backward: true\n", "excludes optimizer.clip"),
+    ],
+)
+def test_a_file_is_refused_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(file)
+
+
+def test_a_conflict_says_where_each_of_its_settings_was_given(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("reward:\n  kind: hpsv2\n  path: weights\n")
+    with pytest.raises(ValueError, match=rf"\(reward.kind: argument, reward.path: {file}:3\)"):
+        load_config(file, ["reward.kind=builtin"])
+
+
+def test_anchors_and_merged_keys_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("evaluation: &all\n  every: 7\ncheckpoint:\n  <<: *all\n  keep: 3\n")
+    config = load_config(file)
+    assert (config.evaluation.every, config.checkpoint.every, config.checkpoint.keep) == (7, 7, 3)
+
+
+def test_only_a_bare_name_means_a_shipped_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("sprites") == load_config("sprites.yaml") == load_config(None)
+    for missing in ("epx/sprites.yaml", "./gone/sprites.yaml", str(tmp_path / "sprites.yaml")):
+        with pytest.raises(
+            ValueError, match=f"there is no configuration file {re.escape(str(Path(missing)))}; check"
+        ):
+            load_config(missing)
+    with pytest.raises(
+        ValueError, match=r"no configuration file sprite\.yaml; did you mean sprites\? Shipped"
+    ):
+        load_config("sprite.yaml")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="runs is a folder, not a configuration file"):
+        load_config("runs")
+
+
+def test_what_a_valid_configuration_does_unexpectedly_is_noted() -> None:
+    assert notes(load_config(None)) == []
+    (short,) = notes(load_config(None, ["steps=4"]))
+    assert "optimizer.warmup_steps=5 is not below the 4 optimizer steps" in short
+    (single,) = notes(load_config(None, ["reference.refresh_every=1"]))
+    assert "the margin is always 0" in single
+
+
+def test_names_of_kinds_and_backends_are_those_of_their_owners() -> None:
+    assert set(KNOWN_MODELS) == set(BUILT_IN)
+    assert get_args(AttentionName) == get_args(attention.AttentionName)
+    assert get_args(FusedOpsBackend) == get_args(fused_ops.BackendName)
+
+
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"no configuration file absent\.yaml; shipped ones: .*sprites\.yaml"
+        ValueError, match=r"there is no configuration file absent\.yaml\. Shipped ones: opensora.*, sprites, "
     ):
         load_config("absent.yaml")
-    broken = tmp_path / "broken.yaml"
-    broken.write_text("steps: [")
-    with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
-        load_config(broken)
-    listed = tmp_path / "list.yaml"
-    listed.write_text("- 1")
-    with pytest.raises(ValueError, match=r"must hold a mapping of settings, found list"):
-        load_config(listed)

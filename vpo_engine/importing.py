@@ -28,8 +28,9 @@ class _Unloaded(ModuleType):
 
     def __getattr__(self, attribute: str) -> Any:
         spec = self.__spec__
-        assert spec is not None and spec.loader is not None
-        self.__class__ = ModuleType
+        assert spec is not None
+        assert spec.loader is not None
+        self.__class__ = ModuleType  # type: ignore[assignment]
         if spec.submodule_search_locations is not None:
             self.__path__ = spec.submodule_search_locations
         try:

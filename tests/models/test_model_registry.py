@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from vpo_engine.config import names
 from vpo_engine.config_file import load_config
 from vpo_engine.data.sprites.assets import Sprites
 from vpo_engine.models import registry
@@ -66,15 +67,18 @@ def test_kinds_are_found_by_name_by_place_and_by_entry_point(
     assert model_family("sprites") is Sprites
     assert model_family(f"{own_module}:Plain").card.name == "plain"
     entry = EntryPoint("installed", f"{own_module}:Plain", registry.ENTRY_POINTS)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == entry.group else [])
+    for module in (registry, names):
+        monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints([entry]).select(group=group))
     assert model_family("installed").card.name == "plain"
-    assert "Known kinds are installed, opensora, sprites" in refused("model.kind=absent")
+    assert "there is no such model family. Known are opensora, sprites, installed." in refused(
+        "model.kind=absent"
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("opensor", "model.kind=opensor is not known; did you mean opensora? Known kinds are opensora, sprites"),
+        ("opensor", "model.kind=opensor: there is no such model family; did you mean opensora? Known are opensora"),
         ("absent_package.models:Mine", "there is no module absent_package; install its package, or start from"),
         ("models_of_a_test:Absent", "has no Absent; its models are Sprites, Plain, Precise"),
         ("models_of_a_test:NoModel", "NoModel is not a subclass of vpo_engine.video_model.VideoModel; derive it"),

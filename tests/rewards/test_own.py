@@ -16,8 +16,7 @@ import torch
 
 from vpo_engine import rank as rank_module
 from vpo_engine import train as entry
-from vpo_engine.config import Config
-from vpo_engine.config import reward as reward_config
+from vpo_engine.config import Config, names
 from vpo_engine.rewards import own
 from vpo_engine.rewards.registry import build_reward, check_reward, knows_frame_rate, reward_card
 from vpo_engine.runs.log import read_metrics
@@ -206,7 +205,7 @@ def test_scores_are_float32_and_without_a_graph(write: Callable[[str], str]) -> 
             "no_such_module:Mine",
             "there is no module no_such_module; install its package, or start from the folder",
         ),
-        ("videoscroe", r"videoscroe is no reward; did you mean videoscore\? Known are sprites"),
+        ("videoscroe", r"there is no such reward; did you mean videoscore\? Known are sprites"),
         ("examples.own_reward", r"given as package\.module:Class \(see docs/rewards\.md\)"),
     ],
 )
@@ -225,7 +224,7 @@ def test_an_installed_package_offers_a_name(
 ) -> None:
     module = write(scoring("{'one': torch.ones(2), 'two': torch.ones(2)}"))
     point = EntryPoint("mine", f"{module}:Mine", "vpo_engine.rewards")
-    for reader in (reward_config, own):
+    for reader in (names, own):
         monkeypatch.setattr(reader, "entry_points", lambda group: EntryPoints([point]).select(group=group))
     assert small("reward.kind=mine", "reward.dimensions=one").reward.kind == "mine"
     assert reward_card("mine").reads_prompt

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from vpo_engine.config.reward import RewardKind
+from vpo_engine.config.reward import RewardKind, check_path
 from vpo_engine.config.section import Section
 
 
@@ -20,6 +20,11 @@ class HeldOutRewardConfig(Section):
     """Folder of its checkpoint; null for reward models whose weights are in the package."""
     dimensions: tuple[str, ...] = ("global",)
     """Dimensions whose average is compared with the training reward; "global" alone means all of them."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        check_path(self.kind, self.path, "guards.reward")
+        return self
 
 
 class GuardsConfig(Section):

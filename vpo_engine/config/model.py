@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from vpo_engine.config.names import DeviceName, check_kind
 from vpo_engine.config.section import Section
 
 AttentionName = Literal["auto", "sdpa", "flash2", "flash3", "flash4", "xformers"]
 FusedOpsBackend = Literal["auto", "reference", "triton"]
 """The names that ``vpo_kernels`` knows, written out so that a configuration is read without loading torch."""
+
+
+KNOWN_MODELS = ("opensora", "sprites")
+"""The names of the model families that come with the engine."""
+_ENTRY_POINTS = "vpo_engine.models"
+"""The group of entry points under which an installed package offers families (also in models/registry.py)."""
+
+
+def _check_kind(kind: str) -> str:
+    return check_kind(kind, KNOWN_MODELS, _ENTRY_POINTS, "model family", "docs/models.md")
+
+
+ModelKind = Annotated[str, AfterValidator(_check_kind)]
+"""A name of KNOWN_MODELS or of an installed package, or package.module:Class."""
 
 
 class LoraConfig(Section):
@@ -28,7 +43,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The model that is trained, its files, and the size of its videos."""
 
-    kind: str = Field("sprites", pattern=r"^(\w[\w-]*|\w+(\.\w+)*:\w+)$")
+    kind: ModelKind = "sprites"
     """The model's family: sprites, opensora, one of an installed package, or package.module:Class for your own. See
     docs/models.md."""
     policy: Path | None = None
@@ -51,8 +66,8 @@ class ModelConfig(Section):
     sampling script."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the video model computes; memory.weights is the type in which its weights are held."""
-    device: str = "auto"
-    """Device of the model: cpu or cuda. auto: cuda if there is one, else cpu."""
+    device: DeviceName = "auto"
+    """Device of the model: cpu, cuda or cuda:N. auto: cuda if there is one, else cpu."""
     attention: AttentionName = "auto"
     """Implementation of attention: torch's own (sdpa), flash2, flash3, flash4 or xformers. auto: sdpa, unless another
     one can be imported and has been measured to be faster on this GPU; the run prints the choice and the reason."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from vpo_engine.config.names import DeviceName, check_kind
 from vpo_engine.config.section import Section
 
 KNOWN_REWARDS = (
@@ -40,21 +38,22 @@ _ENTRY_POINTS = "vpo_engine.rewards"
 
 
 def _check_kind(kind: str) -> str:
-    if kind in KNOWN_REWARDS or re.fullmatch(r"\w+(\.\w+)*:\w+", kind):
-        return kind
-    known = [*KNOWN_REWARDS, *entry_points(group=_ENTRY_POINTS).names]
-    if kind in known:
-        return kind
-    near = difflib.get_close_matches(kind, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(
-        f"{kind} is no reward; {hint}Known are {', '.join(known)}. A reward of your own is given as "
-        "package.module:Class (see docs/rewards.md)"
-    )
+    return check_kind(kind, KNOWN_REWARDS, _ENTRY_POINTS, "reward", "docs/rewards.md")
 
 
 RewardKind = Annotated[str, AfterValidator(_check_kind)]
 """A name of KNOWN_REWARDS or of an installed package, or package.module:Class."""
+
+
+def check_path(kind: str, path: Path | None, section: str) -> None:
+    """Raise ValueError if a reward that comes with the engine lacks its folder, or has none and is given one."""
+    if kind in _SHIPPED and path is not None:
+        raise ValueError(
+            f"{section}.path={path} has no meaning for {section}.kind={kind}, whose weights are in the package; leave "
+            f"it out, or give {section}.path=null"
+        )
+    if kind in KNOWN_REWARDS and kind not in _SHIPPED and path is None:
+        raise ValueError(f"{section}.kind={kind} needs {section}.path, a local folder of its checkpoint")
 
 
 class RewardConfig(Section):
@@ -82,7 +81,7 @@ class RewardConfig(Section):
     frame_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     """InstructVideo's lambda, per frame of distance; null: 4 divided by the frames of a segment, which is
     InstructVideo's 1 at 16 frames."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: DeviceName = "auto"
     """Device of the reward model. auto: the policy's. On any other device it stays, whatever memory.offload_idle
     says."""
     process: bool = False
@@ -107,8 +106,7 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.path is None and self.kind in KNOWN_REWARDS and self.kind not in _SHIPPED:
-            raise ValueError(f"kind {self.kind} needs reward.path, a local folder of its checkpoint")
+        check_path(self.kind, self.path, "reward")
         if self.frame_decay is not None and self.frame_reduce != "segments":
             raise ValueError(
                 f"frame_decay={self.frame_decay} weighs segments, but frame_reduce={self.frame_reduce}; leave it out, "

@@ -124,11 +124,18 @@ class Config(Section):
                 f"guards.reward is the reward that is trained against ({held_out.kind}); name another reward model, "
                 "whose scores never select pairs, or leave it out"
             )
-        if self.optimizer.warmup_steps >= self.optimizer_steps:
-            raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps} times "
-                f"objective.updates_per_rollout={self.objective.updates_per_rollout}"
-            )
+        if self.model.kind == "sprites":
+            self._check_sprites()
+
+    def _check_sprites(self) -> None:
+        """Refuse settings that the sprites world, whose clips have one size, would ignore."""
+        for name in ("vae", "text_encoder", "resolution", "aspect", "num_frames", "fps"):
+            value = getattr(self.model, name)
+            if value != type(self.model).model_fields[name].default:
+                raise ValueError(
+                    f"model.{name}={value} has no meaning for model.kind=sprites, whose clips have 17 frames of 32 x "
+                    "32 pixels; leave it out, or choose another model.kind"
+                )
 
     def _check_processes(self) -> None:
         size, rollout = self.processes.per_prompt, self.rollout

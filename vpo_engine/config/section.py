@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
 
 
 class Section(BaseModel):
@@ -19,3 +24,20 @@ class Section(BaseModel):
     def __hash__(self) -> int:
         """Hash the settings by what they say, since fields may hold dictionaries."""
         return hash(self.model_dump_json())
+
+    @field_validator("*")
+    @classmethod
+    def _complete_path(cls, value: Any) -> Any:
+        """Replace a leading ~ by the home folder. Refuse environment variables, which only a shell replaces."""
+        if not isinstance(value, Path):
+            return value
+        try:
+            path = value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"there is no such home folder ({error}); write the path out") from error
+        variable = re.search(r"\$\{?(\w+)", str(path))
+        if variable is not None and not os.path.lexists(path):
+            raise ValueError(
+                f"${variable[1]} is not replaced in settings; write the path out, or let the shell replace it"
+            )
+        return path

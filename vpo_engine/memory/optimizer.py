@@ -34,7 +34,8 @@ def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
 
     It rises linearly during warm-up, then falls linearly to ``final_lr`` times the peak at the last step.
     """
-    warmup, left = settings.warmup_steps, max(1, steps - 1 - settings.warmup_steps)
+    warmup = min(settings.warmup_steps, steps - 1)
+    left = max(1, steps - 1 - warmup)
     if step < warmup:
         return settings.lr * ((step + 1) / (warmup + 1))
     return settings.lr * (1 - (1 - settings.final_lr) * min(1.0, (step - warmup) / left))

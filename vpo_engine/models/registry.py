@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from importlib.metadata import entry_points
 from typing import Any, get_args
 
 from vpo_engine.config import Config
+from vpo_engine.config.names import check_kind
 from vpo_engine.video_model import ModelCard, Option, VideoModel
 
 BUILT_IN = {
@@ -26,15 +26,8 @@ def model_family(kind: str) -> type[VideoModel]:
 
     ValueError says what was not found or does not fit, and what to do.
     """
-    place = kind if ":" in kind else _places().get(kind)
-    if place is None:
-        known = sorted(_places())
-        near = difflib.get_close_matches(kind, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
-            f"model.kind={kind} is not known; {hint}Known kinds are {', '.join(known)}. A model of your own is given "
-            "as model.kind=package.module:Class (see docs/models.md)"
-        )
+    check_kind(kind, tuple(BUILT_IN), ENTRY_POINTS, "model family", "docs/models.md")
+    place = kind if ":" in kind else _places()[kind]
     found = _load(kind, place)
     _check_class(kind, found)
     return found

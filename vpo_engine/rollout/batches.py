@@ -88,8 +88,9 @@ class Batches:
     def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
         if self._halved or size == 1:
             raise torch.OutOfMemoryError(
-                f"a batch of {size} candidates does not fit in the memory of the device either; set rollout.batch_size to "
-                f"{max(1, size // 2)}, or let the model share the device less (memory.offload_idle=true): {error}"
+                f"a batch of {size} candidates does not fit in the memory of the device either; set "
+                f"rollout.batch_size to {max(1, size // 2)}, or let "
+                f"the model share the device less (memory.offload_idle=true): {error}"
             ) from error
         self._halved, self.size = True, size // 2
         # The frames of the failed work hold what it had computed.

@@ -1,0 +1,22 @@
+"""What a user should know about a configuration that is valid."""
+
+from __future__ import annotations
+
+from vpo_engine.config.run import Config
+
+
+def notes(config: Config) -> list[str]:
+    """Return a line for every setting that has another effect than one might expect."""
+    found = []
+    warmup, steps = config.optimizer.warmup_steps, config.optimizer_steps
+    if warmup >= steps:
+        found.append(
+            f"optimizer.warmup_steps={warmup} is not below the {steps} optimizer steps of the run: the learning rate "
+            f"reaches optimizer.lr at the last step"
+        )
+    if config.reference.refresh_every == 1:
+        found.append(
+            "reference.refresh_every=1 makes the reference the policy of every step: the margin is always 0, there is no "
+            "margin accuracy to see, and nothing holds the policy near where it was; the paper has 200"
+        )
+    return found

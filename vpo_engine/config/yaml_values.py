@@ -1,0 +1,192 @@
+"""Read YAML without surprises: a setting that is text keeps its characters, and a key that stands twice is an error.
+
+YAML 1.1, which most readers follow, turns 60:00 into 3600, 001 into 1, 2024-11-23 into a date and yes into true, and
+lets the last of two equal keys win. Here the type of the setting decides how its value is read, and numbers are those
+of YAML 1.2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+
+from vpo_engine.config.section import Section
+
+_NULL = re.compile(r"null|Null|NULL|~|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_KNOWN_TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "map", "seq")
+}
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+@dataclass
+class Settings:
+    """Settings as nested dictionaries, and where each of them stands."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    """{dotted key: file and line, or the argument that gave it}."""
+
+
+def read_settings(text: str, source: str, kind: type[Section]) -> Settings:
+    """Return the settings of a YAML text, which are those of ``kind``; ``source`` is its file's name, for errors.
+
+    Raise ValueError, with the line, for text that is not YAML, for a key that stands twice, and for tags.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}{_explain(error)}") from error
+    if root is None:
+        return Settings()
+    if not isinstance(root, yaml.MappingNode):
+        found = "a list" if isinstance(root, yaml.SequenceNode) else f"{root.value!r}"
+        raise ValueError(f"{source} must hold settings as 'key: value', found {found}")
+    reader = _Reader(source)
+    return Settings(reader.mapping(root, kind, ""), reader.origins)
+
+
+def read_override(override: str, kind: type[Section]) -> tuple[list[str], Any]:
+    """Return the keys and the value of ``key.path=value``.
+
+    The value is read as it is, up to its last character. Only one that begins with a bracket, a brace or a quote is
+    read as YAML.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"expected key.path=value, got {override!r}")
+    keys = key.split(".")
+    if text[:1] in tuple("[{\"'"):
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            assert node is not None
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"{override!r}: the value begins with {text[0]}, so it is read as YAML, but{_explain(error, False)}"
+            ) from error
+    else:
+        node = yaml.ScalarNode("tag:yaml.org,2002:str", text.strip(), style=None)
+    return keys, _Reader(f"argument {override}", lines=False).value(node, _annotation(kind, keys), key)
+
+
+class _Reader:
+    """Makes values of YAML nodes, and notes the lines of their keys."""
+
+    def __init__(self, source: str, lines: bool = True) -> None:
+        self.origins: dict[str, str] = {}
+        self._source, self._lines = source, lines
+        self._open: set[int] = set()
+
+    def mapping(self, node: yaml.MappingNode, kind: Any, prefix: str) -> dict[str, Any]:
+        self._refuse_repeated(node, prefix)
+        yaml.SafeLoader("").flatten_mapping(node)
+        values = {}
+        for key, value in node.value:
+            name = str(key.value)
+            self.origins[prefix + name] = f"{self._source}:{key.start_mark.line + 1}"
+            values[name] = self.value(value, _annotation(kind, [name]), prefix + name)
+        return values
+
+    def value(self, node: yaml.Node, kind: Any, key: str) -> Any:
+        if node.tag not in _KNOWN_TAGS:
+            raise ValueError(f"{self._place(node)}: {key} has the tag {node.tag}; give a plain value")
+        if id(node) in self._open:
+            raise ValueError(f"{self._place(node)}: {key} contains itself; write its value out")
+        if isinstance(node, yaml.ScalarNode):
+            return node.value if node.style else _plain(node.value, kind)
+        self._open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self.mapping(node, kind, f"{key}.")
+            kinds = _element_kinds(kind, len(node.value))
+            return [self.value(one, of, key) for one, of in zip(node.value, kinds, strict=True)]
+        finally:
+            self._open.discard(id(node))
+
+    def _refuse_repeated(self, node: yaml.MappingNode, prefix: str) -> None:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"{self._place(key)}: the key of a setting must be a word")
+            line = key.start_mark.line + 1
+            if key.value in lines and key.tag != _MERGE:
+                raise ValueError(
+                    f"{self._source}: {prefix}{key.value} is given twice, in lines {lines[key.value]} and {line}; "
+                    "keep one of them"
+                )
+            lines[key.value] = line
+
+    def _place(self, node: yaml.Node) -> str:
+        return f"{self._source}:{node.start_mark.line + 1}" if self._lines else self._source
+
+
+def _plain(text: str, kind: Any) -> Any:
+    """Return the value of an unquoted scalar for a setting of type ``kind``."""
+    kinds = set(_members(kind))
+    if _NULL.fullmatch(text):
+        return None
+    if kinds & {str, Path}:
+        return text
+    if _BOOL.fullmatch(text) and (bool in kinds or Any in kinds):
+        return text.lower() == "true"
+    if _INT.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _SPECIAL.fullmatch(text):
+        return float(text.replace(".", "", 1))
+    return text
+
+
+def _members(kind: Any) -> Iterator[Any]:
+    """Yield the types that a value of type ``kind`` may have; a list of texts may also be given as one text."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        yield from _members(get_args(kind)[0])
+    elif origin in (Union, UnionType):
+        for member in get_args(kind):
+            yield from _members(member)
+    elif origin is tuple and str in get_args(kind):
+        yield str
+    else:
+        yield kind
+
+
+def _element_kinds(kind: Any, count: int) -> list[Any]:
+    """Return the types of the elements of a list for a setting of type ``kind``."""
+    for member in (kind, *get_args(kind)):
+        if get_origin(member) is tuple:
+            kinds = [one for one in get_args(member) if one is not Ellipsis]
+            return [kinds[min(number, len(kinds) - 1)] for number in range(count)]
+    return [Any] * count
+
+
+def _annotation(kind: Any, keys: list[str]) -> Any:
+    """Return the type of the setting at the path ``keys`` below a section; Any where there is none."""
+    for key in keys:
+        sections = [one for one in _members(kind) if isinstance(one, type) and issubclass(one, Section)]
+        fields = sections[0].model_fields if sections else {}
+        if key not in fields:
+            return Any
+        kind = fields[key].annotation
+    return kind
+
+
+def _explain(error: yaml.YAMLError, lines: bool = True) -> str:
+    """Return the line of a YAML error and what is wrong there."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f" is not valid YAML: {' '.join(str(error).split())}"
+    problem = " ".join(part for part in (error.problem, error.context) if part)
+    line = f":{error.problem_mark.line + 1}:" if lines else ""
+    return f"{line} this is not valid YAML: {problem}"
