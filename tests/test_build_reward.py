@@ -95,8 +95,8 @@ def test_wrong_rewards_are_refused_before_anything_is_loaded(
     def loads(*_: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("vpo_engine.train.build_model", loads)
-    monkeypatch.setattr("vpo_engine.train.check_fits", loads)
+    monkeypatch.setattr("vpo_engine.training.build_model", loads)
+    monkeypatch.setattr("vpo_engine.training.check_fits", loads)
     run = tmp_path / "run"
     given = [override.format(here=tmp_path) for override in overrides]
     assert entry.main([*given, f"run_dir={run}"]) == 1

@@ -15,7 +15,7 @@ from process_group import run_in_group
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vpo_engine import evaluate, sample
+from vpo_engine import evaluate, sample, training
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import Config, LoraConfig
@@ -146,13 +146,13 @@ def test_the_adapter_names_the_policy_it_was_trained_on(small: Make, tmp_path: P
 
 def train_and_keep_the_adapter(folder: Path, arguments: list[str]) -> int:
     """Train, then save the adapter of this process, of which the run itself saves only that of the first."""
-    build, models = entry.build_model, []
+    build, models = training.build_model, []
 
     def build_and_keep(config: Config, processes: Processes) -> OpenSora:
         models.append(build(config, processes))
         return models[0]
 
-    entry.build_model = build_and_keep
+    training.build_model = build_and_keep
     code = entry.main(arguments)
     save_adapter(models[0].network, folder / os.environ["RANK"])
     return code

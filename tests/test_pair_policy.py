@@ -370,7 +370,7 @@ def test_stored_pairs_go_round_and_know_a_wider_min_gap(written: Path) -> None:
         (["rollout.dataset=runs/a"], "source=policy and dataset=runs/a do not go together"),
         (
             ["rollout.source=dataset", "rollout.dataset=absent"],
-            "no preference dataset at absent; a run writes one",
+            "rollout.dataset=absent: there is no such folder",
         ),
         (
             ["rollout.source=dataset", "rollout.dataset=runs/a", "pairs.resample=1"],
@@ -378,7 +378,7 @@ def test_stored_pairs_go_round_and_know_a_wider_min_gap(written: Path) -> None:
         ),
         (["reward.min_gap=0.5"], "unknown key reward.min_gap; did you mean pairs.min_gap?"),
         (["reward.dimensions={visual_quality: 0}"], "dimensions.visual_quality=0 is no weight"),
-        (["pairs.gap_power=-1"], "pairs.gap_power=-1: Input should be greater than or equal to 0"),
+        (["pairs.gap_power=-1"], "pairs.gap_power=-1 must be at least 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

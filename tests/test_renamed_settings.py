@@ -12,7 +12,7 @@ from vpo_engine import train
 from vpo_engine.config import Config
 from vpo_engine.config.renamed import KEYS, VALUES
 from vpo_engine.config_file import dump_config, load_config
-from vpo_engine.run_state import check_same_run
+from vpo_engine.runs.start import check_same_run
 
 
 def test_every_new_name_is_a_setting_and_no_old_one_is() -> None:

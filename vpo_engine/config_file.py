@@ -15,6 +15,11 @@ from vpo_engine.config.renamed import find_renamed
 from vpo_engine.config.yaml_values import Settings, read_override, read_settings
 
 SPRITES = "sprites.yaml"
+_FOLDERS = tuple(
+    (key, "folder") for key in ("model.policy", "model.vae", "model.text_encoder", "rollout.dataset")
+)
+_FILES = tuple((key, "file") for key in ("prompts.train", "prompts.held_out"))
+"""Settings that name what must be there when a run begins. Rewards say themselves what they read."""
 _SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 """Folders of the shipped configurations: inside an installed package, or beside it in a checkout."""
 
@@ -28,7 +33,12 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Con
     new names.
     """
     path = _shipped(SPRITES) if source is None else _find(Path(source))
-    settings = read_settings(_read(path), str(path), Config)
+    return parse_config(_read(path), str(path), overrides)
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a YAML text with overrides; ``source`` is how errors call the text."""
+    settings = read_settings(text, source, Config)
     given = [(*read_override(override, Config), override) for override in overrides]
     _refuse_old_names(settings, given)
     for keys, value, override in given:
@@ -37,6 +47,22 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Con
         return Config.model_validate(settings.values)
     except ValidationError as error:
         raise ValueError(explain(error, Config, settings.origins)) from None
+
+
+def require_files(config: Config) -> None:
+    """Raise ValueError, with the setting, for a file or folder of the configuration that does not exist."""
+    for key, kind in (*_FOLDERS, *_FILES):
+        section, name = key.rsplit(".", 1)
+        owner = config
+        for part in section.split("."):
+            owner = getattr(owner, part) if owner is not None else None
+        path = getattr(owner, name, None)
+        if path is None:
+            continue
+        if not path.exists():
+            raise ValueError(f"{key}={path}: there is no such {kind}; check the path")
+        if path.is_dir() != (kind == "folder"):
+            raise ValueError(f"{key}={path} must be a {kind}; check the path")
 
 
 def dump_config(config: Config) -> str:

@@ -10,13 +10,17 @@ for each step:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.errors import NotFiniteError
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.metrics.stage_timer import StageTimer
@@ -29,7 +33,7 @@ from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.rollout.quantised_copy import SamplingCopy
 from vpo_engine.rollout.sampler import CandidateSampler, Denoiser, VideoScorer
 from vpo_engine.selection import Selector
-from vpo_engine.values import Choice, Pair, Prompt
+from vpo_engine.values import Choice, Pair, Prompt, check_latents
 from vpo_engine.video_model import VideoModel
 
 
@@ -70,6 +74,7 @@ class OnlineVPO:
         _check(config, processes)
         self.config, self.model, self.reward, self.reference = config, model, reward, reference
         self.processes, self.stored = processes, stored
+        self.stopping = StopPoints(processes)
         self.idle_offload = idle_offload or IdleOffload.disabled()
         self.parameters = [p for p in model.network.parameters() if p.requires_grad]
         if not self.parameters:
@@ -85,7 +90,12 @@ class OnlineVPO:
         self.idle_offload.register("optimizer", self.optimizer.tensors)
         self.refreshed_at = 0
         self.objective = DPO(
-            model, config.objective, config.rollout.guidance, config.seed, config.memory.sequential
+            model,
+            config.objective,
+            config.rollout.guidance,
+            config.seed,
+            config.memory.sequential,
+            before_micro_batch=self.stopping.check,
         )
         self.selector = Selector(config, processes)
         self.timer = StageTimer(processes.device)
@@ -102,12 +112,18 @@ class OnlineVPO:
         return self.optimizer.steps
 
     def step(self, prompts: Sequence[Prompt]) -> Step:
-        """Make one step of Algorithm 1 on this team's prompts."""
-        if self.stored is None:
-            candidates = self._sample(prompts)  # N videos per prompt, decoded and scored
-            choices = self._resample_ties(self.selector.choose(candidates))  # winner = argmax, loser = argmin
-        else:
-            choices = self.stored.choices(prompts, self.model.latent_shape, self.processes.device)
+        """Make one step of Algorithm 1 on this team's prompts.
+
+        If the run is asked to stop before weights have changed, raise StepAbandonedError.
+        """
+        with self.stopping.stoppable(together=self.processes.team.count > 1):
+            if self.stored is None:
+                candidates = self._sample(prompts)  # N videos per prompt, decoded and scored
+                choices = self._resample_ties(
+                    self.selector.choose(candidates)
+                )  # winner = argmax, loser = argmin
+            else:
+                choices = self.stored.choices(prompts, self.model.latent_shape, self.processes.device)
         pairs = self.selector.pairs(choices)  # without ties, weighted
         for update in range(self.config.objective.updates_per_rollout):
             metrics = self._update_policy(pairs, update)  # Diffusion-DPO on the latents
@@ -136,20 +152,24 @@ class OnlineVPO:
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=here)
         rate = learning_rate(self.config.optimizer, self.optimizer_steps, self.config.optimizer_steps)
         self.optimizer.begin(rate)
-        if len(mine):
-            local = self._backward(
-                pairs,
-                self.reference,
-                update=update,
-                samples=mine,
-                total=total * self.config.objective.timesteps_per_pair,
-                processes=self.processes.count,
-            )
-            sums += torch.tensor([local[name] for name in (*DPO.METRICS, "samples")], device=here)
+        unchanged = update == 0 and not self.config.memory.step_in_backward
+        with self.stopping.stoppable() if unchanged else nullcontext():
+            if len(mine):
+                local = self._backward(
+                    pairs,
+                    self.reference,
+                    update=update,
+                    samples=mine,
+                    total=total * self.config.objective.timesteps_per_pair,
+                    processes=self.processes.count,
+                )
+                sums += torch.tensor([local[name] for name in (*DPO.METRICS, "samples")], device=here)
         metrics: dict[str, float] = {"pairs": total, "lr": rate}
         if total:
             *totals, samples = self.processes.sum(sums).tolist()
             metrics |= {name: value / samples for name, value in zip(DPO.METRICS, totals, strict=True)}
+            if not math.isfinite(metrics["loss"]):
+                raise NotFiniteError(f"the loss is {metrics['loss']}")
             metrics["grad_norm"] = self._optimizer_step()
         return metrics
 
@@ -188,11 +208,19 @@ class OnlineVPO:
         bits = config.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
         first = exact if self.copy is None else self.copy
-        self._networks = CountedRows(first), CountedRows(exact if config.weights == "policy" else first)
+        check = self.stopping.check
+        self._networks = (
+            CountedRows(first, check),
+            CountedRows(exact if config.weights == "policy" else first, check),
+        )
         reward = self.reward if self.config.guards.motion_floor is None else WithMotion(self.reward)
         scorer = VideoScorer(
-            self.timer.timed("decode", lambda latents: model.decode(latents)),
-            self.idle_offload.during("reward", lambda videos, texts: reward.score(videos, texts)),
+            self.timer.timed(
+                "decode", self.stopping.before(lambda latents: model.decode(check_latents(latents)))
+            ),
+            self.idle_offload.during(
+                "reward", self.stopping.before(lambda videos, texts: reward.score(videos, texts))
+            ),
             reward.dimensions,
             batches,
             overlap=config.overlap,

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vpo_engine.data.clips import Clip, Preference, find_clips, read_preferences
+from vpo_engine.errors import RewardProcessError
 from vpo_engine.metrics.ranking import Ranking, rank_preferences
 from vpo_engine.metrics.ranking_report import (
     Scores,
@@ -40,7 +41,6 @@ from vpo_engine.protocols import Reward
 from vpo_engine.rewards.combine import combine
 from vpo_engine.rewards.process import start_reward
 from vpo_engine.rewards.registry import NAMES, RewardSpec, format_cards, knows_frame_rate, reward_card
-from vpo_engine.rewards.wire import RewardProcessError
 from vpo_engine.runs.video import read_video
 
 GLOBAL = "mean of all"

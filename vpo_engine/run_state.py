@@ -1,4 +1,4 @@
-"""The state of a run: how it goes into a checkpoint and back, and which settings may change in between."""
+"""The state of a run: how it goes into a checkpoint and back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vpo_engine.config import Config
-from vpo_engine.config_file import load_config
 from vpo_engine.online_vpo import OnlineVPO
-
-_FREE_TO_CHANGE = ("name", "run_dir", "steps", "evaluation", "checkpoint", "processes")
-"""Settings that may differ when a run is resumed."""
 
 
 def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -48,22 +43,3 @@ def restore(
     algorithm.optimizer.load_state_dict(dict(tensors["optimizer"]))
     algorithm.refreshed_at = state["refreshed_at"]
     return state["step"], dict(tensors["baseline"])
-
-
-def check_same_run(config: Config, saved_config: Path) -> None:
-    """Raise ValueError if ``config`` does not continue the run whose resolved configuration is at ``saved_config``."""
-    saved = load_config(saved_config)
-    different = [
-        f"{name} was {getattr(saved, name)!r}, now {getattr(config, name)!r}"
-        for name in Config.model_fields
-        if name not in _FREE_TO_CHANGE and getattr(saved, name) != getattr(config, name)
-    ]
-    if saved.held_out_steps != config.held_out_steps:
-        different.append(
-            f"evaluation.steps was {saved.held_out_steps}, now {config.held_out_steps}, and the base was evaluated so"
-        )
-    if different:
-        raise ValueError(
-            f"cannot resume {saved_config.parent}: {'; '.join(different)}. Resume with the run's own settings "
-            f"(only {', '.join(_FREE_TO_CHANGE)} may change), or start a new run"
-        )

@@ -61,13 +61,13 @@ class Group:
 def groups(section: type[Section] = Config, key: str = "") -> Iterator[Group]:
     """Yield the settings of a section, then those of the sections inside it, in the order of the code."""
     inside = {
-        name: kind for name, field in section.model_fields.items() if (kind := _section(field)) is not None
+        name: kind for name, field in section.fields_by_key().items() if (kind := _section(field)) is not None
     }
     listed = [
-        name for name, field in section.model_fields.items() if name not in inside or field.default is None
+        name for name, field in section.fields_by_key().items() if name not in inside or field.default is None
     ]
     meaning = " ".join((section.__doc__ or "").split())
-    yield Group(key, meaning, tuple(_setting(name, section.model_fields[name]) for name in listed))
+    yield Group(key, meaning, tuple(_setting(name, section.fields_by_key()[name]) for name in listed))
     for name, kind in inside.items():
         yield from groups(kind, f"{key}.{name}" if key else name)
 

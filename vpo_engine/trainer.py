@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from vpo_engine.config import Config
 from vpo_engine.data.preference_dataset import truncate_dataset
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.stopping import StepAbandonedError
+from vpo_engine.errors import NotFiniteError
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.metrics.reward_monitor import Alarm, RewardMonitor, describe_shuffle
 from vpo_engine.metrics.summary import format_summary, summarise
@@ -23,20 +27,16 @@ from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_ra
 from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rollout.preference_dataset import PairRecorder, StoredPairs
+from vpo_engine.run_gallery import keep_held_out, keep_pairs, shown_clips
 from vpo_engine.run_state import capture, restore
 from vpo_engine.runs.alarms import write_alarms
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, write_held_out, write_pairs
 from vpo_engine.runs.log import NullLog, RunLog
 from vpo_engine.runs.progress import Progress
 from vpo_engine.runs.report import write_report
-from vpo_engine.runs.signals import StopRequest
-from vpo_engine.values import Candidate
+from vpo_engine.runs.signals import StopRequest, exit_code
 
-_GALLERY_CLIPS = 16
-_GALLERY_STEPS = 8
-_GALLERY_PAIRS = 4
 _MEASURED_PROMPTS = 16
 """Held-out prompts whose mean length is taken for that of all prompts; embeddings are large, so these are few."""
 _MOST_STEPS_WITHOUT_PAIRS = 20
@@ -48,13 +48,13 @@ class Outcome:
     """The end of a run.
 
     steps: how many steps were made. summary: of the evaluation at the end; None if the run was stopped before.
-    stopped_by: what stopped it; a checkpoint holds the last step then. alarmed: whether an alarm stopped it.
+    stopped_by: what stopped it; a checkpoint holds the last step then, if there was one. exit_code: of the command.
     """
 
     steps: int
     summary: dict[str, object] | None
     stopped_by: str | None = None
-    alarmed: bool = False
+    exit_code: int = 0
 
 
 class Trainer:
@@ -69,11 +69,16 @@ class Trainer:
         run: RunDirectory,
         processes: Processes,
         stop_elsewhere: Callable[[], bool] = lambda: False,
+        start_from: Path | None = None,
     ) -> None:
-        """``stop_elsewhere``: tells whether a process that does not train was asked to stop."""
+        """``stop_elsewhere``: tells whether a process that does not train was asked to stop.
+
+        ``start_from``: the checkpoint that the run goes on from; None to begin at the first step.
+        """
         self._config, self._algorithm, self._stream = config, algorithm, stream
         self._held_out, self._run, self._processes = held_out, run, processes
-        self._stop_elsewhere = stop_elsewhere
+        self._stop_elsewhere, self._start_from = stop_elsewhere, start_from
+        held_out.stopping = algorithm.stopping
         self._mine = processes.team_range(config.pairs_per_step, "pairs_per_step")
         self._seconds: dict[str, float] = defaultdict(float)
         self._stage_seconds: dict[str, float] = {}
@@ -84,44 +89,84 @@ class Trainer:
         samples = min(samples, config.evaluation.samples_between or samples)
         self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts))
         self._alarmed = False
+        self._done = self._saved_at = 0
+        self._evaluation_missing = False
+        self._last_metrics: Mapping[str, float] = {}
 
     def run(self) -> Outcome:
-        """Train to the last step, or to the end of the step in which a signal asks to stop."""
-        start = self._resume() if self._config.checkpoint.resume else 0
-        log = RunLog(self._run) if self._processes.first else NullLog()
-        if start:
-            log.resume(start)
-        self._recorder = self._open_recorder(start)
+        """Train to the last step, or to the place where a signal stops the run; see ``StopPoints``."""
         total = self._config.steps
-        with StopRequest() as stop, Progress(total, start, self._processes.first) as self._progress:
-            self._log = log
-            with self._stage("text"):
-                self._encode_text()
-            self._throughput = self._measure_device()
-            self._raise_alarms([])
-            if start == 0:
-                self._evaluate_baseline()
-            else:
-                self._check_reward(exchange=False)
-            for step in range(start + 1, total + 1):
-                self._train_step(step)
-                stopping = self._processes.any(stop.requested or self._stop_elsewhere()) or self._alarmed
-                if stopping or step == total or self._due(self._config.checkpoint.every, step):
-                    with self._stage("checkpoint"):
-                        self._save(step)
-                if stopping and step < total:
+        self._log = log = RunLog(self._run) if self._processes.first else NullLog()
+        with StopRequest(self._acknowledge) as stop:
+            self._algorithm.stopping.requested = lambda: stop.requested
+            start = self._done = self._resume()
+            self._recorder = self._open_recorder(start)
+            with Progress(total, start, self._processes.first) as self._progress:
+                try:
+                    self._prepare(start)
+                    for step in range(start + 1, total + 1):
+                        self._train_step(step)
+                        if self._must_stop(stop) and step < total:
+                            return self._stopped(stop)
+                    return Outcome(total, self._finish(total))
+                except StepAbandonedError:
+                    return self._stopped(stop)
+                except NotFiniteError as error:
+                    raise ValueError(self._diverged(error)) from error
+                finally:
                     log.close()
-                    return self._stopped(step, stop)
-            summary = self._finish(total)
-        log.close()
-        return Outcome(total, summary)
 
-    def _stopped(self, step: int, stop: StopRequest) -> Outcome:
+    def _prepare(self, start: int) -> None:
+        """Do what comes before step ``start + 1``."""
+        with self._stage("text"):
+            self._encode_text()
+        self._throughput = self._measure_device()
+        self._raise_alarms([])
+        if start == 0:
+            self._evaluate_baseline()
+            return
+        self._check_reward(exchange=False)
+        if self._evaluation_missing:  # the run was stopped during the evaluation of its last step
+            self._evaluate(start)
+
+    def _must_stop(self, stop: StopRequest) -> bool:
+        return self._processes.any(stop.requested or self._stop_elsewhere()) or self._alarmed
+
+    def _acknowledge(self, signal_name: str) -> str:
+        """Return what the terminal shows when the run is asked to stop."""
+        if not self._processes.first:
+            return ""
+        saving = f"then saving step {self._done}" if self._done else "with nothing to save yet"
+        return f"{signal_name}: giving up what is not finished, {saving}; send it again to stop at once"
+
+    def _stopped(self, stop: StopRequest) -> Outcome:
+        """Save the last finished step, unless that is done, and say how the run ended."""
+        step = self._done
+        if step and self._saved_at != step:
+            self._save(step)
         if not self._alarmed:
-            return Outcome(step, None, stop.signal_name or "a signal to another process")
+            name = stop.signal.name if stop.signal else "a signal to another process"
+            return Outcome(step, None, name, exit_code=exit_code(stop.signal or signal.SIGTERM))
         if self._processes.first:
             self._progress.note(f"report: {write_report(self._run)}")
-        return Outcome(step, None, "an alarm (guards.on_alarm=stop)", alarmed=True)
+        return Outcome(step, None, "an alarm (guards.on_alarm=stop)", exit_code=1)
+
+    def _diverged(self, error: NotFiniteError) -> str:
+        """Return what is known about a policy that has diverged."""
+        settings, last = self._config, newest_complete(self._run.checkpoints)
+        norm = self._last_metrics.get("grad_norm")
+        numbers = "" if norm is None else f", the last gradient norm was {norm:.3g}"
+        saved = "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
+        return (
+            f"the policy has diverged in step {self._done + 1}: {error}; optimizer.lr={settings.optimizer.lr:g}, "
+            f"objective.beta={settings.objective.beta:g}{numbers}; {saved}. Start a run with a lower optimizer.lr or "
+            "objective.beta"
+            + (
+                ""
+                if last is None or settings.model.lora
+                else f", for example from model.policy={last / 'policy'}"
+            )
+        )
 
     def _open_recorder(self, start: int) -> PairRecorder | None:
         """Return what writes the run's preference dataset, without the steps after ``start``; one process of each team
@@ -162,14 +207,18 @@ class Trainer:
         result = self._algorithm.step(prompts)
         self._stage_seconds |= result.seconds
         self._check_pairs(result, step)
-        self._show_pairs(result, step)
+        if self._processes.first:
+            keep_pairs(self._config, self._algorithm.model, self._run, step, result)
         if self._recorder is not None:
             self._recorder.record(step, result.choices, result.pairs)
+        self._log_step(step, result)
         if self._due(self._config.evaluation.every, step) and step < self._config.steps:
-            with self._stage("evaluate"):
-                settings = self._config.evaluation
-                samples = settings.samples_between or settings.samples_per_prompt
-                self._log_evaluation(step, self._held_out.evaluate(self._algorithm.model.network, samples))
+            self._evaluate(step)
+        if self._due(self._config.checkpoint.every, step) or step == self._config.steps or self._alarmed:
+            with self._stage("checkpoint"):
+                self._save(step)
+
+    def _log_step(self, step: int, result: Step) -> None:
         metrics = dict(result.metrics)
         seconds = self._take_seconds()
         metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
@@ -179,9 +228,20 @@ class Trainer:
         metrics["speed/ceiling"] = self._throughput.ceiling
         self._log.write(step, "train", metrics)
         self._progress.step(step, metrics)
+        self._last_metrics, self._done = metrics, step
+
+    def _evaluate(self, step: int) -> None:
+        """Evaluate the policy between the first and the last step."""
+        settings = self._config.evaluation
+        with self._stage("evaluate"):
+            samples = settings.samples_between or settings.samples_per_prompt
+            self._log_evaluation(step, self._held_out.evaluate(self._algorithm.model.network, samples))
 
     def _take_seconds(self) -> dict[str, float]:
-        """Return the seconds of each stage and of everything since the last call; checkpoints count to the next row."""
+        """Return the seconds of each stage and of everything since the last call.
+
+        Evaluations and checkpoints after a step count to the next row.
+        """
         now = time.perf_counter()
         seconds = {**self._stage_seconds, "step": now - self._taken_at}
         self._taken_at, self._stage_seconds = now, {}
@@ -203,7 +263,7 @@ class Trainer:
         with self._stage("evaluate"):
             network = self._algorithm.model.network
             self._baseline = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
-            self._baseline["clips"] = self._held_out.videos(network, self._shown()).cpu()
+            self._baseline["clips"] = self._sample_shown()
             shares = self._check_reward(exchange=reward_card(self._config.reward.kind).reads_prompt)
         self._log_evaluation(0, self._baseline, shares)
 
@@ -212,7 +272,8 @@ class Trainer:
 
         ``exchange``: whether prompts are exchanged between clips; without it nothing is returned.
         """
-        found = self._held_out.check_reward(self._baseline["clips"], self._shown(), exchange)
+        clips = shown_clips(self._config, self._held_out)
+        found = self._held_out.check_reward(self._baseline["clips"], clips, exchange)
         if not found:
             return {}
         self._progress.note(describe_shuffle(found))
@@ -231,13 +292,14 @@ class Trainer:
         with self._stage("evaluate"):
             network = self._algorithm.model.network
             final = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
-            clips = self._held_out.videos(network, self._shown()).cpu()
+            clips = self._sample_shown()
         self._take_seconds()
         self._log_evaluation(step, final)
         summary = summarise(_logged(self._baseline), _logged(final), dict(self._seconds))
         if self._processes.first:
             self._run.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-            self._save_held_out(clips)
+            before, model = self._baseline["clips"], self._algorithm.model
+            keep_held_out(self._config, model, self._held_out, self._run, before, clips)
             self._progress.note(format_summary(summary))
             self._progress.note(f"report: {write_report(self._run)}")
         self._processes.wait()
@@ -251,48 +313,13 @@ class Trainer:
         self._log.write(step, "eval", means | numbers | dict(more or {}))
         self._raise_alarms(alarms)
 
-    def _shown(self) -> Sequence[int]:
-        total = len(self._held_out.prompts) * self._config.evaluation.samples_per_prompt
-        return range(min(_GALLERY_CLIPS, total))
-
-    def _save_held_out(self, after: Tensor) -> None:
-        clips = self._shown()
-        steps, guidance = self._config.held_out_steps, self._config.rollout.guidance
-        before = self._baseline["clips"]
-        gallery = HeldOutGallery(
-            before=before,
-            after=after,
-            prompts=[self._held_out.caption(clip) for clip in clips],
-            before_scores=self._held_out.scores(before, clips),
-            after_scores=self._held_out.scores(after, clips),
-            fps=self._algorithm.model.fps,
-            settings=f"{steps} steps, guidance {guidance:g}, same noise before and after",
-        )
-        write_held_out(self._run.held_out_gallery, gallery)
-
-    def _show_pairs(self, result: Step, step: int) -> None:
-        """Keep a few pairs of about eight steps of the run, with the widest gaps first, for the report."""
-        every = max(1, self._config.steps // _GALLERY_STEPS)
-        if not self._processes.first or (step != 1 and step % every) or not result.pairs:
-            return
-        shown = sorted(result.pairs, key=lambda pair: pair.gap, reverse=True)[:_GALLERY_PAIRS]
-        winners, losers = [pair.winner for pair in shown], [pair.loser for pair in shown]
-        gallery = PairGallery(
-            winner=self._decoded(winners),
-            loser=self._decoded(losers),
-            prompts=[pair.prompt.text for pair in shown],
-            winner_scores=[candidate.scores for candidate in winners],
-            loser_scores=[candidate.scores for candidate in losers],
-            gap=[pair.gap for pair in shown],
-            fps=self._algorithm.model.fps,
-        )
-        write_pairs(self._run.pairs_file(step), gallery)
-
-    def _decoded(self, candidates: Sequence[Candidate]) -> Tensor:
-        latents = torch.stack([candidate.latents for candidate in candidates])
-        return self._algorithm.model.decode(latents).cpu()
+    def _sample_shown(self) -> Tensor:
+        """Sample the held-out clips that the report shows."""
+        clips = shown_clips(self._config, self._held_out)
+        return self._held_out.videos(self._algorithm.model.network, clips).cpu()
 
     def _save(self, step: int) -> None:
+        self._saved_at = step
         if self._processes.first:
             snapshot = capture(self._algorithm, step, self._baseline)
             snapshot["state"]["guards"] = self._monitor.state()
@@ -306,18 +333,20 @@ class Trainer:
         self._processes.wait()
 
     def _resume(self) -> int:
-        newest = newest_complete(self._run.checkpoints)
-        if newest is None:
+        """Restore the checkpoint that the run goes on from, and return its step; 0 without one."""
+        total = self._config.steps
+        if self._start_from is None:
+            self._log.resume(0, total)
             return 0
-        checkpoint = load_checkpoint(newest)
-        if checkpoint.step > self._config.steps:
-            raise ValueError(
-                f"{newest} is at step {checkpoint.step}, beyond steps={self._config.steps}; raise steps"
-            )
+        checkpoint = load_checkpoint(self._start_from)
         step, self._baseline = restore(
             self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy
         )
         self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
+        self._saved_at = step
+        evaluated = self._log.resume(step, total)
+        due = self._due(self._config.evaluation.every, step) and step < total
+        self._evaluation_missing = self._processes.any(due and not evaluated)
         return step
 
     @staticmethod

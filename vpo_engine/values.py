@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from vpo_engine.errors import NotFiniteError
 from vpo_engine.protocols import TextEmbedding
 
 
@@ -85,3 +87,10 @@ class Pair:
 def stacked_embeddings(prompts: Sequence[Prompt]) -> TextEmbedding:
     """Return the embeddings of prompts of one step, [P, L, D]."""
     return TextEmbedding.cat([prompt.embedding for prompt in prompts])
+
+
+def check_latents(latents: Tensor) -> Tensor:
+    """Return sampled latents; NotFiniteError if one is not finite, which the decoder would be blamed for."""
+    if not torch.isfinite(latents).all():
+        raise NotFiniteError("the policy samples latents that are not finite")
+    return latents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -163,6 +164,9 @@ def test_attention_runs_once_unless_the_block_is_computed_again(
 def test_the_operators_that_are_kept_exist() -> None:
     ours = [name for name in (*PRODUCTS, *ATTENTION) if re.match("aten|torch_attn|vpo_kernels", name)]
     assert len(ours) >= 10
+    importlib.import_module(
+        "torch.nn.attention.varlen"
+    )  # which attention over packed text imports when it is used
     for name in ours:
         namespace, operator = name.split("::")
         assert hasattr(getattr(getattr(torch.ops, namespace), operator), "default"), name

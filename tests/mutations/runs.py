@@ -17,8 +17,12 @@ WEIGHTS = "vpo_engine/reference/weights.py"
 NETWORK = "vpo_engine/reference/network.py"
 EXACT = "vpo_engine/reference/exact.py"
 GUARD_TESTS = ("tests/rewards/test_guards.py",)
-MONITOR = ("tests/test_reward_monitor.py",)
+MONITOR = (
+    "tests/test_reward_monitor.py",
+    "tests/test_reward_monitor.py::test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_resumed",
+)
 STORES = ("tests/reference/test_reference_store.py", "tests/reference/test_int8.py")
+OPTIMIZER_TESTS = ("tests/memory/test_policy_optimizer.py", "tests/memory/test_policy_optimizer_state.py")
 BATCH_TESTS = ("tests/rollout/test_rollout_memory.py",)
 
 MUTATIONS = [
@@ -319,7 +323,7 @@ MUTATIONS = [
         OPTIMIZER,
         "self._library.set_rate(rate) for parameter in self._parameters: parameter.grad = None",
         "self._library.set_rate(rate)",
-        ("tests/memory/test_policy_optimizer.py",),
+        OPTIMIZER_TESTS,
     ),
     (
         "the rate of the first parameter alone",
@@ -333,21 +337,21 @@ MUTATIONS = [
         OPTIMIZER,
         "rounding_offsets(weight, self._seed, self.steps, number)",
         "rounding_offsets(weight, self._seed, 0, number)",
-        ("tests/memory/test_policy_optimizer.py",),
+        OPTIMIZER_TESTS,
     ),
     (
         "the same rounding in every parameter",
         OPTIMIZER,
         "rounding_offsets(weight, self._seed, self.steps, number)",
         "rounding_offsets(weight, self._seed, self.steps, 0)",
-        ("tests/memory/test_policy_optimizer.py",),
+        OPTIMIZER_TESTS,
     ),
     (
         "a norm that is not finite is stepped by",
         OPTIMIZER,
         "self._check(value)",
         "pass",
-        ("tests/memory/test_policy_optimizer.py",),
+        OPTIMIZER_TESTS,
     ),
     (
         "moments not restored, but the count of their steps",

@@ -64,7 +64,7 @@ class TestSettings:
             ValueError, match=rf"reward\.device={absent}, but torch sees \d+ CUDA devices; set"
         ):
             build_reward(small(f"reward.device={absent}"), torch.device("cpu"))
-        with pytest.raises(ValueError, match=r"reward\.device='gpu'"):
+        with pytest.raises(ValueError, match=r"reward\.device=gpu: must be auto, cpu, cuda"):
             small("reward.device=gpu")
 
     def test_a_device_of_its_own(self, small: Make, monkeypatch: pytest.MonkeyPatch) -> None:

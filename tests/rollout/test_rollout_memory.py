@@ -96,3 +96,18 @@ def test_halved_batches_come_before_those_that_waited() -> None:
 
     found = [one for part in Batches(4, lambda _: None).run(work, 5, 2) for one in part]
     assert found == [(prompt, candidate) for prompt in range(5) for candidate in range(2)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 11, 12, None])
+def test_batches_are_never_larger_than_the_limit_and_cover_every_candidate_once(size: int | None) -> None:
+    sizes: list[int] = []
+    seen: list[tuple[int, int]] = []
+
+    def work(batch: Batch) -> None:
+        sizes.append(len(batch))
+        seen.extend((prompt, candidate) for prompt in batch.prompts for candidate in batch.candidates)
+
+    list(Batches(size).run(work, 3, 4))
+    assert max(sizes) <= (size or 12)
+    assert len(sizes) == {None: 1, 12: 1, 11: 2, 8: 2, 7: 3, 5: 3, 4: 3, 3: 6, 2: 6, 1: 12}[size]
+    assert seen == [(prompt, candidate) for prompt in range(3) for candidate in range(4)]

@@ -3,10 +3,13 @@ import json
 import os
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
+from vpo_engine.errors import CheckpointError
 from vpo_engine.runs import checkpoint as module
-from vpo_engine.runs.checkpoint import CheckpointError, load_checkpoint, newest_complete, save_checkpoint
+from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
 
 
 def write_policy(folder):
@@ -168,7 +171,9 @@ def test_a_full_disk(tmp_path, monkeypatch, where):
 
     options = {"write_policy": full} if where == "policy" else {}
     if where != "policy":
-        monkeypatch.setattr(module, {"tensors": "save_file", "sync": "_sync"}[where], full)
+        monkeypatch.setattr(
+            *{"tensors": (safetensors.torch, "save_file"), "sync": (module, "_sync")}[where], full
+        )
     with pytest.raises(CheckpointError) as caught:
         save(tmp_path, 24, keep=1, **options)
     text = str(caught.value)
@@ -183,13 +188,14 @@ def test_a_full_disk(tmp_path, monkeypatch, where):
     load_checkpoint(earlier)
 
 
-def test_a_full_disk_as_the_tensor_writer_reports_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "reason", ["No space left on device (os error 28)", "Disk quota exceeded (os error 122)"]
+)
+def test_a_full_disk_as_the_tensor_writer_reports_it(tmp_path, monkeypatch, reason):
     def full(*arguments):
-        raise module.SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )
+        raise SafetensorError(f"Error while serializing: I/O error: {reason}")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         save(tmp_path, 24)
 

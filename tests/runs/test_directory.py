@@ -45,7 +45,9 @@ def test_a_foreign_directory_is_left_alone(tmp_path):
 
 def test_an_earlier_run_is_left_alone(tmp_path):
     RunDirectory.create_at(tmp_path / "run", "seed: 1\n")
-    with pytest.raises(ValueError, match="already holds a run; resume it, or choose another directory"):
+    with pytest.raises(
+        ValueError, match=r"already holds a run; go on with it by checkpoint\.resume=true, or choose"
+    ):
         RunDirectory.create_at(tmp_path / "run", "seed: 2\n")
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1\n"
 

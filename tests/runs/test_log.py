@@ -56,7 +56,7 @@ def test_resuming_drops_later_rows_and_leaves_no_duplicates(run):
             log.write(step, "train", {"loss": float(step)})
             log.write(step, "eval", {"held_out/reward/selected": float(step)})
     with RunLog(run) as log:
-        log.resume(3)
+        assert log.resume(3, last=9)
         for step in (4, 5):
             log.write(step, "train", {"loss": -float(step)})
     train = [(row["step"], row["loss"]) for row in read_metrics(run.metrics) if row["kind"] == "train"]
@@ -70,9 +70,26 @@ def test_resuming_drops_later_rows_and_leaves_no_duplicates(run):
 
 def test_resuming_from_before_the_first_step(run):
     with RunLog(run) as log:
+        log.write(0, "eval", {"held_out/reward/selected": 1.0})
         log.write(1, "train", {"loss": 1.0})
-        log.resume(0)
+        assert not log.resume(0, last=9)
     assert read_metrics(run.metrics) == []
+
+
+def test_resuming_after_the_last_step_drops_the_evaluation_at_the_end_alone(run):
+    with RunLog(run) as log:
+        for step in (1, 2):
+            log.write(step, "train", {"loss": 1.0})
+            log.write(step, "eval", {"held_out/reward/selected": 1.0})
+        assert not log.resume(2, last=2)
+    rows = [(row["step"], row["kind"]) for row in read_metrics(run.metrics)]
+    assert rows == [(1, "train"), (1, "eval"), (2, "train")]
+
+
+def test_resuming_says_whether_the_step_was_evaluated(run):
+    with RunLog(run) as log:
+        log.write(1, "train", {"loss": 1.0})
+        assert not log.resume(1, last=9)
 
 
 def test_an_unfinished_last_line_is_left_out_and_removed_on_resume(run, caplog):
@@ -83,7 +100,7 @@ def test_an_unfinished_last_line_is_left_out_and_removed_on_resume(run, caplog):
     assert [row["step"] for row in read_metrics(run.metrics)] == [1]
     assert "the last line was not finished" in caplog.text
     with RunLog(run) as log:
-        log.resume(1)
+        log.resume(1, last=9)
         log.write(2, "train", {"loss": 2.0})
     assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2]
 

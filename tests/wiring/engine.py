@@ -202,8 +202,8 @@ def _toy_parts(recording: Recording, reward: ToyReward) -> Iterator[None]:
         return HeldOut(config, model, prompts, instruments, processes)
 
     places = {
-        "vpo_engine.train.build_reward": lambda *_, **__: reward,
-        "vpo_engine.train.build_held_out": build_held_out,
+        "vpo_engine.training.build_reward": lambda *_, **__: reward,
+        "vpo_engine.training.build_held_out": build_held_out,
         "vpo_engine.trainer.matrix_rate": lambda *_: 1.0,
         "vpo_engine.trainer.write_report": lambda run: run.root,
         "vpo_engine.rewards.guards.motion": toy_motion,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from vpo_engine.config.section import Section
 
@@ -59,15 +59,15 @@ def nearest(word: str, known: Iterator[str] | list[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _setting_of(kind: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
+def _setting_of(kind: type[Section], location: tuple[int | str, ...]) -> Iterator[str]:
     """Yield the keys of the setting at an error's location, without the member of a union and places in lists."""
-    fields: Mapping[str, Any] | None = kind.model_fields
+    fields: Mapping[str, Any] | None = kind.fields_by_key()
     for part in location:
         if fields is None:
             return
         yield str(part)
         sections = list(_sections(fields[str(part)].annotation)) if part in fields else []
-        fields = sections[0].model_fields if sections else None
+        fields = sections[0].fields_by_key() if sections else None
 
 
 def _explain_one(
@@ -162,13 +162,15 @@ def _nearest_key(keys: tuple[str, ...], kind: type[Section]) -> str:
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
     match = difflib.get_close_matches(keys[-1], by_leaf, n=1, cutoff=0.5)
     return (
-        f"; did you mean {by_leaf[match[0]]}?" if match else f"; known keys: {', '.join(kind.model_fields)}"
+        f"; did you mean {by_leaf[match[0]]}?"
+        if match
+        else f"; known keys: {', '.join(kind.fields_by_key())}"
     )
 
 
-def known_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def known_keys(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted key and the type of every setting and of every group of settings."""
-    for name, field in kind.model_fields.items():
+    for name, field in kind.fields_by_key().items():
         yield prefix + name, field.annotation
         for section in _sections(field.annotation):
             yield from known_keys(section, f"{prefix}{name}.")
@@ -183,5 +185,5 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
 def _first_key(kind: type[Section], keys: tuple[str, ...]) -> str:
     section: type[Section] = kind
     for key in keys:
-        section = next(_sections(section.model_fields[key].annotation))
-    return next(iter(section.model_fields))
+        section = next(_sections(section.fields_by_key()[key].annotation))
+    return next(iter(section.fields_by_key()))

@@ -16,7 +16,7 @@ def notes(config: Config) -> list[str]:
         )
     if config.reference.refresh_every == 1:
         found.append(
-            "reference.refresh_every=1 makes the reference the policy of every step: the margin is always 0, there is no "
-            "margin accuracy to see, and nothing holds the policy near where it was; the paper has 200"
+            "reference.refresh_every=1 makes the reference the policy of every step: the margin is always 0, there is "
+            "no margin accuracy to see, and nothing holds the policy near where it was; the paper has 200"
         )
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -54,8 +54,14 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; null: only at the end and on SIGTERM."""
     keep: int = Field(2, ge=1)
     """Number of checkpoints that are kept; older ones are removed."""
-    resume: bool = False
-    """Continue from the newest complete checkpoint of the run directory."""
+    resume: Literal["auto"] | bool = "auto"
+    """Whether to go on with a run that is in the run directory already. auto: go on if it has the same settings and was
+    stopped before its last step, as a job that is started again does; a new run_dir begins at the first step. true:
+    there must be a run to go on with (without run_dir, the newest of this name under runs/). false: refuse a run
+    directory that is not empty."""
+    from_: int | Path | None = Field(None, alias="from")
+    """Checkpoint to go on from: its step, or its folder. Later checkpoints are removed when the next one is saved.
+    null: the newest complete one."""
 
 
 class Config(Section):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -18,8 +19,17 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,
     )
+
+    @classmethod
+    def fields_by_key(cls) -> dict[str, FieldInfo]:
+        """Return the fields by the keys that settings have in files; a key may be a reserved word of Python."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     def __hash__(self) -> int:
         """Hash the settings by what they say, since fields may hold dictionaries."""

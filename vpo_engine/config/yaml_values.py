@@ -176,7 +176,7 @@ def _annotation(kind: Any, keys: list[str]) -> Any:
     """Return the type of the setting at the path ``keys`` below a section; Any where there is none."""
     for key in keys:
         sections = [one for one in _members(kind) if isinstance(one, type) and issubclass(one, Section)]
-        fields = sections[0].model_fields if sections else {}
+        fields = sections[0].fields_by_key() if sections else {}
         if key not in fields:
             return Any
         kind = fields[key].annotation

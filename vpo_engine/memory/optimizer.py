@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, OptimizerConfig
+from vpo_engine.errors import NotFiniteError
 from vpo_engine.memory.rounding import round_stochastically, rounding_offsets, take_unrounded
 
 PreserveReference = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
@@ -86,8 +87,8 @@ class PolicyOptimizer:
         """Clip the gradients to norm settings.clip and step every parameter that has one.
 
         Return the gradient norm before clipping. With memory.step_in_backward the parameters have been stepped
-        already, and this only ends the step. Raise ValueError if the norm is not finite; the policy is then unchanged,
-        except with memory.step_in_backward.
+        already, and this only ends the step. Raise NotFiniteError if the norm is not finite; the policy is then
+        unchanged, except with memory.step_in_backward, where the backward pass raises it.
         """
         if not self._in_backward:
             self._norms = {number: _norm(p.grad) for number, p in self._with_gradients()}
@@ -177,6 +178,7 @@ class PolicyOptimizer:
             )
             assert parameter.grad is not None
             self._norms[number] = _norm(parameter.grad)
+            self._check(float(self._norms[number]))
             self._step_one(number, None)
 
         return step_now
@@ -190,14 +192,8 @@ class PolicyOptimizer:
             return
         what_now = "the policy was not changed"
         if self._in_backward:
-            what_now = (
-                "with memory.step_in_backward=true part of the policy has changed already: resume from the last "
-                "checkpoint"
-            )
-        raise ValueError(
-            f"the gradient norm is {norm} at optimizer step {self.steps + 1}; {what_now}. "
-            "Lower optimizer.lr or objective.beta, or check the latents for values that are not finite"
-        )
+            what_now = "with memory.step_in_backward=true part of the policy has changed already"
+        raise NotFiniteError(f"the gradient norm is {norm} at optimizer step {self.steps + 1}; {what_now}")
 
     def _moment_tensors(self) -> list[Tensor]:
         states = [self._library.state(number) for number in range(len(self._weights))]

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.metrics.appearance import appearance
+from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.protocols import Network, Reward
 from vpo_engine.rewards.combine import Dimensions, combine
 from vpo_engine.rewards.guards import Shuffled, check_deterministic, prompt_shuffle
 from vpo_engine.seeding import normal
+from vpo_engine.values import check_latents
 from vpo_engine.video_model import VideoModel
 
 PixelMeasures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
@@ -54,10 +57,12 @@ class HeldOut:
         self._processes = processes
         self._idle_offload = idle_offload or IdleOffload.disabled()
         self.prompts = list(prompts)
+        self.stopping = StopPoints(processes)
 
     def videos(self, network: Network, clips: Sequence[int]) -> Tensor:
         """Sample the given clips: uint8 [len(clips), F, H, W, 3]."""
-        return torch.cat([self._sample(network, chunk) for chunk in self._chunks(clips)])
+        with self.stopping.stoppable():
+            return torch.cat([self._sample(network, chunk) for chunk in self._chunks(clips)])
 
     def evaluate(self, network: Network, samples_per_prompt: int) -> dict[str, Tensor]:
         """Sample and measure all clips: {measure: float32 [prompts * samples_per_prompt]}, the same on every process.
@@ -70,7 +75,8 @@ class HeldOut:
         first = self._processes.rank * each
         # The last processes may get clip numbers beyond the end: they repeat the last clip, which is cut off below.
         mine = [min(clip, total - 1) for clip in range(first, first + each)]
-        parts = [self._measure(self._sample(network, chunk), chunk) for chunk in self._chunks(mine)]
+        with self.stopping.stoppable():
+            parts = [self._measure(self._sample(network, chunk), chunk) for chunk in self._chunks(mine)]
         names = list(parts[0])
         rows = torch.stack([torch.cat([part[name] for part in parts]) for name in names], dim=1)
         rows = self._processes.gather(rows.to(self._processes.device))[:total].cpu()
@@ -112,13 +118,13 @@ class HeldOut:
         rollout = self._config.rollout
         with self._idle_offload.phase("evaluation"):
             latents = self._model.sample(
-                network,
+                CountedRows(network, self.stopping.check),
                 noise.to(self._processes.device),
                 text,
                 steps=self._config.held_out_steps,
                 guidance=rollout.guidance,
             )
-        return self._model.decode(latents)
+        return self._model.decode(check_latents(latents))
 
     def _measure(self, videos: Tensor, clips: Sequence[int]) -> dict[str, Tensor]:
         captions = [self.caption(clip) for clip in clips]

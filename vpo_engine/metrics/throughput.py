@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -40,13 +40,14 @@ class ChoosesBackends(Protocol):
 
 
 class CountedRows:
-    """A network that counts the inputs (rows of its batches) that go through it."""
+    """A network that counts the inputs (rows of its batches) that go through it, and calls ``before`` each time."""
 
-    def __init__(self, network: Network) -> None:
-        self._network, self.rows, self._last = network, 0, 0
+    def __init__(self, network: Network, before: Callable[[], None] = lambda: None) -> None:
+        self._network, self._before, self.rows, self._last = network, before, 0, 0
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
         """Call the network; its first argument is [rows, ...]."""
+        self._before()
         assert isinstance(args[0], Tensor)
         self._last = len(args[0])
         self.rows += self._last
@@ -54,6 +55,7 @@ class CountedRows:
 
     def replayed(self) -> None:
         """Count the last call again, because a CUDA graph has repeated it."""
+        self._before()
         self.rows += self._last
 
     def take(self) -> int:

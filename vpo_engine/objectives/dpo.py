@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,12 +53,14 @@ class DPO:
         guidance: float,
         seed: int,
         sequential: bool = False,
+        before_micro_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._config = config
         self._guidance = guidance if config.branch == "guided" else 1.0
         self._seed = seed
         self._backward = self._one_by_one if sequential else self._jointly
+        self._before_micro_batch = before_micro_batch
 
     def backward(
         self,
@@ -86,6 +88,7 @@ class DPO:
         size = self._config.micro_batch_size or len(mine)
         sums = dict.fromkeys((*self.METRICS, "samples"), 0.0)
         for start in range(0, len(mine), size):
+            self._before_micro_batch()
             chosen = mine[start : start + size]
             batch = self.micro_batch(pairs, update, chosen, times[start : start + size])
             scale = len(chosen) * processes / (total or len(pairs) * draws)

@@ -17,7 +17,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vpo_engine.rewards.wire import Message, RewardProcessError, Wire, recreate_error
+from vpo_engine.errors import RewardProcessError
+from vpo_engine.rewards.wire import Message, Wire, recreate_error
 
 _LATE_NEWS = 1.0
 """Seconds to wait for the reason of a failure elsewhere."""

@@ -26,10 +26,6 @@ _LENGTHS = struct.Struct("!QQ")
 _PLAIN = (str, int, float, bool, type(None))
 
 
-class RewardProcessError(RuntimeError):
-    """The process of a reward model died, or was ended because it gave no answer in time."""
-
-
 @dataclass(frozen=True)
 class Message:
     """A message that has arrived."""

@@ -17,12 +17,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from vpo_engine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -32,10 +32,6 @@ _UNFINISHED = ".unfinished"
 _REPLACED = ".replaced"
 
 _logger = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be saved. Earlier checkpoints are unchanged."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +79,8 @@ def save_checkpoint(
     unfinished = folder / f".{final.name}{_UNFINISHED}"
     try:
         unfinished.mkdir()
+        from safetensors.torch import save_file
+
         for group, members in tensors.items():
             save_file(_storable(members), unfinished / f"{group}.safetensors")
         if write_policy is not None:
@@ -106,19 +104,25 @@ def newest_complete(folder: Path, *, before: int | None = None) -> Path | None:
     A checkpoint is complete if it has a manifest and every file has the size given there (hashes are checked when
     loading). Incomplete ones are skipped, with a warning that says what is wrong.
     """
-    if not folder.is_dir():
-        return None
-    _settle_interrupted(folder, remove=False)
-    for step, path in sorted(_saved(folder).items(), reverse=True):
+    for step, path in sorted(_all_saved(folder).items(), reverse=True):
         if before is not None and step >= before:
             continue
-        try:
-            _check_sizes(path, _read_manifest(path))
-        except ValueError as error:
-            _logger.warning("skipping an incomplete checkpoint: %s", error)
-        else:
+        fault = _fault(path)
+        if fault is None:
             return path
+        _logger.warning("skipping an incomplete checkpoint: %s", fault)
     return None
+
+
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the complete checkpoints in a folder by step; files and sizes are checked, hashes are not."""
+    return {step: path for step, path in _all_saved(folder).items() if _fault(path) is None}
+
+
+def unusable_checkpoints(folder: Path) -> list[str]:
+    """Return what is wrong with each checkpoint in a folder that is not complete."""
+    faults = [_fault(path) for _, path in sorted(_all_saved(folder).items())]
+    return [fault for fault in faults if fault is not None]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -138,6 +142,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 )
     except ValueError as error:
         raise ValueError(f"{error}. {_remedy(path)}") from error
+    from safetensors.torch import load_file
+
     tensors = {
         name.removesuffix(".safetensors"): load_file(path / name)
         for name in manifest["files"]
@@ -168,7 +174,7 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         plain = tensor.detach().to("cpu").contiguous()
         storage = plain.untyped_storage()
         if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
-            plain = plain.clone(memory_format=torch.contiguous_format)
+            plain = plain.contiguous().clone()
         seen.add(plain.untyped_storage().data_ptr())
         result[name] = plain
     return result
@@ -221,6 +227,22 @@ def _delete_superseded(folder: Path, step: int, keep: int) -> None:
             # Delete the manifest first, so that a half-deleted checkpoint counts as incomplete.
             (path / _MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path)
+
+
+def _all_saved(folder: Path) -> dict[int, Path]:
+    if not folder.is_dir():
+        return {}
+    _settle_interrupted(folder, remove=False)
+    return _saved(folder)
+
+
+def _fault(path: Path) -> str | None:
+    """Return what is missing of a checkpoint; None if it is complete."""
+    try:
+        _check_sizes(path, _read_manifest(path))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _saved(folder: Path) -> dict[int, Path]:
@@ -278,7 +300,8 @@ def _disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # The safetensors writer reports the system's error only as text.
-    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
+    full = any(f"os error {number}" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    return type(error).__name__ == "SafetensorError" and full
 
 
 def _disk_full_text(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:

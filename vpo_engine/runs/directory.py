@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from vpo_engine.runs.lock import LOCK_NAME
+
 CONFIG_NAME = "config.yaml"
 """A folder is a run directory if it has this file."""
 
@@ -36,12 +38,12 @@ class RunDirectory:
     def create_at(cls, root: Path, config_yaml: str) -> RunDirectory:
         """Make a run directory at exactly ``root``, which must be absent or empty (ValueError otherwise)."""
         if root.exists():
-            _refuse_occupied(root)
+            cls.refuse_occupied(root)
         root.mkdir(parents=True, exist_ok=True)
         run = cls(root)
         for folder in (run.checkpoints, run.pairs_gallery, run.tensorboard):
             folder.mkdir(parents=True, exist_ok=True)
-        run.config.write_text(config_yaml, encoding="utf-8")
+        run.write_config(config_yaml)
         return run
 
     @classmethod
@@ -54,6 +56,31 @@ class RunDirectory:
                 f"'{root}' is not a run directory: it has no {CONFIG_NAME}; give the folder that a run wrote"
             )
         return cls(root)
+
+    @staticmethod
+    def refuse_occupied(root: Path) -> None:
+        """Raise ValueError if ``root`` is a file, or a directory with anything but a lock in it."""
+        if not root.is_dir():
+            raise ValueError(
+                f"cannot start a run at '{root}': there is a file with that name; choose another name"
+            )
+        if all(item.name == LOCK_NAME for item in root.iterdir()):
+            return
+        if (root / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"'{root}' already holds a run; go on with it by checkpoint.resume=true, or choose another directory "
+                "for a new one"
+            )
+        raise ValueError(
+            f"cannot start a run at '{root}': the directory is not empty and was not made by a run; "
+            "choose another, or an empty one"
+        )
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration; an earlier one is replaced atomically."""
+        unfinished = self.config.with_name(f".{CONFIG_NAME}.tmp")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(self.config)
 
     @property
     def preference_dataset(self) -> Path:
@@ -109,20 +136,3 @@ def _slug(label: str) -> str:
     if not slug:
         raise ValueError(f"the name of a run must have a letter or a digit, got {label!r}")
     return slug
-
-
-def _refuse_occupied(root: Path) -> None:
-    if not root.is_dir():
-        raise ValueError(
-            f"cannot start a run at '{root}': there is a file with that name; choose another name"
-        )
-    if not any(root.iterdir()):
-        return
-    if (root / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"'{root}' already holds a run; resume it, or choose another directory for a new one"
-        )
-    raise ValueError(
-        f"cannot start a run at '{root}': the directory is not empty and was not made by a run; "
-        "choose another, or an empty one"
-    )

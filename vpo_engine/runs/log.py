@@ -44,12 +44,16 @@ class RunLog:
             board.add_scalar(name if "/" in name else f"{kind}/{name}", row[name], step)
         board.flush()
 
-    def resume(self, step: int) -> None:
-        """Delete the rows of all steps after ``step``; the resumed run will write them again.
+    def resume(self, step: int, last: int) -> bool:
+        """Delete the rows that a run of ``last`` steps, resumed after ``step``, will write again.
 
-        The file is replaced atomically. TensorBoard is told to hide its events from ``step + 1`` on.
+        They are those of later steps and the evaluation at the end; of a run that had no checkpoint (step 0), all.
+        The file is replaced atomically. TensorBoard is told to hide its events from ``step + 1`` on. Return whether the
+        log has an evaluation of ``step``.
         """
-        rows = [row for row in read_metrics(self._run.metrics) if int(row["step"]) <= step]
+        rows = [row for row in read_metrics(self._run.metrics) if int(row["step"]) <= step and step > 0]
+        if step == last:
+            rows = [row for row in rows if (row["step"], row["kind"]) != (last, "eval")]
         self.close()
         replacement = self._run.metrics.with_name(f".{self._run.metrics.name}.tmp")
         with replacement.open("w", encoding="utf-8") as file:
@@ -58,7 +62,8 @@ class RunLog:
             os.fsync(file.fileno())
         replacement.replace(self._run.metrics)
         self._file = self._run.metrics.open("a", encoding="utf-8", buffering=1)
-        self._purge_step = step + 1
+        self._purge_step = step + 1 if step else 0
+        return (step, "eval") in {(row["step"], row["kind"]) for row in rows}
 
     def close(self) -> None:
         self._file.close()
@@ -90,7 +95,9 @@ class NullLog:
     def write(self, step: int, kind: Kind, metrics: Mapping[str, float]) -> None:
         _checked_row(step, kind, metrics)
 
-    def resume(self, step: int) -> None: ...
+    def resume(self, step: int, last: int) -> bool:
+        """Return that nothing is missing; the first process decides."""
+        return True
 
     def close(self) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,6 +79,8 @@ def plan_text(
         divider = kernels(backend).divider(queries, lengths, device)
         return TextPlan(backend, "packed", samples, queries, tokens, divider=divider)
     if _has_varlen(device, dtype, head_dim):
+        # Activation checkpointing keeps results of operators by name, so this one must be there before the first call.
+        importlib.import_module("torch.nn.attention.varlen")
         return TextPlan(
             backend, "packed", samples, queries, tokens, divider=offsets(queries, lengths, device)
         )

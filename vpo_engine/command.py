@@ -1,0 +1,80 @@
+"""What the commands share: words of the command line, and errors as one line of one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vpo_engine.errors import CheckpointError, RewardProcessError
+
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    PermissionError,
+    CheckpointError,
+    RewardProcessError,
+)
+"""Errors that a command prints as one line."""
+_HEAD_START = 1.0
+"""Seconds that the first process has to report an error before another one ends, upon which torchrun ends them all."""
+INTERRUPTED = 130
+"""The exit code of a program that SIGINT ended."""
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first process that torchrun started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def split_words(words: Sequence[str], unknown: Sequence[str] = ()) -> tuple[str | None, list[str]]:
+    """Return the configuration file and the overrides among the words of a command line, in any order.
+
+    unknown: options that the command does not have. ValueError for these, and for a second file.
+    """
+    if unknown:
+        option = unknown[0]
+        name = option.lstrip("-").partition("=")[0].replace("-", "_")
+        raise ValueError(
+            f"{option} is no option of this command; settings are given as key.path=value, for example {name}=... "
+            "(--help settings lists all of them)"
+        )
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    if len(files) > 1:
+        raise ValueError(
+            f"{files[0]} and {files[1]} are both taken for configuration files; give one of them, and settings as "
+            "key.path=value"
+        )
+    return (files[0] if files else None), [word for word in words if word not in files]
+
+
+@contextmanager
+def same_in_all_processes() -> Iterator[None]:
+    """Mark work whose errors all processes have alike, so that only the first one reports them."""
+    try:
+        yield
+    except USER_ERRORS:
+        if is_first_process():
+            raise
+        time.sleep(_HEAD_START)
+        raise SystemExit(1) from None
+
+
+def report_errors(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code. A user's error is printed as one line."""
+    try:
+        return command()
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt as error:
+        print(
+            f"stopped at once{f' ({error})' if str(error) else ''}; nothing was saved",
+            file=sys.stderr,
+            flush=True,
+        )
+        return INTERRUPTED

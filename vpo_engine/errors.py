@@ -1,0 +1,15 @@
+"""Errors that end a run for a reason outside of its settings. Commands print them as one line."""
+
+from __future__ import annotations
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved. Earlier checkpoints are unchanged."""
+
+
+class NotFiniteError(ValueError):
+    """A loss, a gradient or latents are not finite, and were not used."""
+
+
+class RewardProcessError(RuntimeError):
+    """The process of a reward model died, or was ended because it gave no answer in time."""

@@ -1,0 +1,85 @@
+"""A lock on a run directory, so that two processes do not write one run."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+LOCK_NAME = "run.lock"
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class RunLock:
+    """Holds the lock of the run directory ``root`` until it is closed.
+
+    The system frees it when the process ends, however that ends; the file that is left then locks nothing. On file
+    systems without locks nothing is locked. Raise ValueError, with host and process, if another process holds it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / LOCK_NAME
+        while True:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _UNSUPPORTED:
+                    break
+                holder = _read(self._path)
+                os.close(self._file)
+                raise ValueError(_text(root, holder)) from None
+            if self._is_in_place():
+                break
+            os.close(self._file)
+        os.truncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(_holder()).encode(), 0)
+
+    def close(self) -> None:
+        """Free the lock and remove its file."""
+        if self._file >= 0:
+            if self._is_in_place():
+                self._path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _is_in_place(self) -> bool:
+        """Return whether the path still leads to the file that is open, which its last holder may have removed."""
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+
+def _holder() -> dict[str, Any]:
+    now = datetime.now().isoformat(sep=" ", timespec="seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(root: Path, holder: dict[str, Any]) -> str:
+    who = "another process"
+    if {"host", "pid", "since"} <= holder.keys():
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    return f"{root} is in use by {who}; wait until it has ended, stop it, or give another run_dir"

@@ -1,0 +1,138 @@
+"""Put a run together: model, reward, reference, prompts and run directory, and hand them to the trainer."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward, check_reward
+from vpo_engine.config import Config
+from vpo_engine.config_file import parse_config
+from vpo_engine.data.prompts import PromptStream
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.idle_offload import IdleOffload
+from vpo_engine.models.registry import check_model
+from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.planning.parts import configurations_are_here
+from vpo_engine.planning.planner import check_fits
+from vpo_engine.protocols import Reward
+from vpo_engine.reference.store import build_reference
+from vpo_engine.rewards.remote import RemoteReward
+from vpo_engine.rewards.served import find_reward, serve
+from vpo_engine.rollout.preference_dataset import StoredPairs
+from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.lock import RunLock
+from vpo_engine.runs.start import Start, find_start, resolved_as_before
+from vpo_engine.trainer import Trainer
+
+
+def run_training(config: Config) -> int:
+    """Run ``config`` in this process (one of a torchrun group, or alone); return the exit code."""
+    own = config.processes
+    processes = Processes.start(config.model.device, own.per_prompt, own.reward)
+    with ExitStack() as at_end:
+        at_end.callback(processes.stop)
+        if processes.is_reward_process:
+            return _serve_reward(config, processes, at_end)
+        served = None
+        if processes.store is not None:
+            served = at_end.enter_context(find_reward(processes.store, processes.rank))
+        check_model(config)
+        check_reward(config)
+        dataset = config.rollout.dataset
+        stored = None if dataset is None else StoredPairs(dataset, config.pairs.min_gap)
+        prompts, held_out_prompts = build_prompts(config)
+        config = _resolved_as_before(config, processes)
+        if configurations_are_here(config):  # else building the model says which is missing
+            config, plan = check_fits(config, processes.device, processes.count, processes.broadcast_text)
+            if processes.first:
+                print(plan, flush=True)
+        model = build_model(config, processes)
+        reward = served or _build_reward(config, processes, at_end, model.idle_offload)
+        if served is not None:
+            served.wait_until_loaded()
+        run, checkpoint = _open_run(config, processes, at_end)
+        with model.idle_offload.phase("refresh"):
+            reference = build_reference(config.reference.storage, model.network)
+            algorithm = OnlineVPO(config, model, reward, reference, processes, model.idle_offload, stored)
+        stream = PromptStream(prompts, config.seed) if stored is None else stored
+        held_out = build_held_out(config, model, held_out_prompts, reward, processes)
+        trainer = Trainer(
+            config,
+            algorithm,
+            stream,
+            held_out,
+            run,
+            processes,
+            lambda: served is not None and served.stopping,
+            start_from=checkpoint,
+        )
+        outcome = trainer.run()
+    if outcome.stopped_by and processes.first:
+        print(_stopped_text(outcome.stopped_by, outcome.steps, run), flush=True)
+    return outcome.exit_code
+
+
+def _stopped_text(by: str, step: int, run: RunDirectory) -> str:
+    if step == 0:
+        return f"stopped by {by} before the first step was finished; the same command starts the run again"
+    return (
+        f"stopped by {by} after step {step}, which is saved; go on with\n"
+        f"  torchrun -m vpo_engine.train {run.config} run_dir={run.root}"
+    )
+
+
+def _serve_reward(config: Config, processes: Processes, at_end: ExitStack) -> int:
+    """Serve the reward model in the process that is given to it; return the exit code."""
+    assert processes.store is not None
+    serve(lambda: _build_reward(config, processes, at_end), processes.store, processes.count)
+    return 0
+
+
+def _build_reward(
+    config: Config, processes: Processes, at_end: ExitStack, idle_offload: IdleOffload | None = None
+) -> Reward:
+    reward = build_reward(config, processes.device, idle_offload)
+    return at_end.enter_context(reward) if isinstance(reward, RemoteReward) else reward
+
+
+def _resolved_as_before(config: Config, processes: Processes) -> Config:
+    """Return ``config`` with what an earlier start of the run has chosen; the same in every process."""
+    text = ""
+    if processes.first:
+        start = find_start(config)
+        if start.exists and start.root is not None:
+            text = RunDirectory.open(start.root).config.read_text(encoding="utf-8")
+    text = processes.broadcast_text(text)
+    return resolved_as_before(config, parse_config(text, "the saved configuration")) if text else config
+
+
+def _open_run(config: Config, processes: Processes, at_end: ExitStack) -> tuple[RunDirectory, Path | None]:
+    """Return the run directory, and the checkpoint to go on from.
+
+    The first process makes or opens the directory and holds its lock until the end; it tells the others.
+    """
+    found = ["", ""]
+    if processes.first:
+        start = find_start(config)
+        if start.root is not None:
+            start.root.mkdir(parents=True, exist_ok=True)
+            at_end.enter_context(RunLock(start.root))
+            start = find_start(config)  # another process may have ended meanwhile
+        run = start.open(config)
+        if start.root is None:
+            at_end.enter_context(RunLock(run.root))
+        _say(start)
+        found = [str(run.root), str(start.checkpoint or "")]
+    root, checkpoint = json.loads(processes.broadcast_text(json.dumps(found)))
+    return RunDirectory.open(Path(root)), Path(checkpoint) if checkpoint else None
+
+
+def _say(start: Start) -> None:
+    if start.checkpoint is not None:
+        print(f"going on from {start.checkpoint}", flush=True)
+    elif start.exists:
+        print(
+            f"the run at {start.root} had saved no checkpoint; it begins again at the first step", flush=True
+        )
