@@ -232,11 +232,11 @@ def make_config(folder: Path, *overrides: str) -> Config:
     return load_config(None, [*SETTINGS, *own, *overrides])
 
 
-def train(config: Config, reward: ToyReward | None = None) -> Recording:
+def train(config: Config, reward: ToyReward | None = None, exit_code: int = 0) -> Recording:
     """Run ``vpo_engine.train`` to its end; ValueError and what the reward raises pass."""
     recording, reward = Recording(), reward or ToyReward()
     with _toy_parts(recording, reward):
-        assert entry.train(config) == 0
+        assert entry.train(config) == exit_code
     recording.scored = reward.seen
     return recording
 

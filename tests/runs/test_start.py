@@ -1,0 +1,186 @@
+"""Where a run begins: a new directory, its newest checkpoint, another one; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.runs.checkpoint import save_checkpoint
+from vpo_engine.runs.start import Start, check_same_run, find_start
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def a_run(tmp_path: Path) -> Make:
+    """Make a run directory with checkpoints of these steps, as a stopped or a finished run leaves it."""
+
+    def make(*steps: int, name: str = "run", finished: bool = False) -> Path:
+        root = tmp_path / name
+        Start(root).open(load_config(None))
+        for step in steps:
+            save_checkpoint(
+                root / "checkpoints", step, tensors={}, state={"step": step}, write_policy=None, keep=99
+            )
+        if finished:
+            (root / "summary.json").write_text("{}")
+        return root
+
+    return make
+
+
+def start_of(root: Path, *overrides: str) -> Start:
+    return find_start(load_config(None, [f"run_dir={root}", *overrides]))
+
+
+def refused(root: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        start_of(root, *overrides)
+    return str(caught.value)
+
+
+def test_a_new_directory_begins_at_the_first_step(tmp_path: Path) -> None:
+    assert start_of(tmp_path / "new") == Start(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    assert start_of(tmp_path / "empty") == Start(tmp_path / "empty")
+    assert find_start(load_config(None)) == Start(None)
+
+
+@pytest.mark.parametrize("resume", ["auto", "true"])
+def test_a_stopped_run_goes_on_from_its_newest_checkpoint(a_run: Make, resume: str) -> None:
+    root = a_run(20, 30)
+    newest = root / "checkpoints/step_00000030"
+    assert start_of(root, f"checkpoint.resume={resume}") == Start(root, newest, exists=True)
+
+
+def test_a_run_that_saved_nothing_begins_again_only_without_being_asked_to_resume(a_run: Make) -> None:
+    root = a_run()
+    assert start_of(root) == Start(root, exists=True)
+    assert "no complete checkpoint to go on from, because the run ended before it saved one" in refused(
+        root, "checkpoint.resume=true"
+    )
+
+
+def test_a_finished_run_is_told_from_one_that_was_made_longer(a_run: Make) -> None:
+    root = a_run(20, 40, finished=True)
+    assert start_of(root).finished
+    assert start_of(root, "checkpoint.resume=true").finished
+    assert not start_of(root, "steps=50").finished
+    assert not start_of(root, "checkpoint.from=20").finished
+    (root / "summary.json").unlink()  # it ended within the evaluation at the end
+    assert not start_of(root).finished
+
+
+def test_a_typo_in_run_dir_is_not_a_new_run(a_run: Make, tmp_path: Path) -> None:
+    a_run(20, name="first-run")
+    message = refused(tmp_path / "frist-run", "checkpoint.resume=true")
+    assert f"no run to resume at {tmp_path / 'frist-run'}; did you mean {tmp_path / 'first-run'}?" in message
+    assert "leave out checkpoint.resume=true" in message
+
+
+def test_without_run_dir_the_newest_of_the_name_is_resumed(
+    a_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no directory runs/sprites-\* holds one; give its run_dir"):
+        find_start(load_config(None, ["checkpoint.resume=true"]))
+    (tmp_path / "runs").mkdir()
+    for number, name in enumerate(("sprites-1", "sprites-2", "other-3")):
+        root = a_run(20, name=f"runs/{name}")
+        os.utime(root / "config.yaml", (number, number))
+    found = find_start(load_config(None, ["checkpoint.resume=true"]))
+    assert found.root == Path("runs/sprites-2")
+    assert find_start(load_config(None)) == Start(None)
+
+
+def test_what_torchrun_starts_again_goes_on(
+    a_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    root = a_run(20, name="runs/sprites-1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find_start(load_config(None)).checkpoint == Path("runs/sprites-1/checkpoints/step_00000020")
+    assert find_start(load_config(None, ["checkpoint.resume=false"])) == Start(None)
+    shutil.rmtree(root)
+    assert find_start(load_config(None)) == Start(None)
+
+
+def test_checkpoints_that_are_all_damaged_are_not_the_first_step(a_run: Make) -> None:
+    root = a_run(20, 30)
+    for step in (20, 30):
+        (root / f"checkpoints/step_000000{step}/manifest.json").unlink()
+    for resume in ("auto", "true"):
+        message = refused(root, f"checkpoint.resume={resume}")
+        assert "no complete checkpoint to go on from" in message
+        assert message.count("has no manifest.json, so its saving was interrupted") == 2
+
+
+def test_a_checkpoint_is_chosen_by_step_or_by_path(a_run: Make, tmp_path: Path) -> None:
+    root = a_run(10, 20, 30)
+    wanted = root / "checkpoints/step_00000020"
+    assert start_of(root, "checkpoint.from=20").checkpoint == wanted
+    assert start_of(root, f"checkpoint.from={wanted}").checkpoint == wanted
+    assert find_start(load_config(None, [f"checkpoint.from={wanted}"])).root == root
+    assert "has no complete checkpoint step_00000025; it has those of steps 10, 20, 30" in refused(
+        root, "checkpoint.from=25"
+    )
+    other = a_run(20, name="other")
+    assert f"is a checkpoint of the run {root}, but run_dir={other}" in refused(
+        other, f"checkpoint.from={wanted}"
+    )
+    assert "no run to resume" in refused(tmp_path / "new", "checkpoint.from=20")
+
+
+def test_another_runs_directory_is_refused_with_what_differs(a_run: Make, tmp_path: Path) -> None:
+    root = a_run(20)
+    message = refused(root, "objective.beta=100", "optimizer.clip=null", "memory.sequential=true", "steps=60")
+    assert (
+        "objective.beta: 250 -> 100; optimizer.clip: 1 -> null; memory.sequential: false -> true. " in message
+    )
+    assert "steps: " not in message
+    assert "already holds a run" in refused(root, "checkpoint.resume=false")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    assert "the directory is not empty and was not made by a run" in refused(tmp_path / "mine")
+    assert "there is a file with that name" in refused(tmp_path / "mine/thesis.tex")
+
+
+def test_fewer_steps_than_were_made_are_refused(a_run: Make) -> None:
+    root = a_run(20, 30)
+    assert "step_00000030 is at step 30, beyond steps=25; raise steps" in refused(root, "steps=25")
+    assert "is at step 30, beyond steps=25" in refused(root, "steps=25", "checkpoint.from=30")
+    assert start_of(root, "steps=25", "checkpoint.from=20").checkpoint == root / "checkpoints/step_00000020"
+
+
+def test_a_resumed_run_keeps_the_batch_size_that_was_planned(a_run: Make) -> None:
+    root = a_run(20)
+    config = load_config(None, ["rollout.batch_size=6"])
+    (root / "config.yaml").write_text(dump_config(config))
+    check_same_run(load_config(None), root / "config.yaml")
+    assert "rollout.batch_size: 6 -> 8" in refused(root, "rollout.batch_size=8")
+
+
+def test_the_saved_configuration_has_the_new_steps_and_does_not_ask_to_resume(a_run: Make) -> None:
+    root = a_run(20)
+    config = load_config(
+        None, [f"run_dir={root}", "checkpoint.from=20", "checkpoint.resume=true", "steps=50"]
+    )
+    find_start(config).open(config)
+    saved = load_config(root / "config.yaml")
+    assert (saved.steps, saved.checkpoint.resume, saved.checkpoint.from_) == (50, "auto", None)
+    assert not list(root.glob(".*"))
+
+
+def test_a_state_that_is_no_json_is_not_hidden(a_run: Make) -> None:
+    root = a_run(20)
+    manifest = root / "checkpoints/step_00000020/manifest.json"
+    manifest.write_text(json.dumps({"step": 20}))
+    assert re.search("is not the manifest of a checkpoint", refused(root))

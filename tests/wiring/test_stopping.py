@@ -1,0 +1,191 @@
+"""Runs that are stopped by a signal, or die, at every kind of place go on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import engine
+import pytest
+import torch
+from test_resume import assert_same
+
+from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.runs.log import RunLog
+
+SETTINGS = (
+    "steps=4",
+    "objective.updates_per_rollout=2",
+    "objective.micro_batch_size=2",
+    "reference.refresh_every=3",
+    "pairs.resample=1",
+    "pairs.dataset=latents",
+    "evaluation.every=2",
+    "checkpoint.every=3",
+    "checkpoint.keep=9",
+)
+
+
+class DeadError(BaseException):
+    """Stands for a process that is killed: nothing catches it, nothing is saved."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A run that nobody stopped, and how often it asked whether it should stop."""
+    folder, asked = tmp_path_factory.mktemp("whole"), 0
+
+    def count(points: StopPoints) -> None:
+        nonlocal asked
+        asked += 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopPoints, "check", count)
+        engine.train(engine.make_config(folder, *SETTINGS))
+    assert asked > 60
+    return folder, asked
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Do something once, before the call number ``number`` of a method."""
+
+    def arrange(owner: type, name: str, number: int, act: Callable[[], None]) -> None:
+        method, calls = getattr(owner, name), 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                act()
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    yield arrange
+    monkeypatch.undo()
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def die() -> None:
+    raise DeadError
+
+
+@pytest.mark.parametrize("part", range(12))
+def test_a_signal_at_any_place_loses_nothing(
+    whole: tuple[Path, int],
+    part: int,
+    tmp_path: Path,
+    at: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder, asked = whole
+    at(StopPoints, "check", 1 + part * (asked - 1) // 11, terminate)
+    config = engine.make_config(folder, *SETTINGS, f"run_dir={tmp_path / 'run'}")
+    engine.train(config, exit_code=143)
+    monkeypatch.undo()
+    said = capfd.readouterr()
+    assert "SIGTERM: giving up what is not finished, " in said.err
+    assert "stopped by SIGTERM" in said.out
+    engine.train(config)
+    assert_same(folder / "run", tmp_path / "run", 4)
+
+
+@pytest.mark.parametrize("row", [1, 2, 3, 4, 5, 6])
+def test_a_signal_between_two_steps_is_as_good(
+    whole: tuple[Path, int],
+    row: int,
+    tmp_path: Path,
+    at: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row 1 is the evaluation of the base policy, row 4 that after step 2."""
+    folder, _ = whole
+    at(RunLog, "write", row, terminate)
+    config = engine.make_config(folder, *SETTINGS, f"run_dir={tmp_path / 'run'}")
+    engine.train(config, exit_code=143)
+    monkeypatch.undo()
+    engine.train(config)
+    assert_same(folder / "run", tmp_path / "run", 4)
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_a_run_that_dies_at_any_place_goes_on_by_the_same_command(
+    whole: tuple[Path, int],
+    part: int,
+    tmp_path: Path,
+    at: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, asked = whole
+    at(StopPoints, "check", 1 + part * (asked - 1) // 7, die)
+    config = engine.make_config(folder, *SETTINGS, f"run_dir={tmp_path / 'run'}")
+    with pytest.raises(DeadError):
+        engine.train(config)
+    monkeypatch.undo()
+    engine.train(config)
+    assert_same(folder / "run", tmp_path / "run", 4)
+
+
+def test_ctrl_c_has_its_own_exit_code_and_a_second_one_stops_at_once(
+    tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at(StopPoints, "check", 40, lambda: os.kill(os.getpid(), signal.SIGINT))
+    config = engine.make_config(tmp_path, *SETTINGS)
+    engine.train(config, exit_code=130)
+    monkeypatch.undo()
+
+    def twice() -> None:
+        terminate()
+        terminate()
+
+    at(StopPoints, "check", 5, twice)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM after SIGTERM"):
+        engine.train(config)
+
+
+def test_a_finished_run_is_left_alone(whole: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = whole
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    recording = engine.train(engine.make_config(folder, *SETTINGS))
+    assert not recording.rows
+    assert f"the run at {folder / 'run'} is finished: step 4 is its last" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_is_named(whole: tuple[Path, int], tmp_path: Path) -> None:
+    folder, _ = whole
+    own = f"run_dir={tmp_path / 'run'}"
+    engine.train(engine.make_config(folder, *SETTINGS, own))
+    engine.train(engine.make_config(folder, *SETTINGS, own, "checkpoint.from=3"))
+    assert_same(folder / "run", tmp_path / "run", 4)
+
+
+def test_a_policy_that_diverges_is_named_with_its_settings_and_the_last_checkpoint(tmp_path: Path) -> None:
+    settings = (
+        *SETTINGS,
+        "steps=20",
+        "optimizer.lr=1e20",
+        "optimizer.clip=null",
+        "objective.updates_per_rollout=1",
+    )
+    config = engine.make_config(tmp_path, *settings, "checkpoint.every=1", "evaluation.every=null")
+    with pytest.raises(ValueError, match="the policy has diverged in step") as caught:
+        engine.train(config)
+    message = str(caught.value)
+    assert "optimizer.lr=1e+20, objective.beta=" in message
+    assert "VAE" not in message
+    rows = engine.metrics_of(tmp_path / "run")
+    last = rows[-1]["step"]
+    assert f"in step {last + 1}: " in message
+    assert f"the last gradient norm was {rows[-1]['grad_norm']:.3g}; the last good checkpoint is" in message
+    assert f"step_{last:08d}" in message
+    saved = engine.policy_of(tmp_path / "run", last)
+    assert all(torch.isfinite(value).all() for value in saved.values())
