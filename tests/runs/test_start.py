@@ -41,7 +41,7 @@ def start_of(root: Path, *overrides: str) -> Start:
 
 
 def refused(root: Path, *overrides: str) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(str(root.name))) as caught:
         start_of(root, *overrides)
     return str(caught.value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from test_resume import assert_same
 
 from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.runs.log import RunLog
+from vpo_engine.values import Prompt
 
 SETTINGS = (
     "steps=4",
@@ -168,24 +170,53 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_named(whole: tuple[Path, int], 
     assert_same(folder / "run", tmp_path / "run", 4)
 
 
-def test_a_policy_that_diverges_is_named_with_its_settings_and_the_last_checkpoint(tmp_path: Path) -> None:
-    settings = (
-        *SETTINGS,
-        "steps=20",
-        "optimizer.lr=1e20",
-        "optimizer.clip=null",
-        "objective.updates_per_rollout=1",
-    )
-    config = engine.make_config(tmp_path, *settings, "checkpoint.every=1", "evaluation.every=null")
-    with pytest.raises(ValueError, match="the policy has diverged in step") as caught:
+def poison_weights(algorithm: OnlineVPO) -> None:
+    with torch.no_grad():
+        algorithm.parameters[0].fill_(float("nan"))
+
+
+def poison_gradients(algorithm: OnlineVPO) -> None:
+    average = algorithm.processes.average_gradients
+
+    def averaged(parameters: list[torch.nn.Parameter]) -> None:
+        average(parameters)
+        parameters[0].grad[...] = float("inf")  # type: ignore[index]
+
+    object.__setattr__(algorithm.processes, "average_gradients", averaged)
+
+
+@pytest.mark.parametrize(
+    ("poison", "reason"),
+    [
+        (poison_weights, "the policy samples latents that are not finite"),
+        (poison_gradients, "the gradient norm is inf at optimizer step 5; the policy was not changed"),
+    ],
+)
+def test_a_policy_that_diverges_is_named_with_its_settings_and_the_last_checkpoint(
+    poison: Callable[[OnlineVPO], None], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = OnlineVPO.step, []
+
+    def poisoned(algorithm: OnlineVPO, prompts: Sequence[Prompt]) -> Step:
+        steps.append(prompts)
+        if len(steps) == 3:
+            poison(algorithm)
+        return step(algorithm, prompts)
+
+    monkeypatch.setattr(OnlineVPO, "step", poisoned)
+    config = engine.make_config(tmp_path, *SETTINGS, "checkpoint.every=2")
+    with pytest.raises(
+        ValueError, match=f"the policy has diverged in step 3: {reason}; optimizer.lr="
+    ) as caught:
         engine.train(config)
-    message = str(caught.value)
-    assert "optimizer.lr=1e+20, objective.beta=" in message
-    assert "VAE" not in message
     rows = engine.metrics_of(tmp_path / "run")
-    last = rows[-1]["step"]
-    assert f"in step {last + 1}: " in message
-    assert f"the last gradient norm was {rows[-1]['grad_norm']:.3g}; the last good checkpoint is" in message
-    assert f"step_{last:08d}" in message
-    saved = engine.policy_of(tmp_path / "run", last)
-    assert all(torch.isfinite(value).all() for value in saved.values())
+    assert [row["step"] for row in rows] == [1, 2]
+    last = engine.checkpoint(tmp_path / "run", 2)
+    message = str(caught.value)
+    assert (
+        f"objective.beta={config.objective.beta:g}, the last gradient norm was {rows[-1]['grad_norm']:.3g}"
+        in message
+    )
+    assert f"the last good checkpoint is {last}. Start a run with a lower optimizer.lr" in message
+    assert all(torch.isfinite(value).all() for value in engine.policy_of(tmp_path / "run", 2).values())
+    assert [path.name for path in last.parent.iterdir()] == [last.name]
