@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -20,8 +21,6 @@ USER_ERRORS = (
     RewardProcessError,
 )
 """Errors that a command prints as one line."""
-_HEAD_START = 1.0
-"""Seconds that the first process has to report an error before another one ends, upon which torchrun ends them all."""
 INTERRUPTED = 130
 """The exit code of a program that SIGINT ended."""
 
@@ -54,14 +53,13 @@ def split_words(words: Sequence[str], unknown: Sequence[str] = ()) -> tuple[str 
 
 @contextmanager
 def same_in_all_processes() -> Iterator[None]:
-    """Mark work whose errors all processes have alike, so that only the first one reports them."""
+    """Mark work whose errors all processes of a machine have alike, so that only the first of them reports them."""
     try:
         yield
     except USER_ERRORS:
-        if is_first_process():
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             raise
-        time.sleep(_HEAD_START)
-        raise SystemExit(1) from None
+        raise SystemExit(0) from None
 
 
 def report_errors(command: Callable[[], int]) -> int:
@@ -70,6 +68,7 @@ def report_errors(command: Callable[[], int]) -> int:
         return command()
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell_torchrun(f"error: {error}")
         return 1
     except KeyboardInterrupt as error:
         print(
@@ -78,3 +77,10 @@ def report_errors(command: Callable[[], int]) -> int:
             flush=True,
         )
         return INTERRUPTED
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for it, so that its own report, which comes last, ends with it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")

@@ -21,6 +21,7 @@ from vpo_engine.command import is_first_process, report_errors, same_in_all_proc
 from vpo_engine.config import Config
 from vpo_engine.config.notes import notes
 from vpo_engine.config_file import load_config, require_files
+from vpo_engine.runs.lock import refuse_held
 from vpo_engine.runs.start import find_start
 
 
@@ -59,6 +60,8 @@ def train(config: Config) -> int:
     require_files(config)
     if is_first_process():
         start = find_start(config)
+        if start.root is not None:
+            refuse_held(start.root)
         if start.finished:
             print(
                 f"the run at {start.root} is finished: step {config.steps} is its last; raise steps to go on with it"

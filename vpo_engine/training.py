@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward, check_reward
+from vpo_engine.command import same_in_all_processes
 from vpo_engine.config import Config
 from vpo_engine.config_file import parse_config
 from vpo_engine.data.prompts import PromptStream
@@ -38,11 +39,12 @@ def run_training(config: Config) -> int:
         served = None
         if processes.store is not None:
             served = at_end.enter_context(find_reward(processes.store, processes.rank))
-        check_model(config)
-        check_reward(config)
-        dataset = config.rollout.dataset
-        stored = None if dataset is None else StoredPairs(dataset, config.pairs.min_gap)
-        prompts, held_out_prompts = build_prompts(config)
+        with same_in_all_processes():
+            check_model(config)
+            check_reward(config)
+            dataset = config.rollout.dataset
+            stored = None if dataset is None else StoredPairs(dataset, config.pairs.min_gap)
+            prompts, held_out_prompts = build_prompts(config)
         config = _resolved_as_before(config, processes)
         if configurations_are_here(config):  # else building the model says which is missing
             config, plan = check_fits(config, processes.device, processes.count, processes.broadcast_text)

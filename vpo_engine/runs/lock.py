@@ -65,6 +65,12 @@ class RunLock:
             return False
 
 
+def refuse_held(root: Path) -> None:
+    """Raise ValueError, as RunLock would, if another process holds the lock of ``root``; take nothing."""
+    if (root / LOCK_NAME).exists():
+        RunLock(root).close()
+
+
 def _holder() -> dict[str, Any]:
     now = datetime.now().isoformat(sep=" ", timespec="seconds")
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
