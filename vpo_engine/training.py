@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward, check_reward
+from vpo_engine.checkpoint_size import check_disk
 from vpo_engine.command import same_in_all_processes
 from vpo_engine.config import Config
 from vpo_engine.config_file import parse_config
@@ -54,6 +55,8 @@ def run_training(config: Config) -> int:
         reward = served or _build_reward(config, processes, at_end, model.idle_offload)
         if served is not None:
             served.wait_until_loaded()
+        if processes.first:
+            check_disk(config, model.network, config.run_dir or Path("runs"))
         run, checkpoint = _open_run(config, processes, at_end)
         with model.idle_offload.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)

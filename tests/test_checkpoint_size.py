@@ -1,0 +1,68 @@
+"""The disk space of checkpoints, known before the first step."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from vpo_engine import train as entry
+from vpo_engine.build import build_model
+from vpo_engine.checkpoint_size import checkpoint_bytes
+from vpo_engine.config import Config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.reference.store import build_reference
+from vpo_engine.run_state import capture
+from vpo_engine.runs.checkpoint import save_checkpoint
+
+Make = Callable[..., Config]
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_is_noticed_before_the_first_step(
+    smallest: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=80 * 2**20))
+    run = tmp_path / "run"
+    assert entry.main([*smallest, f"run_dir={run}"]) == 1
+    message = capsys.readouterr().err
+    assert (
+        f"the disk of {tmp_path} has 0.08 GiB free, but this run needs 0.09 GiB there for 3 checkpoints"
+        in message
+    )
+    assert "free some space, keep fewer, or give a run_dir on another disk" in message
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("memory.weights=fp32_master", "reference.storage=exact8", "memory.optimizer_bits=8"),
+        ("memory.weights=stochastic_rounding", "reference.storage=int8"),
+        ("reference.storage=bf16",),
+        ("model.lora.rank=4", "reference.storage=adapter"),
+    ],
+)
+def test_the_size_of_a_checkpoint_is_known_before(
+    settings: tuple[str, ...], small: Make, tmp_path: Path
+) -> None:
+    config = small(*settings)
+    processes = Processes.start("cpu")
+    model = build_model(config, processes, lambda _: None)
+    algorithm = OnlineVPO(
+        config, model, mock.MagicMock(), build_reference(config.reference.storage, model.network), processes
+    )
+    algorithm.optimizer.begin(1e-5)
+    for parameter in algorithm.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    algorithm.optimizer.step()
+    expected = checkpoint_bytes(config, model.network)
+    saved = capture(algorithm, 1, {})
+    folder = save_checkpoint(tmp_path, 1, **saved, write_policy=model.save_policy, keep=1)
+    actual = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert actual == pytest.approx(expected, rel=0.1)

@@ -1,0 +1,48 @@
+"""The disk space that a run's checkpoints need, known before its first step."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from vpo_engine.config import Config
+
+_GIB = 2**30
+_SPARE = 64 * 2**20
+"""Bytes for the log, the galleries and the report."""
+
+
+def checkpoint_bytes(config: Config, network: nn.Module) -> int:
+    """Estimate the bytes of one checkpoint: the policy (or its adapter), the optimizer's state and the reference."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    weights = sum(p.numel() * p.element_size() for p in trained)
+    policy = weights
+    if config.model.lora is None:
+        policy = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
+    moments = 8 * count if config.memory.optimizer_bits == 32 else 2.1 * count
+    master = 4 * count if config.memory.weights == "fp32_master" else 0
+    reference = {"bf16": 2.0 * count, "int8": 1.1 * count, "exact8": 1.1 * count}.get(
+        config.reference.storage, policy
+    )
+    return int(policy + moments + master + reference)
+
+
+def check_disk(config: Config, network: nn.Module, root: Path) -> None:
+    """Raise ValueError if the disk of the run directory ``root`` cannot hold the checkpoints of the run.
+
+    One more than checkpoint.keep is there while the newest is written; those that are there already need no more.
+    """
+    size = checkpoint_bytes(config, network)
+    present = len(list((root / "checkpoints").glob("step_*"))) if root.exists() else 0
+    number = max(1, config.checkpoint.keep + 1 - present)
+    place = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < number * size + _SPARE:
+        raise ValueError(
+            f"the disk of {place} has {free / _GIB:.2f} GiB free, but this run needs {number * size / _GIB:.2f} GiB "
+            f"there for {number} checkpoints of {size / _GIB:.2f} GiB (checkpoint.keep={config.checkpoint.keep}, and the one "
+            "that is being written); free some space, keep fewer, or give a run_dir on another disk"
+        )
