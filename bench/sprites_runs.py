@@ -77,7 +77,7 @@ def command(name: str, out: Path, seed: int, steps: int | None) -> list[str]:
     overrides = [f"name={name}", f"run_dir={out / name}", f"seed={seed}", "model.device=cpu", *RUNS[name]]
     if steps is not None:
         overrides += [f"steps={steps}", f"optimizer.warmup_steps={steps // 8}"]
-    return ["-m", "vpo_engine.train", *overrides, "checkpoint.resume=true"]
+    return ["-m", "vpo_engine.train", *overrides]
 
 
 def train(names: Sequence[str], out: Path, seed: int, steps: int | None, jobs: int) -> None:
