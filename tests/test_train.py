@@ -19,7 +19,7 @@ from process_group import Group, run_in_group
 from safetensors.torch import load_file
 from scorer_that import train_with_a_scorer_that
 
-from vpo_engine import evaluate, sample
+from vpo_engine import sample
 from vpo_engine import train as entry
 from vpo_engine.config import Config
 from vpo_engine.models.opensora.checkpoint import load_config as load_model_config
@@ -211,13 +211,6 @@ def test_sample_writes_videos_of_a_run(finished: Path, tmp_path: Path) -> None:
     ]
     frames, rate = read_video(files[0])
     assert (len(frames), rate) == (17, 8.0)
-
-
-def test_evaluate_puts_runs_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.main([str(finished), str(finished)]) == 0
-    assert "sprites (2 seeds)" in capsys.readouterr().out
-    assert evaluate.main([str(finished.parent)]) == 1
-    assert "is not a run directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,6 @@ def check_disk(config: Config, network: nn.Module, root: Path) -> None:
     if free < number * size + _SPARE:
         raise ValueError(
             f"the disk of {place} has {free / _GIB:.2f} GiB free, but this run needs {number * size / _GIB:.2f} GiB "
-            f"there for {number} checkpoints of {size / _GIB:.2f} GiB (checkpoint.keep={config.checkpoint.keep}, and the one "
-            "that is being written); free some space, keep fewer, or give a run_dir on another disk"
+            f"there for {number} checkpoints of {size / _GIB:.2f} GiB (checkpoint.keep={config.checkpoint.keep}, and "
+            "the one that is being written); free some space, keep fewer, or give a run_dir on another disk"
         )

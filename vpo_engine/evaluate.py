@@ -3,8 +3,9 @@
     python -m vpo_engine.evaluate RUN [RUN ...]
 
 One run: a table of every measure of the base and of the final policy, with the change and its 95 % bounds.
-Several runs: a table of the changes. Runs with the same name in their configuration count as seeds of one setting and
-share a column; each other name, for example online and offline, has its own column.
+Several runs: a table of the changes. Runs with the same name in their configuration are seeds of one setting and share
+a column, so they must have the same settings but for the seed; each other name, for example online and offline, has its
+own column.
 """
 
 from __future__ import annotations
@@ -15,11 +16,26 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from vpo_engine.command import report_errors
+from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.metrics.summary import format_seeds, format_summary, summarise_seeds
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.start import differences, show_value
+
+_WITHOUT_EFFECT = (
+    "seed",
+    "run_dir",
+    "checkpoint",
+    "processes",
+    "rollout.batch_size",
+    "prompts.cache",
+    "model.device",
+)
+"""Settings, and sections of them, in which seeds of one setting may differ: results do not depend on them, but for
+rounding and the seed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,28 +46,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
     given = parser.parse_args(arguments)
-    try:
+
+    def show() -> int:
         print(compare(given.runs))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return report_errors(show)
 
 
 def compare(roots: Sequence[Path]) -> str:
-    """Return the table of one run, or of several runs grouped by the name in their configuration."""
-    summaries: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    """Return the table of one run, or of several runs grouped by the name in their configuration.
+
+    ValueError for a run that has not finished, and for runs of one name that are not seeds of one setting.
+    """
+    groups: dict[str, list[_Run]] = defaultdict(list)
     for root in roots:
         run = RunDirectory.open(root)
         if not run.summary.is_file():
             raise ValueError(
-                f"{root} has no {run.summary.name}, so the run has not finished; resume it first"
+                f"{root} has no {run.summary.name}, so the run has not finished; let it go on to its end first"
             )
-        name = load_config(run.config).name
-        summaries[name].append(json.loads(run.summary.read_text(encoding="utf-8")))
+        found = _Run(root, load_config(run.config), _read_summary(run.summary))
+        groups[found.config.name].append(found)
     if len(roots) == 1:
-        return format_summary(next(iter(summaries.values()))[0])
-    return format_seeds({name: summarise_seeds(group) for name, group in summaries.items()})
+        return format_summary(next(iter(groups.values()))[0].summary)
+    for runs in groups.values():
+        _check_seeds(runs)
+    return format_seeds(
+        {name: summarise_seeds([run.summary for run in runs]) for name, runs in groups.items()}
+    )
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary["measures"], dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged; resume the run, which writes it again at its end") from error
+    return dict(summary)
+
+
+class _Run(NamedTuple):
+    root: Path
+    config: Config
+    summary: dict[str, Any]
+
+
+def _check_seeds(runs: Sequence[_Run]) -> None:
+    """Raise ValueError unless the runs differ in their seed, and in nothing else that changes results."""
+    first = runs[0]
+    for number, run in enumerate(runs[1:], start=1):
+        different = [
+            f"{key}: {show_value(before)} -> {show_value(now)}"
+            for key, before, now in differences(first.config, run.config)
+            if key not in _WITHOUT_EFFECT and key.partition(".")[0] not in _WITHOUT_EFFECT
+        ]
+        if different:
+            raise ValueError(
+                f"{first.root} and {run.root} are both called {run.config.name!r}, which makes them seeds of one "
+                f"setting, but their settings differ ({'; '.join(different)}); compare runs of the same settings, or "
+                "give one of them another name in its config.yaml"
+            )
+        for other in runs[:number]:
+            if other.config.seed == run.config.seed:
+                raise ValueError(
+                    f"{other.root} and {run.root} are both {run.config.name!r} with seed={run.config.seed}, so they "
+                    "are one result and not two; leave one of them out"
+                )
 
 
 if __name__ == "__main__":

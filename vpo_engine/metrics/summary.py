@@ -76,7 +76,7 @@ def summarise(
         raise ValueError("there is no held-out measure to summarise")
     measures: dict[str, dict[str, float]] = {}
     clips: set[int] = set()
-    for name in before:
+    for name in after:  # a resumed run has read ``before`` from a file, which sorts the names
         try:
             found = paired_difference(before[name], after[name])
         except ValueError as error:
@@ -194,9 +194,8 @@ def summarise_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         raise ValueError("there is no summary to combine; give one for each seed")
     names = list(summaries[0]["measures"])
     for summary in summaries[1:]:
-        if list(summary["measures"]) != names:
-            odd = sorted(set(summary["measures"]) ^ set(names))
-            raise ValueError(f"every seed must have the same measures in the same order; differing: {odd}")
+        if odd := sorted(set(summary["measures"]) ^ set(names)):
+            raise ValueError(f"every seed must have the same measures; only some have: {', '.join(odd)}")
     measures = {name: _over_seeds(name, [s["measures"][name] for s in summaries]) for name in names}
     return {"seeds": len(summaries), "measures": measures}
 

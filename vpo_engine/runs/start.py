@@ -86,7 +86,7 @@ def check_same_run(config: Config, saved_config: Path) -> None:
     saved = load_config(saved_config)
     config = resolved_as_before(config, saved)
     different = [
-        f"{key}: {_shown(before)} -> {_shown(now)}"
+        f"{key}: {show_value(before)} -> {show_value(now)}"
         for key, before, now in differences(saved, config)
         if key.partition(".")[0] not in _FREE_TO_CHANGE
     ]
@@ -124,7 +124,8 @@ def differences(one: Section, other: Section, prefix: str = "") -> Iterator[tupl
             yield key, before, now
 
 
-def _shown(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """Return a setting as it is written in YAML."""
     if isinstance(value, Section):
         return "set"
     if value is None or isinstance(value, bool):
