@@ -205,3 +205,23 @@ def test_a_flag_of_one_process_counts_for_all(monkeypatch: pytest.MonkeyPatch) -
     processes = Processes(0, 2, torch.device("cpu"))
     assert processes.any(True)
     assert not processes.any(False)
+
+
+@pytest.mark.parametrize(
+    ("device", "local_ranks", "shares"),
+    [
+        ("cpu", [0, 1, 2, 0, 1], [[0, 2, 4], [], [], [1, 3], []]),
+        ("cpu", [0], [[0, 1, 2, 3, 4]]),
+        ("meta", [0, 1, 2], [[0, 3], [1, 4], [2]]),
+    ],
+)
+def test_texts_are_encoded_once_and_on_cpus_by_one_process_of_each_machine(
+    device: str, local_ranks: list[int], shares: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encodes = [device != "cpu" or rank == 0 for rank in local_ranks]
+    monkeypatch.setattr(Processes, "gather", lambda self, value: torch.tensor([int(one) for one in encodes]))
+    found = []
+    for rank, local in enumerate(local_ranks):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        found.append(list(range(5))[Processes(rank, len(local_ranks), torch.device(device)).encoder_share()])
+    assert found == shares

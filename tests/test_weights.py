@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vpo_engine.weights import load_strict, read_file, read_files, weight_files
+from vpo_engine.weights import load_strict, move_in_order, read_file, read_files, weight_files
 
 WORDS = {"where": "here", "model": "Tiny", "remedy": "fetch it"}
 
@@ -121,3 +121,39 @@ def test_a_pickle_of_something_else(tmp_path: Path) -> None:
     assert read_file(tmp_path / "weights.bin") == [1, 2]
     with pytest.raises(ValueError, match=r"weights\.bin holds a list, expected a dictionary of tensors"):
         read_files([tmp_path / "weights.bin"])
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_weights_are_moved_file_by_file(tmp_path: Path, ending: str) -> None:
+    """While the second file is copied the first one is mapped no more, and a float32 copy of all never exists."""
+    shards = [{f"{shard}.{i}": torch.full((256, 256), float(i)) for i in range(3)} for shard in range(2)]
+    paths = [tmp_path / f"part-{number}.{ending}" for number in range(2)]
+    for path, shard in zip(paths, shards, strict=True):
+        save_file(shard, path) if ending == "safetensors" else torch.save(shard, path)
+    weights = read_files(paths)
+    mapped: dict[str, list[bool]] = {}
+
+    class Watched(dict[str, Tensor]):
+        def pop(self, name: str) -> Tensor:  # type: ignore[override]
+            maps = Path("/proc/self/maps").read_text()
+            mapped[name] = [str(path) in maps for path in paths]
+            return super().pop(name)
+
+    watched = Watched(weights)
+    del weights
+    moved = move_in_order(watched, torch.bfloat16)
+    assert not watched
+    assert list(moved) == [name for shard in shards for name in shard]
+    assert all(value.dtype == torch.bfloat16 for value in moved.values())
+    assert all(float(value[0, 0]) == float(name[-1]) for name, value in moved.items())
+    if ending == "bin":
+        assert mapped["0.0"] == [True, True]
+        assert mapped["1.1"] == [False, True]
+
+
+def test_weights_that_are_no_floats_keep_their_type() -> None:
+    moved = move_in_order({"table": torch.arange(3), "weight": torch.ones(2)}, torch.bfloat16)
+    assert {name: value.dtype for name, value in moved.items()} == {
+        "table": torch.int64,
+        "weight": torch.bfloat16,
+    }

@@ -13,6 +13,7 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import parse_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.host_allocator import return_freed_memory
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.models.registry import check_model
 from vpo_engine.online_vpo import OnlineVPO
@@ -52,6 +53,8 @@ def run_training(config: Config) -> int:
             if processes.first:
                 print(plan, flush=True)
         model = build_model(config, processes)
+        tensors = [tensor for part in model.parts.values() for tensor in part.parameters()]
+        return_freed_memory(processes.device, sum(t.numel() * t.element_size() for t in tensors))
         reward = served or _build_reward(config, processes, at_end, model.idle_offload)
         if served is not None:
             served.wait_until_loaded()

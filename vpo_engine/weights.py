@@ -145,6 +145,21 @@ def load_strict(
     network.load_state_dict(loaded, strict=True, assign=True)
 
 
+def move_in_order(
+    weights: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Copy mapped weights to ``device``, those with a floating type in ``dtype`` (None: their own); empty ``weights``.
+
+    Tensors are let go in the order of their files, so that a file is unmapped when its last tensor has been copied:
+    this takes the memory of the result and of one file.
+    """
+    moved = {}
+    for name in list(weights):
+        weight = weights.pop(name)
+        moved[name] = weight.to(device, dtype if weight.is_floating_point() else None, copy=True)
+    return moved
+
+
 def _promised(index: Path) -> dict[str, str]:
     """Return {key: file} of an index. Raise ValueError for a file that is no index."""
     try:

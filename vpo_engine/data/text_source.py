@@ -16,7 +16,8 @@ class TextSource:
     """Provides the embeddings of a run's prompts. The text encoder is in memory only while it encodes them.
 
     ``rewrite`` turns a prompt into the text that is encoded (cleaning, score suffixes). With a cache on disk the
-    processes divide the work; with a cache in memory each process encodes all prompts.
+    processes divide the work, on CPUs one process of each machine; with a cache in memory each process encodes all
+    prompts.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class TextSource:
         """Encode the prompts that are missing in the cache; the encoder is loaded only if there are any."""
         texts = sorted({self._rewrite(prompt) for prompt in prompts})
         if self._cache.folder is not None:
-            texts = texts[self._processes.rank :: self._processes.count]
+            texts = texts[self._processes.encoder_share()]
         missing = [text for text in texts if text not in self._cache]
         if missing:
             self._cache.fill(missing, self._load_encoder().encode, _BATCH)

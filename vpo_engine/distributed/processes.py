@@ -113,6 +113,17 @@ class Processes:
         team = self.rank // size
         return range(team * each, (team + 1) * each)
 
+    def encoder_share(self) -> slice:
+        """Return which texts this process encodes for all of them: every n-th, or none. All processes must call this.
+
+        On GPUs all processes encode. On CPUs one of each machine does, since the others would only hold copies of the
+        text encoder and wait for the same cores.
+        """
+        encodes = self.device.type != "cpu" or os.environ.get("LOCAL_RANK", "0") == "0"
+        flags = self.gather(torch.tensor([int(encodes)])).tolist()
+        ranks = [rank for rank, flag in enumerate(flags) if flag]
+        return slice(ranks.index(self.rank), None, len(ranks)) if encodes else slice(0, 0)
+
     def rank_range(self, total: int) -> range:
         """Return which of ``total`` items belong to this process, divided in rank order as evenly as possible."""
         return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)

@@ -23,8 +23,9 @@ class StopRequest:
     """A context in which SIGTERM and SIGINT only set ``requested``, which the run looks at.
 
     The first signal is acknowledged at once with the line that ``acknowledge`` returns; "" prints nothing. A second
-    signal raises KeyboardInterrupt at once (under torchrun not within five seconds, because torchrun repeats signals). Leaving the context restores the earlier handlers. Python delivers signals
-    to the main thread, and entering in another thread raises ValueError.
+    signal raises KeyboardInterrupt at once (under torchrun not within five seconds, because torchrun repeats signals).
+    Leaving the context restores the earlier handlers. Python delivers signals to the main thread, and entering in
+    another thread raises ValueError.
     """
 
     signals = (signal.SIGTERM, signal.SIGINT)

@@ -138,7 +138,7 @@ class OpenSora(BaseModel):
         assert folder is not None
 
         def load_encoder() -> T5Encoder:
-            return T5Encoder.from_pretrained(folder, dtype=context.dtype).to(context.device)
+            return T5Encoder.from_pretrained(folder, dtype=context.dtype, device=context.device)
 
         text = context.text_source(
             load_encoder,

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from vpo_engine.models.opensora.checkpoint import load_config, read_weights
 from vpo_engine.protocols import TextEmbedding
+from vpo_engine.weights import move_in_order
 
 MAX_LENGTH = 300
 """Tokens per prompt, as published."""
@@ -184,19 +185,25 @@ class T5Encoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path, *, dtype: torch.dtype = torch.float32, max_length: int = MAX_LENGTH
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_length: int = MAX_LENGTH,
     ) -> T5Encoder:
         """Load a local copy of DeepFloyd/t5-v1_1-xxl: config.json, spiece.model, and .bin or .safetensors weights.
 
-        Open-Sora encodes in float32 at inference and in bfloat16 in training. Nothing is downloaded.
+        Open-Sora encodes in float32 at inference and in bfloat16 in training. Nothing is downloaded. Weights go to
+        ``device`` shard by shard in ``dtype``, so loading takes the memory of the encoder and of one shard.
         """
         folder = Path(folder)
         config = load_config(folder)
         tokenizer = PieceTokenizer(folder, max_length)
         with torch.device("meta"):
             model = T5EncoderModel(T5Config(**config))
-        _load_tied(model, folder)
-        return cls(model.to(dtype).eval(), tokenizer)
+        _load_tied(model, folder, dtype, device)
+        return cls(model.eval(), tokenizer)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
@@ -208,19 +215,22 @@ class T5Encoder(nn.Module):
         return TextEmbedding(hidden, mask)
 
 
-def _load_tied(model: T5EncoderModel, folder: Path) -> None:
+def _load_tied(model: T5EncoderModel, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
     """Load published weights into a model on the meta device; the token table may be stored once or twice."""
     table, tied = "shared.weight", "encoder.embed_tokens.weight"
     state = read_weights(folder)
+    if table in state and tied in state:
+        if not torch.equal(state[tied], state[table]):
+            raise ValueError(
+                f"{folder} holds two different token tables, {table} and {tied}; T5 has one: check the copy"
+            )
+        del state[tied]
+    moved = move_in_order(state, dtype, device)
     for name, other in ((table, tied), (tied, table)):
-        if name not in state and other in state:
-            state[name] = state[other]
-    if tied in state and not torch.equal(state[tied], state[table]):
-        raise ValueError(
-            f"{folder} holds two different token tables, {table} and {tied}; T5 has one: check the copy"
-        )
+        if name not in moved and other in moved:
+            moved[name] = moved[other]
     try:
-        model.load_state_dict(state, strict=True, assign=True)
+        model.load_state_dict(moved, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"the weights of {folder} do not fit its config.json as a T5 encoder: {error}"

@@ -1,0 +1,79 @@
+"""Runs that are killed at random moments, by the system, end as the run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from process_group import Group
+from safetensors.torch import load_file
+
+from vpo_engine import train as entry
+
+SETTINGS = (
+    "steps=6",
+    "checkpoint.every=2",
+    "evaluation.every=3",
+    "checkpoint.keep=9",
+    "pairs.dataset=scores",
+)
+CLOCKS = ("seconds/", "speed/", "memory/")
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(CLOCKS)} for row in found]
+
+
+def everything(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints/step_00000006"
+    return {
+        f"{path.name}/{name}": value
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+def start(folder: Path, arguments: list[str]) -> Group:
+    return Group(folder, 1, entry.main, arguments)
+
+
+@pytest.mark.long
+def test_kill_9_and_sigterm_at_twenty_random_moments(smallest: list[str], tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    began = time.monotonic()
+    start(tmp_path, [*smallest, *SETTINGS, f"run_dir={whole}"]).wait()
+    seconds = time.monotonic() - began
+    random.seed(0)
+    killed = 0
+    for number in range(4):
+        run = tmp_path / f"run_{number}"
+        arguments = [*smallest, *SETTINGS, f"run_dir={run}"]
+        for _ in range(5):
+            process = start(tmp_path, arguments).processes[0]
+            time.sleep(random.uniform(0.1, 0.7) * seconds)
+            sent = signal.SIGKILL if killed % 2 == 0 else signal.SIGTERM
+            assert process.pid is not None
+            if process.is_alive():
+                os.kill(process.pid, sent)
+            process.join(60)
+            assert process.exitcode in (-sent, 128 + sent, 0), process.exitcode
+            killed += 1
+        start(tmp_path, arguments).wait()
+        assert rows(run) == rows(whole)
+        found, expected = everything(run), everything(whole)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        summaries = [json.loads((one / "summary.json").read_text())["measures"] for one in (run, whole)]
+        assert summaries[0] == summaries[1]
+        assert list(summaries[0]) == list(summaries[1])
+        dataset = "preference_dataset/pairs_0000.jsonl"
+        assert (run / dataset).read_bytes() == (whole / dataset).read_bytes()
+        assert (run / "report.html").exists()
+        assert not list((run / "checkpoints").glob(".*"))
