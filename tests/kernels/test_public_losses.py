@@ -73,7 +73,7 @@ def flow_grpo(policy: Tensor, reference: Tensor, target: Tensor, beta: float) ->
 
 
 def video_dpo(policy: Tensor, reference: Tensor, target: Tensor, beta_dpo: float) -> Tensor:
-    """The mean is over dimensions 1, 2 and 3 of [2P, C, T, H, W], so that a sigmoid is taken per column of the width."""
+    """The mean is over dimensions 1, 2 and 3 of [2P, C, T, H, W], so that each column of the width has a sigmoid."""
     policy_winner, policy_loser = (policy - target).pow(2).mean([1, 2, 3]).chunk(2)
     reference_winner, reference_loser = (reference - target).pow(2).mean([1, 2, 3]).chunk(2)
     inside = -0.5 * beta_dpo * ((policy_winner - policy_loser) - (reference_winner - reference_loser))

@@ -14,6 +14,7 @@ from vpo_kernels.checks import check_device, check_floating
 from vpo_kernels.paired_dpo.contract import Mask, Options, PerPair, Reduction, TargetNoise
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+_REDUCTIONS = get_args(Reduction)  # here, because torch.compile of torch 2.6 does not know get_args
 Given = SupportsFloat | Tensor
 """What users give for ``PerPair``: a number of Python or numpy, or a tensor of shape [], [1] or [P]."""
 
@@ -126,7 +127,7 @@ def check_options(
     loser_scaling: SupportsFloat | None,
 ) -> Options:
     """Return the numbers that shape the loss. Raise ValueError for one out of range."""
-    if reduction not in get_args(Reduction):
+    if reduction not in _REDUCTIONS:
         raise ValueError(
             f"reduction={reduction!r} must be 'mean' or 'sum' (over the elements of a sample); "
             "the mean over pairs is always taken"
@@ -181,7 +182,7 @@ def check_mask(mask: Tensor | None, like: Like) -> Tensor | None:
     check_device("mask", mask, like.device, like.name)
     dims = len(like.shape)
     fits = mask.ndim <= dims and all(
-        size in (1, full) for size, full in zip(mask.shape[::-1], like.shape[::-1], strict=False)
+        size in (1, full) for size, full in zip(mask.shape, like.shape[dims - mask.ndim :], strict=True)
     )
     if not fits:
         raise ValueError(

@@ -269,9 +269,19 @@ def _operator_inputs(
     noise: TargetNoise | None, mask: Tensor | None, options: Options, backend: str
 ) -> tuple[Any, ...]:
     """Return the operator's inputs after its tensors."""
-    formed = noise or (None, 1.0, 1.0)
-    per_pair = (*formed[1:], options.beta, options.pair_weight)
-    return formed[0], mask, *(part for value in per_pair for part in _split(value)), *options[2:], backend
+    x0_scale, noise_scale = (1.0, 1.0) if noise is None else (noise.x0_scale, noise.noise_scale)
+    return (
+        None if noise is None else noise.noise,
+        mask,
+        *_split(x0_scale),
+        *_split(noise_scale),
+        *_split(options.beta),
+        *_split(options.pair_weight),
+        options.reduction,
+        options.winner_anchor,
+        options.loser_scaling,
+        backend,
+    )
 
 
 def paired_dpo_loss(
@@ -330,9 +340,14 @@ def paired_dpo_loss(
     that does not run here.
     """
     tensors = checks.check_tensors(
-        PairTensors(
-            policy_winner, policy_loser, reference_winner, reference_loser, target_winner, target_loser
-        )._asdict()
+        {
+            "policy_winner": policy_winner,
+            "policy_loser": policy_loser,
+            "reference_winner": reference_winner,
+            "reference_loser": reference_loser,
+            "target_winner": target_winner,
+            "target_loser": target_loser,
+        }
     )
     like = checks.Like("policy_winner", policy_winner.shape, policy_winner.device)
     noise = checks.check_noise(target_noise, target_scales, like)
