@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from vpo_kernels import paired_dpo_loss
+from vpo_kernels import batched_paired_dpo_loss
 
 
 def preference_loss(
@@ -24,12 +24,12 @@ def preference_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return loss (scalar) and margins [P] of a batch [2P, C, H, W] whose first half are the winners.
 
-    ``beta`` is DiffusionDPO's: the margin is -(beta / 2) * (winner's error change - loser's error change), where an
-    error change is the policy's mean squared error less the reference's. diffusers' scripts write no half, so give
-    twice their ``--beta_dpo``; where errors are summed, give that beta times the number of elements in a sample.
+    ``beta`` is that of DiffusionDPO and of diffusers' SDXL script: the margin is -(beta / 2) * (winner's error change -
+    loser's error change), where an error change is the policy's mean squared error less the reference's. The SD 1.5
+    script writes no half: give twice its ``--beta_dpo``. The page docs/loss.md converts those of other trainers.
     """
     if fused:
-        out = paired_dpo_loss(*prediction.chunk(2), *reference.chunk(2), *target.chunk(2), beta=beta)
+        out = batched_paired_dpo_loss(prediction, reference, target, beta=beta)
         return out.loss, out.margin
     error, reference_error = (
         (each.float() - target.float()).pow(2).flatten(1).mean(1) for each in (prediction, reference)

@@ -150,7 +150,7 @@ std::tuple<std::int64_t, std::int64_t> chunk_bounds(const Views& views, std::int
     return {chunk * kChunk, std::min((chunk + 1) * kChunk, views.elements())};
 }
 
-// Computes the sums [4, P] of a job; each pair's chunks are added in order.
+// Computes the sums [kSums, P] of a job; each pair's chunks are added in order.
 std::vector<double> sums(const Kernels& chosen, const Views& views, const SumsJob& job, bool wide, int threads) {
     const std::int64_t chunks = views.chunks(), pairs = views.pairs();
     std::vector<double> partial(pairs * chunks * kSums), result(kSums * pairs);
@@ -167,7 +167,7 @@ std::vector<double> sums(const Kernels& chosen, const Views& views, const SumsJo
 void forward(const std::string& instruction_set, const Sizes& shape, const std::vector<Tensor>& tensors,
              const std::optional<Scaled>& scaled, const std::optional<Tensor>& mask, const Numbers& counted,
              const Chosen& options, bool wide, int threads, const std::vector<std::uintptr_t>& out) {
-    if (tensors.size() != 6 || out.size() != 5) throw std::invalid_argument("forward takes 6 tensors and 5 results");
+    if (tensors.size() != 6 || out.size() != 4) throw std::invalid_argument("forward takes 6 tensors and 4 results");
     const Kernels& chosen = kernels_for(instruction_set);
     Views views(shape, wide);
     const std::optional<Noise> noise = noise_of(views, scaled);
@@ -181,9 +181,9 @@ void forward(const std::string& instruction_set, const Sizes& shape, const std::
     }
     job.noise = pointer(noise);
     job.mask = pointer(hidden);
-    job.products = winner_anchor != 0 || loser_scaling;
+    job.product = loser_scaling.has_value();
     const auto at = [&](int i) { return reinterpret_cast<void*>(out[i]); };
-    const Results results{at(0), at(1), at(2), at(3), static_cast<double*>(at(4))};
+    const Results results{at(0), at(1), static_cast<double*>(at(2)), static_cast<double*>(at(3))};
     const WithoutGil released;
     const std::vector<double> found = sums(chosen, views, job, wide, threads);
     (wide ? finish<double> : finish<float>)(

@@ -35,14 +35,16 @@ struct Noise {
 
 constexpr int kMaxDims = 64;
 constexpr std::int64_t kChunk = 1 << 14;  // elements of one unit of work; sums are formed chunk by chunk
-constexpr int kSums = 4;                  // error change of winner and of loser, |a|^2, a . b
+// What is summed: the error change of winner and of loser, the errors of policy (winner, loser) and of reference (winner,
+// loser), and a . b, where a and b are policy - target of winner and loser.
+constexpr int kSums = 7;
 constexpr int kSpilled = -128;            // marks a difference of ordered bits that does not fit 8
 
 struct SumsJob {
     View policy[2], reference[2], target[2];  // winner, loser
     const Noise* noise;                       // or null
     const View* mask;                         // or null; bool, shared by both members
-    bool products;                            // whether to compute |a|^2 and a . b; else they are 0
+    bool product;                             // whether to compute a . b; else it is 0
 };
 
 struct GradientJob {

@@ -31,9 +31,9 @@ def forward(
     """Write what ``contract.Backend.forward`` returns to the addresses ``out``.
 
     tensors: in the order of ``contract.PairTensors``. counted: number of elements per sample that the mask leaves.
-    wide: arithmetic on elements is float64, which it must be if a tensor is, and so are loss, margin and error changes;
+    wide: arithmetic on elements is float64, which it must be if a tensor is, and so are loss and per_pair;
     else they are float32. threads: the most that are used; fewer are where the work is small. Results do not depend on
-    them. out: addresses of loss, margin, both error changes and coefficient.
+    them. out: addresses of the tensors of ``contract.Forward``, in its order.
     """
 
 def gradient(

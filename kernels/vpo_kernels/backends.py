@@ -17,12 +17,14 @@ import torch
 
 BackendName = Literal["auto", "reference", "native", "triton"]
 OperationName = Literal["paired_dpo", "ordered_delta"]
+_NAMES = get_args(BackendName)  # here, because torch.compile of torch 2.6 does not know get_args
 _MODULES = ("reference", "native", "triton")
 _FASTEST = {"cpu": "native", "cuda": "triton"}
 """The backend that ``auto`` takes, by the device's type; plain torch elsewhere."""
 _REMEDY = {
-    "native": "build it with a C++17 compiler at hand: pip install --force-reinstall --no-deps .",
-    "triton": "install triton, which needs Linux",
+    "native": "build it with a C++17 compiler at hand, in a clone: pip install --force-reinstall --no-deps . (or "
+    "./kernels, for vpo-kernels)",
+    "triton": "install triton 3.4 or newer, which needs Linux and comes with torch 2.8 and newer",
 }
 
 
@@ -73,10 +75,8 @@ def _warn_of_fallback(operation: OperationName, name: str, reason: str) -> None:
 
 def check_name(name: str) -> None:
     """Raise ValueError for a name that no backend has."""
-    if name not in get_args(BackendName):
-        raise ValueError(
-            f"backend={name!r} is unknown; it must be one of: {', '.join(get_args(BackendName))}"
-        )
+    if name not in _NAMES:
+        raise ValueError(f"backend={name!r} is unknown; it must be one of: {', '.join(_NAMES)}")
 
 
 def choose_backend(operation: OperationName, name: str, device: torch.device) -> ModuleType:

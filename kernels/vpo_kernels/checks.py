@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str, operation: str = "") -> None:
-    """Raise ValueError unless ``tensor`` is on the device of ``like``.
+def check_device(
+    name: str, tensor: Tensor, device: torch.device, like_name: str, operation: str = ""
+) -> None:
+    """Raise ValueError unless ``tensor`` is on ``device``, on which the argument ``like_name`` is.
 
-    name, like_name: names of the two arguments, for the error. operation: name of the operation, for the error.
+    name: name of the argument, for the error, as like_name is. operation: name of the operation, for the error.
     """
-    if tensor.device != like.device:
+    if tensor.device != device:
         raise ValueError(
             f"{_argument(name, operation)} is on {tensor.device}, but must be where {like_name} is, on "
-            f"{like.device}; pass {name}.to({str(like.device)!r})"
+            f"{device}; pass {name}.to({str(device)!r})"
         )
 
 

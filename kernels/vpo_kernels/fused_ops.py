@@ -70,7 +70,7 @@ def check_floats(operation: str, **tensors: Tensor) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         check_floating(name, tensor, operation)
-        check_device(name, tensor, first, first_name, operation)
+        check_device(name, tensor, first.device, first_name, operation)
 
 
 def check_modulation(operation: str, x: Tensor, **modulations: Tensor) -> None:

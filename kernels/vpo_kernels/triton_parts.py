@@ -18,6 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+    raise ImportError(
+        f"triton {triton.__version__} is too old; the kernels need 3.4, which comes with torch 2.8"
+    )
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 COLUMNS = 32
 CHUNKS = 128

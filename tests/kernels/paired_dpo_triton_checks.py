@@ -48,7 +48,7 @@ def mask_of(counted: Tensor, shape: torch.Size) -> Mask:
 
 
 def results(done: Forward) -> list[Tensor]:
-    return [*done.out, done.coefficient]
+    return [*done.out, done.coefficient, done.slope]
 
 
 def both_gradients(

@@ -8,10 +8,13 @@ COMMON = (
     "test_paired_dpo_goldens",
     "test_paired_dpo_options",
     "test_paired_dpo_registration",
+    "test_paired_dpo_results",
+    "test_paired_dpo_batched",
+    "test_paired_dpo_numbers",
 )
 CHECKS = ("paired_dpo_triton_checks", "fused_ops/fused_ops_triton_checks")
 # Gradcheck asks for hundreds of losses, which takes a minute interpreted; the checks have a small one.
-SELECT = "triton and not test_gradcheck and not adds_the_winners_error and not test_compiles_as_one_graph"
+SELECT = "triton and not test_gradcheck and not adds_the_winners_error and not test_compile"
 
 
 @pytest.mark.long

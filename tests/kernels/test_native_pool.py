@@ -53,7 +53,7 @@ def bits(tensors: PairTensors) -> list[bytes]:
     )
     return [
         each.contiguous().view(torch.uint8).numpy().tobytes()
-        for each in (found.out.loss.view(1), *found.out[1:], found.coefficient, *steps)
+        for each in (found.out.loss.view(1), *found.out[1:], found.coefficient, found.slope, *steps)
     ]
 
 
@@ -124,7 +124,7 @@ def test_a_process_ends_while_a_daemon_thread_computes() -> None:
     """The thread calls the extension alone: torch's own calls may abort a process that ends under them."""
     computing = """
 views = [native._view(tensor) for tensor in tensors]
-out = [torch.empty(2, dtype=torch.float64) for _ in range(4)] + [torch.empty(2, 2, dtype=torch.float64)]
+out = [torch.empty(size, dtype=torch.float64) for size in ((), (7, 2), (2, 2), (2, 2))]
 inputs = (native.INSTRUCTION_SET, (2, 300_000), views, None, None, (3e5, 0))
 rest = (((500.0, 0), (1.0, 0), True, 0.0, None), False, 4, [each.data_ptr() for each in out])
 started = threading.Event()

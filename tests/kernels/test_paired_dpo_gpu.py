@@ -21,6 +21,7 @@ from paired_dpo_triton_checks import BF16, FP32, tensors_of
 from test_paired_dpo import *  # noqa: F403
 from test_paired_dpo_goldens import *  # noqa: F403
 from test_paired_dpo_options import *  # noqa: F403
+from test_paired_dpo_results import *  # noqa: F403
 from vpo_kernels import PairedDPOLoss, available_backends, paired_dpo_loss
 from vpo_kernels.paired_dpo.contract import PairTensors
 

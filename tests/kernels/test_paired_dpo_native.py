@@ -126,7 +126,11 @@ def allowed(tensors: PairTensors, mask: Mask | None, options: Options, member: i
 
 
 def same(ours: Forward, theirs: Forward) -> bool:
-    pairs = zip((*ours.out, ours.coefficient), (*theirs.out, theirs.coefficient), strict=True)
+    pairs = zip(
+        (*ours.out, ours.coefficient, ours.slope),
+        (*theirs.out, theirs.coefficient, theirs.slope),
+        strict=True,
+    )
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -139,7 +143,7 @@ def test_equals_the_formula_in_float64(seed: int, instruction_set: str) -> None:
     wanted = reference.forward(exact, None, mask, options)
     assert found.coefficient.dtype == torch.float64
     assert found.coefficient.shape == (2, shape[0])
-    for member, (ours, theirs) in enumerate(zip(found.out[2:], wanted.out[2:], strict=True)):
+    for member, (ours, theirs) in enumerate(zip(found.out[2:4], wanted.out[2:4], strict=True)):
         assert ours.dtype == dtype
         assert ((ours.double() - theirs).abs() <= allowed(exact, mask, options, member)).all()
     off = allowed(exact, mask, options, 0) + allowed(exact, mask, options, 1)
@@ -148,6 +152,10 @@ def test_equals_the_formula_in_float64(seed: int, instruction_set: str) -> None:
     assert (margin_off <= beta / 2 * off + ROUNDING * wanted.out.margin.abs()).all()
     torch.testing.assert_close(found.out.loss.double(), wanted.out.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.coefficient, wanted.coefficient, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.slope, wanted.slope, rtol=1e-4, atol=1e-9)
+    for ours, theirs in zip(found.out[4:], wanted.out[4:], strict=True):
+        assert ours.dtype == dtype
+        assert ((ours.double() - theirs).abs() <= (ROUNDINGS + 1) * ROUNDING * theirs).all()
     dense = PairTensors(*(tensor.contiguous() for tensor in tensors))
     assert same(found, native.forward(dense, noise, mask, options))
 
@@ -292,7 +300,7 @@ def test_allocates_the_gradients_and_a_few_numbers_per_pair() -> None:
     mask = torch.ones(2, 50, 1, 1, dtype=torch.bool).expand(2, 50, 50, 4)
     with _Allocated() as forward:
         found = native.forward(tensors, noise, Mask(mask, torch.tensor([10**4] * 2)), PLAIN)
-    assert max(forward.sizes) <= found.coefficient.nbytes
+    assert max(forward.sizes) <= found.per_pair.nbytes
     with _Allocated() as backward:
         native.gradient(
             GradientInputs(tensors.policy, tensors.target, noise, mask, found.coefficient, torch.ones(()))

@@ -70,7 +70,7 @@ def _check(name: str, tensor: object, dtype: torch.dtype, like: Tensor) -> None:
             f"{name} has dtype {tensor.dtype}, but must be {dtype}; "
             + (exact if dtype == torch.bfloat16 else "pass what encode_delta returned")
         )
-    check_device(name, tensor, like, "policy")
+    check_device(name, tensor, like.device, "policy")
 
 
 def _check_shape(name: str, tensor: Tensor, policy: Tensor) -> None:

@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import get_args
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, SupportsFloat, get_args
 
 import torch
 from torch import Tensor
 
 from vpo_kernels.checks import check_device, check_floating
-from vpo_kernels.paired_dpo.contract import Mask, Options, PairTensors, PerPair, Reduction, TargetNoise
+from vpo_kernels.paired_dpo.contract import Mask, Options, PerPair, Reduction, TargetNoise
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+_REDUCTIONS = get_args(Reduction)  # here, because torch.compile of torch 2.6 does not know get_args
+Given = SupportsFloat | Tensor
+"""What users give for ``PerPair``: a number of Python or numpy, or a tensor of shape [], [1] or [P]."""
 
 
-def check_tensors(tensors: PairTensors, target_noise: Tensor | None) -> PairTensors:
-    """Return the tensors with all but the policy's detached.
+class Like(NamedTuple):
+    """What the other arguments must fit: the winners' predictions."""
 
-    Raise ValueError unless all, and the noise if there is one, are floating point tensors of one shape [P, ...] that
-    is not empty, and on one device.
+    name: str  # for errors
+    shape: torch.Size  # [P, ...]
+    device: torch.device
+
+
+def check_tensors(named: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors, the policy's first, with all but the policy's detached.
+
+    named: either those of ``PairTensors``, or batches [2P, ...] of policy, reference and target. Raise ValueError
+    unless all are floating point tensors of one shape that is not empty, and on one device.
     """
-    first = tensors.policy_winner
-    named: list[tuple[str, object]] = list(zip(PairTensors._fields, tensors, strict=True))
-    if target_noise is not None:
-        named.append(("target_noise", target_noise))
-    for name, tensor in named:
-        _check_tensor(name, tensor, first)
+    (name, first), *_ = named.items()
+    like = Like(name, first.shape, first.device) if isinstance(first, Tensor) else None
+    for each, tensor in named.items():
+        _check_tensor(each, tensor, like)
     if first.ndim == 0 or first.numel() == 0:
         raise ValueError(
-            f"policy_winner has shape {list(first.shape)}, but must be [P, ...] with at least one pair "
-            "and one element; skip the step when no pair is left"
+            f"{name} has shape {list(first.shape)}, but must be {'[P, ...]' if len(named) == 6 else '[2P, ...]'} with "
+            "at least one pair and one element; skip the step when no pair is left"
         )
-    return PairTensors(*tensors.policy, *(tensor.detach() for tensor in tensors[2:]))
+    policies = len(named) // 3
+    return [tensor if i < policies else tensor.detach() for i, tensor in enumerate(named.values())]
 
 
-def _check_tensor(name: str, tensor: object, first: Tensor) -> None:
-    """Raise ValueError unless ``tensor`` is a floating point tensor of the shape and on the device of ``first``."""
+def check_batch(policy: Tensor) -> Like:
+    """Return what fits the winners of a batch that ``check_tensors`` accepted; raise ValueError if it has no halves."""
+    if policy.shape[0] % 2:
+        raise ValueError(
+            f"policy has shape {list(policy.shape)}, but must be [2P, ...], P winners and then their P losers; an odd "
+            "number has no halves, so drop the sample without a partner"
+        )
+    return Like("half of policy", torch.Size([policy.shape[0] // 2, *policy.shape[1:]]), policy.device)
+
+
+def _check_tensor(name: str, tensor: object, like: Like | None) -> None:
+    """Raise ValueError unless ``tensor`` is a floating point tensor of the shape and on the device of ``like``."""
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is {type(tensor).__name__}, but must be a tensor [P, ...]")
+        raise ValueError(f"{name} is {type(tensor).__name__}, but must be a tensor of floating point numbers")
     if tensor.dtype not in _DTYPES:
         kinds, remedy = (
             ("float16, bfloat16, float32 or float64", "bfloat16")
@@ -46,20 +67,20 @@ def _check_tensor(name: str, tensor: object, first: Tensor) -> None:
             else ("floating point", "float")
         )
         raise ValueError(f"{name} has dtype {tensor.dtype}, but must be {kinds}; pass {name}.{remedy}()")
-    if tensor.shape != first.shape:
+    if like is None:
+        return
+    if tensor.shape != like.shape:
         raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, but must have that of policy_winner, "
-            f"{list(first.shape)}; the loss does not broadcast, so expand or slice {name} first"
+            f"{name} has shape {list(tensor.shape)}, but must have that of {like.name}, "
+            f"{list(like.shape)}; the loss does not broadcast, so expand or slice {name} first"
         )
-    check_device(name, tensor, first, "policy_winner")
+    check_device(name, tensor, like.device, like.name)
 
 
-def check_noise(
-    noise: Tensor | None, scales: tuple[PerPair, PerPair] | None, like: Tensor
-) -> TargetNoise | None:
-    """Return the noise that forms the targets, or None. Raise ValueError for noise without scales, or the reverse.
+def check_noise(noise: Tensor | None, scales: Sequence[Given] | None, like: Like) -> TargetNoise | None:
+    """Return the noise that forms the targets, or None.
 
-    ``check_tensors`` looks at the noise itself. like: the winner's prediction.
+    Raise ValueError for noise that does not fit, for noise without scales, and the reverse.
     """
     if noise is None and scales is None:
         return None
@@ -68,6 +89,11 @@ def check_noise(
         if noise is None:
             given, missing = missing, given
         raise ValueError(f"{given} is given without {missing}; a target formed inside needs both")
+    _check_tensor("target_noise", noise, like)
+    if not isinstance(scales, tuple | list) or len(scales) != 2:
+        raise ValueError(
+            f"target_scales is {scales!r}, but must be two scales (a, b), of the clean latents and of the noise"
+        )
     x0_scale, noise_scale = (
         check_per_pair(f"target_scales[{index}]", scale, like) for index, scale in enumerate(scales)
     )
@@ -75,49 +101,46 @@ def check_noise(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    """Return whether this is a finite real number of Python or numpy, and no bool."""
+    real = isinstance(value, (int, float, numbers.Real))
+    return real and not isinstance(value, bool) and -math.inf < value < math.inf  # type: ignore[operator]
 
 
-def _check_beta(beta: PerPair, like: Tensor) -> PerPair:
+def _check_beta(beta: Given, like: Like) -> PerPair:
     """Return beta. A tensor's values are not checked, which would make the host wait for the device."""
     if isinstance(beta, Tensor):
         return check_per_pair("beta", beta, like)
-    if not _is_number(beta) or beta <= 0:
+    if not _is_number(beta) or float(beta) <= 0:
         raise ValueError(
-            f"beta={beta!r} must be a finite number above 0, or a tensor [P]; with reduction='mean' about 500 "
-            "suits velocities"
+            f"beta={beta!r} must be a finite number above 0, or a tensor [P] (torch.as_tensor makes one of a list or "
+            "an array); with reduction='mean' about 500 suits velocities"
         )
     return float(beta)
 
 
 def check_options(
-    like: Tensor,
-    beta: PerPair,
-    pair_weight: Tensor | None,
+    like: Like,
+    beta: Given,
+    pair_weight: Given | None,
     reduction: Reduction,
-    winner_anchor: float,
-    loser_scaling: float | None,
+    winner_anchor: SupportsFloat,
+    loser_scaling: SupportsFloat | None,
 ) -> Options:
-    """Return the numbers that shape the loss. Raise ValueError for one out of range.
-
-    like: the winner's prediction.
-    """
-    if reduction not in get_args(Reduction):
+    """Return the numbers that shape the loss. Raise ValueError for one out of range."""
+    if reduction not in _REDUCTIONS:
         raise ValueError(
             f"reduction={reduction!r} must be 'mean' or 'sum' (over the elements of a sample); "
             "the mean over pairs is always taken"
         )
-    if not _is_number(winner_anchor) or winner_anchor < 0:
+    if not _is_number(winner_anchor) or float(winner_anchor) < 0:
         raise ValueError(
             f"winner_anchor={winner_anchor!r} must be a finite number of at least 0; 0 leaves the anchor out"
         )
-    if loser_scaling is not None and not (_is_number(loser_scaling) and 0 <= loser_scaling <= 1):
+    if loser_scaling is not None and not (_is_number(loser_scaling) and 0 <= float(loser_scaling) <= 1):
         raise ValueError(
             f"loser_scaling={loser_scaling!r} must be None or a number from 0 to 1; larger protects the "
             "winner more, None leaves the loser's gradient as it is"
         )
-    if pair_weight is not None and not isinstance(pair_weight, Tensor):
-        raise ValueError(f"pair_weight is {pair_weight!r}, but must be a tensor [P], one weight per pair")
     return Options(
         _check_beta(beta, like),
         1.0 if pair_weight is None else check_per_pair("pair_weight", pair_weight, like),
@@ -127,24 +150,27 @@ def check_options(
     )
 
 
-def check_per_pair(name: str, value: PerPair, like: Tensor) -> PerPair:
-    """Return a finite number, or a floating point tensor [P] on the right device, detached; else raise ValueError."""
+def check_per_pair(name: str, value: Given, like: Like) -> PerPair:
+    """Return a number for all pairs as a float, or a tensor as one of shape [P], detached; else raise ValueError."""
     pairs = like.shape[0]
-    if _is_number(value):
-        assert not isinstance(value, Tensor)
-        return float(value)
-    if not isinstance(value, Tensor) or tuple(value.shape) != (pairs,):
-        got = list(value.shape) if isinstance(value, Tensor) else repr(value)
+    if not isinstance(value, Tensor):
+        if _is_number(value):
+            return float(value)
         raise ValueError(
-            f"{name} is {got}, but must be a finite number or a tensor [{pairs}], one per pair; a weight per "
-            "element belongs into the predictions and targets as its square root"
+            f"{name} is {value!r}, but must be a finite number or a tensor [{pairs}], one per pair; "
+            "torch.as_tensor makes one of a list or an array"
+        )
+    if tuple(value.shape) not in ((), (1,), (pairs,)):
+        raise ValueError(
+            f"{name} is {list(value.shape)}, but must be a finite number or a tensor [{pairs}], one per pair; a weight "
+            "per element belongs into the predictions and targets as its square root"
         )
     check_floating(name, value)
-    check_device(name, value, like, "policy_winner")
-    return value.detach()
+    check_device(name, value, like.device, like.name)
+    return value.detach().expand(pairs)
 
 
-def check_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
+def check_mask(mask: Tensor | None, like: Like) -> Tensor | None:
     """Return the mask with as many dimensions as ``like``, each of size 1 or ``like``'s; else raise ValueError."""
     if mask is None:
         return None
@@ -153,16 +179,17 @@ def check_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
         raise ValueError(
             f"mask is {got}, but must be a bool tensor, True where an element counts; pass mask != 0"
         )
-    check_device("mask", mask, like, "policy_winner")
-    fits = mask.ndim <= like.ndim and all(
-        size in (1, full) for size, full in zip(mask.shape[::-1], like.shape[::-1], strict=False)
+    check_device("mask", mask, like.device, like.name)
+    dims = len(like.shape)
+    fits = mask.ndim <= dims and all(
+        size in (1, full) for size, full in zip(mask.shape, like.shape[dims - mask.ndim :], strict=True)
     )
     if not fits:
         raise ValueError(
             f"mask has shape {list(mask.shape)}, but must broadcast to {list(like.shape)}; "
             "give it size 1 in every dimension that it does not tell apart"
         )
-    return mask.reshape((1,) * (like.ndim - mask.ndim) + tuple(mask.shape))
+    return mask.reshape((1,) * (dims - mask.ndim) + tuple(mask.shape))
 
 
 def expand_mask(mask: Tensor, shape: Sequence[int]) -> Mask:

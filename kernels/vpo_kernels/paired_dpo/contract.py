@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
@@ -19,14 +20,19 @@ WinnerLoser = tuple[Tensor, Tensor]
 class PairedDPOLoss(NamedTuple):
     """The loss and what it is made of: float32, or float64 when an input was float64.
 
-    Gradients flow through ``loss`` only. An error change is the policy's error less the reference's: negative where
-    the policy predicts better than the reference.
+    Gradients flow through ``loss``, and through ``margin`` where ``margin_graph`` asked for it; the rest is for logs.
+    An error is the mean, or the sum, of the squared differences from the target, over the elements that count. An error
+    change is the policy's error less the reference's: negative where the policy predicts better than the reference.
     """
 
     loss: Tensor  # scalar: mean over pairs of pair_weight * -logsigmoid(margin)
     margin: Tensor  # [P]: -(beta / 2) * (winner_error_change - loser_error_change)
-    winner_error_change: Tensor  # [P]: error(policy, winner) - error(reference, winner)
-    loser_error_change: Tensor  # [P]: error(policy, loser) - error(reference, loser)
+    winner_error_change: Tensor  # [P]: error(policy, winner) - error(reference, winner), without cancellation
+    loser_error_change: Tensor  # [P]: error(policy, loser) - error(reference, loser), without cancellation
+    policy_winner_error: Tensor  # [P]
+    policy_loser_error: Tensor  # [P]
+    reference_winner_error: Tensor  # [P]
+    reference_loser_error: Tensor  # [P]
 
     @property
     def winner_gap(self) -> Tensor:
@@ -37,6 +43,10 @@ class PairedDPOLoss(NamedTuple):
     def loser_gap(self) -> Tensor:
         """Return ``loser_error_change`` under the name that it had in version 0.1."""
         return self.loser_error_change
+
+
+PER_PAIR = len(PairedDPOLoss._fields) - 1
+"""The results that are [P]: all but the loss."""
 
 
 class PairTensors(NamedTuple):
@@ -93,10 +103,18 @@ class Options(NamedTuple):
 class Forward(NamedTuple):
     """The result of a backend's forward pass."""
 
-    out: PairedDPOLoss
+    loss: Tensor
+    per_pair: Tensor
+    """[PER_PAIR, P]: the other results, in the order of ``PairedDPOLoss``."""
     coefficient: Tensor
     """float64 [2, P]: d loss / d (squared error of the policy, summed over the sample's elements), of winner
     and loser; the loser's carries ``loser_scaling``'s factor."""
+    slope: Tensor
+    """float64 [2, P]: d margin / d the same, the loser's with the same factor."""
+
+    @property
+    def out(self) -> PairedDPOLoss:
+        return PairedDPOLoss(self.loss, *self.per_pair.unbind())
 
 
 class GradientInputs(NamedTuple):
@@ -109,6 +127,19 @@ class GradientInputs(NamedTuple):
     coefficient: Tensor  # float64 [2, P], of ``Forward``
     grad_loss: Tensor  # scalar of any float dtype
     wanted: tuple[bool, bool] = (True, True)  # whose gradient is asked for: winner's, loser's
+    into: WinnerLoser | None = (
+        None  # where both gradients go; None: tensors are made for those that are wanted
+    )
+
+    def places(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the tensors to fill, of winner and loser; None where no gradient is wanted."""
+        if self.into is not None:
+            return self.into
+        winner, loser = (
+            torch.empty_like(policy) if want else None
+            for policy, want in zip(self.policy, self.wanted, strict=True)
+        )
+        return winner, loser
 
 
 class Backend(Protocol):
@@ -121,13 +152,12 @@ class Backend(Protocol):
     def forward(
         self, tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, options: Options
     ) -> Forward:
-        """Compute the loss and the coefficients of its gradient."""
+        """Compute the results and the coefficients of their gradients."""
         ...
 
     def gradient(self, inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
-        """Return 2 * grad_loss * coefficient * (policy - target) of winner and loser, 0 where the mask is False.
+        """Fill ``inputs.places()`` and return them.
 
-        Where ``wanted`` is False, return None. A gradient is in its policy's dtype and is allocated as
-        torch.empty_like(policy) does.
+        A gradient is 2 * grad_loss * coefficient * (policy - target), 0 where the mask is False, in its policy's dtype.
         """
         ...

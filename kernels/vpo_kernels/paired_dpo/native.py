@@ -13,11 +13,11 @@ from torch import Tensor
 
 from vpo_kernels.native import INSTRUCTION_SET, extension
 from vpo_kernels.paired_dpo.contract import (
+    PER_PAIR,
     Forward,
     GradientInputs,
     Mask,
     Options,
-    PairedDPOLoss,
     PairTensors,
     PerPair,
     TargetNoise,
@@ -51,9 +51,12 @@ def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, 
     """Compute the loss; see ``contract.Backend``."""
     shape = tensors.policy_winner.shape
     dtype = arithmetic_dtype(*tensors, noise and noise.noise)
-    per_pair = (torch.empty(shape[0], dtype=dtype) for _ in range(3))
-    out = PairedDPOLoss(torch.empty((), dtype=dtype), *per_pair)
-    coefficient = torch.empty((2, shape[0]), dtype=torch.float64)
+    made = Forward(
+        torch.empty((), dtype=dtype),
+        torch.empty((PER_PAIR, shape[0]), dtype=dtype),
+        torch.empty((2, shape[0]), dtype=torch.float64),
+        torch.empty((2, shape[0]), dtype=torch.float64),
+    )
     numbers = _Numbers()
     extension.forward(
         INSTRUCTION_SET,
@@ -71,20 +74,20 @@ def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, 
         ),
         dtype == torch.float64,
         torch.get_num_threads(),
-        [result.data_ptr() for result in (*out, coefficient)],
+        [result.data_ptr() for result in made],
     )
-    return Forward(out, coefficient)
+    return made
 
 
 def gradient(inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients; see ``contract.Backend``."""
-    policy, target, noise, mask, coefficient, grad_loss, wanted = inputs
+    policy, target, noise, mask, coefficient, grad_loss, *_ = inputs
     shape = policy[0].shape
     dtype = arithmetic_dtype(*policy, *target, noise and noise.noise)
     numbers = _Numbers()
     coefficient = coefficient.contiguous()
     coefficients = coefficient.data_ptr(), coefficient.data_ptr() + shape[0] * coefficient.element_size()
-    grads = [torch.empty_like(policy[member]) if wanted[member] else None for member in (0, 1)]
+    grads = inputs.places()
     members = [
         (_view(policy[member]), _view(target[member]), _view(grad), coefficients[member])
         for member, grad in enumerate(grads)
@@ -100,4 +103,4 @@ def gradient(inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
         dtype == torch.float64,
         torch.get_num_threads(),
     )
-    return grads[0], grads[1]
+    return grads

@@ -1,6 +1,6 @@
-"""``paired_dpo_loss``, and the two operators of torch.library that it is made of.
+"""``paired_dpo_loss`` and ``batched_paired_dpo_loss``, and the two operators of torch.library that they are made of.
 
-``torch.ops.vpo_kernels.paired_dpo`` computes loss, margin, error changes and the coefficients of the gradient,
+``torch.ops.vpo_kernels.paired_dpo`` computes all results and the coefficients of their gradients,
 ``torch.ops.vpo_kernels.paired_dpo_gradient`` the gradient. Both are opaque to torch.compile.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from vpo_kernels.backends import BackendName, check_name, choose_backend
 from vpo_kernels.paired_dpo import checks
 from vpo_kernels.paired_dpo.contract import (
+    PER_PAIR,
     GradientInputs,
     Options,
     PairedDPOLoss,
@@ -22,8 +23,25 @@ from vpo_kernels.paired_dpo.contract import (
     PerPair,
     Reduction,
     TargetNoise,
+    WinnerLoser,
 )
 from vpo_kernels.registration import arithmetic_dtype, operator, refuse_second_derivative
+
+# The operators take "winners and losers" as a list: of two tensors [P, ...], or of one tensor [2P, ...], a batch that
+# holds the winners first.
+
+
+def _halves(tensors: Sequence[Tensor]) -> WinnerLoser:
+    """Return the winners and the losers of either list."""
+    winner, loser = tensors[0].chunk(2) if len(tensors) == 1 else tensors
+    return winner, loser
+
+
+def _pair_tensors(tensors: Sequence[Tensor]) -> PairTensors:
+    """Return the six tensors of winners and losers of policy, reference and target, which follow one another."""
+    each = len(tensors) // 3
+    parts = (_halves(tensors[start : start + each]) for start in range(0, 3 * each, each))
+    return PairTensors(*(tensor for part in parts for tensor in part))
 
 
 def _join(number: float, each: Tensor | None) -> PerPair:
@@ -52,12 +70,12 @@ def _paired_dpo(
     winner_anchor: float,
     loser_scaling: float | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the four tensors of ``PairedDPOLoss``, and the coefficients [2, P] of ``contract.Forward``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the tensors of ``contract.Forward``.
 
-    tensors: those of ``PairTensors``, in its order.
+    tensors: winners and losers of the policy, then of the reference, then of the target: six, or three batches.
     """
-    found = PairTensors(*tensors)
+    found = _pair_tensors(tensors)
     scales = _join(x0_scale, x0_scale_each), _join(noise_scale, noise_scale_each)
     options = Options(
         _join(beta, beta_each),
@@ -69,16 +87,16 @@ def _paired_dpo(
     counted = None if mask is None else checks.expand_mask(mask, found.policy_winner.shape)
     formed = None if noise is None else TargetNoise(noise, *scales)
     chosen = choose_backend("paired_dpo", backend, found.policy_winner.device)
-    out, coefficient = chosen.forward(found, formed, counted, options)
-    return *out, coefficient
+    loss, per_pair, coefficient, slope = chosen.forward(found, formed, counted, options)
+    return loss, per_pair, coefficient, slope
 
 
 @torch.library.register_fake("vpo_kernels::paired_dpo")
 def _(tensors: Sequence[Tensor], noise: Tensor | None, *_: object) -> tuple[Tensor, ...]:
     like, dtype = tensors[0], arithmetic_dtype(*tensors, noise)
-    pairs = like.shape[0]
-    per_pair = (like.new_empty(pairs, dtype=dtype) for _ in range(3))
-    return like.new_empty((), dtype=dtype), *per_pair, like.new_empty((2, pairs), dtype=torch.float64)
+    pairs = like.shape[0] // (6 // len(tensors))
+    coefficients = (like.new_empty((2, pairs), dtype=torch.float64) for _ in range(2))
+    return like.new_empty((), dtype=dtype), like.new_empty((PER_PAIR, pairs), dtype=dtype), *coefficients
 
 
 @operator("paired_dpo_gradient")
@@ -97,107 +115,128 @@ def _gradient(
     want_loser: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of both policy predictions; an empty tensor in place of one that is not wanted."""
+    """Return the gradients of both policy predictions; an empty tensor in place of one that is not wanted.
+
+    policy, target: winners and losers. If the policy's are a batch, return its gradient and an empty tensor.
+    """
+    members, batch = _halves(policy), torch.empty_like(policy[0]) if len(policy) == 1 else None
     scales = _join(x0_scale, x0_scale_each), _join(noise_scale, noise_scale_each)
     inputs = GradientInputs(
-        (policy[0], policy[1]),
-        (target[0], target[1]),
+        members,
+        _halves(target),
         None if noise is None else TargetNoise(noise, *scales),
-        None if mask is None else mask.expand(policy[0].shape),
+        None if mask is None else mask.expand(members[0].shape),
         coefficient,
         grad_loss,
         (want_winner, want_loser),
+        None if batch is None else _halves([batch]),
     )
-    winner, loser = choose_backend("paired_dpo", backend, policy[0].device).gradient(inputs)
+    winner, loser = choose_backend("paired_dpo", backend, members[0].device).gradient(inputs)
     empty = policy[0].new_empty
+    if batch is not None:
+        return batch, empty(0)
     return empty(0) if winner is None else winner, empty(0) if loser is None else loser
 
 
 @torch.library.register_fake("vpo_kernels::paired_dpo_gradient")
 def _(policy: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    wanted = rest[-3:-1]
+    wanted = rest[-3:-1] if len(policy) == 2 else (True, False)
     return tuple(
         torch.empty_like(each) if want else each.new_empty(0)
-        for each, want in zip(policy, wanted, strict=True)
+        for each, want in zip((policy[0], policy[-1]), wanted, strict=True)
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save the policy predictions, what makes the targets, and two numbers per pair; no elementwise temporaries."""
+    """Save the policy predictions, what makes the targets, and the output from the coefficients on.
+
+    These are two numbers per pair, and two more if the slopes are among them. There are no elementwise temporaries.
+    """
     tensors, noise, mask, x0_scale, x0_scale_each, noise_scale, noise_scale_each, *_, backend = inputs
-    tensors = PairTensors(*tensors)
-    ctx.scales, ctx.backend = (x0_scale, noise_scale), backend
+    ctx.set_materialize_grads(False)
+    ctx.scales, ctx.backend, each = (x0_scale, noise_scale), backend, len(tensors) // 3
     ctx.save_for_backward(
-        *tensors.policy, *tensors.target, noise, mask, x0_scale_each, noise_scale_each, output[4]
+        *tensors[:each], *tensors[2 * each :], noise, mask, x0_scale_each, noise_scale_each, *output[2:]
     )
 
 
+def _weighted(
+    grad_loss: Tensor | None, grad_margin: Tensor | None, coefficient: Tensor, slope: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Return coefficients [2, P] and a scalar that multiplies them, of the gradient of loss and margin together.
+
+    Return None if neither of them has a gradient.
+    """
+    if grad_margin is None:
+        return None if grad_loss is None else (coefficient, grad_loss)
+    assert slope is not None, "a margin without slopes has no graph"
+    total = slope * grad_margin
+    if grad_loss is not None:
+        total = total + coefficient * grad_loss
+    return total, grad_margin.new_ones(())
+
+
 def _policy_gradients(
-    ctx: Any, grad_loss: Tensor, want_winner: bool, want_loser: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the two policy predictions, None where none is wanted."""
-    *tensors, noise, mask, x0_scale_each, noise_scale_each, coefficient = ctx.saved_tensors
+    ctx: Any, grad_loss: Tensor | None, grad_margin: Tensor | None, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of the policy's predictions: of two tensors or of one batch, None where none is wanted."""
+    each, saved = len(wanted), ctx.saved_tensors
+    noise, mask, x0_scale_each, noise_scale_each, *coefficients = saved[2 * each :]
+    weighted = _weighted(grad_loss, grad_margin, *coefficients)
+    if weighted is None or not any(wanted):
+        return [None] * each
     x0_scale, noise_scale = ctx.scales
     inputs = (
-        tensors[:2],
-        tensors[2:],
+        saved[:each],
+        saved[each : 2 * each],
         noise,
         mask,
         x0_scale,
         x0_scale_each,
         noise_scale,
         noise_scale_each,
-        coefficient,
-        grad_loss,
-        want_winner,
-        want_loser,
+        *weighted,
+        wanted[0],
+        wanted[-1],
         ctx.backend,
     )
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        winner, loser = _gradient(*inputs)
+        gradients = _gradient(*inputs)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            winner, loser = _gradient(*inputs)
-    return winner if want_winner else None, loser if want_loser else None
+            gradients = _gradient(*inputs)
+    return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=False)]
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[object, ...]:
+def _differentiate(
+    ctx: Any, grad_loss: Tensor | None, grad_per_pair: Tensor | None, *_: Tensor | None
+) -> tuple[object, ...]:
     """Return the gradients of the operator's inputs: of its list of tensors, and None for each of the other 14."""
-    policy = _policy_gradients(ctx, grad_loss, *ctx.needs_input_grad[0][:2])
-    return [*policy, None, None, None, None], *[None] * 14
+    wanted = ctx.needs_input_grad[0]
+    each = len(wanted) // 3
+    grad_margin = None if grad_per_pair is None else grad_per_pair[0]
+    policy = _policy_gradients(ctx, grad_loss, grad_margin, wanted[:each])
+    return [*policy, *[None] * (2 * each)], *[None] * 14
 
 
 class _AttachGradient(torch.autograd.Function):
-    """Gives a loss that is computed already its gradient.
+    """Gives a loss and a margin that are computed already their gradients.
 
-    The operator has that gradient, too, but torch.library's way to it takes 0.2 ms a call.
+    The operator has these gradients, too, but torch.library's way to them takes 0.2 ms a call.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        policy_winner: Tensor,
-        policy_loser: Tensor,
-        inputs: tuple[Any, ...],
-        output: tuple[Tensor, ...],
-    ) -> Tensor:
-        _save(ctx, inputs, output)
-        return output[0]
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], with_margin: bool, *policy: Tensor
+    ) -> tuple[Tensor, ...]:
+        _save(ctx, inputs, output if with_margin else output[:3])
+        return (output[0], output[1][0].clone()) if with_margin else (output[0],)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return *_policy_gradients(ctx, grad_loss, *ctx.needs_input_grad[:2]), None, None
-
-
-def _compute(tensors: PairTensors, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Run the operator, with a graph from the loss to the policy predictions if one is wanted."""
-    if torch.compiler.is_compiling():
-        return _paired_dpo(list(tensors), *inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        output = _paired_dpo(tensors, *inputs)
-    if torch.is_grad_enabled() and any(policy.requires_grad for policy in tensors.policy):
-        return _AttachGradient.apply(*tensors.policy, (tensors, *inputs), output), *output[1:]
-    return output
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_margin: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        return None, None, None, *_policy_gradients(ctx, grad_loss, grad_margin, ctx.needs_input_grad[3:])
 
 
 torch.library.register_autograd("vpo_kernels::paired_dpo", _differentiate, setup_context=_save)
@@ -209,13 +248,40 @@ refuse_second_derivative(
 )
 
 
+def _compute(tensors: Sequence[Tensor], inputs: tuple[Any, ...], margin_graph: bool) -> PairedDPOLoss:
+    """Run the operator, with a graph from loss, and margin if asked for, to the policy predictions if one is wanted."""
+    policy = tensors[: len(tensors) // 3]
+    if torch.compiler.is_compiling():
+        loss, per_pair, *_ = _paired_dpo(list(tensors), *inputs)
+        margin, *others = (per_pair if margin_graph else per_pair.detach()).unbind()
+        return PairedDPOLoss(loss, margin, *(other.detach() for other in others))
+    with torch._C._AutoDispatchBelowAutograd():
+        output = _paired_dpo(tensors, *inputs)
+    loss, per_pair, *_ = output
+    margin, *others = per_pair.unbind()
+    if torch.is_grad_enabled() and any(prediction.requires_grad for prediction in policy):
+        graphed = _AttachGradient.apply((tensors, *inputs), output, margin_graph, *policy)
+        loss, margin = (*graphed, margin)[:2]  # the margin comes back with a graph only if it was asked for
+    return PairedDPOLoss(loss, margin, *others)
+
+
 def _operator_inputs(
     noise: TargetNoise | None, mask: Tensor | None, options: Options, backend: str
 ) -> tuple[Any, ...]:
     """Return the operator's inputs after its tensors."""
-    formed = noise or (None, 1.0, 1.0)
-    per_pair = (*formed[1:], options.beta, options.pair_weight)
-    return formed[0], mask, *(part for value in per_pair for part in _split(value)), *options[2:], backend
+    x0_scale, noise_scale = (1.0, 1.0) if noise is None else (noise.x0_scale, noise.noise_scale)
+    return (
+        None if noise is None else noise.noise,
+        mask,
+        *_split(x0_scale),
+        *_split(noise_scale),
+        *_split(options.beta),
+        *_split(options.pair_weight),
+        options.reduction,
+        options.winner_anchor,
+        options.loser_scaling,
+        backend,
+    )
 
 
 def paired_dpo_loss(
@@ -225,16 +291,17 @@ def paired_dpo_loss(
     reference_loser: Tensor,
     target_winner: Tensor,
     target_loser: Tensor,
-    beta: PerPair = 500.0,
+    beta: checks.Given = 500.0,
     reduction: Reduction = "mean",
-    pair_weight: Tensor | None = None,
+    pair_weight: checks.Given | None = None,
     mask: Tensor | None = None,
     backend: BackendName = "auto",
     *,
     target_noise: Tensor | None = None,
-    target_scales: tuple[PerPair, PerPair] | None = None,
+    target_scales: tuple[checks.Given, checks.Given] | None = None,
     winner_anchor: float = 0.0,
     loser_scaling: float | None = None,
+    margin_graph: bool = False,
 ) -> PairedDPOLoss:
     """Compute the Diffusion-DPO loss (arXiv 2311.12908) of P pairs of a winner and a loser.
 
@@ -245,32 +312,80 @@ def paired_dpo_loss(
     NaN in, NaN out. A second derivative raises RuntimeError.
 
     beta: strength of the pull towards the reference. It multiplies half the difference of the error changes, so it has
-        another size under ``reduction="sum"``: beta_sum = beta_mean / n for n elements per sample. A tensor [P] weights
-        pairs inside the sigmoid, as by their time (``error_weight``); its values are not checked.
+        another size under ``reduction="sum"``: beta_sum = beta_mean / n for n elements per sample. docs/loss.md has
+        what the betas of other trainers become. A beta per pair weights pairs inside the sigmoid, as by their time
+        (``error_weight``).
     reduction: a sample's error is the mean over its counted elements, or their sum.
-    pair_weight: [P], multiplies each pair's loss outside the sigmoid. It is not normalised: the mean is over P.
+    pair_weight: multiplies each pair's loss outside the sigmoid. It is not normalised: the mean is over P.
     mask: bool, broadcastable to [P, ...], True counts; winner and loser share it. What it hides may be NaN.
     backend: ``reference`` (torch), ``native`` (CPU), ``triton`` (CUDA, ROCm), or ``auto``, the fastest that runs where
         the tensors are; ``available_backends`` says which do, and why the others do not.
     target_noise: [P, ...], the noise that the pair shares. With it, target_winner and target_loser are the clean
         latents x0, and the target a * x0 + b * noise is formed inside.
-    target_scales: (a, b), numbers or tensors [P]: (1, -1) for Open-Sora's velocity, (-1, 1) for the velocity towards
-        the noise, (-sigma_t, alpha_t) for v, (0, 1) for epsilon. It goes with target_noise.
+    target_scales: (a, b): (1, -1) for Open-Sora's velocity, (-1, 1) for the velocity towards the noise,
+        (-sigma_t, alpha_t) for v, (0, 1) for epsilon. It goes with target_noise.
     winner_anchor: adds this times error(policy, winner) to each pair's loss, against winners that get worse while the
         margin grows.
     loser_scaling: mu of Diffusion-SDPO (arXiv 2511.03317), 0 to 1: scales the loser's gradient, and only that, down to
         where the winner's error does not grow to first order; ``reference.py`` has the rule.
+    margin_graph: whether gradients flow through ``margin``, too. Other losses can be built of it: a hinge loss is
+        ``torch.relu(1 - out.margin).mean()``. The gradients of all that is built add up in the same single pass.
+
+    beta, pair_weight and each of target_scales are a number of Python or numpy for all pairs, or a floating point
+    tensor of shape [P], or of shape [] or [1] for all pairs. Values of tensors are not checked, because the host would
+    wait for the device.
 
     Raise ValueError, naming argument, value, constraint and remedy, for whatever does not fit: differing shapes or
     devices, an empty batch, a beta that is not finite and positive, a pair that the mask hides altogether, a backend
     that does not run here.
     """
-    tensors = PairTensors(
-        policy_winner, policy_loser, reference_winner, reference_loser, target_winner, target_loser
+    tensors = checks.check_tensors(
+        {
+            "policy_winner": policy_winner,
+            "policy_loser": policy_loser,
+            "reference_winner": reference_winner,
+            "reference_loser": reference_loser,
+            "target_winner": target_winner,
+            "target_loser": target_loser,
+        }
     )
-    tensors = checks.check_tensors(tensors, target_noise)
-    noise = checks.check_noise(target_noise, target_scales, policy_winner)
-    options = checks.check_options(policy_winner, beta, pair_weight, reduction, winner_anchor, loser_scaling)
+    like = checks.Like("policy_winner", policy_winner.shape, policy_winner.device)
+    noise = checks.check_noise(target_noise, target_scales, like)
+    options = checks.check_options(like, beta, pair_weight, reduction, winner_anchor, loser_scaling)
     check_name(backend)
-    inputs = _operator_inputs(noise, checks.check_mask(mask, policy_winner), options, backend)
-    return PairedDPOLoss(*_compute(tensors, inputs)[:4])
+    inputs = _operator_inputs(noise, checks.check_mask(mask, like), options, backend)
+    return _compute(tensors, inputs, margin_graph)
+
+
+def batched_paired_dpo_loss(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    beta: checks.Given = 500.0,
+    reduction: Reduction = "mean",
+    pair_weight: checks.Given | None = None,
+    mask: Tensor | None = None,
+    backend: BackendName = "auto",
+    *,
+    target_noise: Tensor | None = None,
+    target_scales: tuple[checks.Given, checks.Given] | None = None,
+    winner_anchor: float = 0.0,
+    loser_scaling: float | None = None,
+    margin_graph: bool = False,
+) -> PairedDPOLoss:
+    """Compute ``paired_dpo_loss`` of batches as public trainers hold them.
+
+    policy, reference, target: [2P, ...], P winners and then their P losers in the same order, as ``chunk(2)`` takes
+        them apart. Results and gradients are those of ``paired_dpo_loss`` of the halves, bit for bit; the policy's
+        gradient is written into one tensor [2P, ...], which autograd would otherwise put together from two.
+
+    The other arguments are those of ``paired_dpo_loss``: numbers per pair are [P], target_noise is [P, ...], and mask
+    is broadcastable to [P, ...]. Raise ValueError as it does, and for a batch that has no two halves.
+    """
+    tensors = checks.check_tensors({"policy": policy, "reference": reference, "target": target})
+    like = checks.check_batch(policy)
+    noise = checks.check_noise(target_noise, target_scales, like)
+    options = checks.check_options(like, beta, pair_weight, reduction, winner_anchor, loser_scaling)
+    check_name(backend)
+    inputs = _operator_inputs(noise, checks.check_mask(mask, like), options, backend)
+    return _compute(tensors, inputs, margin_graph)

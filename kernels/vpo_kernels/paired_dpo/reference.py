@@ -31,7 +31,6 @@ from vpo_kernels.paired_dpo.contract import (
     GradientInputs,
     Mask,
     Options,
-    PairedDPOLoss,
     PairTensors,
     PerPair,
     TargetNoise,
@@ -74,24 +73,29 @@ def _sum(values: Tensor, counted: Tensor | None) -> Tensor:
 def _pair_sums(
     tensors: PairTensors, targets: _Targets, pair: int, counted: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return [4]: both error changes, |a|^2 and a . b of one pair, summed over the counted elements."""
+    """Return [7]: sums over the counted elements of one pair.
+
+    They are both error changes, the four errors in the order of ``PairedDPOLoss``, and a . b.
+    """
     policy_w, policy_l, reference_w, reference_l = (t[pair].to(dtype) for t in tensors[:4])
     target_w, target_l = (targets.sample(target, pair) for target in tensors.target)
     change_w = (policy_w - reference_w) * (policy_w + reference_w - 2 * target_w)
     change_l = (policy_l - reference_l) * (policy_l + reference_l - 2 * target_l)
     a, b = policy_w - target_w, policy_l - target_l
-    return torch.stack([_sum(values, counted) for values in (change_w, change_l, a * a, a * b)])
+    errors = a * a, b * b, (reference_w - target_w).square(), (reference_l - target_l).square()
+    return torch.stack([_sum(values, counted) for values in (change_w, change_l, *errors, a * b)])
 
 
 def finish(sums: Tensor, elements: Tensor, options: Options, dtype: torch.dtype) -> Forward:
-    """Compute loss and coefficients from sums over elements [4, P] and the numbers of elements [P].
+    """Compute results and coefficients from sums over elements [7, P] and the numbers of elements [P].
 
     The sums are those of ``_pair_sums``.
     """
     pairs = sums.shape[1]
     sums = sums.double()
     norm = elements.double() if options.reduction == "mean" else torch.ones_like(sums[0])
-    winner_change, loser_change, winner_error = sums[0] / norm, sums[1] / norm, sums[2] / norm
+    averaged = sums[:6] / norm
+    winner_change, loser_change, winner_error = averaged[:3]
     beta = per_pair(options.beta, pairs, sums.device)
     weight = per_pair(options.pair_weight, pairs, sums.device)
     margin = beta / 2 * (loser_change - winner_change)
@@ -101,13 +105,18 @@ def finish(sums: Tensor, elements: Tensor, options: Options, dtype: torch.dtype)
     loss = (weight * loss_of_pair).mean()
     push = weight / (pairs * norm)
     pull = push * beta / 2 * torch.sigmoid(-margin)
+    slope = beta / 2 / norm
     scale = torch.ones_like(pull)
     if options.loser_scaling is not None:
-        bounded = ((1 - options.loser_scaling) * sums[2] / sums[3]).clamp(0, 1)
-        scale = torch.where(sums[3] > 0, bounded, scale)
-    coefficient = torch.stack([pull + options.winner_anchor * push, -pull * scale])
-    results = (loss, margin, winner_change, loser_change)
-    return Forward(PairedDPOLoss(*(result.to(dtype) for result in results)), coefficient)
+        squares, product = sums[2], sums[6]
+        bounded = ((1 - options.loser_scaling) * squares / product).clamp(0, 1)
+        scale = torch.where(product > 0, bounded, scale)
+    return Forward(
+        loss.to(dtype),
+        torch.cat([margin[None], averaged]).to(dtype),
+        torch.stack([pull + options.winner_anchor * push, -pull * scale]),
+        torch.stack([-slope, slope * scale]),
+    )
 
 
 def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, options: Options) -> Forward:
@@ -126,19 +135,17 @@ def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, 
 
 def gradient(inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients; see ``contract.Backend``."""
-    policy, target, noise, mask, coefficient, grad_loss, wanted = inputs
+    policy, target, noise, mask, coefficient, grad_loss, *_ = inputs
     pairs = policy[0].shape[0]
     dtype = arithmetic_dtype(*policy, *target, noise and noise.noise)
     targets = _Targets(noise, pairs, coefficient.device, dtype)
     factors = (2 * coefficient * grad_loss).to(dtype)
-    grads: list[Tensor | None] = [None, None]
-    for member in (0, 1):
-        if not wanted[member]:
+    grads = inputs.places()
+    for member, grad in enumerate(grads):
+        if grad is None:
             continue
-        grad = torch.empty_like(policy[member])
         for pair in range(pairs):
             step = policy[member][pair].to(dtype) - targets.sample(target[member], pair)
             step = step.mul_(factors[member, pair])
             grad[pair] = step if mask is None else step.masked_fill_(~mask[pair], 0)
-        grads[member] = grad
-    return grads[0], grads[1]
+    return grads

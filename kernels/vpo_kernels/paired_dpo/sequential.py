@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpo_kernels.paired_dpo.contract import PairedDPOLoss, PerPair
+from vpo_kernels.paired_dpo.checks import Given
+from vpo_kernels.paired_dpo.contract import PairedDPOLoss
 from vpo_kernels.paired_dpo.op import paired_dpo_loss
 
 Predict = Callable[[], Tensor]
@@ -44,6 +45,7 @@ def sequential_backward(
 
     Return what ``paired_dpo_loss`` does, without a graph. Raise ValueError as it does.
     """
+    _refuse_margin_graph(options)
     constants = (reference_winner, reference_loser, target_winner, target_loser)
     with torch.no_grad():
         prediction_w = winner()
@@ -65,7 +67,7 @@ def single_pair_backward(
     target_winner: Tensor,
     target_loser: Tensor,
     *,
-    beta: PerPair = 500.0,
+    beta: Given = 500.0,
     winner_anchor: float = 0.0,
     scale: float = 1.0,
     backward: Callable[[Tensor], Any] = Tensor.backward,
@@ -84,6 +86,7 @@ def single_pair_backward(
     The tensors are [1, ...]; the other arguments and the result are as for ``sequential_backward``. Raise ValueError
     for more than one pair, or for gradients left over.
     """
+    _refuse_margin_graph(options)
     parameters = list(parameters)
     targets = (target_winner, target_loser)
     options |= {"beta": beta, "winner_anchor": winner_anchor}
@@ -104,10 +107,21 @@ def single_pair_backward(
     backward((prediction_w * direction).sum())
     del prediction_w
     out = paired_dpo_loss(known.detach(), loser(), reference_winner, reference_loser, *targets, **options)
-    pull = beta / 2 * torch.sigmoid(-out.margin[0])  # d loss / d winner's error is this plus the anchor; at
-    factor = (pull + winner_anchor) / (beta / 4 + winner_anchor) * scale  # margin 0 the sigmoid is a half
+    half = (beta if isinstance(beta, Tensor) else float(beta)) / 2
+    pull = half * torch.sigmoid(
+        -out.margin[0]
+    )  # d loss / d winner's error is this plus the anchor; at margin 0 the
+    factor = (pull + winner_anchor) / (half / 2 + winner_anchor) * scale  # sigmoid is a half
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(factor.to(parameter.grad.dtype).reshape(()))
     backward(out.loss * scale)
     return PairedDPOLoss(*(value.detach() for value in out))
+
+
+def _refuse_margin_graph(options: dict[str, Any]) -> None:
+    if options.get("margin_graph"):
+        raise ValueError(
+            "margin_graph=True must be left out here: the backward passes, of the sigmoid loss, are made inside, and "
+            "results have no graph; for a loss of your own run winner and loser jointly through paired_dpo_loss"
+        )

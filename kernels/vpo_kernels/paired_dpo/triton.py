@@ -17,11 +17,11 @@ from torch import Tensor
 
 from vpo_kernels.paired_dpo import triton_kernels as kernels
 from vpo_kernels.paired_dpo.contract import (
+    PER_PAIR,
     Forward,
     GradientInputs,
     Mask,
     Options,
-    PairedDPOLoss,
     PairTensors,
     PerPair,
     TargetNoise,
@@ -54,7 +54,7 @@ class Launches:
 
 _GPU = Launches(sums_warps=8, finish_warps=8, finish_levels=11, gradient_warps=4, gradient_levels=11)
 # These are not measured, but chosen by what the compiler reports for A100 and H100: loads of 16 bytes, no spills, and
-# registers for three blocks of partial_sums per SM.
+# registers for two blocks of partial_sums per SM.
 _INTERPRETER = Launches(sums_warps=1, finish_warps=1, finish_levels=11, gradient_warps=1, gradient_levels=15)
 
 
@@ -100,7 +100,7 @@ def _elementwise(
 def _partial_sums(
     tensors: PairTensors, noise: TargetNoise | None, counted: Tensor | None, kinds: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return [P, chunks, kinds]: both error changes of every chunk and, if ``kinds`` is 4, |a|^2 and a . b."""
+    """Return the sums of every chunk, [P, chunks, kinds]: both error changes, four errors and, as a seventh, a . b."""
     first = tensors.policy_winner
     mask = None if counted is None else counted.view(torch.uint8)
     (*six, noises, masks), sizes = views([*tensors, noise and noise.noise, mask])
@@ -120,16 +120,18 @@ def _partial_sums(
 
 
 def _finish(partials: Tensor, norm: _PerPairArguments, options: Options) -> Forward:
-    """Launch the kernel that makes loss and coefficients of partial sums; ``norm`` divides them."""
+    """Launch the kernel that makes results and coefficients of partial sums; ``norm`` divides them."""
     pairs, chunks, kinds = partials.shape
     config = launches(partials.device)
     chunk_levels = FEW_CHUNKS if chunks <= 2**FEW_CHUNKS else MANY_CHUNKS
-    loss = partials.new_empty(())
-    out = PairedDPOLoss(loss, *(partials.new_empty(pairs) for _ in range(3)))
-    coefficient = partials.new_empty((2, pairs), dtype=torch.float64)
+    made = Forward(
+        partials.new_empty(()),
+        partials.new_empty((PER_PAIR, pairs)),
+        partials.new_empty((2, pairs), dtype=torch.float64),
+        partials.new_empty((2, pairs), dtype=torch.float64),
+    )
     kernels.finish[(1,)](
-        *out,
-        coefficient,
+        *made,
         partials.new_empty((pairs, kinds), dtype=torch.float64),
         partials,
         pairs,
@@ -149,12 +151,12 @@ def _finish(partials: Tensor, norm: _PerPairArguments, options: Options) -> Forw
         num_warps=config.finish_warps,
         enable_fp_fusion=False,
     )
-    return Forward(out, coefficient)
+    return made
 
 
 def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, options: Options) -> Forward:
     """Compute the loss; see ``contract.Backend``."""
-    kinds = 4 if options.winner_anchor or options.loser_scaling is not None else 2
+    kinds = PER_PAIR - 1 if options.loser_scaling is None else PER_PAIR
     dtype = arithmetic_dtype(*tensors, noise and noise.noise)
     with torch.cuda.device_of(tensors.policy_winner):
         partials = _partial_sums(tensors, noise, mask and mask.counted, kinds, dtype)
@@ -163,10 +165,10 @@ def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, 
 
 def gradient(inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients; see ``contract.Backend``."""
-    policy, target, noise, mask, coefficient, grad_loss, wanted = inputs
+    policy, target, noise, mask, coefficient, grad_loss, *_ = inputs
     first = policy[0]
     config = launches(first.device)
-    grads = [torch.empty_like(p) if want else None for p, want in zip(policy, wanted, strict=True)]
+    grads = inputs.places()
     hidden = None if mask is None else mask.view(torch.uint8)
     (gw, gl, *four, noises, masks), sizes = views([*grads, *policy, *target, noise and noise.noise, hidden])
     dtype = arithmetic_dtype(*policy, *target, noise and noise.noise)
@@ -184,4 +186,4 @@ def gradient(inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
             **shared,
             num_warps=config.gradient_warps,
         )
-    return grads[0], grads[1]
+    return grads

@@ -98,6 +98,13 @@ def _tree_sum(terms, PAIRS: tl.constexpr, LEVELS: tl.constexpr, SUMS: tl.constex
     return tl.reshape(terms, [PAIRS, SUMS])
 
 
+@kernel_part
+def _store_two_sums(out, first, second, LEVELS: tl.constexpr):
+    """Store the sums of two blocks of 2**LEVELS terms at ``out``."""
+    sums = _tree_sum(tl.reshape(tl.join(first, second), [1, 1 << LEVELS, 2]), 1, LEVELS, 2)
+    tl.store(out + tl.arange(0, 2)[None, :], sums)
+
+
 @triton.jit
 def partial_sums(
     partials,  # [P, chunks, SUMS], ARITHMETIC
@@ -111,7 +118,7 @@ def partial_sums(
     x0_scale_each,
     noise_scale: tl.float64,
     noise_scale_each,
-    SUMS: tl.constexpr,  # 2: both error changes; 4: then |a|^2 and a . b
+    SUMS: tl.constexpr,  # 6: both error changes, four errors; 7: then a . b
     ARITHMETIC: tl.constexpr,
     INDEX: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -135,16 +142,21 @@ def partial_sums(
         t_w = scale * t_w + scaled_noise
         t_l = scale * t_l + scaled_noise
     counted = _counted(mask, sizes, pair, lane, inside)
+    out = partials + program * SUMS
+    # Two sums at a time, those of the reference first, because it is not needed after the error changes: all at once
+    # would take more registers than two blocks of threads can have.
+    c = tl.where(counted, r_w - t_w, 0.0)
+    d = tl.where(counted, r_l - t_l, 0.0)
+    _store_two_sums(out + 4, c * c, d * d, LEVELS)
     change_w = tl.where(counted, (m_w - r_w) * (m_w + r_w - 2 * t_w), 0.0)
     change_l = tl.where(counted, (m_l - r_l) * (m_l + r_l - 2 * t_l), 0.0)
-    if SUMS == 4:
-        a = tl.where(counted, m_w - t_w, 0.0)
-        b = tl.where(counted, m_l - t_l, 0.0)
-        terms = tl.join(tl.join(change_w, a * a), tl.join(change_l, a * b))
-    else:
-        terms = tl.join(change_w, change_l)
-    sums = _tree_sum(tl.reshape(terms, [1, BLOCK, SUMS]), 1, LEVELS, SUMS)
-    tl.store(partials + program * SUMS + tl.arange(0, SUMS)[None, :], sums)
+    _store_two_sums(out, change_w, change_l, LEVELS)
+    a = tl.where(counted, m_w - t_w, 0.0)
+    b = tl.where(counted, m_l - t_l, 0.0)
+    _store_two_sums(out + 2, a * a, b * b, LEVELS)
+    if SUMS == 7:
+        crossed = _tree_sum(tl.reshape(a * b, [1, BLOCK, 1]), 1, LEVELS, 1)
+        tl.store(out + 6 + tl.full([1, 1], 0, tl.int32), crossed)
 
 
 @kernel_part
@@ -156,17 +168,28 @@ def _log1p(x):
 
 @kernel_part
 def _add_chunks(
-    sums, partials, pairs, chunks, SUMS: tl.constexpr, PAIRS: tl.constexpr, CHUNK_LEVELS: tl.constexpr
+    sums,
+    partials,
+    pairs,
+    chunks,
+    SUMS: tl.constexpr,
+    FIRST: tl.constexpr,
+    KINDS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CHUNK_LEVELS: tl.constexpr,
 ):
-    """Fill ``sums``: add each pair's partial sums position by position over 2**CHUNK_LEVELS chunks, then as a tree."""
+    """Fill KINDS of the SUMS sums of each pair, from the one numbered FIRST on.
+
+    Partial sums are added position by position over 2**CHUNK_LEVELS chunks, then as a tree.
+    """
     COLUMNS: tl.constexpr = 1 << CHUNK_LEVELS
-    kind = tl.arange(0, SUMS)
+    kind = FIRST + tl.arange(0, KINDS)
     pair = tl.arange(0, PAIRS).to(tl.int64)
     first = 0
     while first < pairs:
         exist = pair < pairs
         columns = tl.arange(0, COLUMNS)
-        total = tl.full([PAIRS, COLUMNS, SUMS], 0.0, tl.float64)
+        total = tl.full([PAIRS, COLUMNS, KINDS], 0.0, tl.float64)
         start = 0
         while start < chunks:
             here = exist[:, None, None] & (columns < chunks)[None, :, None]
@@ -174,7 +197,7 @@ def _add_chunks(
             total += tl.load(partials + position, mask=here, other=0.0).to(tl.float64)
             columns += COLUMNS
             start += COLUMNS
-        total = _tree_sum(total, PAIRS, CHUNK_LEVELS, SUMS)
+        total = _tree_sum(total, PAIRS, CHUNK_LEVELS, KINDS)
         tl.store(sums + pair[:, None] * SUMS + kind[None, :], total, mask=exist[:, None])
         pair += PAIRS
         first += PAIRS
@@ -182,9 +205,9 @@ def _add_chunks(
 
 @triton.jit
 def _loser_scale(sums, pair, exist, mu, SUMS: tl.constexpr):
-    """Return the factor of the loser's gradient (Diffusion-SDPO), from the pairs' sums 2 and 3, in float64."""
+    """Return the factor of the loser's gradient (Diffusion-SDPO), from the pairs' sums 2 and 6, in float64."""
     aa = tl.load(sums + pair * SUMS + 2, mask=exist, other=0.0)
-    ab = tl.load(sums + pair * SUMS + 3, mask=exist, other=0.0)
+    ab = tl.load(sums + pair * SUMS + 6, mask=exist, other=0.0)
     bound = (1.0 - mu) * aa / tl.where(ab > 0, ab, 1.0)
     return tl.where(ab > 0, tl.where(bound > 1, 1.0, bound), 1.0)
 
@@ -192,10 +215,9 @@ def _loser_scale(sums, pair, exist, mu, SUMS: tl.constexpr):
 @triton.jit
 def finish(
     loss,  # scalar, ARITHMETIC
-    margin,  # [P], ARITHMETIC
-    winner_error_change,  # [P], ARITHMETIC
-    loser_error_change,  # [P], ARITHMETIC
+    per_pair,  # [7, P], ARITHMETIC: margin, both error changes, four errors
     coefficient,  # [2, P], float64
+    slope,  # [2, P], float64
     sums,  # [P, SUMS], float64, scratch memory
     partials,  # [P, chunks, SUMS], ARITHMETIC
     pairs,
@@ -216,8 +238,11 @@ def finish(
     CHUNK_LEVELS: tl.constexpr,  # 2**CHUNK_LEVELS of their chunks, are added at a time
     PAIR_LEVELS: tl.constexpr,  # 2**PAIR_LEVELS pairs at a time go from sums to loss
 ):
-    """Compute loss and coefficients from partial sums, in float64, as ``reference.finish`` does; the grid is 1."""
-    _add_chunks(sums, partials, pairs, chunks, SUMS, PAIRS, CHUNK_LEVELS)
+    """Compute results and coefficients from partial sums, in float64, as ``reference.finish`` does; the grid is 1."""
+    for i in tl.static_range(3):
+        _add_chunks(sums, partials, pairs, chunks, SUMS, 2 * i, 2, PAIRS, CHUNK_LEVELS)
+    if SUMS == 7:
+        _add_chunks(sums, partials, pairs, chunks, SUMS, 6, 1, PAIRS, CHUNK_LEVELS)
     tl.debug_barrier()  # the sums are read by other threads, a pair each
     losses = tl.full([1 << PAIR_LEVELS], 0.0, tl.float64)
     pair = tl.arange(0, 1 << PAIR_LEVELS).to(tl.int64)
@@ -235,17 +260,26 @@ def finish(
         push = pair_weight / (pairs * divisor)
         pull = push * half_beta * (tl.where(z < 0, 1.0, small) / (1.0 + small))
         winner, loser = pull, -pull
+        loser_slope = half_beta / divisor
         if ANCHORED:
             loss_of_pair += anchor * (tl.load(sums + pair * SUMS + 2, mask=exist, other=0.0) / divisor)
             winner += anchor * push
         if SCALED:
-            loser *= _loser_scale(sums, pair, exist, mu, SUMS)
+            scale = _loser_scale(sums, pair, exist, mu, SUMS)
+            loser *= scale
+            loser_slope *= scale
         losses += tl.where(exist, pair_weight * loss_of_pair, 0.0)
-        tl.store(margin + pair, z.to(ARITHMETIC), mask=exist)
-        tl.store(winner_error_change + pair, change_w.to(ARITHMETIC), mask=exist)
-        tl.store(loser_error_change + pair, change_l.to(ARITHMETIC), mask=exist)
+        tl.store(per_pair + pair, z.to(ARITHMETIC), mask=exist)
+        tl.store(per_pair + pairs + pair, change_w.to(ARITHMETIC), mask=exist)
+        tl.store(per_pair + 2 * pairs + pair, change_l.to(ARITHMETIC), mask=exist)
+        share = 1.0 / divisor
+        for kind in tl.static_range(2, 6):
+            error = tl.load(sums + pair * SUMS + kind, mask=exist, other=0.0) * share
+            tl.store(per_pair + (kind + 1) * pairs + pair, error.to(ARITHMETIC), mask=exist)
         tl.store(coefficient + pair, winner, mask=exist)
         tl.store(coefficient + pairs + pair, loser, mask=exist)
+        tl.store(slope + pair, -half_beta / divisor, mask=exist)
+        tl.store(slope + pairs + pair, loser_slope, mask=exist)
         pair += 1 << PAIR_LEVELS
         first += 1 << PAIR_LEVELS
     mean = _tree_sum(tl.reshape(losses, [1, 1 << PAIR_LEVELS, 1]), 1, PAIR_LEVELS, 1) / pairs

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 Space = Literal["prediction", "epsilon", "x0"]
+_SPACES = get_args(Space)  # here, because torch.compile of torch 2.6 does not know get_args
 
 
 def error_weight(space: Space, signal: Tensor, noise: Tensor) -> Tensor:
@@ -21,8 +22,8 @@ def error_weight(space: Space, signal: Tensor, noise: Tensor) -> Tensor:
     best; epsilon is the space of Diffusion-DPO's derivation. Over uniform t both other weights average 1/3: three
     times the beta keeps margins comparable. Raise ValueError for an unknown space.
     """
-    if space not in get_args(Space):
-        raise ValueError(f"space={space!r} must be one of: {', '.join(get_args(Space))}")
+    if space not in _SPACES:
+        raise ValueError(f"space={space!r} must be one of: {', '.join(_SPACES)}")
     if space == "prediction":
         return signal.new_ones(signal.shape)
     return (signal if space == "epsilon" else noise).square()

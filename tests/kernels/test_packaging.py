@@ -1,0 +1,112 @@
+"""The distribution vpo-kernels: the same package as in vpo-engine, for older Pythons and torches, with torch alone."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "kernels" / "vpo_kernels"
+
+
+def project(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def packages(folder: Path) -> dict[str, Path]:
+    """Return the Python packages that a distribution holds, by name."""
+    listed = project(folder)["tool"]["scikit-build"]["wheel"]["packages"]
+    return {Path(each).name: (folder / each).resolve() for each in listed}
+
+
+def test_both_distributions_hold_the_same_package_in_the_same_version() -> None:
+    engine, kernels = project(ROOT), project(ROOT / "kernels")
+    assert kernels["project"]["name"] == "vpo-kernels"
+    assert kernels["project"]["version"] == engine["project"]["version"]
+    assert packages(ROOT / "kernels") == {"vpo_kernels": SOURCES}
+    assert packages(ROOT)["vpo_kernels"] == SOURCES
+    assert kernels["build-system"] == engine["build-system"]
+    builds = [each["tool"]["scikit-build"] for each in (engine, kernels)]
+    assert builds[0]["wheel"]["py-api"] == builds[1]["wheel"]["py-api"]
+
+
+def test_the_engines_build_takes_the_native_kernels_from_the_folder_of_vpo_kernels() -> None:
+    assert "add_subdirectory(kernels)" in (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    assert (ROOT / "kernels" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_it_needs_torch_alone_and_serves_the_pins_of_public_trainers() -> None:
+    found = project(ROOT / "kernels")["project"]
+    assert found["dependencies"] == ["torch>=2.6"]
+    assert found["requires-python"] == ">=3.10"
+    assert list(found["optional-dependencies"]) == ["triton"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(SOURCES.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCES))
+)
+def test_sources_parse_as_python_3_10(file: Path) -> None:
+    ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+def test_sources_import_nothing_but_python_torch_and_triton() -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "vpo_kernels", "flash_attn", "xformers"}
+    newer = {"tomllib"}  # modules that Python 3.10 has not
+    found: set[str] = set()
+    for file in SOURCES.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            found.update(name.partition(".")[0] for name in names)
+    assert found - (allowed - newer) == set()
+
+
+def test_an_old_triton_is_told_from_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.6 and 2.7 bring one that does not compile the kernels; plain torch takes over there."""
+    triton = pytest.importorskip("triton")
+    spec = importlib.util.find_spec("vpo_kernels.triton_parts")
+    assert spec is not None
+    assert spec.loader is not None
+    for version, old in (
+        ("3.2.0", True),
+        ("3.3.1+git1", True),
+        ("3.4.0", False),
+        ("3.10.0", False),
+        ("4.0.0", False),
+    ):
+        monkeypatch.setattr(triton, "__version__", version)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclass looks for it there
+        if not old:
+            spec.loader.exec_module(module)
+            continue
+        with pytest.raises(ImportError, match=rf"^triton {version.replace('+', '.')} is too old; .*need 3.4"):
+            spec.loader.exec_module(module)
+
+
+@pytest.mark.long
+def test_wheels_of_both_distributions_hold_the_same_kernels(tmp_path: Path) -> None:
+    """pip builds both, each in an environment of its own, as it does for users."""
+    held = []
+    for folder in (ROOT, ROOT / "kernels"):
+        out = tmp_path / folder.name
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(folder)]
+        subprocess.run(command, check=True, cwd=tmp_path, timeout=900)
+        (wheel,) = out.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.startswith("vpo_kernels/")]
+            held.append({name: archive.getinfo(name).CRC for name in names})
+    assert held[0].keys() == held[1].keys()
+    assert any(name.startswith("vpo_kernels/_native") for name in held[0])
+    python = [name for name in held[0] if name.endswith((".py", ".pyi"))]
+    assert len(python) > 30
+    assert {name: held[0][name] for name in python} == {name: held[1][name] for name in python}
