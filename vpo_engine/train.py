@@ -22,6 +22,7 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.errors import RewardProcessError
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.models.registry import check_model
 from vpo_engine.online_vpo import OnlineVPO
@@ -31,7 +32,6 @@ from vpo_engine.protocols import Reward
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.served import find_reward, serve
-from vpo_engine.rewards.wire import RewardProcessError
 from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.run_state import check_same_run
 from vpo_engine.runs.checkpoint import CheckpointError

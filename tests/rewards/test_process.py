@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from vpo_engine.data.sprites.damage import sample_clean
+from vpo_engine.errors import RewardProcessError
 from vpo_engine.rewards.process import start_reward
 from vpo_engine.rewards.registry import RewardSpec
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
-from vpo_engine.rewards.wire import RewardProcessError
 
 
 def alive(pid: int) -> bool:

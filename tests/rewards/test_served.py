@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vpo_engine.errors import RewardProcessError
 from vpo_engine.rewards import served
 from vpo_engine.rewards.served import find_reward, serve
-from vpo_engine.rewards.wire import RewardProcessError
 
 VIDEOS = torch.randint(
     0, 256, (3, 5, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)

@@ -18,10 +18,11 @@ from multiprocessing.connection import wait
 
 import torch.distributed as dist
 
+from vpo_engine.errors import RewardProcessError
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.server import answer_requests
-from vpo_engine.rewards.wire import RewardProcessError, Wire, describe_error, wait_for
+from vpo_engine.rewards.wire import Wire, describe_error, wait_for
 from vpo_engine.runs.signals import StopRequest
 
 _KEY = "reward"

@@ -18,9 +18,10 @@ from contextlib import suppress
 
 import torch
 
+from vpo_engine.errors import RewardProcessError
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.registry import RewardSpec
-from vpo_engine.rewards.wire import Message, RewardProcessError, Wire, describe_error, wait_for
+from vpo_engine.rewards.wire import Message, Wire, describe_error, wait_for
 
 
 class AskerLostError(RewardProcessError):

@@ -121,8 +121,8 @@ def newest_complete(folder: Path, *, before: int | None = None) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, after checking every file's size and SHA-256 against the manifest.
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Check every file's size and SHA-256 against the manifest, and return the manifest.
 
     Raise ValueError for a missing, truncated or altered file; it names the file and the checkpoint to use instead.
     """
@@ -138,6 +138,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 )
     except ValueError as error:
         raise ValueError(f"{error}. {_remedy(path)}") from error
+    return manifest
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint that ``verify_checkpoint`` accepts; errors are its errors."""
+    manifest = verify_checkpoint(path)
     tensors = {
         name.removesuffix(".safetensors"): load_file(path / name)
         for name in manifest["files"]
