@@ -169,12 +169,15 @@ def _config_of(run: Path | None) -> tuple[Config, Path | None]:
     returned beside the configuration; otherwise that is None. Raise ValueError for a path where nothing is, and for a
     checkpoint that is not as it was saved.
     """
+    if run is not None and not run.exists() and run.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"there is no run, checkpoint or YAML file at {run}; {_nearest(run)}")
     from vpo_engine.config_file import load_config
+
+    if run is None or not run.is_dir():
+        return load_config(run), None
     from vpo_engine.runs.checkpoint import verify_checkpoint
     from vpo_engine.runs.directory import RunDirectory
 
-    if run is None or run.is_file() or (run.suffix in (".yaml", ".yml") and not run.is_dir()):
-        return load_config(run), None
     checkpoint = run if (run / "policy").is_dir() else _newest_checkpoint(run)
     verify_checkpoint(checkpoint)
     root = checkpoint.resolve().parent.parent
@@ -190,13 +193,6 @@ def _newest_checkpoint(run: Path) -> Path:
     from vpo_engine.runs.checkpoint import newest_complete
     from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory
 
-    if not run.exists():
-        around = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
-        near = difflib.get_close_matches(run.name, around, n=1)
-        hint = (
-            f"did you mean {run.parent / near[0]}?" if near else f"check the path (relative to {Path.cwd()})"
-        )
-        raise ValueError(f"there is no run, checkpoint or YAML file at {run}; {hint}")
     runs = sorted(path.parent for path in run.glob(f"*/{CONFIG_NAME}"))
     if runs and not (run / CONFIG_NAME).is_file():
         raise ValueError(f"{run} holds {len(runs)} runs; give one of them, such as {runs[-1]}")
@@ -206,6 +202,13 @@ def _newest_checkpoint(run: Path) -> Path:
             f"{run} has no complete checkpoint yet; wait until the run has saved one, or give a YAML configuration"
         )
     return newest
+
+
+def _nearest(run: Path) -> str:
+    """Return what to do about a path where nothing is."""
+    around = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
+    near = difflib.get_close_matches(run.name, around, n=1)
+    return f"did you mean {run.parent / near[0]}?" if near else f"check the path (relative to {Path.cwd()})"
 
 
 def _prompts(texts: Sequence[str], file: Path | None, column: str | None) -> list[str]:

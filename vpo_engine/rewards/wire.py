@@ -205,4 +205,5 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a view of the memory of a contiguous tensor on the CPU."""
     if not tensor.numel():
         return memoryview(b"")
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # A tensor of one element counts as contiguous whatever its stride, which the view of its bytes would take over.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
