@@ -14,7 +14,7 @@ from vpo_engine.data.sprites.world import Attributes, render
 from vpo_engine.metrics.ranking import rank_preferences
 from vpo_engine.metrics.ranking_report import format_ranking, write_ranking_csv
 from vpo_engine.rank import GLOBAL, main
-from vpo_engine.rewards.registry import NAMES
+from vpo_engine.rewards.kinds import NAMES
 from vpo_engine.rewards.sprites import DIMENSIONS, SpritesOfFiles
 from vpo_engine.runs.video import write_mp4
 

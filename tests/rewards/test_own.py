@@ -17,7 +17,7 @@ import torch
 from vpo_engine import rank as rank_module
 from vpo_engine import train as entry
 from vpo_engine.config import Config, names
-from vpo_engine.rewards import own
+from vpo_engine.rewards import kinds, own
 from vpo_engine.rewards.registry import build_reward, check_reward, knows_frame_rate, reward_card
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.runs.video import write_mp4
@@ -224,7 +224,7 @@ def test_an_installed_package_offers_a_name(
 ) -> None:
     module = write(scoring("{'one': torch.ones(2), 'two': torch.ones(2)}"))
     point = EntryPoint("mine", f"{module}:Mine", "vpo_engine.rewards")
-    for reader in (names, own):
+    for reader in (names, own, kinds):
         monkeypatch.setattr(reader, "entry_points", lambda group: EntryPoints([point]).select(group=group))
     assert small("reward.kind=mine", "reward.dimensions=one").reward.kind == "mine"
     assert reward_card("mine").reads_prompt

@@ -86,6 +86,17 @@ class TestScores:
                 expected = given.flatten(1).double().mean(1).float()
                 assert torch.equal(ask(reward, "score", given), expected)
 
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_that_lie_apart_in_memory(self, count: int) -> None:
+        """Of a single video they count as contiguous, whatever lies between them."""
+        with start_reward(RewardSpec("process_rewards:Columns"), time_limit=30) as made:
+            for _ in range(2):
+                scores = made.score(VIDEOS[:count], ["a"] * count)
+                assert {name: values.tolist() for name, values in scores.items()} == {
+                    "first": [1.5] * count,
+                    "second": [2.5] * count,
+                }
+
     def test_as_many_threads_there_as_here(self, reward: RemoteReward) -> None:
         assert fact(reward, "threads") == torch.get_num_threads()
         assert fact(reward, "pid") != os.getpid() == fact(reward, "parent")

@@ -125,7 +125,10 @@ class TestFrames:
         if case["indices"]:
             assert frames_of_seconds(case["n"], case["fps"]) == case["indices"]
             return
-        with pytest.raises(ValueError, match=r"20 frames, less than a second at 25 fps.*set its frames"):
+        with pytest.raises(
+            ValueError,
+            match=r"20 frames, less than a second at 25 fps.*give longer videos, or in training set reward.frames",
+        ):
             frames_of_seconds(case["n"], case["fps"])
 
     def test_which_frames_are_seen(self, folder: Path) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vpo_engine import rank as rank_module
 from vpo_engine import train as entry
 from vpo_engine.data.sprites.world import Attributes, render
-from vpo_engine.rewards.registry import NAMES, reward_card
+from vpo_engine.rewards.kinds import NAMES
+from vpo_engine.rewards.registry import reward_card
 from vpo_engine.runs.video import write_mp4
 
 CAPTION = "a red circle moving left"

@@ -4,19 +4,20 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
 import torch
 
-from vpo_engine.rewards import registry
+from vpo_engine.rewards import kinds, registry
 from vpo_engine.rewards.builtin import Builtin
 from vpo_engine.rewards.frames import VideoOfFrames
+from vpo_engine.rewards.kinds import ENTRIES, NAMES, format_table
 from vpo_engine.rewards.registry import (
-    NAMES,
     build_reward,
     check_reward,
-    format_cards,
+    format_card,
     knows_frame_rate,
     reward_card,
 )
@@ -39,7 +40,7 @@ def test_card(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_builder_fits_its_reward(name: str) -> None:
     """The keyword arguments that the registry gives exist, and image scorers score images."""
-    entry = registry._ENTRIES[name]
+    entry = ENTRIES[name]
     scorer = getattr(registry._module(entry), entry.scorer)
     parameters = inspect.signature(scorer.from_pretrained).parameters
     assert {"device", "dtype", *entry.options} <= set(parameters)
@@ -73,9 +74,7 @@ def test_shipped(name: str) -> None:
 
 
 def test_unknown_reward() -> None:
-    message = (
-        "there is no reward 'videoscroe'; known are sprites, sprites_image, builtin, brisque, videoscore,"
-    )
+    message = "there is no reward 'videoscroe'; did you mean 'videoscore'? Known are sprites, sprites_image, builtin,"
     for ask in (reward_card, build_reward, knows_frame_rate):
         with pytest.raises(ValueError, match=re.escape(message)):
             ask("videoscroe")
@@ -92,15 +91,15 @@ def test_the_configuration_knows_every_reward() -> None:
     from vpo_engine.config import reward as config
 
     assert config.KNOWN_REWARDS == NAMES
-    assert tuple(name for name in NAMES if registry._ENTRIES[name].shipped) == config._SHIPPED
+    assert tuple(name for name in NAMES if ENTRIES[name].shipped) == config._SHIPPED
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_exist_and_others_are_refused(name: str, tmp_path: Path) -> None:
     """Every setting of the configuration either is an argument of the scorer or is refused by name."""
-    entry = registry._ENTRIES[name]
+    entry = ENTRIES[name]
     scorer = VideoOfFrames if entry.images else getattr(registry._module(entry), entry.scorer).from_pretrained
-    calls = registry._OF_FRAMES if entry.images else registry._OF_SCORERS
+    calls = kinds.OF_FRAMES if entry.images else registry._OF_SCORERS
     assert {calls[setting] for setting in entry.settings} <= set(inspect.signature(scorer).parameters)
     path = None if entry.shipped else tmp_path
     for setting in ("batch_size", "max_frames", "bits", "frames", "frame_reduce", "frame_decay"):
@@ -160,16 +159,17 @@ def test_importing_registry_and_server_imports_no_reward_and_no_settings() -> No
     code = (
         "import sys, vpo_engine.rewards.server; "
         "print(*sorted(m for m in sys.modules if m.startswith('vpo_engine.'))); "
-        "print({'transformers', 'torch._dynamo'} & set(sys.modules))"
+        "print({'transformers', 'torch._dynamo', 'av'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     rooms = [
+        "vpo_engine.errors",
         "vpo_engine.importing",
         "vpo_engine.model_values",
         "vpo_engine.protocols",
         "vpo_engine.rewards",
     ]
-    names = ("card", "frames", "own", "registry", "server", "wire")
+    names = ("card", "frames", "kinds", "own", "registry", "server", "videos", "wire")
     assert out.splitlines() == [
         " ".join([*rooms, *(f"vpo_engine.rewards.{name}" for name in names)]),
         "set()",
@@ -179,14 +179,25 @@ def test_importing_registry_and_server_imports_no_reward_and_no_settings() -> No
 def test_cards_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every reward; one that cannot be imported says why."""
     monkeypatch.setitem(sys.modules, "vpo_engine.rewards.mps", None)
-    text = format_cards()
-    blocks = {block.split("\n")[0]: block for block in text.split("\n\n")}
-    assert tuple(blocks) == NAMES
+    blocks = {name: format_card(name) for name in NAMES}
+    assert all(block.split("\n")[0] == name for name, block in blocks.items())
     assert "cannot be imported: " in blocks["mps"]
     assert "parameters      8.27 billion (15.4 GiB in bfloat16, 7.7 in 8 bits)" in blocks["videoscore"]
     dimensions = "visual_quality (unbounded), naturalness 0..1, temporal_consistency -1..1"
     assert f"dimensions      {dimensions}" in blocks["builtin"]
     assert "reads prompt    no" in blocks["builtin"]
+
+
+def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each reward, also for one of an installed package; it fits a terminal of 80 columns."""
+    point = EntryPoint("mine", "some.module:Mine", kinds.ENTRY_POINTS)
+    monkeypatch.setattr(kinds, "entry_points", lambda group: EntryPoints([point]).select(group=group))
+    lines = format_table().split("\n")
+    assert [line.split()[0] for line in lines[1:-2]] == [*NAMES, "mine"]
+    assert max(map(len, lines)) <= 80
+    shipped = {line.split()[0] for line in lines if line.split()[1:2] == ["included"]}
+    assert shipped == set(SHIPPED)
+    assert "--list NAME" in lines[-1]
 
 
 def test_builtin_is_built_on_the_device_asked_for() -> None:

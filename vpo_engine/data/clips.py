@@ -3,12 +3,12 @@
 The prompts are in one file in the folder, or else in the names of the videos:
 
     prompts.csv    a header with ``video`` and ``prompt``, then one row per video
-    prompts.jsonl  one object per line: {"video": "a/b.mp4", "prompt": "a red circle moving left"}
+    prompts.jsonl  one object per line: {"video": "a/b.mp4", "prompt": "a red circle moving left"}; ``sample`` writes it
     prompts.txt    one prompt per line, in the order of the sorted names of the videos
-    (none of them) 0003-a-red-circle-moving-left-1.mp4, as ``vpo_engine.sample`` writes it: numbers at either end
-                   are left out, "-" and "_" become blanks
+    (none of them) 0003-a-red-circle-moving-left-1.mp4: numbers at either end are left out, "-" and "_" become blanks
 
-Names of videos are relative to the folder. A file of preferences has one object per line, with the prompt:
+A subfolder may have its own file of prompts if no folder above it has one. Names of videos are relative to the folder
+of the file. Hidden files and folders are left out. A file of preferences has one object per line, with the prompt:
 
     {"prompt": "a red circle moving left", "videos": ["a/0.mp4", "a/1.mp4", "a/2.mp4"], "preferred": 2}
 
@@ -17,25 +17,48 @@ where ``preferred`` is the position in ``videos``, counted from 0, of the video 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vpo_engine.data.prompts import PromptFile
 
-SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+SUFFIXES = (
+    ".mp4",
+    ".webm",
+    ".mkv",
+    ".mov",
+    ".avi",
+    ".gif",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".wmv",
+    ".ogv",
+    ".3gp",
+)
 PROMPT_FILES = ("prompts.csv", "prompts.jsonl", "prompts.txt")
+_COPIED_METADATA = "__MACOSX"
+"""The folder in which archives made on a Mac keep a file of metadata beside each video."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file and its prompt. ``name`` is the name of the file relative to the folder."""
+    """A video file and its prompt. ``name`` is the name of the file relative to the folder.
+
+    named: the prompt comes from the file's name, which holds it only roughly.
+    """
 
     path: Path
     name: str
     prompt: str
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,14 +73,18 @@ def find_clips(folder: Path) -> list[Clip]:
     """Find the videos in a folder and its subfolders, in order of their names, with their prompts (see above).
 
     A prompt from a file's name can be empty. Raise ValueError for a folder without videos, for more than one prompt
-    file, and if the prompts in the file do not belong to exactly these videos.
+    file in a folder, and if the prompts in a file do not belong to exactly the videos there.
     """
     names = _video_names(folder)
-    files = [folder / name for name in PROMPT_FILES if (folder / name).is_file()]
-    if len(files) > 1:
-        raise ValueError(f"{folder} has {' and '.join(file.name for file in files)}; keep one prompt file")
-    prompts = _read_prompts(files[0], names) if files else {name: prompt_of_name(name) for name in names}
-    return [Clip(folder / name, name, prompts[name]) for name in names]
+    prompts: dict[str, str] = {}
+    for place, file in _prompt_files(folder, names).items():
+        prefix = "" if place == PurePosixPath() else f"{place}/"
+        below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        prompts |= {prefix + name: prompt for name, prompt in _read_prompts(file, below).items()}
+    return [
+        Clip(folder / name, name, prompts.get(name, prompt_of_name(name)), name not in prompts)
+        for name in names
+    ]
 
 
 def prompt_of_name(name: str) -> str:
@@ -70,6 +97,23 @@ def prompt_of_name(name: str) -> str:
     return " ".join(words)
 
 
+def json_lines(file: Path) -> list[tuple[int, str]]:
+    """Return number and text of the lines of a UTF-8 file that are not blank.
+
+    Lines end at a newline byte and nowhere else: JSON strings may hold U+2028, U+2029 and U+0085. Raise ValueError,
+    naming the line, for what is not UTF-8.
+    """
+    found = []
+    for number, raw in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not UTF-8 ({error}); save the file as UTF-8") from error
+        if text.strip():
+            found.append((number, text))
+    return found
+
+
 def read_preferences(file: Path, folder: Path) -> list[Preference]:
     """Read a file of preferences (see above). ValueError, naming file, line and remedy, for a bad line."""
     if not file.is_file():
@@ -77,19 +121,90 @@ def read_preferences(file: Path, folder: Path) -> list[Preference]:
             f"there is no file of preferences at {file}; check the path (relative to {Path.cwd()})"
         )
     rows = []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}); save it as UTF-8") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rows.append(_preference(line, folder))
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: {error}") from error
+    for number, line in json_lines(file):
+        try:
+            rows.append(_preference(line, folder))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error
     if not rows:
         raise ValueError(f"{file} holds no preferences; give one object per line")
     return rows
+
+
+class PromptRecord:
+    """The prompts.jsonl of a folder that videos are written to, which keeps the rows of earlier videos.
+
+    A row is there only if its video is. A video that is about to be replaced loses its row first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the rows that are there.
+
+        Raise ValueError for a row that cannot be read, and for a folder whose prompts are in another file.
+        """
+        self.folder, self.path = folder, folder / "prompts.jsonl"
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; give a folder for the videos")
+        for name in PROMPT_FILES:
+            if (folder / name).is_file() and name != self.path.name:
+                raise ValueError(
+                    f"{folder} has its prompts in {name}, beside which {self.path.name} would be a second list; give "
+                    "another folder for the videos"
+                )
+        self._read()
+
+    def begin(self, names: Collection[str]) -> None:
+        """Make the folder, and take the rows of the videos out that are about to be written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replaced = set(names)
+        with self._alone():
+            rows = [line.rstrip() for name, line in self._read().items() if name not in replaced]
+            unfinished = self.path.with_name(f".{self.path.name}.tmp")
+            unfinished.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8", newline="\n")
+            unfinished.replace(self.path)
+
+    def add(self, name: str, prompt: str, write: Callable[[Path], None]) -> Path:
+        """Let ``write`` make the video under another name, put it in its place, add its row, and return its path."""
+        unfinished, final = self.folder / f".{name}", self.folder / name
+        try:
+            write(unfinished)
+            unfinished.replace(final)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        with self._alone(), self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps({"video": name, "prompt": prompt}, ensure_ascii=False) + "\n")
+        return final
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes that sample into the folder from writing the file meanwhile."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _read(self) -> dict[str, str]:
+        """Return the line of each video."""
+        lines: dict[str, str] = {}
+        for number, line in json_lines(self.path) if self.path.is_file() else ():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise self._bad_row(number, f"is not JSON ({error})") from error
+            if not isinstance(row, dict) or not isinstance(row.get("video"), str):
+                raise self._bad_row(number, 'is no object with a "video"')
+            name = PurePosixPath(row["video"]).as_posix()
+            if name in lines:
+                raise self._bad_row(number, f"names video {name!r} a second time")
+            lines[name] = line
+        return lines
+
+    def _bad_row(self, number: int, what: str) -> ValueError:
+        return ValueError(
+            f"{self.path}, line {number} {what}; repair the line, or give another folder for the videos"
+        )
 
 
 def _preference(line: str, folder: Path) -> Preference:
@@ -115,15 +230,43 @@ def _preference(line: str, folder: Path) -> Preference:
 
 
 def _video_names(folder: Path) -> list[str]:
+    """Return the names of the videos in order; hidden ones are no videos of the user's."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give the folder that holds the videos")
     if not folder.is_dir():
         raise ValueError(
             f"there is no folder of videos at {folder}; check the path (relative to {Path.cwd()})"
         )
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()]
     names = sorted(path.relative_to(folder).as_posix() for path in found)
-    if not names:
-        raise ValueError(f"{folder} holds no videos; they must end in {', '.join(SUFFIXES)}")
-    return names
+    seen = [name for name in names if not _is_hidden(name)]
+    if not seen:
+        hidden = f" ({len(names)} hidden ones are left out)" if names else ""
+        raise ValueError(f"{folder} holds no videos{hidden}; they must end in {', '.join(SUFFIXES)}")
+    for name in seen:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is a link to a file that is not there; repair or remove it")
+    return seen
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a file, or a folder on the way to it, is one that people do not see, such as ``._a.mp4``."""
+    return any(part.startswith(".") or part == _COPIED_METADATA for part in PurePosixPath(name).parts)
+
+
+def _prompt_files(folder: Path, names: Sequence[str]) -> dict[PurePosixPath, Path]:
+    """Return the prompt file of each folder that has one and lies below no other such folder."""
+    found: dict[PurePosixPath, Path] = {}
+    places = {place for name in names for place in PurePosixPath(name).parents}
+    for place in sorted(places, key=lambda each: (len(each.parts), each)):
+        files = [path for name in PROMPT_FILES if (path := folder / place / name).is_file()]
+        if len(files) > 1:
+            raise ValueError(
+                f"{folder / place} has {' and '.join(file.name for file in files)}; keep one prompt file"
+            )
+        if files and not any(above in found for above in place.parents):
+            found[place] = files[0]
+    return found
 
 
 def _read_prompts(file: Path, names: Sequence[str]) -> dict[str, str]:
@@ -136,19 +279,22 @@ def _read_prompts(file: Path, names: Sequence[str]) -> dict[str, str]:
                 "their sorted names, or use prompts.csv"
             )
         return {name: lines[index] for index, name in enumerate(names)}
-    videos, prompts = PromptFile(file, "video"), PromptFile(file, "prompt")
+    videos, prompts = (
+        PromptFile(file, column, choose=f"give the name {column!r}") for column in ("video", "prompt")
+    )
     listed: dict[str, str] = {}
     for index in range(len(videos)):
-        name = Path(videos[index]).as_posix()
+        name = PurePosixPath(videos[index]).as_posix()
         if name in listed:
             raise ValueError(f"{file} names video {name!r} twice; keep one row for each")
         listed[name] = prompts[index]
+    known = set(names)
     for name in listed:
-        if name not in set(names):
+        if name not in known:
             raise ValueError(
                 f"{file} names video {name!r}, which is not in {file.parent}; remove the row or add the file"
             )
     for name in names:
         if name not in listed:
-            raise ValueError(f"{file} has no prompt for video {name!r}; add a row for it")
+            raise ValueError(f"{file} has no prompt for video {name!r}; add a row for it, or remove the file")
     return listed

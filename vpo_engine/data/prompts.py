@@ -65,7 +65,7 @@ class _Lines:
         return ValueError(f"{self.path}, line {line or self.number}: {what}; {remedy}")
 
 
-def _pick_column(path: Path, what: str, names: list[str], column: str | None) -> int:
+def _pick_column(path: Path, what: str, names: list[str], column: str | None, choose: str) -> int:
     """Return the position of the prompt's column in ``names``."""
     wanted = KNOWN_NAMES if column is None else (column,)
     found = [i for i, name in enumerate(names) if (name if column else name.strip().casefold()) in wanted]
@@ -76,10 +76,10 @@ def _pick_column(path: Path, what: str, names: list[str], column: str | None) ->
         problem = f"{what} {column!r} occurs {len(found)} times, but must occur once"
     else:
         problem = f"{len(found)} {what}s are named {', '.join(KNOWN_NAMES)}, but exactly one must be"
-    raise ValueError(f"{path}: {problem}; set column to one of its {what}s: {listed or 'it has none'}")
+    raise ValueError(f"{path}: {problem}; {choose} to one of its {what}s: {listed or 'it has none'}")
 
 
-def _scan_txt(lines: _Lines, column: str | None) -> tuple[array[int], _Parser]:
+def _scan_txt(lines: _Lines, column: str | None, choose: str) -> tuple[array[int], _Parser]:
     if column is not None:
         raise ValueError(
             f"{lines.path}: column={column!r} cannot be used, a .txt file has no columns; leave it out"
@@ -110,10 +110,10 @@ def _csv_rows(lines: _Lines) -> Iterator[tuple[int, int, list[str]]]:
             yield start, line, row
 
 
-def _scan_csv(lines: _Lines, column: str | None) -> tuple[array[int], _Parser]:
+def _scan_csv(lines: _Lines, column: str | None, choose: str) -> tuple[array[int], _Parser]:
     rows = _csv_rows(lines)
     header = next(rows, (0, 0, []))[2]
-    position = _pick_column(lines.path, "column", header, column)
+    position = _pick_column(lines.path, "column", header, column, choose)
     offsets = array("Q")
     for start, line, row in rows:
         if len(row) != len(header):
@@ -130,7 +130,7 @@ def _scan_csv(lines: _Lines, column: str | None) -> tuple[array[int], _Parser]:
     return offsets, lambda raw: next(csv.reader([raw.decode()], strict=True))[position].strip()
 
 
-def _scan_jsonl(lines: _Lines, column: str | None) -> tuple[array[int], _Parser]:
+def _scan_jsonl(lines: _Lines, column: str | None, choose: str) -> tuple[array[int], _Parser]:
     offsets = array("Q")
     key = column
     for text in lines:
@@ -146,7 +146,7 @@ def _scan_jsonl(lines: _Lines, column: str | None) -> tuple[array[int], _Parser]
             )
         if not offsets:
             names = list(row)
-            key = names[_pick_column(lines.path, "key", names, column)]
+            key = names[_pick_column(lines.path, "key", names, column, choose)]
         prompt = row.get(key)
         if not isinstance(prompt, str) or not prompt.strip():
             found = "missing" if key not in row else "empty" if isinstance(prompt, str) else repr(prompt)
@@ -172,12 +172,15 @@ class PromptFile:
     .txt: one prompt per line; blank lines are skipped. .csv: a header, then a prompt per row, in ``column``; quoted
     fields may contain line breaks. .jsonl: one object per line, with the prompt under the key ``column``.
     Without ``column``, the file must have exactly one column or key of ``KNOWN_NAMES``, which is used.
+    ``choose`` begins the remedy of an error about columns.
 
     ValueError, naming file, line and remedy, for a file or row that cannot be read, for an empty prompt in a .csv or
     .jsonl row, if there is no prompt, and, on access, if the file has changed since it was opened.
     """
 
-    def __init__(self, path: str | Path, column: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, column: str | None = None, *, choose: str = "set prompts.column"
+    ) -> None:
         self.path = Path(path)
         scan = _SCANNERS.get(self.path.suffix.lower())
         if scan is None:
@@ -191,7 +194,7 @@ class PromptFile:
             )
         self._file = self.path.open("rb")
         self._version = self._stat()
-        offsets, self._parse = scan(_Lines(self.path, self._file), column)
+        offsets, self._parse = scan(_Lines(self.path, self._file), column, choose)
         if not offsets:
             raise ValueError(f"{self.path}: the file has no prompts; give a file with at least one")
         self._offsets = np.frombuffer(offsets, dtype=np.uint64)

@@ -40,6 +40,7 @@ from vpo_engine.rewards.natural_scenes import (
     smooth,
 )
 from vpo_engine.rewards.optical_flow import displace, flow_between
+from vpo_engine.rewards.videos import Videos
 
 DIMENSIONS = ("visual_quality", "naturalness", "temporal_consistency", "dynamic_degree")
 PICTURES = ("visual_quality", "naturalness")
@@ -120,16 +121,15 @@ class Builtin:
         return cls(dimensions=dimensions, frames=frames, device=device)
 
     @torch.no_grad()
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
-        Raise ValueError for a wrong shape or type, and for frames too few or too small for a dimension.
+        Of a file, only the frames for the pictures are held, and a few others at a time. Raise ValueError for a wrong
+        shape or type, and for frames too few or too small for a dimension.
         """
         check_videos(videos, prompts)
-        rows = []
-        for video in videos:
-            pixels = video.to(self.device).permute(0, 3, 1, 2).unsqueeze(0).float() / 255
-            rows.append(self.score_pixels(pixels, [""]))
+        self._check_size(videos.shape[1:4])
+        rows = [self._measure(*self._read(videos, row)) for row in range(len(videos))]
         scores = {name: torch.cat([row[name] for row in rows]).cpu() for name in self.dimensions}
         for name, values in scores.items():
             check_finite(values, prompts, f"{name} of the builtin reward")
@@ -141,25 +141,55 @@ class Builtin:
         Return {dimension: float32 [B]} on their device, with gradients.
         """
         check_video_pixels(videos, prompts)
-        self._check_size(videos)
+        frames, _, height, width = videos.shape[1:]
+        self._check_size((frames, height, width))
+        moving = small_luminance(videos) if self._looks_at_motion else None
+        return self._measure(videos[:, self._places_of_pictures(frames)], moving)
+
+    @property
+    def _looks_at_motion(self) -> bool:
+        return bool(set(self.dimensions) - set(PICTURES))
+
+    def _places_of_pictures(self, num_frames: int) -> list[int]:
+        return spread_frames(num_frames, self.frames) if set(PICTURES) & set(self.dimensions) else []
+
+    def _read(self, videos: Videos, row: int) -> tuple[Tensor, Tensor | None]:
+        """Return a video's pictures, floats [1, f, 3, H, W] in 0..1, and its small luminance [1, F, 1, h, w]."""
+        count, height, width = videos.shape[1:4]
+        places = self._places_of_pictures(count)
+        if not self._looks_at_motion:
+            return self._floats(videos[row : row + 1, places]), None
+        # Both are made whole at the start: small tensors that stay between large ones that go would hold memory.
+        pictures = torch.empty(1, len(places), 3, height, width, device=self.device)
+        luma = torch.empty(1, count, 1, *small_size(height, width), device=self.device)
+        for start in range(0, count, step := max(1, AT_ONCE // (height * width))):
+            seen = range(start, min(start + step, count))
+            frames = self._floats(videos[row : row + 1, list(seen)])
+            luma[:, start : start + len(seen)] = small_luminance(frames)
+            for place in set(places) & set(seen):
+                pictures[:, places.index(place)] = frames[:, place - start]
+        return pictures, luma
+
+    def _floats(self, frames: Tensor) -> Tensor:
+        return frames.to(self.device).permute(0, 1, 4, 2, 3).float() / 255
+
+    def _measure(self, pictures: Tensor, luma: Tensor | None) -> dict[str, Tensor]:
+        """Return {dimension: float32 [B]} of pictures [B, f, 3, H, W] and of small luminance [B, F, 1, h, w]."""
         scores = {}
-        if set(PICTURES) & set(self.dimensions):
-            pictures = videos[:, spread_frames(videos.shape[1], self.frames)]
-            if "visual_quality" in self.dimensions:
-                scores["visual_quality"] = 1 - _over_frames(brisque, pictures) / 100
-            if "naturalness" in self.dimensions:
-                scores["naturalness"] = 10 / (10 + _over_frames(niqe, pictures))
-        if set(self.dimensions) - set(PICTURES):
-            luma = small_luminance(videos)
-            if "temporal_consistency" in self.dimensions:
-                scores["temporal_consistency"] = consistency(luma)
-            if "dynamic_degree" in self.dimensions:
-                percent = 100 * motion(luma) / min(luma.shape[3:])
-                scores["dynamic_degree"] = percent / (1 + percent)
+        if "visual_quality" in self.dimensions:
+            scores["visual_quality"] = 1 - _over_frames(brisque, pictures) / 100
+        if "naturalness" in self.dimensions:
+            scores["naturalness"] = 10 / (10 + _over_frames(niqe, pictures))
+        if luma is not None and "temporal_consistency" in self.dimensions:
+            scores["temporal_consistency"] = consistency(luma)
+        if luma is not None and "dynamic_degree" in self.dimensions:
+            percent = 100 * motion(luma) / min(luma.shape[3:])
+            scores["dynamic_degree"] = percent / (1 + percent)
         return {name: scores[name].float() for name in self.dimensions}
 
-    def _check_size(self, videos: Tensor) -> None:
-        frames, _, height, width = videos.shape[1:]
+    def _check_size(self, size: Sequence[int]) -> None:
+        """Raise ValueError for videos of (frames, height, width) that a dimension cannot be measured of."""
+        frames, height, width = size
         for name, needed in NEEDED_FRAMES.items():
             if name in self.dimensions and frames < needed:
                 raise ValueError(
@@ -177,6 +207,12 @@ class Builtin:
             )
 
 
+def small_size(height: int, width: int) -> tuple[int, int]:
+    """Return the size that makes a shorter side of more than 64 pixels 64."""
+    factor = min(1.0, SMALL_SIDE / min(height, width))
+    return round(height * factor), round(width * factor)
+
+
 def small_luminance(videos: Tensor) -> Tensor:
     """Return the luminance [B, F, 1, h, w] of videos [B, F, 3, H, W], in their type.
 
@@ -184,10 +220,8 @@ def small_luminance(videos: Tensor) -> Tensor:
     """
     batch, frames = videos.shape[:2]
     luma = luminance(videos.flatten(0, 1), LUMA_NIQE)
-    height, width = luma.shape[2:]
-    if min(height, width) > SMALL_SIDE:
-        factor = SMALL_SIDE / min(height, width)
-        size = (round(height * factor), round(width * factor))
+    size = small_size(*luma.shape[2:])
+    if size != luma.shape[2:]:
         luma = F.interpolate(luma, size=size, mode="bilinear", align_corners=False, antialias=True)
     return luma.unflatten(0, (batch, frames))
 
@@ -200,9 +234,13 @@ def consistency(luma: Tensor) -> Tensor:
     """
     triples = (luma.shape[0], luma.shape[1] - 2)
     before, here, after = (luma[:, start : start + triples[1]].flatten(0, 1) for start in range(3))
+    return _in_parts(_foretold, before, here, after).unflatten(0, triples).mean(1)
+
+
+def _foretold(before: Tensor, here: Tensor, after: Tensor) -> Tensor:
+    """Return the structural similarity [n] of pictures [n, 1, h, w] and what their two neighbours foretell."""
     half = flow_between(before, after) / 2
-    similarity = structural_similarity(here, (displace(before, -half) + displace(after, half)) / 2)
-    return similarity.unflatten(0, triples).mean(1)
+    return structural_similarity(here, (displace(before, -half) + displace(after, half)) / 2)
 
 
 def structural_similarity(x: Tensor, y: Tensor) -> Tensor:
@@ -217,14 +255,22 @@ def structural_similarity(x: Tensor, y: Tensor) -> Tensor:
 def motion(luma: Tensor) -> Tensor:
     """Measure the motion between neighbouring frames of luminance [B, F, 1, h, w]: its mean length in pixels, [B]."""
     pairs = (luma.shape[0], luma.shape[1] - 1)
-    flow = flow_between(luma[:, :-1].flatten(0, 1), luma[:, 1:].flatten(0, 1))
-    length = (flow.square().sum(1) + 1e-12).sqrt() - 1e-6
-    return length.flatten(1).mean(1).unflatten(0, pairs).mean(1)
+    lengths = _in_parts(_mean_length, luma[:, :-1].flatten(0, 1), luma[:, 1:].flatten(0, 1))
+    return lengths.unflatten(0, pairs).mean(1)
+
+
+def _mean_length(before: Tensor, after: Tensor) -> Tensor:
+    """Return the mean length [n] of the motion between pictures [n, 1, h, w], in pixels."""
+    length = (flow_between(before, after).square().sum(1) + 1e-12).sqrt() - 1e-6
+    return length.flatten(1).mean(1)
 
 
 def _over_frames(measure: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
-    """Average a measure of images [n, 3, H, W] over frames [B, f, 3, H, W], about ``AT_ONCE`` pixels at a time."""
-    images = pictures.flatten(0, 1)
-    count = max(1, AT_ONCE // images[0, 0].numel())
-    scores = [measure(part) for part in images.split(count)]
-    return torch.cat(scores).unflatten(0, pictures.shape[:2]).mean(1)
+    """Average a measure of images [n, 3, H, W] over frames [B, f, 3, H, W]."""
+    return _in_parts(measure, pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).mean(1)
+
+
+def _in_parts(measure: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """Measure maps [n, C, h, w], about ``AT_ONCE`` pixels of one of them at a time; return [n]."""
+    count = max(1, AT_ONCE // maps[0][0].numel())
+    return torch.cat([measure(*part) for part in zip(*(each.split(count) for each in maps), strict=True)])

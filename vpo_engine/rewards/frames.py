@@ -11,6 +11,8 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from vpo_engine.rewards.videos import Videos
+
 Reduce = Literal["mean", "min", "segments"]
 
 
@@ -134,7 +136,7 @@ class VideoOfFrames:
     def network(self) -> nn.Module:
         return self.scorer.network
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         Raise ValueError for a wrong shape or type, and for what the scorer refuses.
@@ -146,7 +148,7 @@ class VideoOfFrames:
         parts = []
         for part in batches(len(rows), self.batch_size):
             row, column = rows[part], columns[part]
-            images = videos[row.to(videos.device), column.to(videos.device)]
+            images = videos[row, column]
             parts.append(self.scorer.score_images(images, [prompts[int(index)] for index in row]))
         scores = torch.cat(parts).view(indices.shape)
         return {self.dimensions[0]: self._reduce(scores, indices, videos.shape[1])}
@@ -191,7 +193,7 @@ class VideoOfFrames:
         return scores.mean(1)
 
 
-def _check(kind: str, inputs: Tensor, ndim: int, channels: int, layout: str, prompts: Sequence[str]) -> None:
+def _check(kind: str, inputs: Videos, ndim: int, channels: int, layout: str, prompts: Sequence[str]) -> None:
     if inputs.ndim != ndim or inputs.shape[channels] != 3 or 0 in inputs.shape:
         raise ValueError(
             f"{kind}s have shape {tuple(inputs.shape)}, expected {layout} without an empty side; "
@@ -201,7 +203,7 @@ def _check(kind: str, inputs: Tensor, ndim: int, channels: int, layout: str, pro
         raise ValueError(f"{len(prompts)} prompts for {inputs.shape[0]} {kind}s; give one for each")
 
 
-def _check_bytes(kind: str, inputs: Tensor) -> None:
+def _check_bytes(kind: str, inputs: Videos) -> None:
     if inputs.dtype != torch.uint8:
         raise ValueError(f"{kind}s are {inputs.dtype}, expected torch.uint8 levels 0..255")
 
@@ -211,13 +213,13 @@ def _check_floats(kind: str, inputs: Tensor) -> None:
         raise ValueError(f"{kind}s are {inputs.dtype}, expected floats in 0..1")
 
 
-def check_videos(videos: Tensor, prompts: Sequence[str]) -> None:
+def check_videos(videos: Videos, prompts: Sequence[str]) -> None:
     """Raise ValueError unless ``videos`` are uint8 [B, F, H, W, 3] with B prompts."""
     _check_bytes("video", videos)
     _check("video", videos, 5, 4, "[B, F, H, W, 3]", prompts)
 
 
-def check_moving(videos: Tensor, reader: str) -> None:
+def check_moving(videos: Videos, reader: str) -> None:
     """Raise ValueError for videos [B, F, ...] of a single frame; ``reader`` is the model that judges them."""
     if videos.shape[1] < 2:
         raise ValueError(

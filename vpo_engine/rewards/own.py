@@ -17,17 +17,12 @@ from torch import Tensor, nn
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_videos
+from vpo_engine.rewards.kinds import ENTRY_POINTS
+from vpo_engine.rewards.videos import FileReward, Videos, whole
 
-ENTRY_POINTS = "vpo_engine.rewards"
-"""The group of entry points under which an installed package offers rewards by name (also in config/reward.py)."""
 _HELP = "see docs/rewards.md"
 _MADE_WITH = ("path", "device", "dtype", "fps")
 """The values that a constructor may ask for by the name of a parameter, beside the reward's settings."""
-
-
-def is_own(kind: str) -> bool:
-    """Return whether ``kind`` is written as package.module:Class, or offered by an installed package."""
-    return ":" in kind or kind in entry_points(group=ENTRY_POINTS).names
 
 
 def own_class(kind: str) -> Any:
@@ -114,7 +109,7 @@ def check_own(kind: str, path: object, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"reward {kind!r} needs {name}: {remedy}")
 
 
-def build_own(kind: str, given: Mapping[str, Any]) -> Reward:
+def build_own(kind: str, given: Mapping[str, Any]) -> FileReward:
     """Make the reward with those of ``given`` (path, device, dtype, fps and settings) that its class takes."""
     found = own_class(kind)
     taken = inspect.signature(found).parameters
@@ -131,10 +126,10 @@ class _Checked:
         self.network = network if isinstance(network, nn.Module) else None
 
     @torch.no_grad()
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the reward's scores, float32 [B]. ValueError for anything but a finite number for each video."""
         check_videos(videos, prompts)
-        scores = self._reward.score(videos, prompts)
+        scores = self._reward.score(whole(videos), prompts)
         if not isinstance(scores, Mapping) or set(scores) != set(self.dimensions):
             returned = sorted(scores) if isinstance(scores, Mapping) else type(scores).__name__
             raise ValueError(

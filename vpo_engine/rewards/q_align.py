@@ -36,6 +36,7 @@ from vpo_engine.rewards.frames import (
 )
 from vpo_engine.rewards.loading import read_json, read_weights
 from vpo_engine.rewards.mplug_owl2 import MplugOwl2, MplugOwl2Config
+from vpo_engine.rewards.videos import Videos, frame_rate
 from vpo_engine.weights import load_strict
 
 DIMENSIONS = ("quality", "aesthetics")
@@ -75,7 +76,7 @@ def frames_of_seconds(num_frames: int, fps: float) -> list[int]:
     if not indices:
         raise ValueError(
             f"videos have {counted_frames(num_frames)}, less than a second at {fps:g} fps, and Q-Align looks at one "
-            "frame a second; set its frames to a number instead"
+            "frame a second; give longer videos, or in training set reward.frames"
         )
     return indices
 
@@ -195,7 +196,7 @@ class QAlign:
         )
 
     @torch.no_grad()
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts, which are not read.
 
         Return {dimension: float32 [B]} on the CPU.
@@ -205,7 +206,7 @@ class QAlign:
         it.
         """
         check_videos(videos, prompts)
-        indices = self.frame_indices(videos.shape[1])
+        indices = self._indices(videos.shape[1], frame_rate(videos, self.fps))
         parts = []
         for rows in batches(len(prompts), self.batch_size):
             frames = videos[rows, indices].cpu()
@@ -226,8 +227,11 @@ class QAlign:
 
     def frame_indices(self, num_frames: int) -> list[int]:
         """Return the numbers of the frames of a video that are scored."""
+        return self._indices(num_frames, self.fps)
+
+    def _indices(self, num_frames: int, fps: float) -> list[int]:
         if self.frames is None:
-            return frames_of_seconds(num_frames, self.fps)
+            return frames_of_seconds(num_frames, fps)
         return spread_frames(num_frames, self.frames)
 
     def level_logits(self, seen: Tensor, text: str) -> Tensor:

@@ -6,7 +6,6 @@ last two.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,107 +14,51 @@ from typing import Any
 
 import torch
 
-from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import ImageScorer, VideoOfFrames
-from vpo_engine.rewards.own import build_own, check_own, is_own, own_card, own_parameters
+from vpo_engine.rewards.kinds import OF_FRAMES, Entry, find_entry, is_own
+from vpo_engine.rewards.own import build_own, check_own, own_card, own_parameters
+from vpo_engine.rewards.videos import FileReward
 
-_OF_FRAMES = {
-    "batch_size": "batch_size",
-    "frames": "frames",
-    "frame_reduce": "reduce",
-    "frame_decay": "decay",
-}
-"""Settings of image scorers, with the names that ``VideoOfFrames`` has for them."""
 _OF_SCORERS = {"batch_size": "batch_size", "frames": "frames", "max_frames": "max_frames", "bits": "bits"}
 """Settings of the other scorers, with the names that their ``from_pretrained`` has for them."""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Describe where a reward is: a module of vpo_engine.rewards and a class in it, made by its ``from_pretrained``.
-
-    images: it scores images, and ``VideoOfFrames`` makes the score of a video. timed: it samples by seconds and must
-    know the frames per second. shipped: its weights are in the package. takes: the settings of ``_OF_SCORERS`` that it
-    has; an image scorer has all of ``_OF_FRAMES``. options: keyword arguments that make the variant.
-    """
-
-    module: str
-    scorer: str
-    card: str = "CARD"
-    images: bool = False
-    timed: bool = False
-    shipped: bool = False
-    takes: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        return tuple(_OF_FRAMES) if self.images else self.takes
-
-
-_VIDEOSCORE = ("batch_size", "max_frames", "bits")
-_ENTRIES = {
-    "sprites": _Entry("sprites", "SpritesOfFiles", shipped=True),
-    "sprites_image": _Entry("sprites_image", "SpritesImage", images=True, shipped=True),
-    "builtin": _Entry("builtin", "Builtin", shipped=True, takes=("frames",)),
-    "brisque": _Entry(
-        "builtin",
-        "Builtin",
-        "CARD_BRISQUE",
-        shipped=True,
-        takes=("frames",),
-        options={"dimensions": ("visual_quality",)},
-    ),
-    "videoscore": _Entry("videoscore", "VideoScore", takes=_VIDEOSCORE),
-    "videoscore_v1_1": _Entry(
-        "videoscore", "VideoScore", "CARD_V1_1", takes=_VIDEOSCORE, options={"max_frames": 48}
-    ),
-    "videoscore2": _Entry("videoscore2", "VideoScore2", timed=True),
-    "videoalign": _Entry("videoalign", "VideoAlign", timed=True, takes=("batch_size",)),
-    "q_align": _Entry("q_align", "QAlign", timed=True, takes=("batch_size", "frames")),
-    "unified_reward": _Entry("unified_reward", "UnifiedReward", timed=True),
-    "laion_aesthetic": _Entry("laion_aesthetic", "LaionAesthetic", images=True),
-    "imagereward": _Entry("imagereward", "ImageReward", images=True),
-    "mps": _Entry("mps", "MPS", images=True),
-    "hpsv2": _Entry("hpsv2", "HPSv2", images=True, options={"version": "v2"}),
-    "hpsv2_1": _Entry("hpsv2", "HPSv2", images=True, options={"version": "v2.1"}),
-    "pickscore": _Entry("pickscore", "PickScore", images=True),
-    "viclip": _Entry("viclip", "ViCLIP", takes=("batch_size",)),
-    "vjepa": _Entry("vjepa", "VJepa", takes=("batch_size",)),
-}
-NAMES = tuple(_ENTRIES)
-
-
 def reward_card(name: str) -> RewardCard:
     """Return what the reward declares about itself, under its kind. Raise ValueError for an unknown kind."""
-    if name not in _ENTRIES and is_own(name):
+    if is_own(name):
         return own_card(name)
-    entry = _entry(name)
+    entry = find_entry(name)
     card: RewardCard = getattr(_module(entry), entry.card)
     return replace(card, name=name)
 
 
 def knows_frame_rate(name: str) -> bool:
     """Return whether the scores depend on the frames per second, which ``build_reward`` then needs."""
-    if name not in _ENTRIES and is_own(name):
+    if is_own(name):
         return "fps" in own_parameters(name)
-    return _entry(name).timed
+    return find_entry(name).timed
+
+
+def made_for_one_rate(name: str) -> bool:
+    """Return whether the reward is made for one frame rate; others take that of each file, or do not look at it."""
+    return is_own(name) and knows_frame_rate(name)
 
 
 def check_reward(name: str, path: str | Path | None, settings: Mapping[str, Any] | None = None) -> None:
     """Raise what ``build_reward`` would raise before it reads a weight."""
-    if name not in _ENTRIES and is_own(name):
+    if is_own(name):
         _check_folder(name, path, "its weights")
         check_own(name, path, settings or {})
         return
-    entry = _entry(name)
+    entry = find_entry(name)
     if entry.shipped and path is not None:
         raise ValueError(f"reward {name!r} has its weights in the package; leave out the path {path}")
     if not entry.shipped and path is None:
         source = reward_card(name).source
         raise ValueError(
-            f"reward {name!r} needs a path: a local folder with the weights published at {source}"
+            f"reward {name!r} needs a path: a local folder with the weights published at {source}; "
+            "give it with reward.path (--reward-path of rank)"
         )
     _check_folder(name, path, f"the weights published at {reward_card(name).source}")
     unknown = [setting for setting in settings or {} if setting not in entry.settings]
@@ -139,23 +82,23 @@ def build_reward(
     dtype: torch.dtype = torch.float32,
     fps: float | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> Reward:
+) -> FileReward:
     """Make the reward of this kind, its weights read from the folder ``path``.
 
-    Those whose weights are in the package take no path. ``fps`` is the frame rate of all videos that it will score, and
-    is needed where ``knows_frame_rate``. ``settings``: batch_size (videos through the network at once; of an image
-    scorer: images), frames, max_frames, bits, frame_reduce and frame_decay, for those that have them; for what is left
-    out the scorer has its own value. Raise ValueError for an unknown kind, a missing or unwanted path, a missing
-    fps, a setting that the reward does not have, and whatever the reward refuses; FileNotFoundError for what is
-    missing in the folder.
+    Those whose weights are in the package take no path. ``fps`` is the frame rate of the videos in tensors that it will
+    score, and is needed where ``knows_frame_rate``; video files have their own. ``settings``: batch_size (videos
+    through the network at once; of an image scorer: images), frames, max_frames, bits, frame_reduce and frame_decay,
+    for those that have them; for what is left out the scorer has its own value. Raise ValueError for an unknown kind, a
+    missing or unwanted path, a missing fps, a setting that the reward does not have, and whatever the reward refuses;
+    FileNotFoundError for what is missing in the folder.
     """
     check_reward(name, path, settings)
     settings = settings or {}
-    if name not in _ENTRIES and is_own(name):
+    if is_own(name):
         folder = None if path is None else Path(path)
         given = {"path": folder, "device": torch.device(device), "dtype": dtype, "fps": fps}
         return build_own(name, {**given, **settings})
-    entry = _entry(name)
+    entry = find_entry(name)
     options = dict(entry.options)
     if not entry.images:
         options |= {_OF_SCORERS[setting]: value for setting, value in settings.items()}
@@ -170,7 +113,7 @@ def build_reward(
 
 def _of_videos(scorer: ImageScorer, settings: Mapping[str, Any]) -> VideoOfFrames:
     """Make a reward of an image scorer; with frame_reduce=segments ``frames`` is the number of segments."""
-    options = {_OF_FRAMES[setting]: value for setting, value in settings.items()}
+    options = {OF_FRAMES[setting]: value for setting, value in settings.items()}
     if options.get("reduce") == "segments" and "frames" in options:
         options["segments"] = options.pop("frames")
     return VideoOfFrames(scorer, **options)
@@ -187,7 +130,7 @@ class RewardSpec:
     fps: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self) -> Reward:
+    def build(self) -> FileReward:
         """Make the reward; errors are those of ``build_reward``."""
         return build_reward(
             self.kind,
@@ -223,15 +166,12 @@ class RewardSpec:
         )
 
 
-def format_cards() -> str:
-    """Format every reward's card for people to read; where a module cannot be imported, say why."""
-    blocks = []
-    for name in NAMES:
-        try:
-            blocks.append("\n".join([name, *_lines(reward_card(name))]))
-        except ImportError as error:
-            blocks.append(f"{name}\n  cannot be imported: {error}")
-    return "\n\n".join(blocks)
+def format_card(name: str) -> str:
+    """Format a reward's card for people to read; where its module cannot be imported, say why."""
+    try:
+        return "\n".join([name, *_lines(reward_card(name))])
+    except ImportError as error:
+        return f"{name}\n  cannot be imported: {error}"
 
 
 def _lines(card: RewardCard) -> list[str]:
@@ -263,15 +203,5 @@ def _range(low: float | None, high: float | None) -> str:
     return f" {'' if low is None else f'{low:g}'}..{'' if high is None else f'{high:g}'}"
 
 
-def _entry(name: str) -> _Entry:
-    if name not in _ENTRIES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        raise ValueError(
-            f"there is no reward {name!r}; known are {', '.join(NAMES)}, and package.module:Class names one of your own"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    return _ENTRIES[name]
-
-
-def _module(entry: _Entry) -> Any:
+def _module(entry: Entry) -> Any:
     return importlib.import_module(f"vpo_engine.rewards.{entry.module}")

@@ -18,6 +18,7 @@ from typing import Protocol
 from torch import Tensor
 
 from vpo_engine.errors import RewardProcessError
+from vpo_engine.rewards.videos import Videos
 from vpo_engine.rewards.wire import Message, Wire, recreate_error
 
 _LATE_NEWS = 1.0
@@ -78,7 +79,7 @@ class RemoteReward:
             if not self._dimensions:
                 self._dimensions = tuple(self._receive(None, "was made").fields["dimensions"])
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the reward itself returns, on the CPU. Raise RewardProcessError if its process died or hung."""
         self.wait_until_loaded()
         doing = f"scored {len(videos)} videos"

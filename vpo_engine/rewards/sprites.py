@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from vpo_engine.data.sprites.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, SIZE, Attributes
 from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.videos import Videos, whole
 
 DIMENSIONS = (
     "visual_quality",
@@ -296,7 +297,7 @@ def load_network(kind: str, path: Path | None = None) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _check(videos: Tensor, prompts: Sequence[str]) -> None:
+def _check(videos: Videos, prompts: Sequence[str]) -> None:
     if videos.dtype != torch.uint8:
         raise ValueError(f"videos are {videos.dtype}, expected torch.uint8 levels 0..255")
     if videos.ndim != 5 or tuple(videos.shape[1:]) != (FRAMES, SIZE, SIZE, 3) or not videos.shape[0]:
@@ -367,14 +368,17 @@ class SpritesOfFiles(SpritesReward):
         del dtype
         return cls(load_network(cls.kind).to(device))
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score as ``SpritesReward.score`` does, also videos [B, 17, 32 n, 32 n, 3] for a whole number n."""
-        if (
-            videos.ndim == 5
-            and videos.shape[2] == videos.shape[3]
-            and videos.shape[2] > SIZE
-            and videos.shape[2] % SIZE == 0
-        ):
-            squares = videos.unflatten(3, (SIZE, -1)).unflatten(2, (SIZE, -1))  # [B, F, SIZE, n, SIZE, n, 3]
-            videos = squares.float().mean(dim=(3, 5)).round().to(videos.dtype)
-        return super().score(videos, prompts)
+        if not _of_squares(videos.shape):
+            _check(videos, prompts)
+        clips = whole(videos)
+        if clips.shape[2] > SIZE:
+            squares = clips.unflatten(3, (SIZE, -1)).unflatten(2, (SIZE, -1))  # [B, F, SIZE, n, SIZE, n, 3]
+            clips = squares.float().mean(dim=(3, 5)).round().to(clips.dtype)
+        return super().score(clips, prompts)
+
+
+def _of_squares(shape: torch.Size) -> bool:
+    """Return whether clips of this shape can be made smaller to those of the sprites world."""
+    return len(shape) == 5 and shape[1] == FRAMES and shape[2] == shape[3] and shape[2] % SIZE == 0

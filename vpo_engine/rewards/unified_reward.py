@@ -25,6 +25,7 @@ from vpo_engine.rewards import qwen_vl
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_moving, check_prompts, check_videos
 from vpo_engine.rewards.qwen_judge import Clip, QwenJudge, shown
+from vpo_engine.rewards.videos import Videos, frame_rate
 
 Version = Literal[1, 2]
 NAME = "UnifiedReward"
@@ -232,7 +233,8 @@ class UnifiedReward:
     """UnifiedReward as a ``Reward``, with ``compare`` for pairs."""
 
     def __init__(self, judge: QwenJudge, *, version: Version = 2, fps: float = 24.0) -> None:
-        """``version`` is the model's, ``fps`` that of the videos to score; 24 is Open-Sora's."""
+        """``version`` is the model's, ``fps`` that of videos in tensors, 24 is Open-Sora's; files have
+        their own."""
         if version not in get_args(Version):
             raise ValueError(f"version is {version!r}, expected 1 or 2")
         if not 0 < fps < float("inf"):
@@ -260,7 +262,7 @@ class UnifiedReward:
         )
         return cls(judge, version=version, fps=fps)
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3], F >= 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         One answer after the other. Raise ValueError for a wrong shape or type, for a prompt without text or with a
@@ -270,8 +272,8 @@ class UnifiedReward:
         check_moving(videos, NAME)
         check_prompts(prompts, NAME)
         rows = []
-        for video, prompt in zip(videos, prompts, strict=True):
-            clips = self._images(video) if self.version == 2 else [self._clip(video)]
+        for row, prompt in enumerate(prompts):
+            clips = self._images(videos, row) if self.version == 2 else [self._clip(videos, row)]
             question = FORMS[self.version].question.replace("$prompt", prompt)
             rows.append(parse_scores(self.judge.answer(clips, question, prompt).text, self.version))
         return {name: torch.tensor([row[name] for row in rows]) for name in self.dimensions}
@@ -285,21 +287,24 @@ class UnifiedReward:
         check_videos(second, prompts)
         check_prompts(prompts, NAME)
         verdicts = []
-        for one, other, prompt in zip(first, second, prompts, strict=True):
-            clips = [self._clip(one), self._clip(other)]
+        for row, prompt in enumerate(prompts):
+            clips = [self._clip(first, row), self._clip(second, row)]
             answer = self.judge.answer(clips, QUESTION_PAIR.replace("$prompt", prompt), prompt)
             verdicts.append(parse_preference(answer.text))
         return verdicts
 
-    def _clip(self, video: Tensor) -> Clip:
-        """Return a video [F, H, W, 3] at about 2 frames a second."""
-        size = qwen_vl.smart_resize(video.shape[1], video.shape[2], qwen_vl.VIDEO_MIN_PIXELS, MAX_PIXELS)
-        indices = qwen_vl.frame_indices(len(video), self.fps, FPS)
-        rate = len(indices) / len(video) * self.fps
-        return Clip(qwen_vl.resize_levels(video[indices].cpu(), size), qwen_vl.TEMPORAL / rate)
+    def _clip(self, videos: Videos, row: int) -> Clip:
+        """Return one of the videos [B, F, H, W, 3] at about 2 frames a second."""
+        count, height, width = videos.shape[1:4]
+        size = qwen_vl.smart_resize(height, width, qwen_vl.VIDEO_MIN_PIXELS, MAX_PIXELS)
+        fps = frame_rate(videos, self.fps)
+        indices = qwen_vl.frame_indices(count, fps, FPS)
+        frames = videos[row : row + 1, indices][0].cpu()
+        return Clip(qwen_vl.resize_levels(frames, size), qwen_vl.TEMPORAL / (len(indices) / count * fps))
 
-    def _images(self, video: Tensor) -> list[Clip]:
-        """Return single frames of a video [F, H, W, 3]."""
-        size = qwen_vl.smart_resize(video.shape[1], video.shape[2], IMAGE_MIN_PIXELS, IMAGE_MAX_PIXELS)
-        frames = qwen_vl.resize_levels(video[image_indices(len(video))].cpu(), size)
-        return [Clip(frame, None) for frame in frames.split(1)]
+    def _images(self, videos: Videos, row: int) -> list[Clip]:
+        """Return single frames of one of the videos [B, F, H, W, 3]."""
+        count, height, width = videos.shape[1:4]
+        size = qwen_vl.smart_resize(height, width, IMAGE_MIN_PIXELS, IMAGE_MAX_PIXELS)
+        frames = videos[row : row + 1, image_indices(count)][0].cpu()
+        return [Clip(frame, None) for frame in qwen_vl.resize_levels(frames, size).split(1)]

@@ -31,6 +31,7 @@ from vpo_engine.rewards.frames import (
 from vpo_engine.rewards.imagenet import square_clips
 from vpo_engine.rewards.loading import find_file, local_folder, read_under
 from vpo_engine.rewards.open_clip import Transformer
+from vpo_engine.rewards.videos import Videos
 from vpo_engine.weights import load_strict
 
 NAME = "ViCLIP"
@@ -182,7 +183,7 @@ class ViCLIP:
         return cls(network, tokenizer, batch_size=batch_size)
 
     @torch.no_grad()
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {"viclip": float32 [B]}, on the CPU.
 
         Deterministic. Raise ValueError for a wrong shape or type, for fewer than 8 frames, for a prompt without

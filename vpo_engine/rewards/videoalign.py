@@ -46,6 +46,7 @@ from vpo_engine.rewards.videoalign_checkpoint import (
     read_calibration,
     read_marked_tokenizer,
 )
+from vpo_engine.rewards.videos import Videos, frame_rate
 from vpo_engine.weights import load_strict
 
 TEMPLATE = (
@@ -185,7 +186,8 @@ class VideoAlign:
         calibration: Mapping[str, tuple[float, float]] | None = None,
         batch_size: int = 4,
     ) -> None:
-        """``fps`` is that of the videos to score; 24 is Open-Sora's. ``batch_size``: videos per forward.
+        """``fps`` is that of videos in tensors, 24 is Open-Sora's; files have their own. ``batch_size``: videos
+        per forward.
 
         ``sampled_fps``, ``max_pixels``: the frame rate and the size that the model sees. ``calibration``: (mean, std)
         of each dimension, which scores are counted in; None for the head's own outputs.
@@ -237,7 +239,7 @@ class VideoAlign:
         )
 
     @torch.no_grad()
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3], F at least 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         Deterministic. Raise ValueError for a wrong shape or type, for one frame, for a prompt without text or with
@@ -245,10 +247,11 @@ class VideoAlign:
         """
         check_videos(videos, prompts)
         check_prompts(prompts, NAME)
-        indices, size = self._geometry(videos.shape[1], videos.shape[2], videos.shape[3])
+        fps = frame_rate(videos, self.fps)
+        indices, size = self._geometry(videos.shape[1], videos.shape[2], videos.shape[3], fps)
         parts = []
         for rows in batches(len(prompts), self.batch_size):
-            clips = [qwen_vl.resize_levels(video[indices].cpu(), size) / 255 for video in videos[rows]]
+            clips = [qwen_vl.resize_levels(frames.cpu(), size) / 255 for frames in videos[rows, indices]]
             parts.append(self._scores(clips, prompts[rows]).cpu())
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
@@ -261,7 +264,7 @@ class VideoAlign:
         """
         check_video_pixels(videos, prompts)
         check_prompts(prompts, NAME)
-        indices, size = self._geometry(videos.shape[1], videos.shape[3], videos.shape[4])
+        indices, size = self._geometry(videos.shape[1], videos.shape[3], videos.shape[4], self.fps)
         parts = []
         for rows in batches(len(prompts), self.batch_size):
             clips = [qwen_vl.resize(video[indices].float(), size) for video in videos[rows]]
@@ -289,10 +292,12 @@ class VideoAlign:
         """Return outputs [B, 3] in the units of the calibration."""
         return (logits - self._mean.to(logits.device)) / self._std.to(logits.device)
 
-    def _geometry(self, num_frames: int, height: int, width: int) -> tuple[list[int], tuple[int, int]]:
+    def _geometry(
+        self, num_frames: int, height: int, width: int, fps: float
+    ) -> tuple[list[int], tuple[int, int]]:
         """Return which frames are seen, and in which size."""
         size = qwen_vl.smart_resize(height, width, qwen_vl.VIDEO_MIN_PIXELS, self.max_pixels)
-        return qwen_vl.frame_indices(num_frames, self.fps, self.sampled_fps), size
+        return qwen_vl.frame_indices(num_frames, fps, self.sampled_fps), size
 
     def _scores(self, clips: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """Return scores [B, 3] of clips, each [f, 3, h, w] in 0..1."""

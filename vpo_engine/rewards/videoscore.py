@@ -34,6 +34,7 @@ from vpo_engine.rewards.frames import (
 )
 from vpo_engine.rewards.loading import read_config, read_json, read_tokenizer, special_tokens
 from vpo_engine.rewards.quantize import Bits, check_bits, quantise
+from vpo_engine.rewards.videos import Videos
 from vpo_engine.weights import WHOLE, check_weights, load_strict, read_files, weight_files
 
 DIMENSIONS = (
@@ -227,7 +228,7 @@ class VideoScore:
         return cls(network, tokenizer, processor, max_frames=max_frames, batch_size=batch_size)
 
     @torch.no_grad()
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         Videos come at their own size. Deterministic. Raise ValueError for a wrong shape or type, for videos of one
@@ -237,16 +238,20 @@ class VideoScore:
         check_videos(videos, prompts)
         check_moving(videos, NAME)
         check_prompts(prompts, NAME)
+        indices = frame_indices(videos.shape[1], self.max_frames)
         parts = [
-            self.logits(self.preprocess(videos[rows]), prompts[rows]).cpu()
+            self.logits(self._pixels(videos[rows, indices]), prompts[rows]).cpu()
             for rows in batches(len(prompts), self.batch_size)
         ]
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def preprocess(self, videos: Tensor) -> Tensor:
         """Return the frames of uint8 [B, F, H, W, 3] that are scored, float32 [B, f, 3, h, w] on the CPU."""
-        frames = videos[:, frame_indices(videos.shape[1], self.max_frames)].cpu()
-        return self.processor(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return self._pixels(videos[:, frame_indices(videos.shape[1], self.max_frames)])
+
+    def _pixels(self, frames: Tensor) -> Tensor:
+        """Return chosen frames, uint8 [B, f, H, W, 3], as float32 [B, f, 3, h, w] on the CPU."""
+        return self.processor(frames.cpu().flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     def logits(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores, float32 [B, 5], of ``preprocess``ed pixels [B, f, 3, h, w], of one size, and B prompts.

@@ -20,6 +20,7 @@ from vpo_engine.rewards import qwen_vl
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_prompts, check_videos
 from vpo_engine.rewards.qwen_judge import Answer, Clip, QwenJudge, shown
+from vpo_engine.rewards.videos import Videos, frame_rate
 
 DIMENSIONS = ("visual_quality", "text_alignment", "physical_consistency")
 QUESTION = (
@@ -98,7 +99,7 @@ class VideoScore2:
     dimensions = DIMENSIONS
 
     def __init__(self, judge: QwenJudge, *, fps: float = 24.0) -> None:
-        """``fps`` is that of the videos to score; 24 is Open-Sora's."""
+        """``fps`` is that of videos in tensors, 24 is Open-Sora's; files have their own."""
         if not 0 < fps < float("inf"):
             raise ValueError(f"fps is {fps}, expected a finite number above 0")
         self.judge, self.network, self.fps = judge, judge.network, fps
@@ -119,7 +120,7 @@ class VideoScore2:
         )
         return cls(judge, fps=fps)
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3], F at least 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
         One answer after the other. Raise ValueError for a wrong shape or type, for a prompt without text or with a
@@ -128,15 +129,20 @@ class VideoScore2:
         check_videos(videos, prompts)
         check_prompts(prompts, NAME)
         rows = []
-        for video, prompt in zip(videos, prompts, strict=True):
-            answer = self.ask(video, prompt)
+        fps = frame_rate(videos, self.fps)
+        indices = qwen_vl.frame_indices(videos.shape[1], fps, FPS)
+        for row, prompt in enumerate(prompts):
+            answer = self._ask(videos[row : row + 1, indices][0], prompt)
             _, places = parse(answer.text)
             rows.append([soft_score(answer.digits[self.judge.step_of(answer, place)]) for place in places])
         return dict(zip(DIMENSIONS, torch.tensor(rows).unbind(1), strict=True))
 
     def ask(self, video: Tensor, prompt: str) -> Answer:
         """Return the whole answer about a uint8 video [F, H, W, 3], with its reasoning."""
-        size = qwen_vl.smart_resize(video.shape[1], video.shape[2], qwen_vl.VIDEO_MIN_PIXELS, MAX_PIXELS)
-        frames = video[qwen_vl.frame_indices(len(video), self.fps, FPS)].cpu()
-        clip = Clip(qwen_vl.resize_levels(frames, size), qwen_vl.TEMPORAL / FPS)
+        return self._ask(video[qwen_vl.frame_indices(len(video), self.fps, FPS)], prompt)
+
+    def _ask(self, frames: Tensor, prompt: str) -> Answer:
+        """Return the answer about the frames that are shown, uint8 [f, H, W, 3]."""
+        size = qwen_vl.smart_resize(frames.shape[1], frames.shape[2], qwen_vl.VIDEO_MIN_PIXELS, MAX_PIXELS)
+        clip = Clip(qwen_vl.resize_levels(frames.cpu(), size), qwen_vl.TEMPORAL / FPS)
         return self.judge.answer([clip], QUESTION.replace("$t2v_prompt", prompt), prompt)

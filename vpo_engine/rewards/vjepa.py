@@ -31,6 +31,7 @@ from vpo_engine.rewards.frames import (
 )
 from vpo_engine.rewards.imagenet import square_clips
 from vpo_engine.rewards.loading import local_folder, read_json
+from vpo_engine.rewards.videos import Videos
 from vpo_engine.rewards.vit import Block
 from vpo_engine.weights import WHOLE, load_strict, read_file
 
@@ -269,7 +270,7 @@ class VJepa:
         return cls(network, seed=seed, detach_targets=detach_targets, batch_size=batch_size)
 
     @torch.no_grad()
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3]; return {"vjepa": float32 [B]}, at most 0, on the CPU.
 
         The prompts are only counted. Raise ValueError for a wrong shape or type, for too few frames and for a score

@@ -2,7 +2,8 @@
 
 A message is two lengths, a JSON header and raw bytes: the lengths are unsigned 64-bit integers, big-endian, and count
 the bytes of the header (UTF-8) and of what follows it. The header has the message's kind, its fields, and the name,
-dtype and shape of each tensor; the tensors' bytes follow in that order. Nothing is pickled, errors included.
+dtype and shape of each tensor; the tensors' bytes follow in that order. A video file in place of a tensor is named in
+the header, and read by who receives it, on the same machine. Nothing is pickled, errors included.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpo_engine.rewards.videos import Videos
+
 _LENGTHS = struct.Struct("!QQ")
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -32,7 +35,8 @@ class Message:
 
     kind: str
     fields: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
+    """Tensors, or video files in their place."""
 
 
 class Wire:
@@ -53,20 +57,25 @@ class Wire:
         self,
         kind: str,
         fields: Mapping[str, Any] | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Videos] | None = None,
         deadline: float | None = None,
     ) -> None:
         """Send a message; tensors may be on any device. Raise ConnectionError where the other side is gone."""
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
-        described = [
-            {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-            for name, tensor in held.items()
-        ]
+        held, described = list[Tensor](), list[dict[str, Any]]()
+        for name, videos in (tensors or {}).items():
+            if not isinstance(videos, Tensor):
+                described.append({"name": name, "file": videos.to_fields()})
+                continue
+            tensor = videos.detach().cpu().contiguous()
+            held.append(tensor)
+            described.append(
+                {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+            )
         header = json.dumps({"kind": kind, "fields": dict(fields or {}), "tensors": described}).encode()
-        size = sum(tensor.nbytes for tensor in held.values())
+        size = sum(tensor.nbytes for tensor in held)
         self._limit(deadline)
         self._socket.sendall(_LENGTHS.pack(len(header), size) + header)
-        for tensor in held.values():
+        for tensor in held:
             self._limit(deadline)
             self._socket.sendall(_bytes_of(tensor))
 
@@ -91,7 +100,8 @@ class Wire:
         except (ValueError, KeyError, TypeError) as error:
             raise ConnectionError(f"the header of a message cannot be read: {error!r}") from error
         for tensor in message.tensors.values():
-            self._fill(_bytes_of(tensor), deadline)
+            if isinstance(tensor, Tensor):
+                self._fill(_bytes_of(tensor), deadline)
         return message
 
     def close(self) -> None:
@@ -162,15 +172,26 @@ def _of_its_type(fields: Mapping[str, Any]) -> Exception | None:
     return error if str(error) == fields["text"] else None
 
 
-def _allocated(described: Sequence[Mapping[str, Any]], size: int) -> dict[str, Tensor]:
-    """Return empty tensors as a header describes them. Raise ValueError unless they have ``size`` bytes in all."""
+def _allocated(described: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
+    """Return empty tensors and video files as a header describes them.
+
+    Raise ValueError unless the tensors have ``size`` bytes in all.
+    """
     tensors = {
         str(each["name"]): torch.empty(each["shape"], dtype=_dtype(each["dtype"]), device="meta")
         for each in described
+        if "file" not in each
     }
     if sum(tensor.nbytes for tensor in tensors.values()) != size:
         raise ValueError(f"{size} bytes of tensors, which it does not describe")
-    return {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+    files = {str(each["name"]): _file(each["file"]) for each in described if "file" in each}
+    return files | {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+
+
+def _file(fields: dict[str, Any]) -> Videos:
+    from vpo_engine.runs.video_file import VideoFile  # PyAV is loaded where there are files
+
+    return VideoFile.from_fields(fields)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -184,4 +205,5 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a view of the memory of a contiguous tensor on the CPU."""
     if not tensor.numel():
         return memoryview(b"")
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # A tensor of one element counts as contiguous whatever its stride, which the view of its bytes would take over.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

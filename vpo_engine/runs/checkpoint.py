@@ -125,8 +125,8 @@ def unusable_checkpoints(folder: Path) -> list[str]:
     return [fault for fault in faults if fault is not None]
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, after checking every file's size and SHA-256 against the manifest.
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Check every file's size and SHA-256 against the manifest, and return the manifest.
 
     Raise ValueError for a missing, truncated or altered file; it names the file and the checkpoint to use instead.
     """
@@ -142,8 +142,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 )
     except ValueError as error:
         raise ValueError(f"{error}. {_remedy(path)}") from error
+    return manifest
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint that ``verify_checkpoint`` accepts; errors are its errors."""
     from safetensors.torch import load_file
 
+    manifest = verify_checkpoint(path)
     tensors = {
         name.removesuffix(".safetensors"): load_file(path / name)
         for name in manifest["files"]

@@ -10,17 +10,12 @@ import torch
 from av.video.reformatter import Colorspace, Interpolation
 from torch import Tensor
 
+from vpo_engine.runs.video_file import VideoFile
+
 _CRF = "6"
 """Constant rate factor: visually lossless by a wide margin (0 is lossless, 23 the encoder's default)."""
 _BT709, _LIMITED = 1, 1
 """Numbers of ISO/IEC 23091-2 for colour primaries, transfer and matrix, and for the limited sample range."""
-_SCALER = int(
-    Interpolation.BILINEAR
-    | Interpolation.ACCURATE_RND
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-)
-"""Exact colour conversion; the default is faster, but darkens frames by one to two levels of 255."""
 
 
 def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = 256) -> None:
@@ -39,7 +34,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = 256) ->
     factor = -(-min_side // min(frames.shape[1], frames.shape[2]))
     frames = _even(enlarge(frames, max(1, factor)))
     rate = Fraction(fps).limit_denominator(1001)
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": _CRF, "preset": "medium"})
         stream.height, stream.width = frames.shape[1], frames.shape[2]
         stream.pix_fmt = "yuv420p"
@@ -57,32 +52,17 @@ def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = 256) ->
 
 
 def read_video(path: Path) -> tuple[Tensor, float]:
-    """Read the frames, uint8 [F, H, W, 3], and the frames per second of a video file's first video stream.
+    """Read the frames, uint8 [F, H, W, 3], and the frames per second of a video file, as a player shows it.
 
-    Raise ValueError for a file without readable video.
+    Raise ValueError for a file without readable video, and for a damaged one (see ``VideoFile.open``).
     """
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"'{path}' has no video stream")
-            stream = container.streams.video[0]
-            frames = [_rgb(frame) for frame in container.decode(stream)]
-            rate = stream.average_rate or stream.guessed_rate
-    except av.error.InvalidDataError as error:
-        raise ValueError(f"'{path}' is not a readable video file: {error}") from error
-    if not frames or not rate:
-        raise ValueError(f"'{path}' has no frames or no frame rate; give a video file that a player can play")
-    return torch.stack(frames), float(rate)
+    video = VideoFile.open(path)
+    return video[:, :][0], video.fps
 
 
 def enlarge(frames: Tensor, factor: int) -> Tensor:
     """Enlarge [F, H, W, 3] to [F, factor * H, factor * W, 3]; each pixel becomes a square."""
     return frames.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-
-
-def _rgb(frame: av.VideoFrame) -> Tensor:
-    """Convert a decoded frame to uint8 [H, W, 3], with the colour matrix that the file names."""
-    return torch.from_numpy(frame.reformat(format="rgb24", interpolation=_SCALER).to_ndarray())
 
 
 def _even(frames: Tensor) -> Tensor:

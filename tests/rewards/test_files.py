@@ -1,0 +1,198 @@
+"""Every scorer on video files: its scores of the tensor of all frames, at the file's own rate, in little memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_scorers import IMAGES, PUBLISHED, SCORERS, make
+from tiny_videos import noise
+from torch import Tensor
+
+from vpo_engine import rank as rank_module
+from vpo_engine.rewards.builtin import Builtin
+from vpo_engine.rewards.process import start_reward
+from vpo_engine.rewards.registry import RewardSpec
+from vpo_engine.rewards.videoalign import VideoAlign
+from vpo_engine.runs.video import read_video, write_mp4
+from vpo_engine.runs.video_file import VideoFile
+
+CAPTION = "a red circle moving left"
+TIMED = ("videoalign", "q_align", "videoscore2", "unified_reward")
+ALL_FRAMES = ("sprites", "builtin", *IMAGES)
+"""The scorers that look at every frame."""
+
+
+@pytest.fixture(scope="module", params=SCORERS)
+def scorer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    return request.param, make(request.param, tmp_path_factory.mktemp("scorer") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 frames, 8 a second."""
+    file = tmp_path_factory.mktemp("file") / "a.mp4"
+    write_mp4(file, noise(40, 192, 192, 3), 8, min_side=192)
+    return file
+
+
+def test_scores_are_those_of_all_frames(
+    scorer: tuple[str, Any], path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the scorer decodes no more than it looks at."""
+    name, made = scorer
+    if name == "sprites":  # of its own size alone
+        path = tmp_path / "sprites.mp4"
+        write_mp4(path, noise(17, 32, 32, 3), 8)
+    file, (frames, fps) = VideoFile.open(path), read_video(path)
+    if hasattr(made, "fps"):
+        monkeypatch.setattr(made, "fps", fps)
+    read: list[int] = []
+    frame = VideoFile._frame
+    monkeypatch.setattr(VideoFile, "_frame", lambda self, index: read.append(index) or frame(self, index))
+    if name in ("videoscore2", "unified_reward"):  # tiny judges write nonsense: compare what they are shown
+        shown: list[Tensor] = []
+        monkeypatch.setattr(
+            made.judge, "answer", lambda clips, *_: shown.extend(c.frames for c in clips) or 1 / 0
+        )
+        for videos in (file, frames.unsqueeze(0)):
+            with pytest.raises(ZeroDivisionError):
+                made.score(videos, [CAPTION])
+        assert shown
+        assert all(
+            torch.equal(*pair)
+            for pair in zip(shown[: len(shown) // 2], shown[len(shown) // 2 :], strict=True)
+        )
+    else:
+        found, expected = made.score(file, [CAPTION]), made.score(frames.unsqueeze(0), [CAPTION])
+        assert {key: value.item() for key, value in found.items()} == {
+            key: value.item() for key, value in expected.items()
+        }
+    assert len(read) == len(set(read))
+    assert len(read) == len(frames) if name in ALL_FRAMES else 0 < len(read) <= 20
+
+
+def test_brisque_reads_eight_frames(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    frame = VideoFile._frame
+    monkeypatch.setattr(VideoFile, "_frame", lambda self, index: read.append(index) or frame(self, index))
+    Builtin(dimensions=("visual_quality",)).score(VideoFile.open(path), [""])
+    assert read == [2, 7, 12, 17, 22, 27, 32, 37]
+
+
+class TestFrameRates:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return PUBLISHED["videoalign"].write(tmp_path_factory.mktemp("weights") / "tiny")
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The same frames at 4 and at 8 a second; people prefer the second."""
+        folder = tmp_path_factory.mktemp("clips")
+        for fps in (4, 8):
+            write_mp4(folder / f"{fps}.mp4", noise(24, 64, 64, 3), fps, min_side=64)
+        (folder / "prompts.csv").write_text("video,prompt\n4.mp4,w3 a cat\n8.mp4,w3 a cat\n")
+        row = {"prompt": "w3 a cat", "videos": ["4.mp4", "8.mp4"], "preferred": 1}
+        (folder / "preferred.jsonl").write_text(json.dumps(row) + "\n")
+        return folder
+
+    @pytest.mark.parametrize("more", [(), ("--time-limit", "120"), ("--preferences", "preferred.jsonl")])
+    def test_each_clip_is_scored_at_its_own(
+        self, weights: Path, folder: Path, tmp_path: Path, more: tuple[str, ...]
+    ) -> None:
+        options = [str(folder / text) if text.endswith("jsonl") else text for text in more]
+        arguments = [
+            str(folder),
+            "--reward",
+            "videoalign",
+            "--reward-path",
+            str(weights),
+            "--out",
+            str(tmp_path),
+        ]
+        assert rank_module.main([*arguments, *options]) == 0
+        rows = [line.split(",") for line in (tmp_path / "scores.csv").read_text().splitlines()]
+        found = {row[0]: [float(cell) for cell in row[2:5]] for row in rows[1:]}
+        for fps in (4, 8):
+            alone = VideoAlign.from_pretrained(weights, dtype=torch.float32, fps=fps)
+            expected = alone.score(read_video(folder / f"{fps}.mp4")[0].unsqueeze(0), ["w3 a cat"])
+            assert found[f"{fps}.mp4"] == [value.item() for value in expected.values()]
+        assert found["4.mp4"] != found["8.mp4"]
+
+    @pytest.mark.parametrize("name", TIMED)
+    def test_the_rate_of_the_file_counts(self, name: str, folder: Path, tmp_path: Path) -> None:
+        """Not the one that the scorer was made for, which is that of tensors."""
+        made = PUBLISHED[name].load(PUBLISHED[name].write(tmp_path / "tiny"), fps=24.0)
+        asked: list[list[int]] = []
+
+        class Recorded(VideoFile):
+            def __getitem__(self, key: Any) -> Tensor:
+                asked.append(list(key[1]))
+                raise KeyError
+
+        numbers: dict[float, list[int]] = {}
+        for fps in (2.0, 8.0):
+            file = Recorded(folder / "8.mp4", 48, 64, 64, fps)
+            if name == "unified_reward":  # version 2 looks at 16 frames whatever the rate
+                made.version = 1
+            with pytest.raises(KeyError):
+                made.score(file, ["w3 a cat"])
+            numbers[fps] = asked[-1]
+        assert len(numbers[2.0]) == {"q_align": 24}.get(name, 48)
+        assert len(numbers[8.0]) == {"q_align": 6}.get(name, 12)
+
+
+def test_a_child_process_reads_the_file_itself(path: Path) -> None:
+    file, own = VideoFile.open(path), RewardSpec("process_rewards:Scripted")
+    here = Builtin().score(file, [""])
+    with start_reward(RewardSpec("builtin")) as there:
+        found = there.score(file, [""])
+        assert all(torch.equal(found[name], here[name]) for name in here)
+    with start_reward(own) as there:  # of a user's own class, which takes tensors
+        assert there.score(file, ["a"])["mean"].item() == file[:, :].double().mean().float().item()
+
+
+SCRIPT = """
+import resource, sys
+from vpo_engine import rank
+import vpo_engine.metrics.ranking_report, vpo_engine.rewards.process, vpo_engine.runs.video_file
+from vpo_engine.rewards import {module}
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak()
+assert rank.main(sys.argv[1:]) == 0
+print(peak() - before)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name", ["brisque", "builtin", "videoalign", "videoscore", "pickscore", "viclip", "vjepa"]
+)
+def test_a_long_clip_takes_less_memory_than_its_frames(name: str, tmp_path: Path) -> None:
+    """600 frames of 640 x 360 are 396 MiB. Long: encoding and decoding them takes seconds."""
+    folder, clip = tmp_path / "clips", noise(30, 360, 640, 3)
+    folder.mkdir()
+    write_mp4(folder / "w3-a-cat.mp4", torch.cat([clip] * 20), 30)
+    weights = []
+    if name in PUBLISHED:
+        written = PUBLISHED[name].write(tmp_path / "tiny")
+        if PUBLISHED[name].options.keys() - {"dtype"}:
+            pytest.skip("its tiny checkpoint needs a shape that the command does not take")
+        weights = ["--reward-path", str(written)]
+    module = "builtin" if name == "brisque" else name
+    command = [sys.executable, "-c", SCRIPT.format(module=module), str(folder), "--reward", name, *weights]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) < 1.5 * 600 * 640 * 360 * 3
