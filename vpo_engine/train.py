@@ -17,9 +17,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vpo_engine import settings
-from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward, check_reward
+from vpo_engine.build import (
+    build_held_out,
+    build_model,
+    build_prompts,
+    build_reward,
+    check_reward,
+    check_scored,
+)
 from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.data.prompt_record import Texts, check_record, write_record
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.idle_offload import IdleOffload
@@ -78,7 +86,7 @@ def train(config: Config) -> int:
         check_reward(config)
         dataset = config.rollout.dataset
         stored = None if dataset is None else StoredPairs(dataset, config.pairs.min_gap)
-        prompts, held_out_prompts = build_prompts(config)
+        prompts, held_out_prompts = build_prompts(config, print if processes.first else None)
         if configurations_are_here(config):  # else building the model says which is missing
             config, plan = check_fits(config, processes.device, processes.count, processes.broadcast_text)
             if processes.first:
@@ -87,7 +95,9 @@ def train(config: Config) -> int:
         reward = served or _build_reward(config, processes, at_end, model.idle_offload)
         if served is not None:
             served.wait_until_loaded()
-        run = _run_directory(config, processes)
+        check_scored(config, reward, prompts, held_out_prompts)
+        texts: Texts = {"prompts.train": prompts} if stored is None else {"rollout.dataset": stored.texts()}
+        run = _run_directory(config, processes, {**texts, "prompts.held_out": held_out_prompts})
         with model.idle_offload.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
             algorithm = OnlineVPO(config, model, reward, reference, processes, model.idle_offload, stored)
@@ -126,13 +136,13 @@ def _build_reward(
     return at_end.enter_context(reward) if isinstance(reward, RemoteReward) else reward
 
 
-def _run_directory(config: Config, processes: Processes) -> RunDirectory:
+def _run_directory(config: Config, processes: Processes, texts: Texts) -> RunDirectory:
     """Return the run directory. The first process makes it, or opens it to resume; the others are told where it is."""
-    path = str(_open_or_create(config).root) if processes.first else ""
+    path = str(_open_or_create(config, texts).root) if processes.first else ""
     return RunDirectory.open(Path(processes.broadcast_text(path)))
 
 
-def _open_or_create(config: Config) -> RunDirectory:
+def _open_or_create(config: Config, texts: Texts) -> RunDirectory:
     """Open the run to resume (that of run_dir, else the newest of this name), or create a run directory."""
     root = config.run_dir
     if config.checkpoint.resume:
@@ -141,9 +151,14 @@ def _open_or_create(config: Config) -> RunDirectory:
         if root is not None and root.is_dir() and any(root.iterdir()):
             run = RunDirectory.open(root)
             check_same_run(config, run.config)
+            note = check_record(run.root, texts)
+            if note:
+                print(note, flush=True)
             return run
     text = dump_config(config)
-    return RunDirectory.create_at(root, text) if root else RunDirectory.create(config.name, text)
+    run = RunDirectory.create_at(root, text) if root else RunDirectory.create(config.name, text)
+    write_record(run.root, texts)
+    return run
 
 
 if __name__ == "__main__":

@@ -237,6 +237,13 @@ class VideoModel(ABC):
         depth: blocks in each list of repeating blocks; None: as configured.
         """
 
+    @classmethod
+    def readable_part(cls, settings: ModelConfig, prompt: str) -> str:
+        """Return what the model can read of a prompt: what the family's preparation of texts leaves of it, without what
+        it adds to all of them. A run with a prompt of which no letter is left does not start. By default, all of it.
+        """
+        return prompt
+
     # --- text ----------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -11,6 +11,8 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from vpo_engine.rewards.refusals import refusals
+
 Reduce = Literal["mean", "min", "segments"]
 
 
@@ -133,6 +135,10 @@ class VideoOfFrames:
     @property
     def network(self) -> nn.Module:
         return self.scorer.network
+
+    def refusals(self, prompts: Sequence[str]) -> dict[int, str]:
+        """Return why the scorer refuses prompts, by their number."""
+        return refusals(self.scorer, prompts)
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
@@ -257,6 +263,12 @@ def check_prompts(prompts: Sequence[str], reader: str) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {row} is {prompt!r}, expected text: {reader} judges by it")
+
+
+def check_prompt(prompt: str, tokens: Sequence[str], reader: str) -> None:
+    """Raise what ``check_prompts`` and ``check_special_tokens`` raise of one prompt."""
+    check_prompts([prompt], reader)
+    check_special_tokens(prompt, tokens, reader)
 
 
 def check_special_tokens(prompt: str, tokens: Sequence[str], reader: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_videos
+from vpo_engine.rewards.refusals import refusals
 
 ENTRY_POINTS = "vpo_engine.rewards"
 """The group of entry points under which an installed package offers rewards by name (also in config/reward.py)."""
@@ -129,6 +130,17 @@ class _Checked:
         self.dimensions = tuple(reward.dimensions)
         network = getattr(reward, "network", None)
         self.network = network if isinstance(network, nn.Module) else None
+
+    def refusals(self, prompts: Sequence[str]) -> dict[int, str]:
+        """Return why the reward refuses prompts, by their number. ValueError if it answers with anything but a text."""
+        found = refusals(self._reward, prompts)
+        for row, reason in found.items():
+            if not isinstance(reason, str):
+                raise ValueError(
+                    f"reward {self._kind!r}: refuse_prompt({prompts[row]!r}) returned {reason!r}, expected a text that "
+                    f"says why the prompt is refused, or None; {_HELP}"
+                )
+        return found
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

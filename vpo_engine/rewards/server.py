@@ -19,6 +19,7 @@ from contextlib import suppress
 import torch
 
 from vpo_engine.protocols import Reward
+from vpo_engine.rewards.refusals import refusals
 from vpo_engine.rewards.registry import RewardSpec
 from vpo_engine.rewards.wire import Message, RewardProcessError, Wire, describe_error, wait_for
 
@@ -29,7 +30,9 @@ class AskerLostError(RewardProcessError):
 
 @torch.no_grad()
 def answer_requests(members: dict[Wire, str], reward: Reward, stopping: Callable[[], bool]) -> None:
-    """Score what ``members`` ask for, one request after the other; who leaves is taken out of ``members``.
+    """Answer what ``members`` ask for, one request after the other; who leaves is taken out of ``members``.
+
+    They ask for scores of videos, or which prompts the reward refuses.
 
     ``members`` maps each connection to the name of its process. What the reward raises is raised here, and answered by
     the caller. Raise AskerLostError where a process ends without a farewell. ``stopping`` is asked after every score,
@@ -41,6 +44,11 @@ def answer_requests(members: dict[Wire, str], reward: Reward, stopping: Callable
             if request.kind == "farewell":
                 del members[member]
                 member.close()
+                continue
+            if request.kind == "refusals":
+                refused = refusals(reward, request.fields["prompts"])
+                with suppress(ConnectionError):
+                    member.send("refused", {"refused": list(refused.items())})
                 continue
             scores = reward.score(request.tensors["videos"], request.fields["prompts"])
             with suppress(ConnectionError):  # the next read of this connection says who is gone

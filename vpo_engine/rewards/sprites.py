@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vpo_engine.data.sprites.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, SIZE, Attributes
+from vpo_engine.data.sprites.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, SIZE, Attributes, parse_caption
 from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.refusals import refusal
 
 DIMENSIONS = (
     "visual_quality",
@@ -317,6 +318,10 @@ class _SpritesScorer:
     def __init__(self, network: nn.Module | None = None) -> None:
         """``network``: a trained one; without it the package's weights are loaded."""
         self.network = load_network(self.kind) if network is None else network
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it is no caption of the sprites world."""
+        return refusal(parse_caption, prompt)
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

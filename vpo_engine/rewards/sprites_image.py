@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.data.sprites.world import SIZE, Attributes
+from vpo_engine.data.sprites.world import SIZE, Attributes, parse_caption
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_finite, check_images
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.sprites import load_network
 
 CARD = RewardCard(
@@ -51,6 +52,10 @@ class SpritesImage:
         """Make the scorer with the package's weights, in float32 whatever the ``dtype``."""
         del dtype
         return cls(load_network("image").to(device))
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it is no caption of the sprites world."""
+        return refusal(parse_caption, prompt)
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from vpo_engine.rewards import qwen_vl
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.frames import check_moving, check_prompts, check_videos
+from vpo_engine.rewards.frames import check_moving, check_prompt, check_prompts, check_videos
+from vpo_engine.rewards.loading import special_tokens
 from vpo_engine.rewards.qwen_judge import Clip, QwenJudge, shown
+from vpo_engine.rewards.refusals import refusal
 
 Version = Literal[1, 2]
 NAME = "UnifiedReward"
@@ -259,6 +261,10 @@ class UnifiedReward:
             path, dtype=dtype, device=device, name=NAME, max_new_tokens=max_new_tokens, remedy=REMEDY
         )
         return cls(judge, version=version, fps=fps)
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
+        return refusal(check_prompt, prompt, special_tokens(self.judge.tokenizer), NAME)
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3], F >= 2, and B prompts; return {dimension: float32 [B]}, on the CPU.

@@ -31,6 +31,7 @@ from vpo_engine.rewards.frames import (
 from vpo_engine.rewards.imagenet import square_clips
 from vpo_engine.rewards.loading import find_file, local_folder, read_under
 from vpo_engine.rewards.open_clip import Transformer
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.weights import load_strict
 
 NAME = "ViCLIP"
@@ -180,6 +181,14 @@ class ViCLIP:
         weights = read_under(path, "model", REMEDY)
         load_strict(network, weights, where=path, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
         return cls(network, tokenizer, batch_size=batch_size)
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
+        return refusal(self._check_prompt, prompt)
+
+    def _check_prompt(self, prompt: str) -> None:
+        check_prompts([prompt], NAME)
+        self.tokenizer.text_of(prompt)
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

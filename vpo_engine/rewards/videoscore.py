@@ -28,12 +28,14 @@ from vpo_engine.rewards.frames import (
     batches,
     by_dimension,
     check_moving,
+    check_prompt,
     check_prompts,
     check_special_tokens,
     check_videos,
 )
 from vpo_engine.rewards.loading import read_config, read_json, read_tokenizer, special_tokens
 from vpo_engine.rewards.quantize import Bits, check_bits, quantise
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.weights import WHOLE, check_weights, load_strict, read_files, weight_files
 
 DIMENSIONS = (
@@ -225,6 +227,10 @@ class VideoScore:
         tokenizer = _read_tokenizer(folder, config)
         network = _read_network(folder, config, dtype, torch.device(device), bits)
         return cls(network, tokenizer, processor, max_frames=max_frames, batch_size=batch_size)
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
+        return refusal(check_prompt, prompt, self._special, NAME)
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
