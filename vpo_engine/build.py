@@ -60,6 +60,11 @@ def build_prompts(config: Config, say: Callable[[str], None] | None = None) -> t
         notes += describe_repeats("prompts.train", train, rows)
         notes += describe_overlap(held_out, train, rows)
     notes += describe_repeats("prompts.held_out", held_out, range(len(held_out)))
+    if len(held_out) * config.evaluation.samples_per_prompt == 1:
+        notes.append(
+            "note: there is one held-out clip, so its changes will have no bounds; give a second held-out prompt, or set "
+            "evaluation.samples_per_prompt=2"
+        )
     if say is not None:
         for note in notes:
             say(note)

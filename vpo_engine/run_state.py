@@ -62,6 +62,11 @@ def check_same_run(config: Config, saved_config: Path) -> None:
         different.append(
             f"evaluation.steps was {saved.held_out_steps}, now {config.held_out_steps}, and the base was evaluated so"
         )
+    samples, now = saved.evaluation.samples_per_prompt, config.evaluation.samples_per_prompt
+    if samples != now:
+        different.append(
+            f"evaluation.samples_per_prompt was {samples}, now {now}, and the base was evaluated so"
+        )
     if different:
         raise ValueError(
             f"cannot resume {saved_config.parent}: {'; '.join(different)}. Resume with the run's own settings "

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from vpo_engine.build import build_model
+from vpo_engine.build import build_model, check_prompts
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
-from vpo_engine.data.prompts import PromptFile
+from vpo_engine.data.prompts import PromptFile, PromptList
 from vpo_engine.data.sprites.world import withheld_captions
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.lora import load_adapter
@@ -88,6 +88,8 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
         raise ValueError(
             "there is no prompt; give one with --prompt TEXT, or a file of them with --prompts FILE"
         )
+    for note in check_prompts(config, prompts):
+        print(note, flush=True)
     processes = Processes.start(config.model.device)
     model = build_model(config, processes)
     if adapter is not None:
@@ -139,8 +141,7 @@ def _config_of(run: Path | None) -> tuple[Config, Path | None]:
 def _prompts(texts: Sequence[str], file: Path | None) -> list[str]:
     if file is None:
         return list(texts)
-    rows = PromptFile(file)
-    return [*texts, *(rows[index] for index in range(len(rows)))]
+    return PromptList(texts, PromptFile(file))
 
 
 def _slug(prompt: str) -> str:

@@ -96,13 +96,13 @@ def train(config: Config) -> int:
         if served is not None:
             served.wait_until_loaded()
         check_scored(config, reward, prompts, held_out_prompts)
+        held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         texts: Texts = {"prompts.train": prompts} if stored is None else {"rollout.dataset": stored.texts()}
         run = _run_directory(config, processes, {**texts, "prompts.held_out": held_out_prompts})
         with model.idle_offload.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
             algorithm = OnlineVPO(config, model, reward, reference, processes, model.idle_offload, stored)
         stream = PromptStream(prompts, config.seed) if stored is None else stored
-        held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         trainer = Trainer(
             config,
             algorithm,

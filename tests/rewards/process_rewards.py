@@ -46,6 +46,17 @@ class Scripted:
         return {"mean": videos.flatten(1).double().mean(1).float()}
 
 
+class Picky(Scripted):
+    """Refuses prompts that ask something; about one it gives no sensible answer, about another it fails."""
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        if prompt == "fail":
+            raise RuntimeError("the word list is gone")
+        if prompt == "wrong":
+            return False  # type: ignore[return-value]
+        return f"{prompt!r} asks something" if "?" in prompt else None
+
+
 class Refused(Scripted):
     """Cannot be made."""
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vpo_engine import rank as rank_module
 from vpo_engine import train as entry
 from vpo_engine.data.sprites.world import Attributes, render
+from vpo_engine.rewards.refusals import refusals
 from vpo_engine.rewards.registry import NAMES, reward_card
 from vpo_engine.runs.video import write_mp4
 
@@ -146,6 +147,17 @@ class TestEveryScorer:
             refused(made, video(name), [f"a cat {token}"], words)
         else:
             assert name in (*NO_PROMPT, "sprites")
+
+    def test_says_beforehand_which_prompts_it_refuses(self, scorer: tuple[str, Any]) -> None:
+        """In the words of the error that scoring a video would raise."""
+        name, made = scorer
+        prompts = [CAPTION, "", f"a cat {SPECIAL[name][0]}" if name in SPECIAL else "a cat"]
+        found = refusals(made, prompts)
+        for row in found:
+            with pytest.raises(ValueError, match=r"\S") as caught:
+                made.score(video(name), [prompts[row]])
+            assert str(caught.value).replace("prompt 17 ", "prompt 0 ") == found[row]
+        assert list(found) == ([] if name in NO_PROMPT else [1, 2])
 
     def test_refuses_scores_that_are_not_finite(self, scorer: tuple[str, Any]) -> None:
         """Except for judges that write."""

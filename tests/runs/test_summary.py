@@ -78,8 +78,8 @@ def test_bounds_cover_the_truth_as_often_as_they_say():
 @pytest.mark.parametrize(
     ("before", "after", "text"),
     [
-        (torch.zeros(3), torch.zeros(4), r"same length, at least 2, got \[3\] and \[4\]"),
-        (torch.zeros(1), torch.zeros(1), r"at least 2, got \[1\]"),
+        (torch.zeros(3), torch.zeros(4), r"same length, at least 1, got \[3\] and \[4\]"),
+        (torch.zeros(0), torch.zeros(0), r"at least 1, got \[0\]"),
         (torch.zeros(2, 2), torch.zeros(2, 2), "two vectors"),
         (
             torch.zeros(2),

@@ -72,17 +72,16 @@ def read_json(lines: Lines, column: str | None, choose: str) -> Iterator[tuple[i
         inner = _inner_list(entries, column)
         if inner is not None:
             column = None if inner.key == column else column
-            entries = list(_entries(lines, text, inner.place, inner.line))
+            entries = list(_entries(lines, text, inner.place))
         else:
             _check_names(lines, entries, column)
     return _prompts(lines, entries, column, choose)
 
 
-def _entries(lines: Lines, text: str, place: int, line: int | None = None) -> Iterator[_Entry]:
+def _entries(lines: Lines, text: str, place: int) -> Iterator[_Entry]:
     """Yield what the list or object that begins at ``place`` of valid JSON holds. An object may have a key twice."""
     decoder, names = json.JSONDecoder(object_pairs_hook=unique), text[place] == "{"
-    line = text.count("\n", 0, place) + 1 if line is None else line
-    counted = place
+    line, counted = text.count("\n", 0, place) + 1, place
     place = _skip(text, place + 1)
     while text[place] not in "]}":
         line += text.count("\n", counted, place)
