@@ -169,7 +169,7 @@ def test_importing_registry_and_server_imports_no_reward_and_no_settings() -> No
         "vpo_engine.protocols",
         "vpo_engine.rewards",
     ]
-    names = ("card", "frames", "own", "registry", "server", "wire")
+    names = ("card", "frames", "own", "refusals", "registry", "server", "wire")
     assert out.splitlines() == [
         " ".join([*rooms, *(f"vpo_engine.rewards.{name}" for name in names)]),
         "set()",
