@@ -248,6 +248,25 @@ def test_a_caption_that_videoscore_refuses_stops_the_run_before_a_video_is_sampl
     assert f"train.txt, line {row + 1}. 2 of {row + 1} prompts cannot be used" in message
 
 
+@pytest.mark.parametrize("kind", ["reward", "guards.reward"])
+def test_videos_that_the_reward_does_not_score_stop_the_run_before_one_is_sampled(
+    checkpoints: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The built-in scorer compares three neighbouring frames."""
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_: pytest.fail("a video was sampled"))
+    given = [*settings(checkpoints, tmp_path / "run"), "model.num_frames=1", "reward.path=null"]
+    given += ["reward.kind=brisque", "reward.dimensions=global", f"{kind}.kind=builtin"]
+    assert entry.main(given) == 1
+    message = capsys.readouterr().err
+    assert f"{kind}.kind=builtin does not score videos of 1 frame of " in message
+    assert "videos have 1 frame, but temporal_consistency compares 3 neighbouring ones" in message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("broken", "text"),
     [

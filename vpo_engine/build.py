@@ -32,8 +32,9 @@ from vpo_engine.models.registry import check_loaded, check_model, model_family
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards import registry
 from vpo_engine.rewards.combine import check_dimensions
+from vpo_engine.rewards.frames import counted_frames
 from vpo_engine.rewards.process import start_reward
-from vpo_engine.rewards.refusals import refusals
+from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.sprites import SpritesJudge
 from vpo_engine.video_model import Encoder, LoadContext, VideoModel
 
@@ -62,8 +63,8 @@ def build_prompts(config: Config, say: Callable[[str], None] | None = None) -> t
     notes += describe_repeats("prompts.held_out", held_out, range(len(held_out)))
     if len(held_out) * config.evaluation.samples_per_prompt == 1:
         notes.append(
-            "note: there is one held-out clip, so its changes will have no bounds; give a second held-out prompt, or set "
-            "evaluation.samples_per_prompt=2"
+            "note: there is one held-out clip, so its changes will have no bounds; give a second held-out prompt, or "
+            "set evaluation.samples_per_prompt=2"
         )
     if say is not None:
         for note in notes:
@@ -113,12 +114,28 @@ def check_prompts(config: Config, prompts: Prompts, rows: Sequence[int] | None =
     return check_readable(prompts, rows, partial(family.readable_part, config.model), family.card.name)
 
 
-def check_scored(config: Config, reward: Reward, train: Prompts, held_out: Sequence[str]) -> None:
-    """Raise ValueError, naming their places, for prompts that the reward refuses, before a video is made for them."""
+def check_scored(
+    config: Config, model: VideoModel, reward: Reward, train: Prompts, held_out: Sequence[str]
+) -> None:
+    """Raise ValueError for what the reward refuses, before a video is made: the size of the model's videos, or prompts,
+    whose places are named."""
     who, change = f"reward.kind={config.reward.kind}", "set another reward.kind"
+    _ask_size(reward, model, who, change)
     _ask(reward, held_out, range(len(held_out)), who, change)
     if config.rollout.dataset is None:
         _ask(reward, train, _rows_of(config, train), who, change)
+
+
+def _ask_size(reward: Reward, model: VideoModel, who: str, change: str) -> None:
+    if model.video_size is None:
+        return
+    frames, height, width = model.video_size
+    reason = size_refusal(reward, frames, height, width)
+    if reason is not None:
+        raise ValueError(
+            f"{who} does not score videos of {counted_frames(frames)} of {height} x {width} pixels, which the model "
+            f"makes: {reason}. Change model.num_frames or model.resolution if the model has them, or {change}"
+        )
 
 
 def _ask(reward: Reward, prompts: Prompts, rows: Sequence[int], who: str, change: str) -> None:
@@ -258,7 +275,9 @@ def build_held_out(
             model.idle_offload.register("judge", lambda: module_tensors(network))
     if judge is not None:
         who = "the judge of the sprites world" if settings is None else f"guards.reward.kind={settings.kind}"
-        _ask(judge, prompts, range(len(prompts)), who, "set guards.reward to another judge")
+        change = "set guards.reward to another judge"
+        _ask_size(judge, model, who, change)
+        _ask(judge, prompts, range(len(prompts)), who, change)
     scorers = HeldOutScorers(
         reward=reward,
         pixels=measure if sprites else pixel_measures,

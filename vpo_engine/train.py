@@ -95,7 +95,7 @@ def train(config: Config) -> int:
         reward = served or _build_reward(config, processes, at_end, model.idle_offload)
         if served is not None:
             served.wait_until_loaded()
-        check_scored(config, reward, prompts, held_out_prompts)
+        check_scored(config, model, reward, prompts, held_out_prompts)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         texts: Texts = {"prompts.train": prompts} if stored is None else {"rollout.dataset": stored.texts()}
         run = _run_directory(config, processes, {**texts, "prompts.held_out": held_out_prompts})

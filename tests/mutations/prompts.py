@@ -80,7 +80,7 @@ MUTATIONS = [
     (
         "the judge is not asked",
         BUILD,
-        '_ask(judge, prompts, range(len(prompts)), who, "set guards.reward to another judge")',
+        "_ask(judge, prompts, range(len(prompts)), who, change)",
         "pass",
         RUN_TESTS,
     ),

@@ -56,6 +56,9 @@ class Picky(Scripted):
             return False  # type: ignore[return-value]
         return f"{prompt!r} asks something" if "?" in prompt else None
 
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        return f"{frames} of {height} x {width} are too many" if frames > 8 else None
+
 
 class Refused(Scripted):
     """Cannot be made."""

@@ -40,6 +40,7 @@ from vpo_engine.rewards.natural_scenes import (
     smooth,
 )
 from vpo_engine.rewards.optical_flow import displace, flow_between
+from vpo_engine.rewards.refusals import refusal
 
 DIMENSIONS = ("visual_quality", "naturalness", "temporal_consistency", "dynamic_degree")
 PICTURES = ("visual_quality", "naturalness")
@@ -141,7 +142,8 @@ class Builtin:
         Return {dimension: float32 [B]} on their device, with gradients.
         """
         check_video_pixels(videos, prompts)
-        self._check_size(videos)
+        frames, _, height, width = videos.shape[1:]
+        self._check_size(frames, height, width)
         scores = {}
         if set(PICTURES) & set(self.dimensions):
             pictures = videos[:, spread_frames(videos.shape[1], self.frames)]
@@ -158,8 +160,11 @@ class Builtin:
                 scores["dynamic_degree"] = percent / (1 + percent)
         return {name: scores[name].float() for name in self.dimensions}
 
-    def _check_size(self, videos: Tensor) -> None:
-        frames, _, height, width = videos.shape[1:]
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(self._check_size, frames, height, width)
+
+    def _check_size(self, frames: int, height: int, width: int) -> None:
         for name, needed in NEEDED_FRAMES.items():
             if name in self.dimensions and frames < needed:
                 raise ValueError(

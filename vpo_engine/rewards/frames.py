@@ -11,7 +11,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.rewards.refusals import refusals
+from vpo_engine.rewards.refusals import refusal, refusals, size_refusal
 
 Reduce = Literal["mean", "min", "segments"]
 
@@ -140,6 +140,11 @@ class VideoOfFrames:
         """Return why the scorer refuses prompts, by their number."""
         return refusals(self.scorer, prompts)
 
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        too_short = refusal(segment_frames, frames, self.segments) if self.reduce == "segments" else None
+        return too_short or size_refusal(self.scorer, 1, height, width)
+
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
@@ -223,11 +228,11 @@ def check_videos(videos: Tensor, prompts: Sequence[str]) -> None:
     _check("video", videos, 5, 4, "[B, F, H, W, 3]", prompts)
 
 
-def check_moving(videos: Tensor, reader: str) -> None:
-    """Raise ValueError for videos [B, F, ...] of a single frame; ``reader`` is the model that judges them."""
-    if videos.shape[1] < 2:
+def check_moving(num_frames: int, reader: str) -> None:
+    """Raise ValueError for videos of a single frame; ``reader`` is the model that judges them."""
+    if num_frames < 2:
         raise ValueError(
-            f"videos have {videos.shape[1]} frame, expected at least 2: {reader} judges motion too, which a picture "
+            f"videos have {num_frames} frame, expected at least 2: {reader} judges motion too, which a picture "
             "does not have"
         )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_videos
-from vpo_engine.rewards.refusals import refusals
+from vpo_engine.rewards.refusals import refusals, size_refusal
 
 ENTRY_POINTS = "vpo_engine.rewards"
 """The group of entry points under which an installed package offers rewards by name (also in config/reward.py)."""
@@ -141,6 +141,9 @@ class _Checked:
                     f"says why the prompt is refused, or None; {_HELP}"
                 )
         return found
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        return size_refusal(self._reward, frames, height, width)
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a reward says beforehand: which prompts it refuses, without a video."""
+"""What a reward says beforehand, without a video: which prompts it refuses, and which sizes of videos."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def refusals(reward: object, prompts: Sequence[str]) -> dict[int, str]:
         return {}
     answers = {row: ask(prompt) for row, prompt in enumerate(prompts)}
     return {row: answer for row, answer in answers.items() if answer is not None}
+
+
+def size_refusal(reward: object, frames: int, height: int, width: int) -> str | None:
+    """Return why the reward scores no videos of this size, or None if it does.
+
+    A reward says so by a method ``refuse_size(frames, height, width) -> str | None``; one without it takes every size.
+    """
+    ask = getattr(reward, "refuse_size", None)
+    reason: str | None = None if ask is None else ask(frames, height, width)
+    return reason
 
 
 def refusal(check: Callable[..., object], *arguments: object) -> str | None:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -79,21 +79,27 @@ class RemoteReward:
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the reward itself returns, on the CPU. Raise RewardProcessError if its process died or hung."""
-        answer = self._ask(
-            "score", prompts, {"videos": videos}, f"scored {len(videos)} videos", self._time_limit
-        )
+        fields, doing = {"prompts": list(prompts)}, f"scored {len(videos)} videos"
+        answer = self._ask("score", fields, {"videos": videos}, doing, self._time_limit)
         self.stopping = answer.fields["stopping"]
         return answer.tensors
 
     def refusals(self, prompts: Sequence[str]) -> dict[int, str]:
         """Return why the reward refuses prompts, by their number. There is no time limit."""
-        answer = self._ask("refusals", prompts, {}, f"looked at {len(prompts)} prompts", None)
+        doing = f"looked at {len(prompts)} prompts"
+        answer = self._ask("refusals", {"prompts": list(prompts)}, {}, doing, None)
         return {int(row): reason for row, reason in answer.fields["refused"]}
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why the reward scores no videos of this size, or None. There is no time limit."""
+        answer = self._ask("size", {"size": [frames, height, width]}, {}, "looked at a size of videos", None)
+        reason: str | None = answer.fields["reason"]
+        return reason
 
     def _ask(
         self,
         kind: str,
-        prompts: Sequence[str],
+        fields: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         doing: str,
         limit: float | None,
@@ -108,7 +114,7 @@ class RemoteReward:
             deadline = None if limit is None else time.monotonic() + limit
             try:
                 with suppress(ConnectionError):  # of a process that has failed, the answer says why
-                    self._wire.send(kind, {"prompts": list(prompts)}, tensors, deadline)
+                    self._wire.send(kind, fields, tensors, deadline)
             except BaseException as error:
                 raise self._interrupted(error, doing) from None
             return self._receive(deadline, doing)

@@ -186,6 +186,10 @@ class ViCLIP:
         """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
         return refusal(self._check_prompt, prompt)
 
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(frame_indices, frames, self.network.shape.num_frames)
+
     def _check_prompt(self, prompt: str) -> None:
         check_prompts([prompt], NAME)
         self.tokenizer.text_of(prompt)

@@ -238,6 +238,10 @@ class VideoAlign:
             batch_size=batch_size,
         )
 
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(self._geometry, frames, height, width)
+
     def refuse_prompt(self, prompt: str) -> str | None:
         """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
         return refusal(check_prompt, prompt, special_tokens(self.tokenizer), NAME)

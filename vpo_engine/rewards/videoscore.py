@@ -228,6 +228,10 @@ class VideoScore:
         network = _read_network(folder, config, dtype, torch.device(device), bits)
         return cls(network, tokenizer, processor, max_frames=max_frames, batch_size=batch_size)
 
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(check_moving, frames, NAME)
+
     def refuse_prompt(self, prompt: str) -> str | None:
         """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
         return refusal(check_prompt, prompt, self._special, NAME)
@@ -241,7 +245,7 @@ class VideoScore:
         of the tokenizer (such as "<image>") in it, and for a score that is not finite.
         """
         check_videos(videos, prompts)
-        check_moving(videos, NAME)
+        check_moving(videos.shape[1], NAME)
         check_prompts(prompts, NAME)
         parts = [
             self.logits(self.preprocess(videos[rows]), prompts[rows]).cpu()

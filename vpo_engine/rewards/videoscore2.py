@@ -121,6 +121,11 @@ class VideoScore2:
         )
         return cls(judge, fps=fps)
 
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        too_short = refusal(qwen_vl.frame_indices, frames, self.fps, FPS)
+        return too_short or refusal(qwen_vl.smart_resize, height, width, qwen_vl.VIDEO_MIN_PIXELS, MAX_PIXELS)
+
     def refuse_prompt(self, prompt: str) -> str | None:
         """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
         return refusal(check_prompt, prompt, special_tokens(self.judge.tokenizer), NAME)

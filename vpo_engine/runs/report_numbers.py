@@ -185,8 +185,8 @@ def clips_text(clips: int) -> str:
     """Say in sentences which clips were compared, and what their bounds mean."""
     if clips == 1:
         return (
-            "One clip, sampled from the same prompt and noise before and after training. One clip has no bounds, so its "
-            "changes may be chance: hold out a second prompt, or set evaluation.samples_per_prompt=2."
+            "One clip, sampled from the same prompt and noise before and after training. One clip has no bounds, so "
+            "its changes may be chance: hold out a second prompt, or set evaluation.samples_per_prompt=2."
         )
     return (
         f"{clips} clips, sampled from the same prompts and noise before and after training. The 95 % bounds are over "

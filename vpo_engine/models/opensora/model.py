@@ -115,6 +115,7 @@ class OpenSora(BaseModel):
         self.decode_strip_height: int | None = None
         self._compiled: CompiledBlocks | None = None
         self.num_frames, self.fps = geometry.num_frames, geometry.fps
+        self.video_size = (geometry.num_frames, geometry.height, geometry.width)
         size = self.vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
         config = network.config
         self.latent_shape = (config["in_channels"], *size)
