@@ -17,7 +17,7 @@ from vpo_engine.data.prompt_checks import (
     refuse_rows,
     rows_looked_at,
 )
-from vpo_engine.data.prompts import ColumnError, PromptFile, PromptList, Prompts, PromptStream
+from vpo_engine.data.prompts import ColumnError, PromptFile, PromptList, Prompts
 from vpo_engine.data.sprites.assets import GEOMETRY
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
@@ -100,8 +100,7 @@ def _open_files(settings: PromptsConfig) -> tuple[dict[str, PromptFile], list[st
 
 
 def _rows_of(config: Config, train: Prompts) -> Sequence[int]:
-    taken = config.steps * config.pairs_per_step
-    return rows_looked_at(train, PromptStream(train, config.seed), taken)
+    return rows_looked_at(train, config.seed, config.steps * config.pairs_per_step)
 
 
 def check_prompts(config: Config, prompts: Prompts, rows: Sequence[int] | None = None) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from vpo_engine.data.prompts import Prompts, PromptStream, place_of
 
-LOOKED_AT = 20_000
+LOOKED_AT = 10_000
 """Of a file with more prompts, the first of this number are looked at, and all that the run's steps take."""
 _SHOWN = 5
 """Rows that a message names."""
@@ -15,13 +15,12 @@ _LONGEST = 60
 """Characters of a prompt that a message quotes."""
 
 
-def rows_looked_at(prompts: Prompts, stream: PromptStream | None, taken: int) -> Sequence[int]:
-    """Return the numbers of the prompts that are looked at before a run; ``taken`` is what it takes of the stream."""
+def rows_looked_at(prompts: Prompts, seed: int, taken: int) -> Sequence[int]:
+    """Return the numbers of the prompts that are looked at before a run of this seed, which takes ``taken`` prompts."""
     if len(prompts) <= LOOKED_AT:
         return range(len(prompts))
-    used = (
-        set() if stream is None else {stream.index(position) for position in range(min(taken, len(prompts)))}
-    )
+    stream = PromptStream(prompts, seed)
+    used = {stream.index(position) for position in range(min(taken, len(prompts)))}
     return sorted(used.union(range(LOOKED_AT)))
 
 

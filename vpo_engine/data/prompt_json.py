@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from vpo_engine.data.prompt_lines import KNOWN_NAMES, Lines, check_text, pick_column, unique
+from vpo_engine.data.prompt_lines import DECODER, KNOWN_NAMES, Lines, check_text, pick_column
 
 _LISTS = (*KNOWN_NAMES, "prompts", "captions", "data")
 """Names of an object's entry that holds the list of prompts."""
@@ -80,7 +80,7 @@ def read_json(lines: Lines, column: str | None, choose: str) -> Iterator[tuple[i
 
 def _entries(lines: Lines, text: str, place: int) -> Iterator[_Entry]:
     """Yield what the list or object that begins at ``place`` of valid JSON holds. An object may have a key twice."""
-    decoder, names = json.JSONDecoder(object_pairs_hook=unique), text[place] == "{"
+    names = text[place] == "{"
     line, counted = text.count("\n", 0, place) + 1, place
     place = _skip(text, place + 1)
     while text[place] not in "]}":
@@ -88,10 +88,10 @@ def _entries(lines: Lines, text: str, place: int) -> Iterator[_Entry]:
         counted, key = place, None
         try:
             if names:
-                key, place = decoder.raw_decode(text, place)
+                key, place = DECODER.raw_decode(text, place)
                 place = _skip(text, _skip(text, place) + 1)  # the colon
             start = place
-            value, place = decoder.raw_decode(text, place)
+            value, place = DECODER.raw_decode(text, place)
         except ValueError as error:
             raise lines.bad_row(str(error), "keep each key once", line) from error
         yield _Entry(line, start, key, value)

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from typing import Literal, Protocol
 
-from vpo_engine.data.prompt_lines import Lines, check_text, is_blank, parse_json, pick_column
+from vpo_engine.data.prompt_lines import DECODER, Lines, check_text, is_blank, pick_column
 
 
 class Layout(Protocol):
@@ -59,7 +59,7 @@ def _is_json(text: str) -> bool:
     if text in ("[", "{"):
         return True
     try:
-        return isinstance(parse_json(text), dict | list)
+        return isinstance(DECODER.decode(text), dict | list)
     except ValueError:
         return False
 
@@ -161,7 +161,7 @@ class JsonLines:
             if not text.strip():
                 continue
             try:
-                row = parse_json(text)
+                row = DECODER.decode(text)
             except ValueError as error:
                 raise self._lines.bad_row(f"not JSON ({error})", "write one JSON object per line") from error
             if not isinstance(row, dict):
@@ -178,5 +178,5 @@ class JsonLines:
             )
 
     def parse(self, raw: bytes) -> str:
-        prompt: str = parse_json(raw.split(b"\n", 1)[0].decode())[self._key]
+        prompt: str = DECODER.decode(raw.split(b"\n", 1)[0].decode())[self._key]
         return prompt.strip()

@@ -64,20 +64,21 @@ class Lines:
 
 def is_blank(text: str) -> bool:
     """Return whether nothing of a text can be seen: it has only spaces, control and zero-width characters."""
+    if text[:1].isalnum():
+        return False
     return all(unicodedata.category(character) in _UNSEEN for character in text)
 
 
-def parse_json(text: str) -> Any:
-    """Parse JSON. Raise ValueError also for an object that has a key twice, of which json.loads keeps the last."""
-    return json.loads(text, object_pairs_hook=unique)
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
         raise ValueError(f"the key {twice!r} is there twice")
     return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+"""Parses JSON. It raises ValueError also for an object that has a key twice, of which json.loads keeps the last."""
 
 
 def check_text(lines: Lines, what: str, prompt: object, line: int | None = None) -> str:
