@@ -89,7 +89,7 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
             "there is no prompt; give one with --prompt TEXT, or a file of them with --prompts FILE"
         )
     for note in check_prompts(config, prompts):
-        print(note, flush=True)
+        print(note, file=sys.stderr)
     processes = Processes.start(config.model.device)
     model = build_model(config, processes)
     if adapter is not None:
