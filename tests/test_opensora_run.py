@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from vpo_engine import sample
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
-from vpo_engine.config_file import load_config
+from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
@@ -138,6 +139,132 @@ def test_the_papers_configuration_runs_from_local_checkpoints(checkpoints: Path,
     (file,) = out.glob("*.mp4")
     frames, _ = read_video(file)
     assert frames.shape[0] == 17
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("vpo_engine.train.build_model", loaded)
+    monkeypatch.setattr("vpo_engine.train.check_fits", lambda config, *_: (config, ""))
+
+
+def write_prompts(checkpoints: Path, folder: Path, train: list[str], held_out: list[str]) -> list[str]:
+    """Write prompt files, and return the settings of a run on them."""
+    for name, prompts in (("train", train), ("held_out", held_out)):
+        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    named = [f"prompts.{name}={folder / name}.txt" for name in ("train", "held_out")]
+    return [*settings(checkpoints, folder / "run"), *named]
+
+
+CLEANED_AWAY = {
+    "Chinese": "一只红色的狐狸在雪地上奔跑。",
+    "a link": "https://www.example.com/clips/0001.mp4",
+    "a size and a file name": "1920x1080 IMG_2041.jpg",
+    "an article code": "#123456 (abc12345)",
+    "with a score": "一只狐狸 aesthetic score: 6.5. motion score: 4.",
+    "words that swallow the score": "click for",
+}
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("caption", CLEANED_AWAY.values(), ids=CLEANED_AWAY)
+def test_captions_of_which_the_cleaning_leaves_nothing_stop_the_run(
+    checkpoints: Path, tmp_path: Path, caption: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = [PROMPTS[2], caption, PROMPTS[3], *[caption] * 7]
+    assert entry.main(write_prompts(checkpoints, tmp_path, mixed, PROMPTS[:2])) == 1
+    message = capsys.readouterr().err
+    assert (
+        f"train.txt, line 2: '{caption}' has no letter or digit that Open-Sora 1.2 reads; likewise "
+        in message
+    )
+    assert "train.txt, line 4, " in message
+    assert (
+        "and 2 more. 8 of 10 prompts cannot be used: delete these rows or write them in another way"
+        in message
+    )
+    assert entry.main(write_prompts(checkpoints, tmp_path, PROMPTS[2:], [PROMPTS[0], caption])) == 1
+    assert "held_out.txt, line 2: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_captions_that_the_cleaning_shortens_are_noted(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [PROMPTS[2], "狐狸が雪原を走り抜けて湖畔に向かう", "2 foxes, 1990s, 4k, see www.example.com"]
+    with pytest.raises(AssertionError, match="the model was loaded"):
+        entry.main(write_prompts(checkpoints, tmp_path, prompts, PROMPTS[:2]))
+    shown = capsys.readouterr().out
+    assert (
+        "note: Open-Sora 1.2 does not read more than half of the letters of 1 of 3 prompts, such as " in shown
+    )
+    assert f"train.txt, line 2: '{prompts[1]}' -> 'がを" in shown
+
+
+def test_sample_refuses_a_caption_of_which_the_cleaning_leaves_nothing(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text(f"{PROMPTS[0]}\n{CLEANED_AWAY['Chinese']}\n", encoding="utf-8")
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(load_config(SHIPPED, settings(checkpoints, tmp_path / "run")[1:])))
+    assert sample.main([str(config), "--prompts", str(prompts), "--out", str(tmp_path / "clips")]) == 1
+    assert f"error: {prompts}, line 2: " in capsys.readouterr().err
+    assert sample.main([str(config), "--prompt", CLEANED_AWAY["Chinese"]]) == 1
+    assert "error: prompt 1: '一只红色" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("shipped", ["opensora_v1_2_240p.yaml", "opensora_v1_2_720p.yaml"])
+@pytest.mark.parametrize("column", [[], ["prompts.column=name"]])
+def test_the_papers_configuration_takes_a_txt_and_webvid(
+    checkpoints: Path, tmp_path: Path, shipped: str, column: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """WebVid's column is known, and one from a configuration does not stand in the way of a .txt."""
+    given = write_prompts(checkpoints, tmp_path, PROMPTS[2:], PROMPTS[:2])[1:]
+    for train in ([], [f"prompts.train={checkpoints / 'webvid.csv'}"]):
+        with pytest.raises(AssertionError, match="the model was loaded"):
+            entry.main([shipped, *given, *column, *train])
+    noted = "prompts.column=name is not used: .txt files have no columns" in capsys.readouterr().out
+    assert noted == bool(column)
+
+
+def test_a_caption_that_videoscore_refuses_stops_the_run_before_a_video_is_sampled(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sampled(*_: object) -> None:
+        raise AssertionError("a video was sampled")
+
+    monkeypatch.setattr(HeldOut, "evaluate", sampled)
+    prompts = [*PROMPTS[2:], "a fox <s> runs", "a hare <image>"]
+    assert entry.main(write_prompts(checkpoints, tmp_path, prompts, PROMPTS[:2])) == 1
+    message = capsys.readouterr().err
+    row = len(PROMPTS) - 1
+    assert f"train.txt, line {row}: reward.kind=videoscore does not score this prompt: " in message
+    assert "'a fox <s> runs' contains '<s>', which VideoScore's tokenizer reads as a special token" in message
+    assert f"train.txt, line {row + 1}. 2 of {row + 1} prompts cannot be used" in message
+
+
+@pytest.mark.parametrize("kind", ["reward", "guards.reward"])
+def test_videos_that_the_reward_does_not_score_stop_the_run_before_one_is_sampled(
+    checkpoints: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The built-in scorer compares three neighbouring frames."""
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_: pytest.fail("a video was sampled"))
+    given = [*settings(checkpoints, tmp_path / "run"), "model.num_frames=1", "reward.path=null"]
+    given += ["reward.kind=brisque", "reward.dimensions=global", f"{kind}.kind=builtin"]
+    assert entry.main(given) == 1
+    message = capsys.readouterr().err
+    assert f"{kind}.kind=builtin does not score videos of 1 frame of " in message
+    assert "videos have 1 frame, but temporal_consistency compares 3 neighbouring ones" in message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from vpo_engine.config import Config
+from vpo_engine.config import Config, PromptsConfig
 from vpo_engine.data.embeddings import EmbeddingCache
-from vpo_engine.data.prompts import PromptFile, Prompts
+from vpo_engine.data.prompt_checks import (
+    check_readable,
+    describe_overlap,
+    describe_repeats,
+    refuse_rows,
+    rows_looked_at,
+)
+from vpo_engine.data.prompts import ColumnError, PromptFile, PromptList, Prompts
 from vpo_engine.data.sprites.assets import GEOMETRY
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
@@ -24,25 +32,117 @@ from vpo_engine.models.registry import check_loaded, check_model, model_family
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards import registry
 from vpo_engine.rewards.combine import check_dimensions
+from vpo_engine.rewards.frames import counted_frames
 from vpo_engine.rewards.process import start_reward
+from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.sprites import SpritesJudge
 from vpo_engine.video_model import Encoder, LoadContext, VideoModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_prompts(config: Config) -> tuple[Prompts, list[str]]:
-    """Return training prompts and held-out prompts; a ValueError names the file and row of a bad one."""
-    settings = config.prompts
-    withheld = withheld_captions()
+def build_prompts(config: Config, say: Callable[[str], None] | None = None) -> tuple[Prompts, list[str]]:
+    """Return training prompts and held-out prompts; ``say`` what is odd about them.
+
+    Raise ValueError, naming file and line, for a bad row and for a prompt of which the model would read nothing.
+    """
+    files, notes = _open_files(config.prompts)
+    withheld, count = withheld_captions(), config.evaluation.prompts
     train: Prompts = [caption for caption in all_captions() if caption not in withheld]
-    held_out: Sequence[str] = withheld
-    if settings.train is not None:
-        train = PromptFile(settings.train, settings.column)
-    if settings.held_out is not None:
-        file = PromptFile(settings.held_out, settings.column if settings.held_out.suffix != ".txt" else None)
-        held_out = [file[index] for index in range(len(file))]
-    return train, list(held_out[: config.evaluation.prompts])
+    held_out = withheld[:count]
+    if "train" in files:
+        train = files["train"]
+    if "held_out" in files:
+        held_out = PromptList((), files["held_out"], count)
+    notes += check_prompts(config, held_out)
+    if files and config.rollout.dataset is None:
+        rows = _rows_of(config, train)
+        notes += check_prompts(config, train, rows)
+        notes += describe_repeats("prompts.train", train, rows)
+        notes += describe_overlap(held_out, train, rows)
+    notes += describe_repeats("prompts.held_out", held_out, range(len(held_out)))
+    if len(held_out) * config.evaluation.samples_per_prompt == 1:
+        notes.append(
+            "note: there is one held-out clip, so its changes will have no bounds; give a second held-out prompt, or "
+            "set evaluation.samples_per_prompt=2"
+        )
+    if say is not None:
+        for note in notes:
+            say(note)
+    return train, held_out
+
+
+def _open_files(settings: PromptsConfig) -> tuple[dict[str, PromptFile], list[str]]:
+    """Open the prompt files that are set, and say where prompts.column is not used.
+
+    The column must be in one of the files. In the other one, if it has no such column, the usual names are tried.
+    """
+    paths = {"train": settings.train, "held_out": settings.held_out}
+    given = {name: path for name, path in paths.items() if path is not None}
+    tables = {name for name, path in given.items() if path.suffix.lower() != ".txt"}
+    column, files, notes = settings.column, dict[str, PromptFile](), list[str]()
+    without: dict[str, ColumnError] = {}
+    for name, path in given.items():
+        try:
+            files[name] = PromptFile(path, column if name in tables else None)
+        except ColumnError as error:
+            without[name] = error
+    for name, missing in without.items():
+        if column is None or set(without) == tables:
+            raise missing
+        files[name] = PromptFile(given[name])
+        notes.append(
+            f"note: {given[name]} has no column {column!r} (prompts.column); the usual names were tried"
+        )
+    if column is not None and given and not tables:
+        notes.append(f"note: prompts.column={column} is not used: .txt files have no columns")
+    return files, notes
+
+
+def _rows_of(config: Config, train: Prompts) -> Sequence[int]:
+    return rows_looked_at(train, config.seed, config.steps * config.pairs_per_step)
+
+
+def check_prompts(config: Config, prompts: Prompts, rows: Sequence[int] | None = None) -> list[str]:
+    """Raise ValueError, naming their places, for prompts of which the model would read nothing.
+
+    ``rows``: the numbers of those that are looked at; None for all. Return notes for the user.
+    """
+    family = model_family(config.model.kind)
+    rows = range(len(prompts)) if rows is None else rows
+    return check_readable(prompts, rows, partial(family.readable_part, config.model), family.card.name)
+
+
+def check_scored(
+    config: Config, model: VideoModel, reward: Reward, train: Prompts, held_out: Sequence[str]
+) -> None:
+    """Raise ValueError for what the reward refuses, before a video is made: the size of the model's videos, or prompts,
+    whose places are named."""
+    who, change = f"reward.kind={config.reward.kind}", "set another reward.kind"
+    _ask_size(reward, model, who, change)
+    _ask(reward, held_out, range(len(held_out)), who, change)
+    if config.rollout.dataset is None:
+        _ask(reward, train, _rows_of(config, train), who, change)
+
+
+def _ask_size(reward: Reward, model: VideoModel, who: str, change: str) -> None:
+    if model.video_size is None:
+        return
+    frames, height, width = model.video_size
+    reason = size_refusal(reward, frames, height, width)
+    if reason is not None:
+        raise ValueError(
+            f"{who} does not score videos of {counted_frames(frames)} of {height} x {width} pixels, which the model "
+            f"makes: {reason}. Change model.num_frames or model.resolution if the model has them, or {change}"
+        )
+
+
+def _ask(reward: Reward, prompts: Prompts, rows: Sequence[int], who: str, change: str) -> None:
+    found = refusals(reward, [prompts[row] for row in rows])
+    reasons = {
+        rows[number]: f"{who} does not score this prompt: {reason}" for number, reason in found.items()
+    }
+    refuse_rows(prompts, reasons, len(rows), f"delete or change these rows, or {change}")
 
 
 def build_model(config: Config, processes: Processes, say: Callable[[str], None] = print) -> VideoModel:
@@ -172,6 +272,11 @@ def build_held_out(
         network = getattr(judge, "network", None)
         if network is not None:
             model.idle_offload.register("judge", lambda: module_tensors(network))
+    if judge is not None:
+        who = "the judge of the sprites world" if settings is None else f"guards.reward.kind={settings.kind}"
+        change = "set guards.reward to another judge"
+        _ask_size(judge, model, who, change)
+        _ask(judge, prompts, range(len(prompts)), who, change)
     scorers = HeldOutScorers(
         reward=reward,
         pixels=measure if sprites else pixel_measures,

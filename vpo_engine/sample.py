@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vpo_engine.data.clips import PromptRecord
-from vpo_engine.data.prompts import PromptFile
+from vpo_engine.data.prompts import PromptFile, PromptList
 
 if TYPE_CHECKING:  # torch is imported when everything that the arguments alone tell has been said
     from vpo_engine.config import Config
@@ -110,6 +110,10 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
         raise ValueError(
             "there is no prompt; give one with --prompt TEXT, or a file of them with --prompts FILE"
         )
+    from vpo_engine.build import check_prompts
+
+    for note in check_prompts(config, prompts):
+        print(note, file=sys.stderr)
     record = PromptRecord(out)
     names = [[_name(number, prompt, copy) for copy in range(count)] for number, prompt in enumerate(prompts)]
     files = []
@@ -225,8 +229,7 @@ def _prompts(texts: Sequence[str], file: Path | None, column: str | None) -> lis
         raise ValueError(
             f"--column {column}: {file} has no columns, as a .txt holds a prompt a line; leave it out"
         )
-    rows = PromptFile(file, column, choose="set --column")
-    return [*given, *(rows[index] for index in range(len(rows)))]
+    return PromptList(given, PromptFile(file, column, choose="set --column"))
 
 
 def _name(number: int, prompt: str, copy: int) -> str:

@@ -6,11 +6,19 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from vpo_engine.build import build_held_out, build_model, build_prompts, build_reward, check_reward
+from vpo_engine.build import (
+    build_held_out,
+    build_model,
+    build_prompts,
+    build_reward,
+    check_reward,
+    check_scored,
+)
 from vpo_engine.checkpoint_size import check_disk
 from vpo_engine.command import same_in_all_processes
 from vpo_engine.config import Config
 from vpo_engine.config_file import parse_config
+from vpo_engine.data.prompt_record import Texts, check_record, write_record
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.host_allocator import return_freed_memory
@@ -46,7 +54,7 @@ def run_training(config: Config) -> int:
             check_reward(config)
             dataset = config.rollout.dataset
             stored = None if dataset is None else StoredPairs(dataset, config.pairs.min_gap)
-            prompts, held_out_prompts = build_prompts(config)
+            prompts, held_out_prompts = build_prompts(config, print if processes.first else None)
         config = _resolved_as_before(config, processes)
         if configurations_are_here(config):  # else building the model says which is missing
             config, plan = check_fits(config, processes.device, processes.count, processes.broadcast_text)
@@ -58,14 +66,17 @@ def run_training(config: Config) -> int:
         reward = served or _build_reward(config, processes, at_end, model.idle_offload)
         if served is not None:
             served.wait_until_loaded()
+        check_scored(config, model, reward, prompts, held_out_prompts)
+        held_out = build_held_out(config, model, held_out_prompts, reward, processes)
+        texts: Texts = {"prompts.train": prompts} if stored is None else {"rollout.dataset": stored.texts()}
+        texts = {**texts, "prompts.held_out": held_out_prompts}
         if processes.first:
             check_disk(config, model.network, config.run_dir or Path("runs"))
-        run, checkpoint = _open_run(config, processes, at_end)
+        run, checkpoint = _open_run(config, processes, at_end, texts)
         with model.idle_offload.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
             algorithm = OnlineVPO(config, model, reward, reference, processes, model.idle_offload, stored)
         stream = PromptStream(prompts, config.seed) if stored is None else stored
-        held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         trainer = Trainer(
             config,
             algorithm,
@@ -116,7 +127,9 @@ def _resolved_as_before(config: Config, processes: Processes) -> Config:
     return resolved_as_before(config, parse_config(text, "the saved configuration")) if text else config
 
 
-def _open_run(config: Config, processes: Processes, at_end: ExitStack) -> tuple[RunDirectory, Path | None]:
+def _open_run(
+    config: Config, processes: Processes, at_end: ExitStack, texts: Texts
+) -> tuple[RunDirectory, Path | None]:
     """Return the run directory, and the checkpoint to go on from.
 
     The first process makes or opens the directory and holds its lock until the end; it tells the others.
@@ -128,7 +141,11 @@ def _open_run(config: Config, processes: Processes, at_end: ExitStack) -> tuple[
             start.root.mkdir(parents=True, exist_ok=True)
             at_end.enter_context(RunLock(start.root))
             start = find_start(config)  # another process may have ended meanwhile
+        if start.checkpoint is not None and (note := check_record(start.checkpoint.parent.parent, texts)):
+            print(note, flush=True)
         run = start.open(config)
+        if start.checkpoint is None:
+            write_record(run.root, texts)
         if start.root is None:
             at_end.enter_context(RunLock(run.root))
         _say(start)

@@ -205,12 +205,15 @@ class VideoModel(ABC):
     network: the policy, the only module that is trained. Its repeating blocks are the members of the lists
         (nn.ModuleList) that are its attributes; see ``repeating_blocks``. Nothing in its forward pass may be random.
     latent_shape: (C, T, H, W) of one sample. fps: frames a second of the videos. text_rule: see ``TextRule``.
+    video_size: (frames, height, width) of the videos that ``decode`` makes, by which a run sees at its start whether
+        its reward scores them; None where that is not known.
     device, dtype: where the model is, and its arithmetic. idle_offload: says what is on the device; see ``stay_by``.
     """
 
     card: ClassVar[ModelCard]
     network: nn.Module
     latent_shape: tuple[int, int, int, int]
+    video_size: tuple[int, int, int] | None = None
     fps: int
     text_rule: TextRule
     device: torch.device
@@ -236,6 +239,13 @@ class VideoModel(ABC):
 
         depth: blocks in each list of repeating blocks; None: as configured.
         """
+
+    @classmethod
+    def readable_part(cls, settings: ModelConfig, prompt: str) -> str:
+        """Return what the model can read of a prompt: what the family's preparation of texts leaves of it, without what
+        it adds to all of them. A run with a prompt of which no letter is left does not start. By default, all of it.
+        """
+        return prompt
 
     # --- text ----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from vpo_engine.data.preference_dataset import DatasetWriter, StoredPair, read_dataset, truncate_dataset
+from vpo_engine.runs.alarms import read_alarms
+from vpo_engine.runs.directory import RunDirectory
 
 
 def pair(step: int, position: int, row: int | None = None) -> StoredPair:
@@ -72,6 +74,20 @@ def test_latents_are_bitwise_those_that_were_sampled(tmp_path: Path) -> None:
         found = one.latents()
         assert torch.equal(found[0], winner[0])
         assert torch.equal(found[1], loser[0])
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """Prompts from web pages hold U+2028 and U+0085; the log of alarms is read alike."""
+    write(tmp_path, 1, ranks=1)
+    pair = replace(
+        next(read_dataset(tmp_path)), prompt="a \u2028 b \x85 c \x0c d", row=None, latents_file=None
+    )
+    other = tmp_path / "other"
+    DatasetWriter(other, 0).write(1, [pair])
+    assert list(read_dataset(other)) == [pair]
+    run = RunDirectory.create_at(tmp_path / "run", "")
+    run.alarms.write_text('{"step": 1, "text": "a \u2028 b"}\n', encoding="utf-8")
+    assert read_alarms(run) == [{"step": 1, "text": "a \u2028 b"}]
 
 
 def test_reading_leaves_out_a_line_that_was_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -210,7 +210,13 @@ def test_field_longer_than_csv_allows_is_named(tmp_path: Path) -> None:
         ("p.csv", "id,name\n", None, r"p\.csv: the file has no prompts"),
         ("p.csv", "", None, r"p\.csv: 0 columns are named name, caption, .*it has none"),
         ("p.jsonl", "\n", None, r"p\.jsonl: the file has no prompts"),
-        ("p.json", "[]", None, r"p\.json: unknown kind of prompt file '\.json'; .*\.txt, \.csv, \.jsonl"),
+        ("p.json", "[]", None, r"p\.json: the file has no prompts"),
+        (
+            "p.yaml",
+            "- a",
+            None,
+            r"p\.yaml: unknown kind of prompt file '\.yaml'; .*\.txt, \.csv, \.tsv, \.jsonl, \.json",
+        ),
         (
             "p.csv",
             "id,title\n1,a\n",

@@ -1,6 +1,6 @@
 """Mistakes that the tests must notice: (name, file, old text, new text, tests). ``tests/mutants.py`` applies them."""
 
-from mutations import models, rollout, runs, scores, state, step, update
+from mutations import models, prompts, rollout, runs, scores, state, step, update
 
 MUTATIONS = [
     *step.MUTATIONS,
@@ -10,4 +10,5 @@ MUTATIONS = [
     *state.MUTATIONS,
     *models.MUTATIONS,
     *runs.MUTATIONS,
+    *prompts.MUTATIONS,
 ]

@@ -381,8 +381,8 @@ MUTATIONS = [
     (
         "the prompt after the one asked for",
         PROMPTS,
-        "range(cursor, cursor + count): epoch",
-        "range(cursor + 1, cursor + count + 1):\n            epoch",
+        "range(cursor, cursor + count))",
+        "range(cursor + 1, cursor + count + 1))",
         ("tests/data_layer/test_prompts.py",),
     ),
 ]

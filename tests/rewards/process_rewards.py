@@ -56,6 +56,20 @@ class Columns:
         return dict(zip(self.dimensions, table.unbind(1), strict=True))
 
 
+class Picky(Scripted):
+    """Refuses prompts that ask something; about one it gives no sensible answer, about another it fails."""
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        if prompt == "fail":
+            raise RuntimeError("the word list is gone")
+        if prompt == "wrong":
+            return False  # type: ignore[return-value]
+        return f"{prompt!r} asks something" if "?" in prompt else None
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        return f"{frames} of {height} x {width} are too many" if frames > 8 else None
+
+
 class Refused(Scripted):
     """Cannot be made."""
 

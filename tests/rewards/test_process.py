@@ -18,6 +18,7 @@ import torch
 from vpo_engine.data.sprites.damage import sample_clean
 from vpo_engine.errors import RewardProcessError
 from vpo_engine.rewards.process import start_reward
+from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.registry import RewardSpec
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
@@ -187,6 +188,7 @@ class TestLife:
 import sys; sys.path[:] = {[str(Path(process_rewards.__file__).parent), *sys.path]!r}
 import torch
 from vpo_engine.rewards.process import start_reward
+from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.registry import RewardSpec
 reward = start_reward(RewardSpec("process_rewards:Scripted"))
 videos = torch.zeros(1, 1, 1, 1, 3, dtype=torch.uint8)
@@ -201,3 +203,23 @@ reward.score(videos, ["hang"])
         parent.kill()
         parent.communicate()
         assert gone(pid)
+
+
+def test_refused_prompts_are_told_across_processes() -> None:
+    prompts = ["a fox", "Füchse?", "a hare", "a cat?"]
+    with start_reward(RewardSpec("process_rewards:Picky"), time_limit=60.0) as picky:
+        assert refusals(picky, prompts) == {1: "'Füchse?' asks something", 3: "'a cat?' asks something"}
+        assert size_refusal(picky, 8, 4, 6) is None
+        assert size_refusal(picky, 9, 4, 6) == "9 of 4 x 6 are too many"
+        with pytest.raises(
+            ValueError, match=r"refuse_prompt\('wrong'\) returned False, expected a text that says why"
+        ):
+            refusals(picky, ["wrong"])
+        with pytest.raises(RuntimeError, match="the word list is gone"):
+            refusals(picky, ["fail"])
+        assert ask(picky, "a fox").shape == (2,)
+
+
+def test_a_reward_that_says_nothing_takes_every_prompt(reward: RemoteReward) -> None:
+    assert refusals(reward, ["", "?"]) == {}
+    assert size_refusal(reward, 1, 1, 1) is None

@@ -22,6 +22,7 @@ from vpo_engine import rank as rank_module
 from vpo_engine import train as entry
 from vpo_engine.data.sprites.world import Attributes, render
 from vpo_engine.rewards.kinds import NAMES
+from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.runs.video import write_mp4
 
@@ -147,6 +148,34 @@ class TestEveryScorer:
             refused(made, video(name), [f"a cat {token}"], words)
         else:
             assert name in (*NO_PROMPT, "sprites")
+
+    def test_says_beforehand_which_prompts_it_refuses(self, scorer: tuple[str, Any]) -> None:
+        """In the words of the error that scoring a video would raise."""
+        name, made = scorer
+        prompts = [CAPTION, "", f"a cat {SPECIAL[name][0]}" if name in SPECIAL else "a cat"]
+        found = refusals(made, prompts)
+        for row in found:
+            with pytest.raises(ValueError, match=r"\S") as caught:
+                made.score(video(name), [prompts[row]])
+            assert str(caught.value).replace("prompt 17 ", "prompt 0 ") == found[row]
+        assert list(found) == ([] if name in NO_PROMPT else [1, 2])
+
+    def test_says_beforehand_which_sizes_it_refuses(self, scorer: tuple[str, Any]) -> None:
+        """In the words of the error that scoring a video would raise; the judges answer nothing at tiny sizes."""
+        name, made = scorer
+        side = 32 if name == "sprites" else 192
+        assert size_refusal(made, 17, side, side) is None
+        for frames, height, width in ((1, side, side), (2, side, side), (5, side, side), (17, 8, 2000)):
+            reason = size_refusal(made, frames, height, width)
+            videos = noise(1, frames, height, width, 3)
+            if reason is not None:
+                with pytest.raises(ValueError, match=r"\S") as caught:
+                    made.score(videos, [CAPTION])
+                assert reason in str(caught.value) or name == "sprites"
+            elif name not in ("videoscore2", "unified_reward"):
+                made.score(videos, [CAPTION])
+        if name in ONE_FRAME:
+            assert size_refusal(made, 1, side, side) is not None
 
     def test_refuses_scores_that_are_not_finite(self, scorer: tuple[str, Any]) -> None:
         """Except for judges that write."""

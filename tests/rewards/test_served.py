@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vpo_engine.errors import RewardProcessError
 from vpo_engine.rewards import served
+from vpo_engine.rewards.refusals import refusals
 from vpo_engine.rewards.served import find_reward, serve
 
 VIDEOS = torch.randint(
@@ -89,6 +90,26 @@ def test_served_scores_are_the_rewards_own_bit_for_bit(videos: Tensor) -> None:
         assert isinstance(scores, dict)
         assert scores.keys() == expected.keys()
         assert all(torch.equal(scores[name], value) for name, value in expected.items())
+
+
+class Picky(Scripted):
+    """Refuses what has no text."""
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        return None if prompt else "there is no text"
+
+
+def test_everyone_is_told_which_prompts_are_refused() -> None:
+    def asks(rank: int) -> Callable[[dist.Store], object]:
+        def run(store: dist.Store) -> object:
+            with find_reward(store, rank) as reward:
+                return refusals(reward, CAPTIONS), reward.score(VIDEOS, CAPTIONS).keys()
+
+        return run
+
+    clients = Clients(asks(0), asks(1))
+    serve(Picky, clients.store, 2)
+    assert clients.join() == [({2: "there is no text"}, dict.fromkeys(Picky.dimensions).keys())] * 2
 
 
 def fails(prompts: Sequence[str]) -> float:

@@ -1,210 +1,176 @@
 """Read prompt files of any length, and shuffle them into an endless, deterministic stream.
 
-``PromptFile`` keeps an offset of eight bytes per prompt in memory, and reads a text when it is needed. Every row is
-checked when the file is opened, so a row that is not valid stops a run at its start. ``PromptStream`` shuffles without
-storing a permutation. Its prompts are a pure function of (seed, cursor), so a checkpoint needs the cursor only.
+``PromptFile`` keeps an offset of eight bytes per prompt in memory, and reads a text when it is needed; only a JSON file
+is read whole. Every row is checked when the file is opened, so a row that is not valid stops a run at its start.
+``PromptStream`` shuffles without storing a permutation. Its prompts are a pure function of (seed, cursor), so a
+checkpoint needs the cursor only. docs/prompts.md describes the layouts.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 
-KNOWN_NAMES = ("name", "caption", "prompt", "text")
-"""Names of the prompt's column, tried when no column is given; ``name`` is WebVid's."""
+from vpo_engine.data.fingerprint import Fingerprint, FingerprintMaker, Prompts
+from vpo_engine.data.prompt_json import begins_with_list, is_json_file, read_json
+from vpo_engine.data.prompt_layouts import JsonLines, Layout, PlainLines, Table
+from vpo_engine.data.prompt_lines import ColumnError, Lines
 
-_BOM = b"\xef\xbb\xbf"
-_Parser = Callable[[bytes], str]
+__all__ = ["ColumnError", "PromptFile", "PromptItem", "PromptList", "PromptStream", "Prompts", "place_of"]
 
-
-class Prompts(Protocol):
-    """A list of prompts, or an object that can be indexed like one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> str: ...
+SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
+CHOOSE_COLUMN = "set prompts.column"
+"""What the user of a training run does to name a column; the errors of ``PromptFile`` say so."""
 
 
-class _Lines:
-    """Iterates over the decoded lines of a UTF-8 file, and knows the number and the place of the current line."""
+def place_of(prompts: Prompts, index: int) -> str:
+    """Return where a prompt stands, for errors: file and line, or its number in a list."""
+    if isinstance(prompts, PromptFile | PromptList):
+        return prompts.place(index)
+    return f"prompt {index + 1}"
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path = path
-        self.number = 0  # number of the current line, from 1
-        self.start = self.end = 0  # byte offsets of the current line
-        self._file = file
 
-    def __iter__(self) -> Iterator[str]:
+class PromptList(list[str]):
+    """Prompts in memory that know their places: ``given`` ones, and behind them the first ``count`` of a file."""
+
+    def __init__(
+        self, given: Iterable[str], file: PromptFile | None = None, count: int | None = None
+    ) -> None:
+        super().__init__(given)
+        self._given, self._file = len(self), file
+        if file is not None:
+            self += (file[index] for index in range(len(file))[:count])
+
+    def place(self, index: int) -> str:
+        if self._file is None or index < self._given:
+            return f"prompt {index + 1}"
+        return self._file.place(index - self._given)
+
+
+class _OnDisk:
+    """Rows that are read from the file when they are asked for."""
+
+    def __init__(self, file: BinaryIO, layout: Layout, maker: FingerprintMaker) -> None:
+        self._file, self._layout = file, layout
+        offsets = array("Q")
+        for start, prompt in layout.rows():
+            offsets.append(start)
+            maker.add(prompt)
+        self._offsets = np.frombuffer(offsets, dtype=np.uint64)
+
+    def text(self, index: int) -> str:
+        start, end = int(self._offsets[index]), os.fstat(self._file.fileno()).st_size
+        if index + 1 < len(self._offsets):
+            end = int(self._offsets[index + 1])
+        return self._layout.parse(os.pread(self._file.fileno(), end - start, start))
+
+    def line(self, index: int) -> int:
         self._file.seek(0)
-        if self._file.read(len(_BOM)) == _BOM:
-            self.end = len(_BOM)
-        self._file.seek(self.end)
-        for raw in self._file:
-            self.start = self.end
-            self.end += len(raw)
-            self.number += 1
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError as error:
-                raise self.bad_row(
-                    f"byte {error.start + 1} of the line, 0x{raw[error.start]:02x}, is not UTF-8",
-                    "save the file as UTF-8 (iconv -f latin1 -t utf-8 does it for Western European text)",
-                ) from error
-            yield text
-
-    def bad_row(self, what: str, remedy: str, line: int | None = None) -> ValueError:
-        return ValueError(f"{self.path}, line {line or self.number}: {what}; {remedy}")
+        left, line = int(self._offsets[index]), 1
+        while left:
+            chunk = self._file.read(min(left, 1 << 20))
+            line, left = line + chunk.count(b"\n"), left - len(chunk)
+        return line
 
 
-def _pick_column(path: Path, what: str, names: list[str], column: str | None, choose: str) -> int:
-    """Return the position of the prompt's column in ``names``."""
-    wanted = KNOWN_NAMES if column is None else (column,)
-    found = [i for i, name in enumerate(names) if (name if column else name.strip().casefold()) in wanted]
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(repr(name) for name in names)
-    if column is not None:
-        problem = f"{what} {column!r} occurs {len(found)} times, but must occur once"
-    else:
-        problem = f"{len(found)} {what}s are named {', '.join(KNOWN_NAMES)}, but exactly one must be"
-    raise ValueError(f"{path}: {problem}; {choose} to one of its {what}s: {listed or 'it has none'}")
+class _InMemory:
+    """Rows of a JSON file."""
 
+    def __init__(self, rows: Iterable[tuple[int, str]], maker: FingerprintMaker) -> None:
+        self._lines, self._texts = array("Q"), list[str]()
+        for line, prompt in rows:
+            self._lines.append(line)
+            self._texts.append(prompt)
+            maker.add(prompt)
 
-def _scan_txt(lines: _Lines, column: str | None, choose: str) -> tuple[array[int], _Parser]:
-    if column is not None:
-        raise ValueError(
-            f"{lines.path}: column={column!r} cannot be used, a .txt file has no columns; leave it out"
-        )
-    offsets = array("Q")
-    for text in lines:
-        if text.strip():
-            offsets.append(lines.start)
-    return offsets, lambda raw: raw.split(b"\n", 1)[0].decode().strip()
+    def text(self, index: int) -> str:
+        return self._texts[index]
 
-
-def _csv_rows(lines: _Lines) -> Iterator[tuple[int, int, list[str]]]:
-    """Yield (byte offset, number of the first line, fields) of each row that is not blank."""
-    rows = csv.reader(iter(lines), strict=True)
-    while True:
-        start, line = lines.end, lines.number + 1
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise lines.bad_row(
-                f"the row that begins here is not CSV ({error})",
-                'put quotes around a field with quotes, commas or line breaks, and write " inside it as ""',
-                line,
-            ) from error
-        if row is None:
-            return
-        if row:
-            yield start, line, row
-
-
-def _scan_csv(lines: _Lines, column: str | None, choose: str) -> tuple[array[int], _Parser]:
-    rows = _csv_rows(lines)
-    header = next(rows, (0, 0, []))[2]
-    position = _pick_column(lines.path, "column", header, column, choose)
-    offsets = array("Q")
-    for start, line, row in rows:
-        if len(row) != len(header):
-            raise lines.bad_row(
-                f"the row has {len(row)} fields, but the header has {len(header)}",
-                "put quotes around fields that contain commas, and complete rows that lack fields",
-                line,
-            )
-        if not row[position].strip():
-            raise lines.bad_row(
-                f"the prompt ({header[position]!r}) is empty", "delete the row or fill it in", line
-            )
-        offsets.append(start)
-    return offsets, lambda raw: next(csv.reader([raw.decode()], strict=True))[position].strip()
-
-
-def _scan_jsonl(lines: _Lines, column: str | None, choose: str) -> tuple[array[int], _Parser]:
-    offsets = array("Q")
-    key = column
-    for text in lines:
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise lines.bad_row(f"not JSON ({error})", "write one JSON object per line") from error
-        if not isinstance(row, dict):
-            raise lines.bad_row(
-                f"JSON {type(row).__name__}, but must be an object", "write one object per line"
-            )
-        if not offsets:
-            names = list(row)
-            key = names[_pick_column(lines.path, "key", names, column, choose)]
-        prompt = row.get(key)
-        if not isinstance(prompt, str) or not prompt.strip():
-            found = "missing" if key not in row else "empty" if isinstance(prompt, str) else repr(prompt)
-            raise lines.bad_row(
-                f"the prompt ({key!r}) is {found}, but must be a string with text",
-                "delete the row or fill it in",
-            )
-        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise lines.bad_row(
-                f"the prompt ({key!r}) has half of a \\u surrogate pair, which is not a character",
-                "write the character itself, in UTF-8",
-            )
-        offsets.append(lines.start)
-    return offsets, lambda raw: json.loads(raw)[key].strip()
-
-
-_SCANNERS = {".txt": _scan_txt, ".csv": _scan_csv, ".jsonl": _scan_jsonl}
+    def line(self, index: int) -> int:
+        return self._lines[index]
 
 
 class PromptFile:
-    """The prompts of a ``.txt``, ``.csv`` or ``.jsonl`` file (UTF-8), stripped of blanks at both ends.
+    """The prompts of a file (UTF-8), stripped of blanks at both ends.
 
-    .txt: one prompt per line; blank lines are skipped. .csv: a header, then a prompt per row, in ``column``; quoted
-    fields may contain line breaks. .jsonl: one object per line, with the prompt under the key ``column``.
-    Without ``column``, the file must have exactly one column or key of ``KNOWN_NAMES``, which is used.
-    ``choose`` begins the remedy of an error about columns.
+    .txt: one prompt per line; blank lines are skipped. .csv, .tsv: a header, then a prompt per row, in ``column``;
+    quoted fields may contain line breaks. .jsonl: one object per line, with the prompt under the key ``column``.
+    .json: a list of texts or of objects, or an object of names with either; also a list under the name .jsonl, and an
+    object per line under the name .json. Without ``column``, the file must have exactly one column or key of
+    ``KNOWN_NAMES``, which is used. ``choose`` begins the remedy of an error about columns.
 
-    ValueError, naming file, line and remedy, for a file or row that cannot be read, for an empty prompt in a .csv or
-    .jsonl row, if there is no prompt, and, on access, if the file has changed since it was opened.
+    ValueError, naming file, line and remedy, for a file or row that cannot be read, for an empty prompt, if there is no
+    prompt, and, on access, if the file has changed since it was opened; ColumnError about columns.
     """
 
-    def __init__(
-        self, path: str | Path, column: str | None = None, *, choose: str = "set prompts.column"
-    ) -> None:
+    def __init__(self, path: str | Path, column: str | None = None, *, choose: str = CHOOSE_COLUMN) -> None:
         self.path = Path(path)
-        scan = _SCANNERS.get(self.path.suffix.lower())
-        if scan is None:
+        self._file = self._open()
+        self._version = self._stat()
+        maker = FingerprintMaker()
+        self._rows = self._read(maker, column, choose)
+        self.fingerprint: Fingerprint = maker.finish()
+        if not len(self):
+            raise ValueError(f"{self.path}: the file has no prompts; give a file with at least one")
+
+    def _open(self) -> BinaryIO:
+        if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(
                 f"{self.path}: unknown kind of prompt file {self.path.suffix!r}; the name must end in "
-                f"{', '.join(_SCANNERS)}"
+                f"{', '.join(SUFFIXES)}"
             )
         if not self.path.is_file():
             raise ValueError(
                 f"{self.path}: there is no such prompt file; check the path (relative to {Path.cwd()})"
             )
-        self._file = self.path.open("rb")
-        self._version = self._stat()
-        offsets, self._parse = scan(_Lines(self.path, self._file), column, choose)
-        if not offsets:
-            raise ValueError(f"{self.path}: the file has no prompts; give a file with at least one")
-        self._offsets = np.frombuffer(offsets, dtype=np.uint64)
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: the file cannot be opened ({error.strerror}); change its permissions"
+            ) from error
+
+    def _read(self, maker: FingerprintMaker, column: str | None, choose: str) -> _OnDisk | _InMemory:
+        lines, suffix = Lines(self.path, self._file), self.path.suffix.lower()
+        if (suffix == ".json" and is_json_file(lines)) or (suffix == ".jsonl" and begins_with_list(lines)):
+            return _InMemory(read_json(lines, column, choose), maker)
+        if suffix == ".tsv":
+            return self._read_tsv(lines, maker, column, choose)
+        layout: Layout
+        if suffix == ".txt":
+            layout = PlainLines(lines, column)
+        else:
+            layout = Table(lines, column, choose) if suffix == ".csv" else JsonLines(lines, column, choose)
+        return _OnDisk(self._file, layout, maker)
+
+    def _read_tsv(self, lines: Lines, maker: FingerprintMaker, column: str | None, choose: str) -> _OnDisk:
+        """Read tabs with quoted fields; where that fails and no field is in quotes, a quotation mark is a character."""
+        try:
+            Table(lines, column, choose, "\t").check()
+        except ColumnError:
+            raise
+        except ValueError as error:
+            plain = Table(lines, column, choose, "\t", quotes=False)
+            try:
+                plain.check()
+            except ValueError:
+                raise error from None
+            return _OnDisk(self._file, plain, maker)
+        return _OnDisk(self._file, Table(lines, column, choose, "\t"), maker)
 
     def _stat(self) -> tuple[int, int]:
         now = os.fstat(self._file.fileno())
         return now.st_size, now.st_mtime_ns
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return self.fingerprint.count
 
     def __getitem__(self, index: int, /) -> str:
         if not -len(self) <= index < len(self):
@@ -214,10 +180,12 @@ class PromptFile:
                 f"{self.path}: the file was changed after the run had opened it; restart the run, and do not change "
                 "the file while it runs"
             )
-        index %= len(self)
-        start = int(self._offsets[index])
-        end = int(self._offsets[index + 1]) if index + 1 < len(self) else self._version[0]
-        return self._parse(os.pread(self._file.fileno(), end - start, start))
+        return self._rows.text(index % len(self))
+
+    def place(self, index: int) -> str:
+        """Return the file and the line in which a prompt begins."""
+        entry = f", entry {index + 1}" if isinstance(self._rows, _InMemory) else ""
+        return f"{self.path}, line {self._rows.line(index)}{entry}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +218,13 @@ class PromptStream:
         """Return the prompts at ``cursor, ..., cursor + count - 1``; the next cursor is ``cursor + count``."""
         if cursor < 0 or count < 0:
             raise ValueError(f"cursor={cursor} and count={count} must not be negative")
-        items = []
-        for position in range(cursor, cursor + count):
-            epoch, place = divmod(position, len(self._prompts))
-            index = self._permute(epoch, place)
-            items.append(PromptItem(index, self._prompts[index]))
-        return items
+        indices = map(self.index, range(cursor, cursor + count))
+        return [PromptItem(index, self._prompts[index]) for index in indices]
+
+    def index(self, position: int) -> int:
+        """Return which prompt is at a position of the stream."""
+        epoch, place = divmod(position, len(self._prompts))
+        return self._permute(epoch, place)
 
     def _permute(self, epoch: int, place: int) -> int:
         key = hashlib.blake2b(repr((self._seed, epoch)).encode(), digest_size=16).digest()

@@ -40,6 +40,7 @@ from vpo_engine.rewards.natural_scenes import (
     smooth,
 )
 from vpo_engine.rewards.optical_flow import displace, flow_between
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos
 
 DIMENSIONS = ("visual_quality", "naturalness", "temporal_consistency", "dynamic_degree")
@@ -128,7 +129,7 @@ class Builtin:
         shape or type, and for frames too few or too small for a dimension.
         """
         check_videos(videos, prompts)
-        self._check_size(videos.shape[1:4])
+        self._check_size(*videos.shape[1:4])
         rows = [self._measure(*self._read(videos, row)) for row in range(len(videos))]
         scores = {name: torch.cat([row[name] for row in rows]).cpu() for name in self.dimensions}
         for name, values in scores.items():
@@ -142,7 +143,7 @@ class Builtin:
         """
         check_video_pixels(videos, prompts)
         frames, _, height, width = videos.shape[1:]
-        self._check_size((frames, height, width))
+        self._check_size(frames, height, width)
         moving = small_luminance(videos) if self._looks_at_motion else None
         return self._measure(videos[:, self._places_of_pictures(frames)], moving)
 
@@ -187,9 +188,11 @@ class Builtin:
             scores["dynamic_degree"] = percent / (1 + percent)
         return {name: scores[name].float() for name in self.dimensions}
 
-    def _check_size(self, size: Sequence[int]) -> None:
-        """Raise ValueError for videos of (frames, height, width) that a dimension cannot be measured of."""
-        frames, height, width = size
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(self._check_size, frames, height, width)
+
+    def _check_size(self, frames: int, height: int, width: int) -> None:
         for name, needed in NEEDED_FRAMES.items():
             if name in self.dimensions and frames < needed:
                 raise ValueError(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTokenizer
 
 from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images, check_prompts
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.weights import load_strict
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -219,6 +220,17 @@ class ClipTokenizer:
         """Return how many embeddings a model needs for these tokens."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
+    def text_of(self, prompt: str) -> str:
+        """Return the text that is encoded. Raise ValueError for a prompt with a special token in it."""
+        text = _cleaned(prompt) if self.clean else prompt
+        for token in (START, END):
+            if token in prompt.lower() or token in text.lower():
+                raise ValueError(
+                    f"prompt {prompt!r} contains {token!r}, which CLIP's tokenizer reads as a special token; "
+                    "remove it from the prompt"
+                )
+        return text
+
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Return the ids of B prompts, int64 [B, L] on the CPU; what is too long is cut off in front of the end token.
 
@@ -226,14 +238,7 @@ class ClipTokenizer:
         """
         rows = torch.full((len(prompts), self.length), self.pad, dtype=torch.int64)
         for row, prompt in zip(rows, prompts, strict=True):
-            for token in (START, END):
-                if token in prompt.lower():
-                    raise ValueError(
-                        f"prompt {prompt!r} contains {token!r}, which CLIP's tokenizer reads as a special token; "
-                        "remove it from the prompt"
-                    )
-            text = _cleaned(prompt) if self.clean else prompt
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids[: self.length - 2]
+            ids = self.tokenizer.encode(self.text_of(prompt), add_special_tokens=False).ids[: self.length - 2]
             row[: len(ids) + 2] = torch.tensor([self.start, *ids, self.end])
         return rows
 
@@ -327,6 +332,14 @@ class ClipScorer(ABC):
     def __init__(self, network: nn.Module, preprocess: ImagePreprocessor) -> None:
         self.network = network.eval().requires_grad_(False)
         self.preprocess = preprocess
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt, if there is a reason."""
+        return refusal(self._check_prompt, prompt) if self.reads_prompt else None
+
+    def _check_prompt(self, prompt: str) -> None:
+        """Raise ValueError for a prompt without text; a scorer with a tokenizer adds what that refuses."""
+        check_prompts([prompt], self.name)
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from vpo_engine.rewards.refusals import refusal, refusals, size_refusal
 from vpo_engine.rewards.videos import Videos
 
 Reduce = Literal["mean", "min", "segments"]
@@ -136,6 +137,15 @@ class VideoOfFrames:
     def network(self) -> nn.Module:
         return self.scorer.network
 
+    def refusals(self, prompts: Sequence[str]) -> dict[int, str]:
+        """Return why the scorer refuses prompts, by their number."""
+        return refusals(self.scorer, prompts)
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        too_short = refusal(segment_frames, frames, self.segments) if self.reduce == "segments" else None
+        return too_short or size_refusal(self.scorer, 1, height, width)
+
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
 
@@ -219,11 +229,11 @@ def check_videos(videos: Videos, prompts: Sequence[str]) -> None:
     _check("video", videos, 5, 4, "[B, F, H, W, 3]", prompts)
 
 
-def check_moving(videos: Videos, reader: str) -> None:
-    """Raise ValueError for videos [B, F, ...] of a single frame; ``reader`` is the model that judges them."""
-    if videos.shape[1] < 2:
+def check_moving(num_frames: int, reader: str) -> None:
+    """Raise ValueError for videos of a single frame; ``reader`` is the model that judges them."""
+    if num_frames < 2:
         raise ValueError(
-            f"videos have {videos.shape[1]} frame, expected at least 2: {reader} judges motion too, which a picture "
+            f"videos have {num_frames} frame, expected at least 2: {reader} judges motion too, which a picture "
             "does not have"
         )
 
@@ -259,6 +269,12 @@ def check_prompts(prompts: Sequence[str], reader: str) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {row} is {prompt!r}, expected text: {reader} judges by it")
+
+
+def check_prompt(prompt: str, tokens: Sequence[str], reader: str) -> None:
+    """Raise what ``check_prompts`` and ``check_special_tokens`` raise of one prompt."""
+    check_prompts([prompt], reader)
+    check_special_tokens(prompt, tokens, reader)
 
 
 def check_special_tokens(prompt: str, tokens: Sequence[str], reader: str) -> None:

@@ -153,6 +153,10 @@ class HPSv2(ClipScorer):
         """Score as ``ClipScorer`` does, with the letterbox on the network's device."""
         return super().score_images(images.to(self.network.logit_scale.device), prompts)
 
+    def _check_prompt(self, prompt: str) -> None:
+        super()._check_prompt(prompt)
+        self.tokenizer.text_of(prompt)
+
     def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Raise ValueError for pixels of another size, which preprocessing "instructvideo" makes of oblong images."""
         side = self.preprocess.size

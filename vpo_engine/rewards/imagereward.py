@@ -169,6 +169,10 @@ class ImageReward(ClipScorer):
         )
         return cls(network, tokenizer, preprocess)
 
+    def _check_prompt(self, prompt: str) -> None:
+        super()._check_prompt(prompt)
+        check_special_tokens(prompt, _SPECIAL, "BERT")
+
     def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         ids, mask = self.encode(prompts)
         table = self.network.blip.visual_encoder.pos_embed

@@ -242,6 +242,10 @@ class MPS(ClipScorer):
         network = _read_network(folder, config, fields.get("cross_model", CROSS_MODEL), dtype, device)
         return cls(network, tokenizer, preprocess, threshold=threshold)
 
+    def _check_prompt(self, prompt: str) -> None:
+        super()._check_prompt(prompt)
+        self.tokenizer.text_of(prompt)
+
     def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         device = self.network.model.logit_scale.device
         texts = list(dict.fromkeys(prompts))

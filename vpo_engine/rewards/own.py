@@ -18,6 +18,7 @@ from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_videos
 from vpo_engine.rewards.kinds import ENTRY_POINTS
+from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.videos import FileReward, Videos, whole
 
 _HELP = "see docs/rewards.md"
@@ -124,6 +125,20 @@ class _Checked:
         self.dimensions = tuple(reward.dimensions)
         network = getattr(reward, "network", None)
         self.network = network if isinstance(network, nn.Module) else None
+
+    def refusals(self, prompts: Sequence[str]) -> dict[int, str]:
+        """Return why the reward refuses prompts, by their number. ValueError if it answers with anything but a text."""
+        found = refusals(self._reward, prompts)
+        for row, reason in found.items():
+            if not isinstance(reason, str):
+                raise ValueError(
+                    f"reward {self._kind!r}: refuse_prompt({prompts[row]!r}) returned {reason!r}, expected a text that "
+                    f"says why the prompt is refused, or None; {_HELP}"
+                )
+        return found
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        return size_refusal(self._reward, frames, height, width)
 
     @torch.no_grad()
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -84,6 +84,10 @@ class PickScore(ClipScorer):
         )
         return cls(network, tokenizer, preprocess)
 
+    def _check_prompt(self, prompt: str) -> None:
+        super()._check_prompt(prompt)
+        self.tokenizer.text_of(prompt)
+
     def _run(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         network = self.network
         images = network.get_image_features(pixel_values.to(network.device)).pooler_output

@@ -36,6 +36,7 @@ from vpo_engine.rewards.frames import (
 )
 from vpo_engine.rewards.loading import read_json, read_weights
 from vpo_engine.rewards.mplug_owl2 import MplugOwl2, MplugOwl2Config
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos, frame_rate
 from vpo_engine.weights import load_strict
 
@@ -194,6 +195,10 @@ class QAlign:
             swapped_words=swapped_words,
             batch_size=batch_size,
         )
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(self.frame_indices, frames)
 
     @torch.no_grad()
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -81,22 +81,45 @@ class RemoteReward:
 
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the reward itself returns, on the CPU. Raise RewardProcessError if its process died or hung."""
+        fields, doing = {"prompts": list(prompts)}, f"scored {len(videos)} videos"
+        answer = self._ask("score", fields, {"videos": videos}, doing, self._time_limit)
+        self.stopping = answer.fields["stopping"]
+        return answer.tensors
+
+    def refusals(self, prompts: Sequence[str]) -> dict[int, str]:
+        """Return why the reward refuses prompts, by their number. There is no time limit."""
+        doing = f"looked at {len(prompts)} prompts"
+        answer = self._ask("refusals", {"prompts": list(prompts)}, {}, doing, None)
+        return {int(row): reason for row, reason in answer.fields["refused"]}
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why the reward scores no videos of this size, or None. There is no time limit."""
+        answer = self._ask("size", {"size": [frames, height, width]}, {}, "looked at a size of videos", None)
+        reason: str | None = answer.fields["reason"]
+        return reason
+
+    def _ask(
+        self,
+        kind: str,
+        fields: Mapping[str, Any],
+        tensors: Mapping[str, Videos],
+        doing: str,
+        limit: float | None,
+    ) -> Message:
+        """Send a request and return the answer; ``limit`` is in seconds for both."""
         self.wait_until_loaded()
-        doing = f"scored {len(videos)} videos"
         with self._lock:
             if not self._end.alive:
                 raise RewardProcessError(
                     f"the process of reward {self._name!r} has ended; make the reward anew"
                 )
-            deadline = None if self._time_limit is None else time.monotonic() + self._time_limit
+            deadline = None if limit is None else time.monotonic() + limit
             try:
                 with suppress(ConnectionError):  # of a process that has failed, the answer says why
-                    self._wire.send("score", {"prompts": list(prompts)}, {"videos": videos}, deadline)
+                    self._wire.send(kind, fields, tensors, deadline)
             except BaseException as error:
                 raise self._interrupted(error, doing) from None
-            answer = self._receive(deadline, doing)
-        self.stopping = answer.fields["stopping"]
-        return answer.tensors
+            return self._receive(deadline, doing)
 
     def close(self) -> None:
         """End the connection, and the process if it belongs to this one; may be called again."""

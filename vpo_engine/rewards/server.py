@@ -15,11 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from vpo_engine.errors import RewardProcessError
 from vpo_engine.protocols import Reward
+from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.registry import RewardSpec
 from vpo_engine.rewards.wire import Message, Wire, describe_error, wait_for
 
@@ -30,7 +33,9 @@ class AskerLostError(RewardProcessError):
 
 @torch.no_grad()
 def answer_requests(members: dict[Wire, str], reward: Reward, stopping: Callable[[], bool]) -> None:
-    """Score what ``members`` ask for, one request after the other; who leaves is taken out of ``members``.
+    """Answer what ``members`` ask for, one request after the other; who leaves is taken out of ``members``.
+
+    They ask for scores of videos, or which prompts the reward refuses.
 
     ``members`` maps each connection to the name of its process. What the reward raises is raised here, and answered by
     the caller. Raise AskerLostError where a process ends without a farewell. ``stopping`` is asked after every score,
@@ -43,9 +48,22 @@ def answer_requests(members: dict[Wire, str], reward: Reward, stopping: Callable
                 del members[member]
                 member.close()
                 continue
-            scores = reward.score(request.tensors["videos"], request.fields["prompts"])
+            kind, fields, tensors = _answer(request, reward, stopping)
             with suppress(ConnectionError):  # the next read of this connection says who is gone
-                member.send("scores", {"stopping": stopping()}, scores)
+                member.send(kind, fields, tensors)
+
+
+def _answer(
+    request: Message, reward: Reward, stopping: Callable[[], bool]
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Return kind, fields and tensors of the answer to a request."""
+    fields = request.fields
+    if request.kind == "refusals":
+        return "refused", {"refused": list(refusals(reward, fields["prompts"]).items())}, {}
+    if request.kind == "size":
+        return "size", {"reason": size_refusal(reward, *fields["size"])}, {}
+    scores = reward.score(request.tensors["videos"], fields["prompts"])
+    return "scores", {"stopping": stopping()}, scores
 
 
 def _receive(member: Wire, name: str) -> Message:

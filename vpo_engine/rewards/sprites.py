@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vpo_engine.data.sprites.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, SIZE, Attributes
+from vpo_engine.data.sprites.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, SIZE, Attributes, parse_caption
 from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos, whole
 
 DIMENSIONS = (
@@ -298,6 +299,7 @@ def load_network(kind: str, path: Path | None = None) -> nn.Module:
 
 
 def _check(videos: Videos, prompts: Sequence[str]) -> None:
+    """Raise ValueError unless ``videos`` are clips of the sprites world with a prompt each."""
     if videos.dtype != torch.uint8:
         raise ValueError(f"videos are {videos.dtype}, expected torch.uint8 levels 0..255")
     if videos.ndim != 5 or tuple(videos.shape[1:]) != (FRAMES, SIZE, SIZE, 3) or not videos.shape[0]:
@@ -318,6 +320,16 @@ class _SpritesScorer:
     def __init__(self, network: nn.Module | None = None) -> None:
         """``network``: a trained one; without it the package's weights are loaded."""
         self.network = load_network(self.kind) if network is None else network
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it is no caption of the sprites world."""
+        return refusal(parse_caption, prompt)
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        if (frames, height, width) == (FRAMES, SIZE, SIZE):
+            return None
+        return f"this reward scores clips of the sprites world only, {FRAMES} frames of {SIZE} x {SIZE}"
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -367,6 +379,11 @@ class SpritesOfFiles(SpritesReward):
         """Make the scorer with the package's weights, in float32 whatever the ``dtype``."""
         del dtype
         return cls(load_network(cls.kind).to(device))
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size get no score: a side may be any multiple of the world's."""
+        enlarged = height == width and height % SIZE == 0
+        return super().refuse_size(frames, SIZE if enlarged else height, SIZE if enlarged else width)
 
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score as ``SpritesReward.score`` does, also videos [B, 17, 32 n, 32 n, 3] for a whole number n."""

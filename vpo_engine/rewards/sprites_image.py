@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.data.sprites.world import SIZE, Attributes
+from vpo_engine.data.sprites.world import SIZE, Attributes, parse_caption
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_finite, check_images
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.sprites import load_network
 
 CARD = RewardCard(
@@ -52,6 +53,14 @@ class SpritesImage:
         del dtype
         return cls(load_network("image").to(device))
 
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it is no caption of the sprites world."""
+        return refusal(parse_caption, prompt)
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why images of this size get no score, if there is a reason."""
+        return refusal(_check_size, height, width)
+
     @torch.no_grad()
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score uint8 images [n, 32 k, 32 k, 3], each pixel a square of k x k, with n captions.
@@ -62,12 +71,7 @@ class SpritesImage:
         score that is not finite.
         """
         check_images(images, prompts)
-        height, width = images.shape[1:3]
-        if height != width or height % SIZE:
-            raise ValueError(
-                f"images are {height} x {width}, expected {SIZE} x {SIZE} or a whole multiple of it: this scorer "
-                "knows clips of the sprites world only"
-            )
+        _check_size(*images.shape[1:3])
         device = next(self.network.parameters()).device
         attributes = Attributes.of(prompts).to(device)
         defects, colour, shape = self.network(_small(images.to(device)))
@@ -76,6 +80,14 @@ class SpritesImage:
         scores = (1 + 3 * (1 - invalid) * ((1 - blur) + match) / 2).cpu()
         check_finite(scores, prompts, CARD.name)
         return scores
+
+
+def _check_size(height: int, width: int) -> None:
+    if height != width or height % SIZE:
+        raise ValueError(
+            f"images are {height} x {width}, expected {SIZE} x {SIZE} or a whole multiple of it: this scorer "
+            "knows clips of the sprites world only"
+        )
 
 
 def _small(images: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from vpo_engine.rewards import qwen_vl
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.frames import check_moving, check_prompts, check_videos
+from vpo_engine.rewards.frames import check_moving, check_prompt, check_prompts, check_videos
+from vpo_engine.rewards.loading import special_tokens
 from vpo_engine.rewards.qwen_judge import Clip, QwenJudge, shown
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos, frame_rate
 
 Version = Literal[1, 2]
@@ -262,6 +264,20 @@ class UnifiedReward:
         )
         return cls(judge, version=version, fps=fps)
 
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        least, most = (
+            (IMAGE_MIN_PIXELS, IMAGE_MAX_PIXELS)
+            if self.version == 2
+            else (qwen_vl.VIDEO_MIN_PIXELS, MAX_PIXELS)
+        )
+        too_short = refusal(check_moving, frames, NAME)
+        return too_short or refusal(qwen_vl.smart_resize, height, width, least, most)
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
+        return refusal(check_prompt, prompt, special_tokens(self.judge.tokenizer), NAME)
+
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3], F >= 2, and B prompts; return {dimension: float32 [B]}, on the CPU.
 
@@ -269,7 +285,7 @@ class UnifiedReward:
         special token in it, for an answer without an end and for one that does not parse.
         """
         check_videos(videos, prompts)
-        check_moving(videos, NAME)
+        check_moving(videos.shape[1], NAME)
         check_prompts(prompts, NAME)
         rows = []
         for row, prompt in enumerate(prompts):

@@ -31,6 +31,7 @@ from vpo_engine.rewards.frames import (
 from vpo_engine.rewards.imagenet import square_clips
 from vpo_engine.rewards.loading import find_file, local_folder, read_under
 from vpo_engine.rewards.open_clip import Transformer
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos
 from vpo_engine.weights import load_strict
 
@@ -181,6 +182,18 @@ class ViCLIP:
         weights = read_under(path, "model", REMEDY)
         load_strict(network, weights, where=path, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
         return cls(network, tokenizer, batch_size=batch_size)
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
+        return refusal(self._check_prompt, prompt)
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(frame_indices, frames, self.network.shape.num_frames)
+
+    def _check_prompt(self, prompt: str) -> None:
+        check_prompts([prompt], NAME)
+        self.tokenizer.text_of(prompt)
 
     @torch.no_grad()
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:

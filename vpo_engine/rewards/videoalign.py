@@ -27,12 +27,14 @@ from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import (
     batches,
     by_dimension,
+    check_prompt,
     check_prompts,
     check_special_tokens,
     check_video_pixels,
     check_videos,
 )
 from vpo_engine.rewards.loading import read_json, read_weights, special_tokens
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videoalign_checkpoint import (
     DIMENSIONS,
     MARKS,
@@ -237,6 +239,14 @@ class VideoAlign:
             calibration=read_calibration(folder, settings),
             batch_size=batch_size,
         )
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(self._geometry, frames, height, width)
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
+        return refusal(check_prompt, prompt, special_tokens(self.tokenizer), NAME)
 
     @torch.no_grad()
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:

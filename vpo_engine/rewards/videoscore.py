@@ -28,12 +28,14 @@ from vpo_engine.rewards.frames import (
     batches,
     by_dimension,
     check_moving,
+    check_prompt,
     check_prompts,
     check_special_tokens,
     check_videos,
 )
 from vpo_engine.rewards.loading import read_config, read_json, read_tokenizer, special_tokens
 from vpo_engine.rewards.quantize import Bits, check_bits, quantise
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos
 from vpo_engine.weights import WHOLE, check_weights, load_strict, read_files, weight_files
 
@@ -227,6 +229,14 @@ class VideoScore:
         network = _read_network(folder, config, dtype, torch.device(device), bits)
         return cls(network, tokenizer, processor, max_frames=max_frames, batch_size=batch_size)
 
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(check_moving, frames, NAME)
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
+        return refusal(check_prompt, prompt, self._special, NAME)
+
     @torch.no_grad()
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] and B prompts; return {dimension: float32 [B]}, on the CPU.
@@ -236,7 +246,7 @@ class VideoScore:
         of the tokenizer (such as "<image>") in it, and for a score that is not finite.
         """
         check_videos(videos, prompts)
-        check_moving(videos, NAME)
+        check_moving(videos.shape[1], NAME)
         check_prompts(prompts, NAME)
         indices = frame_indices(videos.shape[1], self.max_frames)
         parts = [

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from vpo_engine.rewards import qwen_vl
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.frames import check_prompts, check_videos
+from vpo_engine.rewards.frames import check_prompt, check_prompts, check_videos
+from vpo_engine.rewards.loading import special_tokens
 from vpo_engine.rewards.qwen_judge import Answer, Clip, QwenJudge, shown
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos, frame_rate
 
 DIMENSIONS = ("visual_quality", "text_alignment", "physical_consistency")
@@ -119,6 +121,15 @@ class VideoScore2:
             path, dtype=dtype, device=device, name=NAME, max_new_tokens=max_new_tokens, remedy=REMEDY
         )
         return cls(judge, fps=fps)
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        too_short = refusal(qwen_vl.frame_indices, frames, self.fps, FPS)
+        return too_short or refusal(qwen_vl.smart_resize, height, width, qwen_vl.VIDEO_MIN_PIXELS, MAX_PIXELS)
+
+    def refuse_prompt(self, prompt: str) -> str | None:
+        """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
+        return refusal(check_prompt, prompt, special_tokens(self.judge.tokenizer), NAME)
 
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3], F at least 2, and B prompts; return {dimension: float32 [B]}, on the CPU.

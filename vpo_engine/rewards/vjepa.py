@@ -31,6 +31,7 @@ from vpo_engine.rewards.frames import (
 )
 from vpo_engine.rewards.imagenet import square_clips
 from vpo_engine.rewards.loading import local_folder, read_json
+from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos
 from vpo_engine.rewards.vit import Block
 from vpo_engine.weights import WHOLE, load_strict, read_file
@@ -268,6 +269,10 @@ class VJepa:
             network = VJepaNetwork(config)
         load_strict(network, weights, where=path, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
         return cls(network, seed=seed, detach_targets=detach_targets, batch_size=batch_size)
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
+        return refusal(self._frames, frames)
 
     @torch.no_grad()
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -87,6 +87,13 @@ class StoredPairs:
     def __len__(self) -> int:
         return len(self._pairs)
 
+    def texts(self) -> list[str]:
+        """Return a text for each pair that tells it from any other, for the record of the run."""
+        return [
+            repr((pair.step, pair.position, pair.prompt, pair.winner, pair.loser, pair.gap, pair.kept))
+            for pair in self._pairs
+        ]
+
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1`` of the stream, as a ``PromptStream`` does."""
         places = (position % len(self) for position in range(cursor, cursor + count))

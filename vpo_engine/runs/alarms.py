@@ -27,7 +27,7 @@ def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
     """Read the alarms of a run; None if the run had no monitor."""
     if not run.alarms.is_file():
         return None
-    return [json.loads(line) for line in run.alarms.read_text(encoding="utf-8").split("\n") if line]
+    return [json.loads(line) for line in run.alarms.read_bytes().split(b"\n") if line]
 
 
 def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Mapping[str, float]) -> str:

@@ -94,6 +94,9 @@ def check_same_run(config: Config, saved_config: Path) -> None:
         different.append(
             f"evaluation.steps: {saved.held_out_steps} -> {config.held_out_steps}, and the base was evaluated so"
         )
+    samples, now = saved.evaluation.samples_per_prompt, config.evaluation.samples_per_prompt
+    if samples != now:
+        different.append(f"evaluation.samples_per_prompt: {samples} -> {now}, and the base was evaluated so")
     if different:
         raise ValueError(
             f"{saved_config.parent} holds a run with other settings (there -> now): {'; '.join(different)}. Resume it "

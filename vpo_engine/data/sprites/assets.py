@@ -65,6 +65,11 @@ class Sprites(OpenSora):
         """Nothing to refuse: size and frame rate are those of the world, whatever the settings say."""
 
     @classmethod
+    def readable_part(cls, settings: ModelConfig, prompt: str) -> str:
+        """Return the bytes that the tokenizer takes; prompts are not cleaned."""
+        return prompt.encode()[: MAX_LENGTH - 1].decode(errors="ignore")
+
+    @classmethod
     def load(cls, settings: ModelConfig, context: LoadContext) -> Self:
         """Load the shipped policy, or that of a folder (a run's ``checkpoints/*/policy``)."""
         text = context.text_source(load_text_encoder, "sprites", on_disk=False)

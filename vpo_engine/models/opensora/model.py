@@ -30,7 +30,7 @@ from vpo_engine.models.opensora.rectified_flow import (
 from vpo_engine.models.opensora.reuse import Reuse
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.stdit3_config import STDiT3Config
-from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt
+from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt, without_scores
 from vpo_engine.models.opensora.vae import OpenSoraVAE
 from vpo_engine.models.solvers import EulerFlow
 from vpo_engine.models.step_graph import Predict
@@ -115,6 +115,7 @@ class OpenSora(BaseModel):
         self.decode_strip_height: int | None = None
         self._compiled: CompiledBlocks | None = None
         self.num_frames, self.fps = geometry.num_frames, geometry.fps
+        self.video_size = (geometry.num_frames, geometry.height, geometry.width)
         size = self.vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
         config = network.config
         self.latent_shape = (config["in_channels"], *size)
@@ -127,6 +128,10 @@ class OpenSora(BaseModel):
         """See ``VideoModel``; resolution and aspect must stand in the published table."""
         super().check(settings)
         pixel_size(settings.resolution, settings.aspect)
+
+    @classmethod
+    def readable_part(cls, settings: ModelConfig, prompt: str) -> str:
+        return without_scores(prepare_prompt(prompt, aes=settings.aesthetic_score))
 
     @classmethod
     def load(cls, settings: ModelConfig, context: LoadContext) -> Self:

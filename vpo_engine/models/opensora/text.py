@@ -85,6 +85,8 @@ _WORDS = _rules(
     (r"^\.\S+$", ""),
 )
 
+_SCORES = re.compile(r"(?:(?:aesthetic|motion)\s*)?score:\s*[\d.]*|camera motion:[^.]*\.?")
+
 
 def append_scores(
     prompt: str, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None
@@ -114,6 +116,11 @@ def prepare_prompt(
 ) -> str:
     """Return what the tokenizer sees: the prompt with scores appended, cleaned twice."""
     return clean_caption(clean_caption(append_scores(prompt, aes, flow, camera_motion)))
+
+
+def without_scores(prepared: str) -> str:
+    """Return a prepared prompt without score sentences, which say nothing of what is to be seen."""
+    return _SCORES.sub("", prepared)
 
 
 def _apply(rules: _Rules, text: str) -> str:

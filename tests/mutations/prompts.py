@@ -1,0 +1,104 @@
+"""Mistakes in what a run reads, says and keeps of its prompts."""
+
+PROMPTS = "vpo_engine/data/prompts.py"
+LINES = "vpo_engine/data/prompt_lines.py"
+JSON = "vpo_engine/data/prompt_json.py"
+CHECKS = "vpo_engine/data/prompt_checks.py"
+RECORD = "vpo_engine/data/prompt_record.py"
+BUILD = "vpo_engine/build.py"
+SUMMARY = "vpo_engine/metrics/summary.py"
+LAYOUT_TESTS = ("tests/data_layer/test_prompt_layouts.py",)
+RUN_TESTS = ("tests/test_run_prompts.py",)
+OPENSORA_TESTS = ("tests/test_opensora_run.py",)
+
+MUTATIONS = [
+    (
+        "lines of prompts cut at U+2028",
+        LINES,
+        "for raw in self._file:",
+        "for raw in self._file.read().decode().splitlines(True):\n            raw = raw.encode()",
+        LAYOUT_TESTS,
+    ),
+    (
+        "a key twice in a row of prompts",
+        LINES,
+        "if len(found) < len(pairs):",
+        "if len(found) > len(pairs):",
+        LAYOUT_TESTS,
+    ),
+    (
+        "one row read as names with texts",
+        JSON,
+        "kinds == {str} and (column in keys",
+        "kinds == {int} and (column in keys",
+        LAYOUT_TESTS,
+    ),
+    (
+        "lines of JSON counted from the wrong place",
+        JSON,
+        'text.count("\\n", counted, place)',
+        'text.count("\\n", counted, place - 1)',
+        LAYOUT_TESTS,
+    ),
+    ("a plain TSV with quoted fields", PROMPTS, "raise error from None", "pass", LAYOUT_TESTS),
+    (
+        "the line after that of a prompt",
+        PROMPTS,
+        "left, line = int(self._offsets[index]), 1",
+        "left, line = int(self._offsets[index]), 2",
+        LAYOUT_TESTS,
+    ),
+    ("captions cleaned to nothing taken", CHECKS, "if not _letters(left):", "if not left:", OPENSORA_TESTS),
+    (
+        "scores count as letters of a caption",
+        "vpo_engine/models/opensora/model.py",
+        "without_scores(prepare_prompt(prompt, aes=settings.aesthetic_score))",
+        "prepare_prompt(prompt, aes=settings.aesthetic_score)",
+        OPENSORA_TESTS,
+    ),
+    (
+        "only the first prompts are asked about",
+        CHECKS,
+        "sorted(used.union(range(LOOKED_AT)))",
+        "range(LOOKED_AT)",
+        RUN_TESTS,
+    ),
+    (
+        "training prompts are not asked about",
+        BUILD,
+        "_ask(reward, train, _rows_of(config, train), who, change)",
+        "pass",
+        RUN_TESTS,
+    ),
+    (
+        "held-out prompts are not asked about",
+        BUILD,
+        "_ask(reward, held_out, range(len(held_out)), who, change)",
+        "pass",
+        RUN_TESTS,
+    ),
+    (
+        "the judge is not asked",
+        BUILD,
+        "_ask(judge, prompts, range(len(prompts)), who, change)",
+        "pass",
+        RUN_TESTS,
+    ),
+    ("numbers of the answers taken for rows", BUILD, "{rows[number]:", "{number:", RUN_TESTS),
+    (
+        "prompts behind others count as others",
+        RECORD,
+        "fingerprint(texts, before.count) == before",
+        "fingerprint(texts) == before",
+        RUN_TESTS,
+    ),
+    (
+        "the order of prompts may change",
+        "vpo_engine/data/fingerprint.py",
+        "for index in range(len(prompts) if count is None else count):",
+        "for index in sorted(range(len(prompts) if count is None else count), key=lambda row: prompts[row]):",
+        RUN_TESTS,
+    ),
+    ("no record of prompts", "vpo_engine/train.py", "write_record(run.root, texts)", "pass", RUN_TESTS),
+    ("bounds of one clip", SUMMARY, "if len(before) == 1:", "if len(before) == 0:", RUN_TESTS),
+]
