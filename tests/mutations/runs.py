@@ -7,6 +7,8 @@ HELD_OUT = "vpo_engine/metrics/held_out.py"
 GUARDS = "vpo_engine/rewards/guards.py"
 COMBINE = "vpo_engine/rewards/combine.py"
 STATE = "vpo_engine/run_state.py"
+START = "vpo_engine/runs/start.py"
+GALLERY = "vpo_engine/run_gallery.py"
 CHECKPOINT = "vpo_engine/runs/checkpoint.py"
 DATASET = "vpo_engine/data/preference_dataset.py"
 PROMPTS = "vpo_engine/data/prompts.py"
@@ -106,16 +108,16 @@ MUTATIONS = [
     ),
     (
         "clips before and after exchanged",
-        TRAINER,
+        GALLERY,
         "before=before, after=after,",
         "before=after, after=before,",
         EVALUATION,
     ),
     (
         "scores of the clips before for those after",
-        TRAINER,
-        "after_scores=self._held_out.scores(after, clips)",
-        "after_scores=self._held_out.scores(before, clips)",
+        GALLERY,
+        "after_scores=held_out.scores(after, clips)",
+        "after_scores=held_out.scores(before, clips)",
         EVALUATION,
     ),
     (
@@ -125,20 +127,20 @@ MUTATIONS = [
         "every is not None and (step + 1) % every == 0",
         EVALUATION,
     ),
-    ("no checkpoint at the end", TRAINER, "if stopping or step == total or", "if stopping or", EVALUATION),
+    ("no checkpoint at the end", TRAINER, "or step == self._config.steps or", "or", EVALUATION),
     # The gallery and the preference dataset of a run.
     (
         "the narrowest pairs shown",
-        TRAINER,
+        GALLERY,
         "key=lambda pair: pair.gap, reverse=True",
         "key=lambda pair: pair.gap",
         REPLAY,
     ),
     (
         "shown winners are losers",
-        TRAINER,
-        "winner=self._decoded(winners)",
-        "winner=self._decoded(losers)",
+        GALLERY,
+        "winner=_decoded(model, winners)",
+        "winner=_decoded(model, losers)",
         REPLAY,
     ),
     (
@@ -180,42 +182,42 @@ MUTATIONS = [
     ),
     (
         "the optimizer's settings may change",
-        STATE,
+        START,
         '"checkpoint", "processes")',
         '"checkpoint", "processes", "optimizer")',
         FAULTS,
     ),
     (
         "the reference's settings may change",
-        STATE,
+        START,
         '"checkpoint", "processes")',
         '"checkpoint", "processes", "reference")',
         FAULTS,
     ),
     (
         "the rules of pairs may change",
-        STATE,
+        START,
         '"checkpoint", "processes")',
         '"checkpoint", "processes", "pairs")',
         FAULTS,
     ),
     (
         "pairs_per_step may change",
-        STATE,
+        START,
         '"checkpoint", "processes")',
         '"checkpoint", "processes", "pairs_per_step")',
         FAULTS,
     ),
     (
         "the guards may change",
-        STATE,
+        START,
         '"checkpoint", "processes")',
         '"checkpoint", "processes", "guards")',
         FAULTS,
     ),
     (
         "the steps of evaluations may change",
-        STATE,
+        START,
         "if saved.held_out_steps != config.held_out_steps:",
         "if False:",
         FAULTS,

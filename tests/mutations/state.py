@@ -8,6 +8,7 @@ WEIGHTS = "vpo_engine/reference/weights.py"
 EXACT = "vpo_engine/reference/exact.py"
 NETWORK = "vpo_engine/reference/network.py"
 STATE = "vpo_engine/run_state.py"
+START = "vpo_engine/runs/start.py"
 CHECKPOINT = "vpo_engine/runs/checkpoint.py"
 LOG = "vpo_engine/runs/log.py"
 DATASET = "vpo_engine/data/preference_dataset.py"
@@ -118,7 +119,7 @@ MUTATIONS = [
         "(step + 1) * config.pairs_per_step",
         REPLAY,
     ),
-    ("other settings resumed", STATE, "if different:", "if False:", FAULTS),
+    ("other settings resumed", START, "if different:", "if False:", FAULTS),
     ("files not synced", CHECKPOINT, "path.chmod(mode) _sync(path)", "path.chmod(mode)", DISK),
     ("the manifest not synced", CHECKPOINT, "_sync(manifest)", "pass", DISK),
     (
@@ -169,14 +170,14 @@ MUTATIONS = [
         "incomplete ones count as the newest",
         CHECKPOINT,
         "_check_sizes(path, _read_manifest(path)) except",
-        "path.stat()\n        except",
+        "path.stat()\n    except",
         DISK,
     ),
     (
         "the oldest taken for the newest",
         CHECKPOINT,
-        "sorted(_saved(folder).items(), reverse=True)",
-        "sorted(_saved(folder).items())",
+        "sorted(_all_saved(folder).items(), reverse=True)",
+        "sorted(_all_saved(folder).items())",
         DISK,
     ),
     ("the damaged one offered as a remedy", CHECKPOINT, "step >= before", "step > before", DISK),

@@ -134,7 +134,7 @@ MUTATIONS = [
         "candidates of later rounds left out",
         STEP,
         "choices = self._resample_ties(self.selector.choose(candidates))",
-        "choices = self.selector.choose(candidates)\n            self._resample_ties(choices)",
+        "choices = self.selector.choose(candidates)\n                self._resample_ties(choices)",
         REPLAY,
     ),
     (
@@ -198,8 +198,8 @@ MUTATIONS = [
     (
         "the log is not cut at a resume",
         TRAINER,
-        "if start: log.resume(start)",
-        "if start:\n            pass",
+        "evaluated = self._log.resume(step, total)",
+        "evaluated = True",
         RESUME,
     ),
     (
@@ -278,15 +278,15 @@ MUTATIONS = [
     (
         "both passes in 8 bits",
         STEP,
-        'CountedRows(exact if config.weights == "policy" else first)',
-        "CountedRows(first)",
+        'CountedRows(exact if config.weights == "policy" else first, check)',
+        "CountedRows(first, check)",
         SAMPLERS,
     ),
     (
         "both passes by the policy",
         STEP,
-        "CountedRows(first), Counted",
-        "CountedRows(exact), Counted",
+        "CountedRows(first, check), Counted",
+        "CountedRows(exact, check), Counted",
         SAMPLERS,
     ),
     (

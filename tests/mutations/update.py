@@ -308,8 +308,8 @@ MUTATIONS = [
     (
         "the rate reaches its end a step late",
         OPTIMIZER,
-        "steps - 1 - settings.warmup_steps",
-        "steps - settings.warmup_steps",
+        "steps - 1 - warmup",
+        "steps - warmup",
         REPLAY,
     ),
     (

@@ -1,0 +1,210 @@
+"""Mistakes in how a run begins, stops, goes on and is compared, and in how its settings are read."""
+
+TRAINER = "vpo_engine/trainer.py"
+START = "vpo_engine/runs/start.py"
+STOPPING = "vpo_engine/distributed/stopping.py"
+LOG = "vpo_engine/runs/log.py"
+LOCK = "vpo_engine/runs/lock.py"
+SIGNALS = "vpo_engine/runs/signals.py"
+YAML = "vpo_engine/config/yaml_values.py"
+CONFIG_FILE = "vpo_engine/config_file.py"
+EVALUATE = "vpo_engine/evaluate.py"
+STEP = "vpo_engine/online_vpo.py"
+
+STOPS = ("tests/wiring/test_stopping.py",)
+STARTS = ("tests/runs/test_start.py",)
+LOGS = ("tests/runs/test_log.py",)
+LOCKS = ("tests/runs/test_lock.py",)
+SETTINGS = ("tests/test_config.py",)
+COMMANDS = ("tests/test_command.py",)
+COMPARES = ("tests/test_evaluate.py",)
+
+MUTATIONS = [
+    # Stopping.
+    (
+        "a signal is not looked at inside of a step",
+        STOPPING,
+        "if self._inside and self.requested():",
+        "if False:",
+        STOPS,
+    ),
+    (
+        "a step that was given up is trained on",
+        STOPPING,
+        "if self._processes.any(left or self.requested()): raise StepAbandonedError",
+        "if False: raise StepAbandonedError",
+        STOPS,
+    ),
+    (
+        "the step that was given up is saved as finished",
+        TRAINER,
+        "step = self._done if step and self._saved_at != step:",
+        "step = self._done + 1\n        if step and self._saved_at != step:",
+        STOPS,
+    ),
+    (
+        "the last finished step is not saved",
+        TRAINER,
+        "if step and self._saved_at != step:",
+        "if False:",
+        STOPS,
+    ),
+    (
+        "the evaluation that was given up is not made again",
+        TRAINER,
+        "if self._evaluation_missing:",
+        "if False:",
+        STOPS,
+    ),
+    ("an evaluation is made twice", TRAINER, "due and not evaluated", "due", STOPS),
+    ("a stopped run ends with 0", SIGNALS, "return 128 + received", "return 0", STOPS),
+    ("a second signal is ignored", SIGNALS, "raise KeyboardInterrupt(", "return  # (", STOPS),
+    (
+        "an update is given up after its first optimizer step",
+        STEP,
+        "unchanged = update == 0 and",
+        "unchanged = True and",
+        STOPS,
+    ),
+    (
+        "a loss that is not finite is stepped by",
+        STEP,
+        'if not math.isfinite(metrics["loss"]):',
+        "if False:",
+        (*STOPS, "tests/test_online_vpo.py"),
+    ),
+    (
+        "latents that are not finite are decoded",
+        "vpo_engine/values.py",
+        "if not torch.isfinite(latents).all():",
+        "if False:",
+        STOPS,
+    ),
+    # Going on.
+    (
+        "a finished run is trained again",
+        START,
+        "newest == config.steps and settings.from_ is None",
+        "False",
+        (*STARTS, *STOPS),
+    ),
+    (
+        "resume without a run begins anew",
+        START,
+        "if asked: raise ValueError(_nothing_there(root, config.name))",
+        "pass",
+        STARTS,
+    ),
+    ("damaged checkpoints are no checkpoints", START, "if asked or broken:", "if asked:", STARTS),
+    ("the oldest checkpoint", START, "return saved[max(saved)]", "return saved[min(saved)]", STARTS),
+    (
+        "any settings continue a run",
+        START,
+        'if different: raise ValueError( f"{saved_config.parent} holds',
+        'if False: raise ValueError( f"{saved_config.parent} holds',
+        STARTS,
+    ),
+    (
+        "the saved configuration asks to resume",
+        START,
+        '"resume": "auto", "from_": None',
+        '"resume": config.checkpoint.resume, "from_": config.checkpoint.from_',
+        STARTS,
+    ),
+    (
+        "a restarted process begins anew",
+        START,
+        '"TORCHELASTIC_RESTART_COUNT", "0")) > 0',
+        '"TORCHELASTIC_RESTART_COUNT", "0")) > 9',
+        STARTS,
+    ),
+    (
+        "rows of the step itself are dropped",
+        LOG,
+        'int(row["step"]) <= step and step > 0',
+        'int(row["step"]) < step and step > 0',
+        LOGS,
+    ),
+    ("rows before the first step are kept", LOG, "<= step and step > 0]", "<= step]", LOGS),
+    ("the evaluation at the end stands twice", LOG, "if step == last:", "if False:", LOGS),
+    ("a lock does not lock", LOCK, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", LOCKS),
+    ("a removed lock counts as held", LOCK, "if self._is_in_place(): break", "break", LOCKS),
+    ("the lock stays after the end", LOCK, "self._path.unlink(missing_ok=True)", "pass", LOCKS),
+    # Settings.
+    (
+        "the last of two equal keys wins",
+        YAML,
+        "if key.value in lines and key.tag != _MERGE:",
+        "if False:",
+        SETTINGS,
+    ),
+    (
+        "text that looks like a number becomes one",
+        YAML,
+        "if kinds & {str, Path}: return text",
+        "pass",
+        SETTINGS,
+    ),
+    (
+        "true is the number 1",
+        YAML,
+        "if _BOOL.fullmatch(text) and (bool in kinds or Any in kinds):",
+        "if _BOOL.fullmatch(text):",
+        SETTINGS,
+    ),
+    (
+        "an argument ends at a comment",
+        YAML,
+        "text.strip(), style=None",
+        "text.split(' #')[0].strip(), style=None",
+        SETTINGS,
+    ),
+    ("tags are obeyed", YAML, "if node.tag not in _KNOWN_TAGS:", "if False:", SETTINGS),
+    (
+        "a missing path means the shipped file of its name",
+        CONFIG_FILE,
+        "if source.name == str(source):",
+        "if True:",
+        SETTINGS,
+    ),
+    ("an argument is blamed on the file", CONFIG_FILE, "settings.origins[key] = ARGUMENT", "pass", SETTINGS),
+    ("missing files are found later", CONFIG_FILE, "if not path.exists():", "if False:", COMMANDS),
+    (
+        "the home folder is a folder called ~",
+        "vpo_engine/config/section.py",
+        "path = value.expanduser()",
+        "path = value",
+        SETTINGS,
+    ),
+    (
+        "the warm-up goes beyond the run",
+        "vpo_engine/memory/optimizer.py",
+        "min(settings.warmup_steps, steps - 1)",
+        "settings.warmup_steps",
+        ("tests/test_online_vpo.py",),
+    ),
+    # Comparing.
+    ("runs of other settings are seeds", EVALUATE, "if different:", "if False:", COMPARES),
+    ("a seed counts twice", EVALUATE, "if other.config.seed == run.config.seed:", "if False:", COMPARES),
+    (
+        "every process speaks",
+        "vpo_engine/command.py",
+        'if int(os.environ.get("LOCAL_RANK", "0")) == 0:',
+        "if True:",
+        COMMANDS,
+    ),
+    (
+        "torchrun is told nothing",
+        "vpo_engine/command.py",
+        '_tell_torchrun(f"error: {error}")',
+        "pass",
+        COMMANDS,
+    ),
+    (
+        "a full disk is noticed when it is full",
+        "vpo_engine/checkpoint_size.py",
+        "if free < number * size + _SPARE:",
+        "if False:",
+        ("tests/test_checkpoint_size.py",),
+    ),
+]
