@@ -42,7 +42,7 @@ from vpo_engine.rewards.served import find_reward, serve
 from vpo_engine.rewards.wire import RewardProcessError
 from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.run_state import check_same_run
-from vpo_engine.runs.checkpoint import CheckpointError
+from vpo_engine.runs.checkpoint import CheckpointError, newest_complete
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.trainer import Trainer
 
@@ -151,8 +151,9 @@ def _open_or_create(config: Config, texts: Texts) -> RunDirectory:
         if root is not None and root.is_dir() and any(root.iterdir()):
             run = RunDirectory.open(root)
             check_same_run(config, run.config)
-            note = check_record(run.root, texts)
-            if note:
+            if newest_complete(run.checkpoints) is None:  # it begins again at the first step
+                write_record(run.root, texts)
+            elif note := check_record(run.root, texts):
                 print(note, flush=True)
             return run
     text = dump_config(config)
