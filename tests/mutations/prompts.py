@@ -99,6 +99,12 @@ MUTATIONS = [
         "for index in sorted(range(len(prompts) if count is None else count), key=lambda row: prompts[row]):",
         RUN_TESTS,
     ),
-    ("no record of prompts", "vpo_engine/train.py", "write_record(run.root, texts)", "pass", RUN_TESTS),
+    (
+        "no record of prompts",
+        "vpo_engine/train.py",
+        "write_record(run.root, texts)\n    return run",
+        "return run",
+        RUN_TESTS,
+    ),
     ("bounds of one clip", SUMMARY, "if len(before) == 1:", "if len(before) == 0:", RUN_TESTS),
 ]
