@@ -270,6 +270,17 @@ def test_a_run_without_a_record_is_resumed_with_a_note(
     assert said not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("nothing_sampled")
+def test_a_run_that_saved_nothing_begins_again_with_other_prompts(
+    stopped: Callable[..., Config], tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/checkpoints").mkdir()
+    write(tmp_path / "train.txt", MANY)
+    starts(stopped())
+    assert json.loads((tmp_path / "run/prompts.json").read_text())["prompts.train"]["count"] == len(MANY)
+
+
 def test_another_number_of_samples_cannot_be_compared(stopped: Callable[..., Config]) -> None:
     message = r"evaluation\.samples_per_prompt was 1, now 2, and the base was evaluated"
     with pytest.raises(ValueError, match=message):

@@ -55,7 +55,9 @@ def run_training(config: Config) -> int:
             dataset = config.rollout.dataset
             stored = None if dataset is None else StoredPairs(dataset, config.pairs.min_gap)
             prompts, held_out_prompts = build_prompts(config, print if processes.first else None)
-        config = _resolved_as_before(config, processes)
+        texts: Texts = {"prompts.train": prompts} if stored is None else {"rollout.dataset": stored.texts()}
+        texts = {**texts, "prompts.held_out": held_out_prompts}
+        config = _as_before(config, processes, texts)
         if configurations_are_here(config):  # else building the model says which is missing
             config, plan = check_fits(config, processes.device, processes.count, processes.broadcast_text)
             if processes.first:
@@ -68,8 +70,6 @@ def run_training(config: Config) -> int:
             served.wait_until_loaded()
         check_scored(config, model, reward, prompts, held_out_prompts)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
-        texts: Texts = {"prompts.train": prompts} if stored is None else {"rollout.dataset": stored.texts()}
-        texts = {**texts, "prompts.held_out": held_out_prompts}
         if processes.first:
             check_disk(config, model.network, config.run_dir or Path("runs"))
         run, checkpoint = _open_run(config, processes, at_end, texts)
@@ -116,11 +116,16 @@ def _build_reward(
     return at_end.enter_context(reward) if isinstance(reward, RemoteReward) else reward
 
 
-def _resolved_as_before(config: Config, processes: Processes) -> Config:
-    """Return ``config`` with what an earlier start of the run has chosen; the same in every process."""
+def _as_before(config: Config, processes: Processes, texts: Texts) -> Config:
+    """Return ``config`` with what an earlier start of the run has chosen; the same in every process.
+
+    Raise ValueError if a run that goes on from a checkpoint was started with other prompts.
+    """
     text = ""
     if processes.first:
         start = find_start(config)
+        if start.checkpoint is not None and (note := check_record(start.checkpoint.parent.parent, texts)):
+            print(note, flush=True)
         if start.exists and start.root is not None:
             text = RunDirectory.open(start.root).config.read_text(encoding="utf-8")
     text = processes.broadcast_text(text)
@@ -141,8 +146,6 @@ def _open_run(
             start.root.mkdir(parents=True, exist_ok=True)
             at_end.enter_context(RunLock(start.root))
             start = find_start(config)  # another process may have ended meanwhile
-        if start.checkpoint is not None and (note := check_record(start.checkpoint.parent.parent, texts)):
-            print(note, flush=True)
         run = start.open(config)
         if start.checkpoint is None:
             write_record(run.root, texts)
