@@ -53,7 +53,7 @@ def finished(smallest: list[str], tmp_path_factory: pytest.TempPathFactory) -> t
         return models[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entry, "build_model", build_and_keep)
+        patch.setattr(training, "build_model", build_and_keep)
         assert entry.main([*smallest, *LORA, f"run_dir={run}"]) == 0
     return run, models[0]
 

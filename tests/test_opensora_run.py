@@ -146,8 +146,8 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("vpo_engine.train.build_model", loaded)
-    monkeypatch.setattr("vpo_engine.train.check_fits", lambda config, *_: (config, ""))
+    monkeypatch.setattr("vpo_engine.training.build_model", loaded)
+    monkeypatch.setattr("vpo_engine.training.check_fits", lambda config, *_: (config, ""))
 
 
 def write_prompts(checkpoints: Path, folder: Path, train: list[str], held_out: list[str]) -> list[str]:

@@ -3,11 +3,15 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import video_cases
 from torch import Tensor
+from video_cases import moving
 
 from vpo_engine.data.clips import find_clips, prompt_of_name, read_preferences
 from vpo_engine.data.sprites.world import Attributes, render
@@ -62,13 +66,16 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one line of error of a command that must fail."""
+    """The one line of error of a command that must fail; a note about prompts of file names may stand before it."""
     assert main([str(argument) for argument in arguments]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("error: ")
-    assert shown.err.count("\n") == 1
-    return shown.err
+    *notes, error = shown.err.splitlines(keepends=True)
+    assert all(note.startswith("note: the prompts of ") for note in notes)
+    assert len(notes) <= 1
+    assert error.startswith("error: ")
+    assert error.endswith("\n")
+    return error
 
 
 class TestScoring:
@@ -104,7 +111,16 @@ class TestScoring:
 
     def test_list(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--list"]) == 0
-        assert [block.split("\n")[0] for block in capsys.readouterr().out.split("\n\n")] == list(NAMES)
+        table, more = capsys.readouterr().out.split("\n\n")
+        assert [line.split()[0] for line in table.splitlines()[1:]] == list(NAMES)
+        assert more.startswith("--list NAME prints")
+
+    def test_a_card(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--list", "brisque"]) == 0
+        assert capsys.readouterr().out.startswith("brisque\n  dimensions      visual_quality (unbounded)\n")
+        assert main(["--list", f"{__name__}:FrameRate"]) == 0
+        assert "dimensions      fps (unbounded)" in capsys.readouterr().out
+        assert "there is no reward 'brisk'; did you mean 'brisque'?" in fails(capsys, "--list", "brisk")
 
     def test_nothing_to_do(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
@@ -191,6 +207,24 @@ class TestPreferences:
         with pytest.raises(ValueError, match=re.escape(message)):
             read_preferences(file, shared)
 
+    def test_lines_end_at_newlines_only(self, tmp_path: Path) -> None:
+        """JSON strings may hold U+2028, U+2029 and U+0085; a byte order mark and Windows line ends are no text."""
+        for name in ("a.mp4", "b.mp4"):
+            (tmp_path / name).touch()
+        (row,) = read_preferences(video_cases.CASES / "preferences.jsonl", tmp_path)
+        assert "\u2028" in row.clips[0].prompt
+        prompt = "one\u2029two\x85three\x0cfour"
+        row = {"prompt": prompt, "videos": ["a.mp4", "b.mp4"], "preferred": 0}
+        text = json.dumps(row, ensure_ascii=False)
+        (tmp_path / "p.jsonl").write_bytes(f"\ufeff{text}\r\n\r\n{text}\r\n".encode())
+        rows = read_preferences(tmp_path / "p.jsonl", tmp_path)
+        assert [each.clips[0].prompt for each in rows] == [prompt] * 2
+
+    def test_text_that_is_not_utf8(self, shared: Path, tmp_path: Path) -> None:
+        (tmp_path / "p.jsonl").write_bytes(b'\n{"prompt": "caf\xe9"}\n')
+        with pytest.raises(ValueError, match=r"p\.jsonl, line 2: not UTF-8 .*; save the file as UTF-8"):
+            read_preferences(tmp_path / "p.jsonl", shared)
+
     def test_missing_file(self, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
         absent = shared / "absent.jsonl"
         error = fails(capsys, shared, "--reward", "sprites", "--preferences", absent)
@@ -249,6 +283,55 @@ class TestPrompts:
         with pytest.raises(ValueError, match=r"has prompts\.csv and prompts\.txt; keep one"):
             find_clips(folder)
 
+    def test_columns_of_other_names(self, folder: Path) -> None:
+        (folder / "prompts.csv").write_text("clip,prompt\na,b\n")
+        message = "column 'video' occurs 0 times, but must occur once; give the name 'video' to one of its columns: "
+        with pytest.raises(ValueError, match=re.escape(message)):
+            find_clips(folder)
+
+    def test_a_spreadsheets_file(self, folder: Path) -> None:
+        """With a byte order mark and Windows line ends, a prompt over two lines, and text that is not English."""
+        first, second = sorted(path.name for path in folder.iterdir())
+        text = f'\ufeffvideo,prompt\r\n{first},"红色圆圈\r\nmoves"\r\n{second},"\u201ea\u2028b\u201c"\r\n'
+        (folder / "prompts.csv").write_bytes(text.encode())
+        assert [clip.prompt for clip in find_clips(folder)] == ["红色圆圈\r\nmoves", "\u201ea\u2028b\u201c"]
+
+    def test_subfolders_with_their_own(self, folder: Path, tmp_path: Path) -> None:
+        """As ``sample`` leaves them that wrote into several folders of one; a file above all counts alone."""
+        first, second = sorted(folder.iterdir())
+        for place, video in (("one", first), ("two/deep", second)):
+            (folder / place).mkdir(parents=True)
+            video.rename(folder / place / "v.mp4")
+            row = {"video": "v.mp4", "prompt": f"Prompt of {place}!"}
+            (folder / place / "prompts.jsonl").write_text(json.dumps(row))
+        (folder / "a-blue-square.mp4").write_bytes((folder / "one" / "v.mp4").read_bytes())
+        assert [(clip.name, clip.prompt, clip.named) for clip in find_clips(folder)] == [
+            ("a-blue-square.mp4", "a blue square", True),
+            ("one/v.mp4", "Prompt of one!", False),
+            ("two/deep/v.mp4", "Prompt of two/deep!", False),
+        ]
+        (folder / "prompts.txt").write_text("x\ny\nz\n")
+        assert [(clip.prompt, clip.named) for clip in find_clips(folder)] == [
+            ("x", False),
+            ("y", False),
+            ("z", False),
+        ]
+
+    def test_prompts_of_file_names_are_announced_once(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """By a reward that reads prompts, and only if there are such prompts."""
+        arguments = [str(folder), "--out", str(tmp_path / "out"), "--reward"]
+        assert main([*arguments, "sprites"]) == 0
+        assert capsys.readouterr().err == (
+            "note: the prompts of 2 of 2 videos are taken from their file names, such as 'a red circle moving left'; a "
+            "prompts.jsonl or prompts.csv beside them is exact\n"
+        )
+        assert main([*arguments, "brisque"]) == 0
+        (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
+        assert main([*arguments, "sprites"]) == 0
+        assert capsys.readouterr().err == ""
+
 
 class TestRankRefusals:
     def test_folders(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,7 +358,7 @@ class TestRankRefusals:
             first.write_bytes(damaged)
             error = fails(capsys, folder, "--reward", "sprites")
             assert f"'{first}'" in error
-            assert "is not a readable video file" in error or "has no frames" in error
+            assert "is not a readable video file" in error or "is damaged or incomplete" in error
 
     def test_video_of_one_frame(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_mp4(folder / "9-a-red-circle-moving-left.mp4", sprites(CAPTIONS[0])[:1], 8)
@@ -286,7 +369,7 @@ class TestRankRefusals:
         first = sorted(folder.iterdir())[0]
         whole = first.read_bytes()
         first.write_bytes(whole[: whole.index(b"mdat") + 4])
-        assert f"'{first}' has no frames" in fails(capsys, folder, "--reward", "sprites")
+        assert f"'{first}' has no frames that can be read" in fails(capsys, folder, "--reward", "sprites")
 
     def test_video_without_prompt(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_mp4(folder / "0007-3.mp4", sprites(CAPTIONS[0]), 8)
@@ -297,14 +380,116 @@ class TestRankRefusals:
         write_mp4(folder / "a-cat.mp4", sprites(CAPTIONS[0]), 8)
         assert "error: video a-cat.mp4: " in fails(capsys, folder, "--reward", "sprites")
 
-    def test_mixed_frame_rates(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """Refused by rewards that sample by seconds; the others do not look at the rate."""
-        write_mp4(folder / "z-a-red-circle-moving-left.mp4", sprites(CAPTIONS[0]), 24)
-        error = fails(capsys, folder, "--reward", f"{__name__}:FrameRate")
-        assert (
-            "has 8 frames per second and z-a-red-circle-moving-left.mp4 24, but test_rank:FrameRate samples by"
-            in error
+    def test_files_that_are_in_the_way(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        video = sorted(folder.iterdir())[0]
+        assert f"{video} is a file; give the folder that holds the videos" in fails(
+            capsys, video, "--reward", "brisque"
         )
+        assert f"--out {video} is a file; give a folder" in fails(
+            capsys, folder, "--reward", "brisque", "--out", video
+        )
+        (folder / "gone.mp4").symlink_to(folder / "absent.mp4")
+        assert "gone.mp4 is a link to a file that is not there" in fails(
+            capsys, folder, "--reward", "brisque"
+        )
+
+
+class TestFrameRates:
+    """Of a reward that is made for one rate; those that come with the engine take each file's."""
+
+    @pytest.fixture
+    def mixed(self, folder: Path) -> Path:
+        write_mp4(folder / "z-a-red-circle-moving-left.mp4", sprites(CAPTIONS[0]), 24)
+        return folder
+
+    @pytest.mark.parametrize("more", [(), ("--time-limit", "60")])
+    def test_each_clip_at_its_own(self, mixed: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+        out = tmp_path / "out"
+        assert main([str(mixed), "--reward", f"{__name__}:FrameRate", "--out", str(out), *more]) == 0
+        rows = read_csv(out / "scores.csv")
+        assert [row["fps"] for row in rows] == ["8.0", "8.0", "24.0"]
+        assert [row["video"] for row in rows] == sorted(path.name for path in mixed.iterdir())
+
+    def test_preferences(self, mixed: Path, tmp_path: Path) -> None:
+        names = sorted(path.name for path in mixed.iterdir())
+        row = {"prompt": "p", "videos": [names[2], names[0]], "preferred": 0}
+        (tmp_path / "preferred.jsonl").write_text(json.dumps(row))
+        arguments = [str(mixed), "--reward", f"{__name__}:FrameRate", "--out", str(tmp_path / "out")]
+        assert main([*arguments, "--preferences", str(tmp_path / "preferred.jsonl")]) == 0
+        assert read_csv(tmp_path / "out" / "ranking.csv")[0]["value"] == "1.0"
+
+
+class TestFolders:
+    def test_what_people_do_not_see_is_left_out(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Hidden files, copies of notebooks, a Mac's metadata beside each file, also in archives."""
+        first = sorted(folder.iterdir())[0]
+        for name in (".a.mp4", "._a.mp4", ".ipynb_checkpoints/a.mp4", "__MACOSX/b.mp4", ".cache/b/a.mp4"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"no video")
+        assert [clip.prompt for clip in find_clips(folder)] == list(CAPTIONS)
+        hidden = tmp_path / ".videos"  # the folder itself may be hidden
+        hidden.mkdir()
+        (hidden / "a.mp4").write_bytes(first.read_bytes())
+        assert main([str(hidden), "--reward", "brisque", "--out", str(tmp_path / "out")]) == 0
+        assert "a.mp4" in capsys.readouterr().out
+        (hidden / "a.mp4").rename(hidden / ".a.mp4")
+        assert "holds no videos (1 hidden ones are left out)" in fails(capsys, hidden, "--reward", "brisque")
+
+    @pytest.mark.parametrize(
+        ("name", "codec"), [("a.gif", "gif"), ("A.MKV", "libx264"), ("a.m4v", "libx264")]
+    )
+    def test_other_kinds_of_files(self, tmp_path: Path, name: str, codec: str) -> None:
+        videos = tmp_path / "videos"
+        videos.mkdir()
+        video_cases.write(
+            videos / name.lower(), moving(10), codec=codec, pix_fmt="rgb8" if codec == "gif" else "yuv420p"
+        ).rename(videos / name)
+        assert main([str(videos), "--reward", "brisque", "--out", str(tmp_path / "out")]) == 0
+        assert [row["video"] for row in read_csv(tmp_path / "out" / "scores.csv")] == [name]
+
+    def test_all_files_are_looked_at_before_the_reward_is_loaded(
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The last one is damaged, and the reward could not be made either."""
+        last = folder / "z-a-red-circle-moving-left.webm"
+        last.write_bytes((video_cases.CASES / "truncated.webm").read_bytes())
+        error = fails(capsys, folder, "--reward", "videoscore", "--reward-path", folder)
+        assert f"'{last}' is damaged or incomplete" in error
+        assert "20 of 40 declared frames" in error
+
+
+class TestStart:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (
+                ["VIDEOS", "--reward", "pikscore"],
+                "there is no reward 'pikscore'; did you mean 'pickscore'?",
+            ),
+            (["VIDEOS", "--reward", "PickScore"], "did you mean 'pickscore'?"),
+            (["absent", "--reward", "brisque"], "there is no folder of videos at absent; check the path"),
+            (
+                ["VIDEOS", "--reward", "brisque", "--preferences", "absent"],
+                "there is no file of preferences at absent",
+            ),
+            (["--list"], "what it judges"),
+        ],
+    )
+    def test_what_the_arguments_tell_needs_no_torch(
+        self, folder: Path, arguments: list[str], words: str
+    ) -> None:
+        given = [str(folder) if argument == "VIDEOS" else argument for argument in arguments]
+        code = (
+            "import sys; from vpo_engine.rank import main; main(sys.argv[1:]); "
+            "print({'torch', 'av'} & set(sys.modules))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *given], capture_output=True, text=True, check=True
+        )
+        assert words in done.stdout + done.stderr
+        assert done.stdout.endswith("set()\n")
 
 
 class FrameRate:

@@ -282,7 +282,7 @@ def test_a_run_that_saved_nothing_begins_again_with_other_prompts(
 
 
 def test_another_number_of_samples_cannot_be_compared(stopped: Callable[..., Config]) -> None:
-    message = r"evaluation\.samples_per_prompt was 1, now 2, and the base was evaluated"
+    message = r"evaluation\.samples_per_prompt: 1 -> 2, and the base was evaluated"
     with pytest.raises(ValueError, match=message):
         train(stopped("evaluation.samples_per_prompt=2"))
 

@@ -17,7 +17,8 @@ from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO, Step
 from vpo_engine.reference.store import build_reference
-from vpo_engine.run_state import capture, check_same_run, restore
+from vpo_engine.run_state import capture, restore
+from vpo_engine.runs.start import check_same_run
 
 PROMPTS = ("a red circle moving left", "a blue square moving up")
 CPU = torch.device("cpu")
@@ -111,5 +112,5 @@ def test_held_out_videos_can_have_more_steps_than_the_rollout(small: Make, tmp_p
     saved = tmp_path / "config.yaml"
     saved.write_text(dump_config(small("evaluation.steps=3")), encoding="utf-8")
     check_same_run(load_config(saved), saved)
-    with pytest.raises(ValueError, match=r"evaluation\.steps was 3, now 2"):
+    with pytest.raises(ValueError, match=r"evaluation\.steps: 3 -> 2"):
         check_same_run(small(), saved)

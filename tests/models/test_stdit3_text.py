@@ -187,7 +187,7 @@ def test_a_run_says_its_attention_and_follows_its_settings() -> None:
     model = build_model(config, Processes.start("cpu"), said.append)
     assert said == ["attention: sdpa (cpu; flash2, flash3, flash4, xformers need a CUDA device)"]
     assert model.network.final_layer.backends == Backends("sdpa", "reference")
-    with pytest.raises(ValueError, match=r"model\.attention='flash'"):
+    with pytest.raises(ValueError, match=r"model\.attention=flash must be one of auto, sdpa, flash2, flash3"):
         load_config(None, ["model.attention=flash"])
     with pytest.raises(ValueError, match="attention='flash2' cannot run here"):
         build_model(load_config(None, ["model.attention=flash2"]), Processes.start("cpu"), said.append)

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from vpo_engine import plan, train
+from vpo_engine import plan, train, training
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, PhasePlan, Plan, estimate
@@ -93,7 +93,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(monkeypatc
     def loads(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(train, "build_model", loads)
+    monkeypatch.setattr(training, "build_model", loads)
     assert train.main(["memory.limit_gib=0.001", "model.device=cpu"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: the run needs 0.")
@@ -159,7 +159,7 @@ def test_a_run_takes_the_rows_that_its_plan_grants(monkeypatch, capsys, tmp_path
     def build(config: Config, *_: object) -> None:
         raise ThatIsAll(config.rollout.batch_size)
 
-    monkeypatch.setattr(train, "build_model", build)
+    monkeypatch.setattr(training, "build_model", build)
     phases = plan_run(load_config(None, ["rollout.batch_size=16"]), None).phases
     enough = max(phase.total for phase in phases if phase.name in ("rollout", "decode")) / GIB
     for limit, rows in ((enough, 16), (20, None)):

@@ -127,7 +127,7 @@ class TestFrames:
             return
         with pytest.raises(
             ValueError,
-            match=r"20 frames, less than a second at 25 fps.*give longer videos, or in training set reward.frames",
+            match=r"20 frames, less than a second at 25 fps.*give longer videos, or in",
         ):
             frames_of_seconds(case["n"], case["fps"])
 
@@ -326,7 +326,7 @@ class TestRefusals:
     def test_videos_shorter_than_a_second(self, folder: Path) -> None:
         published = QAlign.from_pretrained(folder)
         with pytest.raises(
-            ValueError, match=r"videos have 1 frame, less than a second at 24 fps.*set its frames"
+            ValueError, match=r"videos have 1 frame, less than a second at 24 fps.*give longer videos, or in"
         ):
             published.score(clips(1, frames=1), ["a"])
         with pytest.raises(ValueError, match="16 frames, less than a second at 24 fps"):

@@ -229,7 +229,7 @@ def test_an_adapter_is_not_rounded(small: Make) -> None:
         (["rollout.explore.guidance_interval=[0.2,0.8]"], "a guidance that guidance=1.0 turns off"),
         (["rollout.explore.weights=int8", "rollout.source=reference"], "samples from the reference"),
         (["rollout.weights=fp8", "rollout.source=reference"], "samples from the reference"),
-        (["rollout.weights=int4"], "'policy', 'int8' or 'fp8'"),
+        (["rollout.weights=int4"], "must be one of policy, int8, fp8"),
     ],
 )
 def test_nonsense_is_refused(overrides: list[str], message: str) -> None:

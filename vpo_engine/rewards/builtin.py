@@ -197,7 +197,8 @@ class Builtin:
             if name in self.dimensions and frames < needed:
                 raise ValueError(
                     f"videos have {frames} frame{'s' if frames > 1 else ''}, but {name} compares {needed} neighbouring "
-                    f"ones; give longer videos, or select only {' and '.join(PICTURES)}"
+                    f"ones; give longer videos, or select only {' and '.join(PICTURES)} (reward.dimensions; rank: "
+                    "--reward brisque)"
                 )
         if min(height, width) < MIN_SIDE:
             raise ValueError(
@@ -206,7 +207,7 @@ class Builtin:
         if "naturalness" in self.dimensions and niqe_patches(height, width) < 2:
             raise ValueError(
                 f"frames are {height} x {width}, but naturalness needs two patches of {PATCH} x {PATCH} pixels; give "
-                "larger frames, or leave out this dimension"
+                "larger frames, or leave out this dimension (rank: --reward brisque)"
             )
 
 

@@ -70,7 +70,8 @@ def segment_frames(num_frames: int, segments: int, generator: torch.Generator | 
     span = num_frames // segments
     if span == 0:
         raise ValueError(
-            f"videos have {counted_frames(num_frames)} for {segments} segments; set segments to at most {num_frames}"
+            f"videos have {counted_frames(num_frames)} for {segments} segments; set segments to at most "
+            f"{num_frames} (reward.frames)"
         )
     starts = span * torch.arange(segments)
     if generator is None:

@@ -124,7 +124,8 @@ class QwenJudge:
         if ids[-1] != self._end:
             raise ValueError(
                 f"{self.name}'s answer about {prompt!r} has no end within {self.max_new_tokens} tokens: "
-                f"{shown(self.tokenizer.decode(ids))}; raise max_new_tokens"
+                f"{shown(self.tokenizer.decode(ids))}; leave the video out, or make the "
+                "scorer yourself and raise max_new_tokens"
             )
         ids = ids[:-1]
         digits = torch.stack(recorder.steps)[: len(ids)].cpu()

@@ -242,7 +242,7 @@ class VideoAlign:
 
     def refuse_size(self, frames: int, height: int, width: int) -> str | None:
         """Return why videos of this size, in frames and pixels, get no score, if there is a reason."""
-        return refusal(self._geometry, frames, height, width)
+        return refusal(self._geometry, frames, height, width, self.fps)
 
     def refuse_prompt(self, prompt: str) -> str | None:
         """Return why there is no score for this prompt: it has no text, or a special token of the tokenizer in it."""
