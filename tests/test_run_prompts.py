@@ -277,7 +277,7 @@ def test_a_run_that_saved_nothing_begins_again_with_other_prompts(
     shutil.rmtree(tmp_path / "run/checkpoints")
     (tmp_path / "run/checkpoints").mkdir()
     write(tmp_path / "train.txt", MANY)
-    starts(stopped())
+    starts(stopped("checkpoint.resume=auto"))
     assert json.loads((tmp_path / "run/prompts.json").read_text())["prompts.train"]["count"] == len(MANY)
 
 
