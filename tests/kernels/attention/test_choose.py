@@ -18,6 +18,7 @@ from vpo_kernels.attention import (
     attention,
     choose,
     choose_attention,
+    op,
     packages,
     plan_text,
     text,
