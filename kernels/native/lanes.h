@@ -1,15 +1,21 @@
-// Element types, vectors of eight elements and groups of 16, for any little-endian instruction set for which GCC and
-// Clang can compile vectors.
+// Element types, vectors of kWidth elements and groups of two vectors, for any little-endian instruction set for which
+// GCC and Clang can compile vectors.
 // Included inside the namespace of one instruction set, so that no function is shared between two of them.
 
-typedef float F32x8 __attribute__((vector_size(32)));
-typedef double F64x8 __attribute__((vector_size(64)));
-typedef std::uint8_t U8x8 __attribute__((vector_size(8)));
-typedef std::uint16_t U16x8 __attribute__((vector_size(16)));
-typedef std::uint32_t U32x8 __attribute__((vector_size(32)));
-typedef std::int32_t I32x8 __attribute__((vector_size(32)));
-typedef std::int64_t I64x8 __attribute__((vector_size(64)));
-typedef std::uint64_t U64x8 __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#else
+constexpr int kWidth = 8;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef double Doubles __attribute__((vector_size(8 * kWidth)));
+typedef std::uint8_t Bytes __attribute__((vector_size(kWidth)));
+typedef std::uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef std::uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef std::int32_t Integers __attribute__((vector_size(4 * kWidth)));
+typedef std::int64_t LongIntegers __attribute__((vector_size(8 * kWidth)));
+typedef std::uint64_t LongWords __attribute__((vector_size(8 * kWidth)));
 
 struct Bf16 {
     std::uint16_t bits;
@@ -28,18 +34,18 @@ inline To bit_cast(const From& from) {
 }
 
 template <class A>
-struct Arithmetic;  // Vector: eight A. Mask: as many integers of A's size.
+struct Arithmetic;  // Vector: kWidth A. Mask: as many integers of A's size.
 
 template <>
 struct Arithmetic<float> {
-    typedef F32x8 Vector;
-    typedef I32x8 Mask;
+    typedef Floats Vector;
+    typedef Integers Mask;
 };
 
 template <>
 struct Arithmetic<double> {
-    typedef F64x8 Vector;
-    typedef I64x8 Mask;
+    typedef Doubles Vector;
+    typedef LongIntegers Mask;
 };
 
 template <class Mask>
@@ -49,86 +55,103 @@ inline Mask select(Mask condition, Mask yes, Mask no) {
 
 // --- to float: exact -------------------------------------------------------------------------------------
 
-inline F32x8 load(const float* from) {
-    F32x8 values;
+inline Floats load(const float* from) {
+    Floats values;
     std::memcpy(&values, from, sizeof(values));
     return values;
 }
 
-inline F64x8 load(const double* from) {
-    F64x8 values;
+inline Doubles load(const double* from) {
+    Doubles values;
     std::memcpy(&values, from, sizeof(values));
     return values;
 }
 
-inline U32x8 load_bits(const void* from) {
-#if defined(__AVX2__)  // one instruction where GCC 12 would emit four
-    return bit_cast<U32x8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+inline Words load_bits(const void* from) {
+#if defined(__AVX512F__)
+    return bit_cast<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)  // one instruction where GCC 12 would emit four
+    return bit_cast<Words>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
 #else
-    U16x8 bits;
+    Halves bits;
     std::memcpy(&bits, from, sizeof(bits));
-    return __builtin_convertvector(bits, U32x8);
+    return __builtin_convertvector(bits, Words);
 #endif
 }
 
-inline F32x8 load(const Bf16* from) { return bit_cast<F32x8>(load_bits(from) << 16); }
+inline Floats load(const Bf16* from) { return bit_cast<Floats>(load_bits(from) << 16); }
 
-inline F32x8 load(const F16* from) {
-#if defined(__F16C__)
-    return bit_cast<F32x8>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+inline Floats load(const F16* from) {
+#if defined(__AVX512F__)
+    return bit_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+    return bit_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
-    const I32x8 bits = bit_cast<I32x8>(load_bits(from));
-    const I32x8 sign = (bits & 0x8000) << 16, exponent = bits & 0x7c00, rest = (bits & 0x7fff) << 13;
-    const F32x8 small = __builtin_convertvector(bits & 0x3ff, F32x8) * 0x1p-24f;  // subnormal halves
-    const I32x8 normal = rest + (112 << 23), infinite = rest + (224 << 23);
-    const I32x8 finite = select(exponent == 0, bit_cast<I32x8>(small), normal);
-    return bit_cast<F32x8>(sign | select(exponent == 0x7c00, infinite, finite));
+    const Integers bits = bit_cast<Integers>(load_bits(from));
+    const Integers sign = (bits & 0x8000) << 16, exponent = bits & 0x7c00, rest = (bits & 0x7fff) << 13;
+    const Floats small = __builtin_convertvector(bits & 0x3ff, Floats) * 0x1p-24f;  // subnormal halves
+    const Integers normal = rest + (112 << 23), infinite = rest + (224 << 23);
+    const Integers finite = select(exponent == 0, bit_cast<Integers>(small), normal);
+    return bit_cast<Floats>(sign | select(exponent == 0x7c00, infinite, finite));
 #endif
 }
 
-inline F64x8 widen(F64x8 values) { return values; }
-inline F64x8 widen(F32x8 values) { return __builtin_convertvector(values, F64x8); }
+inline Doubles widen(Doubles values) { return values; }
+inline Doubles widen(Floats values) { return __builtin_convertvector(values, Doubles); }
 
 // --- from float: to nearest, ties to even ----------------------------------------------------------------
 
-inline void store(float* to, F32x8 values) { std::memcpy(to, &values, sizeof(values)); }
+inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 
-inline void store(double* to, F64x8 values) { std::memcpy(to, &values, sizeof(values)); }
+inline void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof(values)); }
 
-inline void store_bits(void* to, U32x8 bits) {
-    const U16x8 narrow = __builtin_convertvector(bits, U16x8);
-    std::memcpy(to, &narrow, sizeof(narrow));
-}
-
-// Rounds to bfloat16 in the upper halves of the words; the lower halves hold anything.
-inline U32x8 rounded_bf16(F32x8 values) {
-    const U32x8 bits = bit_cast<U32x8>(values), rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const I32x8 number = values == values;
-#if defined(__AVX2__)  // one instruction where GCC 12 would emit three
-    const __m256i nan = _mm256_set1_epi32(0x7fc00000);
-    return bit_cast<U32x8>(_mm256_blendv_epi8(nan, bit_cast<__m256i>(rounded), bit_cast<__m256i>(number)));
+inline void store_bits(void* to, Words bits) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bit_cast<__m512i>(bits)));
 #else
-    return bit_cast<U32x8>(select(number, bit_cast<I32x8>(rounded), I32x8{} + 0x7fc00000));
+    const Halves narrow = __builtin_convertvector(bits, Halves);
+    std::memcpy(to, &narrow, sizeof(narrow));
 #endif
 }
 
-inline void store(Bf16* to, F32x8 values) {
+// Rounds to bfloat16 in the upper halves of the words; the lower halves hold anything.
+inline Words rounded_bf16(Floats values) {
+    const Words bits = bit_cast<Words>(values), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+#if defined(__AVX512F__)
+    const __m512 all = bit_cast<__m512>(values);
+    const __mmask16 nan = _mm512_cmp_ps_mask(all, all, _CMP_UNORD_Q);
+    return bit_cast<Words>(_mm512_mask_mov_epi32(bit_cast<__m512i>(rounded), nan, _mm512_set1_epi32(0x7fc00000)));
+#else
+    const Integers number = values == values;
+#if defined(__AVX2__)  // one instruction where GCC 12 would emit three
+    const __m256i nan = _mm256_set1_epi32(0x7fc00000);
+    return bit_cast<Words>(_mm256_blendv_epi8(nan, bit_cast<__m256i>(rounded), bit_cast<__m256i>(number)));
+#else
+    return bit_cast<Words>(select(number, bit_cast<Integers>(rounded), Integers{} + 0x7fc00000));
+#endif
+#endif
+}
+
+inline void store(Bf16* to, Floats values) {
     store_bits(to, rounded_bf16(values) >> 16);
 }
 
-inline void store(F16* to, F32x8 values) {
-#if defined(__F16C__)
+inline void store(F16* to, Floats values) {
+#if defined(__AVX512F__)
+    const __m256i halves = _mm512_cvtps_ph(bit_cast<__m512>(values), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+#elif defined(__F16C__)
     const __m128i halves = _mm256_cvtps_ph(bit_cast<__m256>(values), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
 #else
-    const I32x8 bits = bit_cast<I32x8>(values), size = bits & 0x7fffffff;
-    const I32x8 sign = (bits >> 16) & 0x8000;
+    const Integers bits = bit_cast<Integers>(values), size = bits & 0x7fffffff;
+    const Integers sign = (bits >> 16) & 0x8000;
     // Adding 0.5 leaves a subnormal half's digits, rounded, in the last bits.
-    const I32x8 small = bit_cast<I32x8>(bit_cast<F32x8>(size) + 0.5f) - (126 << 23);
-    const I32x8 normal = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
-    const I32x8 finite = select(size < (113 << 23), small, normal);
-    const I32x8 infinite = select(size > (255 << 23), I32x8{} + 0x7e00, I32x8{} + 0x7c00);
-    store_bits(to, bit_cast<U32x8>(sign | select(size >= (143 << 23), infinite, finite)));
+    const Integers small = bit_cast<Integers>(bit_cast<Floats>(size) + 0.5f) - (126 << 23);
+    const Integers normal = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+    const Integers finite = select(size < (113 << 23), small, normal);
+    const Integers infinite = select(size > (255 << 23), Integers{} + 0x7e00, Integers{} + 0x7c00);
+    store_bits(to, bit_cast<Words>(sign | select(size >= (143 << 23), infinite, finite)));
 #endif
 }
 
@@ -139,28 +162,28 @@ inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
 
 inline float widen(F16 value) {
-    F16 eight[8] = {value};
-    return load(eight)[0];
+    F16 all[kWidth] = {value};
+    return load(all)[0];
 }
 
 template <class To, class A>
 inline To narrow(A value) {
     if constexpr (sizeof(To) == 2) {
-        To eight[8];
-        store(eight, F32x8{} + static_cast<float>(value));
-        return eight[0];
+        To all[kWidth];
+        store(all, Floats{} + static_cast<float>(value));
+        return all[0];
     } else {
         return static_cast<To>(value);
     }
 }
 
-// --- groups of 16 elements -------------------------------------------------------------------------------
+// --- groups of two vectors -------------------------------------------------------------------------------
 //
 // Bfloat16 widens fastest in pairs: a 32-bit word holds an even and an odd element, each of which is the upper half of
 // a float already. So a group of a bfloat16 prediction is split into even and odd elements; all other groups keep
 // their order. `split` says which it is; it is the same for all groups of one expression.
 
-constexpr int kGroup = 16;
+constexpr int kGroup = 2 * kWidth;
 
 template <class P>
 constexpr bool kSplit = false;
@@ -173,34 +196,39 @@ struct Group {
 
     // Adds each element to the double at its place in the group.
     void add_to(double* lanes) const {
-        for (int k = 0; k < 2; ++k) store(lanes + 8 * k, load(lanes + 8 * k) + widen(part[k]));
+        for (int k = 0; k < 2; ++k) store(lanes + kWidth * k, load(lanes + kWidth * k) + widen(part[k]));
     }
 };
 
 // Returns the place of element i in a group.
-constexpr int place(int i, bool split) { return split ? 8 * (i % 2) + i / 2 : i; }
+constexpr int place(int i, bool split) { return split ? kWidth * (i % 2) + i / 2 : i; }
 
-// Loads 16 elements, split into even and odd ones.
-inline void load_split(const Bf16* from, F32x8& even, F32x8& odd) {
-    U32x8 words;
+// Loads a group, split into even and odd elements.
+inline void load_split(const Bf16* from, Floats& even, Floats& odd) {
+    Words words;
     std::memcpy(&words, from, sizeof(words));
-    even = bit_cast<F32x8>(words << 16);
-    odd = bit_cast<F32x8>(words & 0xffff0000);
+    even = bit_cast<Floats>(words << 16);
+    odd = bit_cast<Floats>(words & 0xffff0000);
 }
 
-inline void load_split(const float* from, F32x8& even, F32x8& odd) {
-#if defined(__AVX2__)
+inline void load_split(const float* from, Floats& even, Floats& odd) {
+#if defined(__AVX512F__)
+    const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + kWidth);
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = bit_cast<Floats>(_mm512_permutex2var_ps(low, evens, high));
+    odd = bit_cast<Floats>(_mm512_permutex2var_ps(low, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), high));
+#elif defined(__AVX2__)
     // A shuffle treats both halves of 128 bits alike, so each half takes four elements from either half of the 16.
     const auto four = [from](int at) { return _mm256_castps128_ps256(_mm_loadu_ps(from + at)); };
     const __m256 outer = _mm256_insertf128_ps(four(0), _mm_loadu_ps(from + 8), 1);
     const __m256 inner = _mm256_insertf128_ps(four(4), _mm_loadu_ps(from + 12), 1);
-    even = bit_cast<F32x8>(_mm256_shuffle_ps(outer, inner, 0x88));
-    odd = bit_cast<F32x8>(_mm256_shuffle_ps(outer, inner, 0xdd));
+    even = bit_cast<Floats>(_mm256_shuffle_ps(outer, inner, 0x88));
+    odd = bit_cast<Floats>(_mm256_shuffle_ps(outer, inner, 0xdd));
 #else
-    U64x8 pairs;
+    LongWords pairs;
     std::memcpy(&pairs, from, sizeof(pairs));
-    even = bit_cast<F32x8>(__builtin_convertvector(pairs, U32x8));
-    odd = bit_cast<F32x8>(__builtin_convertvector(pairs >> 32, U32x8));
+    even = bit_cast<Floats>(__builtin_convertvector(pairs, Words));
+    odd = bit_cast<Floats>(__builtin_convertvector(pairs >> 32, Words));
 #endif
 }
 
@@ -210,7 +238,7 @@ inline Group<A> load_group(const T* from) {
     if constexpr (split) {
         load_split(from, group.part[0], group.part[1]);
     } else {
-        for (int k = 0; k < 2; ++k) group.part[k] = load(from + 8 * k);
+        for (int k = 0; k < 2; ++k) group.part[k] = load(from + kWidth * k);
     }
     return group;
 }
@@ -218,16 +246,19 @@ inline Group<A> load_group(const T* from) {
 template <bool split, class P, class A>
 inline void store_group(P* to, const Group<A>& group) {
     if constexpr (split) {
-        const U32x8 even = rounded_bf16(group.part[0]), odd = rounded_bf16(group.part[1]);
-#if defined(__AVX2__)  // one instruction where GCC 12 would emit two
+        const Words even = rounded_bf16(group.part[0]), odd = rounded_bf16(group.part[1]);
+#if defined(__AVX512F__)
+        const __m512i low = bit_cast<__m512i>(even >> 16), high = bit_cast<__m512i>(odd);
+        const Words words = bit_cast<Words>(_mm512_mask_blend_epi16(0xaaaaaaaa, low, high));
+#elif defined(__AVX2__)  // one instruction where GCC 12 would emit two
         const __m256i low = bit_cast<__m256i>(even >> 16), high = bit_cast<__m256i>(odd);
-        const U32x8 words = bit_cast<U32x8>(_mm256_blend_epi16(low, high, 0xaa));
+        const Words words = bit_cast<Words>(_mm256_blend_epi16(low, high, 0xaa));
 #else
-        const U32x8 words = (even >> 16) | (odd & 0xffff0000);
+        const Words words = (even >> 16) | (odd & 0xffff0000);
 #endif
         std::memcpy(to, &words, sizeof(words));
     } else {
-        for (int k = 0; k < 2; ++k) store(to + 8 * k, group.part[k]);
+        for (int k = 0; k < 2; ++k) store(to + kWidth * k, group.part[k]);
     }
 }
 
@@ -237,18 +268,21 @@ inline void hide(const std::uint8_t* mask, Group<A>& group) {
     typedef typename Arithmetic<A>::Mask Mask;
     Mask bytes[2];
     if constexpr (split) {
-        const I32x8 pairs = bit_cast<I32x8>(load_bits(mask));
+        const Integers pairs = bit_cast<Integers>(load_bits(mask));
         bytes[0] = pairs & 0xff;
         bytes[1] = pairs >> 8;
     } else {
         for (int k = 0; k < 2; ++k) {
-#if defined(__AVX2__)
-            const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask + 8 * k));
-            const I32x8 words = bit_cast<I32x8>(_mm256_cvtepu8_epi32(eight));
+#if defined(__AVX512F__)
+            const __m128i each = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + kWidth * k));
+            const Integers words = bit_cast<Integers>(_mm512_cvtepu8_epi32(each));
+#elif defined(__AVX2__)
+            const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask + kWidth * k));
+            const Integers words = bit_cast<Integers>(_mm256_cvtepu8_epi32(eight));
 #else
-            U8x8 eight;
-            std::memcpy(&eight, mask + 8 * k, sizeof(eight));
-            const I32x8 words = __builtin_convertvector(eight, I32x8);
+            Bytes each;
+            std::memcpy(&each, mask + kWidth * k, sizeof(each));
+            const Integers words = __builtin_convertvector(each, Integers);
 #endif
             bytes[k] = __builtin_convertvector(words, Mask);
         }

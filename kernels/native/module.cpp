@@ -117,12 +117,24 @@ bool has_avx2() {
 #endif
 }
 
+bool has_avx512() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    return false;
+#endif
+}
+
 // The kernels that this processor can run, the fastest first.
 std::vector<const Kernels*> kernels() {
+    std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-    if (has_avx2()) return {&kAvx2, &kBaseline};
+    if (has_avx512() && has_avx2()) found.push_back(&kAvx512);
+    if (has_avx2()) found.push_back(&kAvx2);
 #endif
-    return {&kBaseline};
+    found.push_back(&kBaseline);
+    return found;
 }
 
 std::vector<std::string> instruction_sets() {

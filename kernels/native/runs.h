@@ -51,7 +51,7 @@ void read_as(const View& view, std::int64_t pair, std::int64_t begin, std::int64
         std::int64_t i = 0;
         if constexpr (sizeof(T) == 2 && sizeof(A) == 4) {
             if (stride == 1) {
-                for (; i + 8 <= length; i += 8) store(to + i, load(from + i));
+                for (; i + kWidth <= length; i += kWidth) store(to + i, load(from + i));
             }
         }
         for (; i < length; ++i) to[i] = widen(from[i * stride]);
@@ -91,7 +91,7 @@ void write_as(const View& view, std::int64_t pair, std::int64_t begin, std::int6
         std::int64_t i = 0;
         if constexpr (sizeof(T) == 2 && sizeof(A) == 4) {
             if (stride == 1) {
-                for (; i + 8 <= length; i += 8) store(to + i, load(from + done + i));
+                for (; i + kWidth <= length; i += kWidth) store(to + i, load(from + done + i));
             }
         }
         for (; i < length; ++i) to[i * stride] = narrow<T>(from[done + i]);

@@ -74,7 +74,7 @@ struct Kernels {
 
 extern const Kernels kBaseline;
 #if defined(__x86_64__)
-extern const Kernels kAvx2;
+extern const Kernels kAvx2, kAvx512;
 #endif
 
 }  // namespace vpo

@@ -43,7 +43,10 @@ def check_tensors(named: Mapping[str, Any]) -> list[Tensor]:
             "at least one pair and one element; skip the step when no pair is left"
         )
     policies = len(named) // 3
-    return [tensor if i < policies else tensor.detach() for i, tensor in enumerate(named.values())]
+    return [
+        tensor if i < policies or not tensor.requires_grad else tensor.detach()
+        for i, tensor in enumerate(named.values())
+    ]
 
 
 def check_batch(policy: Tensor) -> Like:
