@@ -164,14 +164,27 @@ def score_clips(
     with torch.no_grad(), tqdm(total=len(clips), unit="video", disable=None) as progress:
         for rate in rates if made_for_one_rate(name) else rates[:1]:
             with _made(name, weights, rate, time_limit) as reward:
-                if reads_prompt and not found:
-                    _say_which_are_of_names(clips)
+                if not found:
+                    _refuse_prompts(reward, clips)
+                    if reads_prompt:
+                        _say_which_are_of_names(clips)
                 for clip in clips:
                     key, file = (clip.name, clip.prompt), files[clip.path]
                     if key not in found and (file.fps == rate or not made_for_one_rate(name)):
                         found[key] = {kind: each.item() for kind, each in _score(reward, clip, file).items()}
                         progress.update()
     return {(clip.name, clip.prompt): found[clip.name, clip.prompt] for clip in clips}
+
+
+def _refuse_prompts(reward: FileReward, clips: Sequence[Clip]) -> None:
+    """Raise ValueError, naming the videos, for prompts that the reward says that it refuses, before one is scored."""
+    from vpo_engine.rewards.refusals import refusals
+
+    refused = refusals(reward, [clip.prompt for clip in clips])
+    if refused:
+        row, reason = next(iter(refused.items()))
+        more = f" ({len(refused)} of {len(clips)} prompts are refused)" if len(refused) > 1 else ""
+        raise ValueError(f"video {clips[row].name}: {reason}{more}")
 
 
 def rank_scores(scores: Scores, preferences: Sequence[Preference]) -> dict[str, Ranking]:

@@ -118,6 +118,8 @@ def _constraint(item: dict[str, Any]) -> str:
     if name in ("too_short", "too_long"):
         expected = context.get("min_length") or context.get("max_length")
         return f"must have {expected} values, got {context['actual_length']}"
+    if name == "string_pattern_mismatch" and context["pattern"] == "[A-Za-z0-9]":
+        return "must have a letter or a digit"
     if name in _EXPECTED:
         return f"must be {_EXPECTED[name]}"
     return str(item["msg"]).removeprefix("Value error, ")

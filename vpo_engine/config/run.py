@@ -69,7 +69,7 @@ class CheckpointConfig(Section):
 class Config(Section):
     """All settings of a run."""
 
-    name: str = "run"
+    name: str = Field("run", pattern=r"[A-Za-z0-9]")
     """Name of the run; its directory under runs/ begins with it."""
     seed: int = 0
     """Seed of all random numbers. Runs with the same seed on the same machine are the same."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from vpo_engine.config.section import Section
 
@@ -73,3 +73,10 @@ class OptimizerConfig(Section):
     """Optimizer steps in which the learning rate rises in a straight line to lr."""
     final_lr: float = Field(1.0, gt=0, le=1)
     """Share of lr that is left at the last step; the learning rate falls to it in a straight line after the warm-up."""
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both must be at least 0 and below 1")
+        return betas
