@@ -18,7 +18,6 @@ from vpo_kernels.attention import (
     attention,
     choose,
     choose_attention,
-    op,
     packages,
     plan_text,
     text,
