@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vpo_engine.config import Config, PromptsConfig
+from vpo_engine.config import Config
 from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.data.prompt_checks import (
     check_readable,
@@ -17,7 +17,8 @@ from vpo_engine.data.prompt_checks import (
     refuse_rows,
     rows_looked_at,
 )
-from vpo_engine.data.prompts import ColumnError, PromptFile, PromptList, Prompts
+from vpo_engine.data.prompt_settings import open_prompt_files
+from vpo_engine.data.prompts import PromptList, Prompts
 from vpo_engine.data.sprites.assets import GEOMETRY
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
@@ -46,7 +47,7 @@ def build_prompts(config: Config, say: Callable[[str], None] | None = None) -> t
 
     Raise ValueError, naming file and line, for a bad row and for a prompt of which the model would read nothing.
     """
-    files, notes = _open_files(config.prompts)
+    files, notes = open_prompt_files(config.prompts)
     withheld, count = withheld_captions(), config.evaluation.prompts
     train: Prompts = [caption for caption in all_captions() if caption not in withheld]
     held_out = withheld[:count]
@@ -70,33 +71,6 @@ def build_prompts(config: Config, say: Callable[[str], None] | None = None) -> t
         for note in notes:
             say(note)
     return train, held_out
-
-
-def _open_files(settings: PromptsConfig) -> tuple[dict[str, PromptFile], list[str]]:
-    """Open the prompt files that are set, and say where prompts.column is not used.
-
-    The column must be in one of the files. In the other one, if it has no such column, the usual names are tried.
-    """
-    paths = {"train": settings.train, "held_out": settings.held_out}
-    given = {name: path for name, path in paths.items() if path is not None}
-    tables = {name for name, path in given.items() if path.suffix.lower() != ".txt"}
-    column, files, notes = settings.column, dict[str, PromptFile](), list[str]()
-    without: dict[str, ColumnError] = {}
-    for name, path in given.items():
-        try:
-            files[name] = PromptFile(path, column if name in tables else None)
-        except ColumnError as error:
-            without[name] = error
-    for name, missing in without.items():
-        if column is None or set(without) == tables:
-            raise missing
-        files[name] = PromptFile(given[name])
-        notes.append(
-            f"note: {given[name]} has no column {column!r} (prompts.column); the usual names were tried"
-        )
-    if column is not None and given and not tables:
-        notes.append(f"note: prompts.column={column} is not used: .txt files have no columns")
-    return files, notes
 
 
 def _rows_of(config: Config, train: Prompts) -> Sequence[int]:

@@ -58,6 +58,11 @@ def train(config: Config) -> int:
     tell.
     """
     require_files(config)
+    if config.prompts.train is not None or config.prompts.held_out is not None:
+        from vpo_engine.data.prompt_settings import check_small_prompt_files
+
+        with same_in_all_processes():
+            check_small_prompt_files(config.prompts)
     if is_first_process():
         start = find_start(config)
         if start.root is not None:
