@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from vpo_engine.metrics.summary import (
+    change,
     format_seeds,
     format_summary,
     headline,
+    number_texts,
     paired_difference,
     student_t_quantile,
     summarise,
@@ -78,8 +80,8 @@ def test_bounds_cover_the_truth_as_often_as_they_say():
 @pytest.mark.parametrize(
     ("before", "after", "text"),
     [
-        (torch.zeros(3), torch.zeros(4), r"same length, at least 2, got \[3\] and \[4\]"),
-        (torch.zeros(1), torch.zeros(1), r"at least 2, got \[1\]"),
+        (torch.zeros(3), torch.zeros(4), r"same length, at least 1, got \[3\] and \[4\]"),
+        (torch.zeros(0), torch.zeros(0), r"at least 1, got \[0\]"),
         (torch.zeros(2, 2), torch.zeros(2, 2), "two vectors"),
         (
             torch.zeros(2),
@@ -169,6 +171,45 @@ def test_a_doubtful_percentage_says_so():
     summary = summarise(*measures(0.3), {})
     summary["measures"]["pixels/jitter"] |= {"high": 0.1}
     assert "Jitter -36 % (bounds include zero)." in verdict(summary)
+
+
+def test_one_clip_has_values_and_no_bounds():
+    before, after = ({name: values[:1] for name, values in side.items()} for side in measures(0.3))
+    summary = json.loads(json.dumps(summarise(before, after, {}), allow_nan=False))
+    reward = summary["measures"]["reward/selected"]
+    assert reward["low"] is reward["high"] is None
+    assert reward["difference"] == pytest.approx(reward["after"] - reward["before"])
+    assert change("reward/selected", reward) == "unclear"
+    lines = format_summary(summary).splitlines()
+    assert lines[0].startswith(
+        "1 held-out clip, the same prompt and noise before and after. It has no bounds: give a"
+    )
+    assert lines[3].split() == ["reward/selected", *number_texts(reward)]
+    assert number_texts(reward)[3] == "none"
+    assert headline(summary) == "One held-out clip, which cannot tell a change from chance"
+    assert verdict(summary).startswith("Held-out reward: +0.30")
+    assert "on one clip, which has no bounds. Judge: +0." in verdict(summary)
+    assert " % (no bounds)." in verdict(summary)
+    assert summarise_seeds([summary, summary])["measures"]["reward/selected"]["improved"] == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [
+        ([1.0, 2.0], [1.5, 2.75], "unclear"),
+        ([3.0, 3.0, 3.0], [3.0, 3.0, 3.0], "unclear"),
+        ([0.0, 0.0], [0.0, 0.0], "unclear"),
+        ([1.0, 2.0], [1.5, 2.5], "better"),
+    ],
+)
+def test_few_clips_and_equal_ones_have_finite_bounds(before, after, word):
+    """Two clips have bounds, which are wide; clips that all change alike have narrow ones."""
+    tensors = ({"reward/selected": torch.tensor(side)} for side in (before, after))
+    summary = json.loads(json.dumps(summarise(*tensors, {}), allow_nan=False))
+    numbers = summary["measures"]["reward/selected"]
+    assert numbers["low"] <= numbers["difference"] <= numbers["high"]
+    assert change("reward/selected", numbers) == word
+    assert "reward/selected" in format_summary(summary)
 
 
 def test_what_cannot_be_summarised():

@@ -132,9 +132,9 @@ def _since_base(step: int, *sides: Tensor) -> str | None:
 
     sides: training reward of the same clips before and now, then held-out reward before and now, each [M].
     """
-    if len(sides[0]) < 2:
-        return None
     training, held_out = paired_difference(*sides[:2]), paired_difference(*sides[2:])
+    if training.low is None or held_out.low is None or held_out.high is None:  # there is one clip
+        return None
     if training.low <= 0 or held_out.high >= 0:
         return None
     return (

@@ -31,21 +31,24 @@ _PREFIX = "held_out/"
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of after - before over n paired clips, with two-sided 95 % bounds (Student's t, n - 1 degrees)."""
+    """The mean of after - before over n paired clips, with two-sided 95 % bounds (Student's t, n - 1 degrees).
+
+    One clip has no bounds, since nothing tells how much clips differ: ``low`` and ``high`` are None.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     before: float
     after: float
     n: int
 
 
 def paired_difference(before: Tensor, after: Tensor) -> Difference:
-    """Compare per-clip values [M], M >= 2, in float64. Raise ValueError for other shapes and non-finite values."""
-    if before.dim() != 1 or before.shape != after.shape or len(before) < 2:
+    """Compare per-clip values [M], M >= 1, in float64. Raise ValueError for other shapes and non-finite values."""
+    if before.dim() != 1 or before.shape != after.shape or len(before) < 1:
         raise ValueError(
-            f"a paired comparison needs two vectors of the same length, at least 2, got {list(before.shape)} "
+            f"a paired comparison needs two vectors of the same length, at least 1, got {list(before.shape)} "
             f"and {list(after.shape)}"
         )
     for name, values in (("before", before), ("after", after)):
@@ -53,8 +56,12 @@ def paired_difference(before: Tensor, after: Tensor) -> Difference:
             clip = int((~torch.isfinite(values)).nonzero()[0])
             raise ValueError(f"the value {name} training of clip {clip} is {values[clip].item()}, not finite")
     before, after = before.double(), after.double()
-    mean, half = _mean_and_half_width((after - before).tolist())
-    return Difference(mean, mean - half, mean + half, before.mean().item(), after.mean().item(), len(before))
+    differences = (after - before).tolist()
+    means = before.mean().item(), after.mean().item()
+    if len(before) == 1:
+        return Difference(differences[0], None, None, *means, n=1)
+    mean, half = _mean_and_half_width(differences)
+    return Difference(mean, mean - half, mean + half, *means, n=len(before))
 
 
 def summarise(
@@ -67,14 +74,14 @@ def summarise(
 
     The content is {"clips", "confidence", "measures": {name: {"before", "after", "difference", "low", "high",
     "relative"}}, "timings"}; ``relative`` is the difference divided by the base value, for pixel measures whose base
-    value is above 0.
+    value is above 0. With one clip ``low`` and ``high`` are None.
     """
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
         raise ValueError(f"measures must be the same before and after; only one side has: {', '.join(odd)}")
     if not before:
         raise ValueError("there is no held-out measure to summarise")
-    measures: dict[str, dict[str, float]] = {}
+    measures: dict[str, dict[str, Any]] = {}
     clips: set[int] = set()
     for name in before:
         try:
@@ -110,24 +117,36 @@ def direction(measure: str) -> int:
     return 1 if kind in ("reward", "judge") else BETTER.get(name, 0)
 
 
-def change(measure: str, numbers: Mapping[str, float]) -> str:
-    """Return "better" or "worse" if the bounds exclude zero ("changed" if no direction is better), else "unclear"."""
-    if numbers["low"] <= 0 <= numbers["high"]:
+def change(measure: str, numbers: Mapping[str, Any]) -> str:
+    """Return "better" or "worse" if the bounds exclude zero ("changed" if no direction is better), else "unclear".
+
+    Without bounds it is "unclear".
+    """
+    if numbers["low"] is None or numbers["low"] <= 0 <= numbers["high"]:
         return "unclear"
     sign = direction(measure) * (1 if numbers["low"] > 0 else -1)
     return {1: "better", -1: "worse", 0: "changed"}[sign]
 
 
-def number_texts(numbers: Mapping[str, float]) -> tuple[str, str, str, str]:
+def number_texts(numbers: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """Format base, final, difference and [low, high], with as many digits as the width of the bounds justifies."""
-    width = numbers["high"] - numbers["low"]
+    width = 0.0 if numbers["low"] is None else numbers["high"] - numbers["low"]
     places = min(8, max(3, 1 - math.floor(math.log10(width)))) if width > 0 else 3
     return (
         f"{numbers['before']:.{places}f}",
         f"{numbers['after']:.{places}f}",
         f"{numbers['difference']:+.{places}f}",
-        f"[{numbers['low']:+.{places}f}, {numbers['high']:+.{places}f}]",
+        bounds_text(numbers, places),
     )
+
+
+def bounds_text(
+    numbers: Mapping[str, Any], places: int, form: str = "[{}, {}]", without: str = "none"
+) -> str:
+    """Format the bounds of a measure, or return ``without`` for one clip, which has none."""
+    if numbers["low"] is None:
+        return without
+    return form.format(f"{numbers['low']:+.{places}f}", f"{numbers['high']:+.{places}f}")
 
 
 def headline(summary: Mapping[str, Any]) -> str:
@@ -142,6 +161,8 @@ def headline(summary: Mapping[str, Any]) -> str:
         return "Held-out reward was not measured"
     if len(set(found.values())) == 2:
         return f"Held-out reward {words[found['reward']]}, the judge {words[found['judge']]}"
+    if summary["clips"] == 1:
+        return "One held-out clip, which cannot tell a change from chance"
     who = "Held-out reward and judge" if len(found) == 2 else f"Held-out {next(iter(found))}"
     plural = {"better": "are better", "worse": "are worse", "unclear": "show no clear change"}
     return f"{who} {(plural if len(found) == 2 else words)[next(iter(found.values()))]}"
@@ -155,13 +176,13 @@ def verdict(summary: Mapping[str, Any]) -> str:
         if name in measures:
             words = {"better": "improved", "worse": "got worse", "unclear": "no clear change"}
             numbers = measures[name]
-            bounds = (
-                f"{numbers['difference']:+.3f}, 95 % bounds {numbers['low']:+.3f} to {numbers['high']:+.3f}"
-            )
-            parts.append(f"{label}: {words[change(name, numbers)]} ({bounds}).")
+            said = f"{words[change(name, numbers)]} ({numbers['difference']:+.3f}, 95 % bounds {{}} to {{}})"
+            without = f"{numbers['difference']:+.3f} on one clip, which has no bounds"
+            parts.append(f"{label}: {bounds_text(numbers, 3, said, without)}.")
     for name, label in (("pixels/jitter", "Jitter"), ("pixels/colour_change", "Colour change")):
         if name in measures and "relative" in measures[name]:
-            doubt = "" if change(name, measures[name]) != "unclear" else " (bounds include zero)"
+            unclear = " (no bounds)" if measures[name]["low"] is None else " (bounds include zero)"
+            doubt = unclear if change(name, measures[name]) == "unclear" else ""
             parts.append(f"{label} {measures[name]['relative']:+.0%}{doubt}.".replace("%", " %"))
     motion = measures.get("pixels/displacement")
     if motion is not None and motion["before"] > 0:
@@ -174,8 +195,15 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     rows = [("measure", "base", "final", "difference", "95 % bounds", "relative", "")]
     for name, numbers in summary["measures"].items():
         relative = f"{100 * numbers['relative']:+.1f} %" if "relative" in numbers else ""
-        rows.append((name, *number_texts(numbers), relative, change(name, numbers)))
-    heading = f"{summary['clips']} held-out clips, the same prompts and noise before and after"
+        word = "" if numbers["low"] is None else change(name, numbers)
+        rows.append((name, *number_texts(numbers), relative, word))
+    clips = summary["clips"]
+    heading = f"{clips} held-out clips, the same prompts and noise before and after"
+    if clips == 1:
+        heading = (
+            "1 held-out clip, the same prompt and noise before and after. It has no bounds: give a second prompt, or "
+            "evaluation.samples_per_prompt=2"
+        )
     lines = [heading, "", *_aligned(rows), ""]
     if summary["timings"]:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary["timings"].items())
@@ -288,7 +316,7 @@ def _mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     return mean, student_t_quantile((1 + CONFIDENCE) / 2, n - 1) * sd / math.sqrt(n)
 
 
-def _over_seeds(name: str, numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _over_seeds(name: str, numbers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     each = [entry["difference"] for entry in numbers]
     result: dict[str, Any] = {
         key: math.fsum(entry[key] for entry in numbers) / len(numbers)

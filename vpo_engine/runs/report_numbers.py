@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from vpo_engine.metrics.summary import BETTER, change, number_texts
+from vpo_engine.metrics.summary import BETTER, bounds_text, change, number_texts
 from vpo_engine.runs.charts import Chart, Point, Series, format_number, line_chart, stacked_bar
 from vpo_engine.runs.log import Row
 from vpo_engine.runs.progress import format_seconds
@@ -81,7 +81,7 @@ def tiles(summary: Summary | None, rows: MetricRows) -> str:
     ):
         if name in measures:
             numbers = measures[name]
-            bounds = f"95 %: {numbers['low']:+.2f} to {numbers['high']:+.2f}"
+            bounds = bounds_text(numbers, 2, "95 %: {} to {}", "one clip: no bounds")
             detail = f"{numbers['before']:.2f} → {numbers['after']:.2f}\n{bounds}"
             cells.append(_tile(label, f"{numbers['difference']:+.2f}", detail, change(name, numbers)))
     for name, label in (
@@ -176,9 +176,21 @@ def summary_section(summary: Summary | None) -> str:
         )
     return (
         "<section><h2>Held-out measures</h2>"
-        f'<p class="soft">{summary["clips"]} clips, sampled from the same prompts and noise before and after training. '
-        "The 95 % bounds are over clips, not over seeds.</p>"
+        f'<p class="soft">{clips_text(summary["clips"])}</p>'
         f"{_table(('measure', 'base', 'final', 'difference', '95 % bounds', 'relative', ''), body)}</section>"
+    )
+
+
+def clips_text(clips: int) -> str:
+    """Say in sentences which clips were compared, and what their bounds mean."""
+    if clips == 1:
+        return (
+            "One clip, sampled from the same prompt and noise before and after training. One clip has no bounds, so "
+            "its changes may be chance: hold out a second prompt, or set evaluation.samples_per_prompt=2."
+        )
+    return (
+        f"{clips} clips, sampled from the same prompts and noise before and after training. The 95 % bounds are over "
+        "clips, not over seeds."
     )
 
 
