@@ -80,10 +80,12 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     train_rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["step"] for row in train_rows] == [1, 2, 3, 4]
     wanted = (
-        "loss margin implicit_accuracy winner_error_change loser_error_change tie_rate grad_norm lr "
-        "reward/selected reward/gap"
+        "loss margin winner_error_change loser_error_change tie_rate grad_norm lr reward/selected reward/gap"
     )
     assert set(wanted.split()) <= train_rows[0].keys()
+    refreshed = [True, *(row["reference_age"] == 0 for row in train_rows[:-1])]
+    assert ["implicit_accuracy" not in row for row in train_rows] == refreshed
+    assert any(refreshed[1:]), "a refresh within the run"
     stages = {"text", "rollout", "decode", "reward", "update", "refresh", "step"}
     assert {f"seconds/{stage}" for stage in stages} <= train_rows[0].keys()
     assert "seconds/evaluate" in train_rows[0]  # of the base policy, before the first step

@@ -21,6 +21,7 @@ from vpo_engine.command import is_first_process, report_errors, same_in_all_proc
 from vpo_engine.config import Config
 from vpo_engine.config.notes import notes
 from vpo_engine.config_file import load_config, require_files
+from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
 
 
@@ -65,7 +66,7 @@ def train(config: Config) -> int:
             )
             return 0
         for note in notes(config):
-            print(f"note: {note}", file=sys.stderr)
+            print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr)
     from vpo_engine.training import run_training
 
     return run_training(config)

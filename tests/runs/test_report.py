@@ -1,6 +1,7 @@
 import base64
 import io
 import itertools
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -10,10 +11,12 @@ import torch
 from fake_run import CONFIG, clip, make_run
 from PIL import Image
 
+from vpo_engine.metrics.summary import format_summary
 from vpo_engine.runs.charts import Chart, Series, format_number, line_chart, nice_ticks, running_mean
+from vpo_engine.runs.checkpoint import save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.frame_sheets import make_frame_sheet
-from vpo_engine.runs.log import RunLog
+from vpo_engine.runs.log import RunLog, read_metrics
 from vpo_engine.runs.report import main, write_report
 
 ATTACK = '<script>alert(1)</script> a "red" square & <img src=x onerror=alert(2)>'
@@ -30,6 +33,7 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.text = ""
         self.attributes: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
         self.feed(source)
         self.close()
         assert self.open == []
@@ -37,6 +41,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [name for name, _ in attrs]
+        self.elements.append((tag, dict(attrs)))
         self.loads += [value for name, value in attrs if name in ("src", "href", "data", "poster", "srcset")]
         if tag not in VOID:
             self.open.append(tag)
@@ -76,7 +81,7 @@ def test_the_page_has_every_part(page, finished):
         "Training pairs",
         "The run saved 16 training pairs",
         "Where the time went",
-        "pixels/colour_change",
+        "Colour change (share)",
         "refresh_every: 10",
     ):
         assert text in page.text, text
@@ -177,6 +182,165 @@ def test_the_command(finished, capsys, tmp_path):
         main([str(tmp_path / "absent")])
     with pytest.raises(SystemExit, match="usage: "):
         main([])
+
+
+def test_there_is_one_account_of_time(finished):
+    """Terminal, report and summary.json give the same total; the tile names mean and median."""
+    summary = json.loads(finished.summary.read_text())
+    summary["timings"] = {"rollout": 90.0, "update": 30.0, "evaluate": 60.0, "step": 192.0}
+    page = Page(report_with(finished, summary))
+    assert "Time: 3 min 12 s in all: rollout 1 min 30 s, update 30.0 s" in format_summary(summary)
+    assert "Median time per step3.4 smean 4.0 s\n48 steps, 3 min 12 s in all" in page.text
+    table = page.text[page.text.index("Where the time went") :]
+    assert "The run took 3 min 12 s, evaluations and checkpoints included." in table
+    assert "a mean of 4.0 s for each of 48 steps. The median step took 3.4 s." in table
+    assert "other outside all stages12.0 s0.25 s6.2 %" in table
+    assert "all of it3 min 12 s4.0 s100 %" in table
+
+
+def report_with(run, summary):
+    """Return the page of a run with another summary, and put the run's own summary back."""
+    own = run.summary.read_text()
+    run.summary.write_text(json.dumps(summary))
+    try:
+        return write_report(run).read_text(encoding="utf-8")
+    finally:
+        run.summary.write_text(own)
+
+
+def test_every_tile_of_a_measure_has_bounds_and_says_whether_it_is_clear(finished):
+    summary = json.loads(finished.summary.read_text())
+    summary["measures"]["pixels/jitter"] |= {"low": -1.2, "high": 0.1}
+    summary["measures"]["judge/selected"] |= {"low": -0.5, "high": -0.1, "difference": -0.3}
+    source = report_with(finished, summary)
+    tiles = source[source.index('class="tiles"') : source.index("Median time per step")].split(
+        'class="tile"'
+    )[1:]
+    for tile in tiles[:-1]:
+        assert "95 %:" in tile
+        assert re.search(r'class="result [a-z ]*">(better|worse|not clear|changed)<', tile)
+    by_name = {re.search(r'label">([^<]*)', tile)[1]: tile for tile in tiles}
+    assert "not clear" in by_name["Jitter"]
+    assert "better" not in by_name["Jitter"]
+    assert "worse" not in by_name["Jitter"]
+    assert "95 %: -82 to +7" in by_name["Jitter"]
+    assert 'value worse">-0.30' in by_name["Independent judge"]
+    summary["measures"]["pixels/jitter"] |= {"low": None, "high": None}
+    assert "one clip" in report_with(finished, summary), "a comparison without bounds"
+
+
+def test_single_clips_are_never_coloured_as_better_or_worse(finished):
+    source = write_report(finished).read_text(encoding="utf-8")
+    clips = source[source.index("Before and after") : source.index("<h2>Curves")]
+    for word in ("better", "worse", "up", "down"):
+        assert not re.search(rf'class="[^"]*\b{word}\b', clips)
+    css = source[source.index("<style>") : source.index("</style>")]
+    coloured = {
+        line.split("{")[0].strip() for line in css.split("}") if re.search(r"var\(--(good|bad)\)", line)
+    }
+    assert coloured == {".better", ".worse"}
+
+
+def test_shares_begin_at_zero():
+    for ys in ([0.0, 0.0], [0.4, 0.9], [1.0, 1.0]):
+        chart = Chart("Tie rate", [Series("ties", list(enumerate(ys)), 1)], percent=True, from_zero=True)
+        ticks = re.findall(r'class="end">(-?[\d.]+)', line_chart(chart))
+        assert ticks[0] == "0"
+        assert ticks[-1] == "100"
+
+
+def test_steps_are_whole_numbers():
+    svg = line_chart(Chart("t", [Series("s", [(float(x), 1.0) for x in range(1, 13)], 1)]))
+    assert re.findall(r'class="mid">([\d.]+)', svg) == ["3", "6", "9", "12"]
+
+
+def test_charts_speak_and_carry_the_points_for_the_readout(finished):
+    source = write_report(finished).read_text(encoding="utf-8")
+    page = Page(source)
+    charts = [json.loads(values["data-chart"]) for tag, values in page.elements if "data-chart" in values]
+    assert len(charts) == page.tags.count("h3")
+    labels = [
+        values["aria-label"] for tag, values in page.elements if tag == "svg" and "aria-label" in values
+    ]
+    assert len(labels) == len(charts)
+    accuracy = next(i for i, label in enumerate(labels) if label.startswith("Implicit accuracy"))
+    points = dict(charts[accuracy]["series"][0])
+    assert charts[accuracy]["percent"] is True
+    assert [step for step in range(1, 49) if step not in points] == [1, 11, 21, 31, 41], "n/a after a refresh"
+    rows = {row["step"]: row for row in read_metrics(finished.metrics) if row["kind"] == "train"}
+    assert points[48] == pytest.approx(rows[48]["implicit_accuracy"], rel=1e-3)
+    assert re.fullmatch(
+        r"Implicit accuracy: pairs with a margin above zero from [\d.]+\s% at step 2 to [\d.]+\s% at step 48",
+        labels[accuracy],
+    )
+
+
+def test_clips_have_alternative_texts(finished):
+    page = Page(write_report(finished).read_text(encoding="utf-8"))
+    texts = [values["aria-label"] for tag, values in page.elements if tag == "canvas"]
+    assert re.fullmatch(r"Clip before training: a red square moves right; score \d\.\d\d", texts[0])
+    assert texts[1].startswith("Clip after training: a red square moves right")
+    assert sum(text.startswith("Clip that won its pair: ") for text in texts) == 8
+
+
+def test_cells_carry_their_heads_for_narrow_screens(finished):
+    page = Page(write_report(finished).read_text(encoding="utf-8"))
+    cells = [values for tag, values in page.elements if tag == "td" and "num" in (values.get("class") or "")]
+    assert cells
+    assert all(values.get("data-head") for values in cells)
+
+
+def test_commands_to_go_on(finished, tmp_path):
+    text = Page(write_report(finished).read_text(encoding="utf-8")).text
+    assert f"tensorboard --logdir {finished.root}" in text
+    assert "vpo_engine.sample" not in text, "there is no checkpoint"
+    root = tmp_path / "runs" / "my run; $(x)"
+    run = make_run(root, steps=12, gallery=2)
+    save_checkpoint(
+        run.checkpoints,
+        12,
+        tensors={},
+        state={},
+        keep=1,
+        write_policy=lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    )
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert f"tensorboard --logdir {tmp_path / 'runs'}" in text
+    assert f"python -m vpo_engine.sample '{root}'" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", "{"),
+        ("summary.json", "[]"),
+        ("summary.json", '{"measures": {"reward/selected": {}}, "clips": 2, "timings": {}}'),
+        ("config.yaml", "a: [1\nb: 2"),
+        ("alarms.jsonl", "{}\n"),
+        ("alarms.jsonl", "no JSON\n"),
+        ("metrics.jsonl", "no JSON\n"),
+        ("gallery/held_out.safetensors", "no safetensors"),
+        ("gallery/pairs/step_00000001.safetensors", ""),
+    ],
+)
+def test_a_damaged_file_is_an_error_of_one_line_that_names_it(name, content, tmp_path):
+    run = RunDirectory.create_at(tmp_path / "run", CONFIG)
+    path = run.root / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run.root)])
+    message = str(stopped.value)
+    assert message.startswith(f"error: '{path}' ")
+    assert re.search("remove|repair", message)
+    assert "\n" not in message
+
+
+def test_a_page_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
+    run = RunDirectory.create_at(tmp_path / "run", CONFIG)
+    run.report.mkdir()
+    with pytest.raises(SystemExit, match=r"^error: .*report\.html"):
+        main([str(run.root)])
 
 
 def unpack(strip):
