@@ -134,6 +134,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     state = json.loads((tmp_path / "run/checkpoints/step_00000002/state.json").read_text())
     assert state["optimizer_steps"] == 2
     assert state["prompt_cursor"] == 4
+    timings = json.loads((tmp_path / "run/summary.json").read_text())["timings"]
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert timings["rollout"] == pytest.approx(sum(row.get("seconds/rollout", 0.0) for row in rows))
 
 
 def test_resume_refuses_other_settings(finished: Path, small: Make) -> None:

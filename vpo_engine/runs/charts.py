@@ -156,7 +156,7 @@ def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> str:
     spoken = ", ".join(f"{label} {100 * share / total:.0f} %" for label, share, _ in parts)
     cells = "".join(
         f'<div style="flex:{share / total:.5f};background:var(--c{colour})" title="{escape(label)}">'
-        f"{escape(label) if share / total > 0.12 else ''}</div>"
+        f"{escape(label) if share / total > 0.16 else ''}</div>"
         for label, share, colour in parts
     )
     return f'<div class="stack" role="img" aria-label="Shares of the time: {escape(spoken)}">{cells}</div>'
