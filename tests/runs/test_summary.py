@@ -143,7 +143,7 @@ def test_the_table_is_aligned_and_ends_with_the_verdict():
     assert lines[0] == "32 held-out clips, the same prompts and noise before and after"
     table = lines[2:12]
     assert table[0].split() == ["base", "final", "change", "±", "95", "%", "of", "base"]
-    assert [line for line in table if line.endswith(":")] == ["Reward:", "Judge:", "Pixel measures:"]
+    assert [line for line in table if line.endswith(":")] == ["Reward:", "Judge:", "Pixels:"]
     rows = [line for line in table[1:] if not line.endswith(":")]
     assert len({re.search("(better|not clear)$", line).start() for line in rows}) == 1, (
         "the last column is aligned"
@@ -280,8 +280,10 @@ def test_seeds_are_the_unit_when_seeds_are_compared():
     one = summarise_seeds(groups[:1])
     assert "sd" not in one["measures"]["reward/selected"]
     lines = format_seeds({"online": combined, "offline": one}).splitlines()
-    assert lines[2].split() == ["measure", "online", "(3", "seeds)", "offline", "(1", "seed)"]
-    assert "+0.200 ± 0.100  3/3" in lines[3]
+    assert lines[3].split() == ["measure", "online", "(3", "seeds)", "offline", "(1", "seed)"]
+    assert lines[4].startswith("Reward: combined score ")
+    assert "+0.200 ± 0.100  3/3" in lines[4]
+    assert any(line.startswith("Pixels: jitter (px) ") for line in lines)
 
 
 def test_seeds_with_different_measures():

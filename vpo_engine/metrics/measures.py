@@ -71,7 +71,7 @@ VIDEOS = {
 }
 """The pixel measures of all other clips, ``metrics/pixels.py``."""
 
-GROUPS = {"reward": "Reward", "judge": "Judge", "pixels": "Pixel measures"}
+GROUPS = {"reward": "Reward", "judge": "Judge", "pixels": "Pixels"}
 """The kinds of measures: what comes before the slash of a name, and its heading."""
 GROUP_MEANINGS = {
     "reward": "the reward that the policy is trained on",

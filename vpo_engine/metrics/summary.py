@@ -259,12 +259,13 @@ def format_seeds(groups: Mapping[str, Mapping[str, Any]]) -> str:
                 continue
             spread = f" ± {numbers['sd']:.3f}" if "sd" in numbers else ""
             cells.append(f"{numbers['difference']:+.3f}{spread}  {numbers['improved']}/{group['seeds']}")
-        rows.append((name, *cells))
+        kind = name.partition("/")[0]
+        rows.append((f"{GROUPS.get(kind, kind)}: {describe(name, names).title.lower()}", *cells))
     note = (
         "Mean change over seeds ± its standard deviation; then the number of seeds that improved by their own 95 % "
         "bounds."
     )
-    return "\n".join([note, "", *_aligned(rows)])
+    return "\n".join([*_wrapped(note), "", *_aligned(rows)])
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:
