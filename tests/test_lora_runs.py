@@ -134,7 +134,7 @@ def test_evaluate_reads_such_runs(
     finished: tuple[Path, OpenSora], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main([str(finished[0])]) == 0
-    assert "reward/selected" in capsys.readouterr().out
+    assert "Combined score" in capsys.readouterr().out
 
 
 def test_the_adapter_names_the_policy_it_was_trained_on(small: Make, tmp_path: Path) -> None:

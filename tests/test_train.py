@@ -80,10 +80,12 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     train_rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["step"] for row in train_rows] == [1, 2, 3, 4]
     wanted = (
-        "loss margin implicit_accuracy winner_error_change loser_error_change tie_rate grad_norm lr "
-        "reward/selected reward/gap"
+        "loss margin winner_error_change loser_error_change tie_rate grad_norm lr reward/selected reward/gap"
     )
     assert set(wanted.split()) <= train_rows[0].keys()
+    refreshed = [True, *(row["reference_age"] == 0 for row in train_rows[:-1])]
+    assert ["implicit_accuracy" not in row for row in train_rows] == refreshed
+    assert any(refreshed[1:]), "a refresh within the run"
     stages = {"text", "rollout", "decode", "reward", "update", "refresh", "step"}
     assert {f"seconds/{stage}" for stage in stages} <= train_rows[0].keys()
     assert "seconds/evaluate" in train_rows[0]  # of the base policy, before the first step
@@ -132,6 +134,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     state = json.loads((tmp_path / "run/checkpoints/step_00000002/state.json").read_text())
     assert state["optimizer_steps"] == 2
     assert state["prompt_cursor"] == 4
+    timings = json.loads((tmp_path / "run/summary.json").read_text())["timings"]
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert timings["rollout"] == pytest.approx(sum(row.get("seconds/rollout", 0.0) for row in rows))
 
 
 def test_resume_refuses_other_settings(finished: Path, small: Make) -> None:

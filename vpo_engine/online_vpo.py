@@ -145,12 +145,16 @@ class OnlineVPO:
         return choices
 
     def _update(self, pairs: Sequence[Pair], update: int) -> dict[str, float]:
-        """Make one optimizer step on the pairs of all processes, or none where there are no pairs."""
+        """Make one optimizer step on the pairs of all processes, or none where there are no pairs.
+
+        Right after a refresh the policy is the reference, every margin is 0, and there is no implicit accuracy.
+        """
         team, here = self.processes.team, self.processes.device
         mine = team.rank_range(len(pairs) * self.config.objective.timesteps_per_pair)
         total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // team.count
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=here)
         rate = learning_rate(self.config.optimizer, self.optimizer_steps, self.config.optimizer_steps)
+        refreshed = self.optimizer_steps == self.refreshed_at
         self.optimizer.begin(rate)
         unchanged = update == 0 and not self.config.memory.step_in_backward
         with self.stopping.stoppable() if unchanged else nullcontext():
@@ -168,6 +172,8 @@ class OnlineVPO:
         if total:
             *totals, samples = self.processes.sum(sums).tolist()
             metrics |= {name: value / samples for name, value in zip(DPO.METRICS, totals, strict=True)}
+            if refreshed:
+                del metrics["implicit_accuracy"]
             if not math.isfinite(metrics["loss"]):
                 raise NotFiniteError(f"the loss is {metrics['loss']}")
             metrics["grad_norm"] = self._optimizer_step()

@@ -22,6 +22,7 @@ from vpo_engine.config import Config
 from vpo_engine.config.notes import notes
 from vpo_engine.config_file import load_config, require_files
 from vpo_engine.runs.lock import refuse_held
+from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
 
 
@@ -73,7 +74,7 @@ def train(config: Config) -> int:
             )
             return 0
         for note in notes(config):
-            print(f"note: {note}", file=sys.stderr)
+            print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr)
     from vpo_engine.training import run_training
 
     return run_training(config)

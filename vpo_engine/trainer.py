@@ -24,6 +24,7 @@ from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.metrics.reward_monitor import Alarm, RewardMonitor, describe_shuffle
 from vpo_engine.metrics.summary import format_summary, summarise
 from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
+from vpo_engine.metrics.time_account import sum_rows
 from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rollout.preference_dataset import PairRecorder, StoredPairs
@@ -32,7 +33,7 @@ from vpo_engine.run_state import capture, restore
 from vpo_engine.runs.alarms import write_alarms
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.log import NullLog, RunLog
+from vpo_engine.runs.log import NullLog, RunLog, read_metrics
 from vpo_engine.runs.progress import Progress
 from vpo_engine.runs.report import write_report
 from vpo_engine.runs.signals import StopRequest, exit_code
@@ -119,6 +120,7 @@ class Trainer:
     def _prepare(self, start: int) -> None:
         """Do what comes before step ``start + 1``."""
         with self._stage("text"):
+            self._progress.stage("encoding the text of the prompts")
             self._encode_text()
         self._throughput = self._measure_device()
         self._raise_alarms([])
@@ -182,7 +184,6 @@ class Trainer:
 
     def _encode_text(self) -> None:
         """Encode all prompts of the run, also those of steps already done, since equal batches give equal bits."""
-        self._progress.stage("encoding the text of the prompts")
         count = self._config.steps * self._config.pairs_per_step
         prompts = [item.text for item in self._stream.take(0, count)]
         self._algorithm.model.prepare([*prompts, *self._held_out.prompts])
@@ -259,8 +260,8 @@ class Trainer:
             )
 
     def _evaluate_baseline(self) -> None:
-        self._progress.stage("evaluating the policy that the run starts from")
         with self._stage("evaluate"):
+            self._progress.stage("evaluating the policy that the run starts from")
             network = self._algorithm.model.network
             self._baseline = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
             self._baseline["clips"] = self._sample_shown()
@@ -288,11 +289,12 @@ class Trainer:
             write_alarms(self._run, [asdict(alarm) for alarm in self._monitor.alarms])
 
     def _finish(self, step: int) -> dict[str, object]:
-        self._progress.stage("evaluating the trained policy")
         with self._stage("evaluate"):
+            self._progress.stage("evaluating the trained policy")
             network = self._algorithm.model.network
             final = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
             clips = self._sample_shown()
+        self._progress.stage("writing the report")
         self._take_seconds()
         self._log_evaluation(step, final)
         summary = summarise(_logged(self._baseline), _logged(final), dict(self._seconds))
@@ -345,6 +347,8 @@ class Trainer:
         self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
         self._saved_at = step
         evaluated = self._log.resume(step, total)
+        if self._processes.first:  # the others write no summary
+            self._seconds |= sum_rows(read_metrics(self._run.metrics))
         due = self._due(self._config.evaluation.every, step) and step < total
         self._evaluation_missing = self._processes.any(due and not evaluated)
         return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from vpo_engine.rewards.served import find_reward, serve
 from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.lock import RunLock
+from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import Start, find_start, resolved_as_before
 from vpo_engine.trainer import Trainer
 
@@ -61,7 +63,7 @@ def run_training(config: Config) -> int:
         if configurations_are_here(config):  # else building the model says which is missing
             config, plan = check_fits(config, processes.device, processes.count, processes.broadcast_text)
             if processes.first:
-                print(plan, flush=True)
+                print(wrap_for(sys.stdout, str(plan)), flush=True)
         model = build_model(config, processes)
         tensors = [tensor for part in model.parts.values() for tensor in part.parameters()]
         return_freed_memory(processes.device, sum(t.numel() * t.element_size() for t in tensors))

@@ -107,6 +107,13 @@ MUTATIONS = [
         EVALUATION,
     ),
     (
+        "the time of a resumed run without what came before",
+        TRAINER,
+        "self._seconds |= sum_rows(read_metrics(self._run.metrics))",
+        "pass",
+        ("tests/test_train.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit",),
+    ),
+    (
         "clips before and after exchanged",
         GALLERY,
         "before=before, after=after,",

@@ -122,6 +122,14 @@ MUTATIONS = [
         "self.reference.numbers()",
         REPLAY,
     ),
+    ("accuracy logged right after a refresh", STEP, "if refreshed:", "if False:", REPLAY),
+    (
+        "accuracy left out of the first step only",
+        STEP,
+        "refreshed = self.optimizer_steps == self.refreshed_at",
+        "refreshed = self.optimizer_steps == 0",
+        REPLAY,
+    ),
     ("refresh made but not noted", STEP, "self.refreshed_at = self.optimizer_steps", "pass", REPLAY),
     (
         "refresh at every step",

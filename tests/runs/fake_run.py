@@ -97,7 +97,7 @@ def train_row(generator: torch.Generator, step: int, steps: int) -> dict[str, fl
     row = {
         "loss": math.log(2) - 0.02 * age + 0.04 * noise[0],
         "margin": 0.08 * age + 0.1 * noise[1],
-        "implicit_accuracy": min(1.0, 0.52 + 0.016 * age + 0.05 * noise[2]),
+        **({"implicit_accuracy": min(1.0, 0.52 + 0.016 * age + 0.05 * noise[2])} if age != 1 else {}),
         "winner_error_change": -0.0006 * age + 0.0008 * noise[3],
         "loser_error_change": 0.0012 * age + 0.0008 * noise[4],
         "tie_rate": max(0.0, 0.02 * noise[5]),

@@ -1,19 +1,14 @@
-import base64
-import io
-import itertools
-import math
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
-import torch
-from fake_run import CONFIG, clip, make_run
-from PIL import Image
+from fake_run import CONFIG, make_run
 
-from vpo_engine.runs.charts import Chart, Series, format_number, line_chart, nice_ticks, running_mean
+from vpo_engine.metrics.summary import format_summary
+from vpo_engine.runs.checkpoint import save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.frame_sheets import make_frame_sheet
-from vpo_engine.runs.log import RunLog
+from vpo_engine.runs.log import RunLog, read_metrics
 from vpo_engine.runs.report import main, write_report
 
 ATTACK = '<script>alert(1)</script> a "red" square & <img src=x onerror=alert(2)>'
@@ -30,6 +25,7 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.text = ""
         self.attributes: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
         self.feed(source)
         self.close()
         assert self.open == []
@@ -37,6 +33,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [name for name, _ in attrs]
+        self.elements.append((tag, dict(attrs)))
         self.loads += [value for name, value in attrs if name in ("src", "href", "data", "poster", "srcset")]
         if tag not in VOID:
             self.open.append(tag)
@@ -76,7 +73,7 @@ def test_the_page_has_every_part(page, finished):
         "Training pairs",
         "The run saved 16 training pairs",
         "Where the time went",
-        "pixels/colour_change",
+        "Colour change (share)",
         "refresh_every: 10",
     ):
         assert text in page.text, text
@@ -179,105 +176,147 @@ def test_the_command(finished, capsys, tmp_path):
         main([])
 
 
-def unpack(strip):
-    data = base64.b64decode(strip.url.split(",")[1])
-    sheet = torch.frombuffer(
-        bytearray(Image.open(io.BytesIO(data)).convert("RGB").tobytes()), dtype=torch.uint8
-    )
-    sheet = sheet.view(-1, strip.columns * strip.width, 3)
-    frames = []
-    for index in range(strip.frames):
-        x, y = index % strip.columns * strip.width, index // strip.columns * strip.height
-        frames.append(sheet[y : y + strip.height, x : x + strip.width])
-    return torch.stack(frames), len(data)
+def test_there_is_one_account_of_time(finished):
+    """Terminal, report and summary.json give the same total; the tile names mean and median."""
+    summary = json.loads(finished.summary.read_text())
+    summary["timings"] = {"rollout": 90.0, "update": 30.0, "evaluate": 60.0, "step": 192.0}
+    page = Page(report_with(finished, summary))
+    assert "Time: 3 min 12 s in all: rollout 1 min 30 s, update 30.0 s" in format_summary(summary)
+    assert "Median time per step3.4 smean 4.0 s\n48 steps, 3 min 12 s in all" in page.text
+    table = page.text[page.text.index("Where the time went") :]
+    assert "The run took 3 min 12 s, evaluations and checkpoints included." in table
+    assert "a mean of 4.0 s for each of 48 steps. The median step took 3.4 s." in table
+    assert "other outside all stages12.0 s0.25 s6.2 %" in table
+    assert "all of it3 min 12 s4.0 s100 %" in table
 
 
-@pytest.mark.parametrize(("frames", "side"), [(1, 8), (5, 9), (17, 32), (13, 64)])
-def test_small_clips_keep_every_pixel(frames, side):
-    video = clip(torch.Generator().manual_seed(0), 1.0, frames=frames, side=side)
-    strip = make_frame_sheet(video, 200_000)
-    assert strip.exact
-    assert torch.equal(unpack(strip)[0], video)
+def report_with(run, summary):
+    """Return the page of a run with another summary, and put the run's own summary back."""
+    own = run.summary.read_text()
+    run.summary.write_text(json.dumps(summary))
+    try:
+        return write_report(run).read_text(encoding="utf-8")
+    finally:
+        run.summary.write_text(own)
 
 
-def test_large_clips_are_reduced_to_their_budget():
-    video = clip(torch.Generator().manual_seed(0), 1.0, frames=24, side=320)
-    strip = make_frame_sheet(video, 60_000)
-    shown, size = unpack(strip)
-    assert not strip.exact
-    assert size <= 60_000
-    assert shown.shape[0] == 24
-    assert 60 <= strip.width == strip.height < 320
-    # The picture is still the same one: compare coarse means.
-    coarse = [
-        torch.nn.functional.adaptive_avg_pool2d(v.float().permute(0, 3, 1, 2), 6) for v in (shown, video)
+def test_every_tile_of_a_measure_has_bounds_and_says_whether_it_is_clear(finished):
+    summary = json.loads(finished.summary.read_text())
+    summary["measures"]["pixels/jitter"] |= {"low": -1.2, "high": 0.1}
+    summary["measures"]["judge/selected"] |= {"low": -0.5, "high": -0.1, "difference": -0.3}
+    source = report_with(finished, summary)
+    tiles = source[source.index('class="tiles"') : source.index("Median time per step")].split(
+        'class="tile"'
+    )[1:]
+    for tile in tiles[:-1]:
+        assert "95 %:" in tile
+        assert re.search(r'class="result [a-z ]*">(better|worse|not clear|changed)<', tile)
+    by_name = {re.search(r'label">([^<]*)', tile)[1]: tile for tile in tiles}
+    assert "not clear" in by_name["Jitter"]
+    assert "better" not in by_name["Jitter"]
+    assert "worse" not in by_name["Jitter"]
+    assert "95 %: -82 to +7" in by_name["Jitter"]
+    assert 'value worse">-0.30' in by_name["Independent judge"]
+    summary["measures"]["pixels/jitter"] |= {"low": None, "high": None}
+    assert "one clip" in report_with(finished, summary), "a comparison without bounds"
+
+
+def test_single_clips_are_never_coloured_as_better_or_worse(finished):
+    source = write_report(finished).read_text(encoding="utf-8")
+    clips = source[source.index("Before and after") : source.index("<h2>Curves")]
+    for word in ("better", "worse", "up", "down"):
+        assert not re.search(rf'class="[^"]*\b{word}\b', clips)
+    css = source[source.index("<style>") : source.index("</style>")]
+    coloured = {
+        line.split("{")[0].strip() for line in css.split("}") if re.search(r"var\(--(good|bad)\)", line)
+    }
+    assert coloured == {".better", ".worse"}
+
+
+def test_charts_speak_and_carry_the_points_for_the_readout(finished):
+    source = write_report(finished).read_text(encoding="utf-8")
+    page = Page(source)
+    charts = [json.loads(values["data-chart"]) for tag, values in page.elements if "data-chart" in values]
+    assert len(charts) == page.tags.count("h3")
+    labels = [
+        values["aria-label"] for tag, values in page.elements if tag == "svg" and "aria-label" in values
     ]
-    assert (coarse[0] - coarse[1]).abs().mean() < 4
-
-
-def test_noise_larger_than_any_budget_still_fits():
-    video = torch.randint(
-        0, 256, (16, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    assert len(labels) == len(charts)
+    accuracy = next(i for i, label in enumerate(labels) if label.startswith("Implicit accuracy"))
+    points = dict(charts[accuracy]["series"][0])
+    assert charts[accuracy]["percent"] is True
+    assert [step for step in range(1, 49) if step not in points] == [1, 11, 21, 31, 41], "n/a after a refresh"
+    rows = {row["step"]: row for row in read_metrics(finished.metrics) if row["kind"] == "train"}
+    assert points[48] == pytest.approx(rows[48]["implicit_accuracy"], rel=1e-3)
+    assert re.fullmatch(
+        r"Implicit accuracy: pairs with a margin above zero from [\d.]+\s% at step 2 to [\d.]+\s% at step 48",
+        labels[accuracy],
     )
-    shown, size = unpack(make_frame_sheet(video, 20_000))
-    assert size <= 20_000
-    assert len(shown) == 16
+
+
+def test_clips_have_alternative_texts(finished):
+    page = Page(write_report(finished).read_text(encoding="utf-8"))
+    texts = [values["aria-label"] for tag, values in page.elements if tag == "canvas"]
+    assert re.fullmatch(r"Clip before training: a red square moves right; score \d\.\d\d", texts[0])
+    assert texts[1].startswith("Clip after training: a red square moves right")
+    assert sum(text.startswith("Clip that won its pair: ") for text in texts) == 8
+
+
+def test_cells_carry_their_heads_for_narrow_screens(finished):
+    page = Page(write_report(finished).read_text(encoding="utf-8"))
+    cells = [values for tag, values in page.elements if tag == "td" and "num" in (values.get("class") or "")]
+    assert cells
+    assert all(values.get("data-head") for values in cells)
+
+
+def test_commands_to_go_on(finished, tmp_path):
+    text = Page(write_report(finished).read_text(encoding="utf-8")).text
+    assert f"tensorboard --logdir {finished.root}" in text
+    assert "vpo_engine.sample" not in text, "there is no checkpoint"
+    root = tmp_path / "runs" / "my run; $(x)"
+    run = make_run(root, steps=12, gallery=2)
+    save_checkpoint(
+        run.checkpoints,
+        12,
+        tensors={},
+        state={},
+        keep=1,
+        write_policy=lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    )
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert f"tensorboard --logdir {tmp_path / 'runs'}" in text
+    assert f"python -m vpo_engine.sample '{root}'" in text
 
 
 @pytest.mark.parametrize(
-    ("low", "high"),
-    [(0, 1), (0.4, 0.8), (-0.01, 0.015), (3, 3), (0, 0), (-5, -5), (1e-9, 3e-9), (0, 1e7), (97, 103)],
-)
-def test_ticks_are_few_round_and_cover_the_data(low, high):
-    ticks = nice_ticks(low, high)
-    assert ticks[0] <= low
-    assert ticks[-1] >= high
-    assert 2 <= len(ticks) <= 8
-    steps = [b - a for a, b in itertools.pairwise(ticks)]
-    assert all(step == pytest.approx(steps[0], rel=1e-6) for step in steps)
-
-
-def test_a_running_mean_follows_a_line_exactly():
-    points = [(float(x), 2.0 * x + 1) for x in range(30)]
-    assert running_mean(points, 7) == [(x, pytest.approx(y)) for x, y in points]
-    assert running_mean([(0.0, 0.0), (1.0, 3.0), (2.0, 0.0)], 3)[1] == (1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
+    ("name", "content"),
     [
-        (0, "0"),
-        (0.5, "0.5"),
-        (4.567, "4.57"),
-        (-0.0062, "-0.0062"),
-        (2e-5, "2e-5"),
-        (1234.5, "1234"),
-        (100, "100"),
-        (1.5e7, "1.5e7"),
+        ("summary.json", "{"),
+        ("summary.json", "[]"),
+        ("summary.json", '{"measures": {"reward/selected": {}}, "clips": 2, "timings": {}}'),
+        ("config.yaml", "a: [1\nb: 2"),
+        ("alarms.jsonl", "{}\n"),
+        ("alarms.jsonl", "no JSON\n"),
+        ("metrics.jsonl", "no JSON\n"),
+        ("gallery/held_out.safetensors", "no safetensors"),
+        ("gallery/pairs/step_00000001.safetensors", ""),
     ],
 )
-def test_numbers_are_short(value, text):
-    assert format_number(value) == text
+def test_a_damaged_file_is_an_error_of_one_line_that_names_it(name, content, tmp_path):
+    run = RunDirectory.create_at(tmp_path / "run", CONFIG)
+    path = run.root / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run.root)])
+    message = str(stopped.value)
+    assert message.startswith(f"error: '{path}' ")
+    assert re.search("remove|repair", message)
+    assert "\n" not in message
 
 
-def test_percentages_keep_the_digits_that_tell_ticks_apart():
-    assert [format_number(v, percent=True) for v in (0.95, 0.975, 1.0)] == [
-        "95\N{NO-BREAK SPACE}%",
-        "97.5\N{NO-BREAK SPACE}%",
-        "100\N{NO-BREAK SPACE}%",
-    ]
-
-
-def test_a_chart_stays_within_its_frame():
-    points = [(float(x), math.sin(x) * 10**6) for x in range(200)]
-    for series in (points, points[:1], [(5.0, 0.0)] * 3):
-        svg = line_chart(
-            Chart("t", [Series("s", series, 1, noisy=True)], baseline=(0.0, "zero"), marks=(5.0,))
-        )
-        for pair in re.findall(r"(-?[\d.]+),(-?[\d.]+)", " ".join(re.findall(r'points="([^"]*)"', svg))):
-            assert 0 <= float(pair[0]) <= 300
-            assert 0 <= float(pair[1]) <= 190
-
-
-def test_a_chart_without_points_is_left_out():
-    assert line_chart(Chart("t", [Series("s", [], 1)])) == ""
+def test_a_page_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
+    run = RunDirectory.create_at(tmp_path / "run", CONFIG)
+    run.report.mkdir()
+    with pytest.raises(SystemExit, match=r"^error: .*report\.html"):
+        main([str(run.root)])

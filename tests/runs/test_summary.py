@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -136,19 +137,55 @@ def test_the_summary_is_json_with_the_promised_keys():
 
 
 def test_the_table_is_aligned_and_ends_with_the_verdict():
-    text = format_summary(summarise(*measures(0.3), {"rollout": 84.5, "update": 70.2}))
+    timings = {"rollout": 84.5, "update": 70.2, "refresh": 0.01, "step": 160.0}
+    text = format_summary(summarise(*measures(0.3), timings))
     lines = text.splitlines()
     assert lines[0] == "32 held-out clips, the same prompts and noise before and after"
-    table = lines[2:9]
-    assert len({line.index("]") for line in table[1:]}) == 1
-    assert table[0].split() == ["measure", "base", "final", "difference", "95", "%", "bounds", "relative"]
-    assert table[1].split()[0] == "reward/selected"
-    assert table[1].endswith("better")
-    assert "-35.9 %" in table[3]
-    assert table[6].endswith("unclear")
-    assert "Time: rollout 84.5 s, update 70.2 s" in lines
-    assert lines[-1].startswith("Held-out reward: improved (+0.300, 95 % bounds +0.")
-    assert "Jitter -36 %. Colour change -30 %. Displacement 1.00 of the base's." in lines[-1]
+    table = lines[2:12]
+    assert table[0].split() == ["base", "final", "change", "±", "95", "%", "of", "base"]
+    assert [line for line in table if line.endswith(":")] == ["Reward:", "Judge:", "Pixels:"]
+    rows = [line for line in table[1:] if not line.endswith(":")]
+    assert len({re.search("(better|not clear)$", line).start() for line in rows}) == 1, (
+        "the last column is aligned"
+    )
+    assert rows[0].split() == ["Combined", "score", *rows[0].split()[2:5], rows[0].split()[5], "better"]
+    assert "Jitter (px)" in rows[2]
+    assert "-35.9 %" in rows[2]
+    assert rows[5].startswith(" Blank frames (share)")
+    assert rows[5].endswith("not clear")
+    assert "Time: 2 min 40 s in all: rollout 1 min 24 s, update 1 min 10 s, other 5.3 s" in lines
+    said = " ".join(lines[-4:])
+    assert "Held-out reward: improved (+0.300, 95 % bounds +0." in said
+    assert "Jitter is 36 % lower than before. Colour change is 30 % lower than before." in said
+    assert "Displacement is about the same as before" in said
+    assert max(map(len, lines)) < 80
+
+
+def test_the_bounds_in_the_table_are_those_of_the_summary():
+    summary = summarise(*measures(0.3), {})
+    numbers = summary["measures"]["judge/selected"]
+    half = (numbers["high"] - numbers["low"]) / 2
+    row = format_summary(summary).splitlines()[6].split()
+    assert row[:2] == ["Combined", "score"]
+    assert float(row[5]) == pytest.approx(half, rel=0.1)
+    assert float(row[4]) == pytest.approx(numbers["difference"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("level", "names"), [(1e-9, ["pixels/jitter"]), (250.0, ["pixels/motion", "pixels/flicker"])]
+)
+def test_lines_fit_a_terminal_whatever_the_numbers(level, names):
+    generator = torch.Generator().manual_seed(0)
+    before = {
+        name: level * (1 + torch.rand(8, generator=generator))
+        for name in ["reward/temporal_consistency", *names]
+    }
+    after = {name: value * 1.1 for name, value in before.items()}
+    timings = dict.fromkeys(
+        ("text", "rollout", "decode", "reward", "update", "refresh", "evaluate"), 300000.0
+    )
+    lines = format_summary(summarise(before, after, timings)).splitlines()
+    assert max(map(len, lines)) < 80
 
 
 def test_verdicts_go_by_the_bounds():
@@ -157,7 +194,7 @@ def test_verdicts_go_by_the_bounds():
     worse = summarise(*measures(-0.3), {})
     assert headline(worse) == "Held-out reward and judge are worse"
     assert "Held-out reward: got worse (-0.300" in verdict(worse)
-    assert "Jitter +36 %." in verdict(worse)
+    assert "Jitter is 36 % higher than before." in verdict(worse)
     summary["measures"]["judge/selected"] |= {"low": -0.1}
     assert headline(summary) == "Held-out reward is better, the judge shows no clear change"
     assert "Judge: no clear change" in verdict(summary)
@@ -170,7 +207,7 @@ def test_verdicts_go_by_the_bounds():
 def test_a_doubtful_percentage_says_so():
     summary = summarise(*measures(0.3), {})
     summary["measures"]["pixels/jitter"] |= {"high": 0.1}
-    assert "Jitter -36 % (bounds include zero)." in verdict(summary)
+    assert "Jitter is 36 % lower than before (bounds include zero)." in verdict(summary)
 
 
 def test_one_clip_has_values_and_no_bounds():
@@ -242,8 +279,10 @@ def test_seeds_are_the_unit_when_seeds_are_compared():
     one = summarise_seeds(groups[:1])
     assert "sd" not in one["measures"]["reward/selected"]
     lines = format_seeds({"online": combined, "offline": one}).splitlines()
-    assert lines[2].split() == ["measure", "online", "(3", "seeds)", "offline", "(1", "seed)"]
-    assert "+0.200 ± 0.100  3/3" in lines[3]
+    assert lines[3].split() == ["measure", "online", "(3", "seeds)", "offline", "(1", "seed)"]
+    assert lines[4].startswith("Reward: combined score ")
+    assert "+0.200 ± 0.100  3/3" in lines[4]
+    assert any(line.startswith("Pixels: jitter (px) ") for line in lines)
 
 
 def test_seeds_with_different_measures():

@@ -197,6 +197,8 @@ def check_metrics(case: str, run: Path) -> None:
         for name, value in wanted.items():
             tolerance = {"rel": 1e-9, "abs": 1e-12} if name in EXACT else {"rel": 2e-2, "abs": 1e-3}
             assert row[name] == pytest.approx(value, **tolerance), (case, row["step"], name)
+        refreshed = "implicit_accuracy" not in wanted
+        assert ("implicit_accuracy" not in row) == refreshed, (case, row["step"], "after a refresh")
 
 
 EXACT = ("pairs", "lr", "optimizer_steps", "reference_age", "tie_rate", "tie_rate_before_resample")

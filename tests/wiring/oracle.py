@@ -280,6 +280,8 @@ class Oracle:
                 for name, value in ({"loss": loss.item()} | values).items():
                     sums[name] += value / count
         metrics |= sums
+        if self.optimizer_steps == self.refreshed_at:
+            del metrics["implicit_accuracy"]  # policy and reference are the same: no margin is above zero
         metrics["grad_norm"] = self.adamw(rate)
         return metrics
 

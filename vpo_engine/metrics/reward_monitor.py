@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from vpo_engine.config import GuardsConfig
 from vpo_engine.metrics.appearance import STATISTICS, style_distance
-from vpo_engine.metrics.summary import paired_difference
+from vpo_engine.metrics.measures import describe
+from vpo_engine.metrics.summary import WIDTH, paired_difference
 from vpo_engine.rewards.guards import DivergenceAlarm, Shuffled
 
 Measured = Mapping[str, Tensor]
@@ -146,7 +148,8 @@ def _since_base(step: int, *sides: Tensor) -> str | None:
 
 
 def describe_shuffle(found: Mapping[str, Shuffled]) -> str:
-    """Describe the result of the prompt check in a sentence."""
-    shares: Sequence[str] = [f"{name} {shuffled.share:.2f}" for name, shuffled in found.items()]
+    """Describe the result of the prompt check in a sentence, wrapped for the terminal."""
+    shares = [f"{describe(f'reward/{name}').label.lower()} {each.share:.2f}" for name, each in found.items()]
     clips = next(iter(found.values())).clips
-    return f"share of {clips} clips that score higher with their own prompt than with another: {', '.join(shares)}"
+    text = f"share of {clips} clips that score higher with their own prompt than with another: {', '.join(shares)}"
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

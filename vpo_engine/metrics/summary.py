@@ -7,6 +7,7 @@ the differences comes from the training, and not from the differences between cl
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpo_engine.metrics.measures import GROUPS, describe
+from vpo_engine.metrics.time_account import format_account
+
 CONFIDENCE = 0.95
 
-BETTER: dict[str, int] = {
-    "jitter": -1,
-    "colour_change": -1,
-    "flicker": -1,
-    "blank_rate": -1,
-    "displacement": +1,
-    "displacement_absolute": +1,
-}
-"""The better direction of each pixel measure: more (+1) or less (-1). More reward is better; others have none."""
-
+WIDTH = 79
+"""Most columns of a line in the terminal."""
+_PLACES = 5
+"""Most decimal places in the terminal."""
 _PREFIX = "held_out/"
 
 
@@ -111,12 +109,6 @@ def summarise(
     }
 
 
-def direction(measure: str) -> int:
-    """Return +1 if more of a measure is better, -1 if less is better, and 0 if neither."""
-    kind, _, name = measure.partition("/")
-    return 1 if kind in ("reward", "judge") else BETTER.get(name, 0)
-
-
 def change(measure: str, numbers: Mapping[str, Any]) -> str:
     """Return "better" or "worse" if the bounds exclude zero ("changed" if no direction is better), else "unclear".
 
@@ -124,20 +116,38 @@ def change(measure: str, numbers: Mapping[str, Any]) -> str:
     """
     if numbers["low"] is None or numbers["low"] <= 0 <= numbers["high"]:
         return "unclear"
-    sign = direction(measure) * (1 if numbers["low"] > 0 else -1)
+    sign = describe(measure).better * (1 if numbers["low"] > 0 else -1)
     return {1: "better", -1: "worse", 0: "changed"}[sign]
 
 
-def number_texts(numbers: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    """Format base, final, difference and [low, high], with as many digits as the width of the bounds justifies."""
-    width = 0.0 if numbers["low"] is None else numbers["high"] - numbers["low"]
-    places = min(8, max(3, 1 - math.floor(math.log10(width)))) if width > 0 else 3
+def number_texts(numbers: Mapping[str, Any], most: int = 8) -> tuple[str, str, str, str]:
+    """Format base, final, difference and [low, high], with as many digits as the width of the bounds justifies.
+
+    most: the greatest number of decimal places.
+    """
+    places = _places(numbers, most)
     return (
         f"{numbers['before']:.{places}f}",
         f"{numbers['after']:.{places}f}",
         f"{numbers['difference']:+.{places}f}",
         bounds_text(numbers, places),
     )
+
+
+def change_text(measure: str, numbers: Mapping[str, Any]) -> str:
+    """Return ``change`` as people read it: "not clear" if the bounds include zero, "no bounds" for one clip."""
+    if numbers["low"] is None:
+        return "no bounds"
+    word = change(measure, numbers)
+    return "not clear" if word == "unclear" else word
+
+
+def relative_text(numbers: Mapping[str, Any]) -> str:
+    """Format the change as a share of the base value; "" for measures without one."""
+    if "relative" not in numbers:
+        return ""
+    percent = 100 * numbers["relative"]
+    return f"{percent:+.1f} %" if abs(percent) < 99.95 else f"{percent:+.0f} %"
 
 
 def bounds_text(
@@ -179,36 +189,37 @@ def verdict(summary: Mapping[str, Any]) -> str:
             said = f"{words[change(name, numbers)]} ({numbers['difference']:+.3f}, 95 % bounds {{}} to {{}})"
             without = f"{numbers['difference']:+.3f} on one clip, which has no bounds"
             parts.append(f"{label}: {bounds_text(numbers, 3, said, without)}.")
-    for name, label in (("pixels/jitter", "Jitter"), ("pixels/colour_change", "Colour change")):
+    for name in ("pixels/jitter", "pixels/colour_change", "pixels/displacement"):
         if name in measures and "relative" in measures[name]:
             unclear = " (no bounds)" if measures[name]["low"] is None else " (bounds include zero)"
             doubt = unclear if change(name, measures[name]) == "unclear" else ""
-            parts.append(f"{label} {measures[name]['relative']:+.0%}{doubt}.".replace("%", " %"))
-    motion = measures.get("pixels/displacement")
-    if motion is not None and motion["before"] > 0:
-        parts.append(f"Displacement {motion['after'] / motion['before']:.2f} of the base's.")
+            parts.append(f"{describe(name).label} {_than_before(measures[name]['relative'])}{doubt}.")
     return " ".join(parts) if parts else "No held-out reward was measured."
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """Format the table that a run prints at its end: a line per measure, then the timings and the ``verdict``."""
-    rows = [("measure", "base", "final", "difference", "95 % bounds", "relative", "")]
-    for name, numbers in summary["measures"].items():
-        relative = f"{100 * numbers['relative']:+.1f} %" if "relative" in numbers else ""
-        word = "" if numbers["low"] is None else change(name, numbers)
-        rows.append((name, *number_texts(numbers), relative, word))
-    clips = summary["clips"]
-    heading = f"{clips} held-out clips, the same prompts and noise before and after"
-    if clips == 1:
-        heading = (
-            "1 held-out clip, the same prompt and noise before and after. It has no bounds: give a second prompt, or "
-            "evaluation.samples_per_prompt=2"
+    """Format the table that a run prints at its end: a line per measure, then the timings and the ``verdict``.
+
+    It fits 80 columns as long as the numbers have fewer than nine characters.
+    """
+    measures = summary["measures"]
+    rows = [("", "base", "final", "change", "± 95 %", "of base", "")]
+    group = ""
+    for name, numbers in measures.items():
+        kind = name.partition("/")[0]
+        if kind != group:
+            group = kind
+            rows.append((f"{GROUPS.get(kind, kind)}:", "", "", "", "", "", ""))
+        base, final, difference, _ = number_texts(numbers, _PLACES)
+        relative = relative_text(numbers)
+        label = f" {describe(name, measures).title}"
+        rows.append(
+            (label, base, final, difference, _half_width(numbers), relative, change_text(name, numbers))
         )
-    lines = [heading, "", *_aligned(rows), ""]
+    lines = [*_wrapped(_heading(summary["clips"])), "", *_aligned(rows), ""]
     if summary["timings"]:
-        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary["timings"].items())
-        lines += [f"Time: {times}", ""]
-    return "\n".join([*lines, verdict(summary)])
+        lines += [format_account(summary["timings"], WIDTH), ""]
+    return "\n".join([*lines, *_wrapped(verdict(summary))])
 
 
 def summarise_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -247,12 +258,13 @@ def format_seeds(groups: Mapping[str, Mapping[str, Any]]) -> str:
                 continue
             spread = f" ± {numbers['sd']:.3f}" if "sd" in numbers else ""
             cells.append(f"{numbers['difference']:+.3f}{spread}  {numbers['improved']}/{group['seeds']}")
-        rows.append((name, *cells))
+        kind = name.partition("/")[0]
+        rows.append((f"{GROUPS.get(kind, kind)}: {describe(name, names).title.lower()}", *cells))
     note = (
         "Mean change over seeds ± its standard deviation; then the number of seeds that improved by their own 95 % "
         "bounds."
     )
-    return "\n".join([note, "", *_aligned(rows)])
+    return "\n".join([*_wrapped(note), "", *_aligned(rows)])
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:
@@ -313,6 +325,40 @@ def _mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     mean = math.fsum(values) / n
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     return mean, student_t_quantile((1 + CONFIDENCE) / 2, n - 1) * sd / math.sqrt(n)
+
+
+def _places(numbers: Mapping[str, Any], most: int) -> int:
+    """Return how many decimal places the width of the bounds justifies."""
+    width = 0.0 if numbers["low"] is None else numbers["high"] - numbers["low"]
+    return min(most, max(3, 1 - math.floor(math.log10(width)))) if width > 0 else 3
+
+
+def _half_width(numbers: Mapping[str, Any]) -> str:
+    """Format the distance of either bound from the change."""
+    if numbers["low"] is None:
+        return "none"
+    return f"{(numbers['high'] - numbers['low']) / 2:.{_places(numbers, _PLACES)}f}"
+
+
+def _heading(clips: int) -> str:
+    if clips == 1:
+        return (
+            "1 held-out clip, the same prompt and noise before and after. It has no bounds: give a second prompt, or "
+            "evaluation.samples_per_prompt=2"
+        )
+    return f"{clips} held-out clips, the same prompts and noise before and after"
+
+
+def _than_before(relative: float) -> str:
+    """Say in words how a measure compares with the base's, for example "is 13 % higher than before"."""
+    percent = round(100 * abs(relative))
+    if percent == 0:
+        return "is about the same as before"
+    return f"is {percent} % {'higher' if relative > 0 else 'lower'} than before"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _over_seeds(name: str, numbers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vpo_engine.metrics.measures import describe
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.readable import readable
 
 _TITLES = {
     "prompt": "The reward does not read prompts",
@@ -27,7 +29,10 @@ def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
     """Read the alarms of a run; None if the run had no monitor."""
     if not run.alarms.is_file():
         return None
-    return [json.loads(line) for line in run.alarms.read_bytes().split(b"\n") if line]
+    with readable(run.alarms, "remove it for a report without alarms"):
+        lines = run.alarms.read_text(encoding="utf-8").split("\n")
+        alarms = [json.loads(line) for line in lines if line]
+        return [{"step": int(each["step"]), "kind": each["kind"], "text": each["text"]} for each in alarms]
 
 
 def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Mapping[str, float]) -> str:
@@ -38,7 +43,7 @@ def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Map
     if alarms is None:
         return ""
     body = "".join(
-        f'<p><b class="worse">{escape(_TITLES[alarm["kind"]])}</b>, step {alarm["step"]}: '
+        f'<p><b class="worse">{escape(_TITLES.get(alarm["kind"], alarm["kind"]))}</b>, step {alarm["step"]}: '
         f"{escape(alarm['text'])}.</p>"
         for alarm in alarms
     )
@@ -47,7 +52,9 @@ def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Map
             '<p class="soft">No alarm was raised: there is no sign that the policy exploits the reward.</p>'
         )
     if prompt_shares:
-        shares = ", ".join(f"{name.replace('_', ' ')} {share:.2f}" for name, share in prompt_shares.items())
+        shares = ", ".join(
+            f"{describe(f'reward/{name}').label.lower()} {share:.2f}" for name, share in prompt_shares.items()
+        )
         body += (
             '<p class="soft">Before the first step: share of the base policy\'s clips that score higher with their own '
             f"prompt than with another clip's prompt: {escape(shares)}. A dimension that does not read the prompt has "

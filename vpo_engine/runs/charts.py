@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,18 +37,22 @@ class Chart:
     """A value to compare with, and its name."""
     percent: bool = False
     """Values are shares, and are shown in per cent."""
+    from_zero: bool = False
+    """The vertical axis begins at zero, for values that are never negative."""
     marks: Sequence[float] = ()
     """Positions x of events, drawn as thin vertical lines."""
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Return about ``count`` round numbers whose range covers low .. high."""
+def nice_ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
+    """Return about ``count`` round numbers whose range covers low .. high; with ``whole`` no fractions."""
     if not high > low:
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
     raw = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
+    if whole:
+        step = float(max(1, math.ceil(step)))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{index * step:.10g}") for index in range(first, last + 1)]
 
@@ -76,16 +81,16 @@ def format_number(value: float, percent: bool = False) -> str:
 
 
 def line_chart(chart: Chart) -> str:
-    """Return a <figure> with the title, a legend with each series' last value, and the plot; "" without points."""
+    """Return a <figure> with the title, a legend with each series' last value, and the plot; "" without points.
+
+    The points are in an attribute of the figure, from which the page's script shows the values of any step.
+    """
     drawn = [series for series in chart.series if series.points]
     if not drawn:
         return ""
-    ys = [y for series in drawn for _, y in series.points]
-    if chart.baseline is not None:
-        ys.append(chart.baseline[0])
     xs = [x for series in drawn for x, _ in series.points]
-    ticks = nice_ticks(min(ys), max(ys))
-    x_ticks = [tick for tick in nice_ticks(min(xs), max(xs), 5) if min(xs) <= tick <= max(xs)]
+    ticks = _value_ticks(chart, drawn)
+    x_ticks = [tick for tick in nice_ticks(min(xs), max(xs), 5, whole=True) if min(xs) <= tick <= max(xs)]
     to_x = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     to_y = _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [_axes(ticks, x_ticks, to_x, to_y, chart.percent)]
@@ -96,6 +101,7 @@ def line_chart(chart: Chart) -> str:
     if chart.baseline is not None:
         parts.append(_baseline(*chart.baseline, to_y))
     parts += [_curve(series, to_x, to_y) for series in drawn]
+    parts.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     legend = "".join(
         f'<li><i style="background:var(--c{series.colour})"></i>{escape(series.label)} '
         f"<b>{format_number(series.points[-1][1], chart.percent)}</b></li>"
@@ -103,34 +109,72 @@ def line_chart(chart: Chart) -> str:
     )
     note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
     return (
-        f'<figure class="chart"><figcaption><h3>{escape(chart.title)}</h3>{note}'
-        f'<ul class="legend">{legend}</ul></figcaption><svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
-        f'aria-label="{escape(chart.title)} over steps">{"".join(parts)}</svg></figure>'
+        f'<figure class="chart" data-chart="{escape(_data(chart, drawn, min(xs), max(xs)))}"><figcaption>'
+        f'<h3>{escape(chart.title)}</h3>{note}<div class="readout" aria-live="polite" aria-atomic="true">'
+        f'<span class="at">step {format_number(max(xs))}</span><ul class="legend">{legend}</ul></div></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(_spoken(chart, drawn))}">'
+        f"{''.join(parts)}</svg></figure>"
     )
+
+
+def _value_ticks(chart: Chart, drawn: Sequence[Series]) -> list[float]:
+    """Return the ticks of the vertical axis; an axis of shares that are all zero ends at 100 %."""
+    ys = [y for series in drawn for _, y in series.points]
+    if chart.baseline is not None:
+        ys.append(chart.baseline[0])
+    if not chart.from_zero:
+        return nice_ticks(min(ys), max(ys))
+    return nice_ticks(0.0, max(ys) if max(ys) > 0 else 1.0)
+
+
+def _spoken(chart: Chart, drawn: Sequence[Series]) -> str:
+    """Describe a chart for those who do not see it, by the first and the last value of each series."""
+    changes = [
+        f"{series.label} from {format_number(series.points[0][1], chart.percent)} at step "
+        f"{format_number(series.points[0][0])} to {format_number(series.points[-1][1], chart.percent)} at step "
+        f"{format_number(series.points[-1][0])}"
+        for series in drawn
+    ]
+    return f"{chart.title}: {'; '.join(changes)}"
+
+
+def _data(chart: Chart, drawn: Sequence[Series], first: float, last: float) -> str:
+    """Return what the page's script needs, as JSON: the steps at both ends of the axis, and all points."""
+    points = [[[_short(x), _short(y)] for x, y in series.points] for series in drawn]
+    content = {"first": first, "last": last, "left": LEFT, "right": WIDTH - RIGHT, "percent": chart.percent}
+    return json.dumps(content | {"series": points}, separators=(",", ":"))
+
+
+def _short(value: float) -> int | float:
+    """Round to four significant digits; whole numbers below a million stay as they are."""
+    return int(value) if value == int(value) and abs(value) < 1e6 else float(f"{value:.4g}")
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> str:
     """Draw parts (label, share of the whole, colour) side by side, with the label inside where it fits."""
     total = math.fsum(share for _, share, _ in parts)
+    spoken = ", ".join(f"{label} {100 * share / total:.0f} %" for label, share, _ in parts)
     cells = "".join(
         f'<div style="flex:{share / total:.5f};background:var(--c{colour})" title="{escape(label)}">'
-        f"{escape(label) if share / total > 0.12 else ''}</div>"
+        f"{escape(label) if share / total > 0.16 else ''}</div>"
         for label, share, colour in parts
     )
-    return f'<div class="stack" role="img" aria-label="shares of the time">{cells}</div>'
+    return f'<div class="stack" role="img" aria-label="Shares of the time: {escape(spoken)}">{cells}</div>'
 
 
 def dumbbell(before: float, after: float, low: float, high: float) -> str:
-    """Draw a hollow dot at ``before`` and a filled dot at ``after`` on a line from low to high."""
+    """Draw a hollow dot at ``before`` and a filled dot at ``after`` on a line from low to high.
+
+    Nothing is coloured as good or bad: one clip does not tell a change from chance.
+    """
     to_x = _scale(low, high, 5, 95)
     first, second = to_x(before), to_x(after)
-    sense = "up" if after > before else "down" if after < before else "same"
     return (
-        f'<svg class="dumbbell {sense}" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
+        f'<svg class="dumbbell" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
         f'<line class="rail" x1="3" x2="97" y1="6" y2="6"/>'
         f'<line class="bar" x1="{first:.1f}" x2="{second:.1f}" y1="6" y2="6"/></svg>'
         f'<span class="dot from" style="left:{first:.1f}%"></span>'
-        f'<span class="dot to {sense}" style="left:{second:.1f}%"></span>'
+        f'<span class="dot to" style="left:{second:.1f}%"></span>'
     )
 
 
@@ -182,8 +226,7 @@ def _curve(series: Series, to_x: Callable[[float], float], to_y: Callable[[float
     if count > 40:
         return line
     dots = "".join(
-        f'<circle r="3" cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" style="fill:var(--c{series.colour})">'
-        f"<title>step {format_number(x)}: {format_number(y)}</title></circle>"
+        f'<circle r="3" cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" style="fill:var(--c{series.colour})"/>'
         for x, y in series.points
     )
     return line + dots

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -18,19 +19,18 @@ import yaml
 
 from vpo_engine.metrics.summary import headline, verdict
 from vpo_engine.runs.alarms import alarm_section, read_alarms
+from vpo_engine.runs.checkpoint import newest_complete
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.readable import readable
 from vpo_engine.runs.report_clips import held_out_section, pairs_section
-from vpo_engine.runs.report_numbers import (
-    DIMENSIONS,
-    MetricRows,
-    Summary,
-    chart_section,
-    summary_section,
-    tiles,
-    time_section,
-)
+from vpo_engine.runs.report_curves import DIMENSIONS, chart_section
+from vpo_engine.runs.report_html import command
+from vpo_engine.runs.report_numbers import Summary, summary_section, tiles
+from vpo_engine.runs.report_rows import MetricRows
+from vpo_engine.runs.report_time import time_section
 
+USAGE = "usage: python -m vpo_engine.runs.report RUN_DIRECTORY"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -40,7 +40,7 @@ def write_report(run: RunDirectory) -> Path:
     The page loads nothing: it contains its styles, script and clips. Sections without data say what is missing.
     """
     config = _read_config(run)
-    summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.is_file() else None
+    summary = _read_summary(run)
     rows = MetricRows(read_metrics(run.metrics))
     dimensions = _trained_dimensions(config)
     sections = [
@@ -49,8 +49,9 @@ def write_report(run: RunDirectory) -> Path:
         held_out_section(run, dimensions),
         chart_section(rows),
         pairs_section(run, dimensions),
-        time_section(rows),
+        time_section(summary["timings"] if summary else None, rows),
         summary_section(summary),
+        _commands_section(run),
         _config_section(run),
     ]
     unfinished = run.report.with_name(f".{run.report.name}.tmp")
@@ -59,12 +60,15 @@ def write_report(run: RunDirectory) -> Path:
 
 
 def main(arguments: Sequence[str]) -> None:
+    if list(arguments) in (["-h"], ["--help"]):
+        print(f"{USAGE}\n\nWrite report.html, a self-contained page about a run, finished or not.")
+        return
     if len(arguments) != 1:
-        raise SystemExit("usage: python -m vpo_engine.runs.report RUN_DIRECTORY")
+        raise SystemExit(USAGE)
     try:
         path = write_report(RunDirectory.open(Path(arguments[0])))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
     print(path)
 
 
@@ -117,6 +121,17 @@ def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, 
     )
 
 
+def _commands_section(run: RunDirectory) -> str:
+    """Show what can be done with the run: its curves in TensorBoard, and clips from its newest policy."""
+    folder = run.root.parent if run.root.parent.name == "runs" else run.root
+    body = "<p>All numbers of the log, in TensorBoard (open the address that it prints):</p>"
+    body += command(f"tensorboard --logdir {shlex.quote(str(folder))}")
+    if newest_complete(run.checkpoints) is not None:
+        body += "<p>Clips sampled from the newest checkpoint's policy:</p>"
+        body += command(f"python -m vpo_engine.sample {shlex.quote(str(run.root))}")
+    return f"<section><h2>Go on from here</h2>{body}</section>"
+
+
 def _config_section(run: RunDirectory) -> str:
     text = escape(run.config.read_text(encoding="utf-8"))
     return (
@@ -125,8 +140,24 @@ def _config_section(run: RunDirectory) -> str:
     )
 
 
+def _read_summary(run: RunDirectory) -> Summary | None:
+    """Return the content of ``summary.json``; None if the run has not written it yet."""
+    if not run.summary.is_file():
+        return None
+    with readable(run.summary, "remove it; a run that is resumed writes it anew when it ends"):
+        summary: Summary = json.loads(run.summary.read_text(encoding="utf-8"))
+        for numbers in summary["measures"].values():
+            for name in ("before", "after", "difference"):
+                float(numbers[name])
+            if numbers["low"] is not None:
+                float(numbers["low"]), float(numbers["high"])
+        int(summary["clips"]), {name: float(seconds) for name, seconds in summary["timings"].items()}
+    return summary
+
+
 def _read_config(run: RunDirectory) -> dict[str, Any]:
-    content = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    with readable(run.config, "repair it, or give another run"):
+        content = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
 
 

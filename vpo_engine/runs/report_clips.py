@@ -10,19 +10,31 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vpo_engine.metrics.measures import describe
 from vpo_engine.runs.charts import dumbbell
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.frame_sheets import make_frame_sheet
 from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, pair_gaps, read_held_out, read_pairs
+from vpo_engine.runs.readable import readable
+from vpo_engine.runs.report_html import missing
 
 _MAX_HELD_OUT = 16
 _MAX_PAIRS = 4
 """Number of pairs with the widest gaps, and of those with the narrowest."""
 _WIDE = 128
 """Clips of at least this many pixels in width get a larger card."""
+_REMEDY = "remove it for a report without its clips"
 _HELD_OUT_BYTES = 4_500_000
 _PAIR_BYTES = 1_500_000
 """Bytes of all images of a section. base64 makes them a third larger; the page stays below 10 MB."""
+
+
+_SPOKEN = {
+    "base": "Clip before training",
+    "trained": "Clip after training",
+    "loser": "Clip that lost its pair",
+    "winner": "Clip that won its pair",
+}
 
 
 @dataclass(frozen=True)
@@ -37,15 +49,16 @@ def held_out_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
     """Show held-out clips of the base and of the trained policy. dimensions: those whose mean was trained on."""
     if not run.held_out_gallery.is_file():
         return missing("Before and after", "No held-out gallery was saved yet; a run writes it when it ends.")
-    gallery = read_held_out(run.held_out_gallery)
+    with readable(run.held_out_gallery, _REMEDY):
+        gallery = read_held_out(run.held_out_gallery)
     cards = _held_out_cards(gallery)
     rises = sum(_selected(c.scores[1], dimensions) > _selected(c.scores[0], dimensions) for c in cards)
     total = len(gallery.prompts)
     shown = f"All {total} clips" if total == len(cards) else f"The first {len(cards)} of {total} clips"
     lead = (
         f"{shown} of the held-out gallery. On the left is the policy before training, on the right after it, with the "
-        f"same prompt and the same noise. The score is higher after training in {rises} of {len(cards)} clips. "
-        f"{gallery.settings}"
+        f"same prompt and the same noise. The score is higher after training in {rises} of {len(cards)} clips; one "
+        f"clip alone does not tell a change from chance. Sampled with {gallery.settings.rstrip('.')}."
     )
     body = "".join(
         _card_html(card, ("base", "trained"), dimensions, _HELD_OUT_BYTES, cards) for card in cards
@@ -55,11 +68,10 @@ def held_out_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
 
 def pairs_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
     """Show the saved training pairs with the widest and with the narrowest score gap."""
-    found = [
-        (gap, path, index)
-        for path in sorted(run.pairs_gallery.glob("step_*.safetensors"))
-        for index, gap in enumerate(pair_gaps(path))
-    ]
+    found = []
+    for path in sorted(run.pairs_gallery.glob("step_*.safetensors")):
+        with readable(path, _REMEDY):
+            found += [(gap, path, index) for index, gap in enumerate(pair_gaps(path))]
     if not found:
         return missing("Training pairs", "No training pairs were saved yet.")
     found.sort(key=lambda item: -item[0])
@@ -74,10 +86,6 @@ def pairs_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
     )
     body = "".join(_card_html(card, ("loser", "winner"), dimensions, _PAIR_BYTES, cards) for card in cards)
     return _section("Training pairs", lead, body, first.winner[0], first.fps)
-
-
-def missing(title: str, text: str) -> str:
-    return f'<section><h2>{escape(title)}</h2><p class="missing">{escape(text)}</p></section>'
 
 
 def _held_out_cards(gallery: HeldOutGallery) -> list[_Card]:
@@ -96,7 +104,8 @@ def _pair_cards(found: Sequence[tuple[float, Path, int]], what: str) -> list[_Ca
     cards = []
     opened: dict[Path, PairGallery] = {}
     for gap, path, index in found:
-        pairs = opened[path] if path in opened else opened.setdefault(path, read_pairs(path))
+        with readable(path, _REMEDY):
+            pairs = opened[path] if path in opened else opened.setdefault(path, read_pairs(path))
         step = int(path.stem.removeprefix("step_"))
         cards.append(
             _Card(
@@ -129,16 +138,16 @@ def _card_html(
     card: _Card, labels: tuple[str, str], dimensions: Sequence[str], budget: int, cards: Sequence[_Card]
 ) -> str:
     clips = "".join(
-        _clip_html(video, label, _selected(scores, dimensions), budget // (2 * len(cards)))
+        _clip_html(video, label, card.prompt, _selected(scores, dimensions), budget // (2 * len(cards)))
         for video, label, scores in zip(card.clips, labels, card.scores, strict=True)
     )
     meta = f'<p class="meta">{escape(card.meta)}</p>' if card.meta else ""
     values = [value for other in cards for scores in other.scores for value in scores.values()]
     prompt, (left, right) = escape(card.prompt), card.scores
     rows = "".join(
-        f'<dt title="{escape(name)}">{escape(name.split("_")[0])}</dt><dd class="plot">'
-        f"{dumbbell(left[name], right[name], min(values), max(values))}</dd>"
+        f"<dt>{escape(describe(f'reward/{name}').label)}</dt>"
         f"<dd>{left[name]:.2f} → {right[name]:.2f}</dd>"
+        f'<dd class="plot">{dumbbell(left[name], right[name], min(values), max(values))}</dd>'
         for name in left
         if name in right
     )
@@ -148,12 +157,13 @@ def _card_html(
     )
 
 
-def _clip_html(video: Tensor, label: str, score: float, budget: int) -> str:
+def _clip_html(video: Tensor, label: str, prompt: str, score: float, budget: int) -> str:
+    spoken = f"{_SPOKEN[label]}: {prompt}; score {score:.2f}"
     sheet = make_frame_sheet(video, budget)
     kind = ' class="exact"' if sheet.exact else ""
     return (
         f'<figure class="clip"><canvas{kind} width="{sheet.width}" height="{sheet.height}" '
-        f'data-columns="{sheet.columns}" role="img" aria-label="{label} clip"></canvas>'
+        f'data-columns="{sheet.columns}" role="img" aria-label="{escape(spoken)}"></canvas>'
         f'<img alt="" src="{sheet.url}"><figcaption>{label} <b>{score:.2f}</b></figcaption></figure>'
     )
 
