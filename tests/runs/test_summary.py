@@ -218,15 +218,16 @@ def test_one_clip_has_values_and_no_bounds():
     assert reward["difference"] == pytest.approx(reward["after"] - reward["before"])
     assert change("reward/selected", reward) == "unclear"
     lines = format_summary(summary).splitlines()
-    assert lines[0].startswith(
-        "1 held-out clip, the same prompt and noise before and after. It has no bounds: give a"
+    heading = (
+        "1 held-out clip, the same prompt and noise before and after. It has no bounds: give a second prompt"
     )
-    assert lines[3].split() == ["reward/selected", *number_texts(reward)]
+    assert " ".join(lines[:2]).startswith(heading)
+    assert lines[5].split() == ["Combined", "score", *number_texts(reward), "no", "bounds"]
     assert number_texts(reward)[3] == "none"
     assert headline(summary) == "One held-out clip, which cannot tell a change from chance"
     assert verdict(summary).startswith("Held-out reward: +0.30")
     assert "on one clip, which has no bounds. Judge: +0." in verdict(summary)
-    assert " % (no bounds)." in verdict(summary)
+    assert " lower than before (no bounds)." in verdict(summary)
     assert summarise_seeds([summary, summary])["measures"]["reward/selected"]["improved"] == 0
 
 
@@ -246,7 +247,7 @@ def test_few_clips_and_equal_ones_have_finite_bounds(before, after, word):
     numbers = summary["measures"]["reward/selected"]
     assert numbers["low"] <= numbers["difference"] <= numbers["high"]
     assert change("reward/selected", numbers) == word
-    assert "reward/selected" in format_summary(summary)
+    assert "Combined score" in format_summary(summary)
 
 
 def test_what_cannot_be_summarised():
