@@ -96,7 +96,7 @@ class Trainer:
     def run(self) -> Outcome:
         """Train to the last step, or to the place where a signal stops the run; see ``StopPoints``."""
         total = self._config.steps
-        self._log = log = RunLog(self._run) if self._processes.first else NullLog()
+        self._log = log = RunLog(self._run, self._config.log.wandb) if self._processes.first else NullLog()
         with StopRequest(self._acknowledge) as stop:
             self._algorithm.stopping.requested = lambda: stop.requested
             start = self._done = self._resume()
@@ -302,6 +302,7 @@ class Trainer:
             keep_held_out(self._config, model, self._held_out, self._run, before, clips)
             self._progress.note(format_summary(summary))
             self._progress.note(f"report: {write_report(self._run)}")
+            self._log.show_held_out(step)
         self._processes.wait()
         return summary
 
