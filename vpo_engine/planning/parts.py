@@ -51,7 +51,7 @@ class Assumed:
         """Return the contents of the folder's config.json, else the published ones with a note."""
         if folder is not None and (file := config_file(folder)) is not None:
             return _read_json(file)
-        self.notes.append(f"{folder} has no config.json here: sizes of {name}")
+        self.notes.append(f"{folder} has no config.json here, so the sizes of {name} are taken")
         return dict(published)
 
 
