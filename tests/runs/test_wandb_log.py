@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> RunDirectory:
 def write_clips(run: RunDirectory, count: int = 2) -> None:
     clips = torch.arange(count * 3, dtype=torch.uint8).view(count, 3, 1, 1, 1).expand(count, 3, 64, 32, 3)
     scores = [{"visual_quality": 1.0}] * count
-    prompts = [f"a ball, number {number}" for number in range(count)]
+    prompts = [f"a ball,/number: {number}" for number in range(count)]
     write_held_out(
         run.held_out_gallery, HeldOutGallery(clips, 255 - clips, prompts, scores, scores, 8, "3 steps")
     )
@@ -188,7 +188,7 @@ def test_the_real_package_writes_an_offline_run_and_goes_on_with_it(run, monkeyp
         (3, 1.5),
     ]
     (videos,) = [row for row in rows if "train/loss" not in row]
-    assert videos["held_out_clips/00 a ball, number 0"]["_type"] == "video-file"
+    assert videos["held_out_clips/00 a ball, number 0/_type"] == "video-file"
     run_id = run.wandb.read_text().splitlines()[0]
     assert {folder.name.rpartition("-")[2] for folder in (run.root / "wandb").glob("offline-run-*")} == {
         run_id

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ Kind = Literal["train", "eval"]
 Row = dict[str, int | float | str]
 
 _SHOWN_LETTERS = 60
-"""Letters of a prompt in the name of its clip."""
+"""Letters of a prompt in the name of its clip, of which wandb makes the name of a file."""
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class RunLog:
         gallery = read_held_out(self._run.held_out_gallery)
         pairs = zip(gallery.before, gallery.after, gallery.prompts, strict=True)
         clips = {
-            f"held_out_clips/{number:02d} {prompt[:_SHOWN_LETTERS]}": side_by_side(before, after)
+            f"held_out_clips/{number:02d} {_plain(prompt)}": side_by_side(before, after)
             for number, (before, after, prompt) in enumerate(pairs)
         }
         board = self._tensorboard()
@@ -164,6 +165,11 @@ def read_metrics(path: Path) -> list[Row]:
             )
         rows.append(row)
     return rows
+
+
+def _plain(prompt: str) -> str:
+    """Return the beginning of a prompt without characters that a file's name cannot have."""
+    return " ".join(re.sub(r"[^\w ,.-]+", " ", prompt).split())[:_SHOWN_LETTERS]
 
 
 def _checked_row(step: int, kind: Kind, metrics: Mapping[str, float]) -> Row:
