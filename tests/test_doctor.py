@@ -103,10 +103,18 @@ def test_kernels_that_compute_something_else_are_noticed(monkeypatch):
 
 
 def test_missing_weights_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_WEIGHTS", tmp_path)
-    assert doctor.shipped_weights().startswith(
-        f"missing in {tmp_path}: policy/config.json, policy/model.safe"
-    )
+    package = Path(vpo_engine.__file__).parent
+    shipped = {str(file.relative_to(package)) for file in package.rglob("*.safetensors")}
+    for name in shipped:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(doctor, "_PACKAGE", tmp_path)
+    folders = ("policy", "vae", "text_encoder")
+    configs = ", ".join(f"data/sprites/weights/{name}/config.json" for name in folders)
+    assert doctor.shipped_weights() == f"missing in {tmp_path}: {configs}"
+    for name in shipped:
+        (tmp_path / name).unlink()
+    assert all(name in doctor.shipped_weights() for name in shipped)
 
 
 def test_the_home_folder_is_not_printed(capsys, monkeypatch):

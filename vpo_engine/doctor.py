@@ -51,13 +51,15 @@ _CPU_FLAGS = {
     "AMX BF16": "amx_bf16",
 }
 """Instruction sets, and what Linux calls them in /proc/cpuinfo."""
-_WEIGHTS = Path(__file__).parent / "data" / "sprites" / "weights"
+_PACKAGE = Path(__file__).parent
 _SHIPPED = (
     *(
-        f"{part}/{name}"
+        f"data/sprites/weights/{name}"
         for part in ("policy", "vae", "text_encoder")
-        for name in ("config.json", "model.safetensors")
+        for name in (f"{part}/config.json", f"{part}/model.safetensors")
     ),
+    *(f"data/sprites/weights/{name}.safetensors" for name in ("reward", "judge", "image")),
+    "rewards/builtin_data/parameters.safetensors",
 )
 _GIB = 2**30
 
@@ -264,9 +266,9 @@ def disk() -> str:
 
 
 def shipped_weights() -> str:
-    """Return whether the weights of the sprites world are there."""
-    missing = [name for name in _SHIPPED if not (_WEIGHTS / name).is_file()]
-    return f"missing in {_WEIGHTS}: {', '.join(missing)}" if missing else "present"
+    """Return whether the weights of the sprites world and of the builtin reward are there."""
+    missing = [name for name in _SHIPPED if not (_PACKAGE / name).is_file()]
+    return f"missing in {_PACKAGE}: {', '.join(missing)}" if missing else "present"
 
 
 CHECKS: dict[str, Check] = {

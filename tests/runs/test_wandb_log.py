@@ -18,8 +18,8 @@ import torch
 from vpo_engine import train
 from vpo_engine.config_file import load_config
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.gallery import HeldOutGallery, write_held_out
-from vpo_engine.runs.log import RunLog
+from vpo_engine.runs.gallery import HeldOutGallery, read_held_out, write_held_out
+from vpo_engine.runs.log import RunLog, read_metrics
 from vpo_engine.runs.wandb_log import check_wandb
 
 CONFIG = "name: small\noptimizer:\n  lr: 0.0001\n"
@@ -153,6 +153,25 @@ def test_what_is_no_name_of_a_project_is_refused(name):
         load_config(None, [f"log.wandb={name}"])
     assert load_config(None, ["log.wandb=null"]).log.wandb is None
     assert load_config(None, ["log.wandb=team/video-dpo"]).log.wandb == "team/video-dpo"
+
+
+@pytest.mark.long
+def test_a_run_sends_its_rows_and_its_clips_at_the_end(wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    small = ["steps=2", "pairs_per_step=2", "rollout.candidates=2", "rollout.steps=2", "evaluation.prompts=2"]
+    run = RunDirectory(tmp_path / "run")
+    assert train.main([*small, "evaluation.every=null", f"run_dir={run.root}", "log.wandb=team/dpo"]) == 0
+    *rows, clips = wandb.rows
+    assert (
+        [row["step"] for row in rows]
+        == [int(row["step"]) for row in read_metrics(run.metrics)]
+        == [0, 1, 2, 2]
+    )
+    assert "train/loss" in rows[1]
+    assert len(clips) == 1 + len(read_held_out(run.held_out_gallery).prompts)
+    assert wandb.exit_codes == [0]
+    for log in ("log.wandb=null", "log.wandb=other"):
+        assert train.main([*small, "evaluation.every=null", f"run_dir={run.root}", log]) == 0
 
 
 REAL = """

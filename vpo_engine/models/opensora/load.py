@@ -29,7 +29,7 @@ def load_stdit3(path: Path) -> STDiT3:
     if known:
         load_strict(network, path)
     else:
-        load_strict(network, path, remedy=f"put the {CONFIG} of its training beside the weights")
+        load_strict(network, path, remedy=f"{CONFIG} is missing, put that of its training beside the weights")
     return network.float()
 
 
