@@ -279,9 +279,7 @@ def test_folders_without_trained_weights_say_what_was_meant(tmp_path, state):
 
 def test_weights_without_a_config_are_taken_for_the_published_size_aloud(tmp_path, state, capsys):
     torch.save(state, tmp_path / "ema.pt")
-    with pytest.raises(
-        ValueError, match=r"expected \[1152\b.*; config.json is missing, put that of its"
-    ):
+    with pytest.raises(ValueError, match=r"expected \[1152\b.*; config.json is missing, put that of its"):
         load_stdit3(tmp_path / "ema.pt")
     assert "has no config.json; it is taken for STDiT3-XL/2" in capsys.readouterr().err
 
