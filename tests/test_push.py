@@ -87,7 +87,9 @@ def test_a_policy_is_uploaded_with_its_card(tmp_path, hub, capsys):
 
 
 def test_a_dry_run_sends_nothing_and_prints_a_true_card(tmp_path, hub, capsys):
-    run = finished(tmp_path / "run", ["rollout.candidates=4", "optimizer.lr=3e-5"])
+    run = finished(
+        tmp_path / "run", ["rollout.candidates=4", "optimizer.lr=3e-5", "reference.refresh_every=null"]
+    )
     for _ in range(2):
         assert push.main([str(run.root), "ann/sprites-dpo", "--dry-run"]) == 0
     assert hub.asked == []
@@ -99,6 +101,7 @@ def test_a_dry_run_sends_nothing_and_prints_a_true_card(tmp_path, hub, capsys):
     assert "12 prompts were drawn in 3 steps, and 48 videos sampled" in body
     assert "9 pairs of best and worst were learned from" in body
     assert "| learning rate | 3e-05 |" in body
+    assert "between refreshes of the reference) | none |" in body
     assert "| reward/selected | 0.500 | 1.000 | +0.500 | [+0.441, +0.559] | better |" in body
     assert "hf download ann/sprites-dpo --local-dir policy" in body
     assert "arxiv.org/abs/2412.15159" in body

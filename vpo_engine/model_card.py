@@ -81,7 +81,8 @@ def _data(run: RunDirectory, config: Config, step: int) -> str:
 
 def _settings(config: Config) -> list[tuple[str, str]]:
     chosen = _SETTINGS if config.model.kind == "sprites" else _SIZES | _SETTINGS
-    rows = [(label, str(_value(config, key))) for label, key in chosen.items()]
+    found = {label: _value(config, key) for label, key in chosen.items()}
+    rows = [(label, "none" if value is None else str(value)) for label, value in found.items()]
     if config.model.lora is not None:
         rows.append(("LoRA", f"rank {config.model.lora.rank}, scale {config.model.lora.scale:g}"))
     return rows
