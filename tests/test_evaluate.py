@@ -52,7 +52,13 @@ def test_seeds_of_one_setting_share_a_column(a_run: Make, capsys: pytest.Capture
     one = a_run("one", "seed=1", selected=0.1)
     two = a_run("two", "seed=2", "checkpoint.keep=9", "processes.reward=true", selected=0.3)
     three = a_run(
-        "three", "seed=3", "rollout.batch_size=8", "prompts.cache=/c", "model.device=cpu", selected=0.2
+        "three",
+        "seed=3",
+        "rollout.batch_size=8",
+        "prompts.cache=/c",
+        "model.device=cpu",
+        "log.wandb=mine",
+        selected=0.2,
     )
     assert evaluate.main([str(one), str(two), str(three)]) == 0
     said = capsys.readouterr().out

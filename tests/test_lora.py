@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import LoraConfig
+from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.data.sprites.assets import WEIGHTS, load_policy
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.memory.rounding import hold_in_bfloat16, take_unrounded
 from vpo_engine.models.lora import adapter_parameters, inject_adapter, load_adapter, save_adapter
 from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.runs.start import check_same_run
 
 
 @pytest.fixture
@@ -260,3 +262,27 @@ def test_an_adapter_of_other_settings_is_refused_whole(
     assert same(dict(other.state_dict()), before)
     with pytest.raises(FileNotFoundError, match=r"absent/adapter_model\.safetensors"):
         load_adapter(other, tmp_path / "absent")
+
+
+def test_alpha_follows_the_rank_so_that_the_scale_stays(tmp_path):
+    storage = "reference.storage=adapter"
+    eight = load_config(None, ["model.lora.rank=8", storage]).model.lora
+    whole = load_config(None, ["model.lora={}", storage]).model.lora
+    given = load_config(None, ["model.lora.rank=8", "model.lora.alpha=128", storage]).model.lora
+    assert (eight.alpha, eight.scale) == (16.0, 2.0)
+    assert (whole.rank, whole.alpha, whole.scale) == (64, 128.0, 2.0)
+    assert given.scale == 16.0
+
+
+def test_an_older_run_whose_file_holds_alpha_goes_on_with_the_same_command(tmp_path):
+    command = ["model.lora.rank=64", "reference.storage=adapter"]
+    saved = tmp_path / "config.yaml"
+    text = dump_config(load_config(None, command))
+    assert "alpha: 128.0" in text
+    saved.write_text(text)
+    check_same_run(load_config(None, command), saved)
+    saved.write_text(text.replace("rank: 64", "rank: 8"))  # an older run of rank 8 had the scale 16
+    other = ["model.lora.rank=8", "reference.storage=adapter"]
+    with pytest.raises(ValueError, match=r"model.lora.alpha: 128 -> 16"):
+        check_same_run(load_config(None, other), saved)
+    check_same_run(load_config(None, [*other, "model.lora.alpha=128"]), saved)

@@ -94,7 +94,9 @@ def test_the_count_of_trained_parameters_is_said_once(small: Make) -> None:
     said: list[str] = []
     model = build_model(small(*LORA), Processes.start("cpu"), said.append)
     count = f"{sum(weight.numel() for weight in adapter_parameters(model.network).values()):,}"
-    assert said[1:] == [f"LoRA of rank 4 in 30 layers: {count} parameters are trained"]
+    assert said[1:] == [
+        f"LoRA of rank 4 and scale 2 (alpha / rank) in 30 layers: {count} parameters are trained"
+    ]
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(

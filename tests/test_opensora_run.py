@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from vpo_engine import sample
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
-from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.config_file import dump_config, load_config, require_files
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
 from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.planning.parts import configurations_are_here
 from vpo_engine.reference.store import build_reference
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.runs.video import read_video
@@ -130,6 +131,7 @@ def test_the_papers_configuration_runs_from_local_checkpoints(checkpoints: Path,
     before = load_file(checkpoints / "policy" / "model.safetensors")
     after = load_file(run / "checkpoints" / "step_00000002" / "policy" / "model.safetensors")
     assert before.keys() == after.keys()
+    assert (run / "checkpoints/step_00000002/policy/model/model.safetensors.index.json").is_file()
     moved = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
     assert "spatial_blocks.0.attn.qkv.weight" in moved
     assert not any(name.startswith(("y_embedder.", "rope.")) for name in moved)
@@ -300,3 +302,20 @@ def test_bfloat16_rounds_the_time_alike_for_policy_and_reference(checkpoints: Pa
     assert torch.equal(outputs[0], outputs[1])  # bfloat16 has steps of 4 here
     assert not torch.equal(outputs[0], outputs[2])
     assert torch.equal(model.predict(reference, latents, times[2], text), outputs[2])
+
+
+def test_the_folder_of_a_training_run_and_its_averages_are_policies(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    top = tmp_path / "epoch0-global_step9"
+    shutil.copytree(checkpoints / "policy", top / "model")
+    weights = load_file(top / "model" / "model.safetensors")
+    torch.save({name: weight + 1 for name, weight in weights.items()}, top / "ema.pt")
+    name = "spatial_blocks.0.attn.qkv.weight"
+    for policy, expected in ((top, weights[name]), (top / "ema.pt", weights[name] + 1)):
+        given = [*settings(checkpoints, tmp_path / "run")[1:], f"model.policy={policy}"]
+        config = load_config(SHIPPED, given)
+        require_files(config)
+        assert configurations_are_here(config)
+        model = build_model(config, Processes.start("cpu"))
+        assert torch.equal(model.network.state_dict()[name], expected.float())

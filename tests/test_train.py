@@ -196,6 +196,7 @@ def test_the_saved_policy_loads_strictly_under_the_published_layout(finished: Pa
     load_strict(network, folder)
     trained = load_file(folder / "model.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in network.state_dict().items())
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_sample_writes_videos_of_a_run(finished: Path, tmp_path: Path) -> None:

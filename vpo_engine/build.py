@@ -137,7 +137,8 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
         layers = inject_adapter(network, settings.lora, targets, config.seed, settings.policy)
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         said.append(
-            f"LoRA of rank {settings.lora.rank} in {len(layers)} layers: {trained:,} parameters are trained"
+            f"LoRA of rank {settings.lora.rank} and scale {settings.lora.scale:g} (alpha / rank) in {len(layers)} "
+            f"layers: {trained:,} parameters are trained"
         )
     if processes.first:
         for line in filter(None, said):

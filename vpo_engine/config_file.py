@@ -15,8 +15,9 @@ from vpo_engine.config.renamed import find_renamed
 from vpo_engine.config.yaml_values import Settings, read_override, read_settings
 
 SPRITES = "sprites.yaml"
-_FOLDERS = tuple(
-    (key, "folder") for key in ("model.policy", "model.vae", "model.text_encoder", "rollout.dataset")
+_FOLDERS = (
+    ("model.policy", "folder or weights file"),
+    *((key, "folder") for key in ("model.vae", "model.text_encoder", "rollout.dataset")),
 )
 _FILES = tuple((key, "file") for key in ("prompts.train", "prompts.held_out"))
 """Settings that name what must be there when a run begins. Rewards say themselves what they read."""
@@ -61,8 +62,13 @@ def require_files(config: Config) -> None:
             continue
         if not path.exists():
             raise ValueError(f"{key}={path}: there is no such {kind}; check the path")
-        if path.is_dir() != (kind == "folder"):
+        if kind in ("folder", "file") and path.is_dir() != (kind == "folder"):
             raise ValueError(f"{key}={path} must be a {kind}; check the path")
+
+
+def shipped_configurations() -> list[str]:
+    """Return the names of the configurations that come with the engine, without ``.yaml``."""
+    return sorted({path.stem for folder in _SHIPPED for path in folder.glob("*.yaml")})
 
 
 def dump_config(config: Config) -> str:
@@ -94,7 +100,7 @@ def _shipped(name: str) -> Path:
         for candidate in (folder / name, folder / f"{name}.yaml"):
             if candidate.is_file():
                 return candidate
-    known = sorted({path.stem for folder in _SHIPPED for path in folder.glob("*.yaml")})
+    known = shipped_configurations()
     hint = nearest(name.removesuffix(".yaml"), known) or "."
     raise ValueError(
         f"there is no configuration file {name}{hint} Shipped ones: {', '.join(known) or 'none'}"

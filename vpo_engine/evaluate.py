@@ -28,6 +28,7 @@ from vpo_engine.runs.start import differences, show_value
 _WITHOUT_EFFECT = (
     "seed",
     "run_dir",
+    "log",
     "checkpoint",
     "processes",
     "rollout.batch_size",

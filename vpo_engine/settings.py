@@ -102,7 +102,7 @@ def _type(kind: Any) -> str:
         return ", ".join(map(_value, arguments))
     if origin is Annotated:
         return _type(arguments[0]) + "".join(
-            _bound(item) for field in arguments[1:] for item in field.metadata
+            _bound(item) for field in arguments[1:] for item in getattr(field, "metadata", ())
         )
     if origin in (Union, UnionType):
         return " or ".join(_type(argument) for argument in arguments)

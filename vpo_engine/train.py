@@ -24,6 +24,7 @@ from vpo_engine.config_file import load_config, require_files
 from vpo_engine.runs.lock import refuse_held
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
+from vpo_engine.runs.wandb_log import check_wandb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,6 +74,8 @@ def train(config: Config) -> int:
                 f"the run at {start.root} is finished: step {config.steps} is its last; raise steps to go on with it"
             )
             return 0
+        if config.log.wandb is not None:
+            check_wandb(config.log.wandb)
         for note in notes(config):
             print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr)
     from vpo_engine.training import run_training

@@ -34,6 +34,7 @@ from vpo_engine.runs.alarms import write_alarms
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import NullLog, RunLog, read_metrics
+from vpo_engine.runs.next_steps import closing_lines
 from vpo_engine.runs.progress import Progress
 from vpo_engine.runs.report import write_report
 from vpo_engine.runs.signals import StopRequest, exit_code
@@ -97,7 +98,7 @@ class Trainer:
     def run(self) -> Outcome:
         """Train to the last step, or to the place where a signal stops the run; see ``StopPoints``."""
         total = self._config.steps
-        self._log = log = RunLog(self._run) if self._processes.first else NullLog()
+        self._log = log = RunLog(self._run, self._config.log.wandb) if self._processes.first else NullLog()
         with StopRequest(self._acknowledge) as stop:
             self._algorithm.stopping.requested = lambda: stop.requested
             start = self._done = self._resume()
@@ -303,7 +304,9 @@ class Trainer:
             before, model = self._baseline["clips"], self._algorithm.model
             keep_held_out(self._config, model, self._held_out, self._run, before, clips)
             self._progress.note(format_summary(summary))
-            self._progress.note(f"report: {write_report(self._run)}")
+            write_report(self._run)
+            self._log.show_held_out(step)
+            self._progress.note(closing_lines(self._run))
         self._processes.wait()
         return summary
 

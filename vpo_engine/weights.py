@@ -75,14 +75,22 @@ def read_files(paths: Sequence[Path]) -> dict[str, Any]:
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
         weights.update(content)
-    for name in WHOLE:
-        index = paths[0].parent / f"{name}.index.json"
-        if name.endswith(paths[0].suffix) and index.is_file():
-            promised = _promised(index)
-            absent = sorted(set(promised) - set(weights))
-            if paths[0].name in promised.values() and absent:
-                raise ValueError(f"the shards of {index} lack {len(absent)} of its keys: {_some(absent)}")
+    for index in sorted(paths[0].parent.glob("*.index*.json")):
+        promised = _promised(index)
+        absent = sorted(set(promised) - set(weights))
+        if paths[0].name in promised.values() and absent:
+            raise ValueError(f"the shards of {index} lack {len(absent)} of its keys: {_some(absent)}")
     return weights
+
+
+def config_file(path: Path) -> Path | None:
+    """Return the config.json that belongs to a model's folder or weights file; None if there is none.
+
+    It lies beside the weights, or in the folder ``model`` there, as Open-Sora's training writes it.
+    """
+    folder = path if path.is_dir() else path.parent
+    found = (folder / "config.json", folder / "model" / "config.json")
+    return next((file for file in found if file.is_file()), None)
 
 
 def check_weights(

@@ -16,7 +16,9 @@ from vpo_engine.models.opensora.checkpoint import (
     load_strict,
     read_weights,
     save_pretrained_layout,
+    write_public_index,
 )
+from vpo_engine.models.opensora.load import load_stdit3
 from vpo_engine.models.opensora.stdit3 import STDiT3
 
 DATA = Path(__file__).parents[1] / "data" / "opensora"
@@ -171,7 +173,7 @@ def test_missing_things_say_what_belongs_there(tmp_path):
     (tmp_path / "weights.ckpt").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"found weights.ckpt"):
         read_weights(tmp_path)
-    with pytest.raises(ValueError, match=r"weights.ckpt: expected a .safetensors or .bin file"):
+    with pytest.raises(ValueError, match=r"weights.ckpt: expected a file that ends in .safetensors, .bin"):
         read_weights(tmp_path / "weights.ckpt")
     with pytest.raises(FileNotFoundError, match=r"config.json is missing; a model folder holds config.json"):
         load_config(tmp_path)
@@ -192,3 +194,117 @@ def test_a_broken_index_is_called_so(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "part.safetensors", "b": "part.safetensors"}}))
     with pytest.raises(ValueError, match=r"lack 1 of its keys: b"):
         read_weights(tmp_path)
+
+
+# --- the layouts of a training run ---------------------------------------------------------------------------------
+
+
+def write_sharded(folder: Path, state: dict[str, Tensor], stem: str, index: str) -> None:
+    """Write two shards and their index, named as ColossalAI (NAME-00001.bin) or transformers do."""
+    folder.mkdir(parents=True)
+    suffix, promised = Path(stem).suffix, {}
+    for number, shard in enumerate(split(state), start=1):
+        name = stem.format(number)
+        promised |= dict.fromkeys(shard, name)
+        if suffix == ".safetensors":
+            save_file(shard, folder / name)
+        else:
+            torch.save(shard, folder / name)
+    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1.0}, "weight_map": promised}))
+
+
+@pytest.mark.parametrize(
+    ("stem", "index"),
+    [
+        ("pytorch_model-{:05d}.bin", "pytorch_model.bin.index.json"),
+        ("model-{:05d}.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.mine-{:05d}.bin", "pytorch_model.mine.bin.index.json"),
+        ("model.fp16-{:05d}-of-00002.safetensors", "model.safetensors.index.fp16.json"),
+    ],
+)
+def test_the_top_folder_of_a_training_run_loads(tmp_path, state, capsys, stem, index):
+    top = tmp_path / "epoch0-global_step100"
+    write_sharded(top / "model", state, stem, index)
+    (top / "model" / "config.json").write_text(json.dumps(STDiT3.from_config(CONFIG).config))
+    (top / "optimizer").mkdir()
+    (top / "running_states.json").write_text("{}")
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, top / "ema.pt")
+    assert_holds(load_stdit3(top), state)
+    assert f"To take the averaged ones set model.policy={top / 'ema.pt'}" in capsys.readouterr().err
+    assert_holds(load_stdit3(top / "model" / index), state)
+    averaged = load_stdit3(top / "ema.pt").state_dict()
+    assert all(torch.equal(averaged[name], tensor + 1) for name, tensor in state.items())
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["stdit3.safetensors", "model_ckpt.pt", "weights.pth", "diffusion.bin"])
+def test_one_file_of_any_name_loads(tmp_path, state, name):
+    (tmp_path / "config.json").write_text(json.dumps(STDiT3.from_config(CONFIG).config))
+    if name.endswith("safetensors"):
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name)
+    assert_holds(load_stdit3(tmp_path), state)
+    assert_holds(load_stdit3(tmp_path / name), state)
+
+
+def test_a_folder_that_could_mean_several_things_is_refused(tmp_path, state):
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(state, tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"several weight files \(a.safetensors, b.safetensors\); give the path"
+    ):
+        read_weights(tmp_path)
+
+
+def test_folders_without_trained_weights_say_what_was_meant(tmp_path, state):
+    top = tmp_path / "outputs" / "epoch1-global_step200"
+    top.mkdir(parents=True)
+    torch.save(state, top / "ema.pt")
+    with pytest.raises(FileNotFoundError, match=r"only averaged ones; to take those give .*step200/ema.pt"):
+        read_weights(top)
+    (top / "model").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"outputs holds no weights of its own; did you mean .*step200\?"
+    ):
+        read_weights(tmp_path / "outputs")
+    policy = tmp_path / "run" / "checkpoints" / "step_00000048" / "policy"
+    policy.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*step_00000048/policy\?"):
+        read_weights(tmp_path / "run")
+    save_file(state, policy / "adapter_model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"holds a LoRA adapter, not a whole model; merge it"):
+        read_weights(policy)
+
+
+def test_weights_without_a_config_are_taken_for_the_published_size_aloud(tmp_path, state, capsys):
+    torch.save(state, tmp_path / "ema.pt")
+    with pytest.raises(ValueError, match=r"expected \[1152\b.*; config.json is missing, put that of its"):
+        load_stdit3(tmp_path / "ema.pt")
+    assert "has no config.json; it is taken for STDiT3-XL/2" in capsys.readouterr().err
+
+
+def test_a_pickle_with_more_than_tensors_is_refused(tmp_path, state):
+    torch.save({"ema": state, "step": 3}, tmp_path / "ema.pt")
+    with pytest.raises(ValueError, match=r"not a plain dictionary of tensors: ema, step is something else"):
+        read_weights(tmp_path / "ema.pt")
+
+
+def test_the_public_loader_reads_a_saved_policy(folder, state):
+    """The public loader reads FOLDER/model: the one index file there, whose shards lie relative to it."""
+    write_public_index(folder)
+    (index,) = (folder / "model").glob("*.index.*json")
+    assert "safetensors" in index.name
+    promised = json.loads(index.read_text())["weight_map"]
+    loaded: dict[str, Tensor] = {}
+    for name in set(promised.values()):
+        file = index.absolute().parent.joinpath(name)
+        assert file.suffix == ".safetensors"
+        with safe_open(file, "pt") as tensors:
+            assert tensors.metadata()["format"] == "pt"
+        loaded |= load_file(file)
+    assert promised.keys() == loaded.keys()
+    module = network()
+    module.load_state_dict(loaded, strict=True)
+    assert_holds(module, state)
+    assert_holds(load_stdit3(folder), state)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -12,6 +14,7 @@ import torch
 from vpo_engine import plan, train, training
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
+from vpo_engine.planning import answer
 from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, PhasePlan, Plan, estimate
 from vpo_engine.planning.fit import most_frames, with_granted_batch_size, with_setting
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
@@ -244,18 +247,20 @@ def test_the_most_frames_are_whole_chunks_and_confirmed():
 
 def test_frames_at_each_resolution_follow_the_plan(monkeypatch, capsys):
     """Settings after options count too."""
-    monkeypatch.setattr(plan, "plan_run", lambda config, gpu: Straight()(config))
-    monkeypatch.setattr(plan, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
-    command = ["opensora_v1_2_720p.yaml", "--gpu", "h200", "model.fps=17"]
+    monkeypatch.setattr(answer, "plan_run", lambda config, gpu: Straight()(config))
+    monkeypatch.setattr(answer, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
+    command = ["opensora_v1_2_720p.yaml", "--gpu", "h200", "model.fps=17", "rollout.batch_size=auto"]
     assert plan.main(command) == 0
     said = capsys.readouterr().out
-    assert said.endswith("  240p: 68 (4.0 s)\n  360p: 68 (4.0 s)\n  480p: 68 (4.0 s)\n  720p: 68 (4.0 s)\n")
+    clip = "68 frames, played in 4.0 s at 17 frames per second"
+    assert said.endswith(f"  240p  {clip}\n  360p  {clip}\n  480p  {clip}\n  720p  {clip}\n")
+    assert "longest clips that fit with these settings and rollout.batch_size=1; this takes minutes" in said
     assert plan.main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["most_frames"] == dict.fromkeys(
         ("240p", "360p", "480p", "720p"), 68
     )
     assert plan.main([*command, "--no-frames"]) == 0
-    assert "most frames" not in capsys.readouterr().out
+    assert "longest clips" not in capsys.readouterr().out
 
 
 def test_json_and_text_say_the_same(capsys):
@@ -272,7 +277,26 @@ def test_json_and_text_say_the_same(capsys):
 def test_unknown_gpus_are_refused(capsys):
     assert plan.main(["--gpu", "abacus"]) == 1
     assert "--gpu abacus is not known; it must be one of: a100-40g, a100-80g" in capsys.readouterr().err
+    assert plan.main(["--gpu", "A100"]) == 1
+    assert "did you mean a100-" in capsys.readouterr().err
     assert find_gpu("h200").capacity > 139 * GIB
+
+
+def test_a_wrong_word_is_refused_before_torch_is_loaded():
+    """Words may stand in any order, and each error comes at once."""
+    program = (
+        "import sys; from vpo_engine import plan; code = plan.main(sys.argv[1:]); assert 'torch' not in sys.modules;"
+        "sys.exit(code)"
+    )
+    for words, said in (
+        (["stps=4", "sprites_fast.yaml"], "did you mean steps"),
+        (["sprites", "sprites_fast"], "sprites and sprites_fast are both taken for configuration files"),
+        (["--gpu", "abacus"], "--gpu abacus is not known"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, said in done.stderr) == (1, True), done.stderr
 
 
 def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes(monkeypatch):
@@ -315,7 +339,7 @@ def test_720p_and_68_frames_fit_in_24_gib():
 
 def test_the_sprites_world_has_no_other_sizes(capsys):
     assert plan.main(["--gpu", "h200"]) == 0
-    assert "most frames" not in capsys.readouterr().out
+    assert "longest clips" not in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"the sprites world has videos of one size"):
         most_frames(load_config(None, []), "720p", Straight())
 

@@ -1,6 +1,13 @@
+import shlex
+from pathlib import Path
+
 import pytest
 
+from vpo_engine.command import split_words
+from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.next_steps import closing_lines
+from vpo_engine.runs.start import check_same_run
 
 
 def test_created_runs_have_distinct_readable_names(tmp_path):
@@ -68,3 +75,48 @@ def test_opening_what_is_not_a_run(tmp_path):
 def test_a_label_without_letters(tmp_path):
     with pytest.raises(ValueError, match="must have a letter or a digit, got '///'"):
         RunDirectory.create("///", "{}", parent=tmp_path)
+
+
+def test_latest_leads_to_the_newest_run_relatively(tmp_path):
+    first = RunDirectory.create_at(tmp_path / "runs" / "one", "seed: 1\n")
+    assert RunDirectory.open(tmp_path / "runs" / "latest").name == first.name
+    second = RunDirectory.create("two", "seed: 2\n", parent=tmp_path / "runs")
+    link = tmp_path / "runs" / "latest"
+    assert link.readlink() == Path(second.name)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert RunDirectory.open(tmp_path / "moved" / "latest").config.read_text() == "seed: 2\n"
+    assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == ["latest", "one", second.name]
+
+
+def test_latest_is_left_alone_where_it_is_no_link_and_outside_of_runs(tmp_path, monkeypatch):
+    mine = RunDirectory.create_at(tmp_path / "runs" / "latest", "seed: 1\n")
+    RunDirectory.create_at(tmp_path / "runs" / "two", "seed: 2\n")
+    assert not mine.root.is_symlink()
+    assert mine.config.read_text() == "seed: 1\n"
+    RunDirectory.create_at(tmp_path / "elsewhere" / "one", "{}")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["one"]
+
+
+def test_without_links_a_run_starts_all_the_same(tmp_path, monkeypatch):
+    def refuse(*given, **named):
+        raise OSError("links are not supported here")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    RunDirectory.create_at(tmp_path / "runs" / "one", "{}")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
+
+
+def test_the_closing_lines_are_commands_that_work(tmp_path, monkeypatch):
+    run = RunDirectory.create_at(tmp_path / "my runs" / "one", dump_config(load_config(None, ["steps=5"])))
+    lines = dict(line.split(":", 1) for line in closing_lines(run).splitlines())
+    commands = {meaning: shlex.split(command) for meaning, command in lines.items()}
+    assert commands["open its report"] == [str(run.report)]
+    assert commands["sample from it"][:4] == ["python", "-m", "vpo_engine.sample", str(run.root)]
+    assert commands["compare it with other runs"][2:] == ["vpo_engine.evaluate", str(run.root), "OTHER_RUN"]
+    resume = commands["go on to more steps"]
+    assert resume[:3] == ["torchrun", "-m", "vpo_engine.train"]
+    config = load_config(*split_words(resume[3:]))
+    assert (config.run_dir, config.steps) == (run.root, 10)
+    check_same_run(config, run.config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert "torchrun --nproc_per_node 8 -m vpo_engine.train" in closing_lines(run)

@@ -1,10 +1,14 @@
+import io
 import json
 import math
 
 import pytest
+import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.gallery import HeldOutGallery, write_held_out
 from vpo_engine.runs.log import NullLog, RunLog, read_metrics
 
 
@@ -118,3 +122,21 @@ def test_a_damaged_line_is_named(run, line, text):
 
 def test_an_absent_file_has_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_held_out_clips_move_in_tensorboard(run):
+    before = torch.zeros(1, 4, 20, 30, 3, dtype=torch.uint8)
+    before[0, 2, :, :10] = 255
+    scores = [{"visual_quality": 1.0}]
+    gallery = HeldOutGallery(before, before + 90, ["a ball"], scores, scores, 8, "3 steps")
+    write_held_out(run.held_out_gallery, gallery)
+    with RunLog(run) as log:
+        log.show_held_out(48)
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    (image,) = events.Images("held_out_clips/00 a ball")
+    moving = Image.open(io.BytesIO(image.encoded_image_string))
+    assert (image.step, moving.n_frames, moving.size, moving.info["duration"]) == (48, 3, (64, 20), 250)
+    moving.seek(1)
+    assert moving.convert("RGB").getpixel((5, 5)) == (255, 255, 255)
+    assert moving.convert("RGB").getpixel((60, 5)) == (90, 90, 90)

@@ -4,6 +4,7 @@
 """
 
 from vpo_engine.config.guards import GuardsConfig, HeldOutRewardConfig
+from vpo_engine.config.log import LogConfig
 from vpo_engine.config.memory import ActivationCheckpointing, MemoryConfig
 from vpo_engine.config.model import LoraConfig, ModelConfig
 from vpo_engine.config.pairs import PairsConfig
@@ -21,6 +22,7 @@ __all__ = [
     "EvaluationConfig",
     "GuardsConfig",
     "HeldOutRewardConfig",
+    "LogConfig",
     "LoraConfig",
     "MemoryConfig",
     "ModelConfig",

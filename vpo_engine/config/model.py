@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from vpo_engine.config.names import DeviceName, check_kind
 from vpo_engine.config.section import Section
@@ -29,15 +29,32 @@ ModelKind = Annotated[str, AfterValidator(_check_kind)]
 """A name of KNOWN_MODELS or of an installed package, or package.module:Class."""
 
 
+_SCALE = 2.0
+"""alpha / rank of an adapter unless alpha is given."""
+
+
 class LoraConfig(Section):
     """A low-rank adapter (arXiv 2106.09685), which is saved in PEFT's format."""
 
     rank: int = Field(64, ge=1)
     """Rank of the adapter's matrices. Source: VideoReward's Flow-DPO, appendix I."""
-    alpha: float = Field(128.0, gt=0, allow_inf_nan=False)
-    """Scale of the adapter: its product is multiplied by alpha / rank. Source: VideoReward's Flow-DPO, appendix I."""
+    alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The adapter's product is multiplied by alpha / rank; null: twice the rank, so that this scale is 2 at every rank.
+    Source: VideoReward's Flow-DPO, appendix I (128 at rank 64)."""
     targets: tuple[str, ...] | None = None
     """Endings of the names of the linear layers that get an adapter; null: those that the model's family names."""
+
+    @field_validator("alpha")
+    @classmethod
+    def _follow_rank(cls, alpha: float | None, known: ValidationInfo) -> float | None:
+        rank = known.data.get("rank")
+        return _SCALE * rank if alpha is None and rank is not None else alpha
+
+    @property
+    def scale(self) -> float:
+        """Return the factor by which the adapter's product is multiplied."""
+        assert self.alpha is not None
+        return self.alpha / self.rank
 
 
 class ModelConfig(Section):
@@ -47,8 +64,8 @@ class ModelConfig(Section):
     """The model's family: sprites, opensora, one of an installed package, or package.module:Class for your own. See
     docs/models.md."""
     policy: Path | None = None
-    """Folder of the weights that training starts from, as their project publishes them. sprites: the shipped weights
-    unless given."""
+    """Folder (or weights file) that training starts from, as the model's project publishes it or its training wrote it.
+    sprites: the shipped weights unless given."""
     vae: Path | None = None
     """Folder of the VAE, for families that need one."""
     text_encoder: Path | None = None

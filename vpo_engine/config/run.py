@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from vpo_engine.config.guards import GuardsConfig
+from vpo_engine.config.log import LogConfig
 from vpo_engine.config.memory import MemoryConfig
 from vpo_engine.config.model import ModelConfig
 from vpo_engine.config.pairs import PairsConfig
@@ -92,6 +93,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def optimizer_steps(self) -> int:

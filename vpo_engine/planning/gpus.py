@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
-
-import torch
 
 GIB = 2**30
 DEFAULT = "a100-80g"
@@ -58,15 +57,22 @@ _NAMES = {
 
 def find_gpu(name: str | None) -> Gpu:
     """Return the named GPU; without a name the one that is here, else an A100 of 80 GB. ValueError for other names."""
-    if name is None:
-        return present_gpu() or GPUS[DEFAULT]
-    if name not in GPUS:
-        raise ValueError(f"--gpu {name} is not known; it must be one of: {', '.join(GPUS)}")
-    return GPUS[name]
+    check_gpu_name(name)
+    return GPUS[name] if name is not None else present_gpu() or GPUS[DEFAULT]
+
+
+def check_gpu_name(name: str | None) -> None:
+    """Raise ValueError for a name that no GPU here has."""
+    if name is not None and name not in GPUS:
+        near = difflib.get_close_matches(name.lower(), GPUS, n=1)
+        hint = f"; did you mean {near[0]}? It" if near else "; it"
+        raise ValueError(f"--gpu {name} is not known{hint} must be one of: {', '.join(GPUS)}")
 
 
 def present_gpu() -> Gpu | None:
     """Return the CUDA device of this process, with the rates of its kind where they are known."""
+    import torch  # late, so that a command line is checked without it
+
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

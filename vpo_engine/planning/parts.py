@@ -19,6 +19,7 @@ from vpo_engine.planning.tracker import Tracker
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rewards.videoscore import VideoScoreNetwork
 from vpo_engine.video_model import Blueprint, Solver, VideoModel
+from vpo_engine.weights import config_file
 
 _PLANNED = ("videoscore", "videoscore_v1_1")
 """Rewards whose network is traced."""
@@ -48,9 +49,9 @@ class Assumed:
 
     def config(self, folder: Path | None, published: Mapping[str, Any], name: str) -> dict[str, Any]:
         """Return the contents of the folder's config.json, else the published ones with a note."""
-        if folder is not None and (folder / "config.json").is_file():
-            return _read_json(folder / "config.json")
-        self.notes.append(f"{folder} has no config.json here: sizes of {name}")
+        if folder is not None and (file := config_file(folder)) is not None:
+            return _read_json(file)
+        self.notes.append(f"{folder} has no config.json here, so the sizes of {name} are taken")
         return dict(published)
 
 
@@ -73,7 +74,7 @@ def configurations_are_here(config: Config) -> bool:
     names = {"policy", *family.card.files}
     reward = config.reward.path if config.reward.kind in _PLANNED else None
     folders = (*(getattr(config.model, name) for name in sorted(names)), reward)
-    if not all((folder / "config.json").is_file() for folder in folders if folder is not None):
+    if not all(config_file(folder) is not None for folder in folders if folder is not None):
         return False
     return family.blueprint(config.model, Assumed().config, 1) is not None
 

@@ -57,6 +57,8 @@ def verdict(plan: Plan) -> str:
 def provenance(plan: Plan) -> list[str]:
     """Return lines that say where the numbers come from."""
     lines = [*plan.notes]
+    if any(phase.name == "text" for phase in plan.phases):
+        lines.append("text is encoded once, before the first step, so that it has no share of a step")
     host = max(phase.host for phase in plan.phases)
     if host:
         lines.append(f"host memory for offloaded activations: {_gib(host)} GiB")
@@ -125,6 +127,8 @@ def duration(seconds: float) -> str:
     for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}"
+    if 0 < seconds < 1e-4:
+        return "< 0.1 ms"
     return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms" if seconds else "0"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +12,8 @@ from vpo_engine.runs.lock import LOCK_NAME
 
 CONFIG_NAME = "config.yaml"
 """A folder is a run directory if it has this file."""
+RUNS, LATEST = "runs", "latest"
+"""The folder of new runs, and the link in it that leads to the newest one."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class RunDirectory:
     root: Path
 
     @classmethod
-    def create(cls, label: str, config_yaml: str, *, parent: Path = Path("runs")) -> RunDirectory:
+    def create(cls, label: str, config_yaml: str, *, parent: Path = Path(RUNS)) -> RunDirectory:
         """Make the directory ``parent/<label>-<date>-<time>``; append ``-2``, ``-3``, ... if that name is taken."""
         stem = f"{_slug(label)}-{datetime.now():%Y%m%d-%H%M%S}"
         parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +39,10 @@ class RunDirectory:
 
     @classmethod
     def create_at(cls, root: Path, config_yaml: str) -> RunDirectory:
-        """Make a run directory at exactly ``root``, which must be absent or empty (ValueError otherwise)."""
+        """Make a run directory at exactly ``root``, which must be absent or empty (ValueError otherwise).
+
+        In a folder ``runs``, the link ``latest`` leads to it from now on.
+        """
         if root.exists():
             cls.refuse_occupied(root)
         root.mkdir(parents=True, exist_ok=True)
@@ -44,6 +50,8 @@ class RunDirectory:
         for folder in (run.checkpoints, run.pairs_gallery, run.tensorboard):
             folder.mkdir(parents=True, exist_ok=True)
         run.write_config(config_yaml)
+        if root.absolute().parent.name == RUNS:
+            _point_to_latest(root.absolute())
         return run
 
     @classmethod
@@ -107,6 +115,11 @@ class RunDirectory:
         return self.root / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """Return the file with the run's id at Weights & Biases and the rows that were sent there."""
+        return self.root / "wandb.txt"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -128,6 +141,18 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.root / "report.html"
+
+
+def _point_to_latest(root: Path) -> None:
+    """Let the link ``latest`` beside ``root`` lead to it. Where links are not possible, there is none."""
+    link, unfinished = root.with_name(LATEST), root.with_name(f".{LATEST}.{os.getpid()}")
+    if link.exists() and not link.is_symlink():
+        return
+    try:
+        unfinished.symlink_to(root.name, target_is_directory=True)
+        unfinished.replace(link)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
 
 
 def _slug(label: str) -> str:

@@ -1,4 +1,4 @@
-"""The metrics of a run, written to ``metrics.jsonl`` and to TensorBoard."""
+"""The metrics of a run, written to ``metrics.jsonl``, to TensorBoard and, if it is asked for, to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.gallery import read_held_out
+from vpo_engine.runs.tensorboard_clips import add_animation, side_by_side
+from vpo_engine.runs.video import write_mp4
+from vpo_engine.runs.wandb_log import WandbLog
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["train", "eval"]
 Row = dict[str, int | float | str]
+
+_SHOWN_LETTERS = 60
+"""Letters of a prompt in the name of its clip, of which wandb makes the name of a file."""
 
 _logger = logging.getLogger(__name__)
 
@@ -28,8 +37,10 @@ class RunLog:
     The first process of a run has one; the others have a ``NullLog``.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, wandb_project: str | None = None) -> None:
+        """``wandb_project``: the project at Weights & Biases that gets the rows too; None: none."""
         self._run = run
+        self._wandb = None if wandb_project is None else WandbLog(run, wandb_project)
         self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
         self._board: SummaryWriter | None = None
         self._purge_step: int | None = None
@@ -39,10 +50,32 @@ class RunLog:
         row = _checked_row(step, kind, metrics)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        numbers = {name if "/" in name else f"{kind}/{name}": float(row[name]) for name in metrics}
         board = self._tensorboard()
-        for name in metrics:
-            board.add_scalar(name if "/" in name else f"{kind}/{name}", row[name], step)
+        for name, number in numbers.items():
+            board.add_scalar(name, number, step)
         board.flush()
+        if self._wandb is not None:
+            self._wandb.write(step, kind, numbers)
+
+    def show_held_out(self, step: int) -> None:
+        """Write the clips of the held-out gallery, before and after training side by side."""
+        gallery = read_held_out(self._run.held_out_gallery)
+        pairs = zip(gallery.before, gallery.after, gallery.prompts, strict=True)
+        clips = {
+            f"held_out_clips/{number:02d} {_plain(prompt)}": side_by_side(before, after)
+            for number, (before, after, prompt) in enumerate(pairs)
+        }
+        board = self._tensorboard()
+        for name, clip in clips.items():
+            add_animation(board, name, clip, gallery.fps, step)
+        board.flush()
+        if self._wandb is not None:
+            with TemporaryDirectory() as folder:
+                files = {name: Path(folder) / f"{number:02d}.mp4" for number, name in enumerate(clips)}
+                for name, file in files.items():
+                    write_mp4(file, clips[name], gallery.fps)
+                self._wandb.write_videos(step, files)
 
     def resume(self, step: int, last: int) -> bool:
         """Delete the rows that a run of ``last`` steps, resumed after ``step``, will write again.
@@ -54,7 +87,7 @@ class RunLog:
         rows = [row for row in read_metrics(self._run.metrics) if int(row["step"]) <= step and step > 0]
         if step == last:
             rows = [row for row in rows if (row["step"], row["kind"]) != (last, "eval")]
-        self.close()
+        self._file.close()
         replacement = self._run.metrics.with_name(f".{self._run.metrics.name}.tmp")
         with replacement.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
@@ -70,6 +103,9 @@ class RunLog:
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
 
     def __enter__(self) -> RunLog:
         return self
@@ -99,6 +135,8 @@ class NullLog:
         """Return that nothing is missing; the first process decides."""
         return True
 
+    def show_held_out(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -127,6 +165,11 @@ def read_metrics(path: Path) -> list[Row]:
             )
         rows.append(row)
     return rows
+
+
+def _plain(prompt: str) -> str:
+    """Return the beginning of a prompt without characters that a file's name cannot have."""
+    return " ".join(re.sub(r"[^\w ,.-]+", " ", prompt).split())[:_SHOWN_LETTERS]
 
 
 def _checked_row(step: int, kind: Kind, metrics: Mapping[str, float]) -> Row:

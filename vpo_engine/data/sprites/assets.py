@@ -19,7 +19,7 @@ from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.data.sprites.world import FRAMES, SIZE
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.models.opensora.checkpoint import load_config, load_strict
+from vpo_engine.models.opensora.checkpoint import load_config, load_strict, save_pretrained_layout
 from vpo_engine.models.opensora.model import Geometry, OpenSora
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.stdit3 import STDiT3
@@ -92,6 +92,10 @@ class Sprites(OpenSora):
             dtype=getattr(torch, settings.dtype),
             depth=depth,
         )
+
+    def save_full_policy(self, folder: Path) -> None:
+        """See ``BaseModel``. No public code reads a policy of this size, so it gets no index for one."""
+        save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
 
 
 def load_sprites(processes: Processes, dtype: torch.dtype, policy: Path | None = None) -> Sprites:

@@ -15,7 +15,7 @@ from transformers import T5Config, T5EncoderModel
 from vpo_engine.config import MemoryConfig, ModelConfig
 from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.base import BaseModel
-from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
+from vpo_engine.models.opensora.checkpoint import save_pretrained_layout, write_public_index
 from vpo_engine.models.opensora.compiled import CompiledBlocks
 from vpo_engine.models.opensora.geometry import CHUNK_FRAMES, pixel_size
 from vpo_engine.models.opensora.load import load_stdit3
@@ -274,7 +274,9 @@ class OpenSora(BaseModel):
         return str(self.network.choose_backends(settings.attention, settings.fused_ops, dtype=self.dtype))
 
     def save_full_policy(self, folder: Path) -> None:
+        """See ``BaseModel``. transformers reads the folder, and so does the public code's --ckpt-path."""
         save_pretrained_layout(self.network.state_dict(), self.network.config, folder)
+        write_public_index(folder)
 
     def _rounded(self, t: Tensor) -> Tensor:
         return t.to(self.dtype).float()

@@ -1,0 +1,169 @@
+"""Publishing a policy: the folder, the card, and what is asked of the Hub. A stand-in takes the place of HfApi."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+from safetensors.torch import load_file, save_file
+
+from vpo_engine import push
+from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.metrics.summary import summarise
+from vpo_engine.runs.checkpoint import save_checkpoint
+from vpo_engine.runs.directory import RunDirectory
+
+SECRET = "a secret prompt about a fox"
+
+
+def finished(root: Path, overrides: list[str], adapter: bool = False) -> RunDirectory:
+    """Make a run of three steps with a checkpoint, rows and a summary."""
+    run = RunDirectory.create_at(
+        root, dump_config(load_config(None, ["steps=3", "pairs_per_step=4", *overrides]))
+    )
+
+    def write_policy(folder: Path) -> None:
+        if adapter:
+            save_file({"a": torch.ones(2)}, folder / "adapter_model.safetensors")
+            fields = {"base_model_name_or_path": "/home/ann/ckpt/OpenSora-STDiT-v3", "r": 8}
+            (folder / "adapter_config.json").write_text(json.dumps(fields))
+            return
+        save_file({"a": torch.ones(2)}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        (folder / "model").mkdir()
+        (folder / "model" / "model.safetensors.index.json").write_text("{}")
+
+    save_checkpoint(run.checkpoints, 3, tensors={}, state={}, write_policy=write_policy, keep=1)
+    rows = [{"step": step, "kind": "train", "pairs": 3} for step in (1, 2, 3)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = torch.linspace(0, 1, 8)
+    summary = summarise(
+        {"reward/selected": before}, {"reward/selected": before + torch.linspace(0.4, 0.6, 8)}, {}
+    )
+    run.summary.write_text(json.dumps(summary))
+    return run
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stand-in for HfApi that keeps what it was asked for."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def create(repo: str, **given: Any) -> str:
+        asked.append(("create", {"repo": repo, **given}))
+        return f"https://huggingface.co/{repo}"
+
+    def upload(**given: Any) -> None:
+        files = {str(file.relative_to(given["folder_path"])) for file in given["folder_path"].rglob("*")}
+        asked.append(("upload", given | {"files": files}))
+
+    api = SimpleNamespace(
+        asked=asked,
+        whoami=lambda: {"name": "ann"},
+        create_repo=create,
+        upload_folder=upload,
+        repo_info=lambda repo: SimpleNamespace(private=True),
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    return api
+
+
+def test_a_policy_is_uploaded_with_its_card(tmp_path, hub, capsys):
+    run = finished(tmp_path / "run", [])
+    assert push.main([str(run.root), "ann/sprites-dpo", "--private"]) == 0
+    assert capsys.readouterr().out == "published at https://huggingface.co/ann/sprites-dpo\n"
+    (_, created), (_, uploaded) = hub.asked
+    assert created == {"repo": "ann/sprites-dpo", "private": True, "exist_ok": True}
+    assert uploaded["repo_id"] == "ann/sprites-dpo"
+    assert uploaded["files"] == {
+        "README.md", "model.safetensors", "config.json", "model", "model/model.safetensors.index.json"
+    }  # fmt: skip
+
+
+def test_a_dry_run_sends_nothing_and_prints_a_true_card(tmp_path, hub, capsys):
+    run = finished(
+        tmp_path / "run", ["rollout.candidates=4", "optimizer.lr=3e-5", "reference.refresh_every=null"]
+    )
+    for _ in range(2):
+        assert push.main([str(run.root), "ann/sprites-dpo", "--dry-run"]) == 0
+    assert hub.asked == []
+    text = (run.root / "hub" / "README.md").read_text()
+    assert text in capsys.readouterr().out
+    _, head, body = text.split("---\n", 2)
+    assert yaml.safe_load(head)["pipeline_tag"] == "text-to-video"
+    assert yaml.safe_load(head)["license"] == "other"
+    assert "12 prompts were drawn in 3 steps, and 48 videos sampled" in body
+    assert "9 pairs of best and worst were learned from" in body
+    assert "| learning rate | 3e-05 |" in body
+    assert "between refreshes of the reference) | none |" in body
+    assert "| reward/selected | 0.500 | 1.000 | +0.500 | [+0.441, +0.559] | better |" in body
+    assert "hf download ann/sprites-dpo --local-dir policy" in body
+    assert "arxiv.org/abs/2412.15159" in body
+    saved = load_file(run.checkpoints / "step_00000003" / "policy" / "model.safetensors")
+    assert torch.equal(load_file(run.root / "hub" / "model.safetensors")["a"], saved["a"])
+
+
+def test_neither_prompts_nor_local_paths_are_published(tmp_path, hub):
+    prompts = tmp_path / "ann" / "prompts.txt"
+    prompts.parent.mkdir()
+    prompts.write_text(SECRET + "\n")
+    policy = tmp_path / "ann" / "OpenSora-STDiT-v3"
+    keys = [f"prompts.train={prompts}", f"prompts.held_out={prompts}", f"model.policy={policy}"]
+    lora = ["model.lora.rank=8", "reference.storage=adapter", "model.kind=opensora", "reward.kind=builtin"]
+    run = finished(tmp_path / "run", [*keys, *lora], adapter=True)
+    checkpoint = run.checkpoints / "step_00000003" / "policy" / "adapter_config.json"
+    before = checkpoint.read_text()
+    assert push.main([str(run.root), "ann/lora", "--dry-run"]) == 0
+    for file in (run.root / "hub").rglob("*.*"):
+        content = file.read_bytes()
+        assert SECRET.encode() not in content
+        assert str(tmp_path).encode() not in content
+        assert b"/home/ann" not in content
+    fields = json.loads((run.root / "hub" / "adapter_config.json").read_text())
+    assert fields == {"base_model_name_or_path": "OpenSora-STDiT-v3", "r": 8}
+    assert checkpoint.read_text() == before
+    text = (run.root / "hub" / "README.md").read_text()
+    assert "OpenSora-STDiT-v3 (family opensora)" in text
+    assert "| LoRA | rank 8, scale 2 |" in text
+
+
+def test_what_the_hub_refuses_is_one_line(tmp_path, hub, capsys):
+    run = finished(tmp_path / "run", [])
+    hub.repo_info = lambda repo: SimpleNamespace(private=False)
+    assert push.main([str(run.root), "ann/open", "--private"]) == 1
+    assert "ann/open exists already and is public, although --private is given" in capsys.readouterr().err
+    assert [name for name, _ in hub.asked] == ["create"]
+
+    def fail(error: Exception) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            raise error
+
+        return call
+
+    hub.upload_folder = fail(HTTPError("no route to host\nmore"))
+    assert push.main([str(run.root), "ann/open"]) == 1
+    err = capsys.readouterr().err
+    assert err == (
+        "error: the Hub refuses ann/open or cannot be reached (no route to host); the folder is kept in "
+        f"{run.root / 'hub'}\n"
+    )
+    hub.whoami = fail(LocalTokenNotFoundError("no token"))
+    assert push.main([str(run.root), "ann/open"]) == 1
+    assert "you are not logged in to the Hub; run hf auth login, or set HF_TOKEN" in capsys.readouterr().err
+
+
+def test_only_a_finished_run_and_a_whole_name_are_taken(tmp_path, hub, capsys):
+    run = finished(tmp_path / "run", [])
+    for name in ("sprites", "a/b/c", "ann/with space"):
+        assert push.main([str(run.root), name, "--dry-run"]) == 1
+        assert "cannot be the name of a repository" in capsys.readouterr().err
+    run.summary.unlink()
+    assert push.main([str(run.root), "ann/x"]) == 1
+    assert "has not finished, so there is no result to publish; resume it first" in capsys.readouterr().err
+    assert hub.asked == []

@@ -1,0 +1,26 @@
+"""The commands with which one goes on after a finished run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from vpo_engine.config_file import load_config
+from vpo_engine.runs.directory import RunDirectory
+
+
+def closing_lines(run: RunDirectory) -> str:
+    """Return the commands that open, sample, compare, follow and resume a run, a line each with what it is for."""
+    root, config = shlex.quote(str(run.root)), shlex.quote(str(run.config))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    launch = "torchrun" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    steps = load_config(run.config).steps
+    commands = {
+        "open its report": shlex.quote(str(run.report)),
+        "sample from it": f"python -m vpo_engine.sample {root} --out clips",
+        "compare it with other runs": f"python -m vpo_engine.evaluate {root} OTHER_RUN",
+        "see its curves": f"tensorboard --logdir {shlex.quote(str(run.root.parent))}",
+        "go on to more steps": f"{launch} -m vpo_engine.train {config} run_dir={root} steps={2 * steps}",
+    }
+    width = max(map(len, commands)) + 1
+    return "\n".join(f"{f'{meaning}:':<{width}} {command}" for meaning, command in commands.items())
