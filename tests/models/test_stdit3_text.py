@@ -191,3 +191,33 @@ def test_a_run_says_its_attention_and_follows_its_settings() -> None:
         load_config(None, ["model.attention=flash"])
     with pytest.raises(ValueError, match="attention='flash2' cannot run here"):
         build_model(load_config(None, ["model.attention=flash2"]), Processes.start("cpu"), said.append)
+
+
+def test_the_names_and_the_signature_are_the_public_ones() -> None:
+    """As in the public code sizes may be given by position, and force_drop_ids puts null captions into their places."""
+    from vpo_engine.models.opensora import OpenSoraVAE, STDiT3
+
+    assert (STDiT3.__name__, OpenSoraVAE.__name__) == ("STDiT3", "OpenSoraVAE")
+    network = STDiT3.from_config(CONFIG).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.1)
+    x, t = torch.randn(2, 4, 2, 4, 4), torch.tensor([100.0, 700.0])
+    length, channels = network.y_embedder.y_embedding.shape
+    y = torch.randn(2, 1, length, channels)
+    sizes = (24.0, 32.0, 32.0)
+    whole = network(x, t, y, None, None, *sizes)
+    assert torch.equal(whole, network(x, t, y, fps=24.0, height=32.0, width=32.0))
+    dropped = network(x, t, y, fps=24.0, height=32.0, width=32.0, force_drop_ids=torch.tensor([0, 1]))
+    null = torch.stack([y[0], network.y_embedder.y_embedding[None]])
+    assert torch.equal(dropped, network(x, t, null, None, None, *sizes))
+    assert not torch.equal(dropped, whole)
+    with pytest.raises(
+        ValueError, match="fps=None, height=32.0, width=32.0: STDiT3 is conditioned on all three"
+    ):
+        network(x, t, y, height=32.0, width=32.0)
+    with pytest.raises(
+        ValueError, match=r"force_drop_ids is \[3\], expected a number for each caption: \[2\]"
+    ):
+        network(x, t, y, fps=24.0, height=32.0, width=32.0, force_drop_ids=torch.zeros(3))

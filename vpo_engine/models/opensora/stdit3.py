@@ -126,10 +126,11 @@ class STDiT3(nn.Module):
         y: Tensor,
         mask: Tensor | None = None,
         x_mask: Tensor | None = None,
+        fps: Tensor | float | None = None,
+        height: Tensor | float | None = None,
+        width: Tensor | float | None = None,
         *,
-        fps: Tensor | float,
-        height: Tensor | float,
-        width: Tensor | float,
+        force_drop_ids: Tensor | None = None,
         reuse: Reuse | None = None,
     ) -> Tensor:
         """Predict from noisy latents: float32 (float64 for a float64 model), [B, out_channels, T, H, W].
@@ -142,10 +143,19 @@ class STDiT3(nn.Module):
         would wait for a device. Padding is never computed on.
         x_mask: bool [B, T], False where a frame is a clean condition; None = none is.
         fps: [B] or one number. height, width: pixels of the whole batch, numbers or vectors whose first
-        element counts (numbers spare a device synchronisation).
+        element counts (numbers spare a device synchronisation). All three must be given.
+        force_drop_ids: [captions], 1 where the null caption takes the caption's place, as in the public code; its mask
+        stays. None = no caption is dropped, in training mode neither.
         reuse: shared by the calls of a sampling loop with the same y, mask and fps; without grad only.
         """
         self._check(x, timestep, y, x_mask)
+        if fps is None or height is None or width is None:
+            raise ValueError(
+                f"fps={fps}, height={height}, width={width}: STDiT3 is conditioned on all three; give frames per second "
+                "and the size in pixels"
+            )
+        if force_drop_ids is not None:
+            y = self._with_null_captions(y, force_drop_ids)
         dtype = self.dtype
         rows, columns = x.shape[-2:]
         patch_rows, patch_columns = self.settings.patch_size[1:]
@@ -167,6 +177,13 @@ class STDiT3(nn.Module):
         patches = self.final_layer(tokens, time, clean_time, x_mask)
         out = self._unpatchify(patches, grid)[..., :rows, :columns]
         return out if out.dtype == torch.float64 else out.float()
+
+    def _with_null_captions(self, y: Tensor, drop_ids: Tensor) -> Tensor:
+        if drop_ids.shape != y.shape[:1]:
+            raise ValueError(
+                f"force_drop_ids is {list(drop_ids.shape)}, expected a number for each caption: [{y.shape[0]}]"
+            )
+        return self.y_embedder.replace(y, (drop_ids == 1).to(y.device))
 
     def _check(self, x: Tensor, timestep: Tensor, y: Tensor, x_mask: Tensor | None) -> None:
         channels, depth = self.settings.in_channels, self.settings.caption_channels
