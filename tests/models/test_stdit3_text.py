@@ -214,7 +214,7 @@ def test_the_names_and_the_signature_are_the_public_ones() -> None:
     assert torch.equal(dropped, network(x, t, null, None, None, *sizes))
     assert not torch.equal(dropped, whole)
     with pytest.raises(
-        ValueError, match="fps=None, height=32.0, width=32.0: STDiT3 is conditioned on all three"
+        ValueError, match=r"fps=None, height=32\.0, width=32\.0: STDiT3 is conditioned on all three"
     ):
         network(x, t, y, height=32.0, width=32.0)
     with pytest.raises(

@@ -151,8 +151,8 @@ class STDiT3(nn.Module):
         self._check(x, timestep, y, x_mask)
         if fps is None or height is None or width is None:
             raise ValueError(
-                f"fps={fps}, height={height}, width={width}: STDiT3 is conditioned on all three; give frames per second "
-                "and the size in pixels"
+                f"fps={fps}, height={height}, width={width}: STDiT3 is conditioned on all three; give frames per "
+                "second and the size in pixels"
             )
         if force_drop_ids is not None:
             y = self._with_null_captions(y, force_drop_ids)
