@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -66,15 +67,35 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{left_out} long tests left out; run them with `pytest -m long`")
 
 
+@functools.cache
+def measure_quickly() -> None:
+    """Measure the device for a moment only, and count the operations of equal models once, in all runs of a worker."""
+    from vpo_engine import trainer
+
+    rate, count, counted = trainer.matrix_rate, trainer.count_row_flops, {}
+
+    def count_once(model: Any, text: Any) -> Any:
+        sizes = [(tuple(p.shape), p.dtype, p.requires_grad) for p in model.network.parameters()]
+        key = repr((type(model), model.latent_shape, sizes, float(text.mask.sum()) / len(text)))
+        if key not in counted:
+            counted[key] = count(model, text)
+        return counted[key]
+
+    trainer.matrix_rate = lambda device, dtype: rate(device, dtype, seconds=0.03)
+    trainer.count_row_flops = count_once
+
+
 @pytest.fixture(scope="session")
 def smallest() -> list[str]:
     """The overrides that make the sprites run one of seconds."""
+    measure_quickly()
     return list(SMALL)
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Callable[..., Config]:
     """A sprites configuration of seconds, in its own run directory; arguments override settings."""
+    measure_quickly()
 
     def make(*overrides: str) -> Config:
         return load_config(None, [*SMALL, f"run_dir={tmp_path / 'run'}", *overrides])

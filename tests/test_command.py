@@ -46,7 +46,7 @@ WRONG = {
     "objective.bta=2": "unknown key objective.bta; did you mean objective.beta?",
     "sprits": "there is no configuration file sprits; did you mean sprites?",
     "exp/sprites.yaml": "there is no configuration file exp/sprites.yaml; check the path",
-    "model.policy=/nowhere": "model.policy=/nowhere: there is no such folder; check the path",
+    "model.policy=/nowhere": "model.policy=/nowhere: there is no such folder or weights file; check the path",
     "prompts.train=/nowhere.txt": "prompts.train=/nowhere.txt: there is no such file; check the path",
     "model.device=gpu": "must be auto, cpu, cuda, or cuda:N for one of several GPUs; did you mean cuda?",
     "reward.kind=pikscore": "reward.kind=pikscore: there is no such reward; did you mean pickscore?",

@@ -99,6 +99,7 @@ def test_the_count_of_trained_parameters_is_said_once(small: Make) -> None:
     ]
 
 
+@pytest.mark.long
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     finished: tuple[Path, OpenSora], small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_resolved_run_is_read_back_as_it_was(tmp_path: Path) -> None:
     assert "memory.preset=balanced (every setting is given)" in said
 
 
+@pytest.mark.long
 def test_a_run_prints_and_saves_what_its_presets_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], smallest: list[str]
 ) -> None:

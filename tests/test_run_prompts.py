@@ -101,6 +101,7 @@ def test_a_caption_that_the_scorer_refuses_stops_the_run_at_its_start(
 
 
 @pytest.mark.usefixtures("nothing_sampled")
+@pytest.mark.long
 def test_the_judge_and_rewards_of_ones_own_are_asked_too(
     small: Make, files: Callable[..., list[str]]
 ) -> None:
@@ -194,7 +195,7 @@ def test_one_held_out_clip_has_values_and_no_bounds(
     )
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     report = (run / "report.html").read_text()
-    assert "one clip: no bounds" in report
+    assert "no bounds" in report
     assert "One clip has no bounds" in report
     assert not re.search(r"\bnan\b", re.sub(r"[\w+/=]{200,}", "", report), re.IGNORECASE)
 
@@ -254,6 +255,7 @@ def test_other_prompts_are_refused_when_a_run_is_resumed(
         train(stopped())
 
 
+@pytest.mark.long
 def test_a_run_without_a_record_is_resumed_with_a_note(
     stopped: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +289,7 @@ def test_another_number_of_samples_cannot_be_compared(stopped: Callable[..., Con
         train(stopped("evaluation.samples_per_prompt=2"))
 
 
+@pytest.mark.long
 def test_a_preference_dataset_that_grew_is_noticed(small: Make, tmp_path: Path) -> None:
     source = tmp_path / "source"
     assert train(small(f"run_dir={source}", "pairs.dataset=latents", "steps=2", "evaluation.every=null")) == 0

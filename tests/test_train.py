@@ -278,6 +278,7 @@ def test_a_reward_of_nan_stops_the_run(
     assert "nan" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(smallest: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*smallest, "steps=400", "evaluation.every=null", "checkpoint.every=null", f"run_dir={run}"]
@@ -317,7 +318,8 @@ def group_of_two(folder: Path, arguments: list[str]) -> None:
     run_in_group(folder, 2, entry.main, arguments)
 
 
-@pytest.mark.parametrize("start", [group_of_two, pytest.param(torchrun, marks=pytest.mark.long)])
+@pytest.mark.parametrize("start", [group_of_two, torchrun])
+@pytest.mark.long
 def test_two_processes_train_as_one(
     finished: Path, smallest: list[str], tmp_path: Path, start: Callable[[Path, list[str]], None]
 ) -> None:
@@ -388,6 +390,7 @@ def test_prompts_that_cannot_be_shared_equally_are_refused(small: Make) -> None:
         Processes(0, 2, torch.device("cpu")).team_range(3, "pairs_per_step")
 
 
+@pytest.mark.long
 def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
     small: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

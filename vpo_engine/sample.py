@@ -197,7 +197,7 @@ def _newest_checkpoint(run: Path) -> Path:
     from vpo_engine.runs.checkpoint import newest_complete
     from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory
 
-    runs = sorted(path.parent for path in run.glob(f"*/{CONFIG_NAME}"))
+    runs = sorted(path.parent for path in run.glob(f"*/{CONFIG_NAME}") if not path.parent.is_symlink())
     if runs and not (run / CONFIG_NAME).is_file():
         raise ValueError(f"{run} holds {len(runs)} runs; give one of them, such as {runs[-1]}")
     newest = newest_complete(RunDirectory.open(run).checkpoints)

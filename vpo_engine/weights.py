@@ -76,6 +76,8 @@ def read_files(paths: Sequence[Path]) -> dict[str, Any]:
             raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
         weights.update(content)
     for index in sorted(paths[0].parent.glob("*.index*.json")):
+        if paths[0].suffix not in index.name:  # of files of another kind, which are not read
+            continue
         promised = _promised(index)
         absent = sorted(set(promised) - set(weights))
         if paths[0].name in promised.values() and absent:

@@ -50,6 +50,7 @@ def test_an_interval_covers_the_mean_of_many_and_has_no_width_where_nothing_vari
     assert interval(torch.ones(9).double()) == "100 % (100 to 100)"
 
 
+@pytest.mark.long
 def test_smaller_batches_and_previews_of_the_last_step_agree() -> None:
     sets = [
         "rollout.batch_size=4",

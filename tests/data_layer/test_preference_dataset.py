@@ -86,8 +86,8 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     DatasetWriter(other, 0).write(1, [pair])
     assert list(read_dataset(other)) == [pair]
     run = RunDirectory.create_at(tmp_path / "run", "")
-    run.alarms.write_text('{"step": 1, "text": "a \u2028 b"}\n', encoding="utf-8")
-    assert read_alarms(run) == [{"step": 1, "text": "a \u2028 b"}]
+    run.alarms.write_text('{"step": 1, "kind": "style", "text": "a \u2028 b"}\n', encoding="utf-8")
+    assert read_alarms(run) == [{"step": 1, "kind": "style", "text": "a \u2028 b"}]
 
 
 def test_reading_leaves_out_a_line_that_was_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

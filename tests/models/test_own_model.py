@@ -90,6 +90,7 @@ def test_its_videos_are_sampled_from_the_run(
     assert len(list(out.glob("*.mp4"))) == 1
 
 
+@pytest.mark.long
 def test_an_adapter_goes_where_the_family_says(tmp_path: Path, in_the_repository: None) -> None:
     run, lora = tmp_path / "run", ("model.lora.rank=2", "reference.storage=adapter", "model.device=cpu")
     assert entry.main(command(run, "steps=2", *lora)) == 0

@@ -150,6 +150,7 @@ class TestFrameRates:
         assert len(numbers[8.0]) == {"q_align": 6}.get(name, 12)
 
 
+@pytest.mark.long
 def test_a_child_process_reads_the_file_itself(path: Path) -> None:
     file, own = VideoFile.open(path), RewardSpec("process_rewards:Scripted")
     here = Builtin().score(file, [""])

@@ -275,6 +275,7 @@ def test_destroyed_clips_that_chance_leaves_alike_to_sprites_are_few(scorer, cou
 
 
 @counts
+@pytest.mark.long
 def test_destroyed_clips_out_of_the_autoencoder_are_bad_too(scorer, count):
     """Of 144 clips none may escape. The reward falls short of the 0.002 aimed at: 10 of 2034 escape it, 3 the judge."""
     share = {SpritesReward: 0.005, SpritesJudge: 0.002}[type(scorer)]
