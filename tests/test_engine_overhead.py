@@ -261,6 +261,7 @@ def test_the_engine_takes_less_than_three_per_cent_of_a_step_of_the_paper(gpu: s
     assert engine < 0.03 * seconds_of_the_model(config, size, gpu)
 
 
+@pytest.mark.long
 def test_of_a_step_at_720p_it_takes_less_than_one_per_cent(monkeypatch) -> None:
     config = load_config("opensora_v1_2_240p.yaml", ["pairs_per_step=1", "rollout.batch_size=1"])
     size = (20, 90, 160)

@@ -300,6 +300,7 @@ def in_bfloat16(config: Config) -> OnlineVPO:
 
 
 @pytest.mark.parametrize("weights", ["fp32_master", "stochastic_rounding"])
+@pytest.mark.long
 def test_bfloat16_weights_learn_alike_with_a_copied_and_an_exact_8_bit_reference(
     small: Make, weights: str
 ) -> None:

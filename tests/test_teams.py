@@ -96,6 +96,7 @@ def in_a_team(folder: Path) -> None:
     processes.stop()
 
 
+@pytest.mark.long
 def test_two_processes_share_the_candidates_of_a_prompt_and_train_as_one(tmp_path: Path) -> None:
     run_in_group(tmp_path, 2, in_a_team, tmp_path)
     team = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -183,6 +183,7 @@ class TestLife:
         assert len(ask(reward, "score")) == 2
         assert os.getpgid(pid) != os.getpgid(0)  # Ctrl-C in a terminal does not reach it
 
+    @pytest.mark.long
     def test_it_ends_with_its_parent_even_in_the_middle_of_a_score(self) -> None:
         script = f"""
 import sys; sys.path[:] = {[str(Path(process_rewards.__file__).parent), *sys.path]!r}

@@ -75,6 +75,7 @@ def test_only_destroyed_clips_are_turned_upside_down():
 @pytest.mark.parametrize(
     ("pool", "batch", "steps"), [(256, 16, 40), pytest.param(1024, 64, 60, marks=pytest.mark.long)]
 )
+@pytest.mark.long
 def test_some_steps_of_training_learn(monkeypatch, pool, batch, steps):
     """Small batches learn as much in 40 steps; the long case has the batches of the shipped weights."""
     monkeypatch.setattr(train_rewards, "POOL", pool)

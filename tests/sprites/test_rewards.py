@@ -211,6 +211,7 @@ FLOORS = {
 
 
 @pytest.mark.parametrize("kind", ["reward", "judge"])
+@pytest.mark.long
 def test_every_dimension_ranks_held_out_clips_by_its_own_damage(report, kind):
     reached = report[kind]["spearman"]
     assert set(reached) == set(FLOORS[kind])
@@ -221,6 +222,7 @@ def test_every_dimension_ranks_held_out_clips_by_its_own_damage(report, kind):
 
 
 @pytest.mark.parametrize("kind", ["reward", "judge"])
+@pytest.mark.long
 def test_attributes_are_read_right(report, kind):
     accuracy = report[kind]["attribute_accuracy"]
     assert accuracy["colour"] >= 0.99
@@ -228,6 +230,7 @@ def test_attributes_are_read_right(report, kind):
     assert accuracy["shape"] >= 0.99
 
 
+@pytest.mark.long
 def test_clean_clips_are_good_in_every_dimension(report):
     for measures in report.values():
         assert all(value >= 3.93 for value in measures["clean_mean"].values())
