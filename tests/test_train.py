@@ -351,9 +351,10 @@ def test_a_run_with_a_process_for_the_reward_goes_on_without_it_bit_for_bit(
     """The process with the reward model is asked to stop in step 2, and with it all; one process does the rest."""
     run = tmp_path / "run"
     arguments = [*smallest, f"run_dir={run}", "processes.reward=true"]
-    output = run_in_group(
+    group = Group(
         tmp_path, 2, train_with_a_scorer_that, "stops", 2, arguments, threads=torch.get_num_threads()
     )
+    output = group.wait(expected=143)
     assert "stopped by a signal to another process after step 2" in output
     assert train(small("checkpoint.resume=true")) == 0
     assert_same_run(finished, run, 4)

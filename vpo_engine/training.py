@@ -36,6 +36,7 @@ from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.lock import RunLock
 from vpo_engine.runs.progress import wrap_for
+from vpo_engine.runs.signals import exit_code
 from vpo_engine.runs.start import Start, find_start, resolved_as_before
 from vpo_engine.trainer import Trainer
 
@@ -107,8 +108,8 @@ def _stopped_text(by: str, step: int, run: RunDirectory) -> str:
 def _serve_reward(config: Config, processes: Processes, at_end: ExitStack) -> int:
     """Serve the reward model in the process that is given to it; return the exit code."""
     assert processes.store is not None
-    serve(lambda: _build_reward(config, processes, at_end), processes.store, processes.count)
-    return 0
+    received = serve(lambda: _build_reward(config, processes, at_end), processes.store, processes.count)
+    return exit_code(received) if received else 0
 
 
 def _build_reward(

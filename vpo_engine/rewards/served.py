@@ -10,6 +10,7 @@ import hmac
 import json
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -48,12 +49,12 @@ def find_reward(store: dist.Store, rank: int) -> RemoteReward:
     return RemoteReward(wire, _LastRank(wire), name=_KEY)
 
 
-def serve(make: Callable[[], Reward], store: dist.Store, asking: int) -> None:
+def serve(make: Callable[[], Reward], store: dist.Store, asking: int) -> signal.Signals | None:
     """Make a reward and score for ``asking`` processes that each ``find_reward``, until all have left.
 
     What making or scoring raises is told to all of them and raised. Raise RewardProcessError if one of them leaves
     by an error, dies, or does not come. A first SIGTERM or SIGINT is passed on to them; a second one is
-    KeyboardInterrupt.
+    KeyboardInterrupt. Return the signal that was received, or None.
     """
     door = _Door(store, asking)
     try:
@@ -63,6 +64,7 @@ def serve(make: Callable[[], Reward], store: dist.Store, asking: int) -> None:
             for member in door.members:
                 member.send("ready", {"dimensions": list(reward.dimensions)})
             answer_requests(door.members, reward, lambda: stop.requested)
+        return stop.signal
     except Exception as error:
         door.tell(error)
         raise
