@@ -14,7 +14,7 @@ from torch import nn
 from vpo_engine.build import build_model
 from vpo_engine.config import Config, MemoryConfig, OptimizerConfig
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.memory.optimizer import PolicyOptimizer
+from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 
 
 @pytest.mark.parametrize("clip", [None, 0.3, 1e6])
@@ -171,3 +171,8 @@ def test_bytes_of_moments_and_fp32_master_weights() -> None:
         assert sum(t.numel() * t.element_size() for t in optimizer.tensors()) == sum(
             optimizer.nbytes().values()
         )
+
+
+def test_a_warm_up_that_is_longer_than_the_run_ends_with_it() -> None:
+    settings = OptimizerConfig(lr=1.0, warmup_steps=9)
+    assert [learning_rate(settings, step, 3) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])

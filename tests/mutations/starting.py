@@ -181,7 +181,7 @@ MUTATIONS = [
         "vpo_engine/memory/optimizer.py",
         "min(settings.warmup_steps, steps - 1)",
         "settings.warmup_steps",
-        ("tests/test_online_vpo.py",),
+        ("tests/memory/test_policy_optimizer.py",),
     ),
     # Comparing.
     ("runs of other settings are seeds", EVALUATE, "if different:", "if False:", COMPARES),

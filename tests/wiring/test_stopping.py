@@ -96,6 +96,8 @@ def test_a_signal_at_any_place_loses_nothing(
     said = capfd.readouterr()
     assert "SIGTERM: giving up what is not finished, " in said.err
     assert "stopped by SIGTERM" in said.out
+    done = max((row["step"] for row in engine.metrics_of(tmp_path / "run")), default=0)
+    assert not done or engine.checkpoint(tmp_path / "run", done).is_dir()
     engine.train(config)
     assert_same(folder / "run", tmp_path / "run", 4)
 
