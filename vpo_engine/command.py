@@ -12,14 +12,7 @@ from pathlib import Path
 
 from vpo_engine.errors import CheckpointError, RewardProcessError
 
-USER_ERRORS = (
-    ValueError,
-    FileNotFoundError,
-    NotADirectoryError,
-    PermissionError,
-    CheckpointError,
-    RewardProcessError,
-)
+USER_ERRORS = (ValueError, OSError, CheckpointError, RewardProcessError)
 """Errors that a command prints as one line."""
 INTERRUPTED = 130
 """The exit code of a program that SIGINT ended."""
@@ -62,20 +55,21 @@ def same_in_all_processes() -> Iterator[None]:
         raise SystemExit(0) from None
 
 
-def report_errors(command: Callable[[], int]) -> int:
-    """Run a command and return its exit code. A user's error is printed as one line."""
+def report_errors(
+    command: Callable[[], int | None], interrupted: str = "stopped at once, without saving"
+) -> int:
+    """Run a command and return its exit code; None counts as 0. A user's error is printed as one line.
+
+    interrupted: what is printed on Ctrl-C.
+    """
     try:
-        return command()
+        return command() or 0
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(f"error: {error}")
         return 1
     except KeyboardInterrupt as error:
-        print(
-            f"stopped at once{f' ({error})' if str(error) else ''}; nothing was saved",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{interrupted}{f' ({error})' if str(error) else ''}", file=sys.stderr, flush=True)
         return INTERRUPTED
 
 

@@ -48,11 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
     given = parser.parse_args(arguments)
 
-    def show() -> int:
-        print(compare(given.runs))
-        return 0
-
-    return report_errors(show)
+    return report_errors(lambda: print(compare(given.runs)))
 
 
 def compare(roots: Sequence[Path]) -> str:

@@ -12,6 +12,8 @@ def import_when_used(name: str) -> None:
     """Put a module into ``sys.modules`` that loads the package ``name`` at the first use of one of its attributes.
 
     ``import name`` alone then costs nothing. Nothing happens if the package is not installed, or is loaded already.
+    (Modules of ``importlib.util.LazyLoader`` load as soon as anyone looks for their spec, as diffusers and peft do to
+    see what is installed.)
     """
     spec = None if name in sys.modules else find_spec(name)
     if spec is None:

@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vpo_engine.command import report_errors
 from vpo_engine.data.clips import Clip, Preference, find_clips, read_preferences
 from vpo_engine.errors import RewardProcessError
 from vpo_engine.rewards.kinds import NAMES, find_entry, format_table, is_own
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.list is None and (given.videos is None or given.reward is None):
         parser.error("give VIDEOS and --reward NAME, or --list")
-    try:
+
+    def run() -> None:
         if given.list is not None:
             print_rewards(given.list)
         else:
@@ -59,13 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 given.out,
                 given.time_limit,
             )
-    except (ValueError, OSError, RewardProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; no scores were written", file=sys.stderr)
-        return 130
-    return 0
+
+    return report_errors(run, "stopped; no scores were written")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vpo_engine.command import report_errors
 from vpo_engine.data.clips import PromptRecord
 from vpo_engine.data.prompts import PromptFile, PromptList
 
@@ -44,17 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if given.column is not None and given.prompts is None:
         parser.error("--column names a column of --prompts FILE; give that too, or leave it out")
-    try:
+
+    def run() -> None:
         prompts = _prompts(given.prompt, given.prompts, given.column)
-        run = Path(given.run[0]) if given.run else None
-        sample(run, prompts, given.out, given.count, given.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the videos listed above are complete", file=sys.stderr)
-        return 130
-    return 0
+        source = Path(given.run[0]) if given.run else None
+        sample(source, prompts, given.out, given.count, given.seed)
+
+    return report_errors(run, "stopped; the videos listed above are complete")
 
 
 def _parser() -> argparse.ArgumentParser:
