@@ -138,6 +138,23 @@ def test_a_run_that_dies_at_any_place_goes_on_by_the_same_command(
     assert_same(folder / "run", tmp_path / "run", 4)
 
 
+def test_a_signal_is_followed_at_the_next_look_and_not_at_the_end_of_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is sampled, decoded, scored or trained on after it."""
+    check, looks = StopPoints.check, []
+
+    def counted(points: StopPoints) -> None:
+        looks.append(points)
+        if len(looks) == 40:
+            terminate()
+        check(points)
+
+    monkeypatch.setattr(StopPoints, "check", counted)
+    engine.train(engine.make_config(tmp_path, *SETTINGS), exit_code=143)
+    assert len(looks) == 40
+
+
 def test_ctrl_c_has_its_own_exit_code_and_a_second_one_stops_at_once(
     tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,9 +204,16 @@ def poison_gradients(algorithm: OnlineVPO) -> None:
     object.__setattr__(algorithm.processes, "average_gradients", averaged)
 
 
+def poison_loss(algorithm: OnlineVPO) -> None:
+    """The gradient of a loss beyond all numbers may still be finite."""
+    backward = algorithm._backward
+    algorithm._backward = lambda *args, **kwargs: backward(*args, **kwargs) | {"loss": float("inf")}
+
+
 @pytest.mark.parametrize(
     ("poison", "reason"),
     [
+        (poison_loss, "the loss is inf"),
         (poison_weights, "the policy samples latents that are not finite"),
         (poison_gradients, "the gradient norm is inf at optimizer step 5; the policy was not changed"),
     ],
