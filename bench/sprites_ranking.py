@@ -27,7 +27,8 @@ from vpo_engine.metrics.ranking import Estimate, Ranking
 from vpo_engine.metrics.ranking_report import Scores
 from vpo_engine.rank import GLOBAL, rank_scores, score_clips
 from vpo_engine.rewards.combine import combine
-from vpo_engine.rewards.sprites import SpritesOfFiles, load_network
+from vpo_engine.rewards.sprites import SpritesOfFiles
+from vpo_engine.rewards.sprites_networks import load_network
 from vpo_engine.runs.video import read_video, write_mp4
 from vpo_engine.seeding import generator
 

@@ -252,6 +252,7 @@ def seconds_of_the_model(config: Config, size: tuple[int, int, int], gpu: str) -
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
+@pytest.mark.long
 def test_the_engine_takes_less_than_three_per_cent_of_a_step_of_the_paper(gpu: str, monkeypatch) -> None:
     """240p x 34 frames: the smallest step that the paper makes, hence the largest share."""
     config = load_config("opensora_v1_2_240p.yaml", ["rollout.batch_size=null", "reference.storage=copy"])

@@ -327,6 +327,7 @@ def test_bfloat16_weights_learn_alike_with_a_copied_and_an_exact_8_bit_reference
 
 
 @pytest.mark.parametrize(("weights", "bits"), [("fp32_master", 32), ("stochastic_rounding", 8)])
+@pytest.mark.long
 def test_a_captured_state_goes_on_bit_for_bit_in_bfloat16(
     small: Make, tmp_path: Path, weights: str, bits: int
 ) -> None:
@@ -349,6 +350,7 @@ def test_a_captured_state_goes_on_bit_for_bit_in_bfloat16(
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters, resumed.parameters, strict=True))
 
 
+@pytest.mark.long
 def test_stepping_in_the_backward_pass_is_the_same_run(small: Make) -> None:
     tie, gap = [1.0] * 4, [0.0, 1.0, 2.0, 0.0]
     runs = []

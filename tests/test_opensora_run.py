@@ -234,6 +234,7 @@ def test_the_papers_configuration_takes_a_txt_and_webvid(
     assert noted == bool(column)
 
 
+@pytest.mark.long
 def test_a_caption_that_videoscore_refuses_stops_the_run_before_a_video_is_sampled(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,6 +279,7 @@ def test_videos_that_the_reward_does_not_score_stop_the_run_before_one_is_sample
         ("reward/tokenizer.json", "tokenizer.json"),
     ],
 )
+@pytest.mark.long
 def test_a_missing_part_of_a_checkpoint_is_named(
     checkpoints: Path, tmp_path: Path, broken: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def test_only_tied_prompts_get_more_candidates_and_pairs_are_of_all(small: Make)
     assert result.metrics["pairs"] == 3
 
 
+@pytest.mark.long
 def test_what_refill_samples_is_a_function_of_seed_position_and_number(small: Make) -> None:
     """New noise in every round, the same in every run, whatever else is in the batch; first rounds as without it."""
     config = small("rollout.candidates=2", "pairs.resample=1")
@@ -134,6 +135,7 @@ def test_pruned_candidates_keep_their_numbers(small: Make) -> None:
 # --- Weights ---
 
 
+@pytest.mark.long
 def test_gap_weights_scale_each_pairs_gradient(small: Make) -> None:
     """The step's gradient is the mean of the pairs' own gradients, each times gap / mean gap."""
     scores = [0.0, 1.0, 0.0, 3.0]
@@ -261,6 +263,7 @@ def test_latents_of_the_dataset_are_what_seed_and_number_sample_again(written: P
             torch.testing.assert_close(sampled[0, place], stored, rtol=0, atol=5e-5)
 
 
+@pytest.mark.long
 def test_training_from_the_dataset_repeats_the_run_bit_for_bit(
     written: Path, smallest: list[str], tmp_path: Path
 ) -> None:

@@ -286,3 +286,20 @@ def test_a_motion_floor_keeps_still_videos_from_winning(small: Make, monkeypatch
         guarded.metrics["reward/selected"] == free.metrics["reward/selected"]
     )  # motion is no part of "global"
     assert "guards/still" not in free.metrics
+
+
+@pytest.mark.long
+def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
+    small: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpo_engine.rewards.sprites import SpritesReward
+
+    score = SpritesReward.score
+
+    def constant(self: SpritesReward, videos: torch.Tensor, prompts: object) -> dict[str, torch.Tensor]:
+        return {name: torch.ones_like(value) for name, value in score(self, videos, prompts).items()}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SpritesReward, "score", constant)
+    rare = ("evaluation.every=null", "checkpoint.every=null")
+    with pytest.raises(ValueError, match=r"every pair of the last 20 steps .* was a tie"):
+        train(small("steps=30", "pairs_per_step=1", *rare))

@@ -136,6 +136,7 @@ def test_what_is_odd_about_prompts_is_said_at_the_start(
 
 
 @pytest.mark.usefixtures("nothing_sampled")
+@pytest.mark.long
 def test_the_usual_names_are_tried_where_only_the_other_file_has_the_column(
     small: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +152,7 @@ def test_the_usual_names_are_tried_where_only_the_other_file_has_the_column(
 
 
 @pytest.mark.usefixtures("nothing_sampled")
+@pytest.mark.long
 def test_of_a_long_file_all_prompts_are_asked_that_the_run_takes(
     small: Make, files: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +172,7 @@ def test_of_a_long_file_all_prompts_are_asked_that_the_run_takes(
 # --- one clip --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_one_held_out_clip_has_values_and_no_bounds(
     small: Make, files: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ class TestRecord:
         )
         assert rank.main([str(out), "--reward", "brisque", "--out", str(tmp_path / "ranking")]) == 0
 
+    @pytest.mark.long
     def test_two_runs_into_one_folder(self, quick: str, tmp_path: Path) -> None:
         """Both keep their videos and rows; what is sampled again is there once."""
         out = ["--out", str(tmp_path)]

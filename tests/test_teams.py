@@ -116,6 +116,7 @@ def test_two_processes_share_the_candidates_of_a_prompt_and_train_as_one(tmp_pat
         assert one["metrics"]["pairs"] == CASES[case][0] - (CASES[case][0] > 1)
 
 
+@pytest.mark.long
 def test_the_plan_of_a_process_of_a_team_is_of_its_part() -> None:
     settings = [
         "pairs_per_step=1",

@@ -80,6 +80,7 @@ def test_the_reference_is_refreshed_between_the_updates_of_a_step(small: Make) -
     assert [step(algorithm, number).metrics["reference_age"] for number in range(3)] == [2, 1, 0]
 
 
+@pytest.mark.long
 def test_the_learning_rate_falls_over_all_updates(small: Make) -> None:
     algorithm = make(
         small("objective.updates_per_rollout=3", "steps=2", "optimizer.lr=1e-4", "optimizer.final_lr=0.5")
@@ -88,6 +89,7 @@ def test_the_learning_rate_falls_over_all_updates(small: Make) -> None:
     assert rates == [pytest.approx(0.8e-4), pytest.approx(0.5e-4)]
 
 
+@pytest.mark.long
 def test_runs_with_several_updates_resume_bit_for_bit(small: Make, tmp_path: Path) -> None:
     config = small("objective.updates_per_rollout=2", "optimizer.lr=1e-4")
     whole, resumed = make(config), make(config)

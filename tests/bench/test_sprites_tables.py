@@ -164,6 +164,7 @@ class TestTables:
         ]
         assert said[0].startswith("- dynamic degree is highest with *two* and lowest with *one*; the paper's")
 
+    @pytest.mark.long
     def test_the_page_gets_its_tables_and_pictures(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -103,6 +103,7 @@ def test_index_out_of_range(tmp_path: Path) -> None:
             prompts[index]
 
 
+@pytest.mark.long
 def test_memory_is_a_few_bytes_per_prompt(tmp_path: Path) -> None:
     """50,000 rows, 5 MB: the index is 0.4 MB, and building it never holds more than a few times that."""
     path = write_webvid(

@@ -120,6 +120,7 @@ def test_a_process_ends_while_the_threads_wait(end: str) -> None:
     assert ran.returncode == 0
 
 
+@pytest.mark.long
 def test_a_process_ends_while_a_daemon_thread_computes() -> None:
     """The thread calls the extension alone: torch's own calls may abort a process that ends under them."""
     computing = """

@@ -48,6 +48,7 @@ def layouts(dtype: torch.dtype) -> dict[str, PairTensors]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced"])
 @pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.long
 def test_opcheck(layout: str, dtype: torch.dtype, extras: bool, backend: str) -> None:
     tensors = layouts(dtype)[layout]
     noise = torch.randn(tensors[0].shape).to(dtype) if extras else None

@@ -31,6 +31,7 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glib
 
 
 @needs_glibc
+@pytest.mark.long
 def test_freed_blocks_below_one_in_use_go_back_to_the_system() -> None:
     kept, returned = (
         float(

@@ -98,6 +98,7 @@ def test_a_dpo_step_runs_at_720p_and_68_frames():
 
 
 @pytest.mark.usefixtures("fake")
+@pytest.mark.long
 def test_forward_costs_the_flops_of_the_architecture_and_no_more():
     network = real_size()
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

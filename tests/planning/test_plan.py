@@ -106,6 +106,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(monkeypatc
     assert "memory.overcommit=true" in error
 
 
+@pytest.mark.long
 def test_the_nearest_change_that_fits_is_named_and_true():
     peaks = plan_run(load_config(None), None)
     limit = 0.8 * peaks.peak.total / GIB
@@ -299,6 +300,7 @@ def test_a_wrong_word_is_refused_before_torch_is_loaded():
         assert (done.returncode, said in done.stderr) == (1, True), done.stderr
 
 
+@pytest.mark.long
 def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes(monkeypatch):
     """The engine's own step, sprites at two pairs, with tensors that have memory, every block and every step run."""
     config = load_config(None, ["pairs_per_step=2", "objective.timesteps_per_pair=1"])
@@ -358,6 +360,7 @@ def test_adapters_are_planned():
     assert peak["reference"] >= sum(sizes)
 
 
+@pytest.mark.long
 def test_weights_of_dimensions_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
     """They are a dictionary, which plans are found by."""
     weighted = load_config(None, ["reward.dimensions={temporal_consistency: 2, visual_quality: 1}"])

@@ -58,6 +58,7 @@ def test_exploring_costs_all_candidates_cheaply_and_two_exactly():
     assert found.flops("decode") == cheap.flops("decode") + exact.flops("decode")
 
 
+@pytest.mark.long
 def test_a_copy_in_8_bits_takes_a_byte_for_each_weight_of_the_blocks():
     found, plain = rollout("rollout.weights=int8"), rollout()
     weights = [linear.weight for linear in block_linears(load_policy()).values()]
@@ -71,12 +72,14 @@ def test_a_step_cache_is_planned_as_if_it_never_served(plain: tuple[float, float
     assert rollout("rollout.cache=0.1").flops("rollout") == once + 6 * step
 
 
+@pytest.mark.long
 def test_groups_of_rows_cost_the_same_and_take_less():
     all_at_once, in_groups = rollout("pairs_per_step=4"), rollout("pairs_per_step=4", "rollout.batch_size=4")
     assert in_groups.flops("rollout") == all_at_once.flops("rollout")
     assert sum(in_groups.peak("rollout").values()) < sum(all_at_once.peak("rollout").values())
 
 
+@pytest.mark.long
 def test_steps_that_are_not_traced_count_as_if_they_were(monkeypatch):
     short = rollout("rollout.guidance=7.0", "rollout.steps=4")
     monkeypatch.setattr("vpo_engine.planning.trace.repeated", lambda *_: nullcontext())

@@ -78,6 +78,7 @@ class TestScores:
             ):
                 made.score(clips.videos, clips.captions)
 
+    @pytest.mark.long
     def test_of_videos_of_any_size_and_layout(self, reward: RemoteReward) -> None:
         """One request after the other, larger and smaller ones."""
         generator = torch.Generator().manual_seed(1)
@@ -88,6 +89,7 @@ class TestScores:
                 assert torch.equal(ask(reward, "score", given), expected)
 
     @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.long
     def test_that_lie_apart_in_memory(self, count: int) -> None:
         """Of a single video they count as contiguous, whatever lies between them."""
         with start_reward(RewardSpec("process_rewards:Columns"), time_limit=30) as made:
@@ -117,6 +119,7 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="UnportableError: 2 of 3"):
             ask(reward, "unportable")
 
+    @pytest.mark.long
     def test_while_it_is_made(self) -> None:
         with pytest.raises(FileNotFoundError, match=r"no config\.json in /absent"):
             start_reward(RewardSpec("process_rewards:Refused"))
@@ -132,6 +135,7 @@ class TestErrors:
 
 
 class TestDeath:
+    @pytest.mark.long
     def test_a_scorer_that_hangs_is_ended(self, mortal: RemoteReward) -> None:
         pid = fact(mortal, "pid")
         start = time.monotonic()
@@ -168,6 +172,7 @@ class TestDeath:
 
 
 class TestLife:
+    @pytest.mark.long
     def test_it_ends_when_it_is_forgotten(self) -> None:
         made = start_reward(SCRIPTED)
         pid = fact(made, "pid")

@@ -83,6 +83,7 @@ class TestRanking:
             write_mp4(tmp_path / f"{caption.replace(' ', '-')}.mp4", video, 8)
         return tmp_path
 
+    @pytest.mark.long
     def test_scores_of_a_process_with_a_time_limit_are_the_same(self, folder: Path, tmp_path: Path) -> None:
         arguments = [str(folder), "--reward", "sprites", "--out"]
         assert rank_module.main([*arguments, str(tmp_path / "here")]) == 0
@@ -90,6 +91,7 @@ class TestRanking:
         here, there = ((tmp_path / name / "scores.csv").read_bytes() for name in ("here", "there"))
         assert here == there
 
+    @pytest.mark.long
     def test_a_scorer_that_hangs_is_one_line_with_the_file(
         self, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -267,6 +267,7 @@ CHECKPOINTS = [(another_model, "is not a checkpoint of PickScore"), (no_tokenize
 
 
 @pytest.mark.parametrize(("make", "words"), CHECKPOINTS)
+@pytest.mark.long
 def test_wrong_checkpoints_are_one_line(
     make: Any,
     words: str,

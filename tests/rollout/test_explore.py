@@ -161,6 +161,7 @@ def moved(policy: nn.Module, by: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.long
 def test_the_copy_rounds_the_blocks_matrices_and_shares_everything_else(bits: Bits) -> None:
     policy = sprites()[0].network
     sampling = SamplingCopy(policy, bits)
@@ -184,6 +185,7 @@ def test_the_copy_rounds_the_blocks_matrices_and_shares_everything_else(bits: Bi
 
 
 @pytest.mark.parametrize("place", ["rollout.weights", "rollout.explore.weights"])
+@pytest.mark.long
 def test_every_rollout_samples_from_the_policy_as_it_is(
     small: Make, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

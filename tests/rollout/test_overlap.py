@@ -184,6 +184,7 @@ def test_a_decoder_that_runs_out_of_memory_in_the_thread_gets_half(
     assert capsys.readouterr().out.count("set rollout.batch_size=2 to start so") == 1
 
 
+@pytest.mark.long
 def test_a_run_with_overlap_makes_the_same_step(small: Callable[..., Config]) -> None:
     from test_prune import make, step
 

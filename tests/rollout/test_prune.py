@@ -167,6 +167,7 @@ def test_a_bad_preview_score_leaves_the_policy_alone(pruning: Config) -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, algorithm.parameters, strict=True))
 
 
+@pytest.mark.long
 def test_approximate_runs_resume_bit_for_bit(small: Make, tmp_path: Path) -> None:
     config = small(
         "rollout.candidates=4",

@@ -15,10 +15,11 @@ from vpo_engine.data.sprites.assets import load_vae, round_trip
 from vpo_engine.data.sprites.damage import KINDS, damaged, sample_clean, sample_wrecks
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.protocols import Reward
-from vpo_engine.rewards import sprites, sprites_image
+from vpo_engine.rewards import sprites_image, sprites_networks
 from vpo_engine.rewards.frames import VideoOfFrames
-from vpo_engine.rewards.sprites import FrameNetwork, SpritesReward, load_network, save_network
+from vpo_engine.rewards.sprites import SpritesReward
 from vpo_engine.rewards.sprites_image import CARD, SpritesImage
+from vpo_engine.rewards.sprites_networks import FrameNetwork, load_network, save_network
 from vpo_engine.runs.video import enlarge
 
 COUNT = 128
@@ -163,10 +164,11 @@ def test_the_shipped_weights_are_small_and_those_of_the_card(tmp_path):
     assert (tmp_path / "image.safetensors").read_bytes() == path.read_bytes()
     with pytest.raises(ValueError, match="holds network 'image', expected 'reward'"):
         load_network("reward", tmp_path / "image.safetensors")
-    with sprites.safe_open(path, framework="pt") as archive:
+    with sprites_networks.safe_open(path, framework="pt") as archive:
         assert {archive.get_tensor(name).dtype for name in archive.keys()} == {torch.float16}  # noqa: SIM118
 
 
+@pytest.mark.long
 def test_training_is_a_function_of_the_seed_and_uses_the_round_trip(monkeypatch):
     monkeypatch.setattr(train_image, "POOL", 256)
     monkeypatch.setattr(train_image, "STEPS", 3)

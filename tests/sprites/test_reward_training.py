@@ -26,6 +26,7 @@ def test_spearman_by_hand():
     assert spearman(rising, torch.tensor([1.0, 1.0, 2.0, 3.0])) == pytest.approx(4.5 / math.sqrt(22.5))
 
 
+@pytest.mark.long
 def test_training_is_a_function_of_the_seed_and_uses_the_round_trip(monkeypatch):
     monkeypatch.setattr(train_rewards, "POOL", 256)
     monkeypatch.setattr(train_rewards, "REWARD_STEPS", 3)

@@ -25,17 +25,9 @@ from vpo_engine.data.sprites.damage import (
 )
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.protocols import Reward
-from vpo_engine.rewards import sprites
-from vpo_engine.rewards.sprites import (
-    DIMENSIONS,
-    JudgeNetwork,
-    RewardNetwork,
-    SpritesJudge,
-    SpritesReward,
-    dimensions_of,
-    load_network,
-    save_network,
-)
+from vpo_engine.rewards import sprites_networks
+from vpo_engine.rewards.sprites import DIMENSIONS, SpritesJudge, SpritesReward, dimensions_of
+from vpo_engine.rewards.sprites_networks import JudgeNetwork, RewardNetwork, load_network, save_network
 
 SCORERS = (SpritesReward, SpritesJudge)
 
@@ -173,16 +165,16 @@ def test_saved_networks_load_and_the_wrong_kind_is_refused(kind, tmp_path):
 def test_missing_weights_name_the_build_command(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"python -m tools\.sprites build"):
         load_network("reward", tmp_path / "none.safetensors")
-    monkeypatch.setattr(sprites.resources, "files", lambda _: Path(tmp_path))
+    monkeypatch.setattr(sprites_networks.resources, "files", lambda _: Path(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no judge weights.*python -m tools.sprites build"):
         SpritesJudge()
 
 
 def test_shipped_weights_are_half_precision_and_small():
     for kind in ("reward", "judge"):
-        path = Path(sprites.__file__).parents[1] / "data" / "sprites" / "weights" / f"{kind}.safetensors"
+        path = Path(sprites_networks.__file__).parents[1] / "data" / "sprites" / "weights" / f"{kind}.safetensors"
         assert path.stat().st_size < 800_000
-        with sprites.safe_open(path, framework="pt") as archive:
+        with sprites_networks.safe_open(path, framework="pt") as archive:
             assert {archive.get_tensor(name).dtype for name in archive.keys()} == {torch.float16}  # noqa: SIM118
 
 

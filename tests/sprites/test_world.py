@@ -305,6 +305,7 @@ def largest_tile(videos: torch.Tensor) -> torch.Tensor:
     return (tiles.amax(2) / tiles.sum(2).clamp_min(1)).mean(1)
 
 
+@pytest.mark.long
 def test_tiles_of_wrecks_show_no_nearly_whole_sprite():
     number, kinds = DESTRUCTIONS.index("tiles"), len(DESTRUCTIONS)
     loose = largest_tile(sample_destroyed(150 * kinds, seeded(21)).videos[number::kinds])

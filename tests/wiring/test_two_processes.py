@@ -35,6 +35,7 @@ def evaluation(size: int) -> tuple[str, ...]:
     return ("evaluation.prompts=1", "evaluation.samples_per_prompt=3") if size == 2 else ()
 
 
+@pytest.mark.long
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     run_in_group(tmp_path, 2, in_two, tmp_path)
     for number, (case, size) in enumerate(shared_cases()):

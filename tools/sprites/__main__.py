@@ -26,7 +26,7 @@ from tools.sprites.train_text import train_text_encoder
 from tools.sprites.train_vae import train_vae
 from vpo_engine.data.sprites.assets import WEIGHTS, load_text_encoder, load_vae, round_trip
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
-from vpo_engine.rewards.sprites import save_network
+from vpo_engine.rewards.sprites_networks import save_network
 
 PARTS = ("vae", "text_encoder", "reward", "judge", "image", "policy")
 

@@ -21,7 +21,7 @@ from tools.sprites.train_rewards import (
     draw_pool,
 )
 from vpo_engine.data.sprites.damage import KINDS
-from vpo_engine.rewards.sprites import FrameNetwork
+from vpo_engine.rewards.sprites_networks import FrameNetwork
 
 POOL = 3840
 """Training clips, a multiple of 256."""

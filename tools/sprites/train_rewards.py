@@ -27,15 +27,8 @@ from vpo_engine.data.sprites.damage import (
     sample_wrecks,
 )
 from vpo_engine.data.sprites.world import SIZE, Attributes
-from vpo_engine.rewards.sprites import (
-    DIMENSIONS,
-    JudgeNetwork,
-    Reading,
-    RewardNetwork,
-    SpritesJudge,
-    SpritesReward,
-    dimensions_of,
-)
+from vpo_engine.rewards.sprites import DIMENSIONS, SpritesJudge, SpritesReward, dimensions_of
+from vpo_engine.rewards.sprites_networks import JudgeNetwork, Reading, RewardNetwork
 
 RoundTrip = Callable[[Tensor], Tensor]
 """Maps uint8 clips [B, F, H, W, 3] to their reconstructions, of the same shape and type."""

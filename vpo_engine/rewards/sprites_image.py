@@ -21,7 +21,7 @@ from vpo_engine.data.sprites.world import SIZE, Attributes, parse_caption
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import check_finite, check_images
 from vpo_engine.rewards.refusals import refusal
-from vpo_engine.rewards.sprites import load_network
+from vpo_engine.rewards.sprites_networks import load_network
 
 CARD = RewardCard(
     name="sprites_image",

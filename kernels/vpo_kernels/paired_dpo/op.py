@@ -308,13 +308,11 @@ def paired_dpo_loss(
     The six tensors are [P, ...], of one shape, on one device, of any float dtypes and strides: what the policy and the
     frozen reference predict for the noised winner and loser, and what they should have predicted. Results are float32,
     float64 when an input is float64, and repeat bit for bit; those of a pair do not depend on the rest of the batch.
-    Gradients reach the two policy predictions only, through ``loss``, in their own dtypes; everything else is constant.
-    NaN in, NaN out. A second derivative raises RuntimeError.
+    Gradients reach the two policy predictions only, in their own dtypes. NaN in, NaN out. A second derivative raises
+    RuntimeError.
 
-    beta: strength of the pull towards the reference. It multiplies half the difference of the error changes, so it has
-        another size under ``reduction="sum"``: beta_sum = beta_mean / n for n elements per sample. docs/loss.md has
-        what the betas of other trainers become. A beta per pair weights pairs inside the sigmoid, as by their time
-        (``error_weight``).
+    beta: multiplies half the difference of the error changes. So beta_sum = beta_mean / n for n elements per sample;
+        docs/loss.md has what the betas of other trainers become. A beta per pair weights pairs inside the sigmoid.
     reduction: a sample's error is the mean over its counted elements, or their sum.
     pair_weight: multiplies each pair's loss outside the sigmoid. It is not normalised: the mean is over P.
     mask: bool, broadcastable to [P, ...], True counts; winner and loser share it. What it hides may be NaN.
@@ -324,31 +322,19 @@ def paired_dpo_loss(
         latents x0, and the target a * x0 + b * noise is formed inside.
     target_scales: (a, b): (1, -1) for Open-Sora's velocity, (-1, 1) for the velocity towards the noise,
         (-sigma_t, alpha_t) for v, (0, 1) for epsilon. It goes with target_noise.
-    winner_anchor: adds this times error(policy, winner) to each pair's loss, against winners that get worse while the
-        margin grows.
+    winner_anchor: adds this times error(policy, winner) to each pair's loss.
     loser_scaling: mu of Diffusion-SDPO (arXiv 2511.03317), 0 to 1: scales the loser's gradient, and only that, down to
         where the winner's error does not grow to first order; ``reference.py`` has the rule.
-    margin_graph: whether gradients flow through ``margin``, too. Other losses can be built of it: a hinge loss is
-        ``torch.relu(1 - out.margin).mean()``. The gradients of all that is built add up in the same single pass.
+    margin_graph: whether gradients flow through ``margin``, too: a hinge loss is ``torch.relu(1 - out.margin).mean()``.
 
     beta, pair_weight and each of target_scales are a number of Python or numpy for all pairs, or a floating point
     tensor of shape [P], or of shape [] or [1] for all pairs. Values of tensors are not checked, because the host would
     wait for the device.
 
-    Raise ValueError, naming argument, value, constraint and remedy, for whatever does not fit: differing shapes or
-    devices, an empty batch, a beta that is not finite and positive, a pair that the mask hides altogether, a backend
-    that does not run here.
+    Raise ValueError, naming argument, value, constraint and remedy, for whatever does not fit.
     """
-    tensors = checks.check_tensors(
-        {
-            "policy_winner": policy_winner,
-            "policy_loser": policy_loser,
-            "reference_winner": reference_winner,
-            "reference_loser": reference_loser,
-            "target_winner": target_winner,
-            "target_loser": target_loser,
-        }
-    )
+    given = policy_winner, policy_loser, reference_winner, reference_loser, target_winner, target_loser
+    tensors = checks.check_tensors(dict(zip(PairTensors._fields, given, strict=True)))
     like = checks.Like("policy_winner", policy_winner.shape, policy_winner.device)
     noise = checks.check_noise(target_noise, target_scales, like)
     options = checks.check_options(like, beta, pair_weight, reduction, winner_anchor, loser_scaling)

@@ -213,6 +213,30 @@ def _loser_scale(sums, pair, exist, mu, SUMS: tl.constexpr):
 
 
 @triton.jit
+def _store_results(
+    per_pair,
+    sums,
+    pair,
+    pairs,
+    exist,
+    z,
+    change_w,
+    change_l,
+    divisor,
+    SUMS: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+):
+    """Store margin, both error changes and the four errors of some pairs."""
+    tl.store(per_pair + pair, z.to(ARITHMETIC), mask=exist)
+    tl.store(per_pair + pairs + pair, change_w.to(ARITHMETIC), mask=exist)
+    tl.store(per_pair + 2 * pairs + pair, change_l.to(ARITHMETIC), mask=exist)
+    share = 1.0 / divisor
+    for kind in tl.static_range(2, 6):
+        error = tl.load(sums + pair * SUMS + kind, mask=exist, other=0.0) * share
+        tl.store(per_pair + (kind + 1) * pairs + pair, error.to(ARITHMETIC), mask=exist)
+
+
+@triton.jit
 def finish(
     loss,  # scalar, ARITHMETIC
     per_pair,  # [7, P], ARITHMETIC: margin, both error changes, four errors
@@ -269,13 +293,7 @@ def finish(
             loser *= scale
             loser_slope *= scale
         losses += tl.where(exist, pair_weight * loss_of_pair, 0.0)
-        tl.store(per_pair + pair, z.to(ARITHMETIC), mask=exist)
-        tl.store(per_pair + pairs + pair, change_w.to(ARITHMETIC), mask=exist)
-        tl.store(per_pair + 2 * pairs + pair, change_l.to(ARITHMETIC), mask=exist)
-        share = 1.0 / divisor
-        for kind in tl.static_range(2, 6):
-            error = tl.load(sums + pair * SUMS + kind, mask=exist, other=0.0) * share
-            tl.store(per_pair + (kind + 1) * pairs + pair, error.to(ARITHMETIC), mask=exist)
+        _store_results(per_pair, sums, pair, pairs, exist, z, change_w, change_l, divisor, SUMS, ARITHMETIC)
         tl.store(coefficient + pair, winner, mask=exist)
         tl.store(coefficient + pairs + pair, loser, mask=exist)
         tl.store(slope + pair, -half_beta / divisor, mask=exist)

@@ -195,6 +195,7 @@ print(-run(64) + run(8000))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.long
 def test_peak_memory_stays_far_below_the_scores() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True)
     scores_mib = 8000**2 * 4 / 2**20  # 244

@@ -154,6 +154,7 @@ def test_no_second_derivative(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.long
 def test_fullgraph_compile_and_checkpointing(name: str, registered: bool) -> None:
     case = make(name, torch.float32)
 
