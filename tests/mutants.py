@@ -53,7 +53,7 @@ class Mutation:
 
 @dataclass
 class Result:
-    """How the tests of one mutation ended."""
+    """The outcome of the tests of one mutation."""
 
     name: str
     verdict: str
@@ -166,7 +166,7 @@ def start(mutation: Mutation, scratch: Path) -> Job:
 
 
 def end(job: Job, in_time: bool) -> Result:
-    """What a child that ended, or was stopped, has found."""
+    """Return the result of a child process that ended or was stopped."""
     seconds = time.monotonic() - job.started
     output = job.tree / "output.txt"
     text = output.read_text(errors="replace") if output.exists() else ""

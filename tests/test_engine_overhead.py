@@ -1,4 +1,4 @@
-"""What a step of Algorithm 1 does outside of model, VAE and reward: operators, bytes, and a bound on its time.
+"""Test what a step of Algorithm 1 does outside of model, VAE and reward: operators, bytes, a bound on its time.
 
 Operators are counted below autograd, on the CPU. Outside is what runs neither in a forward pass of policy, reference,
 decoder or reward, nor in the policy's backward pass; the optimizer and the refresh are outside.

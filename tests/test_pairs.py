@@ -1,4 +1,4 @@
-"""Which candidates become a pair, and what it weighs: against brute force, under permutations, at ties."""
+"""Test which candidates become a pair, and its weight: against brute force, under permutations, at ties."""
 
 from __future__ import annotations
 

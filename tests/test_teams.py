@@ -58,7 +58,7 @@ def settings(case: str) -> Config:
 
 
 def steps(case: str, processes: Processes) -> list[dict[str, object]]:
-    """What the steps of a case made in this process, and the gradients that they stepped by."""
+    """Return what the steps of a case made in this process, and the gradients that they used."""
     config = settings(case)
     model = build_model(config, processes, lambda _: None)
     model.prepare(PROMPTS)

@@ -1,4 +1,4 @@
-"""How well a step uses the device: operations against formulas and counts of whole passes, shares, seconds."""
+"""Test how well a step uses the device: operations against formulas and counts of passes, shares, seconds."""
 
 from __future__ import annotations
 

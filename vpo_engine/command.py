@@ -1,4 +1,4 @@
-"""What the commands share: words of the command line, and errors as one line of one process."""
+"""Parts that the commands share: words of the command line, and errors as one line of one process."""
 
 from __future__ import annotations
 

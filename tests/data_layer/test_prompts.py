@@ -308,7 +308,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 @pytest.mark.parametrize("count", [2, 5, 10, 48])
 def test_places_are_uniform_over_epochs(count: int) -> None:
-    """Where a prompt lands, and what follows it: chi-square within five standard deviations."""
+    """Test where a prompt lands and what follows it, by chi-square within five standard deviations."""
     epochs = 600
     stream = PromptStream([""] * count, seed=11)
     places, followers = Counter(), Counter()

@@ -45,7 +45,7 @@ class Launch(NamedTuple):
 
 
 class Binary(NamedTuple):
-    """What the compiler made of a kernel."""
+    """A compiled kernel."""
 
     registers: int
     local_bytes: int  # stack and spills of a thread

@@ -145,7 +145,7 @@ def test_sequential_accumulates() -> None:
 
 @pytest.mark.parametrize("margin_scale", [1e4, -1e4])
 def test_single_pair_at_saturated_margins(margin_scale: float) -> None:
-    """Where the coefficient underflows, the gradient is zero, not NaN."""
+    """The gradient is zero, not NaN, if the coefficient underflows."""
     problem = Problem(1)
     _, gradient = problem.joint(beta=abs(margin_scale) * 1e4)
     single_pair_backward(

@@ -83,7 +83,7 @@ class Case:
         return [out.detach(), *self.gradients()]
 
     def shared(self) -> list[Tensor]:
-        """What is there anyway: the input, and what all blocks share."""
+        """Return the tensors that exist in any case: the input, and what all blocks share."""
         return [self.x, self.text, self.time, *self.rope, *self.block.parameters()]
 
     def gradients(self) -> list[Tensor]:

@@ -30,7 +30,7 @@ class FakeDevice:
         return sum(nbytes for _, nbytes in self._live.values())
 
     def has(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether all of them are here now."""
+        """Return whether all of them are on the device now."""
         here = {storage for storage, _ in self._live.values()}
         return all(tensor.untyped_storage()._cdata in here for tensor in tensors)
 

@@ -64,7 +64,7 @@ def assert_equal(one: nn.ParameterList, other: nn.ParameterList) -> None:
 
 
 def float64_adamw(starts: Sequence[Tensor], network: nn.ParameterList, steps: int) -> list[Tensor]:
-    """What ``run`` would make of these weights without rounding, from the same gradients."""
+    """Return the weights that ``run`` would make from the same gradients without rounding."""
     exact = [nn.Parameter(start.double()) for start in starts]
     plain = torch.optim.AdamW(exact, lr=1e-4, weight_decay=0.01)
     for step in range(steps):

@@ -105,7 +105,7 @@ def test_autocast_is_the_same_when_computed_again(checkpointing: ActivationCheck
 
 
 class Calls(TorchDispatchMode):
-    """How often each operator ran."""
+    """Count how often each operator runs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -113,7 +113,7 @@ class Chain:
 
 @pytest.fixture(autouse=True)
 def without_collector() -> Iterator[None]:
-    """What is freed here is freed by reference counts, at once."""
+    """Switch the garbage collector off, so that only reference counts free memory, at once."""
     gc.collect()
     gc.disable()
     yield

@@ -1,4 +1,4 @@
-"""What all families share: text rules, guidance, policies on disk, the cost of a row."""
+"""Test what all families share: text rules, guidance, policies on disk, the cost of a sample."""
 
 from __future__ import annotations
 

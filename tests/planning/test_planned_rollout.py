@@ -1,4 +1,4 @@
-"""What a sampling loop costs: steps, branches, candidates given up, and text that is projected once."""
+"""Test the planned cost of a sampling loop: steps, branches, pruned candidates, and text that is projected once."""
 
 from __future__ import annotations
 

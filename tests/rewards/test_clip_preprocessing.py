@@ -1,4 +1,4 @@
-"""What CLIPs are given: pixels of every convention, and text, against the public code."""
+"""Test the inputs of CLIP models, pixels of every convention and text, against the public code."""
 
 import gzip
 import json

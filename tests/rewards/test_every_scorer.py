@@ -1,4 +1,4 @@
-"""What holds for every scorer with published weights, on its tiny checkpoint: its scores, and what it loads."""
+"""Test what holds for every scorer with published weights, on its tiny checkpoint: its scores, and what it loads."""
 
 from __future__ import annotations
 

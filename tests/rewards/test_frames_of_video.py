@@ -57,7 +57,7 @@ def clips(count: int = 3, frames: int = 6) -> Tensor:
 
 
 def levels(videos: Tensor) -> Tensor:
-    """What Brightness says of every frame under a prompt of one letter, [B, F]."""
+    """Return Brightness's score of every frame under a prompt of one letter, [B, F]."""
     return videos[..., 0].float().mean((2, 3)) / 255
 
 

@@ -25,7 +25,7 @@ from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
 
 
 def alive(pid: int) -> bool:
-    """Whether there is such a process, finished ones that nobody waited for included."""
+    """Return whether there is such a process; a finished one that nobody waited for counts."""
     return Path(f"/proc/{pid}").exists()
 
 
@@ -45,7 +45,7 @@ def ask(reward: RemoteReward, what: str, videos: torch.Tensor = VIDEOS) -> torch
 
 
 def fact(reward: RemoteReward, name: str) -> int:
-    """What the process of the scripted reward knows of itself."""
+    """Return a fact that the process of the scripted reward tells about itself."""
     return int(ask(reward, f"fact {name}")[0])
 
 

@@ -107,7 +107,7 @@ def test_scores_stay_close_and_are_the_same_every_time(folder: Path, bits: Bits,
 
 
 def test_eight_bits_are_nearer_than_with_quantised_activations(folder: Path) -> None:
-    """Why not bitsandbytes' own layer: it rounds activations too, and moves scores twice as far."""
+    """The layer of bitsandbytes rounds activations too, and moves scores twice as far."""
     exact, theirs = scores(load(folder)), load(folder)
     for name in quantised(load(folder, 8).network):
         linear = theirs.network.get_submodule(name)

@@ -1,4 +1,4 @@
-"""What no scorer scores, and what no checkpoint is: one clear error each, also through ranking and training."""
+"""Test that a scorer's wrong inputs and checkpoints are one clear error each, also through ranking and training."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class TestEveryScorer:
         refused(made, video(name, count=2), [CAPTION], "1 prompts for 2 videos; give one")
 
     def test_refuses_other_pixels(self, scorer: tuple[str, Any]) -> None:
-        """Where gradients reach the pixels of videos."""
+        """Test videos of floats, which carry gradients to their pixels."""
         name, made = scorer
         if not hasattr(made, "score_pixels"):
             assert name in ("sprites", "videoscore", "videoscore2", "unified_reward")

@@ -118,7 +118,7 @@ def test_judges_that_write_are_not_for_training() -> None:
 
 
 def test_variants_and_image_scorers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What reaches from_pretrained, and what comes back."""
+    """Test which arguments reach from_pretrained, and what it returns."""
     given: list[tuple] = []
 
     class Scorer:

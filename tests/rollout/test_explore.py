@@ -89,7 +89,7 @@ def make(config: Config, reward: object = None) -> OnlineVPO:
 
 
 def test_pairs_are_scored_again_before_they_are_trained_on(small: Make) -> None:
-    """What was best of the cheap ones may be the worse of the exact two: then it is the loser."""
+    """The best of the cheap candidates may be the worse of the two exact ones: then it is the loser."""
     config = small("rollout.candidates=4", "rollout.explore.steps=1", "reward.dimensions=first")
     reward = Noted([0.3, 0.9, 0.1, 0.5, 2.0, 5.0, 4.0, 3.0], [1.0, 4.0, 7.0, 6.0])
     algorithm = make(config, reward)

@@ -1,4 +1,4 @@
-"""Where a run begins: a new directory, its newest checkpoint, another one; and what is refused."""
+"""Test where a run begins (a new directory, its newest checkpoint, another one), and what is refused."""
 
 from __future__ import annotations
 

@@ -172,7 +172,13 @@ def test_missing_weights_name_the_build_command(tmp_path, monkeypatch):
 
 def test_shipped_weights_are_half_precision_and_small():
     for kind in ("reward", "judge"):
-        path = Path(sprites_networks.__file__).parents[1] / "data" / "sprites" / "weights" / f"{kind}.safetensors"
+        path = (
+            Path(sprites_networks.__file__).parents[1]
+            / "data"
+            / "sprites"
+            / "weights"
+            / f"{kind}.safetensors"
+        )
         assert path.stat().st_size < 800_000
         with sprites_networks.safe_open(path, framework="pt") as archive:
             assert {archive.get_tensor(name).dtype for name in archive.keys()} == {torch.float16}  # noqa: SIM118
@@ -229,7 +235,7 @@ def test_clean_clips_are_good_in_every_dimension(report):
 
 
 def escapes(scorer, videos, captions) -> dict[str, int]:
-    """How many destroyed clips of each kind, which come in turn, reach 2 in some dimension."""
+    """Count the destroyed clips of each kind, which come in turn, that reach 2 in some dimension."""
     best = torch.stack([*scorer.score(videos, captions).values()]).amax(0)
     found = {kind: int((best[row :: len(DESTRUCTIONS)] >= 2).sum()) for row, kind in enumerate(DESTRUCTIONS)}
     return {kind: count for kind, count in found.items() if count}

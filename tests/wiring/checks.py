@@ -1,4 +1,4 @@
-"""What a run of the toy left, compared with what ``oracle`` computes for the same settings."""
+"""Compare the files of a run of the toy model with what ``oracle`` computes for the same settings."""
 
 from __future__ import annotations
 

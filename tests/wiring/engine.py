@@ -89,7 +89,7 @@ class Row:
 
 @dataclass
 class Recording:
-    """What one process of a run asked of the model, the reward and the loss, in order."""
+    """A record of what one process of a run asked of the model, the reward and the loss, in order."""
 
     rows: list[Row] = field(default_factory=list)
     sampled: list[tuple[str, SamplerSettings, slice, Tensor]] = field(default_factory=list)

@@ -37,7 +37,7 @@ class Candidate:
 
 @dataclass
 class Line:
-    """What one prompt of one step came to."""
+    """The outcome of one prompt in one step."""
 
     step: int
     position: int
@@ -189,7 +189,7 @@ class Oracle:
     def sampled(
         self, z: Tensor, prompt: str, steps: int, settings: Any, start: int = 0, stop: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Where Euler steps lead and the preview of the last prediction."""
+        """Return the latents after Euler steps, and the preview of the last prediction."""
         network = self.reference if self.config.rollout.source == "reference" else self.policy
         times = sampling_times(steps)
         z, v, time = z[None], torch.zeros(()), 0.0

@@ -1,4 +1,4 @@
-"""What must stop a run, and what must make no difference to it."""
+"""Test which faults stop a run, and which make no difference to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who samples candidates, and with which settings: first and second pass of every kind of rollout."""
+"""Test which network samples candidates, and with which settings: first and second pass of every kind of rollout."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_who_samples_how(tmp_path: Path, case: str) -> None:
 
 
 def recorded(folder: Path, *overrides: str) -> list[tuple[str, SamplerSettings, slice, torch.Tensor]]:
-    """What a run sampled, without the two evaluations and their clips."""
+    """Return what a run sampled, without the two evaluations and their clips."""
     run = engine.train(engine.make_config(folder, *BASE, *overrides))
     sampled = run.sampled
     held_out = sampled[0][3]

@@ -23,7 +23,7 @@ def _check_project(name: str) -> str:
 
 
 class LogConfig(Section):
-    """Where the numbers of a run go, beside metrics.jsonl and TensorBoard in its run directory."""
+    """Settings of where the numbers of a run go, beside metrics.jsonl and TensorBoard in its run directory."""
 
     wandb: Annotated[str, AfterValidator(_check_project)] | None = None
     """Project of Weights & Biases, as PROJECT or ENTITY/PROJECT, that gets the numbers and the held-out videos too;

@@ -1,4 +1,4 @@
-"""What a user should know about a configuration that is valid."""
+"""Notes for the user about a configuration that is valid."""
 
 from __future__ import annotations
 

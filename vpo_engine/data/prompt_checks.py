@@ -1,4 +1,4 @@
-"""What a run says of its prompts at its start: which rows it cannot use, and what is odd about the others."""
+"""Checks of prompts at the start of a run: rows that it cannot use, and oddities of the others."""
 
 from __future__ import annotations
 

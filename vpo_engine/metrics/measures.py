@@ -1,4 +1,4 @@
-"""What the held-out measures are called, in which unit they are, and which direction is better."""
+"""Names and units of the held-out measures, and the direction that is better."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is shown to people."""
+    """The name, unit and direction by which a measure is shown to people."""
 
     label: str
     """Its name in plain words, which starts a line."""

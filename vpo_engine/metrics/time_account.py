@@ -1,4 +1,4 @@
-"""Where the time of a run went: one account for the terminal, the report and ``summary.json``."""
+"""One account of a run's time, for the terminal, the report and ``summary.json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``vpo_engine.plan`` prints: the plan, what would make a run fit, and the longest clips that fit."""
+"""The output of ``vpo_engine.plan``: the plan, changes that would make a run fit, and the longest clips that fit."""
 
 from __future__ import annotations
 

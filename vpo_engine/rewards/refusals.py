@@ -1,4 +1,4 @@
-"""What a reward says beforehand, without a video: which prompts it refuses, and which sizes of videos."""
+"""Ask a reward, before there is a video, which prompts and which sizes of videos it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run begins: in a new directory, or from a checkpoint of an earlier start. Nothing heavy is imported here."""
+"""Decide how a run begins: in a new directory, or from a checkpoint. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FREE_TO_CHANGE = ("name", "run_dir", "steps", "evaluation", "checkpoint", "proc
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins from.
+    """The place that a run begins from.
 
     root: the run directory; None for a new one under runs/. checkpoint: the one to go on from; None to begin at the
     first step. exists: whether ``root`` holds this run already. finished: whether its last step is done.

@@ -20,7 +20,7 @@ Given = SupportsFloat | Tensor
 
 
 class Like(NamedTuple):
-    """What the other arguments must fit: the winners' predictions."""
+    """The shape and device that the other arguments must have: those of the winners' predictions."""
 
     name: str  # for errors
     shape: torch.Size  # [P, ...]
