@@ -117,13 +117,12 @@ class OneBlock(nn.Module):
         self.blocks = nn.ModuleList([block])
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(
-    ("channels", "lr", "steps"),
+    ("channels", "lr", "steps", "rounding"),
     [
-        (144, 1e-5, 200),
-        (1152, 1e-4, 2),
-        pytest.param(1152, 1e-5, 200, marks=pytest.mark.long),
+        *((144, 1e-5, 200, rounding) for rounding in ROUNDINGS),
+        *((1152, 1e-4, 2, rounding) for rounding in ROUNDINGS),
+        pytest.param(1152, 1e-5, 200, "stochastic_rounding", marks=pytest.mark.long),
     ],
 )
 def test_on_a_block_with_noise_and_drift(rounding: str, channels: int, lr: float, steps: int) -> None:
