@@ -99,8 +99,9 @@ class ModelCard:
     lora_targets: ends of the names of the linear layers that get an adapter, unless ``model.lora.targets`` names
     others. sizes: see ``SizeRule``.
     resolutions: the values of ``model.resolution`` for which ``vpo_engine.plan`` searches the most frames; none where
-    videos have one size. supports: the options that the family has. float32_modules: modules whose weights must stay
-    float32; a run that would hold them in bfloat16 (``memory.weights``) is refused.
+    videos have one size. supports: the options that the family has. float32_modules: names of modules and parameters,
+    at any depth, whose weights stay float32 where ``memory.weights`` holds the others in bfloat16; the network has to
+    cast what passes their borders, as diffusers' transformers do.
     """
 
     name: str

@@ -44,12 +44,6 @@ def check_model(config: Config) -> None:
                 f"{name}={_shown(value)} is not supported by model.kind={settings.kind} ({family.card.name}); set "
                 f"{name}={_shown(neutral)}"
             )
-    if family.card.float32_modules and config.memory.weights != "float32":
-        raise ValueError(
-            f"memory.weights={config.memory.weights} would hold all weights in bfloat16, but "
-            f"model.kind={settings.kind} needs {', '.join(family.card.float32_modules)} in float32; set "
-            "memory.weights=float32"
-        )
 
 
 def check_loaded(kind: str, model: VideoModel) -> VideoModel:
