@@ -83,6 +83,10 @@ class UniPC:
     times: Sequence[float]
     levels: Sequence[float]
 
+    def __post_init__(self) -> None:
+        """Compute the numbers of all steps now: a plan takes the steps under a mode that hides the values of tensors."""
+        assert len(self._numbers) == len(self.times) == len(self.levels) - 1
+
     def noise_level(self, step: int) -> float:
         return self.levels[step]
 
