@@ -10,7 +10,7 @@ import torch
 from flow_folders import NEGATIVE, PROMPTS
 from torch import Tensor
 
-from vpo_engine.config import Config
+from vpo_engine.config import ModelConfig
 from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def load_model(kind: str, folder: Path, cache: Path | None = None, **settings: Any) -> Any:
     """Load a model of 9 frames of 64 x 96 pixels as a run would; ``settings`` are those of ``model``."""
     given = {"height": 64, "width": 96, "num_frames": 9, "negative_prompt": NEGATIVE, **settings}
-    config = Config.model_validate({"model": {"kind": kind, "policy": folder, **given}}).model
+    config = ModelConfig.model_validate({"kind": kind, "policy": folder, **given})
     family = model_family(kind)
     family.check(config)
 

@@ -34,7 +34,9 @@ LTX_SCHEDULER = {
 """The published scheduler_config.json of LTX-Video, where it differs from the defaults."""
 
 
-def wan_folder(folder: Path, seed: int = 0, *, scheduler: Any = None, wide: bool = False, **index: Any) -> Path:
+def wan_folder(
+    folder: Path, seed: int = 0, *, scheduler: Any = None, wide: bool = False, **index: Any
+) -> Path:
     """Write a tiny Wan 2.1, or with ``wide`` a tiny Wan 2.2 TI2V-5B, whose VAE reduces sides by 16."""
     random = torch.Generator().manual_seed(seed)
     channels = 6 if wide else 4

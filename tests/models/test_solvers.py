@@ -161,3 +161,10 @@ def test_a_preview_is_where_the_prediction_points(config: dict[str, Any]) -> Non
 def test_schedulers_that_no_solver_reproduces_are_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         flow_scheduler(UNIPC | change, "scheduler.json")
+
+
+def test_one_step_has_no_levels_that_end_at_a_terminal_shift() -> None:
+    with pytest.raises(
+        ValueError, match=r"no noise levels for 1 steps: shift_terminal=0\.1 .* at least 2 steps"
+    ):
+        flow_solver(flow_scheduler(DYNAMIC, "a file"), 1, 64, from_one=True)

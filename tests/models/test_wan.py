@@ -15,7 +15,7 @@ from flow_folders import NEGATIVE, PROMPTS, load, wan_folder
 
 from vpo_engine.memory.rounding import hold_in_bfloat16
 
-ODD = "  A  caf&amp;amp;é,\n by the  “sea” â€” at night "
+ODD = "  A  caf&amp;eacute;,\n by the  “sea” â€” at night "
 """A prompt with white space, HTML entities escaped twice, and a dash in the wrong encoding."""
 
 
@@ -69,7 +69,9 @@ def test_wan_2_2_ti2v_5b_is_the_pipelines_too(tmp_path: Path) -> None:
     expected = pipeline_latents(pipeline, noise, 3, 5.0, (9, 64, 96))
     assert relative(sampled(model, noise, 3, 5.0), expected) <= 1e-4
     assert_same_video(model, pipeline, expected)
-    with pytest.raises(ValueError, match=r"48 x 96 pixels must be divisible by 32 .* nearest size is 64 x 96"):
+    with pytest.raises(
+        ValueError, match=r"48 x 96 pixels must be divisible by 32 .* nearest size is 64 x 96"
+    ):
         load_model("wan", folder, height=48)
 
 
@@ -188,7 +190,11 @@ def changed(folder: Path, tmp_path: Path, part: str, **values: Any) -> Path:
         ),
         ("transformer/config.json", {"image_dim": 1280}, r"image_dim is 1280: it starts from images"),
         ("scheduler/scheduler_config.json", {"solver_order": 3}, r"solver_order is 3, but must be 2"),
-        ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, r"_class_name is DDIMScheduler"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "DDIMScheduler"},
+            r"_class_name is DDIMScheduler",
+        ),
     ],
 )
 def test_folders_that_the_engine_cannot_train_are_refused(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vpo_engine.models.diffusers_model import DiffusersModel, Setup
-from vpo_engine.models.solvers import FlowEuler, UniPC, flow_scheduler, flow_solver, shift_of
+from vpo_engine.models.solvers import (
+    FlowEuler,
+    UniPC,
+    flow_scheduler,
+    flow_solver,
+    has_whole_times,
+    shift_of,
+)
 from vpo_engine.video_model import TextSource
 
 _SOURCE = "scheduler_config.json of the pipeline"
@@ -38,11 +46,8 @@ class FlowModel(DiffusersModel):
     ) -> None:
         super().__init__(network, vae, text, setup, device=device, dtype=dtype)
         self._scheduler: Any = flow_scheduler(setup.scheduler, _SOURCE, setup.flow_shift)
-        self._whole_times = not self._scheduler.timesteps.is_floating_point() or isinstance(
-            self.solver(1), UniPC
-        )
-        channels, *positions = self.latent_shape
-        self.tokens = positions[0] * positions[1] * positions[2]
+        self.tokens = math.prod(self.latent_shape[1:])
+        self._whole_times = has_whole_times(self._scheduler)
 
     @classmethod
     def check_configs(cls, setup: Setup) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_flow import FlowModel
-from vpo_engine.models.diffusers_model import Parts, Setup
+from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
 from vpo_engine.video_model import ModelCard, SizeRule
 
 DECODE_TIME, DECODE_NOISE = 0.05, 0.025
@@ -53,6 +53,7 @@ class LTXVideo(FlowModel):
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
         sizes=SizeRule(frame_step=8, frame_offset=1, exact=True, side=32),
         pipelines=("LTXPipeline",),
+        supports=OPTIONS - {"rollout.compile=graphs"},
     )
     facts = Parts(
         transformer="LTXVideoTransformer3DModel",
@@ -106,7 +107,8 @@ class LTXVideo(FlowModel):
 
     def denormalised(self, latents: Tensor) -> Tensor:
         mean, deviation = (
-            statistic.view(-1, 1, 1, 1).to(latents) for statistic in (self.vae.latents_mean, self.vae.latents_std)
+            statistic.view(-1, 1, 1, 1).to(latents)
+            for statistic in (self.vae.latents_mean, self.vae.latents_std)
         )
         return latents * deviation / self.setup.vae["scaling_factor"] + mean
 

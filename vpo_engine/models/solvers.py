@@ -84,7 +84,7 @@ class UniPC:
     levels: Sequence[float]
 
     def __post_init__(self) -> None:
-        """Compute the numbers of all steps now: a plan takes the steps under a mode that hides the values of tensors."""
+        """Compute the numbers of all steps now, because a plan takes the steps with tensors that have no values."""
         assert len(self._numbers) == len(self.times) == len(self.levels) - 1
 
     def noise_level(self, step: int) -> float:
@@ -241,12 +241,23 @@ def flow_solver(scheduler: Any, steps: int, tokens: int, *, from_one: bool = Fal
     1 - 1 / steps, ..., 1 / steps to the scheduler to be shifted; otherwise the scheduler starts from its own.
     """
     mu = _mu(scheduler.config, tokens) if scheduler.config.use_dynamic_shifting else None
+    given: dict[str, Any] = {"num_inference_steps": steps}
     if from_one:
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    else:
-        scheduler.set_timesteps(steps, mu=mu)
-    kind = UniPC if type(scheduler).__name__ == "UniPCMultistepScheduler" else FlowEuler
+        given = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    with np.errstate(invalid="ignore"):
+        scheduler.set_timesteps(**given, mu=mu)
+    if not bool(scheduler.sigmas.isfinite().all()):
+        raise ValueError(
+            f"the scheduler has no noise levels for {steps} steps: shift_terminal={scheduler.config.shift_terminal} "
+            "sets the last of several; sample in at least 2 steps"
+        )
+    kind = UniPC if has_whole_times(scheduler) else FlowEuler
     return kind(scheduler.timesteps.float().tolist(), scheduler.sigmas.tolist())
+
+
+def has_whole_times(scheduler: Any) -> bool:
+    """Return whether the scheduler rounds the times that it tells the network down to whole numbers."""
+    return type(scheduler).__name__ == "UniPCMultistepScheduler"
 
 
 def _mu(config: Mapping[str, Any], tokens: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vpo_engine.config import ModelConfig
 from vpo_engine.models.diffusers_flow import FlowModel
-from vpo_engine.models.diffusers_model import Parts, Setup
+from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
 from vpo_engine.models.wan.published import PUBLISHED, WAN2_1_1_3B
 from vpo_engine.video_model import ModelCard, SizeRule
 
@@ -35,6 +35,7 @@ class Wan(FlowModel):
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
         sizes=SizeRule(frame_step=4, frame_offset=1, exact=True, side=16),
         pipelines=("WanPipeline",),
+        supports=OPTIONS,
         float32_modules=("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
     )
     facts = Parts(
@@ -43,6 +44,7 @@ class Wan(FlowModel):
         text_encoder="UMT5EncoderModel",
         published=WAN2_1_1_3B,
         size=(480, 832),
+        latent_channels="z_dim",
         padding="zeros",
         encoder_mask=True,
     )
