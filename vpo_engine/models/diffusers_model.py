@@ -168,14 +168,14 @@ class DiffusersModel(BaseModel):
         """Return the times [B] that the network is given at times t [B] of the schedule."""
         return t
 
-    def packed(self, latents: Tensor) -> Tensor:
+    def to_layout(self, latents: Tensor) -> Tensor:
         """Return latents [B, C, T, H, W] as the network takes them."""
         return latents.permute(self.facts.layout)
 
-    def unpacked(self, out: Tensor) -> Tensor:
-        """Return what the network gives as [B, C, T, H, W]: what undoes ``packed``."""
+    def from_layout(self, prediction: Tensor) -> Tensor:
+        """Return what the network predicts as [B, C, T, H, W]."""
         layout = self.facts.layout
-        return out.permute([layout.index(dimension) for dimension in range(len(layout))])
+        return prediction.permute([layout.index(dimension) for dimension in range(len(layout))])
 
     def arguments(self, text: TextEmbedding) -> dict[str, Any]:
         """Return the network's arguments beside latents and time, for the text of B samples."""
@@ -344,12 +344,12 @@ class DiffusersModel(BaseModel):
         weights = self._weights_dtype()
         with self._autocast(weights):
             out = network(
-                hidden_states=self.packed(latents).to(weights),
+                self.to_layout(latents).to(weights),
                 timestep=self.network_time(t),
                 return_dict=False,
                 **self.arguments(text.to(latents.device, weights)),
             )[0]
-        out = self.unpacked(out)
+        out = self.from_layout(out)
         return out if out.dtype == torch.float64 else out.float()
 
     def _weights_dtype(self) -> torch.dtype:

@@ -86,12 +86,12 @@ class LTXVideo(FlowModel):
                 "the folder of LTX-Video 0.9 to 0.9.5"
             )
 
-    def packed(self, latents: Tensor) -> Tensor:
+    def to_layout(self, latents: Tensor) -> Tensor:
         """Return the network's tokens [B, T * H * W, C] of latents [B, C, T, H, W]."""
         return latents.flatten(2).transpose(1, 2)
 
-    def unpacked(self, out: Tensor) -> Tensor:
-        return out.transpose(1, 2).unflatten(2, self.latent_shape[1:])
+    def from_layout(self, prediction: Tensor) -> Tensor:
+        return prediction.transpose(1, 2).unflatten(2, self.latent_shape[1:])
 
     def arguments(self, text: TextEmbedding) -> dict[str, Any]:
         _, frames, height, width = self.latent_shape
