@@ -11,6 +11,7 @@ from torch import Tensor
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
+from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
 from vpo_engine.video_model import ModelCard, SizeRule
 
 DECODE_TIME, DECODE_NOISE = 0.05, 0.025
@@ -61,6 +62,7 @@ class LTXVideo(FlowModel):
         text_encoder="T5EncoderModel",
         published=PUBLISHED,
         size=(512, 704),
+        text_layers=(TextLayers("attn2", CROSS_ATTENTION_LAYERS),),
         padding="masked",
     )
     levels_from_one = True
