@@ -391,7 +391,8 @@ class DiffusersModel(BaseModel):
         weights = self._weights_dtype()
         with self._autocast(weights):
             out = network(
-                self.to_layout(latents).to(weights),
+                # torch multiplies rows that are not contiguous otherwise by trained weights than by frozen ones.
+                self.to_layout(latents).to(weights).contiguous(),
                 timestep=self.network_time(t),
                 return_dict=False,
                 loop=loop,
