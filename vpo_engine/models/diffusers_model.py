@@ -376,7 +376,7 @@ class DiffusersModel(BaseModel):
         weights = self._weights_dtype()
         with self._autocast(weights):
             out = network(
-                hidden_states=self.to_layout(latents).to(weights),
+                self.to_layout(latents).to(weights),
                 timestep=self.network_time(t),
                 return_dict=False,
                 loop=loop,
