@@ -138,6 +138,7 @@ def test_the_negative_prompt_is_the_first_half_of_a_pass(model: Any) -> None:
 
     def network(*args: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
         seen.append(encoder_hidden_states)
+        assert args[0].shape == (4, 3, 4, 8, 12), "the latents come first, as the engine counts rows by them"
         return model.network(*args, encoder_hidden_states=encoder_hidden_states, **kwargs)
 
     text = model.embed(PROMPTS)
