@@ -93,9 +93,10 @@ def frozen_layers(network: nn.Module) -> list[FrozenLinear]:
 class FrozenLinear(nn.Linear):
     """A linear layer [..., in] to [..., out] over a weight in 8 or 4 bits, which gets no gradient.
 
-    weight: the codes, uint8: [out, in] for 8 bits, [ceil(out * in / 2), 1] for 4. scales: float32, one a block. levels:
-    float32 [256], which the codes number; None for 4 bits, whose levels bitsandbytes knows. They are buffers that no
-    state dict has, and casts of the network to another type leave them alone. The bias stays as it is.
+    weight: the codes, uint8: [blocks, 64] for 8 bits, [32 * blocks, 1] for 4, two codes a byte; the last block is filled
+    with zeros. scales: float32 [blocks]. levels: float32 [256], which the codes number; None for 4 bits, whose levels
+    bitsandbytes knows. They are buffers that no state dict has, and casts of the network to another type leave them
+    alone. The bias stays as it is.
 
     The product is computed in the input's type, or in autocast's. It needs no kernel of its own: it is the ordinary
     product with the dequantised weight.
@@ -172,18 +173,18 @@ def _encoded(weight: Tensor, bits: BaseBits, name: str) -> tuple[Tensor, Tensor,
     """Return codes, scales and levels of a matrix [out, in]; those of a matrix on the meta device are there too."""
     from bitsandbytes import functional as bnb
 
+    blocks = -(-weight.numel() // BLOCK)
     if weight.is_meta:
-        shape = weight.shape if bits == 8 else (-(-weight.numel() // 2), 1)
-        scales = weight.new_empty(-(-weight.numel() // BLOCK), dtype=torch.float32)
+        codes = weight.new_empty((blocks, BLOCK) if bits == 8 else (blocks * BLOCK // 2, 1), dtype=torch.uint8)
         levels = weight.new_empty(256, dtype=torch.float32) if bits == 8 else None
-        return weight.new_empty(shape, dtype=torch.uint8), scales, levels
+        return codes, weight.new_empty(blocks, dtype=torch.float32), levels
     if not bool(weight.isfinite().all()):
         raise ValueError(
             f"the weight of {name} has values that are not finite, so it cannot be held in {bits} bits; fetch the "
             "policy's files again, or leave out memory.base_bits"
         )
-    weight = weight.contiguous()
     weight = weight if weight.dtype in _DIRECT else weight.float()
+    weight = F.pad(weight.flatten(), (0, blocks * BLOCK - weight.numel())).view(blocks, BLOCK)
     if bits == 4:
         codes, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
         return codes, state.absmax, None
@@ -198,10 +199,10 @@ def _decoded(
     from bitsandbytes import functional as bnb
 
     if levels is not None:
-        return bnb.dequantize_blockwise(codes, bnb.QuantState(scales, code=levels, blocksize=BLOCK, dtype=dtype))
-    # One block a row: on CPUs with AVX-512 bitsandbytes 0.50.2 begins a new block with every row of this shape, although
-    # its own quantisation lets blocks run on into the next row, and takes wrong scales where rows are no multiple.
-    count = math.prod(shape)
-    rows = torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count))
-    state = bnb.QuantState(scales, rows, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
-    return bnb.dequantize_4bit(codes, state).view(shape)
+        weight = bnb.dequantize_blockwise(codes, bnb.QuantState(scales, None, levels, BLOCK, dtype=dtype))
+    else:
+        # One block a row: on CPUs with AVX-512 bitsandbytes 0.50.2 begins a new block with every row of this shape,
+        # although its own quantisation lets blocks run on into the next row, and takes wrong scales then.
+        state = bnb.QuantState(scales, torch.Size((len(scales), BLOCK)), None, BLOCK, "nf4", dtype)
+        weight = bnb.dequantize_4bit(codes, state)
+    return weight.flatten()[: math.prod(shape)].view(shape)
