@@ -34,8 +34,8 @@ from vpo_engine.models.lora import (
     save_adapter,
 )
 from vpo_engine.models.opensora.model import OpenSora
-from vpo_engine.models.policy import prepare_policy
 from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.policy import prepare_policy
 from vpo_engine.runs.start import check_same_run
 
 CARD = OpenSora.card
@@ -241,7 +241,10 @@ def test_a_named_set_gives_its_layers_an_adapter(
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ("atention", r"model\.lora\.targets=atention is no set of layers of the sprites world .*did you mean attention\?"),
+        (
+            "atention",
+            r"model\.lora\.targets=atention is no set of layers of the sprites world .*did you mean attention\?",
+        ),
         ("attn.qkv", r"its sets: attention, mlp, all.*or write \[attn\.qkv\]"),
         ("[attn.qkv, nothing]", r"'nothing' names no linear layer of STDiT3"),
     ],
@@ -344,7 +347,7 @@ def test_an_adapter_comes_back_bit_for_bit(weights: torch.dtype, tmp_path: Path)
         (SETTINGS.model_copy(update={"rank": 2}), r"is \[3, 128\], expected \[2, 128\].*model\.lora\.rank"),
         (
             SETTINGS.model_copy(update={"targets": ("attn.qkv",)}),
-            r"holds 60 tensors, and 12 of this adapter's 12 are among them, beside them base_model.*model\.lora\.targets",
+            r"holds 60 tensors, and 12 of this adapter's 12 are among them, beside them base_model.*lora\.targets",
         ),
     ],
 )

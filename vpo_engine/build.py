@@ -142,9 +142,7 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
     return model
 
 
-def _load_context(
-    config: Config, processes: Processes, dtype: torch.dtype, base: HeldBase
-) -> LoadContext:
+def _load_context(config: Config, processes: Processes, dtype: torch.dtype, base: HeldBase) -> LoadContext:
     """Return where the model is loaded to; embeddings on disk lie in prompts.cache, or beside the run."""
     beside = config.run_dir.parent if config.run_dir else Path("runs")
     folder = config.prompts.cache or beside / "embeddings"

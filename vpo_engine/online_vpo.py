@@ -182,7 +182,7 @@ class OnlineVPO:
         return metrics
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
-        """Return a context in which the policy's network has the weights that evaluations look at; see ``EmaConfig``."""
+        """Return a context in which the policy's network has the weights that are evaluated; see ``EmaConfig``."""
         return nullcontext() if self.average is None else self.average.evaluated()
 
     def _build_average(self) -> PolicyAverage | None:

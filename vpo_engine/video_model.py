@@ -152,15 +152,15 @@ class MakeTextSource(Protocol):
 class LoadContext:
     """The place that a model is loaded to. dtype: that of its arithmetic. text_source: see ``MakeTextSource``.
 
-    base: how the policy's base is held under an adapter. A family that loads large policies calls ``base.hold(network)``
-    itself, before it moves the network to the device, and lets its loader map the weights of ``base.mapped(network)``
-    instead of copying them. The engine calls ``hold`` once more for families that do not.
+    base: how the base of an adapter is held. A family with large policies calls ``base.hold(network)`` itself, before it
+    moves the network to the device, and lets its loader map the weights of ``base.mapped(network)`` instead of copying
+    them (see ``weights.load_strict``). The engine calls ``hold`` once more for families that do not.
     """
 
     device: torch.device
     dtype: torch.dtype
     text_source: MakeTextSource
-    base: HeldBase = HeldBase()
+    base: HeldBase = field(default_factory=HeldBase)
 
 
 ReadConfig = Callable[[Path | None, Mapping[str, Any], str], dict[str, Any]]

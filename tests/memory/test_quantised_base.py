@@ -90,7 +90,9 @@ def test_eight_bits_round_less_than_the_rows_and_the_dynamic_map_of_bitsandbytes
 def test_the_weight_is_that_of_bitsandbytes_own_layer_of_four_bits() -> None:
     weight, bias, x = 0.02 * normal(48, 128), normal(48, seed=1), normal(3, 7, 128, seed=2)
     ours = FrozenLinear(linear(weight, bias), 4)
-    theirs = bnb.nn.Linear4bit(128, 48, compute_dtype=torch.float32, compress_statistics=False, quant_type="nf4")
+    theirs = bnb.nn.Linear4bit(
+        128, 48, compute_dtype=torch.float32, compress_statistics=False, quant_type="nf4"
+    )
     theirs.load_state_dict({"weight": weight, "bias": bias})
     theirs = theirs.to("cpu")
     assert torch.equal(theirs.weight.data.flatten(), ours.weight.flatten())
@@ -120,7 +122,9 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
     network = load_policy()
     with torch.no_grad():
         network.spatial_blocks[1].mlp.fc2.weight[3, 4] = torch.nan
-    with pytest.raises(ValueError, match=r"weight of spatial_blocks\.1\.mlp\.fc2 .*not finite.*memory\.base_bits"):
+    with pytest.raises(
+        ValueError, match=r"weight of spatial_blocks\.1\.mlp\.fc2 .*not finite.*memory\.base_bits"
+    ):
         HeldBase(4).hold(network)
 
 
@@ -217,7 +221,7 @@ def wan() -> nn.Module:
 @pytest.mark.parametrize("make", [wan, load_policy])
 def test_the_linear_layers_of_blocks_are_held_and_all_others_stay(make: object, bits: BaseBits) -> None:
     network = make()  # type: ignore[operator]
-    before = {name: parameter for name, parameter in network.named_parameters()}
+    before = dict(network.named_parameters())
     expected = {name: linear.weight.shape for name, linear in block_linears(network).items()}
     assert HeldBase(bits).hold(network) == len(expected) > 0
     held = {name: module for name, module in network.named_modules() if isinstance(module, FrozenLinear)}
@@ -261,7 +265,9 @@ def test_a_loader_never_copies_what_is_rounded(
 ) -> None:
     """The policy's folder in either type gives the same layers as rounding a network that was loaded whole."""
     (tmp_path / "config.json").write_bytes((WEIGHTS / "policy" / "config.json").read_bytes())
-    saved = {key: value.to(dtype) for key, value in load_file(WEIGHTS / "policy" / "model.safetensors").items()}
+    saved = {
+        key: value.to(dtype) for key, value in load_file(WEIGHTS / "policy" / "model.safetensors").items()
+    }
     save_file(saved, tmp_path / "model.safetensors")
     whole = load_stdit3(tmp_path)
     names = HeldBase(4).mapped(whole)

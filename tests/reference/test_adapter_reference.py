@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from vpo_kernels import paired_dpo_loss
 
+from vpo_engine.config import LoraConfig
 from vpo_engine.memory.checkpointing import checkpointed
 from vpo_engine.memory.quantised_base import BaseBits, HeldBase, frozen_layers
 from vpo_engine.models.lora import adapter_parameters, inject_adapter
 from vpo_engine.reference.store import build_reference
-from vpo_engine.config import LoraConfig
 
 Call = Callable[[Callable[..., Any]], Tensor]
 
@@ -53,7 +53,11 @@ def cogvideox(dtype: torch.dtype) -> tuple[nn.Module, tuple[str, ...], Call]:
         sample_frames=5,
         max_text_seq_length=8,
     )
-    return network, ("to_k", "to_out.0", "norm1.linear"), _call("hidden_states", (2, 2, 4, 8, 8), dtype, torch.int64)
+    return (
+        network,
+        ("to_k", "to_out.0", "norm1.linear"),
+        _call("hidden_states", (2, 2, 4, 8, 8), dtype, torch.int64),
+    )
 
 
 def _call(name: str, shape: tuple[int, ...], dtype: torch.dtype, times: torch.dtype) -> Call:
@@ -112,7 +116,7 @@ def test_the_reference_is_the_policy_at_the_refresh_bit_for_bit(
 def test_policy_and_reference_hold_the_same_codes_and_the_reference_stores_the_adapter_alone(
     bits: BaseBits,
 ) -> None:
-    policy, call = policy_of(wan, torch.bfloat16, bits)
+    policy, _ = policy_of(wan, torch.bfloat16, bits)
     reference = build_reference("adapter", policy)
     mine, theirs = frozen_layers(policy), frozen_layers(reference.network)
     assert len(mine) == len(theirs) == 20

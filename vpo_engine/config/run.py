@@ -104,7 +104,9 @@ class Config(Section):
     @property
     def optimizer_memory(self) -> MemoryConfig:
         """Return the settings of memory by which the optimizer holds what it trains: an adapter is float32 always."""
-        return self.memory if self.model.lora is None else self.memory.model_copy(update={"weights": "float32"})
+        return (
+            self.memory if self.model.lora is None else self.memory.model_copy(update={"weights": "float32"})
+        )
 
     @property
     def held_out_steps(self) -> int:

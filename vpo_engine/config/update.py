@@ -83,7 +83,7 @@ class OptimizerConfig(Section):
 
 
 class EmaConfig(Section):
-    """An exponential moving average of the trained weights, in float32. Held-out evaluations use it, and exports; rollout
+    """An exponential moving average of the trained weights, in float32. Held-out evaluations and exports use it; rollout
     and reference never do."""
 
     decay: float | None = Field(None, gt=0, lt=1)

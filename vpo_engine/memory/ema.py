@@ -23,7 +23,7 @@ def effective_decay(decay: float, updates: int) -> float:
 class PolicyAverage:
     """A float32 average of each trained weight: average <- d * average + (1 - d) * weight after every optimizer step.
 
-    ``weights`` returns the most precise values of ``parameters`` (fp32 master weights where there are some), in the same
+    ``weights`` returns the most precise values of ``parameters`` (fp32 master weights where there are some), in their
     order. The average starts at these values. It takes 4 bytes a trained weight, on the weights' device or the host.
     """
 

@@ -63,9 +63,7 @@ class HeldBase:
             linear = network.get_submodule(name)
             assert self.bits is not None
             assert isinstance(linear, nn.Linear)
-            setattr(
-                network.get_submodule(parent), child, FrozenLinear(linear, self.bits, self.device, name)
-            )
+            setattr(network.get_submodule(parent), child, FrozenLinear(linear, self.bits, self.device, name))
             del linear  # else its weight would live until the next one has been read
         return len(names)
 
@@ -93,9 +91,9 @@ def frozen_layers(network: nn.Module) -> list[FrozenLinear]:
 class FrozenLinear(nn.Linear):
     """A linear layer [..., in] to [..., out] over a weight in 8 or 4 bits, which gets no gradient.
 
-    weight: the codes, uint8: [blocks, 64] for 8 bits, [32 * blocks, 1] for 4, two codes a byte; the last block is filled
-    with zeros. scales: float32 [blocks]. levels: float32 [256], which the codes number; None for 4 bits, whose levels
-    bitsandbytes knows. They are buffers that no state dict has, and casts of the network to another type leave them
+    weight: the codes, uint8: [blocks, 64] for 8 bits, [32 * blocks, 1] for 4, two codes a byte; zeros fill the last block.
+    scales: float32 [blocks]. levels: float32 [256], which the codes number; None for 4 bits, whose levels bitsandbytes
+    knows. They are buffers that no state dict has, and casts of the network to another type leave them
     alone. The bias stays as it is.
 
     The product is computed in the input's type, or in autocast's. It needs no kernel of its own: it is the ordinary
@@ -124,9 +122,9 @@ class FrozenLinear(nn.Linear):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Return the weight [out, in] in ``dtype``: products of level and scale, rounded once."""
         direct = dtype if dtype in _DIRECT else torch.float32
-        return _decoded(self.weight, self.scales, self.levels, (self.out_features, self.in_features), direct).to(
-            dtype
-        )
+        return _decoded(
+            self.weight, self.scales, self.levels, (self.out_features, self.in_features), direct
+        ).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -175,7 +173,9 @@ def _encoded(weight: Tensor, bits: BaseBits, name: str) -> tuple[Tensor, Tensor,
 
     blocks = -(-weight.numel() // BLOCK)
     if weight.is_meta:
-        codes = weight.new_empty((blocks, BLOCK) if bits == 8 else (blocks * BLOCK // 2, 1), dtype=torch.uint8)
+        codes = weight.new_empty(
+            (blocks, BLOCK) if bits == 8 else (blocks * BLOCK // 2, 1), dtype=torch.uint8
+        )
         levels = weight.new_empty(256, dtype=torch.float32) if bits == 8 else None
         return codes, weight.new_empty(blocks, dtype=torch.float32), levels
     if not bool(weight.isfinite().all()):

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on a policy network, in PEFT's modules and PEFT's files.
 
-An adapter is float32 whatever the type of its base, and computes in the type of its input. The network stays the object it was: PEFT exchanges its linear layers in place, so ``X.weight`` becomes
-``X.base_layer.weight`` beside ``X.lora_A.default.weight`` [rank, in] and ``X.lora_B.default.weight`` [out, rank].
-PEFT is imported only when an adapter is asked for.
+The network stays the object it was: PEFT exchanges its linear layers in place, so ``X.weight`` becomes
+``X.base_layer.weight`` beside ``X.lora_A.default.weight`` [rank, in] and ``X.lora_B.default.weight`` [out, rank]. These
+are float32 whatever the type of the base, and compute in the type of their input. PEFT is imported only when an adapter is asked for.
 """
 
 from __future__ import annotations
@@ -86,7 +86,11 @@ def chosen_targets(settings: LoraConfig, card: ModelCard) -> Sequence[str]:
     if targets not in sets:
         known = ", ".join(sets) or "none"
         near = difflib.get_close_matches(targets, sets, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"name one of these, or write [{targets}] for ends of names"
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"name one of these, or write [{targets}] for ends of names"
+        )
         raise ValueError(
             f"model.lora.targets={targets} is no set of layers of {card.name} (its sets: {known}); {hint}"
         )
@@ -150,7 +154,9 @@ def _not_bound(file: Path, saved: Sequence[str], own: Sequence[str]) -> str:
             f"{found}them: {first}, where {own[0]} is expected. Give the folder of an adapter that a run has saved for "
             "this model, in PEFT's names"
         )
-    faults = [f"{kind} {names[0]}" for kind, names in (("without", missing), ("beside them", unexpected)) if names]
+    faults = [
+        f"{kind} {names[0]}" for kind, names in (("without", missing), ("beside them", unexpected)) if names
+    ]
     return f"{found}them, {', '.join(faults)}. Use the model.lora.targets that the adapter was trained with"
 
 

@@ -18,12 +18,16 @@ def held_base(config: Config, card: ModelCard, device: torch.device | None = Non
 
 
 def prepare_policy(
-    network: nn.Module, config: Config, card: ModelCard, dtype: torch.dtype, device: torch.device | None = None
+    network: nn.Module,
+    config: Config,
+    card: ModelCard,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> str:
     """Hold a loaded network as ``config.memory`` says, and give it a fresh adapter under model.lora.
 
-    dtype: that of the arithmetic. Return a line for the user about what is trained, "" if all weights are. An adapter is
-    added last, so that its float32 weights are never rounded. Raise ValueError if the adapter's targets do not fit.
+    dtype: that of the arithmetic. Return a line for the user about what is trained, "" if all weights are. The adapter
+    is added last, so that its float32 weights are never rounded. Raise ValueError if the adapter's targets do not fit.
     """
     lora = config.model.lora
     if lora is None:
@@ -41,7 +45,7 @@ def prepare_policy(
 
 
 def count_parameters(network: nn.Module) -> tuple[int, int]:
-    """Return the number of parameters that are trained, and of all; weights in few bits count as what they stand for."""
+    """Return the number of parameters that are trained, and of all; those in few bits count as what they stand for."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
     frozen = sum(layer.numel for layer in frozen_layers(network))
     return sum(count for count, trains in counts if trains), sum(count for count, _ in counts) + frozen

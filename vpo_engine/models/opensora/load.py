@@ -18,7 +18,8 @@ from vpo_engine.weights import config_file
 def load_stdit3(path: Path, base: HeldBase | None = None) -> STDiT3:
     """Load STDiT3 as float32 from a folder or file that ``find_weights`` knows. Errors name what is missing.
 
-    ``base``: how the base of an adapter is held. Open-Sora's training may leave no config.json; the published sizes are taken then, and the first process says so.
+    ``base``: how the base of an adapter is held. Open-Sora's training may leave no config.json; the published sizes are
+    taken then, and the first process says so.
     """
     files = find_weights(path)
     if is_first_process():

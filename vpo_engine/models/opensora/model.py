@@ -45,7 +45,6 @@ from vpo_engine.video_model import (
     TextSource,
 )
 
-
 _ATTENTION = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj")
 _MLP = ("mlp.fc1", "mlp.fc2")
 
