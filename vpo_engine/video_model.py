@@ -152,9 +152,9 @@ class MakeTextSource(Protocol):
 class LoadContext:
     """The place that a model is loaded to. dtype: that of its arithmetic. text_source: see ``MakeTextSource``.
 
-    base: how the base of an adapter is held. A family with large policies calls ``base.hold(network)`` itself, before it
-    moves the network to the device, and lets its loader map the weights of ``base.mapped(network)`` instead of copying
-    them (see ``weights.load_strict``). The engine calls ``hold`` once more for families that do not.
+    base: how the base of an adapter is held. A family with large policies calls ``base.hold(network)`` itself, before
+    it moves the network to the device, and lets its loader map the weights of ``base.mapped(network)`` instead of
+    copying them (see ``weights.load_strict``). The engine calls ``hold`` once more for families that do not.
     """
 
     device: torch.device

@@ -42,8 +42,8 @@ class LoraConfig(Section):
     """The adapter's product is multiplied by alpha / rank; null: twice the rank, so that this scale is 2 at every rank.
     Source: VideoReward's Flow-DPO, appendix I (128 at rank 64)."""
     targets: tuple[str, ...] | str | None = None
-    """Linear layers that get an adapter: a list of endings of their names, or the name of a set that the model's family has,
-    such as attention or all (see docs/models.md); null: those that the family names."""
+    """Linear layers that get an adapter: a list of endings of their names, or the name of a set that the model's family
+    has, such as attention or all (see docs/models.md); null: those that the family names."""
 
     @field_validator("alpha")
     @classmethod

@@ -91,9 +91,9 @@ def frozen_layers(network: nn.Module) -> list[FrozenLinear]:
 class FrozenLinear(nn.Linear):
     """A linear layer [..., in] to [..., out] over a weight in 8 or 4 bits, which gets no gradient.
 
-    weight: the codes, uint8: [blocks, 64] for 8 bits, [32 * blocks, 1] for 4, two codes a byte; zeros fill the last block.
-    scales: float32 [blocks]. levels: float32 [256], which the codes number; None for 4 bits, whose levels bitsandbytes
-    knows. They are buffers that no state dict has, and casts of the network to another type leave them
+    weight: the codes, uint8: [blocks, 64] for 8 bits, [32 * blocks, 1] for 4, two codes a byte; zeros fill the last
+    block. scales: float32 [blocks]. levels: float32 [256], which the codes number; None for 4 bits, whose levels
+    bitsandbytes knows. They are buffers that no state dict has, and casts of the network to another type leave them
     alone. The bias stays as it is.
 
     The product is computed in the input's type, or in autocast's. It needs no kernel of its own: it is the ordinary
@@ -196,13 +196,12 @@ def _encoded(weight: Tensor, bits: BaseBits, name: str) -> tuple[Tensor, Tensor,
 def _decoded(
     codes: Tensor, scales: Tensor, levels: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    from bitsandbytes import functional as bnb
-
+    """Return the matrix [out, in]. bitsandbytes registered these operators when the codes were made."""
     if levels is not None:
-        weight = bnb.dequantize_blockwise(codes, bnb.QuantState(scales, None, levels, BLOCK, dtype=dtype))
+        weight = torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, levels, BLOCK, dtype)
     else:
         # One block a row: on CPUs with AVX-512 bitsandbytes 0.50.2 begins a new block with every row of this shape,
         # although its own quantisation lets blocks run on into the next row, and takes wrong scales then.
-        state = bnb.QuantState(scales, torch.Size((len(scales), BLOCK)), None, BLOCK, "nf4", dtype)
-        weight = bnb.dequantize_4bit(codes, state)
+        rows = (len(scales), BLOCK)
+        weight = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", rows, dtype)
     return weight.flatten()[: math.prod(shape)].view(shape)

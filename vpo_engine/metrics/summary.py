@@ -75,8 +75,8 @@ def summarise(
     that was evaluated after training; None if it was the policy itself.
 
     The content is {"clips", "confidence", "measures": {name: {"before", "after", "difference", "low", "high",
-    "relative"}}, "timings"}, and "ema_decay" unless it is None; ``relative`` is the difference divided by the base value,
-    for pixel measures whose base value is above 0. With one clip ``low`` and ``high`` are None.
+    "relative"}}, "timings"}, and "ema_decay" unless it is None; ``relative`` is the difference divided by the base
+    value, for pixel measures whose base value is above 0. With one clip ``low`` and ``high`` are None.
     """
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())

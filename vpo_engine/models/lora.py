@@ -2,7 +2,8 @@
 
 The network stays the object it was: PEFT exchanges its linear layers in place, so ``X.weight`` becomes
 ``X.base_layer.weight`` beside ``X.lora_A.default.weight`` [rank, in] and ``X.lora_B.default.weight`` [out, rank]. These
-are float32 whatever the type of the base, and compute in the type of their input. PEFT is imported only when an adapter is asked for.
+are float32 whatever the type of the base, and compute in the type of their input. PEFT is imported only when an adapter
+is asked for.
 """
 
 from __future__ import annotations
