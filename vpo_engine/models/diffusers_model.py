@@ -263,7 +263,10 @@ class DiffusersModel(BaseModel):
         text = context.text_source(
             load_encoder, f"{folder.text_encoder}, {tokens} tokens, {settings.dtype}", cls.rewrite
         )
-        network = load_part(facts.transformer, folder.transformer, **cls.built_with(setup))
+        network = load_part(
+            facts.transformer, folder.transformer, mapped=context.base.mapped, **cls.built_with(setup)
+        )
+        context.base.hold(network)
         vae = load_part(facts.vae, folder.vae)
         return cls(network, vae, text, setup, device=context.device, dtype=context.dtype)
 

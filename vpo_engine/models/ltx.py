@@ -45,13 +45,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """The published config files, where they differ from the defaults of the classes."""
 
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MLP = ("ff.net.0.proj", "ff.net.2")
+
+
 class LTXVideo(FlowModel):
     """LTX-Video: packed latents, masked text of 128 tokens, noise levels shifted by the size of the video."""
 
     card = ModelCard(
         name="LTX-Video",
         files=("policy",),
-        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        lora_targets=ATTENTION,
+        lora_target_sets={"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP)},
         sizes=SizeRule(frame_step=8, frame_offset=1, exact=True, side=32),
         pipelines=("LTXPipeline",),
         supports=OPTIONS - {"rollout.compile=graphs"},

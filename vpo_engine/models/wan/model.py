@@ -22,6 +22,9 @@ from vpo_engine.video_model import ModelCard, SizeRule
 MAX_TOKENS = 512
 """Tokens of a prompt, to which the pipeline's call pads (its encode_prompt alone pads to 226)."""
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MLP = ("ffn.net.0.proj", "ffn.net.2")
+
 
 class Wan(FlowModel):
     """Wan 2.1 T2V 1.3B and 14B, and Wan 2.2 TI2V-5B as a text-to-video model.
@@ -33,7 +36,8 @@ class Wan(FlowModel):
     card = ModelCard(
         name="Wan 2.1",
         files=("policy",),
-        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        lora_targets=ATTENTION,
+        lora_target_sets={"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP)},
         sizes=SizeRule(frame_step=4, frame_offset=1, exact=True, side=16),
         pipelines=("WanPipeline",),
         supports=OPTIONS,
