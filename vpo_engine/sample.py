@@ -164,7 +164,7 @@ def _sampled(
 
 
 def _config_of(run: Path | None) -> tuple[Config, Path | None]:
-    """Load the configuration of a run or checkpoint, with model.policy set to the trained weights.
+    """Load the configuration of a run or checkpoint, with model.policy set to the weights that the run evaluated.
 
     A run with model.lora has trained an adapter only. Then model.policy stays as it is, and the adapter's folder is
     returned beside the configuration; otherwise that is None. Raise ValueError for a path where nothing is, and for a
@@ -176,13 +176,13 @@ def _config_of(run: Path | None) -> tuple[Config, Path | None]:
 
     if run is None or not run.is_dir():
         return load_config(run), None
-    from vpo_engine.runs.checkpoint import verify_checkpoint
+    from vpo_engine.runs.checkpoint import evaluated_policy, verify_checkpoint
     from vpo_engine.runs.directory import RunDirectory
 
     checkpoint = run if (run / "policy").is_dir() else _newest_checkpoint(run)
     verify_checkpoint(checkpoint)
     root = checkpoint.resolve().parent.parent
-    saved, trained = RunDirectory.open(root).config, checkpoint / "policy"
+    saved, trained = RunDirectory.open(root).config, evaluated_policy(checkpoint)
     config = load_config(saved, [f"run_dir={root}"])
     if config.model.lora is not None:
         return config, trained

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -18,10 +18,15 @@ from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
 from vpo_engine.memory.idle_offload import IdleOffload, PartName
+from vpo_engine.memory.quantised_base import HeldBase
 from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerState, TextEmbedding
 
 Padding = Literal["masked", "zeros", "attended"]
 Option = Literal[
+    "model.height",
+    "model.width",
+    "model.flow_shift",
+    "model.negative_prompt",
     "model.attention",
     "model.fused_ops",
     "memory.activation_checkpointing",
@@ -42,14 +47,16 @@ Option = Literal[
 class SizeRule:
     """The sizes of videos that a family can represent.
 
-    Frame counts are ``frame_step`` * k + ``frame_offset``. With ``exact`` other counts are refused; without it they are
-    possible, but the last group of frames is incomplete. Height and width are multiples of ``side`` pixels.
+    Frame counts are ``frame_step`` * k + ``frame_offset``, or that with one of ``more_offsets``. With ``exact`` other
+    counts are refused; without it they are possible, but the last group of frames is incomplete. Height and width are
+    multiples of ``side`` pixels.
     """
 
     frame_step: int = 1
     frame_offset: int = 0
     exact: bool = False
     side: int = 1
+    more_offsets: tuple[int, ...] = ()
 
     def frames(self, groups: int) -> int:
         """Return the frame count of this many whole groups."""
@@ -57,15 +64,21 @@ class SizeRule:
 
     def check_frames(self, frames: int) -> None:
         """Raise ValueError, naming the nearest valid counts, for a frame count that the family cannot represent."""
-        groups, rest = divmod(frames - self.frame_offset, self.frame_step)
-        if self.exact and (rest or groups < 0):
-            near = " or ".join(
-                str(self.frames(n)) for n in (groups, groups + 1) if n >= 0 and self.frames(n) > 0
-            )
-            raise ValueError(
-                f"model.num_frames={frames} must be {self.frame_step}k + {self.frame_offset} for this model; set it to "
-                f"{near}"
-            )
+        if not self.exact or self._possible(frames):
+            return
+        below = next((count for count in range(frames - 1, 0, -1) if self._possible(count)), None)
+        above = next(count for count in range(max(frames, 0) + 1, 2**31) if self._possible(count))
+        near = " or ".join(str(count) for count in (below, above) if count is not None)
+        forms = " or ".join(f"{self.frame_step}k + {offset}" for offset in self._offsets)
+        raise ValueError(f"model.num_frames={frames} must be {forms} for this model; set it to {near}")
+
+    @property
+    def _offsets(self) -> tuple[int, ...]:
+        return (self.frame_offset, *self.more_offsets)
+
+    def _possible(self, frames: int) -> bool:
+        """Return whether a count of frames, at least 1, makes whole groups."""
+        return any(frames >= offset and not (frames - offset) % self.frame_step for offset in self._offsets)
 
     def check_sides(self, height: int, width: int) -> None:
         """Raise ValueError, naming the nearest valid size, for a size in pixels that the family cannot represent."""
@@ -97,17 +110,22 @@ class ModelCard:
 
     name: the name that people read. files: the settings of ``model`` that must name local folders or files.
     lora_targets: ends of the names of the linear layers that get an adapter, unless ``model.lora.targets`` names
-    others. sizes: see ``SizeRule``.
+    others. lora_target_sets: names that ``model.lora.targets`` may give instead, each for a list of ends. sizes: see
+    ``SizeRule``.
     resolutions: the values of ``model.resolution`` for which ``vpo_engine.plan`` searches the most frames; none where
-    videos have one size. supports: the options that the family has. float32_modules: modules whose weights must stay
-    float32; a run that would hold them in bfloat16 (``memory.weights``) is refused.
+    videos have one size. pipelines: the classes of diffusers pipelines whose folders are of this family.
+    supports: the options that the family has. float32_modules: names of modules and parameters, at any depth, whose
+    weights stay float32 where ``memory.weights`` holds the others in bfloat16; the network has to cast what passes
+    their borders, as diffusers' transformers do.
     """
 
     name: str
     files: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
+    lora_target_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: SizeRule = SizeRule()
     resolutions: tuple[str, ...] = ()
+    pipelines: tuple[str, ...] = ()
     supports: frozenset[Option] = frozenset({"rollout.guidance", "rollout.guidance_interval"})
     float32_modules: tuple[str, ...] = ()
 
@@ -147,11 +165,17 @@ class MakeTextSource(Protocol):
 
 @dataclass(frozen=True)
 class LoadContext:
-    """The place that a model is loaded to. dtype: that of its arithmetic. text_source: see ``MakeTextSource``."""
+    """The place that a model is loaded to. dtype: that of its arithmetic. text_source: see ``MakeTextSource``.
+
+    base: how the base of an adapter is held. A family with large policies calls ``base.hold(network)`` itself, before
+    it moves the network to the device, and lets its loader map the weights of ``base.mapped(network)`` instead of
+    copying them (see ``weights.load_strict``). The engine calls ``hold`` once more for families that do not.
+    """
 
     device: torch.device
     dtype: torch.dtype
     text_source: MakeTextSource
+    base: HeldBase = field(default_factory=HeldBase)
 
 
 ReadConfig = Callable[[Path | None, Mapping[str, Any], str], dict[str, Any]]

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, get_args
 
 from vpo_engine.config import Config
 from vpo_engine.config.names import check_kind
+from vpo_engine.models.lora import chosen_targets
 from vpo_engine.video_model import ModelCard, Option, VideoModel
 
 BUILT_IN = {
     "sprites": "vpo_engine.data.sprites.assets:Sprites",
     "opensora": "vpo_engine.models.opensora.model:OpenSora",
+    "cogvideox": "vpo_engine.models.cogvideox.model:CogVideoX",
+    "wan": "vpo_engine.models.wan.model:Wan",
+    "ltx": "vpo_engine.models.ltx:LTXVideo",
 }
 """Kinds that come with the engine, as package.module:Class; a module is imported when its kind is asked for."""
 
@@ -33,10 +39,41 @@ def model_family(kind: str) -> type[VideoModel]:
     return found
 
 
+def kind_of_pipeline(pipeline: str) -> str | None:
+    """Return the built-in kind whose card names a pipeline class of diffusers; None if there is none."""
+    return next((kind for kind in BUILT_IN if pipeline in model_family(kind).card.pipelines), None)
+
+
+def kind_of_folder(folder: Path) -> str:
+    """Return the kind of a diffusers folder by the pipeline class that its model_index.json names.
+
+    FileNotFoundError where that file is missing; ValueError for a pipeline of no built-in kind.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} has no model_index.json; give the folder of a diffusers pipeline")
+    try:
+        pipeline = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{index} does not name a pipeline class as _class_name ({error!r}); fetch it again"
+        ) from error
+    kind = kind_of_pipeline(pipeline)
+    if kind is None:
+        cards = [model_family(known).card for known in BUILT_IN]
+        raise ValueError(
+            f"{index} names {pipeline}, a pipeline of no known kind of model; known are "
+            f"{', '.join(name for card in cards for name in card.pipelines)}"
+        )
+    return kind
+
+
 def check_model(config: Config) -> None:
     """Refuse, before any file is read, what building or running the model would; ValueError with the remedy."""
     family, settings = model_family(config.model.kind), config.model
     family.check(settings)
+    if settings.lora is not None:
+        chosen_targets(settings.lora, family.card)
     for option, (value, neutral) in _asked(config).items():
         if value != neutral and option not in family.card.supports:
             name = option.partition("=")[0]
@@ -44,12 +81,6 @@ def check_model(config: Config) -> None:
                 f"{name}={_shown(value)} is not supported by model.kind={settings.kind} ({family.card.name}); set "
                 f"{name}={_shown(neutral)}"
             )
-    if family.card.float32_modules and config.memory.weights != "float32":
-        raise ValueError(
-            f"memory.weights={config.memory.weights} would hold all weights in bfloat16, but "
-            f"model.kind={settings.kind} needs {', '.join(family.card.float32_modules)} in float32; set "
-            "memory.weights=float32"
-        )
 
 
 def check_loaded(kind: str, model: VideoModel) -> VideoModel:
@@ -123,6 +154,10 @@ def _asked(config: Config) -> dict[Option, tuple[Any, Any]]:
     model, memory, rollout, first = config.model, config.memory, config.rollout, config.rollout.first_pass
     compiling = rollout.compile
     return {
+        "model.height": (model.height, None),
+        "model.width": (model.width, None),
+        "model.flow_shift": (model.flow_shift, None),
+        "model.negative_prompt": (model.negative_prompt, None),
         "model.attention": (model.attention, "auto"),
         "model.fused_ops": (model.fused_ops, "auto"),
         "memory.activation_checkpointing": (memory.activation_checkpointing, "none"),
