@@ -46,6 +46,7 @@ OPTIONS: frozenset[Option] = frozenset(
         "model.width",
         "model.flow_shift",
         "model.negative_prompt",
+        "model.attention",
         "memory.activation_checkpointing",
         "memory.offload_activations",
         "memory.mlp_chunks",
@@ -363,6 +364,7 @@ class DiffusersModel(BaseModel):
             samples = len(latents) // len(text)
             if not shared:
                 texts = texts_of_pass(text, self.null_text, guidance, samples, first)
+                texts = texts.to(latents.device, self._weights_dtype())
                 shared.append((texts, Loop(samples, settings.cache, run)))
             [(texts, loop)] = shared
             assert loop.repeat == samples, "a sampling loop keeps its batch size"
@@ -376,7 +378,8 @@ class DiffusersModel(BaseModel):
         weights = self._weights_dtype()
         with self._autocast(weights):
             out = network(
-                self.to_layout(latents).to(weights),
+                # torch multiplies rows that are not contiguous otherwise by trained weights than by frozen ones.
+                self.to_layout(latents).to(weights).contiguous(),
                 timestep=self.network_time(t),
                 return_dict=False,
                 loop=loop,
@@ -408,6 +411,9 @@ class DiffusersModel(BaseModel):
             self.network,
             Activations(memory.activation_checkpointing, memory.offload_activations, memory.mlp_chunks),
         )
+
+    def choose_backends(self, settings: ModelConfig) -> str:
+        return str(self.network.choose_backends(settings.attention, dtype=self.dtype))
 
     def save_full_policy(self, folder: Path) -> None:
         """See ``BaseModel``. The folder is what diffusers' save_pretrained writes, in one file."""
