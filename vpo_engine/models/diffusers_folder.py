@@ -143,15 +143,19 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def part_config(folder: Path, name: str) -> dict[str, Any]:
     """Return the settings of a part that is of the diffusers class ``name``; ValueError for another class."""
-    config = read_config(folder / CONFIG)
+    return completed(name, read_config(folder / CONFIG), folder)
+
+
+def completed(
+    name: str, config: Mapping[str, Any], where: Path | str = "a part of model.policy"
+) -> dict[str, Any]:
+    """Return the settings of a part with the defaults of its diffusers class for those that its file leaves out.
+
+    ValueError, which names ``where`` they are from, for settings of another class.
+    """
     found = config.get("_class_name", name)
     if found != name:
-        raise ValueError(f"{folder} is of a {found}, expected a {name}; give the folder of such a part")
-    return completed(name, config)
-
-
-def completed(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a part with the defaults of its diffusers class for those that its file leaves out."""
+        raise ValueError(f"{where} is of a {found}, expected a {name}; give the folder of such a part")
     parameters = inspect.signature(diffusers_class(name).__init__).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
     return defaults | dict(config)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from vpo_kernels.attention import BackendName, attention
+from vpo_kernels.attention import attention
+
+from vpo_engine.models.diffusers_network import Processor
 
 
-@dataclass(frozen=True)
-class JointAttention:
-    """A processor of diffusers for CogVideoX-2B's attention, which has neither masks nor rotary embeddings.
-
-    backend: the implementation of attention; see ``vpo_kernels.attention``.
-    """
-
-    backend: BackendName = "sdpa"
+class JointAttention(Processor):
+    """A processor of diffusers for CogVideoX-2B's attention, which has neither masks nor rotary embeddings."""
 
     def __call__(
         self,
