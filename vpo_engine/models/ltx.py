@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpo_engine.config import ModelConfig
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
@@ -59,7 +60,7 @@ class LTXVideo(FlowModel):
         lora_target_sets={"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP)},
         sizes=SizeRule(frame_step=8, frame_offset=1, exact=True, side=32),
         pipelines=("LTXPipeline",),
-        supports=OPTIONS - {"rollout.compile=graphs"},
+        supports=OPTIONS - {"model.attention", "rollout.compile=graphs"},
     )
     facts = Parts(
         transformer="LTXVideoTransformer3DModel",
@@ -111,6 +112,10 @@ class LTXVideo(FlowModel):
             "width": width,
             "rope_interpolation_scale": (frame_stride / self.fps, side, side),
         }
+
+    def choose_backends(self, settings: ModelConfig) -> str:
+        """See ``DiffusersModel``. Other implementations of attention than torch's own take no mask."""
+        return str(self.network.choose_backends("sdpa", dtype=self.dtype))
 
     def denormalised(self, latents: Tensor) -> Tensor:
         mean, deviation = (
