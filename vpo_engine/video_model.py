@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -100,7 +100,8 @@ class ModelCard:
     others. sizes: see ``SizeRule``.
     resolutions: the values of ``model.resolution`` for which ``vpo_engine.plan`` searches the most frames; none where
     videos have one size. supports: the options that the family has. float32_modules: modules whose weights must stay
-    float32; a run that would hold them in bfloat16 (``memory.weights``) is refused.
+    float32; a run that would hold them in bfloat16 (``memory.weights``) is refused. native: settings with which a
+    published folder is sampled unless others are given, such as model.num_frames, rollout.steps and rollout.guidance.
     """
 
     name: str
@@ -108,8 +109,10 @@ class ModelCard:
     lora_targets: tuple[str, ...] = ()
     sizes: SizeRule = SizeRule()
     resolutions: tuple[str, ...] = ()
+    pipelines: tuple[str, ...] = ()
     supports: frozenset[Option] = frozenset({"rollout.guidance", "rollout.guidance_interval"})
     float32_modules: tuple[str, ...] = ()
+    native: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TextSource(Protocol):
@@ -246,6 +249,25 @@ class VideoModel(ABC):
         it adds to all of them. A run with a prompt of which no letter is left does not start. By default, all of it.
         """
         return prompt
+
+    @classmethod
+    def size_settings(cls, height: int, width: int) -> dict[str, Any]:
+        """Return the settings of ``model`` that make videos of this size in pixels.
+
+        Raise ValueError, naming the nearest possible size, for one that the family cannot represent.
+        """
+        if "model.height" not in cls.card.supports:
+            raise ValueError(f"the size of the videos of {cls.card.name} is not a setting; leave it out")
+        cls.card.sizes.check_sides(height, width)
+        return {"height": height, "width": width}
+
+    @classmethod
+    def original_name(cls, name: str) -> str | None:
+        """Return the name that a module has in the model's first project, for adapters in its format.
+
+        name: the network's own name of a linear layer. None, the default, if there is no other name.
+        """
+        return None
 
     # --- text ----------------------------------------------------------------------------------------------
 
