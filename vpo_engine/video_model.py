@@ -22,6 +22,10 @@ from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerS
 
 Padding = Literal["masked", "zeros", "attended"]
 Option = Literal[
+    "model.height",
+    "model.width",
+    "model.flow_shift",
+    "model.negative_prompt",
     "model.attention",
     "model.fused_ops",
     "memory.activation_checkpointing",
@@ -42,14 +46,16 @@ Option = Literal[
 class SizeRule:
     """The sizes of videos that a family can represent.
 
-    Frame counts are ``frame_step`` * k + ``frame_offset``. With ``exact`` other counts are refused; without it they are
-    possible, but the last group of frames is incomplete. Height and width are multiples of ``side`` pixels.
+    Frame counts are ``frame_step`` * k + ``frame_offset``, or that with one of ``more_offsets``. With ``exact`` other
+    counts are refused; without it they are possible, but the last group of frames is incomplete. Height and width are
+    multiples of ``side`` pixels.
     """
 
     frame_step: int = 1
     frame_offset: int = 0
     exact: bool = False
     side: int = 1
+    more_offsets: tuple[int, ...] = ()
 
     def frames(self, groups: int) -> int:
         """Return the frame count of this many whole groups."""
@@ -57,15 +63,21 @@ class SizeRule:
 
     def check_frames(self, frames: int) -> None:
         """Raise ValueError, naming the nearest valid counts, for a frame count that the family cannot represent."""
-        groups, rest = divmod(frames - self.frame_offset, self.frame_step)
-        if self.exact and (rest or groups < 0):
-            near = " or ".join(
-                str(self.frames(n)) for n in (groups, groups + 1) if n >= 0 and self.frames(n) > 0
-            )
-            raise ValueError(
-                f"model.num_frames={frames} must be {self.frame_step}k + {self.frame_offset} for this model; set it to "
-                f"{near}"
-            )
+        if not self.exact or self._possible(frames):
+            return
+        below = next((count for count in range(frames - 1, 0, -1) if self._possible(count)), None)
+        above = next(count for count in range(max(frames, 0) + 1, 2**31) if self._possible(count))
+        near = " or ".join(str(count) for count in (below, above) if count is not None)
+        forms = " or ".join(f"{self.frame_step}k + {offset}" for offset in self._offsets)
+        raise ValueError(f"model.num_frames={frames} must be {forms} for this model; set it to {near}")
+
+    @property
+    def _offsets(self) -> tuple[int, ...]:
+        return (self.frame_offset, *self.more_offsets)
+
+    def _possible(self, frames: int) -> bool:
+        """Return whether a count of frames, at least 1, makes whole groups."""
+        return any(frames >= offset and not (frames - offset) % self.frame_step for offset in self._offsets)
 
     def check_sides(self, height: int, width: int) -> None:
         """Raise ValueError, naming the nearest valid size, for a size in pixels that the family cannot represent."""
@@ -99,9 +111,10 @@ class ModelCard:
     lora_targets: ends of the names of the linear layers that get an adapter, unless ``model.lora.targets`` names
     others. sizes: see ``SizeRule``.
     resolutions: the values of ``model.resolution`` for which ``vpo_engine.plan`` searches the most frames; none where
-    videos have one size. supports: the options that the family has. float32_modules: modules whose weights must stay
-    float32; a run that would hold them in bfloat16 (``memory.weights``) is refused. native: settings with which a
-    published folder is sampled unless others are given, such as model.num_frames, rollout.steps and rollout.guidance.
+    videos have one size. pipelines: the classes of diffusers pipelines whose folders are of this family.
+    supports: the options that the family has. float32_modules: modules whose weights must stay float32; a run that
+    would hold them in bfloat16 (``memory.weights``) is refused. native: settings with which a published folder is
+    sampled unless others are given, such as model.num_frames, rollout.steps and rollout.guidance.
     """
 
     name: str

@@ -70,7 +70,7 @@ def test_kinds_are_found_by_name_by_place_and_by_entry_point(
     for module in (registry, names):
         monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints([entry]).select(group=group))
     assert model_family("installed").card.name == "plain"
-    assert "there is no such model family. Known are opensora, sprites, installed." in refused(
+    assert "there is no such model family. Known are opensora, sprites, cogvideox, installed." in refused(
         "model.kind=absent"
     )
 

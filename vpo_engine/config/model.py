@@ -15,7 +15,7 @@ FusedOpsBackend = Literal["auto", "reference", "triton"]
 """The names that ``vpo_kernels`` knows, written out so that a configuration is read without loading torch."""
 
 
-KNOWN_MODELS = ("opensora", "sprites")
+KNOWN_MODELS = ("opensora", "sprites", "cogvideox")
 """The names of the model families that come with the engine."""
 _ENTRY_POINTS = "vpo_engine.models"
 """The group of entry points under which an installed package offers families (also in models/registry.py)."""
@@ -61,26 +61,39 @@ class ModelConfig(Section):
     """The model that is trained, its files, and the size of its videos."""
 
     kind: ModelKind = "sprites"
-    """The model's family: sprites, opensora, one of an installed package, or package.module:Class for your own. See
-    docs/models.md."""
+    """The model's family: sprites, opensora, cogvideox, one of an installed package, or package.module:Class for your
+    own. See docs/models.md."""
     policy: Path | None = None
     """Folder (or weights file) that training starts from, as the model's project publishes it or its training wrote it.
-    sprites: the shipped weights unless given."""
+    sprites: the shipped weights unless given. Families of diffusers: the folder of the pipeline (with
+    model_index.json), or a transformer's folder alone if vae and text_encoder are given."""
     vae: Path | None = None
-    """Folder of the VAE, for families that need one."""
+    """Folder of the VAE, for families that need one. Families of diffusers: the one of the policy's folder unless
+    given."""
     text_encoder: Path | None = None
-    """Folder of the text encoder, for families that need one."""
+    """Folder of the text encoder, for families that need one. Families of diffusers: the one of the policy's folder
+    unless given."""
     resolution: str = "240p"
-    """Name of the size of the videos. Source: paper, section 4.1."""
+    """Name of the size of the videos, for families whose sizes have names. Source: paper, section 4.1."""
     aspect: str = "9:16"
-    """Height to width. Source: paper, section 4.1."""
+    """Height to width, for families whose sizes have names. Source: paper, section 4.1."""
+    height: int | None = Field(None, ge=1)
+    """Height of the videos in pixels, for families that take any size; null: the height that the model was made for."""
+    width: int | None = Field(None, ge=1)
+    """Width of the videos in pixels, for families that take any size; null: the width that the model was made for."""
     num_frames: int = Field(34, ge=1)
     """Number of frames of a video. Source: paper, section 4.1."""
     fps: int = Field(24, ge=1)
     """Frames per second."""
+    flow_shift: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Shift of the noise levels towards noise, for families of flow matching; null: what the scheduler of the policy's
+    folder says."""
+    negative_prompt: str | None = None
+    """Prompt of guidance's second prediction, for families that take one; null: the family's own (see
+    docs/models.md)."""
     aesthetic_score: float | None = 6.5
-    """Aesthetic score that is appended to prompts; null: prompts stay as they are. Source: the published Open-Sora 1.2
-    sampling script."""
+    """Aesthetic score that opensora appends to prompts; null: prompts stay as they are. Source: the published Open-Sora
+    1.2 sampling script."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the video model computes; memory.weights is the type in which its weights are held."""
     device: DeviceName = "auto"

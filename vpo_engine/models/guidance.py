@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vpo_engine.model_values import TextEmbedding
@@ -18,6 +19,13 @@ def mixed(prompted: Tensor, unprompted: Tensor, guidance: float) -> Tensor:
     return unprompted + guidance * (prompted - unprompted)
 
 
+def both_texts(text: TextEmbedding, null: TextEmbedding, negative_first: bool = False) -> TextEmbedding:
+    """Join the texts of the two branches; the one with fewer tokens gets masked padding."""
+    length = max(text.mask.shape[1], null.mask.shape[1])
+    parts = [_padded(part, length) for part in (text, null)]
+    return TextEmbedding.cat(parts[::-1] if negative_first else parts)
+
+
 def guided(
     branch: Branch,
     latents: Tensor,
@@ -25,14 +33,24 @@ def guided(
     text: TextEmbedding,
     null_text: Callable[[TextEmbedding], TextEmbedding],
     guidance: float,
+    negative_first: bool = False,
 ) -> Tensor:
     """Return the guided prediction of B samples, both branches in one pass of 2 B; guidance 1 is the prompted branch.
 
     latents [B, C, T, H, W] at times t [B]; text of P prompts, each that of B / P samples next to each other.
+    negative_first: the branch without the prompt is the first half of the pass.
     """
     text = text.repeat_interleave(len(latents) // len(text))
     if guidance == 1.0:
         return branch(latents, t, text)
-    both = TextEmbedding.cat([text, null_text(text)])
-    prompted, unprompted = branch(torch.cat([latents, latents]), torch.cat([t, t]), both).chunk(2)
+    both = both_texts(text, null_text(text), negative_first)
+    halves = branch(torch.cat([latents, latents]), torch.cat([t, t]), both).chunk(2)
+    unprompted, prompted = halves if negative_first else halves[::-1]
     return mixed(prompted, unprompted, guidance)
+
+
+def _padded(text: TextEmbedding, length: int) -> TextEmbedding:
+    missing = length - text.mask.shape[1]
+    if not missing:
+        return text
+    return TextEmbedding(F.pad(text.embeddings, (0, 0, 0, missing)), F.pad(text.mask, (0, missing)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, get_args
 
 from vpo_engine.config import Config
@@ -14,6 +16,7 @@ from vpo_engine.video_model import ModelCard, Option, VideoModel
 BUILT_IN = {
     "sprites": "vpo_engine.data.sprites.assets:Sprites",
     "opensora": "vpo_engine.models.opensora.model:OpenSora",
+    "cogvideox": "vpo_engine.models.cogvideox.model:CogVideoX",
 }
 """Kinds that come with the engine, as package.module:Class; a module is imported when its kind is asked for."""
 
@@ -31,6 +34,35 @@ def model_family(kind: str) -> type[VideoModel]:
     found = _load(kind, place)
     _check_class(kind, found)
     return found
+
+
+def kind_of_pipeline(pipeline: str) -> str | None:
+    """Return the built-in kind whose card names a pipeline class of diffusers; None if there is none."""
+    return next((kind for kind in BUILT_IN if pipeline in model_family(kind).card.pipelines), None)
+
+
+def kind_of_folder(folder: Path) -> str:
+    """Return the kind of a diffusers folder by the pipeline class that its model_index.json names.
+
+    FileNotFoundError where that file is missing; ValueError for a pipeline of no built-in kind.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} has no model_index.json; give the folder of a diffusers pipeline")
+    try:
+        pipeline = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{index} does not name a pipeline class as _class_name ({error!r}); fetch it again"
+        ) from error
+    kind = kind_of_pipeline(pipeline)
+    if kind is None:
+        cards = [model_family(known).card for known in BUILT_IN]
+        raise ValueError(
+            f"{index} names {pipeline}, a pipeline of no known kind of model; known are "
+            f"{', '.join(name for card in cards for name in card.pipelines)}"
+        )
+    return kind
 
 
 def check_model(config: Config) -> None:
@@ -123,6 +155,10 @@ def _asked(config: Config) -> dict[Option, tuple[Any, Any]]:
     model, memory, rollout, first = config.model, config.memory, config.rollout, config.rollout.first_pass
     compiling = rollout.compile
     return {
+        "model.height": (model.height, None),
+        "model.width": (model.width, None),
+        "model.flow_shift": (model.flow_shift, None),
+        "model.negative_prompt": (model.negative_prompt, None),
         "model.attention": (model.attention, "auto"),
         "model.fused_ops": (model.fused_ops, "auto"),
         "memory.activation_checkpointing": (memory.activation_checkpointing, "none"),

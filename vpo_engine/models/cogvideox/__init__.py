@@ -1,0 +1,1 @@
+"""CogVideoX-2B as diffusers publishes it."""

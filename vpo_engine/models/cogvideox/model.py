@@ -1,0 +1,88 @@
+"""CogVideoX-2B as a ``VideoModel``: what differs from other families of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpo_engine.models.cogvideox import published
+from vpo_engine.models.cogvideox.schedule import DDIM, Schedule
+from vpo_engine.models.diffusers_model import OPTIONS, DiffusersModel, Parts, Setup
+from vpo_engine.video_model import ModelCard, SizeRule, TextSource
+
+
+class CogVideoX(DiffusersModel):
+    """The transformer attends to text and video jointly, and to the padding of the text.
+
+    Latents are [B, C, T, H, W] in the engine and [B, T, C, H, W] in the transformer. The number of frames is 8k or
+    8k + 1, because the VAE decodes latents in pairs.
+    """
+
+    card = ModelCard(
+        name="CogVideoX-2B",
+        files=("policy",),
+        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        sizes=SizeRule(frame_step=8, frame_offset=1, more_offsets=(8,), exact=True, side=16),
+        pipelines=("CogVideoXPipeline",),
+        supports=OPTIONS - {"model.flow_shift"},
+    )
+    facts = Parts(
+        transformer="CogVideoXTransformer3DModel",
+        vae="AutoencoderKLCogVideoX",
+        text_encoder="T5EncoderModel",
+        published={
+            "transformer": published.TRANSFORMER,
+            "vae": published.VAE,
+            "text_encoder": published.TEXT_ENCODER,
+            "scheduler": published.SCHEDULER,
+        },
+        size=(480, 720),
+        layout=(0, 2, 1, 3, 4),
+    )
+
+    def __init__(
+        self,
+        network: nn.Module,
+        vae: nn.Module,
+        text: TextSource,
+        setup: Setup,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.schedule = Schedule(setup.scheduler)
+        super().__init__(network, vae, text, setup, device=device, dtype=dtype)
+
+    @classmethod
+    def text_size(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        return transformer["max_text_seq_length"], transformer["text_embed_dim"]
+
+    @classmethod
+    def native_size(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+        _, side = cls.strides(vae)
+        return transformer["sample_height"] * side, transformer["sample_width"] * side
+
+    @classmethod
+    def check_configs(cls, setup: Setup) -> None:
+        if setup.transformer["use_rotary_positional_embeddings"] or setup.transformer["patch_size_t"]:
+            raise ValueError(
+                "the transformer has rotary position embeddings, as CogVideoX-5B and 1.5 do; model.kind=cogvideox "
+                "trains CogVideoX-2B, which has none"
+            )
+        Schedule(setup.scheduler)
+
+    def draw_timesteps(self, u: Tensor) -> Tensor:
+        return self.schedule.draw(u)
+
+    def noising_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.schedule.scales(t)
+
+    def target_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        kept, added = self.schedule.scales(t)
+        return -added, kept
+
+    def solver(self, steps: int) -> DDIM:
+        return self.schedule.solver(steps)

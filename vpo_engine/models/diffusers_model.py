@@ -1,0 +1,359 @@
+"""The base class of families whose parts are classes of diffusers, loaded from a pipeline's folder."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from vpo_engine.config import ModelConfig
+from vpo_engine.model_values import Network, TextEmbedding
+from vpo_engine.models.base import BaseModel
+from vpo_engine.models.diffusers_folder import (
+    SCHEDULER,
+    build_part,
+    completed,
+    find_parts,
+    load_part,
+    load_weights,
+    part_config,
+    read_config,
+)
+from vpo_engine.models.diffusers_text import NoText, encoder_loader, text_model
+from vpo_engine.models.guidance import guided
+from vpo_engine.models.lora import has_adapter, load_adapter
+from vpo_engine.video_model import Blueprint, LoadContext, Option, Padding, ReadConfig, TextRule, TextSource
+
+OPTIONS: frozenset[Option] = frozenset(
+    {
+        "model.height",
+        "model.width",
+        "model.flow_shift",
+        "model.negative_prompt",
+        "rollout.guidance",
+        "rollout.guidance_interval",
+        "rollout.compile=graphs",
+    }
+)
+"""The options that the base class supports for every family; a family leaves out those that mean nothing to it."""
+
+_ELSEWHERE = ("resolution", "aspect", "aesthetic_score")
+"""Settings of other families. They have no effect here, so other values than the defaults are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The facts about a family's folders and networks; see docs/models.md.
+
+    transformer, vae: names of classes of diffusers. text_encoder: of a class of transformers. published: the contents
+    of the published config files, {"transformer", "vae", "text_encoder", "scheduler": settings}, by which the planner
+    goes where there is no folder. size: height and width in pixels that the published model was made for.
+    layout: the order in which the transformer takes the dimensions of latents [B, C, T, H, W].
+    padding: see ``TextRule``. encoder_mask: whether the text encoder is given the mask of a prompt's tokens.
+    negative_prompt: of guidance, unless model.negative_prompt is given. negative_first: the negative prompt is the
+    first half of a guided batch.
+    """
+
+    transformer: str
+    vae: str
+    text_encoder: str
+    published: Mapping[str, Mapping[str, Any]]
+    size: tuple[int, int]
+    layout: tuple[int, ...] = (0, 1, 2, 3, 4)
+    padding: Padding = "attended"
+    encoder_mask: bool = False
+    negative_prompt: str = ""
+    negative_first: bool = True
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one model is built by: the settings of its parts' files, and the size of its videos.
+
+    flow_shift: model.flow_shift. negative_prompt: of guidance. fps: frames a second.
+    """
+
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    negative_prompt: str
+    flow_shift: float | None = None
+    text_encoder: Mapping[str, Any] = field(default_factory=dict)
+
+
+class DiffusersModel(BaseModel):
+    """A ``VideoModel`` made of a diffusers transformer and VAE, with the text encoder of their pipeline.
+
+    A family states ``card`` and ``facts``, defines its schedule (``draw_timesteps``, ``noising_scales``,
+    ``target_scales``, ``solver``), ``text_size``, and what else differs from the defaults here. ``dtype`` is that of
+    the arithmetic and of the VAE. With bfloat16, networks of float32 weights run under autocast, others as they are.
+    Times are given to the network in float32, by ``network_time``, in rollouts, for the policy and for the reference.
+    """
+
+    facts: ClassVar[Parts]
+    network: Any
+
+    def __init__(
+        self,
+        network: nn.Module,
+        vae: nn.Module,
+        text: TextSource,
+        setup: Setup,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(network, None, text, device=device, dtype=dtype)
+        # diffusers' own ``to`` warns of a type, whatever the module.
+        self.vae: Any = nn.Module.to(vae, device, dtype).eval().requires_grad_(False)
+        self._parts["vae"] = self.vae
+        self.setup = setup
+        self.fps = setup.fps
+        self.video_size = (setup.num_frames, setup.height, setup.width)
+        self.latent_shape = self.latent_size(setup)
+        tokens, channels = self.text_size(setup.transformer)
+        self.text_rule = TextRule(tokens, channels, self.facts.padding)
+
+    # --- for a family to define, or to override ------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def text_size(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the tokens of a prompt and the channels of its embeddings, by the transformer's config.json."""
+
+    @classmethod
+    def native_size(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the height and width in pixels that a model with these config.json was made for."""
+        return cls.facts.size
+
+    @classmethod
+    def strides(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        """Return how many frames, and how many pixels of a side, a latent stands for, by the VAE's config.json."""
+        return vae["temporal_compression_ratio"], 2 ** (len(vae["block_out_channels"]) - 1)
+
+    @classmethod
+    def check_configs(cls, setup: Setup) -> None:
+        """Raise ValueError for folders of the right classes whose config files this family cannot run with."""
+
+    @classmethod
+    def rewrite(cls, prompt: str) -> str:
+        """Return the text of a prompt as the tokenizer gets it."""
+        return prompt
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """Return the times [B] that the network is given at times t [B] of the schedule."""
+        return t
+
+    def arguments(self, text: TextEmbedding) -> dict[str, Any]:
+        """Return the network's arguments beside latents and time, for the text of B samples."""
+        return {"encoder_hidden_states": text.embeddings}
+
+    def denormalised(self, latents: Tensor) -> Tensor:
+        """Return latents [B, C, T, H, W] in the scale that the VAE decodes."""
+        return latents / self.setup.vae["scaling_factor"]
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Return frames [B, 3, F, height, width] from -1 to 1, of latents in the VAE's scale and dtype."""
+        frames: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return frames
+
+    # --- before anything is loaded -------------------------------------------------------------------------
+
+    @classmethod
+    def check(cls, settings: ModelConfig) -> None:
+        """See ``VideoModel``. Sizes are checked as far as the settings alone tell them."""
+        super().check(settings)
+        for name in _ELSEWHERE:
+            value, default = getattr(settings, name), ModelConfig.model_fields[name].default
+            if value is not None and value != default:
+                raise ValueError(
+                    f"model.{name}={value} has no effect on model.kind={settings.kind} ({cls.card.name}); leave it "
+                    f"out{'' if name == 'aesthetic_score' else ', and set model.height and model.width'}"
+                )
+        height, width = cls.facts.size
+        cls.card.sizes.check_sides(settings.height or height, settings.width or width)
+
+    @classmethod
+    def readable_part(cls, settings: ModelConfig, prompt: str) -> str:
+        return cls.rewrite(prompt)
+
+    @classmethod
+    def load(cls, settings: ModelConfig, context: LoadContext) -> Self:
+        """Load transformer and VAE, after all folders are checked; the text encoder is loaded when it is needed."""
+        assert settings.policy is not None  # the settings have been checked
+        facts = cls.facts
+        folder = find_parts(
+            settings.policy, settings.vae, settings.text_encoder, cls.card.pipelines, settings.kind
+        )
+        setup = cls._setup(
+            settings,
+            part_config(folder.transformer, facts.transformer),
+            part_config(folder.vae, facts.vae),
+            read_config(folder.scheduler),
+            read_config(folder.text_encoder / "config.json"),
+        )
+        tokens, _ = cls.text_size(setup.transformer)
+        load_encoder = encoder_loader(
+            facts.text_encoder,
+            folder,
+            tokens,
+            masked=facts.encoder_mask,
+            attended=facts.padding == "attended",
+            dtype=context.dtype,
+            device=context.device,
+        )
+        text = context.text_source(
+            load_encoder, f"{folder.text_encoder}, {tokens} tokens, {settings.dtype}", cls.rewrite
+        )
+        network = load_part(facts.transformer, folder.transformer)
+        vae = load_part(facts.vae, folder.vae)
+        return cls(network, vae, text, setup, device=context.device, dtype=context.dtype)
+
+    @classmethod
+    def blueprint(cls, settings: ModelConfig, read: ReadConfig, depth: int | None = None) -> Blueprint:
+        facts, meta = cls.facts, torch.device("meta")
+
+        def config(part: str) -> dict[str, Any]:
+            given: Path | None = getattr(settings, part, None) or settings.policy
+            if given is not None and (given / part).is_dir():
+                given = given / part
+            return read(given, facts.published[part], f"{cls.card.name}'s {part}")
+
+        here = None if settings.policy is None else settings.policy / "scheduler" / SCHEDULER
+        setup = cls._setup(
+            settings,
+            completed(facts.transformer, config("transformer")),
+            completed(facts.vae, config("vae")),
+            facts.published["scheduler"] if here is None or not here.is_file() else read_config(here),
+            config("text_encoder"),
+        )
+        configured = setup.transformer["num_layers"]
+        network = build_part(facts.transformer, setup.transformer, num_layers=depth or configured)
+        vae = build_part(facts.vae, setup.vae)
+
+        def text_encoder() -> nn.Module:
+            with meta:
+                encoder = text_model(facts.text_encoder, dict(setup.text_encoder))
+            return encoder.eval().requires_grad_(False)
+
+        text = NoText(*cls.text_size(setup.transformer))
+        dtype = getattr(torch, settings.dtype)
+        model = cls(network, vae, text, setup, device=meta, dtype=dtype)
+        return Blueprint(model, configured, text_encoder)
+
+    @classmethod
+    def _setup(
+        cls,
+        settings: ModelConfig,
+        transformer: Mapping[str, Any],
+        vae: Mapping[str, Any],
+        scheduler: Mapping[str, Any],
+        text_encoder: Mapping[str, Any],
+    ) -> Setup:
+        """Return what the model is built by. Raise ValueError for files that do not go together, and for sizes."""
+        height, width = cls.native_size(transformer, vae)
+        negative = settings.negative_prompt
+        setup = Setup(
+            transformer,
+            vae,
+            scheduler,
+            height=settings.height or height,
+            width=settings.width or width,
+            num_frames=settings.num_frames,
+            fps=settings.fps,
+            negative_prompt=cls.facts.negative_prompt if negative is None else negative,
+            flow_shift=settings.flow_shift,
+            text_encoder=text_encoder,
+        )
+        cls.card.sizes.check_sides(setup.height, setup.width)
+        pairs = (
+            ("latent channels", "VAE", vae["latent_channels"], transformer["in_channels"]),
+            ("text channels", "text encoder", text_encoder["d_model"], cls.text_size(transformer)[1]),
+        )
+        for what, part, given, taken in pairs:
+            if given != taken:
+                raise ValueError(
+                    f"the {part} gives {given} {what} and the transformer takes {taken}; give parts of one pipeline"
+                )
+        cls.check_configs(setup)
+        return setup
+
+    @classmethod
+    def latent_size(cls, setup: Setup) -> tuple[int, int, int, int]:
+        """Return (C, T, H, W) of one sample."""
+        frames, side = cls.strides(setup.vae)
+        length = (setup.num_frames - 1) // frames + 1
+        return setup.transformer["in_channels"], length, setup.height // side, setup.width // side
+
+    # --- text ----------------------------------------------------------------------------------------------
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """See ``VideoModel``. The negative prompt is encoded with the others."""
+        super().prepare([*prompts, self.setup.negative_prompt])
+
+    def null_text(self, text: TextEmbedding) -> TextEmbedding:
+        """See ``VideoModel``. Return the negative prompt; a masked one has its own number of tokens."""
+        null = self.embed([self.setup.negative_prompt])
+        like = TextEmbedding(null.embeddings.to(text.embeddings), null.mask)
+        return like.repeat_interleave(len(text))
+
+    # --- what the network predicts -------------------------------------------------------------------------
+
+    def predict(
+        self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding, guidance: float = 1.0
+    ) -> Tensor:
+        branch = partial(self._branch, network)
+        return guided(branch, latents, t, text, self.null_text, guidance, self.facts.negative_first)
+
+    def _branch(self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        weights = self._weights_dtype()
+        layout = self.facts.layout
+        with self._autocast(weights):
+            out = network(
+                hidden_states=latents.permute(layout).to(weights),
+                timestep=self.network_time(t),
+                return_dict=False,
+                **self.arguments(text.to(latents.device, weights)),
+            )[0]
+        back = [layout.index(dimension) for dimension in range(len(layout))]
+        out = out.permute(back)
+        return out if out.dtype == torch.float64 else out.float()
+
+    def _weights_dtype(self) -> torch.dtype:
+        return next(weight.dtype for weight in self.network.parameters() if weight.is_floating_point())
+
+    def _autocast(self, weights: torch.dtype) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != weights)
+
+    # --- videos and files ----------------------------------------------------------------------------------
+
+    def to_video(self, latents: Tensor) -> Tensor:
+        """See ``BaseModel``. Samples are decoded one by one, which bounds the memory and changes no value."""
+        return torch.cat([self._frames(sample) for sample in self.denormalised(latents).split(1)])
+
+    def _frames(self, latents: Tensor) -> Tensor:
+        """Return frames uint8 [1, F, height, width, 3] of latents [1, C, T, H, W]."""
+        frames = self.pixels(latents.to(self.dtype)).float()
+        shade = (frames / 2 + 0.5).clamp(0, 1).mul(255).round()
+        return shade.to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+    def save_full_policy(self, folder: Path) -> None:
+        """See ``BaseModel``. The folder is what diffusers' save_pretrained writes, in one file."""
+        self.network.save_pretrained(folder, max_shard_size="1TB")
+
+    def load_policy(self, folder: Path) -> None:
+        if has_adapter(self.network):
+            load_adapter(self.network, folder)
+        else:
+            load_weights(self.network, folder, self.facts.transformer)

@@ -1,0 +1,91 @@
+"""The text encoder and the tokenizer of a diffusers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpo_engine.model_values import TextEmbedding
+from vpo_engine.models.diffusers_folder import CONFIG, Folder, load_text_encoder, read_config
+
+
+class FolderEncoder:
+    """A text encoder of transformers with its tokenizer.
+
+    max_tokens: every prompt is padded or cut to so many tokens. masked: the encoder gets the tokenizer's mask; else it
+    attends to padding. attended: the model attends to padding too, so all tokens count.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, max_tokens: int, *, masked: bool, attended: bool
+    ) -> None:
+        self._model, self._tokenizer, self._max_tokens = model, tokenizer, max_tokens
+        self._masked, self._attended = masked, attended
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> TextEmbedding:
+        """Return embeddings [B, max_tokens, D] in the encoder's dtype and on its device."""
+        tokens = self._tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self._max_tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        device = next(self._model.parameters()).device
+        ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].bool()
+        given = {"attention_mask": mask.long().to(device)} if self._masked else {}
+        hidden: Tensor = self._model(input_ids=ids, **given)[0]
+        return TextEmbedding(hidden, torch.ones_like(mask) if self._attended else mask)
+
+
+def text_model(name: str, config: dict[str, Any]) -> nn.Module:
+    """Build a text encoder of transformers by the name of its class."""
+    import transformers
+
+    family: Any = getattr(transformers, name)
+    settings = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
+    model: nn.Module = family(family.config_class(**settings))
+    return model
+
+
+def encoder_loader(
+    name: str,
+    folder: Folder,
+    max_tokens: int,
+    *,
+    masked: bool,
+    attended: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[[], FolderEncoder]:
+    """Return a function that loads the encoder; see ``FolderEncoder``. name: its class in transformers."""
+
+    def load() -> FolderEncoder:
+        from transformers import AutoTokenizer
+
+        config = read_config(folder.text_encoder / CONFIG)
+        model = load_text_encoder(lambda: text_model(name, config), folder.text_encoder, dtype, device)
+        tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer, local_files_only=True)
+        return FolderEncoder(model, tokenizer, max_tokens, masked=masked, attended=attended)
+
+    return load
+
+
+class NoText:
+    """The text of a model without weights: every prompt has embeddings of zeros."""
+
+    def __init__(self, max_tokens: int, channels: int) -> None:
+        self._shape = (max_tokens, channels)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        raise AssertionError
+
+    def __call__(self, prompts: Sequence[str]) -> TextEmbedding:
+        shape = (len(prompts), *self._shape)
+        return TextEmbedding(torch.zeros(shape), torch.ones(shape[:2], dtype=torch.bool))
