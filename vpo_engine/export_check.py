@@ -112,6 +112,6 @@ def load_pipeline(folder: Path, **parts: Any) -> Any:
         name: None for name, value in index.items() if isinstance(value, list) and value[0] == "transformers"
     }
     try:
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **(unused | parts))
+        return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **(unused | parts))
     except (ValueError, OSError, RuntimeError) as error:
         raise ExportMismatchError(f"diffusers does not load {folder}: {error}") from error

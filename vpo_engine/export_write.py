@@ -151,7 +151,7 @@ def _parts(base: Path, config: Config) -> dict[str, Path]:
     parts |= {path.name: path for path in (base / INDEX, *base.glob("LICENSE*"))}
     for name in ("vae", "text_encoder"):
         own = getattr(config.model, name)
-        if own is not None:
+        if own is not None and own != base:
             parts[name] = own / name if (own / INDEX).is_file() else own
     return parts
 

@@ -114,8 +114,12 @@ def run_source(run: Path, step: int | None = None, overrides: Sequence[str] = ()
     config = load_config(saved, given)
     if config.model.lora is not None:
         return PolicySource(config, trained, checkpoint, config.model.policy)
-    full = load_config(saved, [*given, f"model.policy={trained}"])
-    return PolicySource(full, None, checkpoint, config.model.policy)
+    beside = [f"model.policy={trained}"]
+    base = config.model.policy
+    if base is not None and (base / INDEX).is_file():  # the parts beside the policy stay those of its folder
+        named = {"vae": config.model.vae, "text_encoder": config.model.text_encoder}
+        beside += [f"model.{name}={base}" for name, path in named.items() if path is None]
+    return PolicySource(load_config(saved, [*given, *beside]), None, checkpoint, base)
 
 
 def folder_config(folder: Path, overrides: Sequence[str] = (), kind: str | None = None) -> Config:

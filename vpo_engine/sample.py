@@ -221,6 +221,7 @@ def starting_noise(model: VideoModel, seed: int, number: int, count: int) -> Ten
 
 def with_options(source: PolicySource, options: SampleOptions) -> PolicySource:
     """Return the source with its settings changed. Raise ValueError for what the model's family cannot do."""
+    from vpo_engine.config_file import dump_config, parse_config
     from vpo_engine.models.registry import model_family
 
     config = source.config
@@ -239,6 +240,7 @@ def with_options(source: PolicySource, options: SampleOptions) -> PolicySource:
         if options.size is not None:
             changed |= family.size_settings(*options.size)
         model = config.model.model_copy(update=changed)
+        config = parse_config(dump_config(config.model_copy(update={"model": model})), "the settings")
         family.check(model)
     except ValueError as error:
         height, width = options.size or (0, 0)
@@ -274,7 +276,7 @@ def load_source(source: PolicySource) -> VideoModel:
     assert file is not None
     adapter = read_adapter(file, _network_without_weights(config), family.original_name, family.card.name)
     settings = config.model.model_copy(update={"lora": adapter.settings()})
-    model = build_model(config.model_copy(update={"model": settings}), processes)
+    model = build_model(config.model_copy(update={"model": settings}), processes, say=lambda line: None)
     adapter.put_into(model.network)
     return model
 

@@ -28,6 +28,12 @@ class CogVideoX(DiffusersModel):
         sizes=SizeRule(frame_step=8, frame_offset=1, more_offsets=(8,), exact=True, side=16),
         pipelines=("CogVideoXPipeline",),
         supports=OPTIONS - {"model.flow_shift"},
+        native={
+            "model.num_frames": 49,
+            "model.fps": 8,
+            "rollout.steps": 50,
+            "rollout.guidance": 6.0,
+        },
     )
     facts = Parts(
         transformer="CogVideoXTransformer3DModel",
