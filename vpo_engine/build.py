@@ -143,7 +143,7 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
     if processes.first:
         for line in filter(None, said):
             say(line)
-    hold_in_bfloat16(network, memory.weights, dtype)
+    hold_in_bfloat16(network, memory.weights, dtype, model.card.float32_modules)
     model.stay_by(IdleOffload.from_config(config, processes.device))
     return model
 

@@ -112,9 +112,10 @@ class ModelCard:
     others. sizes: see ``SizeRule``.
     resolutions: the values of ``model.resolution`` for which ``vpo_engine.plan`` searches the most frames; none where
     videos have one size. pipelines: the classes of diffusers pipelines whose folders are of this family.
-    supports: the options that the family has. float32_modules: modules whose weights must stay float32; a run that
-    would hold them in bfloat16 (``memory.weights``) is refused. native: settings with which a published folder is
-    sampled unless others are given, such as model.num_frames, rollout.steps and rollout.guidance.
+    supports: the options that the family has. float32_modules: names of modules and parameters, at any depth, whose
+    weights stay float32 where ``memory.weights`` holds the others in bfloat16; the network has to cast what passes
+    their borders, as diffusers' transformers do. native: settings with which a published folder is sampled unless
+    others are given, such as model.num_frames, rollout.steps and rollout.guidance.
     """
 
     name: str

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
-from optimizer_case import ALL_MODES, ULP, float64_adamw, optimizer_of, policy, run
+from optimizer_case import ALL_MODES, ULP, assert_equal, float64_adamw, optimizer_of, policy, run
 from torch import nn
 
 from vpo_engine.build import build_model
 from vpo_engine.config import Config, MemoryConfig, OptimizerConfig
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
+from vpo_engine.memory.rounding import hold_in_bfloat16
 
 
 @pytest.mark.parametrize("clip", [None, 0.3, 1e6])
@@ -87,6 +89,29 @@ def test_stochastic_weights_are_a_random_walk_around_float64(dtype: torch.dtype)
     deviation = math.sqrt(50) / 2
     assert error.square().mean().sqrt() <= deviation
     assert abs(error.mean()) <= 5 * deviation / math.sqrt(error.numel())
+
+
+@pytest.mark.parametrize("weights", ["fp32_master", "stochastic_rounding"])
+def test_weights_that_are_kept_in_float32_are_stepped_as_float32_weights(weights: str) -> None:
+    """Parameter 1 is kept; the others are rounded as without it, and only they have a master."""
+    kept, plain, rounded = policy("float32"), policy("float32"), policy(weights)
+    hold_in_bfloat16(kept, weights, torch.float32, ["1"])  # type: ignore[arg-type]
+    optimizer = optimizer_of(kept, weights)
+    run(optimizer, kept, range(5))
+    run(optimizer_of(plain), plain, range(5))
+    run(optimizer_of(rounded, weights), rounded, range(5))
+    assert torch.equal(kept[1], plain[1])
+    assert torch.equal(kept[0], rounded[0])
+    assert not torch.equal(kept[1], rounded[1])
+    state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    assert ("0.master" in state, "1.master" in state) == (weights == "fp32_master", False)
+    resumed = copy.deepcopy(kept)
+    hold_in_bfloat16(resumed, weights, torch.float32, ["1"])  # type: ignore[arg-type]
+    other = optimizer_of(resumed, weights)
+    other.load_state_dict(state)
+    run(optimizer, kept, range(5, 8))
+    run(other, resumed, range(5, 8))
+    assert_equal(kept, resumed)
 
 
 def test_small_updates_are_lost_by_nearest_rounding_and_kept_on_average_by_stochastic() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vpo_engine.memory.rounding import (
     hold_in_bfloat16,
+    is_kept_in_float32,
     round_stochastically,
     rounding_offsets,
     take_unrounded,
@@ -129,3 +130,23 @@ def test_masters_start_from_the_unrounded_weights_once() -> None:
     assert torch.equal(take_unrounded(weight), weight)
     assert take_unrounded(weight).data_ptr() != weight.data_ptr()
     assert torch.equal(take_unrounded(frozen), frozen)
+
+
+@pytest.mark.parametrize("weights", ["fp32_master", "stochastic_rounding"])
+def test_modules_that_must_stay_float32_are_stored_unrounded(weights: str) -> None:
+    """They are named by any part of their path; a name that only contains theirs is another one."""
+    network = nn.ModuleDict({"norm": small_network(), "norm1": small_network()}).bfloat16()
+    with torch.no_grad():
+        network["norm"][0].weight.data = before = small_network()[0].weight.detach()
+    hold_in_bfloat16(network, weights, torch.bfloat16, ["norm", "absent"])  # type: ignore[arg-type]
+    assert torch.equal(network["norm"][0].weight, before)
+    assert {parameter.dtype for parameter in network["norm"].parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in network["norm1"].parameters()} == {torch.bfloat16}
+    assert all(map(is_kept_in_float32, network["norm"].parameters()))
+    assert not any(map(is_kept_in_float32, network["norm1"].parameters()))
+
+
+def test_float32_weights_need_no_module_to_be_kept() -> None:
+    network = small_network()
+    hold_in_bfloat16(network, "float32", torch.bfloat16, ["0"])
+    assert not any(map(is_kept_in_float32, network.parameters()))

@@ -34,9 +34,6 @@ class Plain(Sprites):
     def check(cls, settings):
         super(Sprites, cls).check(settings)
 
-class Precise(Sprites):
-    card = ModelCard(name="precise", float32_modules=("rope",))
-
 class NoModel: ...
 
 number = 3
@@ -70,8 +67,9 @@ def test_kinds_are_found_by_name_by_place_and_by_entry_point(
     for module in (registry, names):
         monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints([entry]).select(group=group))
     assert model_family("installed").card.name == "plain"
-    assert "there is no such model family. Known are opensora, sprites, cogvideox, installed." in refused(
-        "model.kind=absent"
+    assert (
+        "there is no such model family. Known are opensora, sprites, cogvideox, wan, ltx, installed."
+        in refused("model.kind=absent")
     )
 
 
@@ -80,7 +78,7 @@ def test_kinds_are_found_by_name_by_place_and_by_entry_point(
     [
         ("opensor", "model.kind=opensor: there is no such model family; did you mean opensora? Known are opensora"),
         ("absent_package.models:Mine", "there is no module absent_package; install its package, or start from"),
-        ("models_of_a_test:Absent", "has no Absent; its models are Sprites, Plain, Precise"),
+        ("models_of_a_test:Absent", "has no Absent; its models are Sprites, Plain"),
         ("models_of_a_test:NoModel", "NoModel is not a subclass of vpo_engine.video_model.VideoModel; derive it"),
         ("models_of_a_test:number", "3 is not a subclass of"),
         ("models_of_a_test:Bare", "Bare does not define draw_timesteps, load, noising_scales, null_text, predict, "
@@ -146,11 +144,6 @@ def test_options_that_a_family_does_not_have_are_refused(
     message = refused(f"model.kind={kind}", "model.policy=p", "model.num_frames=33", *overrides)
     assert text in message
     assert f"model.kind={kind} (plain)" in message
-
-
-def test_modules_that_must_stay_float32_exclude_bfloat16_weights(own_module: str) -> None:
-    message = refused(f"model.kind={own_module}:Precise", "memory.weights=fp32_master")
-    assert "needs rope in float32; set memory.weights=float32" in message
 
 
 def test_the_shipped_families_support_every_option() -> None:

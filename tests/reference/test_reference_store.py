@@ -24,6 +24,7 @@ from policies import (
     tiny_policy,
 )  # a spawned process has no conftest
 
+from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.models.opensora.blocks import Backends
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.reference.network import block_matrices
@@ -93,6 +94,22 @@ def test_right_after_a_refresh_the_margin_is_zero(storage: Storage, name: str, d
         on_grid(policy)
         assert not torch.equal(policy(**arguments), reference(**arguments))
         reference.refresh(policy)
+
+
+@pytest.mark.parametrize("storage", ["copy", "bf16", "int8", "exact8"])
+def test_layers_that_are_kept_in_float32_are_copied_by_every_storage(storage: Storage) -> None:
+    """Their weights are no bfloat16 values, so an encoded copy would differ from the policy, or be refused."""
+    policy = sprites_policy()
+    move(policy)
+    hold_in_bfloat16(policy, "stochastic_rounding", torch.float32, ["mlp"])
+    reference, own = build_reference(storage, policy), policy.state_dict()
+    stored = reference.state_dict()
+    kept = [name for name in own if ".mlp." in name]
+    assert kept
+    assert all(torch.equal(stored[name], own[name]) for name in kept)
+    if storage in EXACT:
+        arguments = inputs(policy)
+        assert torch.equal(policy(**arguments), reference(**arguments))
 
 
 @pytest.mark.parametrize("storage", ["copy", "bf16"])

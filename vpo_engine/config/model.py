@@ -15,7 +15,7 @@ FusedOpsBackend = Literal["auto", "reference", "triton"]
 """The names that ``vpo_kernels`` knows, written out so that a configuration is read without loading torch."""
 
 
-KNOWN_MODELS = ("opensora", "sprites", "cogvideox")
+KNOWN_MODELS = ("opensora", "sprites", "cogvideox", "wan", "ltx")
 """The names of the model families that come with the engine."""
 _ENTRY_POINTS = "vpo_engine.models"
 """The group of entry points under which an installed package offers families (also in models/registry.py)."""
@@ -61,8 +61,8 @@ class ModelConfig(Section):
     """The model that is trained, its files, and the size of its videos."""
 
     kind: ModelKind = "sprites"
-    """The model's family: sprites, opensora, cogvideox, one of an installed package, or package.module:Class for your
-    own. See docs/models.md."""
+    """The model's family: sprites, opensora, cogvideox, wan, ltx, one of an installed package, or package.module:Class
+    for your own. See docs/models.md."""
     policy: Path | None = None
     """Folder (or weights file) that training starts from, as the model's project publishes it or its training wrote it.
     sprites: the shipped weights unless given. Families of diffusers: the folder of the pipeline (with

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, OptimizerConfig
 from vpo_engine.errors import NotFiniteError
-from vpo_engine.memory.rounding import round_stochastically, rounding_offsets, take_unrounded
+from vpo_engine.memory.rounding import (
+    is_kept_in_float32,
+    round_stochastically,
+    rounding_offsets,
+    take_unrounded,
+)
 
 PreserveReference = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 """Returns a context in which these parameters may change while the reference keeps its values."""
@@ -48,7 +53,8 @@ class PolicyOptimizer:
     float32: the parameters are stepped themselves. fp32_master: a float32 copy of each is stepped, and the parameter
     gets it rounded to the nearest bfloat16 value. stochastic_rounding: a parameter is float32 during its own step only,
     and is then rounded stochastically to bfloat16. The random numbers are a function of ``seed``, the step and the
-    parameter's number, so they are the same in every process, in a rerun and after a resume.
+    parameter's number, so they are the same in every process, in a rerun and after a resume. Parameters that
+    ``hold_in_bfloat16`` has kept in float32 are stepped themselves, whatever memory.weights says.
 
     With memory.optimizer_bits=8 the moments are bitsandbytes', which keeps those of parameters of fewer than 4096
     elements in 32 bits. All parameters must be on one device. Each change of a parameter happens inside the context
@@ -66,9 +72,10 @@ class PolicyOptimizer:
     ) -> None:
         self.steps = 0
         self._parameters, self._settings, self._mode = list(parameters), settings, memory.weights
+        self._modes = ["float32" if is_kept_in_float32(one) else self._mode for one in self._parameters]
         self._seed, self._preserve_reference = seed, preserve_reference
         self._bits = memory.optimizer_bits
-        self._weights = [self._float32_weight(parameter) for parameter in self._parameters]
+        self._weights = list(map(self._float32_weight, self._parameters, self._modes))
         self._library: _Library = (_Bitsandbytes if self._bits == 8 else _Torch)(self._weights, settings)
         self._in_backward = memory.step_in_backward
         self._norms: dict[int, Tensor] = {}
@@ -124,7 +131,7 @@ class PolicyOptimizer:
         state = {_SETUP: torch.tensor(setup), _STEPS: torch.tensor(self.steps)}
         for number, weight in enumerate(self._weights):
             state |= {f"{number}.{name}": value for name, value in self._library.state(number).items()}
-            if self._mode == "fp32_master":
+            if self._modes[number] == "fp32_master":
                 state[f"{number}.{_MASTER}"] = weight.detach()
         return state
 
@@ -133,15 +140,15 @@ class PolicyOptimizer:
         entries = self._checked(state)
         self.steps = int(state[_STEPS])
         for number, entry in entries.items():
-            if self._mode == "fp32_master":
+            if self._modes[number] == "fp32_master":
                 self._weights[number].data.copy_(entry.pop(_MASTER))
             self._library.load(number, entry, self._parameters[number].device)
 
-    def _float32_weight(self, parameter: nn.Parameter) -> nn.Parameter:
+    def _float32_weight(self, parameter: nn.Parameter, mode: str) -> nn.Parameter:
         """Return the weight that is stepped: the parameter, its master, or a weight that is empty between steps."""
-        if self._mode == "float32":
+        if mode == "float32":
             return parameter
-        if self._mode == "fp32_master":
+        if mode == "fp32_master":
             return nn.Parameter(take_unrounded(parameter))
         return nn.Parameter(torch.empty(0, device=parameter.device))
 
@@ -151,22 +158,22 @@ class PolicyOptimizer:
     @torch.no_grad()
     def _step_one(self, number: int, factor: Tensor | None) -> None:
         """Step one parameter by its gradient times ``factor``, and free the gradient."""
-        parameter, weight = self._parameters[number], self._weights[number]
+        parameter, weight, mode = self._parameters[number], self._weights[number], self._modes[number]
         assert parameter.grad is not None
         gradient = parameter.grad.float()
         parameter.grad = None
         if factor is not None:
             gradient.mul_(factor)
         with self._preserve_reference([parameter]):
-            if self._mode == "stochastic_rounding":
+            if mode == "stochastic_rounding":
                 weight.data = parameter.detach().to(torch.float32, copy=True)
             weight.grad = gradient
             del gradient
             self._library.step(number)
             weight.grad = None
-            if self._mode == "fp32_master":
+            if mode == "fp32_master":
                 parameter.copy_(weight.bfloat16())
-            elif self._mode == "stochastic_rounding":
+            elif mode == "stochastic_rounding":
                 offsets = rounding_offsets(weight, self._seed, self.steps, number)
                 parameter.copy_(round_stochastically(weight.detach(), offsets))
                 weight.data = weight.data.new_empty(0)
@@ -200,7 +207,9 @@ class PolicyOptimizer:
         return [value for state in states for name, value in state.items() if name != _STEP]
 
     def _fp32_masters(self) -> Sequence[Tensor]:
-        return self._weights if self._mode == "fp32_master" else []
+        return [
+            weight for weight, mode in zip(self._weights, self._modes, strict=True) if mode == "fp32_master"
+        ]
 
     def _checked(self, state: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """Check ``state``, and return its entries by parameter."""
@@ -230,7 +239,9 @@ class PolicyOptimizer:
 
     def _check_entry(self, number: int, entry: dict[str, Tensor]) -> None:
         shape = tuple(self._parameters[number].shape)
-        expected: dict[str, tuple[int, ...]] = {_MASTER: shape} if self._mode == "fp32_master" else {}
+        expected: dict[str, tuple[int, ...]] = (
+            {_MASTER: shape} if self._modes[number] == "fp32_master" else {}
+        )
         if _STEP in entry:  # absent if it has never been stepped
             expected |= {_STEP: (), **self._library.shapes(shape, entry)}
         for name in sorted(expected.keys() | entry.keys()):

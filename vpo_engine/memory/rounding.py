@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -14,25 +15,39 @@ _LOW_BITS = 16
 _LARGEST = 0x7F7F0000
 """The largest finite bfloat16, as the bits of a float32."""
 _UNROUNDED = "unrounded"
+_KEPT = "kept_in_float32"
 
 
 @torch.no_grad()
 def hold_in_bfloat16(
-    network: nn.Module, weights: Literal["float32", "fp32_master", "stochastic_rounding"], dtype: torch.dtype
+    network: nn.Module,
+    weights: Literal["float32", "fp32_master", "stochastic_rounding"],
+    dtype: torch.dtype,
+    float32_modules: Collection[str] = (),
 ) -> None:
-    """Round all parameters of a loaded network to the nearest bfloat16 values, and store them in ``dtype``.
+    """Round the parameters of a loaded network to the nearest bfloat16 values, and store them in ``dtype``.
 
     ``dtype`` is bfloat16 or float32. Buffers are not changed, and with weights float32 nothing is. With fp32_master,
     each trained parameter keeps its unrounded float32 weight until the optimizer takes it (see ``take_unrounded``);
-    copies of the network do not have it. A second call changes nothing.
+    copies of the network do not have it. Parameters with one of ``float32_modules`` in their path are not rounded and
+    are stored in float32; ``is_kept_in_float32`` tells them. A second call changes nothing.
     """
     if weights == "float32":
         return
-    for parameter in network.parameters():
+    for name, parameter in network.named_parameters():
         unrounded = parameter.data
+        if not set(name.split(".")).isdisjoint(float32_modules):
+            parameter.data = unrounded.float()
+            setattr(parameter, _KEPT, True)
+            continue
         if weights == "fp32_master" and parameter.requires_grad and not hasattr(parameter, _UNROUNDED):
             setattr(parameter, _UNROUNDED, unrounded.float())
         parameter.data = unrounded.to(torch.bfloat16, copy=True).to(dtype)
+
+
+def is_kept_in_float32(parameter: Tensor) -> bool:
+    """Return whether ``hold_in_bfloat16`` has left this parameter unrounded because its module must stay float32."""
+    return getattr(parameter, _KEPT, False)
 
 
 def take_unrounded(parameter: nn.Parameter) -> Tensor:

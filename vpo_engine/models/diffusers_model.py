@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vpo_engine.config import ModelConfig
+from vpo_engine.memory.rounding import is_kept_in_float32
 from vpo_engine.model_values import Network, TextEmbedding
 from vpo_engine.models.base import BaseModel
 from vpo_engine.models.diffusers_folder import (
+    INDEX,
     SCHEDULER,
     build_part,
     completed,
@@ -55,6 +57,7 @@ class Parts:
     transformer, vae: names of classes of diffusers. text_encoder: of a class of transformers. published: the contents
     of the published config files, {"transformer", "vae", "text_encoder", "scheduler": settings}, by which the planner
     goes where there is no folder. size: height and width in pixels that the published model was made for.
+    latent_channels: the key of the VAE's config.json that says how many channels latents have.
     layout: the order in which the transformer takes the dimensions of latents [B, C, T, H, W].
     padding: see ``TextRule``. encoder_mask: whether the text encoder is given the mask of a prompt's tokens.
     negative_prompt: of guidance, unless model.negative_prompt is given. negative_first: the negative prompt is the
@@ -66,6 +69,7 @@ class Parts:
     text_encoder: str
     published: Mapping[str, Mapping[str, Any]]
     size: tuple[int, int]
+    latent_channels: str = "latent_channels"
     layout: tuple[int, ...] = (0, 1, 2, 3, 4)
     padding: Padding = "attended"
     encoder_mask: bool = False
@@ -133,6 +137,11 @@ class DiffusersModel(BaseModel):
         """Return the tokens of a prompt and the channels of its embeddings, by the transformer's config.json."""
 
     @classmethod
+    def published(cls, settings: ModelConfig) -> Mapping[str, Mapping[str, Any]]:
+        """Return ``Parts.published`` of the model that the settings name, for families of several sizes."""
+        return cls.facts.published
+
+    @classmethod
     def native_size(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
         """Return the height and width in pixels that a model with these config.json was made for."""
         return cls.facts.size
@@ -141,6 +150,10 @@ class DiffusersModel(BaseModel):
     def strides(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
         """Return how many frames, and how many pixels of a side, a latent stands for, by the VAE's config.json."""
         return vae["temporal_compression_ratio"], 2 ** (len(vae["block_out_channels"]) - 1)
+
+    @classmethod
+    def check_index(cls, index: Mapping[str, Any], folder: Path) -> None:
+        """Raise ValueError for a pipeline's folder with a model_index.json that this family cannot run with."""
 
     @classmethod
     def check_configs(cls, setup: Setup) -> None:
@@ -154,6 +167,15 @@ class DiffusersModel(BaseModel):
     def network_time(self, t: Tensor) -> Tensor:
         """Return the times [B] that the network is given at times t [B] of the schedule."""
         return t
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """Return latents [B, C, T, H, W] as the network takes them."""
+        return latents.permute(self.facts.layout)
+
+    def unpacked(self, out: Tensor) -> Tensor:
+        """Return what the network gives as [B, C, T, H, W]: what undoes ``packed``."""
+        layout = self.facts.layout
+        return out.permute([layout.index(dimension) for dimension in range(len(layout))])
 
     def arguments(self, text: TextEmbedding) -> dict[str, Any]:
         """Return the network's arguments beside latents and time, for the text of B samples."""
@@ -196,6 +218,8 @@ class DiffusersModel(BaseModel):
         folder = find_parts(
             settings.policy, settings.vae, settings.text_encoder, cls.card.pipelines, settings.kind
         )
+        if (settings.policy / INDEX).is_file():
+            cls.check_index(read_config(settings.policy / INDEX), settings.policy)
         setup = cls._setup(
             settings,
             part_config(folder.transformer, facts.transformer),
@@ -222,20 +246,20 @@ class DiffusersModel(BaseModel):
 
     @classmethod
     def blueprint(cls, settings: ModelConfig, read: ReadConfig, depth: int | None = None) -> Blueprint:
-        facts, meta = cls.facts, torch.device("meta")
+        facts, published, meta = cls.facts, cls.published(settings), torch.device("meta")
 
         def config(part: str) -> dict[str, Any]:
             given: Path | None = getattr(settings, part, None) or settings.policy
             if given is not None and (given / part).is_dir():
                 given = given / part
-            return read(given, facts.published[part], f"{cls.card.name}'s {part}")
+            return read(given, published[part], f"{cls.card.name}'s {part}")
 
         here = None if settings.policy is None else settings.policy / "scheduler" / SCHEDULER
         setup = cls._setup(
             settings,
             completed(facts.transformer, config("transformer")),
             completed(facts.vae, config("vae")),
-            facts.published["scheduler"] if here is None or not here.is_file() else read_config(here),
+            published["scheduler"] if here is None or not here.is_file() else read_config(here),
             config("text_encoder"),
         )
         configured = setup.transformer["num_layers"]
@@ -278,7 +302,7 @@ class DiffusersModel(BaseModel):
         )
         cls.card.sizes.check_sides(setup.height, setup.width)
         pairs = (
-            ("latent channels", "VAE", vae["latent_channels"], transformer["in_channels"]),
+            ("latent channels", "VAE", vae[cls.facts.latent_channels], transformer["in_channels"]),
             ("text channels", "text encoder", text_encoder["d_model"], cls.text_size(transformer)[1]),
         )
         for what, part, given, taken in pairs:
@@ -318,20 +342,20 @@ class DiffusersModel(BaseModel):
 
     def _branch(self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         weights = self._weights_dtype()
-        layout = self.facts.layout
         with self._autocast(weights):
             out = network(
-                hidden_states=latents.permute(layout).to(weights),
+                hidden_states=self.packed(latents).to(weights),
                 timestep=self.network_time(t),
                 return_dict=False,
                 **self.arguments(text.to(latents.device, weights)),
             )[0]
-        back = [layout.index(dimension) for dimension in range(len(layout))]
-        out = out.permute(back)
+        out = self.unpacked(out)
         return out if out.dtype == torch.float64 else out.float()
 
     def _weights_dtype(self) -> torch.dtype:
-        return next(weight.dtype for weight in self.network.parameters() if weight.is_floating_point())
+        """Return the type of the weights, but for those that stay float32 beside bfloat16 ones."""
+        weights = (weight for weight in self.network.parameters() if not is_kept_in_float32(weight))
+        return next(weight.dtype for weight in weights if weight.is_floating_point())
 
     def _autocast(self, weights: torch.dtype) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != weights)

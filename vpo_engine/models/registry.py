@@ -17,6 +17,8 @@ BUILT_IN = {
     "sprites": "vpo_engine.data.sprites.assets:Sprites",
     "opensora": "vpo_engine.models.opensora.model:OpenSora",
     "cogvideox": "vpo_engine.models.cogvideox.model:CogVideoX",
+    "wan": "vpo_engine.models.wan.model:Wan",
+    "ltx": "vpo_engine.models.ltx:LTXVideo",
 }
 """Kinds that come with the engine, as package.module:Class; a module is imported when its kind is asked for."""
 
@@ -76,12 +78,6 @@ def check_model(config: Config) -> None:
                 f"{name}={_shown(value)} is not supported by model.kind={settings.kind} ({family.card.name}); set "
                 f"{name}={_shown(neutral)}"
             )
-    if family.card.float32_modules and config.memory.weights != "float32":
-        raise ValueError(
-            f"memory.weights={config.memory.weights} would hold all weights in bfloat16, but "
-            f"model.kind={settings.kind} needs {', '.join(family.card.float32_modules)} in float32; set "
-            "memory.weights=float32"
-        )
 
 
 def check_loaded(kind: str, model: VideoModel) -> VideoModel:

@@ -174,7 +174,7 @@ class _Tracing:
         """Make policy, VAE, reward model, reference, and the optimizer with its state after the first step."""
         config, tracker, network = self._config, self._tracker, self._model.network
         materialise_model(self._model, tracker)
-        hold_in_bfloat16(network, config.memory.weights, self._model.dtype)
+        hold_in_bfloat16(network, config.memory.weights, self._model.dtype, self._model.card.float32_modules)
         tracker.label([*network.parameters(), *network.buffers()], "weights")
         if "memory.offload_activations" in self._model.card.supports:
             copies = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))

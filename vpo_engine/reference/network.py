@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpo_engine.memory.rounding import is_kept_in_float32
 from vpo_engine.reference.weights import HeldWeight, Scratch
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def block_linears(policy: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers inside the transformer blocks, by name, without those of an adapter.
+    """Return the linear layers inside the transformer blocks, by name, without those of an adapter and without those
+    that are kept in float32 beside bfloat16 weights.
 
     The blocks are the members of the network's own lists (nn.ModuleList), as in STDiT3 and in the transformers of
     diffusers. Embedders, the time projection and the final layer are not in blocks.
@@ -25,7 +27,7 @@ def block_linears(policy: nn.Module) -> dict[str, nn.Linear]:
         for outer, blocks in policy.named_children()
         if isinstance(blocks, nn.ModuleList)
         for name, module in blocks.named_modules()
-        if type(module) is nn.Linear and ".lora_" not in name
+        if type(module) is nn.Linear and ".lora_" not in name and not is_kept_in_float32(module.weight)
     }
 
 

@@ -1,0 +1,105 @@
+"""Wan as a ``VideoModel``."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from torch import Tensor
+
+from vpo_engine.config import ModelConfig
+from vpo_engine.models.diffusers_flow import FlowModel
+from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
+from vpo_engine.models.wan.published import PUBLISHED, WAN2_1_1_3B
+from vpo_engine.video_model import ModelCard, SizeRule
+
+MAX_TOKENS = 512
+"""Tokens of a prompt, to which the pipeline's call pads (its encode_prompt alone pads to 226)."""
+
+
+class Wan(FlowModel):
+    """Wan 2.1 T2V 1.3B and 14B, and Wan 2.2 TI2V-5B as a text-to-video model.
+
+    UMT5 reads a prompt with its mask; what lies behind its last token is zeros, which the network attends to. The two
+    experts of Wan 2.2 A14B and models that start from images are refused.
+    """
+
+    card = ModelCard(
+        name="Wan 2.1",
+        files=("policy",),
+        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        sizes=SizeRule(frame_step=4, frame_offset=1, exact=True, side=16),
+        pipelines=("WanPipeline",),
+        supports=OPTIONS,
+        float32_modules=("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
+    )
+    facts = Parts(
+        transformer="WanTransformer3DModel",
+        vae="AutoencoderKLWan",
+        text_encoder="UMT5EncoderModel",
+        published=WAN2_1_1_3B,
+        size=(480, 832),
+        latent_channels="z_dim",
+        padding="zeros",
+        encoder_mask=True,
+    )
+
+    @classmethod
+    def published(cls, settings: ModelConfig) -> Mapping[str, Mapping[str, Any]]:
+        """See ``DiffusersModel``. The size is recognised by the name of the folder, as the Hub gives it."""
+        name = settings.policy.name if settings.policy else ""
+        return next((sizes for size, sizes in PUBLISHED.items() if size in name), WAN2_1_1_3B)
+
+    @classmethod
+    def text_size(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        return MAX_TOKENS, transformer["text_dim"]
+
+    @classmethod
+    def native_size(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+        return cls.facts.size if cls.strides(vae)[1] == 8 else (704, 1280)
+
+    @classmethod
+    def strides(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        return vae["scale_factor_temporal"], vae["scale_factor_spatial"]
+
+    @classmethod
+    def check_index(cls, index: Mapping[str, Any], folder: Path) -> None:
+        """See ``DiffusersModel``. Two experts would have to be trained in turn, which the engine does not do."""
+        second = index.get("transformer_2") or [None]
+        if index.get("boundary_ratio") is not None or second[0] is not None:
+            raise ValueError(
+                f"model.policy={folder} has two transformers (transformer_2, boundary_ratio="
+                f"{index.get('boundary_ratio')}), as Wan 2.2 A14B; the engine trains one. Give Wan2.1-T2V-1.3B, "
+                "Wan2.1-T2V-14B or Wan2.2-TI2V-5B in diffusers' layout"
+            )
+
+    @classmethod
+    def check_configs(cls, setup: Setup) -> None:
+        super().check_configs(setup)
+        for key in ("image_dim", "added_kv_proj_dim"):
+            if setup.transformer[key] is not None:
+                raise ValueError(
+                    f"the transformer's {key} is {setup.transformer[key]}: it starts from images; give a model of text "
+                    "to video"
+                )
+        frames, side = cls.strides(setup.vae)
+        patch = setup.transformer["patch_size"]
+        SizeRule(frames, 1, exact=True, side=side * patch[1]).check_sides(setup.height, setup.width)
+
+    @classmethod
+    def rewrite(cls, prompt: str) -> str:
+        """Repair the encoding, resolve HTML entities twice, and make every run of white space one space."""
+        text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+        return re.sub(r"\s+", " ", text).strip()
+
+    def denormalised(self, latents: Tensor) -> Tensor:
+        mean, deviation = (
+            torch.tensor(self.setup.vae[name], device=latents.device)[:, None, None, None]
+            for name in ("latents_mean", "latents_std")
+        )
+        return latents * deviation + mean
