@@ -1,7 +1,9 @@
-"""Folders of tiny pipelines with random weights, written by diffusers' ``save_pretrained``, and runs that train them."""
+"""Folders of tiny pipelines with random weights, written by diffusers' ``save_pretrained``, and runs of them."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,19 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 from torch import nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Config, T5EncoderModel
 
-from vpo_engine.config import Config
 from vpo_engine.build import build_model
+from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.runs.checkpoint import save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 
-TEXT = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+sys.path.insert(0, str(Path(__file__).parent / "models"))
+
+from flow_folders import TEXT, ltx_folder, tokenizer, wan_folder
+
 PROMPT, NEGATIVE = "a red cat", "dull"
 RUN = ("rollout.steps=3", "rollout.guidance=3")
 LORA = ("model.lora.rank=4", "model.lora.alpha=6", "reference.storage=adapter")
@@ -53,7 +58,6 @@ def cogvideox_folder(folder: Path, seed: int = 0) -> Path:
             sample_height=4,
             sample_width=6,
             sample_frames=9,
-            max_text_seq_length=16,
         ),
         scheduler=CogVideoXDDIMScheduler(
             beta_start=0.00085,
@@ -66,12 +70,6 @@ def cogvideox_folder(folder: Path, seed: int = 0) -> Path:
         ),
     )
     return saved(pipeline, folder, seed)
-
-
-def tokenizer() -> T5Tokenizer:
-    """Return a tokenizer of letters, with pad 0, end 1 and unknown 2, as the published ones have them."""
-    letters = ["<pad>", "</s>", "<unk>", *map(chr, range(ord("a"), ord("z") + 1)), "▁"]
-    return T5Tokenizer(vocab=[(letter, -float(number)) for number, letter in enumerate(letters)], extra_ids=0)
 
 
 @torch.no_grad()
@@ -88,6 +86,21 @@ def move_vectors(part: nn.Module, random: torch.Generator) -> None:
     for parameter in part.parameters():
         if parameter.dim() == 1 or not bool(parameter.any()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+
+
+FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "cogvideox": cogvideox_folder,
+    "wan": wan_folder,
+    "ltx": ltx_folder,
+}
+SMALL = {"cogvideox": (9, 32, 48), "wan": (5, 32, 48), "ltx": (9, 64, 96)}
+"""A small size of each kind: frames, height, width."""
+
+
+def sized(kind: str) -> list[str]:
+    """Return the settings of the small size."""
+    frames, height, width = SMALL[kind]
+    return [f"model.num_frames={frames}", f"model.height={height}", f"model.width={width}", "model.fps=8"]
 
 
 def run_config(kind: str, policy: Path | None, root: Path, *overrides: str) -> Config:

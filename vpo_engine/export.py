@@ -111,7 +111,7 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
         raise ValueError(f"{run} is a file; give a run directory or a checkpoint")
     if options.base is not None and not (options.base / INDEX).is_file():
         raise ValueError(f"--base {options.base} has no {INDEX}; give the folder of a whole published model")
-    source = run_source(run, options.step)
+    source = run_source(run, options.step, average=options.ema)
     _check_fit(run, source, options)
     from vpo_engine.export_write import write_export
 

@@ -267,12 +267,17 @@ def _unbound_text(
     """Return the error for tensors that belong to no layer, with what the file probably is."""
     if not any("lora" in key or key.endswith(".alpha") for key in keys):
         return f"{file} is no low-rank adapter: it holds {_some(keys)}; give the file of an adapter"
-    count = f"{len(unbound)} of its {len(keys)} tensors belong" if len(unbound) < len(keys) else "none belong"
+    some = len(unbound) < len(keys)
+    count = (
+        f"{len(unbound)} of its {len(keys)} tensors belong to no"
+        if some
+        else "none of its tensors belongs to a"
+    )
     known = sorted({_prefix(stem) for stem in stems})
     near = difflib.get_close_matches(unbound[0], stems, n=1, cutoff=0.5)
     hint = f"the nearest name is {near[0]}" if near else f"names begin with {' or '.join(known)}"
     return (
-        f"{file} does not fit {model}: {count} to a linear layer of it, for example not {_some(unbound)}; {hint}. Give "
+        f"{file} does not fit {model}: {count} linear layer of it, for example {_some(unbound)}; {hint}. Give "
         "an adapter of this model, in one of the dialects of docs/export.md"
     )
 

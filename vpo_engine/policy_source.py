@@ -26,6 +26,8 @@ RECORD = "vpo_export.json"
 """The file in an export that says what it was made of, and how the run sampled."""
 INDEX = "model_index.json"
 """The file by which a folder is one of a diffusers pipeline."""
+_POLICY, _AVERAGE = "policy", "ema"
+"""The folders of the policy and of its moving average in a checkpoint."""
 _ADAPTER_ENDING = ".safetensors"
 _PEFT_CONFIG = "adapter_config.json"
 _OF_THE_VIDEO = ("kind", "policy", "vae", "text_encoder", "device", "lora", "attention", "fused_ops")
@@ -64,7 +66,7 @@ def find_source(path: Path | None, base: Path | None, overrides: Sequence[str]) 
         )
     if (
         path is not None
-        and path.name == "policy"
+        and path.name == _POLICY
         and (path.parent / "manifest.json").is_file()
         and base is None
     ):
@@ -93,13 +95,16 @@ def find_source(path: Path | None, base: Path | None, overrides: Sequence[str]) 
     return run_source(path, None, overrides)
 
 
-def run_source(run: Path, step: int | None = None, overrides: Sequence[str] = ()) -> PolicySource:
+def run_source(
+    run: Path, step: int | None = None, overrides: Sequence[str] = (), average: bool | None = None
+) -> PolicySource:
     """Return the policy of a run directory (its newest checkpoint, or that of ``step``), or of a checkpoint.
 
-    A run with model.lora has trained an adapter only. Then model.policy stays as it is, and the adapter's folder stands
+    average: whether its moving average is meant (ema.decay); None: if there is one, as the run's evaluations do. A run
+    with model.lora has trained an adapter only. Then model.policy stays as it is, and the adapter's folder stands
     beside the configuration. Raise ValueError for what is no run, and for a checkpoint that is not as it was saved.
     """
-    if (run / "policy").is_dir():
+    if (run / _POLICY).is_dir():
         if step is not None:
             raise ValueError(
                 f"--step {step} chooses among the checkpoints of a run, but {run} is one; leave it out"
@@ -109,7 +114,13 @@ def run_source(run: Path, step: int | None = None, overrides: Sequence[str] = ()
         checkpoint = _checkpoint_of(run, step)
     verify_checkpoint(checkpoint)
     root = checkpoint.resolve().parent.parent
-    saved, trained = RunDirectory.open(root).config, checkpoint / "policy"
+    saved, trained = RunDirectory.open(root).config, checkpoint / _POLICY
+    if average or (average is None and (checkpoint / _AVERAGE).is_dir()):
+        trained = checkpoint / _AVERAGE
+    if not trained.is_dir():
+        raise ValueError(
+            f"{checkpoint} has no moving average of the policy; leave --ema out (a run with ema.decay has one)"
+        )
     given = [f"run_dir={root}", *overrides]
     config = load_config(saved, given)
     if config.model.lora is not None:
@@ -178,7 +189,7 @@ def record_text(source: PolicySource, form: str) -> str:
 
 def is_published(folder: Path) -> bool:
     """Return whether a folder holds a model as its project publishes it, and neither a run nor a checkpoint."""
-    if (folder / CONFIG_NAME).is_file() or (folder / "policy").is_dir():
+    if (folder / CONFIG_NAME).is_file() or (folder / _POLICY).is_dir():
         return False
     return (folder / INDEX).is_file() or (folder / "config.json").is_file()
 
@@ -187,7 +198,7 @@ def holds_adapter(path: Path) -> bool:
     """Return whether a path is an adapter by its names: a weights file, or a folder of one."""
     if path.is_file():
         return path.suffix == _ADAPTER_ENDING
-    if is_published(path) or (path / CONFIG_NAME).is_file() or (path / "policy").is_dir():
+    if is_published(path) or (path / CONFIG_NAME).is_file() or (path / _POLICY).is_dir():
         return False
     files = [file.name for file in path.glob(f"*{_ADAPTER_ENDING}")]
     return (path / _PEFT_CONFIG).is_file() or any("lora" in name or "adapter" in name for name in files)

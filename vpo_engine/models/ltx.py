@@ -54,6 +54,7 @@ class LTXVideo(FlowModel):
         sizes=SizeRule(frame_step=8, frame_offset=1, exact=True, side=32),
         pipelines=("LTXPipeline",),
         supports=OPTIONS - {"rollout.compile=graphs"},
+        native={"model.num_frames": 161, "model.fps": 25, "rollout.steps": 50, "rollout.guidance": 3.0},
     )
     facts = Parts(
         transformer="LTXVideoTransformer3DModel",
@@ -85,6 +86,10 @@ class LTXVideo(FlowModel):
                 f"patches of {patches} latents and a VAE of strides {cls.strides(setup.vae)} are not LTX-Video's; give "
                 "the folder of LTX-Video 0.9 to 0.9.5"
             )
+
+    @classmethod
+    def original_name(cls, name: str) -> str | None:
+        return name.replace("time_embed.", "adaln_single.") if name != "proj_in" else "patchify_proj"
 
     def packed(self, latents: Tensor) -> Tensor:
         """Return the network's tokens [B, T * H * W, C] of latents [B, C, T, H, W]."""
