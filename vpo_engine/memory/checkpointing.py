@@ -127,6 +127,35 @@ def in_parts(
     return torch.cat(outputs, dim)
 
 
+def in_separate_parts(function: Callable[[Tensor], Tensor], x: Tensor, *, dim: int, parts: int) -> Tensor:
+    """Do what ``in_parts`` does for a function that other operations of a block follow; the result is a new tensor.
+
+    Where the block is checkpointed, its second computation needs the results of the parts, so with gradients every part
+    is computed once more than by ``in_parts``.
+    """
+    if parts == 1:
+        return function(x)
+    pieces = x.tensor_split(min(parts, x.shape[dim]), dim)
+    if torch.is_grad_enabled():
+        outputs = [
+            checkpoint(
+                function, piece, use_reentrant=False, preserve_rng_state=False, context_fn=_part_contexts
+            )
+            for piece in pieces
+        ]
+        return torch.cat(outputs, dim)
+    first = function(pieces[0])
+    shape = list(first.shape)
+    shape[dim] = x.shape[dim]
+    out = first.new_empty(shape)
+    targets = out.tensor_split(len(pieces), dim)
+    targets[0].copy_(first)
+    del first
+    for target, piece in zip(targets[1:], pieces[1:], strict=True):
+        target.copy_(function(piece))
+    return out
+
+
 def _skipped(x: Tensor, *_: Tensor) -> Tensor:
     return x
 

@@ -13,9 +13,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def compiled(function: Callable[P, T], backend: str = "inductor") -> Callable[P, T]:
-    """Compile a function once for all sizes of its tensors."""
-    return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+def compiled(function: Callable[P, T], backend: str = "inductor", whole: bool = True) -> Callable[P, T]:
+    """Compile a function once for all sizes of its tensors; in several pieces unless it is to be ``whole``."""
+    return torch.compile(function, dynamic=True, fullgraph=whole, backend=backend)
 
 
 def check_compiler(device: torch.device) -> None:

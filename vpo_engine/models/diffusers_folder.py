@@ -168,9 +168,11 @@ def build_part(name: str, config: Mapping[str, Any], **changes: Any) -> nn.Modul
     """Build a part of a diffusers class without weights: its parameters and stored buffers are on the meta device.
 
     Buffers that are computed and not stored (position tables, frequencies of rope) are computed, on the CPU.
+    changes: settings that are taken in place of the config's while it is built; its own config keeps the latter.
     """
     with _EmptyOnMeta():
-        module: nn.Module = diffusers_class(name).from_config({**config, **changes})
+        module: Any = diffusers_class(name).from_config({**config, **changes})
+    module.register_to_config(**{key: config[key] for key in changes})
     stored = set(module.state_dict())
     for prefix, part in module.named_modules():
         for held in (part._parameters, part._buffers):
@@ -178,16 +180,17 @@ def build_part(name: str, config: Mapping[str, Any], **changes: Any) -> nn.Modul
                 if tensor is not None and f"{prefix}.{key}".removeprefix(".") in stored:
                     empty = tensor.to("meta")
                     held[key] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-    return module.eval()
+    built: nn.Module = module.eval()
+    return built
 
 
-def load_part(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load a part of a diffusers class from its folder, in ``dtype``, on the CPU.
+def load_part(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """Load a part of a diffusers class from its folder, in ``dtype``, on the CPU. changes: see ``build_part``.
 
     Raise FileNotFoundError for missing weight files, ValueError for a folder of another class and for weights that are
     damaged or do not fit.
     """
-    module = build_part(name, part_config(folder, name))
+    module = build_part(name, part_config(folder, name), **changes)
     load_weights(module, folder, name, dtype)
     return module
 

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.config import ModelConfig
+from vpo_engine.config import MemoryConfig, ModelConfig
+from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.memory.rounding import is_kept_in_float32
-from vpo_engine.model_values import Network, TextEmbedding
+from vpo_engine.model_values import Network, SamplerSettings, TextEmbedding
 from vpo_engine.models.base import BaseModel
 from vpo_engine.models.diffusers_folder import (
     INDEX,
@@ -28,9 +29,17 @@ from vpo_engine.models.diffusers_folder import (
     part_config,
     read_config,
 )
+from vpo_engine.models.diffusers_network import (
+    CompiledBlocks,
+    Loop,
+    TextLayers,
+    prepare_network,
+    set_activations,
+)
 from vpo_engine.models.diffusers_text import NoText, encoder_loader, text_model
-from vpo_engine.models.guidance import guided
+from vpo_engine.models.guidance import guided, guided_pass, texts_of_pass
 from vpo_engine.models.lora import has_adapter, load_adapter
+from vpo_engine.models.step_graph import Predict
 from vpo_engine.video_model import Blueprint, LoadContext, Option, Padding, ReadConfig, TextRule, TextSource
 
 OPTIONS: frozenset[Option] = frozenset(
@@ -39,8 +48,13 @@ OPTIONS: frozenset[Option] = frozenset(
         "model.width",
         "model.flow_shift",
         "model.negative_prompt",
+        "memory.activation_checkpointing",
+        "memory.offload_activations",
+        "memory.mlp_chunks",
         "rollout.guidance",
         "rollout.guidance_interval",
+        "rollout.cache",
+        "rollout.compile=blocks",
         "rollout.compile=graphs",
     }
 )
@@ -57,8 +71,9 @@ class Parts:
     transformer, vae: names of classes of diffusers. text_encoder: of a class of transformers. published: the contents
     of the published config files, {"transformer", "vae", "text_encoder", "scheduler": settings}, by which the planner
     goes where there is no folder. size: height and width in pixels that the published model was made for.
-    latent_channels: the key of the VAE's config.json that says how many channels latents have.
-    layout: the order in which the transformer takes the dimensions of latents [B, C, T, H, W].
+    latent_channels: the key of the VAE's config.json that says how many channels latents have. layout: the order in
+    which the transformer takes the dimensions of latents [B, C, T, H, W]. text_layers: the layers that see only the
+    text.
     padding: see ``TextRule``. encoder_mask: whether the text encoder is given the mask of a prompt's tokens.
     negative_prompt: of guidance, unless model.negative_prompt is given. negative_first: the negative prompt is the
     first half of a guided batch.
@@ -71,6 +86,7 @@ class Parts:
     size: tuple[int, int]
     latent_channels: str = "latent_channels"
     layout: tuple[int, ...] = (0, 1, 2, 3, 4)
+    text_layers: tuple[TextLayers, ...] = ()
     padding: Padding = "attended"
     encoder_mask: bool = False
     negative_prompt: str = ""
@@ -118,7 +134,9 @@ class DiffusersModel(BaseModel):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        prepare_network(network, self.facts.text_layers)
         super().__init__(network, None, text, device=device, dtype=dtype)
+        self._compiled: CompiledBlocks | None = None
         # diffusers' own ``to`` warns of a type, whatever the module.
         self.vae: Any = nn.Module.to(vae, device, dtype).eval().requires_grad_(False)
         self._parts["vae"] = self.vae
@@ -156,6 +174,11 @@ class DiffusersModel(BaseModel):
         """Raise ValueError for a pipeline's folder with a model_index.json that this family cannot run with."""
 
     @classmethod
+    def built_with(cls, setup: Setup) -> dict[str, Any]:
+        """Return settings of the transformer's class that differ from its config.json for videos of this size."""
+        return {}
+
+    @classmethod
     def check_configs(cls, setup: Setup) -> None:
         """Raise ValueError for folders of the right classes whose config files this family cannot run with."""
 
@@ -168,18 +191,18 @@ class DiffusersModel(BaseModel):
         """Return the times [B] that the network is given at times t [B] of the schedule."""
         return t
 
-    def packed(self, latents: Tensor) -> Tensor:
-        """Return latents [B, C, T, H, W] as the network takes them."""
-        return latents.permute(self.facts.layout)
-
-    def unpacked(self, out: Tensor) -> Tensor:
-        """Return what the network gives as [B, C, T, H, W]: what undoes ``packed``."""
-        layout = self.facts.layout
-        return out.permute([layout.index(dimension) for dimension in range(len(layout))])
-
     def arguments(self, text: TextEmbedding) -> dict[str, Any]:
         """Return the network's arguments beside latents and time, for the text of B samples."""
         return {"encoder_hidden_states": text.embeddings}
+
+    def to_layout(self, latents: Tensor) -> Tensor:
+        """Return latents [B, C, T, H, W] as the network takes them."""
+        return latents.permute(self.facts.layout)
+
+    def from_layout(self, prediction: Tensor) -> Tensor:
+        """Return what the network predicts as [B, C, T, H, W]."""
+        layout = self.facts.layout
+        return prediction.permute([layout.index(dimension) for dimension in range(len(layout))])
 
     def denormalised(self, latents: Tensor) -> Tensor:
         """Return latents [B, C, T, H, W] in the scale that the VAE decodes."""
@@ -240,7 +263,7 @@ class DiffusersModel(BaseModel):
         text = context.text_source(
             load_encoder, f"{folder.text_encoder}, {tokens} tokens, {settings.dtype}", cls.rewrite
         )
-        network = load_part(facts.transformer, folder.transformer)
+        network = load_part(facts.transformer, folder.transformer, **cls.built_with(setup))
         vae = load_part(facts.vae, folder.vae)
         return cls(network, vae, text, setup, device=context.device, dtype=context.dtype)
 
@@ -263,7 +286,8 @@ class DiffusersModel(BaseModel):
             config("text_encoder"),
         )
         configured = setup.transformer["num_layers"]
-        network = build_part(facts.transformer, setup.transformer, num_layers=depth or configured)
+        changes = cls.built_with(setup) | {"num_layers": depth or configured}
+        network = build_part(facts.transformer, setup.transformer, **changes)
         vae = build_part(facts.vae, setup.vae)
 
         def text_encoder() -> nn.Module:
@@ -340,16 +364,41 @@ class DiffusersModel(BaseModel):
         branch = partial(self._branch, network)
         return guided(branch, latents, t, text, self.null_text, guidance, self.facts.negative_first)
 
-    def _branch(self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+    def predictor(
+        self, network: Network, text: TextEmbedding, settings: SamplerSettings, guidance: float
+    ) -> Predict:
+        """See ``BaseModel``. What depends on the text alone is computed once, in the first step."""
+        run = None
+        if settings.compile == "blocks":
+            run = self._compiled = self._compiled or CompiledBlocks(self.network, self.device)
+        first = self.facts.negative_first
+        shared: list[tuple[TextEmbedding, Loop]] = []
+
+        def predict(latents: Tensor, t: Tensor) -> Tensor:
+            samples = len(latents) // len(text)
+            if not shared:
+                texts = texts_of_pass(text, self.null_text, guidance, samples, first)
+                shared.append((texts, Loop(samples, settings.cache, run)))
+            [(texts, loop)] = shared
+            assert loop.repeat == samples, "a sampling loop keeps its batch size"
+            return guided_pass(partial(self._branch, network, loop=loop), latents, t, texts, guidance, first)
+
+        return predict
+
+    def _branch(
+        self, network: Network, latents: Tensor, t: Tensor, text: TextEmbedding, *, loop: Loop | None = None
+    ) -> Tensor:
         weights = self._weights_dtype()
         with self._autocast(weights):
             out = network(
-                hidden_states=self.packed(latents).to(weights),
+                # torch multiplies rows that are not contiguous otherwise by trained weights than by frozen ones.
+                self.to_layout(latents).to(weights).contiguous(),
                 timestep=self.network_time(t),
                 return_dict=False,
+                loop=loop,
                 **self.arguments(text.to(latents.device, weights)),
             )[0]
-        out = self.unpacked(out)
+        out = self.from_layout(out)
         return out if out.dtype == torch.float64 else out.float()
 
     def _weights_dtype(self) -> torch.dtype:
@@ -371,6 +420,12 @@ class DiffusersModel(BaseModel):
         frames = self.pixels(latents.to(self.dtype)).float()
         shade = (frames / 2 + 0.5).clamp(0, 1).mul(255).round()
         return shade.to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+    def use_memory(self, memory: MemoryConfig) -> None:
+        set_activations(
+            self.network,
+            Activations(memory.activation_checkpointing, memory.offload_activations, memory.mlp_chunks),
+        )
 
     def save_full_policy(self, folder: Path) -> None:
         """See ``BaseModel``. The folder is what diffusers' save_pretrained writes, in one file."""

@@ -19,13 +19,6 @@ def mixed(prompted: Tensor, unprompted: Tensor, guidance: float) -> Tensor:
     return unprompted + guidance * (prompted - unprompted)
 
 
-def both_texts(text: TextEmbedding, null: TextEmbedding, negative_first: bool = False) -> TextEmbedding:
-    """Join the texts of the two branches; the one with fewer tokens gets masked padding."""
-    length = max(text.mask.shape[1], null.mask.shape[1])
-    parts = [_padded(part, length) for part in (text, null)]
-    return TextEmbedding.cat(parts[::-1] if negative_first else parts)
-
-
 def guided(
     branch: Branch,
     latents: Tensor,
@@ -40,11 +33,42 @@ def guided(
     latents [B, C, T, H, W] at times t [B]; text of P prompts, each that of B / P samples next to each other.
     negative_first: the branch without the prompt is the first half of the pass.
     """
-    text = text.repeat_interleave(len(latents) // len(text))
+    texts = texts_of_pass(text, null_text, guidance, len(latents) // len(text), negative_first)
+    return guided_pass(branch, latents, t, texts, guidance, negative_first)
+
+
+def texts_of_pass(
+    text: TextEmbedding,
+    null_text: Callable[[TextEmbedding], TextEmbedding],
+    guidance: float,
+    samples: int,
+    negative_first: bool = False,
+) -> TextEmbedding:
+    """Return the text of every row of a pass, for ``samples`` of each prompt; see ``guided``.
+
+    Of the two branches the one with fewer tokens gets masked padding.
+    """
+    repeated = text.repeat_interleave(samples)
     if guidance == 1.0:
-        return branch(latents, t, text)
-    both = both_texts(text, null_text(text), negative_first)
-    halves = branch(torch.cat([latents, latents]), torch.cat([t, t]), both).chunk(2)
+        return repeated
+    null = null_text(repeated)
+    length = max(repeated.mask.shape[1], null.mask.shape[1])
+    parts = [_padded(part, length) for part in (repeated, null)]
+    return TextEmbedding.cat(parts[::-1] if negative_first else parts)
+
+
+def guided_pass(
+    branch: Branch,
+    latents: Tensor,
+    t: Tensor,
+    texts: TextEmbedding,
+    guidance: float,
+    negative_first: bool = False,
+) -> Tensor:
+    """Return the guided prediction of B samples, with the texts that ``texts_of_pass`` gives."""
+    if guidance == 1.0:
+        return branch(latents, t, texts)
+    halves = branch(torch.cat([latents, latents]), torch.cat([t, t]), texts).chunk(2)
     unprompted, prompted = halves if negative_first else halves[::-1]
     return mixed(prompted, unprompted, guidance)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
+from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
 from vpo_engine.video_model import ModelCard, SizeRule
 
 DECODE_TIME, DECODE_NOISE = 0.05, 0.025
@@ -62,6 +63,7 @@ class LTXVideo(FlowModel):
         text_encoder="T5EncoderModel",
         published=PUBLISHED,
         size=(512, 704),
+        text_layers=(TextLayers("attn2", CROSS_ATTENTION_LAYERS),),
         padding="masked",
     )
     levels_from_one = True
@@ -91,12 +93,12 @@ class LTXVideo(FlowModel):
     def original_name(cls, name: str) -> str | None:
         return name.replace("time_embed.", "adaln_single.") if name != "proj_in" else "patchify_proj"
 
-    def packed(self, latents: Tensor) -> Tensor:
+    def to_layout(self, latents: Tensor) -> Tensor:
         """Return the network's tokens [B, T * H * W, C] of latents [B, C, T, H, W]."""
         return latents.flatten(2).transpose(1, 2)
 
-    def unpacked(self, out: Tensor) -> Tensor:
-        return out.transpose(1, 2).unflatten(2, self.latent_shape[1:])
+    def from_layout(self, prediction: Tensor) -> Tensor:
+        return prediction.transpose(1, 2).unflatten(2, self.latent_shape[1:])
 
     def arguments(self, text: TextEmbedding) -> dict[str, Any]:
         _, frames, height, width = self.latent_shape

@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vpo_kernels.attention import choose_attention
 
+from vpo_engine.config import ModelConfig
 from vpo_engine.models.cogvideox import published
+from vpo_engine.models.cogvideox.attention import JointAttention
 from vpo_engine.models.cogvideox.schedule import DDIM, Schedule
 from vpo_engine.models.diffusers_model import OPTIONS, DiffusersModel, Parts, Setup
+from vpo_engine.models.diffusers_network import TextLayers
 from vpo_engine.video_model import ModelCard, SizeRule, TextSource
 
 
@@ -47,6 +51,7 @@ class CogVideoX(DiffusersModel):
         },
         size=(480, 720),
         layout=(0, 2, 1, 3, 4),
+        text_layers=(TextLayers("patch_embed", (("text_proj", None),)),),
     )
 
     def __init__(
@@ -60,6 +65,10 @@ class CogVideoX(DiffusersModel):
         dtype: torch.dtype,
     ) -> None:
         self.schedule = Schedule(setup.scheduler)
+        embedder: Any = network.patch_embed
+        embedder.pos_embedding = embedder.pos_embedding.float()
+        for block in network.transformer_blocks:  # type: ignore[union-attr]
+            block.attn1.set_processor(JointAttention())
         super().__init__(network, vae, text, setup, device=device, dtype=dtype)
 
     @classmethod
@@ -72,6 +81,17 @@ class CogVideoX(DiffusersModel):
         return transformer["sample_height"] * side, transformer["sample_width"] * side
 
     @classmethod
+    def built_with(cls, setup: Setup) -> dict[str, Any]:
+        """Return the size by which the transformer computes its table of positions once, instead of in every pass."""
+        _, frames, rows, columns = cls.latent_size(setup)
+        groups = setup.transformer["temporal_compression_ratio"]
+        return {
+            "sample_height": rows,
+            "sample_width": columns,
+            "sample_frames": (frames - 1) * groups + 1,
+        }
+
+    @classmethod
     def check_configs(cls, setup: Setup) -> None:
         if setup.transformer["use_rotary_positional_embeddings"] or setup.transformer["patch_size_t"]:
             raise ValueError(
@@ -79,6 +99,13 @@ class CogVideoX(DiffusersModel):
                 "trains CogVideoX-2B, which has none"
             )
         Schedule(setup.scheduler)
+
+    def choose_backends(self, settings: ModelConfig) -> str:
+        head_dim = self.setup.transformer["attention_head_dim"]
+        choice = choose_attention(settings.attention, device=self.device, dtype=self.dtype, head_dim=head_dim)
+        for block in self.network.transformer_blocks:
+            block.attn1.set_processor(JointAttention(choice.name))
+        return str(choice)
 
     def draw_timesteps(self, u: Tensor) -> Tensor:
         return self.schedule.draw(u)

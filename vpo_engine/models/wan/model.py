@@ -15,6 +15,7 @@ from torch import Tensor
 from vpo_engine.config import ModelConfig
 from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
+from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
 from vpo_engine.models.wan import names
 from vpo_engine.models.wan.published import PUBLISHED, WAN2_1_1_3B
 from vpo_engine.video_model import ModelCard, SizeRule
@@ -47,6 +48,10 @@ class Wan(FlowModel):
         published=WAN2_1_1_3B,
         size=(480, 832),
         latent_channels="z_dim",
+        text_layers=(
+            TextLayers("condition_embedder", (("text_embedder", None),)),
+            TextLayers("attn2", CROSS_ATTENTION_LAYERS),
+        ),
         padding="zeros",
         encoder_mask=True,
     )

@@ -1,0 +1,43 @@
+"""Joint attention of text and video, through the engine's attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vpo_kernels.attention import BackendName, attention
+
+
+@dataclass(frozen=True)
+class JointAttention:
+    """A processor of diffusers for CogVideoX-2B's attention, which has neither masks nor rotary embeddings.
+
+    backend: the implementation of attention; see ``vpo_kernels.attention``.
+    """
+
+    backend: BackendName = "sdpa"
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: None = None,
+        image_rotary_emb: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Let the tokens of text [B, L, D] and video [B, N, D] attend to all of them; return video and text."""
+        assert attention_mask is None
+        assert image_rotary_emb is None
+        length = encoder_hidden_states.shape[1]
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        q, k, v = (
+            layer(tokens).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        del tokens
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        out = attention(q, k, v, self.backend).flatten(2)
+        del q, k, v
+        out = attn.to_out[0](out)
+        return out[:, length:], out[:, :length]
