@@ -1,4 +1,4 @@
-"""``python -m vpo_engine.export``: what it writes loads in diffusers and PEFT, and computes what the run's policy does."""
+"""``python -m vpo_engine.export``: diffusers and PEFT load what it writes, and compute what the policy does."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ class TestFiles:
         assert f"model.policy={bare} of the run has no model_index.json" in error
         assert "--base FOLDER" in error
         out = exported(second, tmp_path / "out", "--base", str(wan.published))
-        own, noise = engine_frames(out)
+        own, _ = engine_frames(out)
         made = load_pipeline(out)
         assert own.shape[0] == 5
         saved = load_file(second / "checkpoints/step_00000002/policy/diffusion_pytorch_model.safetensors")
@@ -377,10 +377,10 @@ class TestRefusals:
             (["FULL", "--out", "FILE"], "is a file; give a folder"),
             (["FULL", "--out", "FILE/out"], "is a file; give another folder"),
             (["FULLY", "--out", "out"], "there is no run or checkpoint at FULLY"),
-            (["FULL", "--out", "out", "--step", "3"], "has no complete checkpoint step_00000003; give one of its steps (2, 4)"),
+            (["FULL", "--out", "out", "--step", "3"], "no complete checkpoint step_00000003; give one of its steps"),
             (["STEP", "--out", "out", "--step", "3"], "--step 3 chooses among the checkpoints of a run"),
             (["FULL", "--out", "out", "--merge"], "--merge merges an adapter, but"),
-            (["FULL", "--out", "out", "--format", "peft"], "--format peft is the dialect of an adapter, but the policy of"),
+            (["FULL", "--out", "out", "--format", "peft"], "--format peft is the dialect of an adapter, but the"),
             (["LORA", "--out", "out", "--format", "peft", "--merge"], "but a merged export is a whole model"),
             (["LORA", "--out", "out", "--base", "FULL"], "has no model_index.json; give the folder of a whole"),
             (["ALTERED", "--out", "out"], "was altered after it was saved"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def _renamed(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor
     [
         (
             lambda t: _renamed(t, "transformer.blocks", "transformer.transformer_blocks"),
-            "does not fit Wan 2.1: none of its tensors belongs to a linear layer of it, for example transformer.transformer_blocks",
+            "does not fit Wan 2.1: none of its tensors belongs to a linear layer of it, for example transformer.tr",
         ),
         (
             lambda t: _renamed(t, "transformer.blocks.1.", "transformer.blocks.2."),
@@ -222,9 +223,8 @@ def test_what_is_no_adapter_of_the_model_is_refused(
     }
     file = tmp_path / "lora.safetensors"
     save_file(change(tensors), file)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
         read(tmp_path)
-    assert words in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 

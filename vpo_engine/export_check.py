@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from vpo_engine.export_adapter import Adapter
 from vpo_engine.export_folder import ExportMismatchError
 from vpo_engine.model_values import TextEmbedding
+from vpo_engine.models.registry import model_family
 from vpo_engine.policy_source import INDEX
 from vpo_engine.seeding import normal
 from vpo_engine.video_model import VideoModel
@@ -21,15 +23,32 @@ TOLERANCE = 1e-4
 """The largest relative difference of two predictions in float32. An adapter that is merged, or whose scale stands
 elsewhere, changes the order of sums, each by an ulp of 6e-8; a layer that is missing changes far more. Weights
 themselves are compared bit for bit."""
+_SIDES = 4, 6
+"""Height and width of small videos, in units of the smallest side that the family can represent."""
 _LATENT_FRAMES, _LATENT_SIDE, _TOKENS = 3, 8, 16
 """The largest size of the inputs: a prediction must take seconds on a CPU, whatever the size of the videos."""
 
 
-@torch.no_grad()
-def fixed_prediction(model: VideoModel, network: nn.Module) -> Tensor:
-    """Return what ``network`` predicts for fixed random latents and text, float32 [1, C, T, H, W].
+def small_size(kind: str) -> dict[str, int]:
+    """Return the settings of ``model`` for small videos of a family; none where the size is not a setting.
 
-    The inputs depend on nothing but the sizes of the family, and are of at most 3 x 8 x 8 latents.
+    They have at least two latent frames, and sides that differ.
+    """
+    card = model_family(kind).card
+    if "model.height" not in card.supports:
+        return {}
+    rule = card.sizes
+    return {
+        "height": _SIDES[0] * rule.side,
+        "width": _SIDES[1] * rule.side,
+        "num_frames": rule.frames(1 + (rule.frame_offset == 0)),
+    }
+
+
+def fixed_inputs(model: VideoModel) -> tuple[Tensor, Tensor, TextEmbedding]:
+    """Return random latents [1, C, T, H, W], a time [1] and text, which depend on nothing but the model's sizes.
+
+    They are of at most 3 x 8 x 8 latents.
     """
     channels, frames, height, width = model.latent_shape
     shape = (1, channels, min(frames, _LATENT_FRAMES), min(height, _LATENT_SIDE), min(width, _LATENT_SIDE))
@@ -38,8 +57,32 @@ def fixed_prediction(model: VideoModel, network: nn.Module) -> Tensor:
     embeddings = normal((1, tokens, rule.channels), 0, "export", "text")
     text = TextEmbedding(embeddings, torch.ones(1, tokens, dtype=torch.bool)).to(model.device)
     latents = normal(shape, 0, "export", "latents").to(model.device)
-    t = model.draw_timesteps(torch.tensor([0.5], device=model.device))
-    return model.predict(network, latents, t, text).cpu()
+    return latents, model.draw_timesteps(torch.tensor([0.5], device=model.device)), text
+
+
+@torch.no_grad()
+def fixed_prediction(model: VideoModel, network: nn.Module) -> Tensor:
+    """Return what ``network`` predicts for ``fixed_inputs``, float32 [1, C, T, H, W] on the CPU."""
+    return model.predict(_Plain(network), *fixed_inputs(model)).cpu()
+
+
+class _Plain:
+    """Calls a network that others have loaded without the engine's own arguments, which are None here."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        parameters = inspect.signature(network.forward).parameters.values()
+        self._known = {parameter.name for parameter in parameters}
+        self._any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        known = {
+            name: value
+            for name, value in kwargs.items()
+            if self._any or name in self._known or value is not None
+        }
+        prediction: Tensor = self._network(*args, **known)
+        return prediction
 
 
 def relative_error(expected: Tensor, found: Tensor) -> float:

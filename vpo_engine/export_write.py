@@ -32,17 +32,15 @@ from vpo_engine.export_check import (
     load_pipeline,
     relative_error,
     sides,
+    small_size,
 )
 from vpo_engine.export_folder import add_parts, check_space, written_at
 from vpo_engine.models.lora import WEIGHTS, adapter_parameters, load_adapter, save_adapter
-from vpo_engine.models.registry import model_family
 from vpo_engine.policy_source import INDEX, RECORD, PolicySource, record_text
 from vpo_engine.video_model import VideoModel
 
 POLICY_FOLDER = "transformer"
 """The folder of the policy in that of a diffusers pipeline."""
-_SIDES = 4
-"""Sides of the videos that are compared, in units of the smallest side that the family can represent."""
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -77,11 +75,7 @@ def write_export(source: PolicySource, out: Path, options: ExportOptions) -> Exp
 
 def _load(config: Config, **changed: Any) -> VideoModel:
     """Load the model of a run on the CPU, with weights and arithmetic in float32, for videos of a small size."""
-    plain = {"device": "cpu", "dtype": "float32", **changed}
-    card = model_family(config.model.kind).card
-    if "model.height" in card.supports:
-        side = _SIDES * card.sizes.side
-        plain |= {"height": side, "width": side, "num_frames": card.sizes.frames(1)}
+    plain = {"device": "cpu", "dtype": "float32"} | small_size(config.model.kind) | changed
     settings = config.model.model_copy(update=plain)
     config = config.model_copy(update={"model": settings, "memory": MemoryConfig()})
     return build_model(config, Processes.start("cpu"), say=lambda line: None)

@@ -124,11 +124,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="guidance scale; 1 is none")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="the prompt that guidance leads away from")
     parser.add_argument("--frames", type=int, metavar="N", help="number of frames")
-    parser.add_argument("--size", type=_size, metavar="HEIGHTxWIDTH", help="size in pixels, such as 480x832")
+    parser.add_argument(
+        "--size", type=parse_size, metavar="HEIGHTxWIDTH", help="size in pixels, such as 480x832"
+    )
     return parser
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Return height and width of HEIGHTxWIDTH, for argparse."""
     found = re.fullmatch(r"([1-9][0-9]*)[xX]([1-9][0-9]*)", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, such as 480x832")
@@ -220,11 +223,15 @@ def starting_noise(model: VideoModel, seed: int, number: int, count: int) -> Ten
 
 
 def with_options(source: PolicySource, options: SampleOptions) -> PolicySource:
-    """Return the source with its settings changed. Raise ValueError for what the model's family cannot do."""
+    """Return the source with its settings changed; see ``changed_config``."""
+    return replace(source, config=changed_config(source.config, options))
+
+
+def changed_config(config: Config, options: SampleOptions) -> Config:
+    """Return the settings changed by options. Raise ValueError for what the model's family cannot do."""
     from vpo_engine.config_file import dump_config, parse_config
     from vpo_engine.models.registry import model_family
 
-    config = source.config
     family = model_family(config.model.kind)
     card = family.card
     changed: dict[str, Any] = {}
@@ -254,7 +261,7 @@ def with_options(source: PolicySource, options: SampleOptions) -> PolicySource:
             if value is not None
         }
     )
-    return replace(source, config=config.model_copy(update={"model": model, "rollout": rollout}))
+    return config.model_copy(update={"model": model, "rollout": rollout})
 
 
 def load_source(source: PolicySource) -> VideoModel:

@@ -204,6 +204,10 @@ class DiffusersModel(BaseModel):
         layout = self.facts.layout
         return prediction.permute([layout.index(dimension) for dimension in range(len(layout))])
 
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """Return arguments with which the diffusers pipeline does what this model does, beside those that all have."""
+        return {}
+
     def denormalised(self, latents: Tensor) -> Tensor:
         """Return latents [B, C, T, H, W] in the scale that the VAE decodes."""
         return latents / self.setup.vae["scaling_factor"]

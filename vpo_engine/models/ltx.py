@@ -112,6 +112,10 @@ class LTXVideo(FlowModel):
             "rope_interpolation_scale": (frame_stride / self.fps, side, side),
         }
 
+    def pipeline_arguments(self) -> dict[str, Any]:
+        noise = {"generator": torch.Generator().manual_seed(DECODE_SEED), "decode_noise_scale": DECODE_NOISE}
+        return {"frame_rate": self.fps, "decode_timestep": DECODE_TIME, **noise}
+
     def denormalised(self, latents: Tensor) -> Tensor:
         mean, deviation = (
             statistic.view(-1, 1, 1, 1).to(latents)
