@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)
+    scheduler: Any = None
+    """A copy of the pipeline's scheduler after the loop."""
     frames: Tensor | None = None
     """Frames [F, height, width, 3], from 0 to 255, not rounded."""
 
@@ -138,5 +141,6 @@ def run_pipeline(
             callback_on_step_end=keep,
             **settings.more(),
         )
+    record.scheduler = copy.deepcopy(pipeline.scheduler)
     record.frames = torch.from_numpy(made.frames[0]) * 255
     return record
