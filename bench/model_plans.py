@@ -19,7 +19,15 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 DEVICES = ("a100-80g", "h100-80g", "h200")
 WHOLE = ("model.lora=null", "reference.storage=exact8", "memory.base_bits=null", "memory.weights=fp32_master")
 ADAPTER = ("model.lora.rank=32", "reference.storage=adapter")
-HEAD = ["configuration", "model", "parameters", "video", "full", "LoRA", *(f"step, {name}" for name in DEVICES)]
+HEAD = [
+    "configuration",
+    "model",
+    "parameters",
+    "video",
+    "full",
+    "LoRA",
+    *(f"step, {name}" for name in DEVICES),
+]
 
 
 def main() -> None:

@@ -33,7 +33,13 @@ PROMPTS = ["a red ball rolls over the grass", "two blue dogs run over the hill"]
 TOLERANCE = 1e-4
 WIDER = {
     "cogvideox": {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 4, "time_embed_dim": 128},
-    "wan": {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 4, "ffn_dim": 1024, "freq_dim": 256},
+    "wan": {
+        "num_attention_heads": 4,
+        "attention_head_dim": 64,
+        "num_layers": 4,
+        "ffn_dim": 1024,
+        "freq_dim": 256,
+    },
     "ltx": {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 4, "cross_attention_dim": 256},
 }
 """Settings of the transformers that make a tiny folder a small one, of some million parameters."""
@@ -64,7 +70,12 @@ def pipeline_of(folder: Path) -> Any:
 def test_rollout_against_the_pipeline(kind: str, size: str, tmp_path: Path, benchmark, add_row) -> None:
     folder = folder_of(kind, size, tmp_path)
     config = run_config(
-        kind, folder, tmp_path / "run", *sized(kind), f"model.device={device()}", f"model.negative_prompt={NEGATIVE}"
+        kind,
+        folder,
+        tmp_path / "run",
+        *sized(kind),
+        f"model.device={device()}",
+        f"model.negative_prompt={NEGATIVE}",
     )
     model = build_model(config, Processes.start(str(device())), say=lambda line: None)
     rollout = RolloutConfig(candidates=CANDIDATES, steps=STEPS, guidance=GUIDANCE)
@@ -106,7 +117,12 @@ def test_rollout_against_the_pipeline(kind: str, size: str, tmp_path: Path, benc
             "candidates": str(CANDIDATES),
         }
         ratio = others["seconds"] / mine["seconds"]
-        add_row("pipelines", case, {**mine, "pipeline_seconds": others["seconds"], "times_faster": ratio}, device())
+        add_row(
+            "pipelines",
+            case,
+            {**mine, "pipeline_seconds": others["seconds"], "times_faster": ratio},
+            device(),
+        )
 
 
 def pipeline_calls(kind: str, pipeline: Any, model: Any) -> list[Callable[[], Tensor]]:
@@ -118,7 +134,9 @@ def pipeline_calls(kind: str, pipeline: Any, model: Any) -> list[Callable[[], Te
         for noise in normal((CANDIDATES, *model.latent_shape), 0, "rollout", position):
             start = noise[None].to(device())
             settings = {
-                "latents": start.permute(0, 2, 1, 3, 4) if kind == "cogvideox" else packed(kind, model, start),
+                "latents": start.permute(0, 2, 1, 3, 4)
+                if kind == "cogvideox"
+                else packed(kind, model, start),
                 "num_frames": frames,
                 "height": height,
                 "width": width,
@@ -140,7 +158,12 @@ def embeddings(kind: str, pipeline: Any, prompt: str) -> dict[str, Any]:
     found = pipeline.encode_prompt(prompt, NEGATIVE, True, **length)
     if kind != "ltx":
         return {"prompt_embeds": found[0], "negative_prompt_embeds": found[1]}
-    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    names = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
     return dict(zip(names, found, strict=True))
 
 

@@ -181,7 +181,7 @@ class TestCheckpoints:
         assert words in fails(capsys, run.parent, "--prompt", RED)
 
     def test_a_typing_error(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        words = f"there is no run, checkpoint or YAML file at {run}2; did you mean {run}?"
+        words = f"there is no run, checkpoint, model, adapter or YAML file at {run}2; did you mean {run}?"
         assert words in fails(capsys, f"{run}2", "--prompt", RED)
 
 
@@ -189,7 +189,11 @@ class TestStart:
     @pytest.mark.parametrize(
         ("arguments", "code", "words"),
         [
-            (["runs_nope"], 1, "there is no run, checkpoint or YAML file at runs_nope; check the path"),
+            (
+                ["runs_nope"],
+                1,
+                "there is no run, checkpoint, model, adapter or YAML file at runs_nope; check the path",
+            ),
             (["RUN1", "RUN2"], 2, "give one RUN, got 2: RUN1, RUN2; call sample for each of them"),
             (["--count", "0"], 1, "--count 0 is too small; give at least 1 video for each prompt"),
             (["--prompt", " "], 1, "--prompt number 1 is ' '; give it words, or leave it out"),

@@ -21,6 +21,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("vpo_engine.train", "train a policy by online preference optimization"),
     "sample": Command("vpo_engine.sample", "write videos of a policy, trained or not"),
+    "export": Command("vpo_engine.export", "write a run's policy as files that other programs load"),
+    "check-model": Command("vpo_engine.check_model", "prove by numbers that a model's folder is understood"),
     "rank": Command("vpo_engine.rank", "score video files with a reward model"),
     "evaluate": Command("vpo_engine.evaluate", "compare finished runs on held-out videos"),
     "plan": Command("vpo_engine.plan", "say what memory and time a run will take"),

@@ -16,6 +16,14 @@ from vpo_engine.settings import groups
 _CONFIGURED = ("train", "plan")
 """The commands that take a configuration and settings."""
 
+_OPTIONS = {
+    "sample": "--prompt --prompts --column --out --count --seed --base --steps --guidance --negative-prompt --frames "
+    "--size",
+    "export": "--out --step --merge --format --ema --dtype --base",
+    "check-model": "--kind --frames --size",
+}
+"""The options of commands that work on folders."""
+
 _BASH = """# Completion of vpo for bash; use it by: source <(vpo completion bash)
 _vpo() {{
   local word=${{COMP_WORDS[COMP_CWORD]}}
@@ -30,6 +38,7 @@ _vpo() {{
       case ${{COMPREPLY[*]}} in *=) compopt -o nospace 2>/dev/null ;; esac ;;
     settings) COMPREPLY=($(compgen -W "{sections}" -- "$word")) ;;
     completion) COMPREPLY=($(compgen -W "bash zsh" -- "$word")) ;;
+{bash_options}
   esac
 }}
 complete -o bashdefault -o default -F _vpo vpo
@@ -48,6 +57,7 @@ _vpo() {{
     {configured}) compadd -- {configurations}; compadd -S = -- {settings}; _files ;;
     settings) compadd -- {sections} ;;
     completion) compadd -- bash zsh ;;
+{zsh_options}
     *) _files ;;
   esac
 }}
@@ -67,6 +77,13 @@ def script(shell: str) -> str:
         configurations=" ".join(shipped_configurations()),
         settings=" ".join(keys),
         sections=" ".join(group.key for group in found if group.key),
+        bash_options="\n".join(
+            f'    {name}) case $word in -*) COMPREPLY=($(compgen -W "{words}" -- "$word")) ;; esac ;;'
+            for name, words in _OPTIONS.items()
+        ),
+        zsh_options="\n".join(
+            f"    {name}) compadd -- {words}; _files ;;" for name, words in _OPTIONS.items()
+        ),
     )
 
 

@@ -6,9 +6,13 @@ RUN is one of:
   a run directory     its newest checkpoint is used
   a checkpoint        a folder RUN_DIRECTORY/checkpoints/step_...
   a YAML file         a configuration; the policy that such a run starts from is used
+  an export           a folder that vpo_engine.export wrote
+  a published model   a folder as the model's project publishes it
+  an adapter          a file or folder, together with --base FOLDER, the model that it was trained on
   nothing             the sprites policy that is part of the package
-Sampling steps, guidance and video size are those of the run's configuration. Without a prompt, the sprites world's
-held-out captions are sampled. A checkpoint is compared with its hashes before it is used.
+Sampling steps, guidance and video size are those of the run's configuration, and for a published model those of its
+family, unless options change them. Words key.path=value change other settings, such as model.vae=FOLDER. Without a
+prompt, the sprites world's held-out captions are sampled. A checkpoint is compared with its hashes before it is used.
 
 The prompts stand in FOLDER/prompts.jsonl, which vpo_engine.rank reads. Several calls may write into one folder.
 """
@@ -16,40 +20,60 @@ The prompts stand in FOLDER/prompts.jsonl, which vpo_engine.rank reads. Several 
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vpo_engine.command import report_errors
 from vpo_engine.data.clips import PromptRecord
 from vpo_engine.data.prompts import PromptFile, PromptList
+from vpo_engine.policy_source import PolicySource, find_source
 
 if TYPE_CHECKING:  # torch is imported when everything that the arguments alone tell has been said
+    from torch import Tensor, nn
+
     from vpo_engine.config import Config
+    from vpo_engine.video_model import VideoModel
 
 _WORDS_IN_NAME = 60
 """Characters of a prompt in the name of a file."""
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """What differs from the settings of the policy's source; None leaves a setting as it is there.
+
+    size: height and width in pixels.
+    """
+
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
-    if len(given.run) > 1:
-        parser.error(
-            f"give one RUN, got {len(given.run)}: {', '.join(given.run)}; call sample for each of them"
-        )
+    overrides = [word for word in given.run if "=" in word and not Path(word).exists()]
+    sources = [word for word in given.run if word not in overrides]
+    if len(sources) > 1:
+        parser.error(f"give one RUN, got {len(sources)}: {', '.join(sources)}; call sample for each of them")
     if given.column is not None and given.prompts is None:
         parser.error("--column names a column of --prompts FILE; give that too, or leave it out")
+    options = SampleOptions(given.steps, given.guidance, given.negative_prompt, given.frames, given.size)
 
     def run() -> None:
         prompts = _prompts(given.prompt, given.prompts, given.column)
-        source = Path(given.run[0]) if given.run else None
-        sample(source, prompts, given.out, given.count, given.seed)
+        _check_counts(given.count, options)
+        source = find_source(Path(sources[0]) if sources else None, given.base, overrides)
+        sample(source, prompts, given.out, given.count, given.seed, options)
 
     return report_errors(run, "stopped; the videos listed above are complete")
 
@@ -60,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", nargs="*", metavar="RUN", help="what to sample from, see above")
+    parser.add_argument(
+        "run", nargs="*", metavar="RUN | key.path=value", help="what to sample from, see above; and settings"
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="the model that RUN, an adapter, was trained on"
+    )
     parser.add_argument(
         "--prompt",
         action="append",
@@ -91,15 +120,44 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the starting noise (default: %(default)s)"
     )
+    parser.add_argument("--steps", type=int, metavar="N", help="number of sampling steps")
+    parser.add_argument("--guidance", type=float, metavar="SCALE", help="guidance scale; 1 is none")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="the prompt that guidance leads away from")
+    parser.add_argument("--frames", type=int, metavar="N", help="number of frames")
+    parser.add_argument(
+        "--size", type=parse_size, metavar="HEIGHTxWIDTH", help="size in pixels, such as 480x832"
+    )
     return parser
 
 
-def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed: int) -> list[Path]:
-    """Write ``count`` videos for each prompt to ``out``; return the files, in the order of the prompts."""
+def parse_size(text: str) -> tuple[int, int]:
+    """Return height and width of HEIGHTxWIDTH, for argparse."""
+    found = re.fullmatch(r"([1-9][0-9]*)[xX]([1-9][0-9]*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, such as 480x832")
+    return int(found[1]), int(found[2])
+
+
+def _check_counts(count: int, options: SampleOptions) -> None:
     if count < 1:
         raise ValueError(f"--count {count} is too small; give at least 1 video for each prompt")
-    config, adapter = _config_of(run)
-    if not prompts and config.model.kind == "sprites":
+    for name, value in (("steps", options.steps), ("frames", options.frames)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} is too small; give at least 1")
+    if options.guidance is not None and not 0 <= options.guidance < float("inf"):
+        raise ValueError(f"--guidance {options.guidance} is no scale; give a number from 0, where 1 is none")
+
+
+def sample(
+    source: PolicySource,
+    prompts: Sequence[str],
+    out: Path,
+    count: int,
+    seed: int,
+    options: SampleOptions = SampleOptions(),
+) -> list[Path]:
+    """Write ``count`` videos for each prompt to ``out``; return the files, in the order of the prompts."""
+    if not prompts and source.config.model.kind == "sprites":
         from vpo_engine.data.sprites.world import withheld_captions
 
         prompts = withheld_captions()
@@ -107,16 +165,24 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
         raise ValueError(
             "there is no prompt; give one with --prompt TEXT, or a file of them with --prompts FILE"
         )
+    source = with_options(source, options)
     from vpo_engine.build import check_prompts
+    from vpo_engine.runs.video import write_mp4
 
-    for note in check_prompts(config, prompts):
+    for note in check_prompts(source.config, prompts):
         print(note, file=sys.stderr)
     record = PromptRecord(out)
     names = [[_name(number, prompt, copy) for copy in range(count)] for number, prompt in enumerate(prompts)]
+    model = load_source(source)
+    model.prepare(prompts)
+    record.begin([name for copies in names for name in copies])
     files = []
-    for name, prompt, write in _sampled(config, adapter, prompts, names, seed, record):
-        files.append(record.add(name, prompt, write))
-        print(files[-1], flush=True)
+    for copies, prompt, videos in zip(
+        names, prompts, sample_frames(model, source, prompts, count, seed), strict=True
+    ):
+        for name, video in zip(copies, videos, strict=True):
+            files.append(record.add(name, prompt, partial(write_mp4, frames=video, fps=model.fps)))
+            print(files[-1], flush=True)
     print(
         f"{len(files)} videos and their prompts ({record.path.name}) are in {out}; open {files[0]}, or score them: "
         f"python -m vpo_engine.rank {out} --reward builtin"
@@ -124,92 +190,115 @@ def sample(run: Path | None, prompts: Sequence[str], out: Path, count: int, seed
     return files
 
 
-def _sampled(
-    config: Config,
-    adapter: Path | None,
-    prompts: Sequence[str],
-    names: Sequence[Sequence[str]],
-    seed: int,
-    record: PromptRecord,
-) -> Iterator[tuple[str, str, Callable[[Path], None]]]:
-    """Load the model and sample. Yield name and prompt of each video, and a function that writes it to a path."""
+def sample_frames(
+    model: VideoModel, source: PolicySource, prompts: Sequence[str], count: int = 1, seed: int = 0
+) -> Iterator[Tensor]:
+    """Yield the videos of each prompt, uint8 [count, F, height, width, 3] on the CPU.
+
+    model: as ``load_source`` loads ``source``, with these prompts prepared. The noise of a video depends on the seed,
+    the number of its prompt and its own number, see ``starting_noise``.
+    """
     import torch
 
-    from vpo_engine.build import build_model
-    from vpo_engine.distributed.processes import Processes
-    from vpo_engine.models.lora import load_adapter
-    from vpo_engine.runs.video import write_mp4
-    from vpo_engine.seeding import normal
-
-    processes = Processes.start(config.model.device)
-    model = build_model(config, processes)
-    if adapter is not None:
-        load_adapter(model.network, adapter)
-    model.prepare(prompts)
-    record.begin([name for copies in names for name in copies])
-    settings = config.rollout
-    for number, (prompt, copies) in enumerate(zip(prompts, names, strict=True)):
+    settings = source.config.rollout
+    for number, prompt in enumerate(prompts):
         with torch.no_grad():
-            noise = torch.stack(
-                [normal(model.latent_shape, seed, "sample", number, copy) for copy in range(len(copies))]
-            ).to(processes.device)
-            text = model.embed([prompt]).repeat_interleave(len(copies))
+            noise = starting_noise(model, seed, number, count).to(model.device)
+            text = model.embed([prompt]).repeat_interleave(count)
             with model.idle_offload.phase("evaluation"):
                 latents = model.sample(
                     model.network, noise, text, steps=settings.steps, guidance=settings.guidance
                 )
             videos = model.decode(latents).cpu()
-        for name, video in zip(copies, videos, strict=True):
-            yield name, prompt, partial(write_mp4, frames=video, fps=model.fps)
+        yield videos
 
 
-def _config_of(run: Path | None) -> tuple[Config, Path | None]:
-    """Load the configuration of a run or checkpoint, with model.policy set to the weights that the run evaluated.
+def starting_noise(model: VideoModel, seed: int, number: int, count: int) -> Tensor:
+    """Return the noise that the videos of prompt ``number`` start from, [count, C, T, H, W]."""
+    import torch
 
-    A run with model.lora has trained an adapter only. Then model.policy stays as it is, and the adapter's folder is
-    returned beside the configuration; otherwise that is None. Raise ValueError for a path where nothing is, and for a
-    checkpoint that is not as it was saved.
-    """
-    if run is not None and not run.exists() and run.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"there is no run, checkpoint or YAML file at {run}; {_nearest(run)}")
-    from vpo_engine.config_file import load_config
+    from vpo_engine.seeding import normal
 
-    if run is None or not run.is_dir():
-        return load_config(run), None
-    from vpo_engine.runs.checkpoint import evaluated_policy, verify_checkpoint
-    from vpo_engine.runs.directory import RunDirectory
-
-    checkpoint = run if (run / "policy").is_dir() else _newest_checkpoint(run)
-    verify_checkpoint(checkpoint)
-    root = checkpoint.resolve().parent.parent
-    saved, trained = RunDirectory.open(root).config, evaluated_policy(checkpoint)
-    config = load_config(saved, [f"run_dir={root}"])
-    if config.model.lora is not None:
-        return config, trained
-    return load_config(saved, [f"run_dir={root}", f"model.policy={trained}"]), None
+    return torch.stack([normal(model.latent_shape, seed, "sample", number, copy) for copy in range(count)])
 
 
-def _newest_checkpoint(run: Path) -> Path:
-    """Return the newest complete checkpoint of a run directory."""
-    from vpo_engine.runs.checkpoint import newest_complete
-    from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory
-
-    runs = sorted(path.parent for path in run.glob(f"*/{CONFIG_NAME}") if not path.parent.is_symlink())
-    if runs and not (run / CONFIG_NAME).is_file():
-        raise ValueError(f"{run} holds {len(runs)} runs; give one of them, such as {runs[-1]}")
-    newest = newest_complete(RunDirectory.open(run).checkpoints)
-    if newest is None:
-        raise ValueError(
-            f"{run} has no complete checkpoint yet; wait until the run has saved one, or give a YAML configuration"
-        )
-    return newest
+def with_options(source: PolicySource, options: SampleOptions) -> PolicySource:
+    """Return the source with its settings changed; see ``changed_config``."""
+    return replace(source, config=changed_config(source.config, options))
 
 
-def _nearest(run: Path) -> str:
-    """Return what to do about a path where nothing is."""
-    around = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
-    near = difflib.get_close_matches(run.name, around, n=1)
-    return f"did you mean {run.parent / near[0]}?" if near else f"check the path (relative to {Path.cwd()})"
+def changed_config(config: Config, options: SampleOptions) -> Config:
+    """Return the settings changed by options. Raise ValueError for what the model's family cannot do."""
+    from vpo_engine.config_file import dump_config, parse_config
+    from vpo_engine.models.registry import model_family
+
+    family = model_family(config.model.kind)
+    card = family.card
+    changed: dict[str, Any] = {}
+    if options.guidance not in (None, 1.0) and "rollout.guidance" not in card.supports:
+        raise ValueError(f"--guidance {options.guidance:g}: {card.name} has no guidance; leave it out")
+    if options.negative_prompt is not None:
+        if "model.negative_prompt" not in card.supports:
+            raise ValueError(f"--negative-prompt: {card.name} takes none; leave it out")
+        changed["negative_prompt"] = options.negative_prompt
+    if options.frames is not None:
+        changed["num_frames"] = options.frames
+    try:
+        if options.size is not None:
+            changed |= family.size_settings(*options.size)
+        model = config.model.model_copy(update=changed)
+        config = parse_config(dump_config(config.model_copy(update={"model": model})), "the settings")
+        family.check(model)
+    except ValueError as error:
+        height, width = options.size or (0, 0)
+        asked = [f"--frames {options.frames}"] if options.frames is not None else []
+        asked += [f"--size {height}x{width}"] if options.size else []
+        raise ValueError(f"{' '.join(asked)}: {error}" if asked else str(error)) from error
+    rollout = config.rollout.model_copy(
+        update={
+            name: value
+            for name, value in (("steps", options.steps), ("guidance", options.guidance))
+            if value is not None
+        }
+    )
+    return config.model_copy(update={"model": model, "rollout": rollout})
+
+
+def load_source(source: PolicySource) -> VideoModel:
+    """Load a model with its policy. An adapter from elsewhere is read in any dialect, see ``export_adapter``."""
+    from vpo_engine.build import build_model
+    from vpo_engine.distributed.processes import Processes
+    from vpo_engine.models.lora import load_adapter
+
+    config, processes = source.config, Processes.start(source.config.model.device)
+    if source.adapter is None or config.model.lora is not None:
+        model = build_model(config, processes)
+        if source.adapter is not None:
+            load_adapter(model.network, source.adapter)
+        return model
+    from vpo_engine.export_adapter import find_adapter, read_adapter
+    from vpo_engine.models.registry import model_family
+
+    family, file = model_family(config.model.kind), find_adapter(source.adapter)
+    assert file is not None
+    adapter = read_adapter(file, _network_without_weights(config), family.original_name, family.card.name)
+    settings = config.model.model_copy(update={"lora": adapter.settings()})
+    model = build_model(config.model_copy(update={"model": settings}), processes, say=lambda line: None)
+    adapter.put_into(model.network)
+    return model
+
+
+def _network_without_weights(config: Config) -> nn.Module:
+    """Return the policy's network on the meta device; of a family without a blueprint, on the CPU with its weights."""
+    from vpo_engine.build import build_model
+    from vpo_engine.distributed.processes import Processes
+    from vpo_engine.models.registry import model_family
+    from vpo_engine.planning.parts import Assumed
+
+    blueprint = model_family(config.model.kind).blueprint(config.model, Assumed().config)
+    if blueprint is not None:
+        return blueprint.model.network
+    return build_model(config, Processes.start("cpu"), say=lambda line: None).network
 
 
 def _prompts(texts: Sequence[str], file: Path | None, column: str | None) -> list[str]:

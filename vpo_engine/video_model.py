@@ -116,7 +116,8 @@ class ModelCard:
     videos have one size. pipelines: the classes of diffusers pipelines whose folders are of this family.
     supports: the options that the family has. float32_modules: names of modules and parameters, at any depth, whose
     weights stay float32 where ``memory.weights`` holds the others in bfloat16; the network has to cast what passes
-    their borders, as diffusers' transformers do.
+    their borders, as diffusers' transformers do. native: settings with which a published folder is sampled unless
+    others are given, such as model.num_frames, rollout.steps and rollout.guidance.
     """
 
     name: str
@@ -128,6 +129,7 @@ class ModelCard:
     pipelines: tuple[str, ...] = ()
     supports: frozenset[Option] = frozenset({"rollout.guidance", "rollout.guidance_interval"})
     float32_modules: tuple[str, ...] = ()
+    native: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TextSource(Protocol):
@@ -270,6 +272,25 @@ class VideoModel(ABC):
         it adds to all of them. A run with a prompt of which no letter is left does not start. By default, all of it.
         """
         return prompt
+
+    @classmethod
+    def size_settings(cls, height: int, width: int) -> dict[str, Any]:
+        """Return the settings of ``model`` that make videos of this size in pixels.
+
+        Raise ValueError, naming the nearest possible size, for one that the family cannot represent.
+        """
+        if "model.height" not in cls.card.supports:
+            raise ValueError(f"the size of the videos of {cls.card.name} is not a setting; leave it out")
+        cls.card.sizes.check_sides(height, width)
+        return {"height": height, "width": width}
+
+    @classmethod
+    def original_name(cls, name: str) -> str | None:
+        """Return the name that a module has in the model's first project, for adapters in its format.
+
+        name: the network's own name of a linear layer. None, the default, if there is no other name.
+        """
+        return None
 
     # --- text ----------------------------------------------------------------------------------------------
 

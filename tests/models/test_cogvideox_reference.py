@@ -16,8 +16,8 @@ from vpo_engine.metrics.throughput import count_row_flops
 from vpo_engine.models.cogvideox import published
 from vpo_engine.models.cogvideox.model import CogVideoX
 from vpo_engine.models.cogvideox.schedule import Schedule
+from vpo_engine.models.diffusers_facts import Setup
 from vpo_engine.models.diffusers_folder import build_part, completed
-from vpo_engine.models.diffusers_model import Setup
 from vpo_engine.models.diffusers_text import NoText
 from vpo_engine.protocols import TextEmbedding
 

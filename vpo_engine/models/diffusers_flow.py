@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.models.diffusers_model import DiffusersModel, Setup
+from vpo_engine.models.diffusers_facts import Setup
+from vpo_engine.models.diffusers_model import DiffusersModel
 from vpo_engine.models.solvers import (
     FlowEuler,
     UniPC,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,6 +17,7 @@ from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.memory.rounding import is_kept_in_float32
 from vpo_engine.model_values import Network, SamplerSettings, TextEmbedding
 from vpo_engine.models.base import BaseModel
+from vpo_engine.models.diffusers_facts import Parts, Setup
 from vpo_engine.models.diffusers_folder import (
     INDEX,
     SCHEDULER,
@@ -32,7 +32,6 @@ from vpo_engine.models.diffusers_folder import (
 from vpo_engine.models.diffusers_network import (
     CompiledBlocks,
     Loop,
-    TextLayers,
     prepare_network,
     set_activations,
 )
@@ -40,77 +39,10 @@ from vpo_engine.models.diffusers_text import NoText, encoder_loader, text_model
 from vpo_engine.models.guidance import guided, guided_pass, texts_of_pass
 from vpo_engine.models.lora import has_adapter, load_adapter
 from vpo_engine.models.step_graph import Predict
-from vpo_engine.video_model import Blueprint, LoadContext, Option, Padding, ReadConfig, TextRule, TextSource
-
-OPTIONS: frozenset[Option] = frozenset(
-    {
-        "model.height",
-        "model.width",
-        "model.flow_shift",
-        "model.negative_prompt",
-        "model.attention",
-        "memory.activation_checkpointing",
-        "memory.offload_activations",
-        "memory.mlp_chunks",
-        "rollout.guidance",
-        "rollout.guidance_interval",
-        "rollout.cache",
-        "rollout.compile=blocks",
-        "rollout.compile=graphs",
-    }
-)
-"""The options that the base class supports for every family; a family leaves out those that mean nothing to it."""
+from vpo_engine.video_model import Blueprint, LoadContext, ReadConfig, TextRule, TextSource
 
 _ELSEWHERE = ("resolution", "aspect", "aesthetic_score")
 """Settings of other families. They have no effect here, so other values than the defaults are refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The facts about a family's folders and networks; see docs/models.md.
-
-    transformer, vae: names of classes of diffusers. text_encoder: of a class of transformers. published: the contents
-    of the published config files, {"transformer", "vae", "text_encoder", "scheduler": settings}, by which the planner
-    goes where there is no folder. size: height and width in pixels that the published model was made for.
-    latent_channels: the key of the VAE's config.json that says how many channels latents have. layout: the order in
-    which the transformer takes the dimensions of latents [B, C, T, H, W]. text_layers: the layers that see only the
-    text.
-    padding: see ``TextRule``. encoder_mask: whether the text encoder is given the mask of a prompt's tokens.
-    negative_prompt: of guidance, unless model.negative_prompt is given. negative_first: the negative prompt is the
-    first half of a guided batch.
-    """
-
-    transformer: str
-    vae: str
-    text_encoder: str
-    published: Mapping[str, Mapping[str, Any]]
-    size: tuple[int, int]
-    latent_channels: str = "latent_channels"
-    layout: tuple[int, ...] = (0, 1, 2, 3, 4)
-    text_layers: tuple[TextLayers, ...] = ()
-    padding: Padding = "attended"
-    encoder_mask: bool = False
-    negative_prompt: str = ""
-    negative_first: bool = True
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What one model is built by: the settings of its parts' files, and the size of its videos.
-
-    flow_shift: model.flow_shift. negative_prompt: of guidance. fps: frames a second.
-    """
-
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    height: int
-    width: int
-    num_frames: int
-    fps: int
-    negative_prompt: str
-    flow_shift: float | None = None
-    text_encoder: Mapping[str, Any] = field(default_factory=dict)
 
 
 class DiffusersModel(BaseModel):
@@ -204,6 +136,10 @@ class DiffusersModel(BaseModel):
         """Return what the network predicts as [B, C, T, H, W]."""
         layout = self.facts.layout
         return prediction.permute([layout.index(dimension) for dimension in range(len(layout))])
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """Return arguments with which the diffusers pipeline does what this model does, beside those that all have."""
+        return {}
 
     def denormalised(self, latents: Tensor) -> Tensor:
         """Return latents [B, C, T, H, W] in the scale that the VAE decodes."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vpo_engine.config import ModelConfig
 from vpo_engine.model_values import TextEmbedding
+from vpo_engine.models.diffusers_facts import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_flow import FlowModel
-from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
 from vpo_engine.video_model import ModelCard, SizeRule
 
@@ -61,6 +61,7 @@ class LTXVideo(FlowModel):
         sizes=SizeRule(frame_step=8, frame_offset=1, exact=True, side=32),
         pipelines=("LTXPipeline",),
         supports=OPTIONS - {"model.attention", "rollout.compile=graphs"},
+        native={"model.num_frames": 161, "model.fps": 25, "rollout.steps": 50, "rollout.guidance": 3.0},
     )
     facts = Parts(
         transformer="LTXVideoTransformer3DModel",
@@ -94,6 +95,10 @@ class LTXVideo(FlowModel):
                 "the folder of LTX-Video 0.9 to 0.9.5"
             )
 
+    @classmethod
+    def original_name(cls, name: str) -> str | None:
+        return name.replace("time_embed.", "adaln_single.") if name != "proj_in" else "patchify_proj"
+
     def to_layout(self, latents: Tensor) -> Tensor:
         """Return the network's tokens [B, T * H * W, C] of latents [B, C, T, H, W]."""
         return latents.flatten(2).transpose(1, 2)
@@ -116,6 +121,10 @@ class LTXVideo(FlowModel):
     def choose_backends(self, settings: ModelConfig) -> str:
         """See ``DiffusersModel``. Other implementations of attention than torch's own take no mask."""
         return str(self.network.choose_backends("sdpa", dtype=self.dtype))
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        noise = {"generator": torch.Generator().manual_seed(DECODE_SEED), "decode_noise_scale": DECODE_NOISE}
+        return {"frame_rate": self.fps, "decode_timestep": DECODE_TIME, **noise}
 
     def denormalised(self, latents: Tensor) -> Tensor:
         mean, deviation = (

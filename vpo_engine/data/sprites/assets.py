@@ -65,6 +65,10 @@ class Sprites(OpenSora):
         """Nothing to refuse: size and frame rate are those of the world, whatever the settings say."""
 
     @classmethod
+    def size_settings(cls, height: int, width: int) -> dict[str, Any]:
+        raise ValueError(f"clips of the sprites world have {SIZE} x {SIZE} pixels; leave the size out")
+
+    @classmethod
     def readable_part(cls, settings: ModelConfig, prompt: str) -> str:
         """Return the bytes that the tokenizer takes; prompts are not cleaned."""
         return prompt.encode()[: MAX_LENGTH - 1].decode(errors="ignore")

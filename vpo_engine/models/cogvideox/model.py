@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from vpo_engine.models.cogvideox import published
 from vpo_engine.models.cogvideox.attention import JointAttention
 from vpo_engine.models.cogvideox.schedule import DDIM, Schedule
-from vpo_engine.models.diffusers_model import OPTIONS, DiffusersModel, Parts, Setup
+from vpo_engine.models.diffusers_facts import OPTIONS, Parts, Setup
+from vpo_engine.models.diffusers_model import DiffusersModel
 from vpo_engine.models.diffusers_network import TextLayers
 from vpo_engine.video_model import ModelCard, SizeRule, TextSource
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MLP = ("ff.net.0.proj", "ff.net.2")
 
 
 class CogVideoX(DiffusersModel):
@@ -26,10 +30,17 @@ class CogVideoX(DiffusersModel):
     card = ModelCard(
         name="CogVideoX-2B",
         files=("policy",),
-        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        lora_targets=ATTENTION,
+        lora_target_sets={"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP)},
         sizes=SizeRule(frame_step=8, frame_offset=1, more_offsets=(8,), exact=True, side=16),
         pipelines=("CogVideoXPipeline",),
         supports=OPTIONS - {"model.flow_shift"},
+        native={
+            "model.num_frames": 49,
+            "model.fps": 8,
+            "rollout.steps": 50,
+            "rollout.guidance": 6.0,
+        },
     )
     facts = Parts(
         transformer="CogVideoXTransformer3DModel",

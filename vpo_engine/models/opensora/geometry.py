@@ -40,3 +40,18 @@ def pixel_size(resolution: str, aspect: str) -> tuple[int, int]:
     if aspect not in _PIXELS:
         raise ValueError(f"aspect (height:width) is {aspect!r}; known: {', '.join(ASPECTS)}")
     return _PIXELS[aspect][RESOLUTIONS.index(resolution)]
+
+
+def named_size(height: int, width: int) -> tuple[str, str]:
+    """Return (resolution, aspect) of a size in pixels; ValueError names the nearest size of the table."""
+    sizes = {
+        size: (resolution, aspect)
+        for aspect, row in _PIXELS.items()
+        for resolution, size in zip(RESOLUTIONS, row, strict=True)
+    }
+    if (height, width) not in sizes:
+        near = min(sizes, key=lambda size: abs(size[0] - height) + abs(size[1] - width))
+        raise ValueError(
+            f"{height} x {width} pixels is not among the published sizes; the nearest is {near[0]} x {near[1]}"
+        )
+    return sizes[height, width]

@@ -17,7 +17,7 @@ from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.base import BaseModel
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout, write_public_index
 from vpo_engine.models.opensora.compiled import CompiledBlocks
-from vpo_engine.models.opensora.geometry import CHUNK_FRAMES, pixel_size
+from vpo_engine.models.opensora.geometry import CHUNK_FRAMES, named_size, pixel_size
 from vpo_engine.models.opensora.load import load_stdit3
 from vpo_engine.models.opensora.published import STDIT3_XL2, T5_V1_1_XXL, VAE_V1_2
 from vpo_engine.models.opensora.rectified_flow import (
@@ -195,6 +195,12 @@ class OpenSora(BaseModel):
 
         model = cls(network, vae, _NoText(), geometry, flow, device=meta, dtype=dtype)
         return Blueprint(model, configured, text_encoder)
+
+    @classmethod
+    def size_settings(cls, height: int, width: int) -> dict[str, Any]:
+        """See ``VideoModel``; sizes have names in the published table."""
+        resolution, aspect = named_size(height, width)
+        return {"resolution": resolution, "aspect": aspect}
 
     # --- the interface -------------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from vpo_engine.config import ModelConfig
+from vpo_engine.models.diffusers_facts import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_flow import FlowModel
-from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
+from vpo_engine.models.wan import names
 from vpo_engine.models.wan.published import PUBLISHED
 from vpo_engine.video_model import ModelCard, SizeRule
 
@@ -42,6 +43,7 @@ class Wan(FlowModel):
         pipelines=("WanPipeline",),
         supports=OPTIONS,
         float32_modules=("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
+        native={"model.num_frames": 81, "model.fps": 16, "rollout.steps": 50, "rollout.guidance": 5.0},
     )
     facts = Parts(
         transformer="WanTransformer3DModel",
@@ -99,6 +101,10 @@ class Wan(FlowModel):
         frames, side = cls.strides(setup.vae)
         patch = setup.transformer["patch_size"]
         SizeRule(frames, 1, exact=True, side=side * patch[1]).check_sides(setup.height, setup.width)
+
+    @classmethod
+    def original_name(cls, name: str) -> str | None:
+        return names.original_name(name)
 
     @classmethod
     def rewrite(cls, prompt: str) -> str:

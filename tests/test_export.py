@@ -1,0 +1,447 @@
+"""``python -m vpo_engine.export``: diffusers and PEFT load what it writes, and compute what the policy does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import FOLDERS, LORA, NEGATIVE, PROMPT, run_config, sized, trained
+from torch import Tensor
+
+from vpo_engine import export, export_write, sample
+from vpo_engine.models.diffusers_model import DiffusersModel
+from vpo_engine.policy_source import find_source
+from vpo_engine.runs.directory import RunDirectory
+
+KINDS = ["cogvideox", "wan", "ltx"]
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A published folder and two runs of it: one trained all weights, one an adapter of scale 1.5."""
+
+    kind: str
+    published: Path
+    full: Path
+    lora: Path
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case("wan", tmp_path_factory.mktemp("one"))
+
+
+def make_case(kind: str, root: Path) -> Case:
+    published = FOLDERS[kind](root / "published")
+    given = [*sized(kind), f"model.negative_prompt={NEGATIVE}"]
+    full = trained(run_config(kind, published, root / "full", *given), 2, 4)
+    return Case(kind, published, full, trained(run_config(kind, published, root / "lora", *given, *LORA), 2))
+
+
+def exported(run: Path, out: Path, *options: str) -> Path:
+    assert export.main([str(run), "--out", str(out), *options]) == 0
+    return out
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Return the one line of error of an export that must fail."""
+    assert export.main([str(argument) for argument in arguments]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+    return shown
+
+
+def engine_frames(path: Path, base: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Return the frames that ``sample`` makes of a source, [F, height, width, 3], and the noise they start from."""
+    source = find_source(path, base, [])
+    model = sample.load_source(source)
+    model.prepare([PROMPT])
+    (videos,) = sample.sample_frames(model, source, [PROMPT])
+    return videos[0], sample.starting_noise(model, 0, 0, 1)
+
+
+def load_pipeline(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def pipeline_frames(pipeline: Any, kind: str, noise: Tensor) -> Tensor:
+    """Return the frames that a diffusers pipeline makes with the settings of the runs, [F, height, width, 3]."""
+    frames, height, width = (int(word.partition("=")[2]) for word in sized(kind)[:3])
+    order = {"cogvideox": lambda z: z.transpose(1, 2), "ltx": lambda z: z.flatten(2).transpose(1, 2)}
+    more = {"frame_rate": 8} if kind == "ltx" else {}
+    made = pipeline(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        num_frames=frames,
+        height=height,
+        width=width,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        latents=order.get(kind, lambda z: z)(noise),
+        output_type="np",
+        **more,
+    )
+    return torch.from_numpy(made.frames[0] * 255).round().to(torch.uint8)
+
+
+def largest_difference(one: Tensor, other: Tensor) -> int:
+    assert one.shape == other.shape
+    return int((one.int() - other.int()).abs().max())
+
+
+class TestFrames:
+    """Frames of the run, of ``sample`` on the export, and of diffusers on the export are the same."""
+
+    def test_a_full_policy(self, case: Case, tmp_path: Path) -> None:
+        out = exported(case.full, tmp_path / "out")
+        run, noise = engine_frames(case.full)
+        own, again = engine_frames(out)
+        assert torch.equal(noise, again)
+        assert torch.equal(run, own)
+        assert largest_difference(own, pipeline_frames(load_pipeline(out), case.kind, noise)) <= 1
+        untouched = pipeline_frames(load_pipeline(case.published), case.kind, noise)
+        assert largest_difference(own, untouched) > 1  # training has changed what is compared
+
+    def test_an_adapter(self, case: Case, tmp_path: Path) -> None:
+        out = exported(case.lora, tmp_path / "out")
+        run, noise = engine_frames(case.lora)
+        own, _ = engine_frames(out, case.published)
+        assert largest_difference(run, own) <= 1
+        pipeline = load_pipeline(case.published)
+        pipeline.load_lora_weights(out)
+        assert largest_difference(run, pipeline_frames(pipeline, case.kind, noise)) <= 1
+        pipeline.unload_lora_weights()
+        assert largest_difference(run, pipeline_frames(pipeline, case.kind, noise)) > 1
+
+    def test_a_merged_one(self, case: Case, tmp_path: Path) -> None:
+        out = exported(case.lora, tmp_path / "out", "--merge")
+        run, noise = engine_frames(case.lora)
+        own, _ = engine_frames(out)
+        assert largest_difference(run, own) <= 1
+        assert largest_difference(own, pipeline_frames(load_pipeline(out), case.kind, noise)) <= 1
+
+    def test_the_names_of_comfyui(self, wan: Case, tmp_path: Path) -> None:
+        out = exported(wan.lora, tmp_path / "out", "--format", "original")
+        names = load_file(out / ADAPTER).keys()
+        assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in names
+        assert all(name.startswith("diffusion_model.blocks.") for name in names)
+        run, noise = engine_frames(wan.lora)
+        own, _ = engine_frames(out / ADAPTER, wan.published)
+        assert largest_difference(run, own) <= 1
+        pipeline = load_pipeline(wan.published)
+        pipeline.load_lora_weights(out)
+        assert largest_difference(run, pipeline_frames(pipeline, "wan", noise)) <= 1
+
+
+class TestFiles:
+    def test_untouched_parts_are_linked(
+        self, wan: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = exported(wan.full, tmp_path / "out")
+        shown = capsys.readouterr().out
+        assert f"scheduler, text_encoder, tokenizer, vae are those of {wan.published}" in shown
+        assert "loaded back: all weights are equal, and the prediction differs by" in shown
+        assert f"done: the policy (float32) at {out}" in shown
+        inside = {file.relative_to(out): file for file in out.rglob("*") if file.is_file()}
+        for name, file in inside.items():
+            if name.parts[0] not in ("transformer", "vpo_export.json"):
+                assert file.samefile(wan.published / name)
+        published = {file.relative_to(wan.published) for file in wan.published.rglob("*") if file.is_file()}
+        assert published <= inside.keys()
+        assert not (tmp_path / "out.unfinished").exists()
+
+    def test_parts_are_copied_where_there_are_no_links(
+        self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def refuse(*paths: Path) -> None:
+            raise OSError("other disk")
+
+        monkeypatch.setattr(os, "link", refuse)
+        out = exported(wan.full, tmp_path / "out")
+        assert "0 files were linked" in capsys.readouterr().out
+        file = Path("vae/diffusion_pytorch_model.safetensors")
+        assert (out / file).read_bytes() == (wan.published / file).read_bytes()
+
+    def test_the_checkpoint_of_a_step(self, wan: Case, tmp_path: Path) -> None:
+        """Also one that is named itself; the newest is the default."""
+        weights = Path("transformer/diffusion_pytorch_model.safetensors")
+        earlier = wan.full / "checkpoints" / "step_00000002"
+        asked = exported(wan.full, tmp_path / "asked", "--step", "2")
+        named = exported(earlier, tmp_path / "named")
+        newest = exported(wan.full, tmp_path / "newest")
+        saved = load_file(earlier / "policy" / weights.name)
+        for out, same in ((asked, True), (named, True), (newest, False)):
+            loaded = load_file(out / weights)
+            assert all(torch.equal(loaded[name], weight) for name, weight in saved.items()) is same
+        assert json.loads((asked / "vpo_export.json").read_text())["step"] == 2
+
+    def test_the_scale_is_written_once(self, wan: Case, tmp_path: Path) -> None:
+        """Into B, 1.5 times that of the checkpoint; neither alphas nor metadata say it again."""
+        out = exported(wan.lora, tmp_path / "out")
+        saved = load_file(wan.lora / "checkpoints/step_00000002/policy/adapter_model.safetensors")
+        written = load_file(out / ADAPTER)
+        assert len(written) == len(saved)
+        for name, weight in saved.items():
+            scale = 1.5 if ".lora_B." in name else 1.0
+            assert torch.equal(written[name.replace("base_model.model.", "transformer.")], scale * weight)
+        with safe_open(out / ADAPTER, framework="pt") as content:
+            assert content.metadata() == {"format": "pt"}
+
+    def test_peft_loads_its_own_format(self, wan: Case, tmp_path: Path) -> None:
+        out = exported(wan.lora, tmp_path / "out", "--format", "peft")
+        assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 6
+        run, noise = engine_frames(wan.lora)
+        own, _ = engine_frames(out, wan.published)
+        assert largest_difference(run, own) <= 1
+        pipeline = load_pipeline(wan.published)
+        peft.PeftModel.from_pretrained(pipeline.transformer, str(out))
+        assert largest_difference(run, pipeline_frames(pipeline, "wan", noise)) <= 1
+
+    @pytest.mark.parametrize("options", [("full",), ("lora", "--merge"), ("lora",)], ids="-".join)
+    def test_a_type_of_the_weights(
+        self, wan: Case, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """All weights are in it, but for those that the family needs in float32; the change is told."""
+        run, *more = options
+        out = exported(getattr(wan, run), tmp_path / "out", "--dtype", "bfloat16", *more)
+        assert "rounding to bfloat16 has moved the prediction by" in capsys.readouterr().out
+        file = (
+            out / ADAPTER if options == ("lora",) else out / "transformer/diffusion_pytorch_model.safetensors"
+        )
+        held = {name: tensor.dtype for name, tensor in load_file(file).items()}
+        kept = {name for name, dtype in held.items() if dtype == torch.float32}
+        assert torch.bfloat16 in held.values()
+        assert ("scale_shift_table" in kept) is (options != ("lora",))
+        assert not any(".attn1.to_q." in name for name in kept)
+
+    def test_a_policy_that_was_not_published_whole(
+        self, wan: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A second run starts from the bare transformer of the first; the parts beside it come from --base."""
+        bare = wan.full / "checkpoints" / "step_00000004" / "policy"
+        parts = [f"model.{part}={wan.published / part}" for part in ("vae", "text_encoder")]
+        second = trained(run_config("wan", bare, tmp_path / "second", *sized("wan"), *parts))
+        error = fails(capsys, second, "--out", tmp_path / "out")
+        assert f"model.policy={bare} of the run has no model_index.json" in error
+        assert "--base FOLDER" in error
+        out = exported(second, tmp_path / "out", "--base", str(wan.published))
+        own, _ = engine_frames(out)
+        made = load_pipeline(out)
+        assert own.shape[0] == 5
+        saved = load_file(second / "checkpoints/step_00000002/policy/diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(made.transformer.state_dict()[name], weight) for name, weight in saved.items())
+
+    def test_the_moving_average(self, wan: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = Path(shutil.copytree(wan.full, tmp_path / "run"))
+        assert "has no moving average" in fails(capsys, run, "--ema", "--out", tmp_path / "out")
+        newest = run / "checkpoints" / "step_00000004"
+        shutil.copytree(run / "checkpoints/step_00000002/policy", newest / "ema")
+        weights = Path("diffusion_pytorch_model.safetensors")
+        average, policy = (load_file(newest / name / weights) for name in ("ema", "policy"))
+        for options, expected in ((["--ema"], average), ([], policy)):
+            out = exported(run, tmp_path / f"out{len(options)}", *options)
+            written = load_file(out / "transformer" / weights)
+            assert all(torch.equal(written[name], weight) for name, weight in expected.items())
+
+
+class TestOtherFamilies:
+    def test_sprites(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A policy, an adapter (PEFT's format) and a merged one, each sampled without a word about its kind."""
+        full = trained(run_config("sprites", None, tmp_path / "full"))
+        lora = trained(run_config("sprites", None, tmp_path / "lora", *LORA))
+        for run, base, options in ((full, None, ()), (lora, full, ()), (lora, None, ("--merge",))):
+            out = exported(run, tmp_path / f"out-{run.name}{len(options)}", *options)
+            run_frames, _ = engine_frames(run)
+            if base is None:
+                assert largest_difference(run_frames, engine_frames(out)[0]) <= 1
+            else:
+                assert (out / "adapter_model.safetensors").is_file()
+        error = fails(capsys, lora, "--out", tmp_path / "x", "--format", "diffusers")
+        assert (
+            "the sprites world has no diffusers pipeline that would read it; leave it out for peft" in error
+        )
+
+    def test_formats_that_a_family_does_not_have(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        published = FOLDERS["cogvideox"](tmp_path / "published")
+        run = trained(run_config("cogvideox", published, tmp_path / "run", *sized("cogvideox"), *LORA))
+        capsys.readouterr()
+        error = fails(capsys, run, "--out", tmp_path / "out", "--format", "original")
+        assert "--format original: CogVideoX-2B has no other names of its layers" in error
+
+
+class TestMismatch:
+    """An export that is not the policy is never called done."""
+
+    def test_a_weight_that_was_written_wrongly(
+        self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        whole = DiffusersModel.save_full_policy
+
+        def spoil(model: DiffusersModel, folder: Path) -> None:
+            whole(model, folder)
+            file = folder / "diffusion_pytorch_model.safetensors"
+            tensors = load_file(file)
+            tensors["proj_out.weight"][0, 0] += 1e-3
+            save_file(tensors, file, metadata={"format": "pt"})
+
+        monkeypatch.setattr(DiffusersModel, "save_full_policy", spoil)
+        out = tmp_path / "out"
+        error = fails(capsys, wan.full, "--out", out)
+        assert "does not hold the weights of the policy: proj_out.weight differs by up to 0.001" in error
+        assert not out.exists()
+        kept = tmp_path / "out.unfinished"
+        assert str(kept) in error
+        assert (kept / "transformer" / "config.json").is_file()
+        monkeypatch.undo()
+        assert f"{kept} is what an earlier export left behind; delete it" in fails(
+            capsys, wan.full, "--out", out
+        )
+
+    @pytest.mark.parametrize("factor", [1.5, 0.0])
+    def test_a_scale_that_is_wrong(
+        self,
+        wan: Case,
+        tmp_path: Path,
+        factor: float,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        whole = export_write.save_diffusers
+
+        def spoil(adapter: Any, folder: Path, dtype: torch.dtype) -> None:
+            layers = {name: (down, factor * up) for name, (down, up) in adapter.layers.items()}
+            whole(type(adapter)(layers), folder, dtype)
+
+        monkeypatch.setattr(export_write, "save_diffusers", spoil)
+        error = fails(capsys, wan.lora, "--out", tmp_path / "out")
+        assert (
+            "the export does not hold the weights of the policy: blocks.0.attn1.to_k.lora_B differs by"
+            in error
+        )
+
+    def test_a_merge_that_is_wrong(
+        self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        whole = export_write.merge_adapter
+
+        def spoil(network: Any) -> None:
+            network.blocks[1].attn1.to_v.scaling["default"] *= 2
+            whole(network)
+
+        monkeypatch.setattr(export_write, "merge_adapter", spoil)
+        error = fails(capsys, wan.lora, "--merge", "--out", tmp_path / "out")
+        assert "on the same inputs its prediction differs by" in error
+
+    def test_an_export_that_breaks_off_leaves_nothing(
+        self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def stop(*given: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(export_write, "add_parts", stop)
+        assert export.main([str(wan.full), "--out", str(tmp_path / "out")]) == 130
+        assert "nothing was exported" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["FULL", "--out", "OCCUPIED"], "is not empty; give another folder, or delete this one"),
+            (["FULL", "--out", "FILE"], "is a file; give a folder"),
+            (["FULL", "--out", "FILE/out"], "is a file; give another folder"),
+            (["FULLY", "--out", "out"], "there is no run or checkpoint at FULLY"),
+            (["FULL", "--out", "out", "--step", "3"], "no complete checkpoint step_00000003; give one of its steps"),
+            (["STEP", "--out", "out", "--step", "3"], "--step 3 chooses among the checkpoints of a run"),
+            (["FULL", "--out", "out", "--merge"], "--merge merges an adapter, but"),
+            (["FULL", "--out", "out", "--format", "peft"], "--format peft is the dialect of an adapter, but the"),
+            (["LORA", "--out", "out", "--format", "peft", "--merge"], "but a merged export is a whole model"),
+            (["LORA", "--out", "out", "--base", "FULL"], "has no model_index.json; give the folder of a whole"),
+            (["ALTERED", "--out", "out"], "was altered after it was saved"),
+        ],
+    )  # fmt: skip
+    def test_what_the_arguments_tell_needs_no_torch(
+        self, wan: Case, tmp_path: Path, arguments: list[str], words: str
+    ) -> None:
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "a.txt").touch()
+        (tmp_path / "file").touch()
+        altered = Path(shutil.copytree(wan.full, tmp_path / "altered"))
+        settings = altered / "checkpoints/step_00000004/policy/config.json"
+        settings.write_text(settings.read_text().replace('"num_layers": 2', '"num_layers": 1'))
+        places = {
+            "FULL": wan.full,
+            "LORA": wan.lora,
+            "STEP": wan.full / "checkpoints" / "step_00000002",
+            "OCCUPIED": tmp_path / "full",
+            "FILE": tmp_path / "file",
+            "FILE/out": tmp_path / "file" / "out",
+            "ALTERED": altered,
+        }
+        given = [str(places.get(argument, argument)) for argument in arguments]
+        script = (
+            "import sys; from vpo_engine.export import main\n"
+            "print(main(sys.argv[1:])); print('torch' in sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, *given], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
+        assert words in done.stderr
+        assert done.stdout == "1\nFalse\n"
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
+
+    def test_a_full_disk(
+        self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        real = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: real._replace(free=2**20))
+        error = fails(capsys, wan.full, "--out", tmp_path / "out")
+        assert f"the disk of {tmp_path} has 0.00 GiB free, but this export needs 0.02 GiB" in error
+        assert list(tmp_path.iterdir()) == []
+
+    def test_values_that_a_type_cannot_hold(
+        self, wan: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = RunDirectory(Path(shutil.copytree(wan.full, tmp_path / "run")))
+        folder = run.checkpoints / "step_00000004"
+        file = folder / "policy" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors["blocks.0.attn1.to_q.weight"][0, 0] = 1e6
+        save_file(tensors, file, metadata={"format": "pt"})
+        manifest = json.loads((folder / "manifest.json").read_text())
+        entry = manifest["files"]["policy/diffusion_pytorch_model.safetensors"]
+        entry.update(sha256=hashlib.sha256(file.read_bytes()).hexdigest(), bytes=file.stat().st_size)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        error = fails(capsys, run.root, "--dtype", "float16", "--out", tmp_path / "out")
+        assert (
+            "--dtype float16 cannot hold blocks.0.attn1.to_q.weight; give --dtype bfloat16 or float32"
+            in error
+        )
+        assert not (tmp_path / "out").exists()

@@ -1,0 +1,77 @@
+"""The facts by which families of diffusers differ, and the settings that one model is built by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vpo_engine.models.diffusers_network import TextLayers
+from vpo_engine.video_model import Option, Padding
+
+OPTIONS: frozenset[Option] = frozenset(
+    {
+        "model.height",
+        "model.width",
+        "model.flow_shift",
+        "model.negative_prompt",
+        "model.attention",
+        "memory.activation_checkpointing",
+        "memory.offload_activations",
+        "memory.mlp_chunks",
+        "rollout.guidance",
+        "rollout.guidance_interval",
+        "rollout.cache",
+        "rollout.compile=blocks",
+        "rollout.compile=graphs",
+    }
+)
+"""The options that the base class supports for every family; a family leaves out those that mean nothing to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The facts about a family's folders and networks; see docs/models.md.
+
+    transformer, vae: names of classes of diffusers. text_encoder: of a class of transformers. published: the contents
+    of the published config files, {"transformer", "vae", "text_encoder", "scheduler": settings}, by which the planner
+    goes where there is no folder. size: height and width in pixels that the published model was made for.
+    latent_channels: the key of the VAE's config.json that says how many channels latents have. layout: the order in
+    which the transformer takes the dimensions of latents [B, C, T, H, W]. text_layers: the layers that see only the
+    text.
+    padding: see ``TextRule``. encoder_mask: whether the text encoder is given the mask of a prompt's tokens.
+    negative_prompt: of guidance, unless model.negative_prompt is given. negative_first: the negative prompt is the
+    first half of a guided batch.
+    """
+
+    transformer: str
+    vae: str
+    text_encoder: str
+    published: Mapping[str, Mapping[str, Any]]
+    size: tuple[int, int]
+    latent_channels: str = "latent_channels"
+    layout: tuple[int, ...] = (0, 1, 2, 3, 4)
+    text_layers: tuple[TextLayers, ...] = ()
+    padding: Padding = "attended"
+    encoder_mask: bool = False
+    negative_prompt: str = ""
+    negative_first: bool = True
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one model is built by: the settings of its parts' files, and the size of its videos.
+
+    flow_shift: model.flow_shift. negative_prompt: of guidance. fps: frames a second.
+    """
+
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    negative_prompt: str
+    flow_shift: float | None = None
+    text_encoder: Mapping[str, Any] = field(default_factory=dict)
