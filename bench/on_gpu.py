@@ -299,7 +299,9 @@ def run_checks(checks: Sequence[Check], repeat: bool, runner: Runner, results: R
         for check in waiting:
             print(f"{check.name}: {check.why}", flush=True)
             result = runner.run(check, missing)
-            print(f"    {result.state}{result.reason and ': '}{result.reason}; {max(0.0, runner.left):.0f} s left")
+            print(
+                f"    {result.state}{result.reason and ': '}{result.reason}; {max(0.0, runner.left):.0f} s left"
+            )
     except KeyboardInterrupt:
         for check in waiting:
             if results.found[check.name].state == "running":
@@ -339,11 +341,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=_minutes, help="time in which the command ends")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs" / "on_gpu", help="folder of the results (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "on_gpu",
+        help="folder of the results (default: %(default)s)",
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these checks, again if they are finished")
-    parser.add_argument("--list", action="store_true", help="print the checks and what is missing, run nothing")
-    parser.add_argument("--record", action="store_true", help="write the rows of --out to bench/results, run nothing")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="run these checks, again if they are finished"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the checks and what is missing, run nothing"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the rows of --out to bench/results, run nothing"
+    )
     parser.add_argument("--dry-run", action="store_true", help="let a second's sleep stand in for each check")
     return parser
 
@@ -379,13 +390,18 @@ def _act(
         if given.list:
             print(listed(checks, runner.missing(need for check in checks for need in check.needs)))
             return 0
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        undisturbed = run_checks(checks, bool(given.only), runner, results)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            undisturbed = run_checks(checks, bool(given.only), runner, results)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     finally:
         runner.clean()
     print(table(checks, results))
     states = [results.found[check.name].state for check in checks]
-    without_gpu = [check for check in checks if CUDA in check.needs and results.found[check.name].state == "skipped"]
+    without_gpu = [
+        check for check in checks if CUDA in check.needs and results.found[check.name].state == "skipped"
+    ]
     if without_gpu and not any(state in FINISHED for state in states):
         print("nothing was checked; --dry-run tries the command on a machine without a GPU", file=sys.stderr)
         return 1
