@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rows
 from gpu_checks import CHECKS, ROWS, Check
 from on_gpu import MARK, ROOT, locked, main
 
@@ -31,6 +30,11 @@ ENVIRONMENT = {
 ROW = {"topic": "loss", "case": {"shape": "1"}, "numbers": {"seconds": 1.5}, "environment": ENVIRONMENT}
 WRITES = f"import json, sys; open(sys.argv[1] + '/loss.jsonl', 'w').write(json.dumps({ROW!r}) + chr(10))"
 HANGS = "import time; time.sleep(60)"
+LEAVES = """import subprocess, sys
+sleep = [sys.executable, "-I", "-c", "import time; time.sleep(60)"]
+open({note!r}, "w").write(str(subprocess.Popen(sleep, start_new_session=True).pid))
+"""
+"""Starts a process in a session of its own, and writes its number to a file."""
 
 
 def fake(name: str, code: str = "", needs: Sequence[str] = (), seconds: float = 30.0) -> Check:
@@ -108,12 +112,13 @@ def test_an_import_that_ends_the_process_is_missing_and_the_others_are_tried(
 
 def test_a_check_that_hangs_is_ended_with_its_children_and_the_next_goes_on(tmp_path: Path) -> None:
     note = tmp_path / "child"
-    sleeps = (
-        "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-I', '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
-        f"open({str(note)!r}, 'w').write(str(child.pid))\n" + HANGS
+    assert (
+        call(
+            tmp_path / "out",
+            [fake("hangs", LEAVES.format(note=str(note)) + HANGS, seconds=1.0), fake("next")],
+        )
+        == 1
     )
-    assert call(tmp_path / "out", [fake("hangs", sleeps, seconds=1.0), fake("next")]) == 1
     found = stored(tmp_path / "out")
     assert (found["hangs"]["state"], found["hangs"]["code"]) == ("failed", None)
     assert found["hangs"]["reason"] == "ended at its limit of 2 s"
@@ -123,12 +128,7 @@ def test_a_check_that_hangs_is_ended_with_its_children_and_the_next_goes_on(tmp_
 
 def test_what_a_check_leaves_running_is_ended_too(tmp_path: Path) -> None:
     note = tmp_path / "child"
-    leaves = (
-        "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-I', '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
-        f"open({str(note)!r}, 'w').write(str(child.pid))"
-    )
-    assert call(tmp_path / "out", [fake("leaves", leaves)]) == 0
+    assert call(tmp_path / "out", [fake("leaves", LEAVES.format(note=str(note)))]) == 0
     assert not alive(int(note.read_text()))
 
 
@@ -157,14 +157,18 @@ def test_the_time_is_never_passed_and_a_second_call_goes_on(tmp_path: Path) -> N
 SCRIPT = """
 import sys
 sys.path[:0] = {paths}
-from test_on_gpu import WRITES, fake
+from test_on_gpu import WAITS, WRITES, fake
 from on_gpu import main
-note, count = {note!r}, {count!r}
-waits = f"import os, time\\nif not os.path.exists({{note!r}}):\\n    open({{note!r}} + '.new', 'w').write(str(os.getpid()))"
-waits += f"\\n    os.rename({{note!r}} + '.new', {{note!r}})\\n    time.sleep(60)"
-first = WRITES + f"; open({{count!r}}, 'a').write('x')"
-sys.exit(main(sys.argv[1:], [fake("first", first), fake("middle", waits), fake("last")]))
+first = WRITES + "; open({count!r}, 'a').write('x')"
+sys.exit(main(sys.argv[1:], [fake("first", first), fake("middle", WAITS.format(note={note!r})), fake("last")]))
 """
+WAITS = """import os, time
+if not os.path.exists({note!r}):
+    open({note!r} + ".new", "w").write(str(os.getpid()))
+    os.rename({note!r} + ".new", {note!r})
+    time.sleep(60)
+"""
+"""Waits in its first call, after it has written its number to a file."""
 
 
 class Command:
@@ -242,18 +246,16 @@ def test_a_wrong_call_is_one_message(tmp_path: Path, capsys, arguments: list[str
 def test_folders_are_not_shared_and_kinds_of_results_do_not_mix(tmp_path: Path, capsys) -> None:
     assert call(tmp_path, [fake("a")], "--dry-run") == 0
     assert stored(tmp_path)["a"]["output"] == "stands in for a\n"
-    for text, prepare in (("the results of a dry run", lambda: None), ("does not hold results", damage)):
-        prepare(tmp_path) if prepare is damage else prepare()
-        with pytest.raises(SystemExit):
-            call(tmp_path, [fake("a")])
-        assert text in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call(tmp_path, [fake("a")])
+    assert "holds the results of a dry run" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"results": [')
+    with pytest.raises(SystemExit):
+        call(tmp_path, [fake("a")])
+    assert "does not hold results" in capsys.readouterr().err
     with locked(tmp_path), pytest.raises(SystemExit):
         call(tmp_path, [fake("a")])
     assert "another call works in" in capsys.readouterr().err
-
-
-def damage(folder: Path) -> None:
-    (folder / "results.json").write_text('{"results": [')
 
 
 def test_without_a_gpu_nothing_is_checked_and_that_is_said(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -269,7 +271,9 @@ def test_without_a_gpu_nothing_is_checked_and_that_is_said(tmp_path: Path, capsy
     assert "--dry-run tries the command on a machine without a GPU" in said.err
 
 
-def test_rows_that_were_measured_can_be_recorded(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_rows_that_were_measured_can_be_recorded(tmp_path: Path, monkeypatch) -> None:
+    import rows  # not above: torch, which it imports, would slow the start of ``Command``
+
     call(tmp_path / "out", [fake("writes", WRITES), fake("silent")])
     monkeypatch.setattr(rows, "record", functools.partial(rows.record, folder=tmp_path / "recorded"))
     assert main(["--out", str(tmp_path / "out"), "--record"], [fake("writes")]) == 0
