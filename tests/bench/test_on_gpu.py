@@ -133,7 +133,7 @@ def test_what_a_check_leaves_running_is_ended_too(tmp_path: Path) -> None:
 
 
 def test_the_time_is_never_passed_and_a_second_call_goes_on(tmp_path: Path) -> None:
-    minutes = 0.05
+    minutes = 0.04
     checks = [
         fake("first", seconds=0.5),
         fake("huge", seconds=100.0),
@@ -332,3 +332,14 @@ def test_what_a_check_selects_is_there(check: Check) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.long
+def test_a_benchmark_writes_its_rows_where_it_is_told(tmp_path: Path) -> None:
+    command = ["-m", "pytest", "-q", "bench/test_delta.py", "-k", "encode and reference and 4608", "--rows"]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    [line] = (tmp_path / "delta.jsonl").read_text().splitlines()
+    assert json.loads(line)["case"]["shape"] == "4608x1152"
