@@ -156,14 +156,16 @@ def measure_network(sizes: dict[str, Size], add_row: AddRow) -> list[str]:
     rate = matrix_rate(8192 if on_gpu() else 128)
     for name, size in sizes.items():
         flops = forward_flops(size)
-        for kind, run, work in (
-            ("prediction", prediction(size), flops),
-            ("training, blocks computed again", training(size), 3 * flops),
+        for kind, make, work in (
+            ("prediction", prediction, flops),
+            ("training, blocks computed again", training, 3 * flops),
         ):
+            run = make(size)
             measured = seconds_of(run)
             used = {"peak_bytes": peak_bytes(run), "flops": work}
             used["utilisation"] = work / (measured["seconds"] * rate)
             add_row("network", {"network": size.network, "size": name, "pass": kind}, measured | used)
+            del run  # with its network, before the next is made
     return []
 
 
@@ -274,14 +276,15 @@ def measure_offload(sizes: dict[str, Size], add_row: AddRow) -> list[str]:
         train()
         return [p.grad.clone() for p in network.parameters() if p.grad is not None]
 
-    network.activations = Activations("block")
-    once, again = gradients(), gradients()
     for offload in (False, True):
         network.activations = Activations("block", offload=offload)
         used = {"peak_bytes": peak_bytes(train)}
         case = {"network": size.network, "size": name, "offload_activations": str(offload).lower()}
         add_row("offload", case, seconds_of(train) | used)
-    noise, error = difference(again, once), difference(gradients(), once)
+    with_offload = gradients()
+    network.activations = Activations("block")
+    once, again = gradients(), gradients()
+    noise, error = difference(again, once), difference(with_offload, once)
     print(f"gradients of two equal runs differ by {noise:.3g} of their norm, with offload by {error:.3g}")
     if not error <= 2 * noise:
         wrong.append(

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gpu_checks import CHECKS, CUDA, ROWS, Check
+from gpu_checks import CHECKS, CUDA, ROWS, Check, stand_in
 
 State = Literal["passed", "failed", "skipped", "not reached", "running"]
 FINISHED = ("passed", "failed")
@@ -46,14 +46,6 @@ RESERVE, RESERVED_SHARE = 5.0, 0.05
 IMPORT_LIMIT = 60.0
 """Seconds that the imports of all packages may take together."""
 TAIL = 6000
-STAND_IN = """import json, sys, time
-time.sleep(1)
-name, topic, rows = sys.argv[1:]
-print("stands in for", name)
-if topic:
-    row = {"topic": topic, "case": {"check": name}, "numbers": {"seconds": 1.0}, "environment": {"hardware": "none"}}
-    open(f"{rows}/{topic}.jsonl", "w").write(json.dumps(row) + "\\n")
-"""
 
 
 @dataclass
@@ -241,13 +233,6 @@ def _end_with_parent() -> None:
 
 def ended_how(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def stand_in(check: Check) -> Check:
-    """Return a check that sleeps for a second and writes a row of the topic, and needs no GPU."""
-    command = ("-c", STAND_IN, check.name, check.topic, ROWS)
-    needs = tuple(need for need in check.needs if need != CUDA)
-    return dataclasses.replace(check, command=command, needs=needs, seconds=3.0)
 
 
 def chosen(checks: Sequence[Check], names: Sequence[str] | None) -> list[Check]:
