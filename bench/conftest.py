@@ -1,4 +1,7 @@
-"""Collect the rows of a benchmark run by the fixture ``add_row``, print them at the end, write them with --record."""
+"""Collect the rows of a benchmark run by the fixture ``add_row``, print them at the end, write them with --record.
+
+With ``--rows FOLDER`` each row is written there as soon as it is measured, so that a run that is ended leaves its rows.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record", action="store_true", help="write the measured rows to bench/results/TOPIC.jsonl"
     )
+    parser.addoption(
+        "--rows", type=Path, metavar="FOLDER", help="write each row to FOLDER/TOPIC.jsonl as it is measured"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,7 +49,10 @@ def add_row(pytestconfig: pytest.Config, environment_of) -> AddRow:
     """Return ``add_row(topic, case, numbers, device)``, which records a measured case; see ``rows.Row``."""
 
     def add(topic: str, case: dict[str, str], numbers: dict[str, float], device: torch.device) -> None:
-        pytestconfig.stash[ROWS].append(Row(topic, case, numbers, environment_of(device)))
+        row = Row(topic, case, numbers, environment_of(device))
+        pytestconfig.stash[ROWS].append(row)
+        if folder := pytestconfig.getoption("--rows"):
+            record([row], folder)
 
     return add
 

@@ -1,8 +1,9 @@
 """The fused ops at STDiT3-XL/2's sizes in bfloat16: their kernels beside eager and compiled plain torch.
 
 ``pytest bench/test_fused_ops.py --record`` on a GPU gives the results by which the table in
-``vpo_kernels/fused_ops.py`` is filled. Without a GPU only the plain formula runs, once at a tiny size, and no result
-is recorded: neither seconds nor bytes of a CPU say anything about the choice.
+``vpo_kernels/fused_ops.py`` is filled; ``python bench/gpu_measure.py rule`` says how. Without a GPU only the plain
+formula runs, once at a tiny size, and no result is recorded: neither seconds nor bytes of a CPU say anything about the
+choice.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from vpo_engine.config import ActivationCheckpointing
+if TYPE_CHECKING:  # so that networks need no pydantic
+    from vpo_engine.config import ActivationCheckpointing
 
 ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",
@@ -69,10 +70,10 @@ class Activations:
     mlp_chunks: int = 1
 
     def __post_init__(self) -> None:
-        if self.checkpointing not in get_args(ActivationCheckpointing):
+        known = ("none", *KEPT)
+        if self.checkpointing not in known:
             raise ValueError(
-                f"checkpointing={self.checkpointing!r} is unknown; it must be one of: "
-                f"{', '.join(get_args(ActivationCheckpointing))}"
+                f"checkpointing={self.checkpointing!r} is unknown; it must be one of: {', '.join(known)}"
             )
         if self.mlp_chunks < 1:
             raise ValueError(

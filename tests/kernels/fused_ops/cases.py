@@ -111,7 +111,7 @@ def normed_heads(
         return keys.transpose(1, 2) if exchanged else keys, weight
 
     def in_dtype(x: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(table if table is None else table.to(x.dtype) for table in tables)
+        return tuple(table if table is None else table.to(x) for table in tables)
 
     return Case(
         lambda x, weight, backend: qk_norm_rope(x, weight, *in_dtype(x), EPS, backend),
@@ -146,7 +146,7 @@ def results(case: Case, dtype: torch.dtype | None = None, backend: str | None = 
     tensors = case.view(*leaves)
     out = case.registered(*tensors) if backend is None else case.operation(*tensors, backend=backend)
     seed = torch.Generator().manual_seed(9)
-    grad = torch.randn(out.shape, generator=seed, dtype=torch.float64).bfloat16().to(out.dtype)
+    grad = torch.randn(out.shape, generator=seed, dtype=torch.float64).bfloat16().to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
