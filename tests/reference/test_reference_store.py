@@ -96,6 +96,15 @@ def test_right_after_a_refresh_the_margin_is_zero(storage: Storage, name: str, d
         reference.refresh(policy)
 
 
+@pytest.mark.parametrize("storage", EXACT)
+def test_a_sample_alone_has_a_margin_of_zero_too(storage: Storage) -> None:
+    """In a batch of one, tensors that change their axes are not contiguous unless they are copied; torch then multiplies
+    trained weights in another order than frozen ones."""
+    policy = policy_for(storage, "sprites", torch.float32)
+    reference, arguments = build_reference(storage, policy), inputs(policy, rows=1)
+    assert torch.equal(policy(**arguments), reference(**arguments))
+
+
 @pytest.mark.parametrize("storage", ["copy", "bf16", "int8", "exact8"])
 def test_layers_that_are_kept_in_float32_are_copied_by_every_storage(storage: Storage) -> None:
     """Their weights are no bfloat16 values, so an encoded copy would differ from the policy, or be refused."""

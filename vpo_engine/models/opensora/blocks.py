@@ -148,7 +148,7 @@ class Block(Backed):
     def attend(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Attend within [B, T, S, C]: over T at each patch with rope, or over S in each frame without."""
         if self.temporal:
-            out = self.attn(x.transpose(1, 2).flatten(0, 1), rope)
+            out = self.attn(x.transpose(1, 2).flatten(0, 1).contiguous(), rope)
             return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
         return self.attn(x.flatten(0, 1)).view(x.shape)
 
