@@ -157,6 +157,16 @@ def test_all_tokens_of_the_padding_count(model: Any, pipeline: Any) -> None:
     assert torch.allclose(text.embeddings, expected, atol=1e-6)
 
 
+def test_a_prompt_that_is_cut_is_noted_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two prompts are longer than the tiny model's 12 tokens only if they have more than 11 bytes."""
+    load(settings(folder), ["short"])
+    assert "note:" not in capsys.readouterr().err
+    load(settings(folder), ["a" * 12, "b" * 40, "short"])
+    noted = capsys.readouterr().err
+    assert noted.count("note: of ") == 1
+    assert f"the model reads {TOKENS} of 41 tokens" in noted
+
+
 @pytest.mark.parametrize("cut", [1, 3])
 def test_a_loop_that_is_cut_and_resumed_is_the_same(model: Any, cut: int) -> None:
     noise, text = drawn(model, 2), model.embed(PROMPTS)

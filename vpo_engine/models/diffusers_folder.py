@@ -45,7 +45,7 @@ class Folder:
 def find_parts(
     policy: Path, vae: Path | None, text_encoder: Path | None, pipelines: tuple[str, ...], kind: str
 ) -> Folder:
-    """Return the folders of all parts, each of which is there.
+    """Return the folders of all parts, each of which is there, with its weight files.
 
     policy: a pipeline's folder, or a transformer's alone. vae, text_encoder: folders of these parts or of pipelines
     that hold them; None for those of ``policy``. Raise FileNotFoundError for what is missing, ValueError for a pipeline
@@ -73,6 +73,9 @@ def find_parts(
     for name, folder in (("transformer", transformer), ("vae", found_vae), ("text_encoder", found_text)):
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder} has no {CONFIG}; expected the folder of a {name}")
+    for folder in (transformer, found_vae):
+        part_files(folder)
+    _encoder_files(found_text)
     return Folder(
         transformer=transformer,
         vae=found_vae,
@@ -248,10 +251,7 @@ def load_text_encoder(
     """
     with torch.device("meta"):
         model = build()
-    files = weights.weight_files(folder)
-    if not files:
-        raise FileNotFoundError(f"{folder} has neither {' nor '.join(weights.WHOLE)}; fetch the folder again")
-    state = weights.read_files(files)
+    state = weights.read_files(_encoder_files(folder))
     tables = [name for name in _TABLES if name in state]
     if len(tables) == 2 and not torch.equal(*(state[name] for name in tables)):
         raise ValueError(
@@ -276,6 +276,13 @@ def load_text_encoder(
     moved |= {name: moved[tables[0]] for name in _TABLES if tables}
     model.load_state_dict(moved, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _encoder_files(folder: Path) -> list[Path]:
+    files = weights.weight_files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} has neither {' nor '.join(weights.WHOLE)}; fetch the folder again")
+    return files
 
 
 class _EmptyOnMeta(TorchFunctionMode):

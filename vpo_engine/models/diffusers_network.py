@@ -122,14 +122,15 @@ def set_activations(network: Any, activations: Activations) -> None:
 class CompiledBlocks:
     """Runs blocks without gradients through torch.compile; all blocks of a kind share what is compiled.
 
-    Modules that keep results of the text are not compiled: they look for what the loop has kept.
+    Modules in blocks that keep results of the text are not compiled: they look for what the loop has kept.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, backend: str = "inductor") -> None:
         """Raise ValueError where torch.compile needs a C++ compiler and finds none."""
         if backend == "inductor":
             check_compiler(device)
-        kinds = {type(part) for part in network.modules() if isinstance(part, _TextOwner)}
+        blocks = [block for members in repeating_blocks(network).values() for block in members]
+        kinds = {type(part) for block in blocks for part in block.modules() if isinstance(part, _TextOwner)}
         for kind in kinds:
             if "forward" not in vars(kind):
                 kind.forward = torch.compiler.disable(kind.forward)  # type: ignore[method-assign]

@@ -27,10 +27,9 @@ class JointAttention(Processor):
         assert image_rotary_emb is None
         length = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        q, k, v = (
-            layer(tokens).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        q, k, v = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
         del tokens
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)) for part in (q, k, v))
         q, k = attn.norm_q(q), attn.norm_k(k)
         out = attention(q, k, v, self.backend).flatten(2)
         del q, k, v
