@@ -28,10 +28,10 @@ MUTATIONS = [
     (
         "the adapter rounded with its base",
         POLICY,
-        "hold_in_bfloat16(network, config.memory.weights, dtype) layers = inject_adapter("
+        "hold_in_bfloat16(network, config.memory.weights, dtype, card.float32_modules) layers = inject_adapter("
         "network, lora, chosen_targets(lora, card), config.seed, config.model.policy)",
         "layers = inject_adapter(network, lora, chosen_targets(lora, card), config.seed, config.model.policy)\n"
-        "    hold_in_bfloat16(network, config.memory.weights, dtype)",
+        "    hold_in_bfloat16(network, config.memory.weights, dtype, card.float32_modules)",
         TESTS_LORA,
     ),
     (
