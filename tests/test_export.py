@@ -23,6 +23,10 @@ from torch import Tensor
 
 from vpo_engine import export, export_write, sample
 from vpo_engine.models.diffusers_model import DiffusersModel
+from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
+from vpo_engine.models.opensora.load import load_stdit3
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.vae import OpenSoraVAE
 from vpo_engine.policy_source import find_source
 from vpo_engine.runs.directory import RunDirectory
 
@@ -283,6 +287,33 @@ class TestOtherFamilies:
         assert (
             "the sprites world has no diffusers pipeline that would read it; leave it out for peft" in error
         )
+
+    def test_opensora(self, tmp_path: Path) -> None:
+        """Its own layout, whole and merged, which its loader and its public code read."""
+        data = Path(__file__).parent / "data" / "opensora"
+        torch.manual_seed(0)
+        tiny = json.loads((data / "stdit3_tiny.json").read_text())["config"]
+        network = STDiT3.from_config({**tiny, "freeze_y_embedder": True})
+        save_pretrained_layout(network.state_dict(), network.config, tmp_path / "policy")
+        sizes = json.loads((data / "vae_tiny.json").read_text())
+        parts = {f"{part}_config": sizes[f"{part}_config"] for part in ("spatial", "temporal")}
+        vae = OpenSoraVAE.from_config(parts | {name: sizes["constants"][name] for name in ("scale", "shift")})
+        save_pretrained_layout(vae.state_dict(), vae.config, tmp_path / "vae")
+        given = [f"model.vae={tmp_path / 'vae'}", f"model.text_encoder={tmp_path}"]
+        for name, more, options in (("full", (), ()), ("lora", LORA, ("--merge",))):
+            run = trained(run_config("opensora", tmp_path / "policy", tmp_path / name, *given, *more))
+            out = exported(run, tmp_path / f"out-{name}", *options)
+            assert (out / "model" / "model.safetensors.index.json").is_file()
+            loaded = load_stdit3(out).state_dict()
+            kind = "model" if name == "full" else "adapter_model"
+            saved = load_file(run / f"checkpoints/step_00000002/policy/{kind}.safetensors")
+            if name == "full":
+                assert all(torch.equal(loaded[key], weight) for key, weight in saved.items())
+                continue
+            layer = "spatial_blocks.0.attn.qkv"
+            down, up = (saved[f"base_model.model.{layer}.lora_{side}.weight"] for side in "AB")
+            expected = network.state_dict()[f"{layer}.weight"] + 1.5 * up @ down
+            torch.testing.assert_close(loaded[f"{layer}.weight"], expected)
 
     def test_formats_that_a_family_does_not_have(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
