@@ -107,7 +107,8 @@ def _ask_size(reward: Reward, model: VideoModel, who: str, change: str) -> None:
     if reason is not None:
         raise ValueError(
             f"{who} does not score videos of {counted_frames(frames)} of {height} x {width} pixels, which the model "
-            f"makes: {reason}. Change model.num_frames or model.resolution if the model has them, or {change}"
+            f"makes: {reason}. Change model.num_frames, model.resolution, or model.height and model.width, "
+            f"as far as the model has them, or {change}"
         )
 
 

@@ -138,6 +138,7 @@ def test_the_negative_prompt_is_the_first_half_of_a_pass(model: Any) -> None:
 
     def network(*args: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
         seen.append(encoder_hidden_states)
+        assert args[0].shape == (4, 3, 4, 8, 12), "the latents come first, as the engine counts rows by them"
         return model.network(*args, encoder_hidden_states=encoder_hidden_states, **kwargs)
 
     text = model.embed(PROMPTS)
@@ -154,6 +155,16 @@ def test_all_tokens_of_the_padding_count(model: Any, pipeline: Any) -> None:
     assert text.mask.shape == (2, TOKENS)
     expected = torch.cat([pipeline.encode_prompt(one, max_sequence_length=TOKENS)[0] for one in PROMPTS])
     assert torch.allclose(text.embeddings, expected, atol=1e-6)
+
+
+def test_a_prompt_that_is_cut_is_noted_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two prompts are longer than the tiny model's 12 tokens only if they have more than 11 bytes."""
+    load(settings(folder), ["short"])
+    assert "note:" not in capsys.readouterr().err
+    load(settings(folder), ["a" * 12, "b" * 40, "short"])
+    noted = capsys.readouterr().err
+    assert noted.count("note: of ") == 1
+    assert f"the model reads {TOKENS} of 41 tokens" in noted
 
 
 @pytest.mark.parametrize("cut", [1, 3])

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vpo_engine.config import ModelConfig
+from vpo_engine.metrics.throughput import count_row_flops
 from vpo_engine.models.cogvideox import published
 from vpo_engine.models.cogvideox.model import CogVideoX
 from vpo_engine.models.cogvideox.schedule import Schedule
@@ -218,6 +220,23 @@ def test_the_published_keys_shapes_and_parameters(part: str, config: dict[str, A
     counts = json.loads((DATA / "param_counts.json").read_text())[part]
     assert sum(parameter.numel() for parameter in module.parameters()) == counts["parameters"]
     assert all(tensor.is_meta for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize(("size", "key"), [((240, 432, 33), "240p/33f (240x432)")])
+def test_a_prediction_of_the_published_model_costs_what_was_recorded(
+    size: tuple[int, int, int], key: str
+) -> None:
+    """The engine counts operations on tensors without values; the time embedding of one row is all that it rounds."""
+    height, width, frames = size
+    settings = ModelConfig(
+        kind="cogvideox", policy=Path("absent"), height=height, width=width, num_frames=frames
+    )
+    blueprint = CogVideoX.blueprint(settings, lambda folder, published, name: dict(published))
+    assert blueprint.depth == 30
+    blueprint.model.device = torch.device("cpu")
+    text = TextEmbedding(torch.empty(1, 226, 4096), torch.ones(1, 226, dtype=torch.bool))
+    recorded = json.loads((DATA / "flops.json").read_text())["cogvideox_2b"][key]["total"]
+    assert count_row_flops(blueprint.model, text).forward == pytest.approx(recorded, rel=1e-3)
 
 
 SIZES = json.loads((DATA / "latent_sizes.json").read_text())["rows"]

@@ -92,6 +92,13 @@ def test_a_missing_shard_and_missing_weights_are_named(folder: Path) -> None:
     assert "no weight file part-1.safetensors" in refused(folder)
 
 
+def test_missing_weights_of_the_text_encoder_are_named_before_the_transformer_is_read(folder: Path) -> None:
+    file = folder / "transformer" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    assert f"{folder / 'text_encoder'} has neither model.safetensors nor pytorch_model.bin" in refused(folder)
+
+
 @pytest.mark.parametrize(
     ("part", "tensor", "value", "text"),
     [
@@ -102,7 +109,7 @@ def test_a_missing_shard_and_missing_weights_are_named(folder: Path) -> None:
             "vae",
             "decoder__conv_in__conv__bias",
             torch.zeros(1),
-            "decoder.conv_in.conv.bias is [1], expected [8]",
+            "decoder.conv_in.conv.bias is [1], expected [4]",
         ),
     ],
 )
@@ -124,6 +131,8 @@ def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: P
     assert "the text encoder gives 32 text channels and the transformer takes 48" in refused(
         tmp_path / "other"
     )
+    change(folder / "text_encoder" / "config.json", model_type="umt5")
+    assert "the text encoder is a umt5, and the model was trained with a t5" in refused(folder)
     change(folder / "vae" / "config.json", latent_channels=8)
     assert "the VAE gives 8 latent channels and the transformer takes 4" in refused(folder)
 

@@ -15,7 +15,7 @@ from vpo_engine.data.embeddings import EmbeddingCache
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.registry import model_family
-from vpo_engine.video_model import Encoder, LoadContext
+from vpo_engine.video_model import LoadContext
 
 PROMPTS = ("a red ball rolls over the grass", "two dogs")
 TOKENS = 12
@@ -69,10 +69,10 @@ def cogvideox_pipeline(seed: int = 0, **changes: Any) -> Any:
     vae = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
+        block_out_channels=(4, 4, 4, 4),
         latent_channels=4,
         layers_per_block=1,
-        norm_num_groups=4,
+        norm_num_groups=2,
     )
     scheduler = diffusers.CogVideoXDDIMScheduler(
         beta_schedule="scaled_linear",
@@ -106,6 +106,38 @@ def settings(folder: Path, *overrides: str, kind: str = "cogvideox", frames: int
     return load_config(None, [*given, *files, *overrides])
 
 
+def run_words(
+    folder: Path, run: Path, *overrides: str, kind: str = "cogvideox", frames: int = 9
+) -> list[str]:
+    """Return the command line of a run of three steps on a tiny folder, with a refresh of the reference after two."""
+    prompts = folder.parent / "train.txt"
+    prompts.write_text("a red ball\na blue ball\na cat on a sofa\n")
+    return [
+        f"model.kind={kind}",
+        f"model.policy={folder}",
+        f"model.num_frames={frames}",
+        "model.height=96",
+        "model.width=192",
+        f"prompts.train={prompts}",
+        f"prompts.held_out={prompts}",
+        "reward.kind=builtin",
+        f"run_dir={run}",
+        "steps=3",
+        "pairs_per_step=1",
+        "rollout.candidates=2",
+        "rollout.steps=2",
+        "rollout.guidance=6",
+        "optimizer.lr=1e-3",
+        "optimizer.warmup_steps=0",
+        "reference.refresh_every=2",
+        "evaluation.every=null",
+        "evaluation.prompts=1",
+        "evaluation.samples_per_prompt=2",
+        "checkpoint.every=2",
+        *overrides,
+    ]
+
+
 def text_source(load: Any, encoder_id: str, rewrite: Any = str, *, on_disk: bool = True) -> TextSource:
     """Make text sources that keep embeddings in memory."""
     return TextSource(EmbeddingCache(None, encoder_id), load, Processes.start("cpu"), rewrite)
@@ -119,6 +151,3 @@ def load(config: Config, prompts: Sequence[str] = PROMPTS, dtype: torch.dtype = 
     model.use_memory(config.memory)
     model.prepare(prompts)
     return model
-
-
-__all__ = ["Encoder", "cogvideox_pipeline", "load", "randomise", "settings", "text_source", "tiny_t5"]

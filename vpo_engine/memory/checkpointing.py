@@ -135,16 +135,19 @@ def in_separate_parts(function: Callable[[Tensor], Tensor], x: Tensor, *, dim: i
     """
     if parts == 1:
         return function(x)
+
+    def run(piece: Tensor) -> Tensor:
+        # torch multiplies rows that are not contiguous otherwise by trained weights than by frozen ones.
+        return function(piece.contiguous())
+
     pieces = x.tensor_split(min(parts, x.shape[dim]), dim)
     if torch.is_grad_enabled():
         outputs = [
-            checkpoint(
-                function, piece, use_reentrant=False, preserve_rng_state=False, context_fn=_part_contexts
-            )
+            checkpoint(run, piece, use_reentrant=False, preserve_rng_state=False, context_fn=_part_contexts)
             for piece in pieces
         ]
         return torch.cat(outputs, dim)
-    first = function(pieces[0])
+    first = run(pieces[0])
     shape = list(first.shape)
     shape[dim] = x.shape[dim]
     out = first.new_empty(shape)
@@ -152,7 +155,7 @@ def in_separate_parts(function: Callable[[Tensor], Tensor], x: Tensor, *, dim: i
     targets[0].copy_(first)
     del first
     for target, piece in zip(targets[1:], pieces[1:], strict=True):
-        target.copy_(function(piece))
+        target.copy_(run(piece))
     return out
 
 

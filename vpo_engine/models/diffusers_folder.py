@@ -45,7 +45,7 @@ class Folder:
 def find_parts(
     policy: Path, vae: Path | None, text_encoder: Path | None, pipelines: tuple[str, ...], kind: str
 ) -> Folder:
-    """Return the folders of all parts, each of which is there.
+    """Return the folders of all parts, each of which is there, with its weight files.
 
     policy: a pipeline's folder, or a transformer's alone. vae, text_encoder: folders of these parts or of pipelines
     that hold them; None for those of ``policy``. Raise FileNotFoundError for what is missing, ValueError for a pipeline
@@ -73,6 +73,9 @@ def find_parts(
     for name, folder in (("transformer", transformer), ("vae", found_vae), ("text_encoder", found_text)):
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder} has no {CONFIG}; expected the folder of a {name}")
+    for folder in (transformer, found_vae):
+        part_files(folder)
+    _encoder_files(found_text)
     return Folder(
         transformer=transformer,
         vae=found_vae,
@@ -143,15 +146,19 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def part_config(folder: Path, name: str) -> dict[str, Any]:
     """Return the settings of a part that is of the diffusers class ``name``; ValueError for another class."""
-    config = read_config(folder / CONFIG)
+    return completed(name, read_config(folder / CONFIG), folder)
+
+
+def completed(
+    name: str, config: Mapping[str, Any], where: Path | str = "a part of model.policy"
+) -> dict[str, Any]:
+    """Return the settings of a part with the defaults of its diffusers class for those that its file leaves out.
+
+    ValueError, which names ``where`` they are from, for settings of another class.
+    """
     found = config.get("_class_name", name)
     if found != name:
-        raise ValueError(f"{folder} is of a {found}, expected a {name}; give the folder of such a part")
-    return completed(name, config)
-
-
-def completed(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a part with the defaults of its diffusers class for those that its file leaves out."""
+        raise ValueError(f"{where} is of a {found}, expected a {name}; give the folder of such a part")
     parameters = inspect.signature(diffusers_class(name).__init__).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
     return defaults | dict(config)
@@ -229,10 +236,7 @@ def load_text_encoder(
     """
     with torch.device("meta"):
         model = build()
-    files = weights.weight_files(folder)
-    if not files:
-        raise FileNotFoundError(f"{folder} has neither {' nor '.join(weights.WHOLE)}; fetch the folder again")
-    state = weights.read_files(files)
+    state = weights.read_files(_encoder_files(folder))
     tables = [name for name in _TABLES if name in state]
     if len(tables) == 2 and not torch.equal(*(state[name] for name in tables)):
         raise ValueError(
@@ -257,6 +261,13 @@ def load_text_encoder(
     moved |= {name: moved[tables[0]] for name in _TABLES if tables}
     model.load_state_dict(moved, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _encoder_files(folder: Path) -> list[Path]:
+    files = weights.weight_files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} has neither {' nor '.join(weights.WHOLE)}; fetch the folder again")
+    return files
 
 
 class _EmptyOnMeta(TorchFunctionMode):

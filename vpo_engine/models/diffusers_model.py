@@ -48,6 +48,7 @@ OPTIONS: frozenset[Option] = frozenset(
         "model.width",
         "model.flow_shift",
         "model.negative_prompt",
+        "model.attention",
         "memory.activation_checkpointing",
         "memory.offload_activations",
         "memory.mlp_chunks",
@@ -382,6 +383,7 @@ class DiffusersModel(BaseModel):
             samples = len(latents) // len(text)
             if not shared:
                 texts = texts_of_pass(text, self.null_text, guidance, samples, first)
+                texts = texts.to(latents.device, self._weights_dtype())
                 shared.append((texts, Loop(samples, settings.cache, run)))
             [(texts, loop)] = shared
             assert loop.repeat == samples, "a sampling loop keeps its batch size"
@@ -430,6 +432,9 @@ class DiffusersModel(BaseModel):
             self.network,
             Activations(memory.activation_checkpointing, memory.offload_activations, memory.mlp_chunks),
         )
+
+    def choose_backends(self, settings: ModelConfig) -> str:
+        return str(self.network.choose_backends(settings.attention, dtype=self.dtype))
 
     def save_full_policy(self, folder: Path) -> None:
         """See ``BaseModel``. The folder is what diffusers' save_pretrained writes, in one file."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vpo_kernels.attention import AttentionName, BackendName, Choice, choose_attention
 
 from vpo_engine.memory.checkpointing import Activations, checkpointed, in_separate_parts
 from vpo_engine.memory.offload import OffloadedInputs
@@ -47,6 +48,19 @@ CROSS_ATTENTION_LAYERS: tuple[tuple[str, str | None], ...] = (("to_k", "norm_k")
 """The layers of a cross-attention of diffusers that make keys and values of the text."""
 
 
+ATTENTION_BACKENDS = {"sdpa": "native", "flash2": "flash", "flash3": "_flash_3", "xformers": "xformers"}
+"""{an implementation of attention as ``vpo_kernels.attention`` calls it: the backend of diffusers that uses it}."""
+
+
+class Processor:
+    """The base class of processors of diffusers that compute attention through ``vpo_kernels.attention``.
+
+    backend: the implementation; see there.
+    """
+
+    backend: BackendName = "sdpa"
+
+
 class Loop:
     """What the calls of one sampling loop share. It is an argument of each; the first call fills it.
 
@@ -69,11 +83,11 @@ class Loop:
         assert not torch.is_grad_enabled(), "what sampling steps share has no gradient"
         key = (id(owner), name)
         if key not in self._results:
-            self._results[key] = compute(text[:: self.repeat])
+            self._results[key] = compute(text[:: self.repeat].contiguous())
         return self._results[key].repeat_interleave(self.repeat, dim=0)
 
 
-def prepare_network(network: nn.Module, text_layers: Sequence[TextLayers]) -> None:
+def prepare_network(network: Any, text_layers: Sequence[TextLayers]) -> None:
     """Let a diffusers transformer and its copies take the engine's options.
 
     After this the forward pass takes one more argument, ``loop``, a ``Loop`` or None. ``network.activations`` says how
@@ -81,7 +95,7 @@ def prepare_network(network: nn.Module, text_layers: Sequence[TextLayers]) -> No
     """
     from diffusers.models.attention import FeedForward
 
-    blocks = [block for members in repeating_blocks(network).values() for block in members]
+    blocks: list[Any] = [block for members in repeating_blocks(network).values() for block in members]
     for number, block in enumerate(blocks):
         _exchange(block, _Block)
         block.first, block.last = number == 0, number == len(blocks) - 1
@@ -97,7 +111,7 @@ def prepare_network(network: nn.Module, text_layers: Sequence[TextLayers]) -> No
     network.offloaded = OffloadedInputs()
 
 
-def set_activations(network: nn.Module, activations: Activations) -> None:
+def set_activations(network: Any, activations: Activations) -> None:
     """Set how the blocks of a prepared network are run."""
     network.activations = activations
     for module in network.modules():
@@ -108,14 +122,15 @@ def set_activations(network: nn.Module, activations: Activations) -> None:
 class CompiledBlocks:
     """Runs blocks without gradients through torch.compile; all blocks of a kind share what is compiled.
 
-    Modules that keep results of the text are not compiled: they look for what the loop has kept.
+    Modules in blocks that keep results of the text are not compiled: they look for what the loop has kept.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, backend: str = "inductor") -> None:
         """Raise ValueError where torch.compile needs a C++ compiler and finds none."""
         if backend == "inductor":
             check_compiler(device)
-        kinds = {type(part) for part in network.modules() if isinstance(part, _TextOwner)}
+        blocks = [block for members in repeating_blocks(network).values() for block in members]
+        kinds = {type(part) for block in blocks for part in block.modules() if isinstance(part, _TextOwner)}
         for kind in kinds:
             if "forward" not in vars(kind):
                 kind.forward = torch.compiler.disable(kind.forward)  # type: ignore[method-assign]
@@ -136,25 +151,26 @@ def _forward(block: nn.Module, *inputs: Any) -> Outputs:
     return made
 
 
-def _exchange(module: nn.Module, mixin: type) -> None:
-    module.__class__ = _mixed(mixin, type(module))
+def _exchange(module: Any, mixin: type) -> None:
+    kind: Any = type(module)
+    module.__class__ = _mixed(mixin, kind)
 
 
 @functools.cache
-def _mixed(mixin: type, kind: type) -> type:
+def _mixed(mixin: Any, kind: Any) -> type:
     """Return the subclass of ``kind`` with what ``mixin`` overrides, under the same name."""
     return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 
 
 @functools.cache
-def _signature(kind: type) -> inspect.Signature:
+def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
 class _Pass:
     """One call of the transformer: how its blocks are run, and what they have in common."""
 
-    def __init__(self, network: nn.Module, loop: Loop | None) -> None:
+    def __init__(self, network: Any, loop: Loop | None) -> None:
         self._activations: Activations = network.activations
         self._sender = network.offloaded.forward_pass()
         self.loop = loop
@@ -186,7 +202,8 @@ class _Pass:
         settings = self._activations
         sending = settings.offload and torch.is_grad_enabled()
         with self._sender.sending(inputs[0]) if sending else nullcontext():
-            return checkpointed(call, *inputs, checkpointing=settings.checkpointing)
+            made: Outputs = checkpointed(call, *inputs, checkpointing=settings.checkpointing)  # type: ignore[arg-type]
+        return made
 
 
 def _tokens(outputs: Outputs) -> Tensor:
@@ -210,6 +227,46 @@ class _Transformer(nn.Module):
             loop.filled = True
         return out
 
+    def choose_backends(
+        self, attention: AttentionName = "auto", fused_ops: str = "reference", *, dtype: torch.dtype
+    ) -> Choice:
+        """Choose the implementation of attention from now on, and return the choice with its reason.
+
+        attention: as for ``vpo_kernels.attention.choose_attention``. There are no fused ops. dtype: that of the
+        arithmetic. Raise ValueError for an implementation that diffusers does not offer or the device does not run.
+        """
+        network: Any = self
+        device, head_dim = next(network.parameters()).device, network.config.attention_head_dim
+        choose = functools.partial(choose_attention, device=device, dtype=dtype, head_dim=head_dim)
+        choice = choose(attention)
+        if not _offered(network, choice.name):
+            if attention != "auto":
+                raise ValueError(
+                    f"model.attention={choice.name} is not offered by diffusers for this transformer; set it to auto, "
+                    f"{', '.join(ATTENTION_BACKENDS)}"
+                )
+            choice = choose("sdpa")
+        _set_attention(network, choice.name)
+        return choice
+
+
+def _processors(network: nn.Module) -> Iterator[Any]:
+    return (module.processor for module in network.modules() if hasattr(module, "processor"))
+
+
+def _offered(network: nn.Module, name: BackendName) -> bool:
+    return name in ATTENTION_BACKENDS or all(isinstance(one, Processor) for one in _processors(network))
+
+
+def _set_attention(network: nn.Module, name: BackendName) -> None:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    for processor in _processors(network):
+        if isinstance(processor, Processor):
+            processor.backend = name
+        elif hasattr(processor, "_attention_backend"):
+            processor._attention_backend = AttentionBackendName(ATTENTION_BACKENDS[name])
+
 
 class _Block(nn.Module):
     """A block that is run as the transformer's call says. ``first`` and ``last`` tell its place among all blocks."""
@@ -221,7 +278,8 @@ class _Block(nn.Module):
         running = _running.get()
         if running is None:
             return super().__call__(*args, **kwargs)
-        bound = _signature(type(self)).bind(self, *args, **kwargs)
+        kind: Any = type(self)
+        bound = _signature(kind).bind(self, *args, **kwargs)
         bound.apply_defaults()
         return running.block(self, super().__call__, bound.args[1:])
 
@@ -246,7 +304,8 @@ class _TextOwner(nn.Module):
         running = _running.get()
         if running is None or running.loop is None:
             return super().forward(*args, **kwargs)
-        return super().forward.__func__(_Shared(self, running.loop), *args, **kwargs)
+        forward: Any = super().forward
+        return forward.__func__(_Shared(self, running.loop), *args, **kwargs)
 
 
 class _Shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,10 +25,15 @@ class FolderEncoder:
     ) -> None:
         self._model, self._tokenizer, self._max_tokens = model, tokenizer, max_tokens
         self._masked, self._attended = masked, attended
+        self._noted = False
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextEmbedding:
-        """Return embeddings [B, max_tokens, D] in the encoder's dtype and on its device."""
+        """Return embeddings [B, max_tokens, D] in the encoder's dtype and on its device.
+
+        The first text that is cut is noted on stderr.
+        """
+        self._note_cuts(prompts)
         tokens = self._tokenizer(
             prompts,
             padding="max_length",
@@ -43,12 +49,31 @@ class FolderEncoder:
         hidden: Tensor = self._model(input_ids=ids, **given)[0]
         return TextEmbedding(hidden, torch.ones_like(mask) if self._attended else mask)
 
+    def _note_cuts(self, prompts: list[str]) -> None:
+        lengths = [len(ids) for ids in self._tokenizer(prompts)["input_ids"]]
+        longest = max(lengths)
+        if longest > self._max_tokens and not self._noted:
+            self._noted = True
+            start = prompts[lengths.index(longest)][:60]
+            print(
+                f"note: of '{start}...' the model reads {self._max_tokens} of {longest} tokens; likewise of other long "
+                "prompts",
+                file=sys.stderr,
+                flush=True,
+            )
+
 
 def text_model(name: str, config: dict[str, Any]) -> nn.Module:
-    """Build a text encoder of transformers by the name of its class."""
+    """Build a text encoder of transformers by the name of its class. Raise ValueError for the config of another one."""
     import transformers
 
     family: Any = getattr(transformers, name)
+    own = family.config_class.model_type
+    if config.get("model_type", own) != own:
+        raise ValueError(
+            f"the text encoder is a {config['model_type']}, and the model was trained with a {own}; give the text "
+            "encoder of its pipeline"
+        )
     settings = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     model: nn.Module = family(family.config_class(**settings))
     return model
@@ -64,12 +89,17 @@ def encoder_loader(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Callable[[], FolderEncoder]:
-    """Return a function that loads the encoder; see ``FolderEncoder``. name: its class in transformers."""
+    """Return a function that loads the encoder; see ``FolderEncoder``. name: its class in transformers.
+
+    Raise ValueError, now, for an encoder of another class.
+    """
+    config = read_config(folder.text_encoder / CONFIG)
+    with torch.device("meta"):
+        text_model(name, config)
 
     def load() -> FolderEncoder:
         from transformers import AutoTokenizer
 
-        config = read_config(folder.text_encoder / CONFIG)
         model = load_text_encoder(lambda: text_model(name, config), folder.text_encoder, dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer, local_files_only=True)
         return FolderEncoder(model, tokenizer, max_tokens, masked=masked, attended=attended)

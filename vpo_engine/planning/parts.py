@@ -74,9 +74,15 @@ def configurations_are_here(config: Config) -> bool:
     names = {"policy", *family.card.files}
     reward = config.reward.path if config.reward.kind in _PLANNED else None
     folders = (*(getattr(config.model, name) for name in sorted(names)), reward)
-    if not all(config_file(folder) is not None for folder in folders if folder is not None):
+    if not all(_is_described(folder) for folder in folders if folder is not None):
         return False
-    return family.blueprint(config.model, Assumed().config, 1) is not None
+    assumed = Assumed()
+    return family.blueprint(config.model, assumed.config, 1) is not None and not assumed.notes
+
+
+def _is_described(folder: Path) -> bool:
+    """Return whether a folder says the sizes of its weights: those of a model, or of the parts of a pipeline."""
+    return config_file(folder) is not None or (folder / "model_index.json").is_file()
 
 
 def blueprint_of(config: Config, assumed: Assumed, depth: int | None = None) -> Blueprint:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from vpo_kernels.attention import BackendName, attention
+from vpo_kernels.attention import attention
+
+from vpo_engine.models.diffusers_network import Processor
 
 
-@dataclass(frozen=True)
-class JointAttention:
-    """A processor of diffusers for CogVideoX-2B's attention, which has neither masks nor rotary embeddings.
-
-    backend: the implementation of attention; see ``vpo_kernels.attention``.
-    """
-
-    backend: BackendName = "sdpa"
+class JointAttention(Processor):
+    """A processor of diffusers for CogVideoX-2B's attention, which has neither masks nor rotary embeddings."""
 
     def __call__(
         self,
@@ -32,10 +27,9 @@ class JointAttention:
         assert image_rotary_emb is None
         length = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        q, k, v = (
-            layer(tokens).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        q, k, v = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
         del tokens
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)) for part in (q, k, v))
         q, k = attn.norm_q(q), attn.norm_k(k)
         out = attention(q, k, v, self.backend).flatten(2)
         del q, k, v

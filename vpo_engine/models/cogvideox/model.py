@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vpo_kernels.attention import choose_attention
 
-from vpo_engine.config import ModelConfig
 from vpo_engine.models.cogvideox import published
 from vpo_engine.models.cogvideox.attention import JointAttention
 from vpo_engine.models.cogvideox.schedule import DDIM, Schedule
@@ -99,13 +97,6 @@ class CogVideoX(DiffusersModel):
                 "trains CogVideoX-2B, which has none"
             )
         Schedule(setup.scheduler)
-
-    def choose_backends(self, settings: ModelConfig) -> str:
-        head_dim = self.setup.transformer["attention_head_dim"]
-        choice = choose_attention(settings.attention, device=self.device, dtype=self.dtype, head_dim=head_dim)
-        for block in self.network.transformer_blocks:
-            block.attn1.set_processor(JointAttention(choice.name))
-        return str(choice)
 
     def draw_timesteps(self, u: Tensor) -> Tensor:
         return self.schedule.draw(u)
