@@ -17,7 +17,7 @@ from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
-from vpo_engine.run_state import capture
+from vpo_engine.run_state import average_writer, capture
 from vpo_engine.runs.checkpoint import save_checkpoint
 
 Make = Callable[..., Config]
@@ -44,6 +44,8 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_noticed_before_the_first_ste
         ("memory.weights=stochastic_rounding", "reference.storage=int8"),
         ("reference.storage=bf16",),
         ("model.lora.rank=4", "reference.storage=adapter"),
+        ("model.lora.rank=4", "reference.storage=adapter", "ema.decay=0.9", "memory.weights=fp32_master"),
+        ("memory.weights=fp32_master", "model.dtype=bfloat16", "reference.storage=bf16", "ema.decay=0.9"),
     ],
 )
 def test_the_size_of_a_checkpoint_is_known_before(
@@ -61,6 +63,8 @@ def test_the_size_of_a_checkpoint_is_known_before(
     algorithm.optimizer.step()
     expected = checkpoint_bytes(config, model.network)
     saved = capture(algorithm, 1, {})
-    folder = save_checkpoint(tmp_path, 1, **saved, write_policy=model.save_policy, keep=1)
+    folder = save_checkpoint(
+        tmp_path, 1, **saved, write_policy=model.save_policy, write_average=average_writer(algorithm), keep=1
+    )
     actual = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert actual == pytest.approx(expected, rel=0.1)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
 
 import peft
 import pytest
 import torch
 from lora_case import LAYERS_PER_BLOCK, LORA, SETTINGS, TARGETS, Make, disturb, inputs, merged, same
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
@@ -21,10 +23,22 @@ from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.data.sprites.assets import WEIGHTS, load_policy
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.checkpointing import Activations
-from vpo_engine.memory.rounding import hold_in_bfloat16, take_unrounded
-from vpo_engine.models.lora import adapter_parameters, inject_adapter, load_adapter, save_adapter
+from vpo_engine.memory.optimizer import PolicyOptimizer
+from vpo_engine.memory.quantised_base import block_linears
+from vpo_engine.memory.rounding import hold_in_bfloat16
+from vpo_engine.models.lora import (
+    adapter_parameters,
+    chosen_targets,
+    inject_adapter,
+    load_adapter,
+    save_adapter,
+)
+from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.policy import prepare_policy
 from vpo_engine.runs.start import check_same_run
+
+CARD = OpenSora.card
 
 
 @pytest.fixture
@@ -40,7 +54,7 @@ def network() -> STDiT3:
 def test_the_policy_starts_as_the_base_bit_for_bit(weights: torch.dtype, autocast: bool) -> None:
     base, policy = load_policy().eval().to(weights), load_policy().eval().to(weights)
     inject_adapter(policy, SETTINGS, TARGETS, seed=0)
-    assert {weight.dtype for weight in adapter_parameters(policy).values()} == {weights}
+    assert {weight.dtype for weight in adapter_parameters(policy).values()} == {torch.float32}
     outputs = []
     for change in (lambda _: None, disturb):
         change(policy)
@@ -100,8 +114,8 @@ def test_recomputing_activations_gives_the_same_gradients(network: STDiT3, activ
 
 
 def test_an_mlp_in_parts_gives_its_adapter_the_same_gradients(network: STDiT3) -> None:
-    inject_adapter(network.double(), LoraConfig(rank=3, targets=("mlp.fc1", "mlp.fc2")), TARGETS, seed=0)
-    disturb(network)
+    inject_adapter(network, LoraConfig(rank=3), ("mlp.fc1", "mlp.fc2"), seed=0)
+    disturb(network.double())
     gradients = []
     for network.activations in (Activations(), Activations("block", mlp_chunks=4)):
         network.zero_grad(set_to_none=True)
@@ -111,23 +125,51 @@ def test_an_mlp_in_parts_gives_its_adapter_the_same_gradients(network: STDiT3) -
         assert (parts - whole).norm() <= 1e-12 * whole.norm()  # entries near zero are sums that cancel
 
 
-@pytest.mark.parametrize(
-    ("weights", "dtype"), [("fp32_master", torch.bfloat16), ("stochastic_rounding", torch.float32)]
-)
-def test_base_and_adapter_are_held_in_bfloat16_alike(
-    network: STDiT3, weights: Literal["fp32_master", "stochastic_rounding"], dtype: torch.dtype
-) -> None:
-    inject_adapter(network, SETTINGS, TARGETS, seed=0)
-    unrounded = {name: weight.detach().clone() for name, weight in adapter_parameters(network).items()}
-    hold_in_bfloat16(network, weights, dtype)
-    base = load_policy().eval()
-    hold_in_bfloat16(base, weights, dtype)
+@pytest.mark.parametrize("weights", ["fp32_master", "stochastic_rounding"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_is_rounded_and_the_adapter_never(small: Make, weights: str, dtype: str) -> None:
+    """Over a rounded base the policy starts as that base, bit for bit, and its float32 weights are what is stepped."""
+    config = small(*LORA, f"memory.weights={weights}", f"model.dtype={dtype}")
+    policy, base = load_policy().eval(), load_policy().eval()
+    prepare_policy(policy, config, OpenSora.card, getattr(torch, dtype))
+    hold_in_bfloat16(base, config.memory.weights, getattr(torch, dtype))
     with torch.no_grad():
-        assert torch.equal(network(**inputs()), base(**inputs()))
-    for name, weight in adapter_parameters(network).items():
-        assert weight.dtype == dtype
-        assert torch.equal(weight.float(), unrounded[name])
-        assert torch.equal(take_unrounded(weight), unrounded[name])
+        assert torch.equal(policy(**inputs()), base(**inputs()))
+    held = {name: weight for name, weight in policy.named_parameters() if ".lora_" not in name}
+    assert {weight.dtype for weight in held.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(weight, weight.bfloat16().to(weight)) for weight in held.values())
+    adapter = list(adapter_parameters(policy).values())
+    assert {weight.dtype for weight in adapter} == {torch.float32}
+    optimizer = PolicyOptimizer(
+        adapter,
+        config.optimizer,
+        config.optimizer_memory,
+        seed=0,
+        preserve_reference=lambda _: nullcontext(),
+    )
+    optimizer.begin(1e-5)
+    policy(**inputs()).square().mean().backward()
+    optimizer.step()
+    assert optimizer.nbytes()["fp32_master"] == 0
+    ups = [weight for name, weight in adapter_parameters(policy).items() if ".lora_B." in name]
+    assert all(bool(((weight - weight.bfloat16().float()) != 0).any()) for weight in ups)
+
+
+def test_an_adapter_over_bfloat16_computes_in_bfloat16_and_learns_in_float32() -> None:
+    policy = load_policy().eval().bfloat16()
+    inject_adapter(policy, SETTINGS, TARGETS, seed=0)
+    disturb(policy)
+    rounded = copy.deepcopy(policy)
+    for weight in adapter_parameters(rounded).values():
+        weight.data = weight.data.bfloat16()
+    for one in (policy, rounded):
+        one(**inputs()).square().mean().backward()
+    gradients = [{name: w.grad for name, w in adapter_parameters(one).items()} for one in (policy, rounded)]
+    with torch.no_grad():
+        assert torch.equal(policy(**inputs()), rounded(**inputs()))
+    for name, gradient in gradients[0].items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, gradients[1][name].float())
 
 
 # where it starts
@@ -177,8 +219,68 @@ def test_the_start_depends_on_the_seed_and_on_nothing_else() -> None:
 def test_a_target_of_no_use_is_named(network: STDiT3, targets: tuple[str, ...], text: str) -> None:
     state = list(network.state_dict())
     with pytest.raises(ValueError, match=text):
-        inject_adapter(network, LoraConfig(targets=targets), TARGETS, seed=0)
+        inject_adapter(network, LoraConfig(), targets, seed=0)
     assert list(network.state_dict()) == state
+
+
+@pytest.mark.parametrize(
+    ("name", "endings"), [("attention", TARGETS), ("mlp", ("mlp.fc1", "mlp.fc2")), ("all", None)]
+)
+def test_a_named_set_gives_its_layers_an_adapter(
+    small: Make, name: str, endings: tuple[str, ...] | None
+) -> None:
+    config = small(*LORA, f"model.lora.targets={name}")
+    assert config.model.lora is not None
+    found = inject_adapter(load_policy(), config.model.lora, chosen_targets(config.model.lora, CARD), seed=0)
+    assert found == sorted(
+        layer for layer in block_linears(load_policy()) if endings is None or layer.endswith(endings)
+    )
+    assert len(found) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            "atention",
+            r"model\.lora\.targets=atention is no set of layers of the sprites world .*did you mean attention\?",
+        ),
+        ("attn.qkv", r"its sets: attention, mlp, all.*or write \[attn\.qkv\]"),
+        ("[attn.qkv, nothing]", r"'nothing' names no linear layer of STDiT3"),
+    ],
+)
+def test_a_run_whose_targets_name_nothing_does_not_start(
+    smallest: list[str], given: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*smallest, *LORA, f"model.lora.targets={given}", f"run_dir={tmp_path / 'run'}"]
+    assert entry.main(arguments) == 1
+    message = capsys.readouterr().err
+    assert re.search(text, message)
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_binds_nothing_or_a_part_is_refused(network: STDiT3, tmp_path: Path) -> None:
+    inject_adapter(network, SETTINGS, TARGETS, seed=0)
+    save_adapter(network, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    saved = load_file(file)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    first = next(iter(adapter_parameters(network)))
+    cases = {
+        rf"holds 60 tensors, and 0 of this adapter's 60 .*begins with diffusion_model\..*where {first} is expected": {
+            name.replace("base_model.model.", "diffusion_model."): value for name, value in saved.items()
+        },
+        rf"holds 59 tensors, and 59 of this adapter's 60 are among them, without {first}": {
+            name: value for name, value in saved.items() if name != first
+        },
+        r"holds 0 tensors, and 0 of this adapter's 60 .*it is empty": {},
+    }
+    for text, content in cases.items():
+        save_file(content, file)
+        with pytest.raises(ValueError, match=text):
+            load_adapter(network, tmp_path)
+        assert same(dict(network.state_dict()), before)
 
 
 def test_without_peft_the_remedy_is_one_clear_line(
@@ -245,7 +347,7 @@ def test_an_adapter_comes_back_bit_for_bit(weights: torch.dtype, tmp_path: Path)
         (SETTINGS.model_copy(update={"rank": 2}), r"is \[3, 128\], expected \[2, 128\].*model\.lora\.rank"),
         (
             SETTINGS.model_copy(update={"targets": ("attn.qkv",)}),
-            r"holds 60 tensors and this adapter 12; .*is in one of them only.*model\.lora\.targets",
+            r"holds 60 tensors, and 12 of this adapter's 12 are among them, beside them base_model.*lora\.targets",
         ),
     ],
 )
@@ -255,7 +357,7 @@ def test_an_adapter_of_other_settings_is_refused_whole(
     inject_adapter(network, SETTINGS, TARGETS, seed=0)
     save_adapter(network, tmp_path)
     other = load_policy()
-    inject_adapter(other, settings, TARGETS, seed=1)
+    inject_adapter(other, settings, settings.targets, seed=1)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=text):
         load_adapter(other, tmp_path)

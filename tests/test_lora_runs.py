@@ -93,9 +93,11 @@ def test_the_margin_is_zero_right_after_a_refresh_and_not_before(finished: tuple
 def test_the_count_of_trained_parameters_is_said_once(small: Make) -> None:
     said: list[str] = []
     model = build_model(small(*LORA), Processes.start("cpu"), said.append)
-    count = f"{sum(weight.numel() for weight in adapter_parameters(model.network).values()):,}"
+    trained = sum(weight.numel() for weight in adapter_parameters(model.network).values())
+    total = trained + sum(weight.numel() for weight in load_policy().parameters())
     assert said[1:] == [
-        f"LoRA of rank 4 and scale 2 (alpha / rank) in 30 layers: {count} parameters are trained"
+        f"LoRA of rank 4 and scale 2 (alpha / rank) in 30 layers: {trained:,} of {total:,} parameters are trained "
+        f"({trained / total:.2%})"
     ]
 
 

@@ -25,10 +25,10 @@ from vpo_engine.data.sprites.world import all_captions, withheld_captions
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.idle_offload import IdleOffload, module_tensors
-from vpo_engine.memory.rounding import hold_in_bfloat16
+from vpo_engine.memory.quantised_base import HeldBase
 from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.metrics.pixels import pixel_measures
-from vpo_engine.models.lora import inject_adapter
+from vpo_engine.models.policy import held_base, prepare_policy
 from vpo_engine.models.registry import check_loaded, check_model, model_family
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards import registry
@@ -127,29 +127,23 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
     Raise ValueError if the model cannot run so, or if the adapter's targets do not fit.
     """
     check_model(config)
-    settings, memory = config.model, config.memory
+    settings = config.model
     dtype = DTYPES[settings.dtype]
-    model = model_family(settings.kind).load(settings, _load_context(config, processes, dtype))
+    family = model_family(settings.kind)
+    context = _load_context(config, processes, dtype, held_base(config, family.card, processes.device))
+    model = family.load(settings, context)
     network = check_loaded(settings.kind, model).network
-    model.use_memory(memory)
+    model.use_memory(config.memory)
     said = [model.choose_backends(settings)]
-    if settings.lora is not None:
-        targets = model.card.lora_targets
-        layers = inject_adapter(network, settings.lora, targets, config.seed, settings.policy)
-        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-        said.append(
-            f"LoRA of rank {settings.lora.rank} and scale {settings.lora.scale:g} (alpha / rank) in {len(layers)} "
-            f"layers: {trained:,} parameters are trained"
-        )
+    said.append(prepare_policy(network, config, model.card, dtype, processes.device))
     if processes.first:
         for line in filter(None, said):
             say(line)
-    hold_in_bfloat16(network, memory.weights, dtype, model.card.float32_modules)
     model.stay_by(IdleOffload.from_config(config, processes.device))
     return model
 
 
-def _load_context(config: Config, processes: Processes, dtype: torch.dtype) -> LoadContext:
+def _load_context(config: Config, processes: Processes, dtype: torch.dtype, base: HeldBase) -> LoadContext:
     """Return where the model is loaded to; embeddings on disk lie in prompts.cache, or beside the run."""
     beside = config.run_dir.parent if config.run_dir else Path("runs")
     folder = config.prompts.cache or beside / "embeddings"
@@ -164,7 +158,7 @@ def _load_context(config: Config, processes: Processes, dtype: torch.dtype) -> L
         cache = EmbeddingCache(folder if on_disk else None, encoder_id)
         return TextSource(cache, load_encoder, processes, rewrite)
 
-    return LoadContext(processes.device, dtype, text_source)
+    return LoadContext(processes.device, dtype, text_source, base)
 
 
 def check_reward(config: Config) -> None:

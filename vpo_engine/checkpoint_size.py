@@ -15,7 +15,7 @@ _SPARE = 64 * 2**20
 
 
 def checkpoint_bytes(config: Config, network: nn.Module) -> int:
-    """Estimate the bytes of one checkpoint: the policy (or its adapter), the optimizer's state and the reference."""
+    """Estimate the bytes of one checkpoint: the policy (or its adapter), its average, optimizer state and reference."""
     trained = [p for p in network.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     weights = sum(p.numel() * p.element_size() for p in trained)
@@ -23,11 +23,12 @@ def checkpoint_bytes(config: Config, network: nn.Module) -> int:
     if config.model.lora is None:
         policy = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
     moments = 8 * count if config.memory.optimizer_bits == 32 else 2.1 * count
-    master = 4 * count if config.memory.weights == "fp32_master" else 0
+    master = 4 * count if config.optimizer_memory.weights == "fp32_master" else 0
     reference = {"bf16": 2.0 * count, "int8": 1.1 * count, "exact8": 1.1 * count}.get(
         config.reference.storage, policy
     )
-    return int(policy + moments + master + reference)
+    average = 0 if config.ema.decay is None else policy - weights + 4 * count
+    return int(policy + average + moments + master + reference)
 
 
 def check_disk(config: Config, network: nn.Module, root: Path) -> None:

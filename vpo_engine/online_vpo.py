@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.errors import NotFiniteError
+from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.metrics.stage_timer import StageTimer
@@ -82,10 +83,11 @@ class OnlineVPO:
         self.optimizer = PolicyOptimizer(
             self.parameters,
             config.optimizer,
-            config.memory,
+            config.optimizer_memory,
             seed=config.seed,
             preserve_reference=reference.preserve,
         )
+        self.average = self._build_average()
         self.idle_offload.register("reference", reference.tensors)
         self.idle_offload.register("optimizer", self.optimizer.tensors)
         self.refreshed_at = 0
@@ -179,9 +181,25 @@ class OnlineVPO:
             metrics["grad_norm"] = self._optimizer_step()
         return metrics
 
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the policy's network has the weights that are evaluated; see ``EmaConfig``."""
+        return nullcontext() if self.average is None else self.average.evaluated()
+
+    def _build_average(self) -> PolicyAverage | None:
+        settings = self.config.ema
+        if settings.decay is None:
+            return None
+        average = PolicyAverage(self.parameters, self.optimizer.precise_weights, settings)
+        if not settings.on_host:
+            self.idle_offload.register("ema", average.tensors)
+        return average
+
     def _average_and_step(self) -> float:
         self.processes.average_gradients(self.parameters)
-        return self.optimizer.step()
+        norm = self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
+        return norm
 
     def _refresh(self) -> None:
         """Copy the policy into the reference after every K optimizer steps; steps without an update do not count."""
@@ -194,6 +212,8 @@ class OnlineVPO:
     def _step_made(self, choices: list[Choice], pairs: list[Pair], metrics: dict[str, float]) -> Step:
         seconds, peaks = self.timer.take()
         metrics |= self.selector.metrics(choices)
+        if self.average is not None:
+            metrics["ema/decay"] = self.average.decay
         metrics |= {
             "optimizer_steps": self.optimizer_steps,
             "reference_age": self.optimizer_steps - self.refreshed_at,

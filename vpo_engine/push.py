@@ -19,7 +19,7 @@ from pathlib import Path
 from vpo_engine.command import report_errors
 from vpo_engine.config_file import load_config
 from vpo_engine.model_card import card
-from vpo_engine.runs.checkpoint import newest_complete
+from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete
 from vpo_engine.runs.directory import RunDirectory
 
 _ADAPTER = "adapter_config.json"
@@ -64,13 +64,16 @@ def push(root: Path, repo: str, private: bool, dry_run: bool) -> int:
 
 
 def write_folder(run: RunDirectory, repo: str) -> Path:
-    """Write the run's last policy and its card to the folder ``hub`` of the run, anew, and return it."""
+    """Write the run's last policy and its card to the folder ``hub`` of the run, anew, and return it.
+
+    With ema.decay it is the moving average, whose numbers the card has.
+    """
     newest = newest_complete(run.checkpoints)
     if not run.summary.is_file() or newest is None:
         raise ValueError(f"{run.root} has not finished, so there is no result to publish; resume it first")
     folder = run.root / "hub"
     shutil.rmtree(folder, ignore_errors=True)
-    policy = newest / "policy"
+    policy = evaluated_policy(newest)
     for file in sorted(item for item in policy.rglob("*") if item.is_file()):
         target = folder / file.relative_to(policy)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,36 @@ def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> 
 
 
 def restore(
-    algorithm: OnlineVPO, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], policy: Path
+    algorithm: OnlineVPO,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    policy: Path,
+    average: Path,
 ) -> tuple[int, dict[str, Tensor]]:
-    """Put a checkpoint back into the algorithm, and return the steps done and the baseline evaluation."""
+    """Put a checkpoint back into the algorithm, and return the steps done and the baseline evaluation.
+
+    policy, average: the folders that ``model.save_policy`` and ``average_writer`` wrote; the second is read with
+    ema.decay only.
+    """
     algorithm.model.load_policy(policy)
     algorithm.reference.load_state_dict(dict(tensors["reference"]))
     algorithm.optimizer.load_state_dict(dict(tensors["optimizer"]))
     algorithm.refreshed_at = state["refreshed_at"]
+    if algorithm.average is not None:
+        with algorithm.average.in_place():
+            algorithm.model.load_policy(average)
+        algorithm.average.updates = algorithm.optimizer_steps
     return state["step"], dict(tensors["baseline"])
+
+
+def average_writer(algorithm: OnlineVPO) -> Callable[[Path], None] | None:
+    """Return what writes the moving average, in float32 and in the policy's own layout; None where there is none."""
+    average = algorithm.average
+    if average is None:
+        return None
+
+    def write(folder: Path) -> None:
+        with average.in_place():
+            algorithm.model.save_policy(folder)
+
+    return write

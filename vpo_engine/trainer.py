@@ -29,7 +29,7 @@ from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rollout.preference_dataset import PairRecorder, StoredPairs
 from vpo_engine.run_gallery import keep_held_out, keep_pairs, shown_clips
-from vpo_engine.run_state import capture, restore
+from vpo_engine.run_state import average_writer, capture, restore
 from vpo_engine.runs.alarms import write_alarms
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
@@ -124,6 +124,10 @@ class Trainer:
             self._progress.stage("encoding the text of the prompts")
             self._encode_text()
         self._throughput = self._measure_device()
+        if self._config.ema.decay is not None:
+            self._progress.note(
+                f"held-out videos are sampled by the policy's moving average (ema.decay={self._config.ema.decay:g})"
+            )
         self._raise_alarms([])
         if start == 0:
             self._evaluate_baseline()
@@ -237,7 +241,9 @@ class Trainer:
         settings = self._config.evaluation
         with self._stage("evaluate"):
             samples = settings.samples_between or settings.samples_per_prompt
-            self._log_evaluation(step, self._held_out.evaluate(self._algorithm.model.network, samples))
+            with self._algorithm.evaluated_weights():
+                found = self._held_out.evaluate(self._algorithm.model.network, samples)
+            self._log_evaluation(step, found)
 
     def _take_seconds(self) -> dict[str, float]:
         """Return the seconds of each stage and of everything since the last call.
@@ -293,12 +299,15 @@ class Trainer:
         with self._stage("evaluate"):
             self._progress.stage("evaluating the trained policy")
             network = self._algorithm.model.network
-            final = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
-            clips = self._sample_shown()
+            with self._algorithm.evaluated_weights():
+                final = self._held_out.evaluate(network, self._config.evaluation.samples_per_prompt)
+                clips = self._sample_shown()
         self._progress.stage("writing the report")
         self._take_seconds()
         self._log_evaluation(step, final)
-        summary = summarise(_logged(self._baseline), _logged(final), dict(self._seconds))
+        summary = summarise(
+            _logged(self._baseline), _logged(final), dict(self._seconds), self._config.ema.decay
+        )
         if self._processes.first:
             self._run.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
             before, model = self._baseline["clips"], self._algorithm.model
@@ -315,6 +324,8 @@ class Trainer:
     ) -> None:
         means = {f"held_out/{name}": float(value.mean()) for name, value in _logged(measured).items()}
         numbers, alarms = self._monitor.observe(step, self._baseline, measured)
+        if self._algorithm.average is not None:  # these numbers are the average's
+            numbers = {**numbers, "ema/decay": self._algorithm.average.decay}
         self._log.write(step, "eval", means | numbers | dict(more or {}))
         self._raise_alarms(alarms)
 
@@ -333,6 +344,7 @@ class Trainer:
                 step,
                 **snapshot,
                 write_policy=self._algorithm.model.save_policy,
+                write_average=average_writer(self._algorithm),
                 keep=self._config.checkpoint.keep,
             )
         self._processes.wait()
@@ -345,7 +357,7 @@ class Trainer:
             return 0
         checkpoint = load_checkpoint(self._start_from)
         step, self._baseline = restore(
-            self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy
+            self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy, checkpoint.average
         )
         self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
         self._saved_at = step

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
 from vpo_engine.memory.idle_offload import IdleOffload, PartName
+from vpo_engine.memory.quantised_base import HeldBase
 from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerState, TextEmbedding
 
 Padding = Literal["masked", "zeros", "attended"]
@@ -109,7 +110,8 @@ class ModelCard:
 
     name: the name that people read. files: the settings of ``model`` that must name local folders or files.
     lora_targets: ends of the names of the linear layers that get an adapter, unless ``model.lora.targets`` names
-    others. sizes: see ``SizeRule``.
+    others. lora_target_sets: names that ``model.lora.targets`` may give instead, each for a list of ends. sizes: see
+    ``SizeRule``.
     resolutions: the values of ``model.resolution`` for which ``vpo_engine.plan`` searches the most frames; none where
     videos have one size. pipelines: the classes of diffusers pipelines whose folders are of this family.
     supports: the options that the family has. float32_modules: names of modules and parameters, at any depth, whose
@@ -121,6 +123,7 @@ class ModelCard:
     name: str
     files: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
+    lora_target_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: SizeRule = SizeRule()
     resolutions: tuple[str, ...] = ()
     pipelines: tuple[str, ...] = ()
@@ -164,11 +167,17 @@ class MakeTextSource(Protocol):
 
 @dataclass(frozen=True)
 class LoadContext:
-    """The place that a model is loaded to. dtype: that of its arithmetic. text_source: see ``MakeTextSource``."""
+    """The place that a model is loaded to. dtype: that of its arithmetic. text_source: see ``MakeTextSource``.
+
+    base: how the base of an adapter is held. A family with large policies calls ``base.hold(network)`` itself, before
+    it moves the network to the device, and lets its loader map the weights of ``base.mapped(network)`` instead of
+    copying them (see ``weights.load_strict``). The engine calls ``hold`` once more for families that do not.
+    """
 
     device: torch.device
     dtype: torch.dtype
     text_source: MakeTextSource
+    base: HeldBase = field(default_factory=HeldBase)
 
 
 ReadConfig = Callable[[Path | None, Mapping[str, Any], str], dict[str, Any]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,13 @@ def load_strict(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     float32: tuple[str, ...] = (),
+    mapped: Collection[str] = (),
 ) -> None:
     """Copy weights into a network, one tensor after the other.
 
     A network made on the meta device gets tensors on ``device``, those with a floating type in ``dtype`` (None: the
-    files' own); keys that begin with one of ``float32`` are kept in float32 instead. Any other network keeps its own
+    files' own); keys that begin with one of ``float32`` are kept in float32 instead. Keys in ``mapped`` are not copied:
+    their tensors stay those of the file, for a caller that replaces them at once. Any other network keeps its own
     devices and types. Raise ValueError as ``check_weights`` does, and then the network is as it was. Buffers outside
     of the state dict stay as they are: make them in forward, or afterwards.
     """
@@ -148,6 +150,8 @@ def load_strict(
         return
 
     def final(key: str, weight: Tensor) -> Tensor:
+        if key in mapped:
+            return weight
         kept = torch.float32 if key.startswith(float32) else dtype
         return weight.to(device, kept if weight.is_floating_point() else None, copy=True)
 

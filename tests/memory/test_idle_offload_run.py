@@ -30,6 +30,13 @@ SETTINGS = {
         "memory.optimizer_bits=8",
     ),
     "adapter": ("reference.storage=adapter", "model.lora.rank=2"),
+    "adapter over 4 bits, averaged": (
+        "reference.storage=adapter",
+        "model.lora.rank=2",
+        "memory.base_bits=4",
+        "ema.decay=0.9",
+    ),
+    "fp32 masters, averaged": ("memory.weights=fp32_master", "ema.decay=0.9"),
     "in backward": ("memory.step_in_backward=true", "optimizer.clip=null"),
     "in backward, exact8": (
         "memory.step_in_backward=true",
@@ -89,8 +96,9 @@ class Run:
             step = step_on(self.algorithm, PROMPTS, [2 * number, 2 * number + 1])
             found |= {f"{number}.{name}": torch.tensor(value) for name, value in step.metrics.items()}
             found[f"{number}.candidates"] = candidates_of(step)
-        found |= self.held_out.evaluate(self.model.network, 1)
-        found["clips"] = self.held_out.videos(self.model.network, [1])
+        with self.algorithm.evaluated_weights():
+            found |= self.held_out.evaluate(self.model.network, 1)
+            found["clips"] = self.held_out.videos(self.model.network, [1])
         found |= {f"policy.{name}": value for name, value in self.model.network.state_dict().items()}
         found |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
         found |= {f"optimizer.{name}": value for name, value in self.algorithm.optimizer.state_dict().items()}

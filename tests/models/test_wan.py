@@ -12,6 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from flow_case import CPU, load_model, noise_for, relative, repeated, sampled
 from flow_folders import NEGATIVE, PROMPTS, load, wan_folder
+from safetensors.torch import load_file, save_file
 
 from vpo_engine.memory.rounding import hold_in_bfloat16
 
@@ -228,6 +229,24 @@ def test_the_published_vae_config_has_no_scale_factors(folder: Path, tmp_path: P
         del config[key]
     file.write_text(json.dumps(config))
     assert load_model("wan", copy).latent_shape == (4, 3, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"), [("zeros", "holds zeros only"), ("other", "two different token tables")]
+)
+def test_a_token_table_that_is_lost_is_refused(folder: Path, tmp_path: Path, stored: str, said: str) -> None:
+    """Published folders store the table twice; some loaders leave the second at zero, and prompts mean nothing."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    table = state["shared.weight"]
+    if stored == "zeros":
+        table = state["shared.weight"] = torch.zeros_like(table)
+    state["encoder.embed_tokens.weight"] = table.clone() if stored == "zeros" else table + 1
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=said):
+        load_model("wan", copy).prepare(PROMPTS)
 
 
 def test_parts_are_on_the_device_that_is_asked_for(folder: Path) -> None:

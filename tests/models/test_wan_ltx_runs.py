@@ -17,9 +17,10 @@ from vpo_kernels import paired_dpo_loss
 
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
-from vpo_engine.config import Config
+from vpo_engine.config import Config, MemoryConfig
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.model_values import SamplerSettings
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
 from vpo_engine.runs.log import read_metrics
@@ -200,3 +201,48 @@ def test_keys_and_values_of_the_text_are_computed_once_for_each_prompt(
     block.to_k.register_forward_hook(lambda layer, given, made: seen.append(len(given[0])))
     model.sample(model.network, noise_for(model, 6), model.embed(PROMPTS), steps=3, guidance=3.0)
     assert seen == [2 * len(PROMPTS)]
+
+
+def gradients(model: Any, text: Any, latents: Tensor, t: Tensor) -> list[Tensor]:
+    trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+    loss = model.predict(model.network, latents, t, text).square().mean()
+    return list(torch.autograd.grad(loss, trained))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_options_change_no_gradient(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Block checkpointing and offload to the bit; parts of an MLP but for the rounding of sums."""
+    config = load_config(None, overrides(folders, kind, tmp_path / "run"))
+    model = build_model(config, Processes.start("cpu"), lambda text: None)
+    model.prepare(PROMPTS)
+    text, latents, t = model.embed(PROMPTS), noise_for(model, 2), torch.tensor([900.0, 30.0])
+    plain = gradients(model, text, latents, t)
+    for options, tolerance in (
+        ({"activation_checkpointing": "block", "offload_activations": True}, 0.0),
+        ({"activation_checkpointing": "all_but_attention"}, 0.0),
+        ({"activation_checkpointing": "block", "mlp_chunks": 3}, 1e-4),
+    ):
+        model.use_memory(MemoryConfig.model_validate(options))
+        for found, expected in zip(gradients(model, text, latents, t), plain, strict=True):
+            torch.testing.assert_close(
+                found, expected, rtol=tolerance, atol=tolerance * float(expected.std())
+            )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_step_cache_reuses_what_later_blocks_added(
+    folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """A threshold that nothing meets changes no bit; one that all steps meet gives other latents."""
+    config = load_config(None, overrides(folders, kind, tmp_path / "run"))
+    model = build_model(config, Processes.start("cpu"), lambda text: None)
+    model.prepare(PROMPTS)
+    text, noise = model.embed(PROMPTS), noise_for(model, 4)
+    exact = model.sample(model.network, noise, text, steps=4, guidance=3.0)
+
+    def cached(threshold: float) -> Tensor:
+        settings = SamplerSettings(4, 3.0, cache=threshold)
+        return model.denoise(model.network, model.start(noise), text, settings).latents
+
+    assert torch.equal(cached(1e-9), exact)
+    assert not torch.equal(cached(1e9), exact)

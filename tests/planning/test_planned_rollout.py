@@ -8,10 +8,10 @@ import pytest
 
 from vpo_engine.config_file import load_config
 from vpo_engine.data.sprites.assets import FLOW, GEOMETRY, load_policy
+from vpo_engine.memory.quantised_base import block_linears
 from vpo_engine.planning.trace import Trace, trace_step
 from vpo_engine.planning.tracker import BLOCK
 from vpo_engine.protocols import SamplerSettings
-from vpo_engine.reference.network import block_linears
 
 
 def rollout(*overrides: str, network_only: bool = True) -> Trace:

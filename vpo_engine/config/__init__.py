@@ -13,12 +13,13 @@ from vpo_engine.config.reward import RewardConfig
 from vpo_engine.config.rollout import PruneConfig, RolloutConfig
 from vpo_engine.config.run import CheckpointConfig, Config, EvaluationConfig, PromptsConfig
 from vpo_engine.config.section import Section
-from vpo_engine.config.update import ObjectiveConfig, OptimizerConfig, ReferenceConfig
+from vpo_engine.config.update import EmaConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
 
 __all__ = [
     "ActivationCheckpointing",
     "CheckpointConfig",
     "Config",
+    "EmaConfig",
     "EvaluationConfig",
     "GuardsConfig",
     "HeldOutRewardConfig",

@@ -25,7 +25,11 @@ class MemoryConfig(Section):
     """The type of the policy's weights. fp32_master: bfloat16, with fp32 master weights for the optimizer.
     stochastic_rounding: bfloat16 only; every update is rounded up or down at random, in proportion to the distance, so
     that small updates add up. With model.dtype=float32 the bfloat16 values are held in float32 tensors, for CPUs that
-    are slow at bfloat16."""
+    are slow at bfloat16. Under model.lora this is the type of the frozen base, and the adapter is float32 always."""
+    base_bits: Literal[8, 4] | None = None
+    """Bits in which the frozen base under model.lora is held: the linear layers of the repeating blocks, each 64
+    weights with a scale of their own, by bitsandbytes (4 bits: NF4). Policy and reference share them. null: the base is
+    held in the type that memory.weights says."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """The parts of a block that its backward pass computes again instead of keeping their results. none: nothing.
     pointwise: norms, modulations, gates and activation functions, which is all but matrix products and attention.

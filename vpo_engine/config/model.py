@@ -41,8 +41,9 @@ class LoraConfig(Section):
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
     """The adapter's product is multiplied by alpha / rank; null: twice the rank, so that this scale is 2 at every rank.
     Source: VideoReward's Flow-DPO, appendix I (128 at rank 64)."""
-    targets: tuple[str, ...] | None = None
-    """Endings of the names of the linear layers that get an adapter; null: those that the model's family names."""
+    targets: tuple[str, ...] | str | None = None
+    """Linear layers that get an adapter: a list of endings of their names, or the name of a set that the model's family
+    has, such as attention or all (see docs/models.md); null: those that the family names."""
 
     @field_validator("alpha")
     @classmethod

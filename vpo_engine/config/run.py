@@ -16,7 +16,7 @@ from vpo_engine.config.processes import ProcessesConfig
 from vpo_engine.config.reward import RewardConfig
 from vpo_engine.config.rollout import RolloutConfig
 from vpo_engine.config.section import Section
-from vpo_engine.config.update import ObjectiveConfig, OptimizerConfig, ReferenceConfig
+from vpo_engine.config.update import EmaConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
 
 
 class PromptsConfig(Section):
@@ -88,6 +88,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     reference: ReferenceConfig = ReferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
     memory: MemoryConfig = MemoryConfig()
     processes: ProcessesConfig = ProcessesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -99,6 +100,13 @@ class Config(Section):
     def optimizer_steps(self) -> int:
         """Return the number of optimizer steps of a run in which every step has pairs."""
         return self.steps * self.objective.updates_per_rollout
+
+    @property
+    def optimizer_memory(self) -> MemoryConfig:
+        """Return the settings of memory by which the optimizer holds what it trains: an adapter is float32 always."""
+        return (
+            self.memory if self.model.lora is None else self.memory.model_copy(update={"weights": "float32"})
+        )
 
     @property
     def held_out_steps(self) -> int:
@@ -177,6 +185,8 @@ class Config(Section):
                 "an adapter's reference is its base and a frozen copy of the adapter (storage adapter), and full "
                 "fine-tuning has no adapter"
             )
+        if memory.base_bits is not None:
+            self._check_base_bits()
         kept = memory.activation_checkpointing
         if memory.offload_activations and kept not in ("block", "all_but_attention"):
             raise ValueError(
@@ -191,6 +201,20 @@ class Config(Section):
             )
         if memory.step_in_backward:
             self._check_step_in_backward()
+
+    def _check_base_bits(self) -> None:
+        bits, rollout = self.memory.base_bits, self.rollout
+        if self.model.lora is None:
+            raise ValueError(
+                f"memory.base_bits={bits} holds a frozen base in {bits} bits, but without model.lora all weights are "
+                "trained; set model.lora.rank=64 reference.storage=adapter, or leave memory.base_bits out"
+            )
+        for name, weights in (("weights", rollout.weights), ("explore.weights", rollout.first_pass.weights)):
+            if weights != "policy":
+                raise ValueError(
+                    f"rollout.{name}={weights} rounds the linear layers of the blocks for sampling, which "
+                    f"memory.base_bits={bits} has rounded already; set rollout.{name}=policy"
+                )
 
     def _check_step_in_backward(self) -> None:
         wrong = {

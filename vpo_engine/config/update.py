@@ -80,3 +80,14 @@ class OptimizerConfig(Section):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("both must be at least 0 and below 1")
         return betas
+
+
+class EmaConfig(Section):
+    """An exponential moving average of the trained weights, in float32. Held-out evaluations and exports use it;
+    rollout and reference never do."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Decay d of the average, which becomes d * average + (1 - d) * weights after every optimizer step; null: there is
+    no average. The n-th step, counted from 0, uses at most (1 + n) / (10 + n). Source: paper (null)."""
+    on_host: bool = False
+    """Keep the average in host memory, where it is updated too. It takes 4 bytes a trained weight."""

@@ -20,7 +20,7 @@ from vpo_engine.config import Config
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-PartName = Literal["policy", "reference", "optimizer", "vae", "reward", "judge"]
+PartName = Literal["policy", "reference", "optimizer", "ema", "vae", "reward", "judge"]
 Phase = Literal["rollout", "evaluation", "decode", "reward", "judge", "update", "optimizer", "refresh"]
 """rollout: the model of rollout.source samples candidates; it needs the policy's embedding of the empty caption too.
 evaluation: the policy samples held-out videos. decode: the VAE decodes latents. reward: the reward model scores videos.
@@ -63,6 +63,7 @@ def needs_of(config: Config) -> dict[PartName, Needs]:
         "policy": Needs(frozenset(policy), frozenset(policy_changes)),
         "reference": Needs(frozenset(reference), frozenset(reference_changes)),
         "optimizer": Needs(frozenset(optimizer), frozenset(optimizer)),
+        "ema": Needs(frozenset({"optimizer"}), frozenset({"optimizer"})),
         "vae": Needs(frozenset({"decode"})),
         "reward": Needs(frozenset({"reward"})),
         "judge": Needs(frozenset({"judge"})),

@@ -125,6 +125,10 @@ class PolicyOptimizer:
         """
         return [*self._moment_tensors(), *self._fp32_masters()]
 
+    def precise_weights(self) -> Sequence[Tensor]:
+        """Return the most precise value there is of each parameter: its fp32 master weight, or the parameter itself."""
+        return self._weights if self._mode == "fp32_master" else self._parameters
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state under flat names, "{parameter's number}.{name}" for that of a parameter; not copies."""
         setup = [_WEIGHTS.index(self._mode), self._bits, len(self._parameters)]

@@ -63,16 +63,20 @@ def paired_difference(before: Tensor, after: Tensor) -> Difference:
 
 
 def summarise(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], timings: Mapping[str, float]
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    timings: Mapping[str, float],
+    ema_decay: float | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``.
 
     before, after: {measure: [M]}, the same measures, named ``reward/...``, ``judge/...``, ``pixels/...`` (a
-    leading ``held_out/`` is dropped). timings: {stage: seconds of the whole run}.
+    leading ``held_out/`` is dropped). timings: {stage: seconds of the whole run}. ema_decay: of the moving average
+    that was evaluated after training; None if it was the policy itself.
 
     The content is {"clips", "confidence", "measures": {name: {"before", "after", "difference", "low", "high",
-    "relative"}}, "timings"}; ``relative`` is the difference divided by the base value, for pixel measures whose base
-    value is above 0. With one clip ``low`` and ``high`` are None.
+    "relative"}}, "timings"}, and "ema_decay" unless it is None; ``relative`` is the difference divided by the base
+    value, for pixel measures whose base value is above 0. With one clip ``low`` and ``high`` are None.
     """
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
@@ -106,6 +110,7 @@ def summarise(
         "confidence": CONFIDENCE,
         "measures": measures,
         "timings": {name: float(seconds) for name, seconds in timings.items()},
+        **({} if ema_decay is None else {"ema_decay": ema_decay}),
     }
 
 
@@ -182,6 +187,10 @@ def verdict(summary: Mapping[str, Any]) -> str:
     """Describe the changes in one paragraph."""
     measures = summary["measures"]
     parts = []
+    if "ema_decay" in summary:
+        parts.append(
+            f"The final videos are those of the policy's moving average (ema.decay={summary['ema_decay']:g})."
+        )
     for name, label in (("reward/selected", "Held-out reward"), ("judge/selected", "Judge")):
         if name in measures:
             words = {"better": "improved", "worse": "got worse", "unclear": "no clear change"}

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vpo_engine.config import Config
+from vpo_engine.memory.quantised_base import frozen_layers
 from vpo_engine.model_values import RowFlops
 from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.video_model import VideoModel, repeating_blocks
@@ -79,7 +80,8 @@ def count_row_flops(model: VideoModel, text: TextEmbedding) -> RowFlops:
     weights, attention = _by_depth(model, text)
     matrices = [parameter for parameter in network.parameters() if parameter.dim() > 1]
     trained = sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
-    share = trained / sum(matrix.numel() for matrix in matrices)
+    frozen = sum(layer.numel for layer in frozen_layers(network))
+    share = trained / (sum(matrix.numel() for matrix in matrices) + frozen)
     forward = float(weights + attention)
     return RowFlops(forward, forward + (1 + share) * weights + 2 * attention)
 

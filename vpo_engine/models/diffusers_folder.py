@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,18 +191,32 @@ def build_part(name: str, config: Mapping[str, Any], **changes: Any) -> nn.Modul
     return built
 
 
-def load_part(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+def load_part(
+    name: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    mapped: Callable[[nn.Module], Collection[str]] = lambda module: (),
+    **changes: Any,
+) -> nn.Module:
     """Load a part of a diffusers class from its folder, in ``dtype``, on the CPU. changes: see ``build_part``.
 
+    mapped: names the weights of the part that are not copied from their files (see ``weights.load_strict``).
     Raise FileNotFoundError for missing weight files, ValueError for a folder of another class and for weights that are
     damaged or do not fit.
     """
     module = build_part(name, part_config(folder, name), **changes)
-    load_weights(module, folder, name, dtype)
+    load_weights(module, folder, name, dtype, mapped(module))
     return module
 
 
-def load_weights(module: nn.Module, folder: Path, name: str, dtype: torch.dtype | None = None) -> None:
+def load_weights(
+    module: nn.Module,
+    folder: Path,
+    name: str,
+    dtype: torch.dtype | None = None,
+    mapped: Collection[str] = (),
+) -> None:
     """Copy the weights of a part's folder into a module, strictly; see ``weights.load_strict``."""
     weights.load_strict(
         module,
@@ -211,6 +225,7 @@ def load_weights(module: nn.Module, folder: Path, name: str, dtype: torch.dtype 
         model=f"a {name} as its {CONFIG} says",
         remedy="fetch the folder again, or give the one that belongs to this model",
         dtype=dtype,
+        mapped=mapped,
     )
 
 

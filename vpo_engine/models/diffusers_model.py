@@ -156,9 +156,9 @@ class DiffusersModel(BaseModel):
         """Return the tokens of a prompt and the channels of its embeddings, by the transformer's config.json."""
 
     @classmethod
-    def published(cls, settings: ModelConfig) -> Mapping[str, Mapping[str, Any]]:
-        """Return ``Parts.published`` of the model that the settings name, for families of several sizes."""
-        return cls.facts.published
+    def published(cls, settings: ModelConfig) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
+        """Return the published model that the settings mean, by its name and config files; see ``Parts.published``."""
+        return cls.card.name, cls.facts.published
 
     @classmethod
     def native_size(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
@@ -268,19 +268,23 @@ class DiffusersModel(BaseModel):
         text = context.text_source(
             load_encoder, f"{folder.text_encoder}, {tokens} tokens, {settings.dtype}", cls.rewrite
         )
-        network = load_part(facts.transformer, folder.transformer, **cls.built_with(setup))
+        network = load_part(
+            facts.transformer, folder.transformer, mapped=context.base.mapped, **cls.built_with(setup)
+        )
+        context.base.hold(network)
         vae = load_part(facts.vae, folder.vae)
         return cls(network, vae, text, setup, device=context.device, dtype=context.dtype)
 
     @classmethod
     def blueprint(cls, settings: ModelConfig, read: ReadConfig, depth: int | None = None) -> Blueprint:
-        facts, published, meta = cls.facts, cls.published(settings), torch.device("meta")
+        facts, meta = cls.facts, torch.device("meta")
+        name, published = cls.published(settings)
 
         def config(part: str) -> dict[str, Any]:
             given: Path | None = getattr(settings, part, None) or settings.policy
             if given is not None and (given / part).is_dir():
                 given = given / part
-            return read(given, published[part], f"{cls.card.name}'s {part}")
+            return read(given, published[part], f"{name}'s {part}")
 
         here = None if settings.policy is None else settings.policy / "scheduler" / SCHEDULER
         setup = cls._setup(

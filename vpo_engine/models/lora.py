@@ -1,8 +1,9 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on a policy network, in PEFT's modules and PEFT's files.
 
 The network stays the object it was: PEFT exchanges its linear layers in place, so ``X.weight`` becomes
-``X.base_layer.weight`` beside ``X.lora_A.default.weight`` [rank, in] and ``X.lora_B.default.weight`` [out, rank].
-PEFT is imported only when an adapter is asked for.
+``X.base_layer.weight`` beside ``X.lora_A.default.weight`` [rank, in] and ``X.lora_B.default.weight`` [out, rank]. These
+are float32 whatever the type of the base, and compute in the type of their input. PEFT is imported only when an adapter
+is asked for.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vpo_engine.config import LoraConfig
 from vpo_engine.seeding import generator
+from vpo_engine.video_model import ModelCard
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -32,15 +35,15 @@ _PREFIX = "base_model.model."
 def inject_adapter(
     network: nn.Module,
     settings: LoraConfig,
-    family_targets: Sequence[str],
+    targets: Sequence[str],
     seed: int,
     base: Path | None = None,
 ) -> list[str]:
     """Give ``network`` an adapter, the only part of it that is trained from now on; return the layers that got one.
 
     The network computes the same as before, bit for bit: B starts at zero. A is uniform within 1 / sqrt(in), PEFT's
-    usual start, drawn from ``seed`` and the layer's name and rounded to bfloat16 values; the layer's own dtype holds
-    them. ``family_targets``: the layers that get an adapter where ``settings.targets`` is null. ``base``: the folder of
+    usual start, drawn from ``seed`` and the layer's name and rounded to bfloat16 values; A and B are float32.
+    ``targets``: ends of the names of the layers that get an adapter (see ``chosen_targets``). ``base``: the folder of
     the network's weights, for the adapter's file.
 
     ValueError: PEFT is missing, a target names no linear layer, or a target names something else as well.
@@ -51,7 +54,6 @@ def inject_adapter(
         raise ValueError(
             f'model.lora needs PEFT, which cannot be imported ({error}); pip install "vpo-engine[lora]"'
         ) from error
-    targets = family_targets if settings.targets is None else settings.targets
     layers = _targeted(network, targets)
     config = peft.LoraConfig(
         r=settings.rank,
@@ -70,6 +72,30 @@ def inject_adapter(
     assert trained == {id(p) for p in adapter_parameters(network).values()}
     assert len(trained) == 2 * len(layers)
     return layers
+
+
+def chosen_targets(settings: LoraConfig, card: ModelCard) -> Sequence[str]:
+    """Return the ends of names that model.lora.targets gives, itself or as a set of the family; null: the family's own.
+
+    Raise ValueError, naming the nearest, for a set that the family does not have.
+    """
+    targets, sets = settings.targets, card.lora_target_sets
+    if targets is None:
+        return card.lora_targets
+    if not isinstance(targets, str):
+        return targets
+    if targets not in sets:
+        known = ", ".join(sets) or "none"
+        near = difflib.get_close_matches(targets, sets, n=1)
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"name one of these, or write [{targets}] for ends of names"
+        )
+        raise ValueError(
+            f"model.lora.targets={targets} is no set of layers of {card.name} (its sets: {known}); {hint}"
+        )
+    return sets[targets]
 
 
 def has_adapter(network: nn.Module) -> bool:
@@ -106,12 +132,8 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
     network is unchanged.
     """
     saved, own = _read(folder / WEIGHTS), adapter_parameters(network)
-    wrong = sorted(saved.keys() ^ own.keys())
-    if wrong:
-        raise ValueError(
-            f"{folder / WEIGHTS} holds {len(saved)} tensors and this adapter {len(own)}; {wrong[0]} is in one of them "
-            "only. Use the model.lora.targets that the adapter was trained with"
-        )
+    if saved.keys() != own.keys():
+        raise ValueError(_not_bound(folder / WEIGHTS, list(saved), list(own)))
     for name, weight in own.items():
         if saved[name].shape != weight.shape:
             raise ValueError(
@@ -120,6 +142,23 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
             )
     for name, weight in own.items():
         weight.copy_(saved[name])
+
+
+def _not_bound(file: Path, saved: Sequence[str], own: Sequence[str]) -> str:
+    """Return why the tensors of a file do not fit an adapter, by their names."""
+    missing = [name for name in own if name not in saved]
+    unexpected = [name for name in saved if name not in own]
+    found = f"{file} holds {len(saved)} tensors, and {len(own) - len(missing)} of this adapter's {len(own)} are among "
+    if len(missing) == len(own):
+        first = f"it begins with {unexpected[0]}" if unexpected else "it is empty"
+        return (
+            f"{found}them: {first}, where {own[0]} is expected. Give the folder of an adapter that a run has saved for "
+            "this model, in PEFT's names"
+        )
+    faults = [
+        f"{kind} {names[0]}" for kind, names in (("without", missing), ("beside them", unexpected)) if names
+    ]
+    return f"{found}them, {', '.join(faults)}. Use the model.lora.targets that the adapter was trained with"
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -167,12 +206,25 @@ def _tail(name: str, count: int) -> str:
     return ".".join(name.split(".")[-count:])
 
 
+class _AdapterLinear(nn.Linear):
+    """A float32 matrix of an adapter, without a bias, that computes in the type of its input, or in autocast's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 @torch.no_grad()
 def _start(layer: Any, random: torch.Generator) -> None:
-    down, up = (getattr(layer, name)[_ADAPTER] for name in ("lora_A", "lora_B"))
-    values = torch.empty(down.weight.shape)
+    """Give a layer of PEFT's its float32 matrices, on the device of its base."""
+    device = layer.base_layer.weight.device
+    down, up = (getattr(layer, name)[_ADAPTER].weight.shape for name in ("lora_A", "lora_B"))
+    values = torch.empty(down)
     nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=random)
-    for part, start in ((down, values.bfloat16()), (up, torch.zeros(up.weight.shape))):
-        part.weight = nn.Parameter(start.to(layer.base_layer.weight))
-    # Input and adapter have the base's dtype already; under autocast the cast would make a float32 copy for nothing.
+    for name, start in (("lora_A", values.bfloat16().float()), ("lora_B", torch.zeros(up))):
+        part = _AdapterLinear(start.shape[1], start.shape[0], bias=False, device="meta")
+        part.weight = nn.Parameter(start.to(device))
+        getattr(layer, name)[_ADAPTER] = part
+    # The matrices follow the type of their input themselves; PEFT's cast would make a float32 copy of it.
     layer.cast_input_dtype_enabled = False

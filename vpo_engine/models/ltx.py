@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpo_engine.config import ModelConfig
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
@@ -45,16 +46,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """The published config files, where they differ from the defaults of the classes."""
 
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MLP = ("ff.net.0.proj", "ff.net.2")
+
+
 class LTXVideo(FlowModel):
     """LTX-Video: packed latents, masked text of 128 tokens, noise levels shifted by the size of the video."""
 
     card = ModelCard(
         name="LTX-Video",
         files=("policy",),
-        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        lora_targets=ATTENTION,
+        lora_target_sets={"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP)},
         sizes=SizeRule(frame_step=8, frame_offset=1, exact=True, side=32),
         pipelines=("LTXPipeline",),
-        supports=OPTIONS - {"rollout.compile=graphs"},
+        supports=OPTIONS - {"model.attention", "rollout.compile=graphs"},
         native={"model.num_frames": 161, "model.fps": 25, "rollout.steps": 50, "rollout.guidance": 3.0},
     )
     facts = Parts(
@@ -115,6 +121,10 @@ class LTXVideo(FlowModel):
     def pipeline_arguments(self) -> dict[str, Any]:
         noise = {"generator": torch.Generator().manual_seed(DECODE_SEED), "decode_noise_scale": DECODE_NOISE}
         return {"frame_rate": self.fps, "decode_timestep": DECODE_TIME, **noise}
+
+    def choose_backends(self, settings: ModelConfig) -> str:
+        """See ``DiffusersModel``. Other implementations of attention than torch's own take no mask."""
+        return str(self.network.choose_backends("sdpa", dtype=self.dtype))
 
     def denormalised(self, latents: Tensor) -> Tensor:
         mean, deviation = (

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from vpo_engine.config import Config
 from vpo_engine.config.names import check_kind
+from vpo_engine.models.lora import chosen_targets
 from vpo_engine.video_model import ModelCard, Option, VideoModel
 
 BUILT_IN = {
@@ -71,6 +72,8 @@ def check_model(config: Config) -> None:
     """Refuse, before any file is read, what building or running the model would; ValueError with the remedy."""
     family, settings = model_family(config.model.kind), config.model
     family.check(settings)
+    if settings.lora is not None:
+        chosen_targets(settings.lora, family.card)
     for option, (value, neutral) in _asked(config).items():
         if value != neutral and option not in family.card.supports:
             name = option.partition("=")[0]

@@ -26,7 +26,7 @@ MATRIX_EFFICIENCY, TRAFFIC_EFFICIENCY = 0.75, 0.8
 COMPUTED = ("activations", "workspace")
 """Categories of memory that operators allocate."""
 
-_PARTS: tuple[PartName, ...] = ("policy", "reference", "optimizer", "vae", "reward", "judge")
+_PARTS: tuple[PartName, ...] = ("policy", "reference", "optimizer", "ema", "vae", "reward", "judge")
 """The parts that are moved. A plan calls the policy "weights", and the others by their names."""
 
 

@@ -16,7 +16,7 @@ SHALLOW, DEEPER = 2, 4
 stay. Where in a phase the peak falls could change with depth; there it did not from depth two on, in any
 setting tried: tests/planning/test_depth.py compares with deeper networks, and with the full depth. Elsewhere it did."""
 
-_ALWAYS = ("weights", "optimizer", "reference")
+_ALWAYS = ("weights", "optimizer", "ema", "reference")
 """Categories of memory that are held even in phases that do not use the network."""
 
 

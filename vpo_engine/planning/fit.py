@@ -15,10 +15,11 @@ Planner = Callable[[Config], Plan]
 
 _ROLLOUT, _UPDATE = ("rollout", "decode"), ("update",)
 _EVERYWHERE = PHASES
-_PARTS = ("weights", "optimizer", "reference", "vae", "reward")
+_PARTS = ("weights", "optimizer", "ema", "reference", "vae", "reward")
 
 CHANGES: tuple[tuple[str, Any, Sequence[str], Sequence[str]], ...] = (
     ("memory.offload_idle", True, _EVERYWHERE, _PARTS),
+    ("ema.on_host", True, _EVERYWHERE, ("ema",)),
     ("rollout.overlap", False, _ROLLOUT, COMPUTED),
     ("objective.micro_batch_size", 1, _UPDATE, COMPUTED),
     ("rollout.batch_size", 4, _ROLLOUT, COMPUTED),
@@ -34,8 +35,10 @@ CHANGES: tuple[tuple[str, Any, Sequence[str], Sequence[str]], ...] = (
     ("reference.storage", "exact8", _EVERYWHERE, ("reference",)),
     ("memory.optimizer_bits", 8, _EVERYWHERE, ("optimizer",)),
     ("memory.weights", "stochastic_rounding", _EVERYWHERE, (*_PARTS, *COMPUTED, "gradients")),
+    ("memory.base_bits", 8, _EVERYWHERE, ("weights",)),
     ("reward.bits", 8, _EVERYWHERE, ("reward",)),
     ("reference.storage", "int8", _EVERYWHERE, ("reference",)),
+    ("memory.base_bits", 4, _EVERYWHERE, ("weights",)),
     ("reward.bits", 4, _EVERYWHERE, ("reward",)),
 )
 """Settings that take less memory, the cheapest first: those that only move or reorder work, then those that compute or

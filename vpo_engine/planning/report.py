@@ -17,7 +17,7 @@ from vpo_engine.planning.gpus import GIB
 _COLUMNS = {
     "weights": ("weights",),
     "gradients": ("gradients",),
-    "optimizer": ("optimizer",),
+    "optimizer": ("optimizer", "ema"),
     "reference": ("reference",),
     "VAE, reward": ("vae", "reward", "judge", "text encoder"),
     "activations": ("activations", "workspace"),

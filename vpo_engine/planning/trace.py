@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpo_engine.config import Config
+from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.offload import OffloadedInputs, PlainCopies
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.rounding import hold_in_bfloat16
-from vpo_engine.models.lora import inject_adapter
+from vpo_engine.models.policy import prepare_policy
 from vpo_engine.objectives.dpo import DPO
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.parts import (
@@ -125,8 +126,7 @@ class _Tracing:
         blueprint = blueprint_of(config, assumed, depth)
         self._model = blueprint.model
         if config.model.lora is not None:
-            targets = self._model.card.lora_targets
-            inject_adapter(self._model.network, config.model.lora, targets, config.seed)
+            prepare_policy(self._model.network, config, self._model.card, self._model.dtype)
         self._reward, self._bare = build_reward_network(config, assumed), bare_weights(config, assumed)
         self._text_encoder = None if blueprint.text_encoder is None else blueprint.text_encoder()
         self._tracker = Tracker(scratch=on_gpu)
@@ -174,7 +174,10 @@ class _Tracing:
         """Make policy, VAE, reward model, reference, and the optimizer with its state after the first step."""
         config, tracker, network = self._config, self._tracker, self._model.network
         materialise_model(self._model, tracker)
-        hold_in_bfloat16(network, config.memory.weights, self._model.dtype, self._model.card.float32_modules)
+        if config.model.lora is None:
+            hold_in_bfloat16(
+                network, config.memory.weights, self._model.dtype, self._model.card.float32_modules
+            )
         tracker.label([*network.parameters(), *network.buffers()], "weights")
         if "memory.offload_activations" in self._model.card.supports:
             copies = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
@@ -197,7 +200,7 @@ class _Tracing:
         self._optimizer = PolicyOptimizer(
             trained,
             config.optimizer,
-            config.memory,
+            config.optimizer_memory,
             seed=config.seed,
             preserve_reference=self._reference.preserve,
         )
@@ -212,7 +215,19 @@ class _Tracing:
             del zeros
             self._optimizer.step()
         tracker.label(self._optimizer.state_dict().values(), "optimizer")
+        self._average = self._build_average(trained)
         self._trained = trained
+
+    def _build_average(self, trained: list[nn.Parameter]) -> PolicyAverage | None:
+        settings = self._config.ema
+        if settings.decay is None:
+            return None
+        if settings.on_host and self._on_gpu:
+            size = sum(parameter.numel() for parameter in trained) * 4 / 2**30
+            self._trace.notes.append(f"the moving average takes {size:.2f} GiB of host memory (ema.on_host)")
+            return None
+        with self._tracker.making("ema"):
+            return PolicyAverage(trained, self._optimizer.precise_weights, settings)
 
     def _build_reward(self, network: VideoScoreNetwork) -> None:
         with self._tracker.making("reward"):
@@ -326,6 +341,8 @@ class _Tracing:
             objective.backward(pairs, self._reference)
         with self._phase("optimizer", updates):
             self._optimizer.step()
+            if self._average is not None:
+                self._average.update()
         every = config.reference.refresh_every
         with self._phase("refresh", updates / every if every else 0.0):
             self._reference.refresh(self._model.network)

@@ -9,26 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpo_engine.memory.rounding import is_kept_in_float32
+from vpo_engine.memory.quantised_base import block_linears, frozen_layers
 from vpo_engine.reference.weights import HeldWeight, Scratch
 
 _PLAIN = (bool, int, float, str, type(None))
-
-
-def block_linears(policy: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers inside the transformer blocks, by name, without those of an adapter and without those
-    that are kept in float32 beside bfloat16 weights.
-
-    The blocks are the members of the network's own lists (nn.ModuleList), as in STDiT3 and in the transformers of
-    diffusers. Embedders, the time projection and the final layer are not in blocks.
-    """
-    return {
-        f"{outer}.{name}": module
-        for outer, blocks in policy.named_children()
-        if isinstance(blocks, nn.ModuleList)
-        for name, module in blocks.named_modules()
-        if type(module) is nn.Linear and ".lora_" not in name and not is_kept_in_float32(module.weight)
-    }
 
 
 def block_matrices(policy: nn.Module) -> dict[str, nn.Linear]:
@@ -56,8 +40,9 @@ class HeldLinear(nn.Module):
 class ReferenceNetwork:
     """A copy of the policy's modules, frozen and in evaluation mode.
 
-    Parameters that are not trained are shared with the policy, on whatever device they are. Other parameters are
-    copied, except the weights in ``held``: {name of an nn.Linear: how its weight is stored}.
+    Parameters that are not trained are shared with the policy, on whatever device they are, and so is a frozen base in
+    8 or 4 bits. Other parameters are copied, except the weights in ``held``: {name of an nn.Linear: how its weight is
+    stored}.
     Numbers, strings and frozen dataclasses that the policy's modules have as attributes (backends, for example) are
     copied again at every call, so that both networks compute in the same way even if those of the policy changed.
     """
@@ -68,7 +53,9 @@ class ReferenceNetwork:
         linears = {name: layer for name, layer in block_matrices(policy).items() if name in held}
         encoded = {id(linear.weight) for linear in linears.values()}
         self._shared = {id(parameter) for parameter in policy.parameters() if not parameter.requires_grad}
+        base = {id(one): one for layer in frozen_layers(policy) for one in layer.buffers()}
         memo: dict[int, object] = {id(buffer): buffer.detach().clone() for buffer in policy.buffers()}
+        memo |= base
         for parameter in policy.parameters():
             if id(parameter) in self._shared:
                 memo[id(parameter)] = parameter

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpo_engine.reference.network import block_linears
+from vpo_engine.memory.quantised_base import block_linears
 
 Bits = Literal["int8", "fp8"]
 LARGEST = {"int8": 127.0, "fp8": 448.0}

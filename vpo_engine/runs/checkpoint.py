@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _POLICY = "policy"
+_AVERAGE = "ema"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _UNFINISHED = ".unfinished"
 _REPLACED = ".replaced"
@@ -43,6 +44,8 @@ class Checkpoint:
     state: dict[str, Any]
     policy: Path
     """The folder that ``write_policy`` wrote; it does not exist if there was no ``write_policy``."""
+    average: Path
+    """The folder that ``write_average`` wrote; it does not exist if there was no ``write_average``."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -57,12 +60,13 @@ def save_checkpoint(
     state: Mapping[str, Any],
     write_policy: Callable[[Path], None] | None,
     keep: int,
+    write_average: Callable[[Path], None] | None = None,
 ) -> Path:
     """Save the checkpoint ``folder/step_<step>`` atomically and return its path.
 
     tensors: {group: {name: tensor}}, written as ``<group>.safetensors``; any shape, dtype, layout and device.
     state: JSON data, written as ``state.json``; ValueError if it does not come back from JSON unchanged.
-    write_policy: writes the policy into the folder it is given.
+    write_policy: writes the policy into the folder it is given; write_average: likewise its moving average.
     keep: how many of the newest checkpoints to keep, this one included. Once this one is in place, older ones are
     deleted, and so are those of later steps, since the run was resumed from a step before them.
 
@@ -83,9 +87,10 @@ def save_checkpoint(
 
         for group, members in tensors.items():
             save_file(_storable(members), unfinished / f"{group}.safetensors")
-        if write_policy is not None:
-            (unfinished / _POLICY).mkdir()
-            write_policy(unfinished / _POLICY)
+        for name, write in ((_POLICY, write_policy), (_AVERAGE, write_average)):
+            if write is not None:
+                (unfinished / name).mkdir()
+                write(unfinished / name)
         (unfinished / _STATE).write_text(state_text, encoding="utf-8")
         _write_manifest(unfinished, step)
         _put_in_place(unfinished, final)
@@ -125,6 +130,12 @@ def unusable_checkpoints(folder: Path) -> list[str]:
     return [fault for fault in faults if fault is not None]
 
 
+def evaluated_policy(checkpoint: Path) -> Path:
+    """Return the folder of the weights that the run evaluated: those of the moving average, or else the policy's."""
+    average = checkpoint / _AVERAGE
+    return average if average.is_dir() else checkpoint / _POLICY
+
+
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check every file's size and SHA-256 against the manifest, and return the manifest.
 
@@ -156,7 +167,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if name.endswith(".safetensors") and "/" not in name
     }
     state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    return Checkpoint(manifest["step"], tensors, state, path / _POLICY)
+    return Checkpoint(manifest["step"], tensors, state, path / _POLICY, path / _AVERAGE)
 
 
 def _json_text(state: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ Weights are read as ``vpo_engine.weights`` reads them; nothing here reaches the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,20 @@ def load_strict(
     path: str | Path,
     dtype: torch.dtype | None = None,
     remedy: str = f"check that the weights and {CONFIG} belong together",
+    mapped: Collection[str] = (),
 ) -> None:
     """Load weights into ``module``; every key must be there, none more, each of the right shape.
 
-    path: as ``find_weights`` takes it. remedy: what to do if the weights do not fit. Parameters keep their device and
+    path: as ``find_weights`` takes it. remedy: what to do if the weights do not fit. mapped: see
+    ``weights.load_strict``. Parameters keep their device and
     dtype; those on the meta device become tensors on the CPU, in ``dtype`` or else in the file's. Raise
     FileNotFoundError where a file is missing; ValueError where one is damaged or does not fit, and then the module is
     as it was.
     """
     model = type(module).__name__
-    weights.load_strict(module, read_weights(path), where=path, model=model, remedy=remedy, dtype=dtype)
+    weights.load_strict(
+        module, read_weights(path), where=path, model=model, remedy=remedy, dtype=dtype, mapped=mapped
+    )
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -8,16 +8,18 @@ from pathlib import Path
 import torch
 
 from vpo_engine.command import is_first_process
+from vpo_engine.memory.quantised_base import HeldBase
 from vpo_engine.models.opensora.checkpoint import CONFIG, find_weights, load_config, load_strict
 from vpo_engine.models.opensora.published import STDIT3_XL2
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.weights import config_file
 
 
-def load_stdit3(path: Path) -> STDiT3:
+def load_stdit3(path: Path, base: HeldBase | None = None) -> STDiT3:
     """Load STDiT3 as float32 from a folder or file that ``find_weights`` knows. Errors name what is missing.
 
-    Open-Sora's training may leave no config.json; the published sizes are taken then, and the first process says so.
+    ``base``: how the base of an adapter is held. Open-Sora's training may leave no config.json; the published sizes are
+    taken then, and the first process says so.
     """
     files = find_weights(path)
     if is_first_process():
@@ -26,10 +28,14 @@ def load_stdit3(path: Path) -> STDiT3:
     known = config_file(path) is not None
     with torch.device("meta"):
         network = STDiT3.from_config(load_config(path) if known else STDIT3_XL2)
+    base = base or HeldBase()
+    mapped = base.mapped(network)
     if known:
-        load_strict(network, path)
+        load_strict(network, path, mapped=mapped)
     else:
-        load_strict(network, path, remedy=f"{CONFIG} is missing, put that of its training beside the weights")
+        remedy = f"{CONFIG} is missing, put that of its training beside the weights"
+        load_strict(network, path, remedy=remedy, mapped=mapped)
+    base.hold(network)
     return network.float()
 
 

@@ -45,6 +45,9 @@ from vpo_engine.video_model import (
     TextSource,
 )
 
+_ATTENTION = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj")
+_MLP = ("mlp.fc1", "mlp.fc2")
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -68,13 +71,8 @@ class OpenSora(BaseModel):
     card = ModelCard(
         name="Open-Sora 1.2",
         files=("policy", "vae", "text_encoder"),
-        lora_targets=(
-            "attn.qkv",
-            "attn.proj",
-            "cross_attn.q_linear",
-            "cross_attn.kv_linear",
-            "cross_attn.proj",
-        ),
+        lora_targets=_ATTENTION,
+        lora_target_sets={"attention": _ATTENTION, "mlp": _MLP, "all": (*_ATTENTION, *_MLP)},
         sizes=SizeRule(frame_step=CHUNK_FRAMES),
         resolutions=("240p", "360p", "480p", "720p"),
         supports=frozenset(
@@ -151,7 +149,7 @@ class OpenSora(BaseModel):
             lambda prompt: prepare_prompt(prompt, aes=settings.aesthetic_score),
         )
         return cls(
-            load_stdit3(settings.policy),
+            load_stdit3(settings.policy, context.base),
             OpenSoraVAE.from_pretrained(settings.vae),
             text,
             _geometry(settings),

@@ -17,11 +17,14 @@ from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_model import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
 from vpo_engine.models.wan import names
-from vpo_engine.models.wan.published import PUBLISHED, WAN2_1_1_3B
+from vpo_engine.models.wan.published import PUBLISHED
 from vpo_engine.video_model import ModelCard, SizeRule
 
 MAX_TOKENS = 512
 """Tokens of a prompt, to which the pipeline's call pads (its encode_prompt alone pads to 226)."""
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MLP = ("ffn.net.0.proj", "ffn.net.2")
 
 
 class Wan(FlowModel):
@@ -34,7 +37,8 @@ class Wan(FlowModel):
     card = ModelCard(
         name="Wan 2.1",
         files=("policy",),
-        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        lora_targets=ATTENTION,
+        lora_target_sets={"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP)},
         sizes=SizeRule(frame_step=4, frame_offset=1, exact=True, side=16),
         pipelines=("WanPipeline",),
         supports=OPTIONS,
@@ -45,7 +49,7 @@ class Wan(FlowModel):
         transformer="WanTransformer3DModel",
         vae="AutoencoderKLWan",
         text_encoder="UMT5EncoderModel",
-        published=WAN2_1_1_3B,
+        published=PUBLISHED["1.3B"][1],
         size=(480, 832),
         latent_channels="z_dim",
         text_layers=(
@@ -57,10 +61,10 @@ class Wan(FlowModel):
     )
 
     @classmethod
-    def published(cls, settings: ModelConfig) -> Mapping[str, Mapping[str, Any]]:
-        """See ``DiffusersModel``. The size is recognised by the name of the folder, as the Hub gives it."""
-        name = settings.policy.name if settings.policy else ""
-        return next((sizes for size, sizes in PUBLISHED.items() if size in name), WAN2_1_1_3B)
+    def published(cls, settings: ModelConfig) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
+        """See ``DiffusersModel``. The model is recognised by a part of the folder's name, as the Hub has it."""
+        folder = settings.policy.name if settings.policy else ""
+        return next((found for part, found in PUBLISHED.items() if part in folder), PUBLISHED["1.3B"])
 
     @classmethod
     def text_size(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:

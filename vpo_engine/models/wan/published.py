@@ -48,20 +48,28 @@ def _sizes(
     }
 
 
-WAN2_1_1_3B = _sizes({"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960})
 PUBLISHED = {
-    "1.3B": WAN2_1_1_3B,
-    "14B": _sizes({"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}),
-    "5B": _sizes(
-        {
-            "num_layers": 30,
-            "num_attention_heads": 24,
-            "ffn_dim": 14336,
-            "in_channels": 48,
-            "out_channels": 48,
-        },
-        _VAE_2_2,
-        flow_shift=5.0,
+    "1.3B": (
+        "Wan2.1-T2V-1.3B",
+        _sizes({"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}),
+    ),
+    "14B": (
+        "Wan2.1-T2V-14B",
+        _sizes({"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}),
+    ),
+    "5B": (
+        "Wan2.2-TI2V-5B",
+        _sizes(
+            {
+                "num_layers": 30,
+                "num_attention_heads": 24,
+                "ffn_dim": 14336,
+                "in_channels": 48,
+                "out_channels": 48,
+            },
+            _VAE_2_2,
+            flow_shift=5.0,
+        ),
     ),
 }
-"""Sizes by a part of the name of the published folder."""
+"""Names and sizes, by a part of the name of the published folder."""
