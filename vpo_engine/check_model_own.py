@@ -51,7 +51,8 @@ def _walk(model: VideoModel) -> Finding:
     """Let the solver walk with exact predictions: it must stay on the line from noise to clean latents."""
     clean, noise = clean_and_noise(model)
     solver = model.solver(STEPS)
-    latents, memory = noised(model, clean, noise, solver.times[0]), ()
+    latents = noised(model, clean, noise, solver.times[0])
+    memory: tuple[Tensor, ...] = ()
     errors = []
     for step in range(STEPS):
         latents, memory = solver.advance(
