@@ -40,7 +40,11 @@ TORCH = (CUDA, "torch:compile")
 TRITON = (*TORCH, "triton:jit")
 PYTEST = (*TRITON, "pytest:main")
 BENCHMARK = (*PYTEST, "pytest_benchmark.fixture:BenchmarkFixture")
-ENGINE = ("vpo_engine.build:build_model", "vpo_engine.models.opensora.model:OpenSora", "diffusers:AutoencoderKL")
+ENGINE = (
+    "vpo_engine.build:build_model",
+    "vpo_engine.models.opensora.model:OpenSora",
+    "diffusers:AutoencoderKL",
+)
 _GPU_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 _KERNEL_TESTS = (*_GPU_TESTS, "--confcutdir=tests/kernels")  # which need no package of the engine
 _BENCH = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rows", ROWS)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +12,31 @@ import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from export_case import Case, exported, fails, make_case
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_pipelines import FOLDERS, LORA, NEGATIVE, PROMPT, run_config, sized, trained
 from torch import Tensor
 
-from vpo_engine import export, export_write, sample
-from vpo_engine.models.diffusers_model import DiffusersModel
+from vpo_engine import sample
+from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
+from vpo_engine.models.opensora.load import load_stdit3
+from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.vae import OpenSoraVAE
 from vpo_engine.policy_source import find_source
-from vpo_engine.runs.directory import RunDirectory
 
 KINDS = ["cogvideox", "wan", "ltx"]
 ADAPTER = "pytorch_lora_weights.safetensors"
 
 
-@dataclass(frozen=True)
-class Case:
-    """A published folder and two runs of it: one trained all weights, one an adapter of scale 1.5."""
-
-    kind: str
-    published: Path
-    full: Path
-    lora: Path
-
-
-@pytest.fixture(scope="session", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case("wan", tmp_path_factory.mktemp("one"))
-
-
-def make_case(kind: str, root: Path) -> Case:
-    published = FOLDERS[kind](root / "published")
-    given = [*sized(kind), f"model.negative_prompt={NEGATIVE}"]
-    full = trained(run_config(kind, published, root / "full", *given), 2, 4)
-    return Case(kind, published, full, trained(run_config(kind, published, root / "lora", *given, *LORA), 2))
-
-
-def exported(run: Path, out: Path, *options: str) -> Path:
-    assert export.main([str(run), "--out", str(out), *options]) == 0
-    return out
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Return the one line of error of an export that must fail."""
-    assert export.main([str(argument) for argument in arguments]) == 1
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert shown.count("\n") == 1
-    return shown
 
 
 def engine_frames(path: Path, base: Path | None = None) -> tuple[Tensor, Tensor]:
@@ -268,21 +236,53 @@ class TestFiles:
 
 
 class TestOtherFamilies:
-    def test_sprites(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """A policy, an adapter (PEFT's format) and a merged one, each sampled without a word about its kind."""
-        full = trained(run_config("sprites", None, tmp_path / "full"))
-        lora = trained(run_config("sprites", None, tmp_path / "lora", *LORA))
-        for run, base, options in ((full, None, ()), (lora, full, ()), (lora, None, ("--merge",))):
-            out = exported(run, tmp_path / f"out-{run.name}{len(options)}", *options)
-            run_frames, _ = engine_frames(run)
-            if base is None:
-                assert largest_difference(run_frames, engine_frames(out)[0]) <= 1
-            else:
-                assert (out / "adapter_model.safetensors").is_file()
-        error = fails(capsys, lora, "--out", tmp_path / "x", "--format", "diffusers")
+    @pytest.mark.parametrize("options", [("full",), ("lora",), ("lora", "--merge")], ids="-".join)
+    def test_sprites(self, tmp_path: Path, options: tuple[str, ...]) -> None:
+        """A policy, an adapter (in PEFT's format) and a merged one; whole ones are sampled as they are."""
+        name, *more = options
+        run = trained(run_config("sprites", None, tmp_path / name, *(LORA if name == "lora" else ())))
+        out = exported(run, tmp_path / "out", *more)
+        if options == ("lora",):
+            assert (out / "adapter_model.safetensors").is_file()
+        else:
+            assert largest_difference(engine_frames(run)[0], engine_frames(out)[0]) <= 1
+
+    def test_a_dialect_that_nothing_would_read(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = trained(run_config("sprites", None, tmp_path / "lora", *LORA))
+        capsys.readouterr()
+        error = fails(capsys, run, "--out", tmp_path / "x", "--format", "diffusers")
         assert (
             "the sprites world has no diffusers pipeline that would read it; leave it out for peft" in error
         )
+
+    def test_opensora(self, tmp_path: Path) -> None:
+        """Its own layout, whole and merged, which its loader and its public code read."""
+        data = Path(__file__).parent / "data" / "opensora"
+        torch.manual_seed(0)
+        tiny = json.loads((data / "stdit3_tiny.json").read_text())["config"]
+        network = STDiT3.from_config({**tiny, "freeze_y_embedder": True})
+        save_pretrained_layout(network.state_dict(), network.config, tmp_path / "policy")
+        sizes = json.loads((data / "vae_tiny.json").read_text())
+        parts = {f"{part}_config": sizes[f"{part}_config"] for part in ("spatial", "temporal")}
+        vae = OpenSoraVAE.from_config(parts | {name: sizes["constants"][name] for name in ("scale", "shift")})
+        save_pretrained_layout(vae.state_dict(), vae.config, tmp_path / "vae")
+        given = [f"model.vae={tmp_path / 'vae'}", f"model.text_encoder={tmp_path}"]
+        for name, more, options in (("full", (), ()), ("lora", LORA, ("--merge",))):
+            run = trained(run_config("opensora", tmp_path / "policy", tmp_path / name, *given, *more))
+            out = exported(run, tmp_path / f"out-{name}", *options)
+            assert (out / "model" / "model.safetensors.index.json").is_file()
+            loaded = load_stdit3(out).state_dict()
+            kind = "model" if name == "full" else "adapter_model"
+            saved = load_file(run / f"checkpoints/step_00000002/policy/{kind}.safetensors")
+            if name == "full":
+                assert all(torch.equal(loaded[key], weight) for key, weight in saved.items())
+                continue
+            layer = "spatial_blocks.0.attn.qkv"
+            down, up = (saved[f"base_model.model.{layer}.lora_{side}.weight"] for side in "AB")
+            expected = network.state_dict()[f"{layer}.weight"] + 1.5 * up @ down
+            torch.testing.assert_close(loaded[f"{layer}.weight"], expected)
 
     def test_formats_that_a_family_does_not_have(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -292,156 +292,3 @@ class TestOtherFamilies:
         capsys.readouterr()
         error = fails(capsys, run, "--out", tmp_path / "out", "--format", "original")
         assert "--format original: CogVideoX-2B has no other names of its layers" in error
-
-
-class TestMismatch:
-    """An export that is not the policy is never called done."""
-
-    def test_a_weight_that_was_written_wrongly(
-        self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        whole = DiffusersModel.save_full_policy
-
-        def spoil(model: DiffusersModel, folder: Path) -> None:
-            whole(model, folder)
-            file = folder / "diffusion_pytorch_model.safetensors"
-            tensors = load_file(file)
-            tensors["proj_out.weight"][0, 0] += 1e-3
-            save_file(tensors, file, metadata={"format": "pt"})
-
-        monkeypatch.setattr(DiffusersModel, "save_full_policy", spoil)
-        out = tmp_path / "out"
-        error = fails(capsys, wan.full, "--out", out)
-        assert "does not hold the weights of the policy: proj_out.weight differs by up to 0.001" in error
-        assert not out.exists()
-        kept = tmp_path / "out.unfinished"
-        assert str(kept) in error
-        assert (kept / "transformer" / "config.json").is_file()
-        monkeypatch.undo()
-        assert f"{kept} is what an earlier export left behind; delete it" in fails(
-            capsys, wan.full, "--out", out
-        )
-
-    @pytest.mark.parametrize("factor", [1.5, 0.0])
-    def test_a_scale_that_is_wrong(
-        self,
-        wan: Case,
-        tmp_path: Path,
-        factor: float,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        whole = export_write.save_diffusers
-
-        def spoil(adapter: Any, folder: Path, dtype: torch.dtype) -> None:
-            layers = {name: (down, factor * up) for name, (down, up) in adapter.layers.items()}
-            whole(type(adapter)(layers), folder, dtype)
-
-        monkeypatch.setattr(export_write, "save_diffusers", spoil)
-        error = fails(capsys, wan.lora, "--out", tmp_path / "out")
-        assert (
-            "the export does not hold the weights of the policy: blocks.0.attn1.to_k.lora_B differs by"
-            in error
-        )
-
-    def test_a_merge_that_is_wrong(
-        self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        whole = export_write.merge_adapter
-
-        def spoil(network: Any) -> None:
-            network.blocks[1].attn1.to_v.scaling["default"] *= 2
-            whole(network)
-
-        monkeypatch.setattr(export_write, "merge_adapter", spoil)
-        error = fails(capsys, wan.lora, "--merge", "--out", tmp_path / "out")
-        assert "on the same inputs its prediction differs by" in error
-
-    def test_an_export_that_breaks_off_leaves_nothing(
-        self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        def stop(*given: Any) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(export_write, "add_parts", stop)
-        assert export.main([str(wan.full), "--out", str(tmp_path / "out")]) == 130
-        assert "nothing was exported" in capsys.readouterr().err
-        assert list(tmp_path.iterdir()) == []
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            (["FULL", "--out", "OCCUPIED"], "is not empty; give another folder, or delete this one"),
-            (["FULL", "--out", "FILE"], "is a file; give a folder"),
-            (["FULL", "--out", "FILE/out"], "is a file; give another folder"),
-            (["FULLY", "--out", "out"], "there is no run or checkpoint at FULLY"),
-            (["FULL", "--out", "out", "--step", "3"], "no complete checkpoint step_00000003; give one of its steps"),
-            (["STEP", "--out", "out", "--step", "3"], "--step 3 chooses among the checkpoints of a run"),
-            (["FULL", "--out", "out", "--merge"], "--merge merges an adapter, but"),
-            (["FULL", "--out", "out", "--format", "peft"], "--format peft is the dialect of an adapter, but the"),
-            (["LORA", "--out", "out", "--format", "peft", "--merge"], "but a merged export is a whole model"),
-            (["LORA", "--out", "out", "--base", "FULL"], "has no model_index.json; give the folder of a whole"),
-            (["ALTERED", "--out", "out"], "was altered after it was saved"),
-        ],
-    )  # fmt: skip
-    def test_what_the_arguments_tell_needs_no_torch(
-        self, wan: Case, tmp_path: Path, arguments: list[str], words: str
-    ) -> None:
-        (tmp_path / "full").mkdir()
-        (tmp_path / "full" / "a.txt").touch()
-        (tmp_path / "file").touch()
-        altered = Path(shutil.copytree(wan.full, tmp_path / "altered"))
-        settings = altered / "checkpoints/step_00000004/policy/config.json"
-        settings.write_text(settings.read_text().replace('"num_layers": 2', '"num_layers": 1'))
-        places = {
-            "FULL": wan.full,
-            "LORA": wan.lora,
-            "STEP": wan.full / "checkpoints" / "step_00000002",
-            "OCCUPIED": tmp_path / "full",
-            "FILE": tmp_path / "file",
-            "FILE/out": tmp_path / "file" / "out",
-            "ALTERED": altered,
-        }
-        given = [str(places.get(argument, argument)) for argument in arguments]
-        script = (
-            "import sys; from vpo_engine.export import main\n"
-            "print(main(sys.argv[1:])); print('torch' in sys.modules)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script, *given], capture_output=True, text=True, check=True, cwd=tmp_path
-        )
-        assert words in done.stderr
-        assert done.stdout == "1\nFalse\n"
-        assert "Traceback" not in done.stderr
-        assert not (tmp_path / "out").exists()
-
-    def test_a_full_disk(
-        self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        real = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(shutil, "disk_usage", lambda place: real._replace(free=2**20))
-        error = fails(capsys, wan.full, "--out", tmp_path / "out")
-        assert f"the disk of {tmp_path} has 0.00 GiB free, but this export needs 0.02 GiB" in error
-        assert list(tmp_path.iterdir()) == []
-
-    def test_values_that_a_type_cannot_hold(
-        self, wan: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        run = RunDirectory(Path(shutil.copytree(wan.full, tmp_path / "run")))
-        folder = run.checkpoints / "step_00000004"
-        file = folder / "policy" / "diffusion_pytorch_model.safetensors"
-        tensors = load_file(file)
-        tensors["blocks.0.attn1.to_q.weight"][0, 0] = 1e6
-        save_file(tensors, file, metadata={"format": "pt"})
-        manifest = json.loads((folder / "manifest.json").read_text())
-        entry = manifest["files"]["policy/diffusion_pytorch_model.safetensors"]
-        entry.update(sha256=hashlib.sha256(file.read_bytes()).hexdigest(), bytes=file.stat().st_size)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        error = fails(capsys, run.root, "--dtype", "float16", "--out", tmp_path / "out")
-        assert (
-            "--dtype float16 cannot hold blocks.0.attn1.to_q.weight; give --dtype bfloat16 or float32"
-            in error
-        )
-        assert not (tmp_path / "out").exists()

@@ -39,7 +39,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     capsys.readouterr()
     assert sample.main([str(argument) for argument in (*arguments, "--prompt", PROMPT)]) == 1
     shown = capsys.readouterr()
-    assert shown.out == ""
+    assert ".mp4" not in shown.out
     lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert shown.err.endswith(lines[0] + "\n")
@@ -99,8 +99,8 @@ def test_the_command_writes_videos_of_a_published_folder(published: Path, tmp_pa
 def test_settings_may_be_given_as_words(published: Path, tmp_path: Path) -> None:
     """A bare transformer's folder, which does not say its kind, with the parts beside it."""
     parts = [f"model.{part}={published / part}" for part in ("vae", "text_encoder")]
-    words = [str(published / "transformer"), "model.kind=wan", *parts, *SMALL]
-    assert sample.main([*words, "--prompt", PROMPT, "--out", str(tmp_path)]) == 0
+    words = [str(published / "transformer"), *SMALL, "model.kind=wan", "--prompt", PROMPT, *parts]
+    assert sample.main([*words, "--out", str(tmp_path)]) == 0
 
 
 def test_an_export_is_sampled_as_its_run_was(adapter: Path, published: Path, tmp_path: Path) -> None:

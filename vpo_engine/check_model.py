@@ -5,7 +5,7 @@
 FOLDER is a text-to-video model in diffusers' layout; the family is found by its model_index.json, or named by --kind.
 Each line of the table compares one entry of the family's description with the diffusers pipeline of the folder itself:
 the error, the largest error that is rounding, and "ok" or "WRONG". A line that depends on a wrong one is not checked.
-Families without a diffusers pipeline (opensora, sprites, your own) are checked for agreement with themselves.
+Families without a diffusers pipeline are checked for agreement with themselves.
 
 Videos are as small as the family allows unless options say otherwise. A tiny folder takes seconds on a CPU; a
 published one should run on a GPU. The exit code is 1 if an entry is wrong.
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--size", type=parse_size, metavar="HEIGHTxWIDTH", help="size in pixels, such as 480x832"
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
 
     def run() -> int:
         rows = check_model(given.folder, given.kind, given.frames, given.size, given.words)

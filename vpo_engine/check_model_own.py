@@ -90,11 +90,12 @@ def _video_size(model: VideoModel) -> Finding:
 
 
 def _reference(model: VideoModel) -> Finding:
-    """Predict as the update does: the policy with a graph, the reference without one."""
+    """Predict for two samples of a prompt, as the update does: the policy with a graph, the reference without one."""
     reference = build_reference("copy", model.network)
     latents, t, text = fixed_inputs(model)
-    policy = model.predict(model.network, latents, t, text).detach()
-    again = model.predict(reference, latents, t, text)
+    pair = torch.cat([latents, -latents]), torch.cat([t, t])
+    policy = model.predict(model.network, *pair, text).detach()
+    again = model.predict(reference, *pair, text)
     return Finding(
         float((policy - again).abs().max()),
         0.0,

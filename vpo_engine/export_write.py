@@ -34,7 +34,7 @@ from vpo_engine.export_check import (
     sides,
     small_size,
 )
-from vpo_engine.export_folder import add_parts, check_space, written_at
+from vpo_engine.export_folder import ExportMismatchError, add_parts, check_space, written_at
 from vpo_engine.models.lora import WEIGHTS, adapter_parameters, load_adapter, save_adapter
 from vpo_engine.policy_source import INDEX, RECORD, PolicySource, record_text
 from vpo_engine.video_model import VideoModel
@@ -315,13 +315,18 @@ def _round_adapter(network: nn.Module, dtype: torch.dtype, scale_in_b: bool) -> 
 def _load_adapted(config: Config, base: Path | None, form: Format, folder: Path) -> nn.Module:
     """Load the base, and the adapter in ``folder`` on it, as users of its dialect do."""
     network = _load(config, lora=None).network
-    if form == "peft":
-        import peft
+    try:
+        if form == "peft":
+            import peft
 
-        peft.PeftModel.from_pretrained(network, str(folder))
-        return network
-    assert base is not None
-    pipeline = load_pipeline(base, transformer=network)
-    pipeline.load_lora_weights(str(folder), weight_name=DIFFUSERS_FILE)
-    loaded: nn.Module = pipeline.transformer
-    return loaded
+            peft.PeftModel.from_pretrained(network, str(folder))
+            return network
+        assert base is not None
+        pipeline = load_pipeline(base, transformer=network)
+        pipeline.load_lora_weights(str(folder), weight_name=DIFFUSERS_FILE)
+        loaded: nn.Module = pipeline.transformer
+        return loaded
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ExportMismatchError(
+            f"the adapter does not load ({error}); it is kept in {folder} and must not be used"
+        ) from error

@@ -17,6 +17,7 @@ from vpo_engine.config_file import load_config, parse_config
 from vpo_engine.runs.checkpoint import (
     checkpoint_name,
     complete_checkpoints,
+    evaluated_policy,
     newest_complete,
     verify_checkpoint,
 )
@@ -115,7 +116,9 @@ def run_source(
     verify_checkpoint(checkpoint)
     root = checkpoint.resolve().parent.parent
     saved, trained = RunDirectory.open(root).config, checkpoint / _POLICY
-    if average or (average is None and (checkpoint / _AVERAGE).is_dir()):
+    if average is None:
+        trained = evaluated_policy(checkpoint)
+    elif average:
         trained = checkpoint / _AVERAGE
     if not trained.is_dir():
         raise ValueError(

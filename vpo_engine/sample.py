@@ -60,7 +60,7 @@ class SampleOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     overrides = [word for word in given.run if "=" in word and not Path(word).exists()]
     sources = [word for word in given.run if word not in overrides]
     if len(sources) > 1:

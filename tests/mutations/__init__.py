@@ -1,6 +1,19 @@
 """Mistakes that the tests must notice: (name, file, old text, new text, tests). ``tests/mutants.py`` applies them."""
 
-from mutations import adapters, flow, models, parts, prompts, rollout, runs, scores, starting, state, step, update
+from mutations import (
+    adapters,
+    flow,
+    models,
+    parts,
+    prompts,
+    rollout,
+    runs,
+    scores,
+    starting,
+    state,
+    step,
+    update,
+)
 
 MUTATIONS = [
     *step.MUTATIONS,

@@ -98,8 +98,8 @@ def test_right_after_a_refresh_the_margin_is_zero(storage: Storage, name: str, d
 
 @pytest.mark.parametrize("storage", EXACT)
 def test_a_sample_alone_has_a_margin_of_zero_too(storage: Storage) -> None:
-    """In a batch of one, tensors that change their axes are not contiguous unless they are copied; torch then multiplies
-    trained weights in another order than frozen ones."""
+    """In a batch of one, tensors that change their axes are not contiguous unless they are copied, and torch multiplies
+    those by trained weights in another order than by frozen ones."""
     policy = policy_for(storage, "sprites", torch.float32)
     reference, arguments = build_reference(storage, policy), inputs(policy, rows=1)
     assert torch.equal(policy(**arguments), reference(**arguments))
