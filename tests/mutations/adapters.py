@@ -63,10 +63,10 @@ MUTATIONS = [
         TESTS_BASE,
     ),
     (
-        "blocks that end with their rows",
+        "the zeros of the last block taken for weights",
         BASE,
-        "weight = F.pad(weight.flatten(), (0, blocks * BLOCK - weight.numel())).view(blocks, BLOCK)",
-        "weight = F.pad(weight.flatten(), (0, blocks * BLOCK - weight.numel())).view(BLOCK, blocks)",
+        "return weight.flatten()[: math.prod(shape)].view(shape)",
+        "return weight.flatten()[-math.prod(shape) :].view(shape)",
         TESTS_BASE,
     ),
     (
