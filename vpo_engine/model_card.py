@@ -7,6 +7,7 @@ from typing import Any
 
 from vpo_engine.config import Config
 from vpo_engine.metrics.summary import change, number_texts, verdict
+from vpo_engine.models.registry import model_family
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import read_metrics
 
@@ -110,6 +111,11 @@ def _use(config: Config, repo: str) -> str:
     """Return the commands that load the policy; each is complete but for local paths."""
     fetch = f"```sh\nhf download {repo} --local-dir policy\n"
     kind = config.model.kind
+    if pipelines := model_family(kind).card.pipelines:
+        load = f'pipeline = DiffusionPipeline.from_pretrained("policy")  # {pipelines[0]}'
+        if config.model.lora is not None:
+            load = 'pipeline.load_lora_weights("policy")  # of a pipeline of the base model'
+        return f"{fetch}```\n\nIn diffusers:\n\n```python\n{load}\n```\n"
     if config.model.lora is not None:
         return (
             f"{fetch}```\n\nThe folder is an adapter in PEFT's format; `peft.LoraConfig.from_pretrained` and "

@@ -2,6 +2,8 @@
 
     vpo push RUN USER/NAME [--private] [--dry-run]        (or python -m vpo_engine.push)
 
+What is published is what vpo_engine.export makes of the run, where the model has a diffusers pipeline: a complete
+folder, or an adapter. Of other models it is the policy in its own layout, or the adapter in PEFT's format.
 --dry-run writes the folder that would be uploaded to RUN/hub, prints the card, and sends nothing. Log in first with
 hf auth login, or set HF_TOKEN. Neither prompts nor local paths are published.
 """
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ from pathlib import Path
 
 from vpo_engine.command import report_errors
 from vpo_engine.config_file import load_config
+from vpo_engine.export import ExportOptions, export
+from vpo_engine.export_folder import link_or_copy
 from vpo_engine.model_card import card
+from vpo_engine.models.registry import model_family
 from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete
 from vpo_engine.runs.directory import RunDirectory
 
@@ -35,13 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
     parser.add_argument("--dry-run", action="store_true", help="send nothing, and print the card")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="FOLDER",
+        help="complete published folder of the model, for a run whose model.policy is a bare transformer",
+    )
     given = parser.parse_args(arguments)
-    return report_errors(lambda: push(given.run, given.repo, given.private, given.dry_run))
+    return report_errors(lambda: push(given.run, given.repo, given.private, given.dry_run, given.base))
 
 
-def push(root: Path, repo: str, private: bool, dry_run: bool) -> int:
+def push(root: Path, repo: str, private: bool, dry_run: bool, base: Path | None = None) -> int:
     """Publish the last policy of the run at ``root`` as ``repo``; return the exit code.
 
+    base: see ``vpo_engine.export.ExportOptions``.
     ValueError for a run that has not finished, for a name that is none, and for whatever the Hub refuses.
     """
     from huggingface_hub.errors import HFValidationError
@@ -54,7 +65,7 @@ def push(root: Path, repo: str, private: bool, dry_run: bool) -> int:
         raise ValueError(f"{repo!r} cannot be the name of a repository ({error}); give USER/NAME") from error
     if repo.count("/") != 1:
         raise ValueError(f"{repo!r} cannot be the name of a repository; give USER/NAME")
-    folder = write_folder(run, repo)
+    folder = write_folder(run, repo, base)
     if dry_run:
         print((folder / "README.md").read_text(encoding="utf-8"))
         print(f"nothing was sent; the folder that would be uploaded is {folder}")
@@ -63,7 +74,7 @@ def push(root: Path, repo: str, private: bool, dry_run: bool) -> int:
     return 0
 
 
-def write_folder(run: RunDirectory, repo: str) -> Path:
+def write_folder(run: RunDirectory, repo: str, base: Path | None = None) -> Path:
     """Write the run's last policy and its card to the folder ``hub`` of the run, anew, and return it.
 
     With ema.decay it is the moving average, whose numbers the card has.
@@ -73,24 +84,19 @@ def write_folder(run: RunDirectory, repo: str) -> Path:
         raise ValueError(f"{run.root} has not finished, so there is no result to publish; resume it first")
     folder = run.root / "hub"
     shutil.rmtree(folder, ignore_errors=True)
-    policy = evaluated_policy(newest)
-    for file in sorted(item for item in policy.rglob("*") if item.is_file()):
-        target = folder / file.relative_to(policy)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(file, target)
+    policy, config = evaluated_policy(newest), load_config(run.config)
+    if model_family(config.model.kind).card.pipelines:
+        export(newest, folder, ExportOptions(ema=policy != newest / "policy", base=base))
+    else:
+        for file in sorted(item for item in policy.rglob("*") if item.is_file()):
+            target = folder / file.relative_to(policy)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, target)
     if (folder / _ADAPTER).is_file():
         _hide_base(folder / _ADAPTER)
-    text = card(run, load_config(run.config), repo, int(newest.name.rpartition("_")[2]))
+    text = card(run, config, repo, int(newest.name.rpartition("_")[2]))
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
-
-
-def _link_or_copy(file: Path, target: Path) -> None:
-    """Let ``target`` have the content of ``file``, without taking room on the disk where that is possible."""
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
 
 
 def _hide_base(file: Path) -> None:
