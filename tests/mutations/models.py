@@ -88,15 +88,15 @@ MUTATIONS = [
     (
         "both branches of guidance exchanged",
         GUIDANCE,
-        "prompted, unprompted = branch",
-        "unprompted, prompted = branch",
+        "unprompted, prompted = halves if",
+        "prompted, unprompted = halves if",
         REPLAY,
     ),
     (
         "the null caption before the prompt",
         GUIDANCE,
-        "TextEmbedding.cat([text, null_text(text)])",
-        "TextEmbedding.cat([null_text(text), text])",
+        "parts[::-1] if negative_first else parts",
+        "parts if negative_first else parts[::-1]",
         REPLAY,
     ),
     (
@@ -109,8 +109,8 @@ MUTATIONS = [
     (
         "prompts in turn, not each next to itself",
         GUIDANCE,
-        "text = text.repeat_interleave(len(latents) // len(text))",
-        "text = TextEmbedding.cat([text] * (len(latents) // len(text)))",
+        "repeated = text.repeat_interleave(samples)",
+        "repeated = TextEmbedding.cat([text] * samples)",
         REPLAY,
     ),
     (
