@@ -1,7 +1,7 @@
 """Measure seconds per prompt of the engine's rollout and of a diffusers pipeline that is called for each candidate.
 
-Both sample the same folder from the same noise and text embeddings, with guidance, and give the same latents; neither
-encodes text or decodes. The networks have random weights: tiny ones, and small ones of some millions of parameters.
+Both sample the same folder from the same noise, with guidance, and give the same latents. Both encode every text once,
+and neither decodes. The networks have random weights: tiny ones, and small ones of some millions of parameters.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,18 @@ from torch import Tensor
 from vpo_engine.build import build_model
 from vpo_engine.config import RolloutConfig
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.models.diffusers_model import DiffusersModel
 from vpo_engine.seeding import normal
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from tiny_pipelines import FOLDERS, NEGATIVE, SMALL, run_config, sized
+from tiny_pipelines import FOLDERS, NEGATIVE, run_config, sized
 
 CANDIDATES, STEPS, GUIDANCE, ROUNDS = 4, 4, 5.0, 3
 PROMPTS = ["a red ball rolls over the grass", "two blue dogs run over the hill"]
 TOLERANCE = 1e-4
-WIDER = {
-    "cogvideox": {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 4, "time_embed_dim": 128},
-    "wan": {
-        "num_attention_heads": 4,
-        "attention_head_dim": 64,
-        "num_layers": 4,
-        "ffn_dim": 1024,
-        "freq_dim": 256,
-    },
-    "ltx": {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 4, "cross_attention_dim": 256},
-}
-"""Settings of the transformers that make a tiny folder a small one, of some million parameters."""
+HEADS, HEAD_DIM, LAYERS = 4, 64, 4
+"""Of the transformer that makes a tiny folder a small one, of some million parameters."""
 
 
 def folder_of(kind: str, size: str, where: Path) -> Path:
@@ -51,16 +43,34 @@ def folder_of(kind: str, size: str, where: Path) -> Path:
     if size == "small":
         pipeline = pipeline_of(folder)
         torch.manual_seed(0)
-        built = type(pipeline.transformer).from_config({**pipeline.transformer.config, **WIDER[kind]})
+        built = type(pipeline.transformer).from_config(widened(dict(pipeline.transformer.config)))
         built.save_pretrained(folder / "transformer")
     return folder
 
 
+def widened(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a transformer with more and wider layers."""
+    width = HEADS * HEAD_DIM
+    changes = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "num_layers": LAYERS}
+    changes |= {"ffn_dim": 4 * width, "cross_attention_dim": width}
+    return config | {name: value for name, value in changes.items() if name in config}
+
+
 def pipeline_of(folder: Path) -> Any:
+    """Return the pipeline, which encodes every prompt once."""
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(folder).to(device())
     pipeline.set_progress_bar_config(disable=True)
+    encode, known = pipeline.encode_prompt, {}
+
+    def encode_once(*args: Any, **kwargs: Any) -> Any:
+        key = repr((args, kwargs))
+        if key not in known:
+            known[key] = encode(*args, **kwargs)
+        return known[key]
+
+    pipeline.encode_prompt = encode_once
     return pipeline
 
 
@@ -79,9 +89,10 @@ def test_rollout_against_the_pipeline(kind: str, size: str, tmp_path: Path, benc
     )
     model = build_model(config, Processes.start(str(device())), say=lambda line: None)
     rollout = RolloutConfig(candidates=CANDIDATES, steps=STEPS, guidance=GUIDANCE)
+    assert isinstance(model, DiffusersModel)
     model.prepare(PROMPTS)
     text, positions = model.embed(PROMPTS), range(len(PROMPTS))
-    calls = pipeline_calls(kind, pipeline_of(folder), model)
+    calls = pipeline_calls(pipeline_of(folder), model)
 
     def engine() -> Tensor:
         networks = model.network, model.network
@@ -125,56 +136,24 @@ def test_rollout_against_the_pipeline(kind: str, size: str, tmp_path: Path, benc
         )
 
 
-def pipeline_calls(kind: str, pipeline: Any, model: Any) -> list[Callable[[], Tensor]]:
+def pipeline_calls(pipeline: Any, model: DiffusersModel) -> list[Callable[[], Tensor]]:
     """Return a call of the pipeline for each candidate of each prompt; it returns latents [C, T, H, W]."""
-    frames, height, width = SMALL[kind]
     calls = []
     for position, prompt in enumerate(PROMPTS):
-        given = embeddings(kind, pipeline, prompt)
         for noise in normal((CANDIDATES, *model.latent_shape), 0, "rollout", position):
-            start = noise[None].to(device())
             settings = {
-                "latents": start.permute(0, 2, 1, 3, 4)
-                if kind == "cogvideox"
-                else packed(kind, model, start),
-                "num_frames": frames,
-                "height": height,
-                "width": width,
+                "prompt": prompt,
+                "negative_prompt": NEGATIVE,
+                "num_frames": model.setup.num_frames,
+                "height": model.setup.height,
+                "width": model.setup.width,
                 "num_inference_steps": STEPS,
                 "guidance_scale": GUIDANCE,
-                "output_type": "latent",
-                "return_dict": False,
-                **given,
             }
-            if kind == "ltx":
-                settings["frame_rate"] = model.fps
-            calls.append(lambda settings=settings: unpacked(kind, model, pipeline(**settings)[0]))
+            calls.append(partial(latents_of, pipeline, model, noise[None].to(device()), settings))
     return calls
 
 
-def embeddings(kind: str, pipeline: Any, prompt: str) -> dict[str, Any]:
-    """Return the text embeddings of a prompt and of the negative prompt, as the pipeline's call takes them."""
-    length = {"max_sequence_length": 512} if kind == "wan" else {}
-    found = pipeline.encode_prompt(prompt, NEGATIVE, True, **length)
-    if kind != "ltx":
-        return {"prompt_embeds": found[0], "negative_prompt_embeds": found[1]}
-    names = (
-        "prompt_embeds",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "negative_prompt_attention_mask",
-    )
-    return dict(zip(names, found, strict=True))
-
-
-def packed(kind: str, model: Any, latents: Tensor) -> Tensor:
-    return model.to_layout(latents) if kind == "ltx" else latents
-
-
-def unpacked(kind: str, model: Any, latents: Tensor) -> Tensor:
-    """Return the pipeline's latents [1, ...] as [C, T, H, W]."""
-    if kind == "cogvideox":
-        return latents.permute(0, 2, 1, 3, 4)[0]
-    if kind == "ltx" and latents.dim() == 3:
-        return model.from_layout(latents)[0]
-    return latents[0]
+def latents_of(pipeline: Any, model: DiffusersModel, noise: Tensor, settings: dict[str, Any]) -> Tensor:
+    given = model.pipeline_arguments() | {"output_type": "latent", "return_dict": False}
+    return model.from_layout(pipeline(**settings, **given, latents=model.to_layout(noise))[0])[0]

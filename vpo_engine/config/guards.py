@@ -37,8 +37,8 @@ class GuardsConfig(Section):
 
     motion_floor: float | None = Field(None, gt=0, le=100)
     """Mean motion below which a video never wins a pair, in per cent of the shorter side per frame; null: any video may
-    win. Online pairs are known to favour still videos (DenseDPO, arXiv 2506.03517; the paper's Table 3 on
-    CogVideoX)."""
+    win. Online pairs are known to favour still videos (DenseDPO, arXiv 2506.03517; the second model of the
+    paper's Table 3)."""
     reward: HeldOutRewardConfig | None = None
     """The held-out reward; null: the judge of the sprites world there, and none for other models."""
     window: int = Field(5, ge=4)
