@@ -19,8 +19,8 @@ MUTATIONS = [
     (
         "flow: UniPC never corrects",
         SOLVERS,
-        "        if step:\n            latents = self._corrected(step, clean, *memory)",
-        "        if False:\n            latents = self._corrected(step, clean, *memory)",
+        "latents = self._corrected(step, clean, *memory)",
+        "pass",
         TESTS_SOLVERS,
     ),
     (
@@ -47,8 +47,8 @@ MUTATIONS = [
     (
         "flow: a given shift is forgotten",
         SOLVERS,
-        "    if flow_shift is not None:",
-        "    if flow_shift is None:",
+        "if flow_shift is not None:",
+        "if flow_shift is None:",
         TESTS_SOLVERS,
     ),
     (
