@@ -101,6 +101,13 @@ def test_a_prepared_network_is_the_network_of_diffusers(name: str) -> None:
         assert torch.equal(network(**arguments(name))[0], network(**arguments(name), loop=None)[0])
 
 
+def test_a_network_may_be_prepared_again(name: str) -> None:
+    network = prepared(name)
+    kinds = [type(module) for module in network.modules()]
+    prepare_network(network, [])
+    assert [type(module) for module in network.modules()] == kinds
+
+
 @pytest.mark.parametrize("mode", get_args(ActivationCheckpointing))
 def test_checkpointing_changes_no_bit(name: str, mode: ActivationCheckpointing) -> None:
     network = prepared(name)

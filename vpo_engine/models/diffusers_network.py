@@ -153,7 +153,8 @@ def _forward(block: nn.Module, *inputs: Any) -> Outputs:
 
 def _exchange(module: Any, mixin: type) -> None:
     kind: Any = type(module)
-    module.__class__ = _mixed(mixin, kind)
+    if not issubclass(kind, mixin):
+        module.__class__ = _mixed(mixin, kind)
 
 
 @functools.cache
