@@ -28,6 +28,16 @@ def test_every_file_in_the_tables_of_the_tour_exists() -> None:
     assert sorted(name for name in names if not _exists(name)) == []
 
 
+def test_the_page_of_a_new_model_followed_word_by_word_gives_its_file() -> None:
+    """The blocks of code in docs/new_model.md, one after the other; only empty lines may lie between them."""
+    page = (ROOT / "docs/new_model.md").read_text(encoding="utf-8")
+    written = "".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    file = (ROOT / "vpo_engine/models/ltx.py").read_text(encoding="utf-8")
+    lines, own = ([line for line in text.splitlines() if line] for text in (written, file))
+    assert lines == own
+    assert len(file.splitlines()) < 150
+
+
 def _files(code: str) -> list[str]:
     """Return the names of Python files in a piece of code, without patterns such as ``rewards/NAME.py``."""
     names = re.findall(r"[\w./*]+\.py\b", code)

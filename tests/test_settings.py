@@ -68,7 +68,7 @@ def test_shipped_configurations_name_the_schema_and_keep_to_it(path: Path) -> No
     schema = json.loads(settings.SCHEMA.read_text(encoding="utf-8"))
 
     def check(values: dict[str, Any], described: dict[str, Any], where: str) -> None:
-        described = next((choice for choice in described.get("anyOf", []) if "$ref" in choice), described)
+        described = next((kind for kind in described.get("anyOf", ()) if "$ref" in kind), described)
         described = (
             schema["$defs"][described["$ref"].rsplit("/", 1)[-1]] if "$ref" in described else described
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from flow_folders import LTX_SCHEDULER, NEGATIVE, PROMPTS, load, ltx_folder
 from torch import Tensor
 
 from vpo_engine.models.ltx import DECODE_NOISE, DECODE_SEED, DECODE_TIME
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +176,3 @@ def test_folders_of_other_shapes_are_refused(
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
     with pytest.raises(ValueError, match=said):
         load_model("ltx", copy)
-
-
-def test_the_page_followed_word_by_word_gives_the_file() -> None:
-    """The blocks of code in docs/new_model.md, one after the other; formatting decides how many lines lie between."""
-    page = (ROOT / "docs/new_model.md").read_text(encoding="utf-8")
-    written = "".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
-    file = (ROOT / "vpo_engine/models/ltx.py").read_text(encoding="utf-8")
-    lines, own = ([line for line in text.splitlines() if line] for text in (written, file))
-    assert lines == own
-    assert len(file.splitlines()) < 150

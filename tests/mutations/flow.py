@@ -19,8 +19,8 @@ MUTATIONS = [
     (
         "flow: UniPC never corrects",
         SOLVERS,
-        "if step:\n            latents = self._corrected(step, clean, *memory)",
-        "if False:\n            latents = self._corrected(step, clean, *memory)",
+        "latents = self._corrected(step, clean, *memory)",
+        "pass",
         TESTS_SOLVERS,
     ),
     (
