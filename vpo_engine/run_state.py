@@ -39,7 +39,7 @@ def restore(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     policy: Path,
-    average: Path,
+    average: Path | None = None,
 ) -> tuple[int, dict[str, Tensor]]:
     """Put a checkpoint back into the algorithm, and return the steps done and the baseline evaluation.
 
@@ -51,6 +51,7 @@ def restore(
     algorithm.optimizer.load_state_dict(dict(tensors["optimizer"]))
     algorithm.refreshed_at = state["refreshed_at"]
     if algorithm.average is not None:
+        assert average is not None
         with algorithm.average.in_place():
             algorithm.model.load_policy(average)
         algorithm.average.updates = algorithm.optimizer_steps

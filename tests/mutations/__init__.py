@@ -1,6 +1,6 @@
 """Mistakes that the tests must notice: (name, file, old text, new text, tests). ``tests/mutants.py`` applies them."""
 
-from mutations import models, prompts, rollout, runs, scores, starting, state, step, update
+from mutations import adapters, flow, models, prompts, rollout, runs, scores, starting, state, step, update
 
 MUTATIONS = [
     *step.MUTATIONS,
@@ -12,4 +12,6 @@ MUTATIONS = [
     *runs.MUTATIONS,
     *prompts.MUTATIONS,
     *starting.MUTATIONS,
+    *adapters.MUTATIONS,
+    *flow.MUTATIONS,
 ]

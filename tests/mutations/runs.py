@@ -81,8 +81,9 @@ MUTATIONS = [
     (
         "the policy at the end evaluated as the reference",
         TRAINER,
-        "network = self._algorithm.model.network final =",
-        "network = self._algorithm.reference\n            final =",
+        "network = self._algorithm.model.network with self._algorithm.evaluated_weights(): final =",
+        "network = self._algorithm.reference\n            with self._algorithm.evaluated_weights():\n"
+        "                final =",
         EVALUATION,
     ),
     (

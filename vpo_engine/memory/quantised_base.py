@@ -91,6 +91,12 @@ def frozen_layers(network: nn.Module) -> list[FrozenLinear]:
     return [module for module in network.modules() if isinstance(module, FrozenLinear)]
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Return whether products with x are computed in autocast's type; meta tensors have none."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 class FrozenLinear(nn.Linear):
     """A linear layer [..., in] to [..., out] over a weight in 8 or 4 bits, which gets no gradient.
 
@@ -130,9 +136,8 @@ class FrozenLinear(nn.Linear):
         ).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        if under_autocast(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.is_grad_enabled() and x.requires_grad:
             return _Product.apply(x, self)
         return self._product(x)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vpo_engine.config import LoraConfig
+from vpo_engine.memory.quantised_base import under_autocast
 from vpo_engine.seeding import generator
 from vpo_engine.video_model import ModelCard
 
@@ -210,7 +211,7 @@ class _AdapterLinear(nn.Linear):
     """A float32 matrix of an adapter, without a bias, that computes in the type of its input, or in autocast's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if under_autocast(x):
             return F.linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
