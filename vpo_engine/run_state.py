@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vpo_engine.memory.host_copy import HostCopies
 from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.video_model import VideoModel
 
 
 def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -43,3 +46,12 @@ def restore(
     algorithm.optimizer.load_state_dict(dict(tensors["optimizer"]))
     algorithm.refreshed_at = state["refreshed_at"]
     return state["step"], dict(tensors["baseline"])
+
+
+def policy_writer(model: VideoModel, copies: HostCopies | None) -> Callable[[Path], None]:
+    """Return what writes the policy as it is now, from ``copies`` of it; without them, as it is when it is called."""
+    if copies is None:
+        return model.save_policy
+    twin = copy.copy(model)
+    twin.network = copies.network(model.network)
+    return twin.save_policy

@@ -196,7 +196,7 @@ MUTATIONS = [
     (
         "torchrun is told nothing",
         "vpo_engine/command.py",
-        '_tell_torchrun(f"error: {error}")',
+        'tell_torchrun(f"error: {error}")',
         "pass",
         COMMANDS,
     ),
