@@ -19,7 +19,14 @@ from typing import Any
 
 import torch
 
-PRELOADED = ["pytest", "torch.distributed.fsdp", "torch.multiprocessing", "vpo_engine.train", "peft"]
+PRELOADED = [
+    "pytest",
+    "torch.distributed.fsdp",
+    "torch.multiprocessing",
+    "vpo_engine.train",
+    "vpo_engine.training",
+    "peft",
+]
 
 
 @functools.cache

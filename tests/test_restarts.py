@@ -80,17 +80,16 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_by_itself(
 
 @pytest.mark.long
 def test_a_run_that_fails_in_the_same_way_again_says_so(smallest: list[str], tmp_path: Path) -> None:
-    began = time.monotonic()
     run = tmp_path / "run"
-    code, said = torchrun(
-        tmp_path, 9, "fail", [*smallest, *SETTINGS, "checkpoint.every=1", f"run_dir={run}"], restarts=3
-    )
+    code, said = torchrun(tmp_path, 9, "fail", [*smallest, *SETTINGS, f"run_dir={run}"], restarts=1)
     assert code == 1
-    assert time.monotonic() - began < 200
+    assert (
+        "note: the attempt before began after step 0 as well, and saved nothing; the last ended in step 2 by an error "
+        "of rank 1: broken at "
+    ) in said
     attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
-    assert [line["from"] for line in attempts if "from" in line] == [0, 1, 2, 3], "each attempt made one step"
-    assert "saved nothing" not in said
-    assert [line["step"] for line in attempts if "error" in line] == [2, 3, 4, 5]
+    assert [line["from"] for line in attempts if "from" in line] == [0, 0]
+    assert [(line["step"], line["rank"]) for line in attempts if "error" in line] == [(2, 1), (2, 1)]
 
 
 FAKES = {

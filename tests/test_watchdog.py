@@ -137,7 +137,25 @@ def test_a_process_that_is_silent_is_named_by_those_that_wait_for_it(clock: Cloc
         said = fast.watchdog.look()
     assert said is not None
     assert re.match(
-        r"rank 1 on \S+ is in rollout of step 3 for 64 s, longer than its limit of 60 s, and rank 0 on ", said
+        r"rank 1 on \S+ is in rollout of step 3 for 64 s \(silent for 64 s\), longer than its limit of 60 s; rank 0 ",
+        said,
+    )
+
+
+def test_a_process_that_was_frozen_while_it_waited_is_not_taken_for_one_that_waits(
+    clock: Clock, two: list[Member]
+) -> None:
+    one, frozen = two
+    with one.stages("update"), one.stages.waiting(), frozen.stages("reward"), frozen.stages.waiting():
+        frozen.watchdog.look()
+        one.watchdog.look()
+        clock.now += 61
+        assert one.watchdog.look() is None
+        clock.now += 3
+        said = one.watchdog.look()
+    assert said is not None
+    assert re.match(
+        r"rank 1 on \S+ has said nothing for 64 s \(it was in reward of step 0\); rank 0 on ", said
     )
 
 
@@ -223,7 +241,7 @@ def test_a_rank_that_hangs_ends_the_run_within_its_limit(
     how: str, smallest: list[str], tmp_path: Path, start: Callable[..., Group]
 ) -> None:
     run = tmp_path / "run"
-    limit = 6.0
+    limit = 10.0
     group = start([*smallest, f"run_dir={run}", f"distributed.stage_minutes={limit / 60}"], "1", how)
     began = time.monotonic()
     ended = group.processes[0 if how == "frozen" else 1]
@@ -231,11 +249,13 @@ def test_a_rank_that_hangs_ends_the_run_within_its_limit(
     assert ended.exitcode == 124, group.printed()
     assert time.monotonic() - began < 100
     said = group.printed()
-    assert re.search(
-        r"error: rank 1 on \S+ is in reward of step 3 for \d+ s, longer than its limit of 6 s", said
+    named = r"is in reward of step 3 for \d+ s, longer than its limit of 10 s"
+    silent = (
+        r"(has said nothing for 1\d s \(it was in .+ of step \d\)|is in .+ \(silent for \d+ s\), longer than)"
     )
+    assert re.search(rf"error: rank 1 on \S+ {silent if how == 'frozen' else named}", said), said
     assert "the same command goes on from its newest checkpoint" in said
-    assert "is in reward of step 3" in (run / "attempts.jsonl").read_text()
+    assert '"error": "rank 1 on ' in (run / "attempts.jsonl").read_text()
     if how == "asleep":
         group.processes[0].join(30)
         assert group.processes[0].exitcode == 1

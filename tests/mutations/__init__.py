@@ -1,6 +1,6 @@
 """Mistakes that the tests must notice: (name, file, old text, new text, tests). ``tests/mutants.py`` applies them."""
 
-from mutations import models, parts, prompts, rollout, runs, scores, starting, state, step, update
+from mutations import models, parts, prompts, rollout, runs, scores, starting, state, step, survival, update
 
 MUTATIONS = [
     *step.MUTATIONS,
@@ -13,4 +13,5 @@ MUTATIONS = [
     *parts.MUTATIONS,
     *prompts.MUTATIONS,
     *starting.MUTATIONS,
+    *survival.MUTATIONS,
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import safetensors.torch
 from test_resume import assert_same
 
 from vpo_engine.errors import CheckpointError
+from vpo_engine.runs import saving
 from vpo_engine.runs.saving import CheckpointSaver
 
 SETTINGS = (
@@ -38,8 +40,28 @@ def files_of(run: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the writer begin only when the run waits for it: after the next step, which has changed everything."""
+    waited, write, settle = threading.Event(), saving.save_checkpoint, CheckpointSaver.settle
+
+    def write_late(*args: Any, **parts: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert waited.wait(30)
+            waited.clear()
+        write(*args, **parts)
+
+    def settle_now(saver: CheckpointSaver) -> None:
+        if saver._thread is not None:
+            waited.set()
+        settle(saver)
+
+    monkeypatch.setattr(saving, "save_checkpoint", write_late)
+    monkeypatch.setattr(CheckpointSaver, "settle", settle_now)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
-def test_every_file_is_the_same_byte_for_byte(storage: str, tmp_path: Path) -> None:
+def test_every_file_is_the_same_byte_for_byte(storage: str, tmp_path: Path, late: None) -> None:
     settings = (*SETTINGS, *STORAGES[storage])
     engine.train(engine.make_config(tmp_path, *settings))
     other = f"run_dir={tmp_path / 'other'}"

@@ -22,7 +22,7 @@ from vpo_engine.reference.store import HeldReference
 from vpo_engine.runs.checkpoint import complete_checkpoints, verify_checkpoint
 from vpo_engine.runs.log import RunLog
 
-STEPS = 30
+STEPS = 50
 SETTINGS = (
     f"steps={STEPS}",
     "objective.micro_batch_size=2",
@@ -30,18 +30,18 @@ SETTINGS = (
     "evaluation.every=4",
     "checkpoint.every=1",
     "checkpoint.keep=3",
-    "pairs.dataset=scores",
+    "pairs.dataset=latents",
 )
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "rollout": (StopPoints, "check", 40),
-    "backward": (torch.Tensor, "backward", 8),
-    "refresh": (HeldReference, "refresh", 2),
-    "evaluation": (HeldOut, "evaluate", 2),
-    "log": (RunLog, "write", 4),
-    "save: half a file": (safetensors.torch, "save_file", 8),
-    "save: sync": (os, "fsync", 20),
-    "save: rename": (os, "rename", 4),
-    "save: removal of an old one": (shutil, "rmtree", 3),
+    "rollout": (StopPoints, "check", 25),
+    "backward": (torch.Tensor, "backward", 5),
+    "refresh": (HeldReference, "refresh", 1),
+    "evaluation": (HeldOut, "evaluate", 1),
+    "log": (RunLog, "write", 3),
+    "save: half a file": (safetensors.torch, "save_file", 6),
+    "save: sync": (os, "fsync", 14),
+    "save: rename": (os, "rename", 2),
+    "save: removal of an old one": (shutil, "rmtree", 2),
 }
 """Places where a process is killed: owner and name of a function, and within how many calls of it."""
 

@@ -11,14 +11,15 @@ import torch.distributed as dist
 from vpo_engine.distributed.machine import is_running
 
 _NOTICE = 10.0
-"""Seconds for a process to notice by itself that another one is gone."""
+"""Seconds for a process to notice by itself that another one is gone; a word that is older is not fresh."""
 _LOST, _LEFT = "lost", "left"
 """Keys: what is said of a process that was lost; and, with its rank, that a process took its leave."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """What a process says of itself: where it is, for how many seconds, and how many it may be there."""
+    """What a process says of itself: where it is, for how many seconds, and how many it may be there. silent: seconds
+    since it said so."""
 
     rank: int
     host: str
@@ -30,10 +31,17 @@ class Word:
     pid: int = 0
     place: str | None = None
     number: int = 0
+    silent: float = 0.0
+
+    @property
+    def fresh(self) -> bool:
+        """Return whether the process said this a moment ago."""
+        return self.silent < _NOTICE
 
     def __str__(self) -> str:
         doing = f"waits for other processes in {self.stage}" if self.waiting else f"is in {self.stage}"
-        return f"rank {self.rank} on {self.host} {doing} of step {self.step} for {self.seconds:.0f} s"
+        since = "" if self.fresh else f" (silent for {self.silent:.0f} s)"
+        return f"rank {self.rank} on {self.host} {doing} of step {self.step} for {self.seconds:.0f} s{since}"
 
 
 class Board:
@@ -60,7 +68,10 @@ class Board:
             if rank not in self._seen or self._seen[rank][0].number != word.number:
                 self._seen[rank] = word, self._clock()
         now = self._clock()
-        return [replace(word, seconds=word.seconds + now - at) for word, at in self._seen.values()]
+        return [
+            replace(word, seconds=word.seconds + now - at, silent=now - at)
+            for word, at in self._seen.values()
+        ]
 
     def lost(self, here: str | None) -> str | None:
         """Return what is said of a process that has ended without taking leave; None while there is none.

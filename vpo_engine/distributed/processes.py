@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vpo_engine.distributed.meeting import meet
 from vpo_engine.distributed.stages import Stages
 from vpo_engine.errors import LostProcessError
 
@@ -62,6 +63,8 @@ class Processes:
             chosen = torch.device("cuda", chosen.index if chosen.index is not None else local_rank)
             torch.cuda.set_device(chosen)
         store = None
+        if count > 1 and not dist.is_initialized():
+            store = meet(next(dist.rendezvous("env://"))[0], rank, count)
         if reward_process:
             if count == 1:
                 raise ValueError(
@@ -69,12 +72,9 @@ class Processes:
                     "train; start at least 2 (torchrun --nproc-per-node=2), or set it to false"
                 )
             count -= 1
-            store, *_ = next(dist.rendezvous("env://"))
             if rank == count:
                 return Processes(rank, count, chosen, store=store)
-        if count > 1 and not dist.is_initialized():
-            if store is None:
-                store, *_ = next(dist.rendezvous("env://"))
+        if count > 1 and store is not None:
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             own = dist.PrefixStore("training", store)
             dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=limit)

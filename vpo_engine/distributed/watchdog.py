@@ -58,7 +58,7 @@ class LimitRule:
         return None if longest is None else max(60 * LEAST_MINUTES, TIMES_LONGEST * longest)
 
     def together(self) -> float:
-        """Return the limit of an operation in which every process waits and none works."""
+        """Return the limit of silence, and of an operation in which every process waits and none works."""
         return 60 * (self._minutes if isinstance(self._minutes, float) else LEAST_MINUTES)
 
 
@@ -126,16 +126,21 @@ class Watchdog:
             return f"{lost}; {own}"
         if not now.waiting:
             return f"{own}, longer than its limit of {limit:.0f} s{_named(others)}" if _over(own) else None
+        return self._blame(own, others)
+
+    def _blame(self, own: Word, others: list[Word]) -> str | None:
+        """Return why the run has to end while this process waits: another one hangs, or all wait for each other."""
+        limit, grace = self._rule.together(), 2 * self._interval
         for other in others:
-            if not other.waiting and _over(other, grace=2 * self._interval):
-                return f"{other}, longer than its limit of {other.limit:.0f} s, and {own}"
+            if other.silent > limit + grace:
+                where = f"it was in {other.stage} of step {other.step}"
+                return f"rank {other.rank} on {other.host} has said nothing for {other.silent:.0f} s ({where}); {own}"
+            if not other.waiting and _over(other, grace):
+                return f"{other}, longer than its limit of {other.limit:.0f} s; {own}"
         everyone = [own, *others]
-        quiet = min(word.seconds for word in everyone)
-        if (
-            len(everyone) == self._count
-            and all(word.waiting for word in everyone)
-            and quiet > self._rule.together()
-        ):
+        if len(everyone) < self._count or not all(word.waiting and word.fresh for word in everyone):
+            return None
+        if min(word.seconds for word in everyone) > limit:
             return f"all processes wait for each other and none works: {own}{_named(others)}"
         return None
 
