@@ -12,8 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from vpo_engine.config import LoraConfig
 from vpo_engine.errors import CheckpointError
 from vpo_engine.memory.host_copy import HostCopies
+from vpo_engine.models.lora import inject_adapter, save_adapter
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete
 from vpo_engine.runs.saving import CheckpointSaver
 
@@ -174,7 +176,7 @@ def test_the_copies_use_the_same_memory_at_every_save(monkeypatch: pytest.Monkey
 
 
 def test_the_copy_of_a_network_shares_what_is_never_trained() -> None:
-    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     network[0].requires_grad_(False)
     network[1].bias.requires_grad_(False)
     made = HostCopies(CPU).network(network)
@@ -183,9 +185,28 @@ def test_the_copy_of_a_network_shares_what_is_never_trained() -> None:
     assert made[2] is not network[2]
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with torch.no_grad():
-        for value in [*(p for p in network.parameters() if p.requires_grad), *network.buffers()]:
+        for value in (p for p in network.parameters() if p.requires_grad):
             value.add_(1)
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
+def test_the_copy_of_a_network_with_an_adapter_writes_the_adapter(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).requires_grad_(False).eval()
+    layers = inject_adapter(network, LoraConfig(rank=2, targets=("0", "1")), ("0", "1"), 0)
+    save_adapter(network, tmp_path / "live")
+    made = HostCopies(CPU).network(network)
+    assert all(
+        made.get_submodule(name).base_layer is network.get_submodule(name).base_layer for name in layers
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    save_adapter(made, tmp_path / "copy")
+    live, copied = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("live", "copy")
+    )
+    assert live == copied
 
 
 def test_the_foreground_writes_at_once(tmp_path: Path) -> None:

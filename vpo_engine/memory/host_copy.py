@@ -53,23 +53,18 @@ class HostCopies:
         }
 
     def network(self, network: nn.Module) -> nn.Module:
-        """Return a copy of a network whose trained parameters and buffers are on the host.
+        """Return a copy of a network in evaluation mode whose trained parameters are on the host.
 
-        Parameters that are not trained do not change, and are shared. So are modules that hold nothing else: under an
+        Other parameters and buffers do not change, and are shared. So are modules without a trained parameter: under an
         adapter this is nearly the whole network.
         """
-        memo: dict[int, object] = {}
+        memo: dict[int, object] = {id(fixed): fixed for fixed in (*network.parameters(), *network.buffers())}
         for module in network.modules():
-            if not any(p.requires_grad for p in module.parameters()) and not any(
-                True for _ in module.buffers()
-            ):
+            if not any(parameter.requires_grad for parameter in module.parameters()):
                 memo[id(module)] = module
         for parameter in network.parameters():
-            memo[id(parameter)] = parameter
             if parameter.requires_grad:
                 memo[id(parameter)] = nn.Parameter(self.tensor(parameter), requires_grad=False)
-        for buffer in network.buffers():
-            memo[id(buffer)] = self.tensor(buffer)
         return copy.deepcopy(network, memo)
 
     def wait(self) -> None:
