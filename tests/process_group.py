@@ -19,7 +19,14 @@ from typing import Any
 
 import torch
 
-PRELOADED = ["pytest", "torch.distributed.fsdp", "torch.multiprocessing", "vpo_engine.train", "peft"]
+PRELOADED = [
+    "pytest",
+    "torch.distributed.fsdp",
+    "torch.multiprocessing",
+    "vpo_engine.train",
+    "vpo_engine.training",
+    "peft",
+]
 
 
 @functools.cache
@@ -92,9 +99,13 @@ class Group:
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()
-        printed = "".join(path.read_text() for path in self._outputs if path.exists())
+        printed = self.printed()
         assert codes == [expected] * len(codes), f"exit codes {codes} (None: did not end)\n{printed}"
         return printed
+
+    def printed(self) -> str:
+        """Return what the processes have printed until now, rank by rank."""
+        return "".join(path.read_text() for path in self._outputs if path.exists())
 
 
 def run_in_group(

@@ -54,7 +54,8 @@ def test_kill_9_and_sigterm_at_twenty_random_moments(smallest: list[str], tmp_pa
     killed = 0
     for number in range(4):
         run = tmp_path / f"run_{number}"
-        arguments = [*smallest, *SETTINGS, f"run_dir={run}"]
+        background = "true" if number % 2 else "false"
+        arguments = [*smallest, *SETTINGS, f"run_dir={run}", f"checkpoint.background={background}"]
         for _ in range(5):
             process = start(tmp_path, arguments).processes[0]
             time.sleep(random.uniform(0.1, 0.7) * seconds)

@@ -1,4 +1,4 @@
-"""The disk space that a run's checkpoints need, known before its first step."""
+"""The disk space and the host memory that a run's checkpoints need, known before its first step."""
 
 from __future__ import annotations
 
@@ -46,4 +46,14 @@ def check_disk(config: Config, network: nn.Module, root: Path) -> None:
             f"the disk of {place} has {free / _GIB:.2f} GiB free, but this run needs {number * size / _GIB:.2f} GiB "
             f"there for {number} checkpoints of {size / _GIB:.2f} GiB (checkpoint.keep={config.checkpoint.keep}, and "
             "the one that is being written); free some space, keep fewer, or give a run_dir on another disk"
+        )
+
+
+def check_host_memory(config: Config, network: nn.Module, available: int) -> None:
+    """Raise ValueError if the copies of checkpoint.background=true do not fit into ``available`` bytes of the host."""
+    size = checkpoint_bytes(config, network)
+    if config.checkpoint.background and size > available:
+        raise ValueError(
+            f"checkpoint.background=true copies the run's state to host memory, which takes {size / _GIB:.2f} GiB, but "
+            f"{available / _GIB:.2f} GiB are available; set checkpoint.background=false"
         )

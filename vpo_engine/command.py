@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vpo_engine.errors import CheckpointError, RewardProcessError
+from vpo_engine.errors import CheckpointError, LostProcessError, RewardProcessError
 
-USER_ERRORS = (ValueError, OSError, CheckpointError, RewardProcessError)
+USER_ERRORS = (ValueError, OSError, CheckpointError, RewardProcessError, LostProcessError)
 """Errors that a command prints as one line."""
 INTERRUPTED = 130
 """The exit code of a program that SIGINT ended."""
@@ -66,14 +66,14 @@ def report_errors(
         return command() or 0
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _tell_torchrun(f"error: {error}")
+        tell_torchrun(f"error: {error}")
         return 1
     except KeyboardInterrupt as error:
         print(f"{interrupted}{f' ({error})' if str(error) else ''}", file=sys.stderr, flush=True)
         return INTERRUPTED
 
 
-def _tell_torchrun(message: str) -> None:
+def tell_torchrun(message: str) -> None:
     """Leave the message where torchrun looks for it, so that its own report, which comes last, ends with it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}

@@ -13,3 +13,7 @@ class NotFiniteError(ValueError):
 
 class RewardProcessError(RuntimeError):
     """The process of a reward model died, or was ended because it gave no answer in time."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run ended while this one waited for it."""

@@ -100,7 +100,7 @@ class OnlineVPO:
             before_micro_batch=self.stopping.check,
         )
         self.selector = Selector(config, processes)
-        self.timer = StageTimer(processes.device)
+        self.timer = StageTimer(processes.device, processes.stages)
         self.sampler = self._build_sampler()
         # Stages are timed, and idle parts are sent to the host, around the functions that do the work.
         self._sample = self.timer.timed("rollout", self.sampler.sample)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vpo_engine.memory.host_copy import HostCopies
 from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.video_model import VideoModel
 
 
 def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -58,11 +61,26 @@ def restore(
     return state["step"], dict(tensors["baseline"])
 
 
-def average_writer(algorithm: OnlineVPO) -> Callable[[Path], None] | None:
-    """Return what writes the moving average, in float32 and in the policy's own layout; None where there is none."""
+def policy_writer(model: VideoModel, copies: HostCopies | None) -> Callable[[Path], None]:
+    """Return what writes the policy as it is now, from ``copies`` of it; without them, as it is when it is called."""
+    if copies is None:
+        return model.save_policy
+    twin = copy.copy(model)
+    twin.network = copies.network(model.network)
+    return twin.save_policy
+
+
+def average_writer(algorithm: OnlineVPO, copies: HostCopies | None) -> Callable[[Path], None] | None:
+    """Return what writes the moving average, in float32 and in the policy's own layout; None where there is none.
+
+    It writes the average as it is now, from ``copies`` of it; without them, as it is when it is called.
+    """
     average = algorithm.average
     if average is None:
         return None
+    if copies is not None:
+        with average.in_place():
+            return policy_writer(algorithm.model, copies)
 
     def write(folder: Path) -> None:
         with average.in_place():

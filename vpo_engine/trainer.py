@@ -29,14 +29,15 @@ from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rollout.preference_dataset import PairRecorder, StoredPairs
 from vpo_engine.run_gallery import keep_held_out, keep_pairs, shown_clips
-from vpo_engine.run_state import average_writer, capture, restore
+from vpo_engine.run_state import average_writer, capture, policy_writer, restore
 from vpo_engine.runs.alarms import write_alarms
-from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete, save_checkpoint
+from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import NullLog, RunLog, read_metrics
 from vpo_engine.runs.next_steps import closing_lines
 from vpo_engine.runs.progress import Progress
 from vpo_engine.runs.report import write_report
+from vpo_engine.runs.saving import CheckpointSaver
 from vpo_engine.runs.signals import StopRequest, exit_code
 
 _MEASURED_PROMPTS = 16
@@ -103,7 +104,10 @@ class Trainer:
             self._algorithm.stopping.requested = lambda: stop.requested
             start = self._done = self._resume()
             self._recorder = self._open_recorder(start)
-            with Progress(total, start, self._processes.first) as self._progress:
+            with (
+                Progress(total, start, self._processes.first) as self._progress,
+                self._open_saver() as self._saver,
+            ):
                 try:
                     self._prepare(start)
                     for step in range(start + 1, total + 1):
@@ -160,6 +164,7 @@ class Trainer:
 
     def _diverged(self, error: NotFiniteError) -> str:
         """Return what is known about a policy that has diverged."""
+        self._saver.settle()
         settings, last = self._config, newest_complete(self._run.checkpoints)
         norm = self._last_metrics.get("grad_norm")
         numbers = "" if norm is None else f", the last gradient norm was {norm:.3g}"
@@ -187,6 +192,17 @@ class Trainer:
             return None
         return PairRecorder(self._config, self._run.preference_dataset, self._processes.rank)
 
+    def _open_saver(self) -> CheckpointSaver:
+        """Return what saves the checkpoints; only the first process uses it."""
+        settings, note = self._config.checkpoint, self._progress.note
+        return CheckpointSaver(
+            self._run.checkpoints,
+            settings.keep,
+            self._processes.device,
+            background=settings.background,
+            say=note,
+        )
+
     def _encode_text(self) -> None:
         """Encode all prompts of the run, also those of steps already done, since equal batches give equal bits."""
         count = self._config.steps * self._config.pairs_per_step
@@ -204,6 +220,8 @@ class Trainer:
         return Throughput(self._config, flops, ceiling)
 
     def _train_step(self, step: int) -> None:
+        self._processes.stages.begin_step(step)
+        self._saver.check()
         first = (step - 1) * self._config.pairs_per_step
         positions = range(first + self._mine.start, first + self._mine.stop)
         texts = [item.text for item in self._stream.take(positions.start, len(positions))]
@@ -305,6 +323,7 @@ class Trainer:
         self._progress.stage("writing the report")
         self._take_seconds()
         self._log_evaluation(step, final)
+        self._saver.wait()
         summary = summarise(
             _logged(self._baseline), _logged(final), dict(self._seconds), self._config.ema.decay
         )
@@ -337,15 +356,12 @@ class Trainer:
     def _save(self, step: int) -> None:
         self._saved_at = step
         if self._processes.first:
+            copies = self._saver.begin(step)
             snapshot = capture(self._algorithm, step, self._baseline)
             snapshot["state"]["guards"] = self._monitor.state()
-            save_checkpoint(
-                self._run.checkpoints,
-                step,
-                **snapshot,
-                write_policy=self._algorithm.model.save_policy,
-                write_average=average_writer(self._algorithm),
-                keep=self._config.checkpoint.keep,
+            model, average = self._algorithm.model, average_writer(self._algorithm, copies)
+            self._saver.save(
+                step, **snapshot, write_policy=policy_writer(model, copies), write_average=average
             )
         self._processes.wait()
 
@@ -376,9 +392,10 @@ class Trainer:
     def _stage(self, name: str) -> Iterator[None]:
         self._progress.stage(name)
         start = time.perf_counter()
-        yield
-        if self._processes.device.type == "cuda":
-            torch.cuda.synchronize(self._processes.device)
+        with self._processes.stages(name):
+            yield
+            if self._processes.device.type == "cuda":
+                torch.cuda.synchronize(self._processes.device)
         self._stage_seconds[name] = self._stage_seconds.get(name, 0.0) + time.perf_counter() - start
 
 

@@ -15,24 +15,27 @@ from vpo_engine.build import (
     check_reward,
     check_scored,
 )
-from vpo_engine.checkpoint_size import check_disk
+from vpo_engine.checkpoint_size import check_disk, check_host_memory
 from vpo_engine.command import same_in_all_processes
 from vpo_engine.config import Config
 from vpo_engine.config_file import parse_config
 from vpo_engine.data.prompt_record import Texts, check_record, write_record
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.watchdog import group_limit
+from vpo_engine.ending import Ending
 from vpo_engine.memory.host_allocator import return_freed_memory
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.models.registry import check_model
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.parts import configurations_are_here
-from vpo_engine.planning.planner import check_fits
+from vpo_engine.planning.planner import available_memory, check_fits
 from vpo_engine.protocols import Reward
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.served import find_reward, serve
 from vpo_engine.rollout.preference_dataset import StoredPairs
+from vpo_engine.runs.attempts import begin_attempt
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.lock import RunLock
 from vpo_engine.runs.progress import wrap_for
@@ -44,13 +47,17 @@ from vpo_engine.trainer import Trainer
 def run_training(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); return the exit code."""
     own = config.processes
-    processes = Processes.start(config.model.device, own.per_prompt, own.reward)
+    limit = group_limit(config.distributed.stage_minutes)
+    processes = Processes.start(config.model.device, own.per_prompt, own.reward, limit)
+    ending = Ending(processes)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)
         if processes.is_reward_process:
             return _serve_reward(config, processes, at_end)
+        at_end.enter_context(ending.watchdog(config))
         served = None
-        if processes.store is not None:
+        if own.reward:
+            assert processes.store is not None
             served = at_end.enter_context(find_reward(processes.store, processes.rank))
         with same_in_all_processes():
             check_model(config)
@@ -75,7 +82,9 @@ def run_training(config: Config) -> int:
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         if processes.first:
             check_disk(config, model.network, config.run_dir or Path("runs"))
+            check_host_memory(config, model.network, available_memory())
         run, checkpoint = _open_run(config, processes, at_end, texts)
+        ending.run = run
         with model.idle_offload.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
             algorithm = OnlineVPO(config, model, reward, reference, processes, model.idle_offload, stored)
@@ -90,7 +99,8 @@ def run_training(config: Config) -> int:
             lambda: served is not None and served.stopping,
             start_from=checkpoint,
         )
-        outcome = trainer.run()
+        with ending.noted():
+            outcome = trainer.run()
     if outcome.stopped_by and processes.first:
         print(_stopped_text(outcome.stopped_by, outcome.steps, run), flush=True)
     return outcome.exit_code
@@ -154,13 +164,17 @@ def _open_run(
             write_record(run.root, texts)
         if start.root is None:
             at_end.enter_context(RunLock(run.root))
-        _say(start)
+        _say(start, run)
         found = [str(run.root), str(start.checkpoint or "")]
     root, checkpoint = json.loads(processes.broadcast_text(json.dumps(found)))
     return RunDirectory.open(Path(root)), Path(checkpoint) if checkpoint else None
 
 
-def _say(start: Start) -> None:
+def _say(start: Start, run: RunDirectory) -> None:
+    """Say where the run begins, and whether it began there before."""
+    step = 0 if start.checkpoint is None else int(start.checkpoint.name.rpartition("_")[2])
+    if (note := begin_attempt(run, step)) is not None:
+        print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
     if start.checkpoint is not None:
         print(f"going on from {start.checkpoint}", flush=True)
     elif start.exists:

@@ -12,6 +12,7 @@ from mutations import (
     starting,
     state,
     step,
+    survival,
     update,
 )
 
@@ -28,4 +29,5 @@ MUTATIONS = [
     *starting.MUTATIONS,
     *adapters.MUTATIONS,
     *flow.MUTATIONS,
+    *survival.MUTATIONS,
 ]

@@ -198,8 +198,8 @@ MUTATIONS = [
     (
         "a team's sum over all processes",
         PROCESSES,
-        "self.device, groups[self.rank // size])",
-        "self.device)",
+        "self.device, groups[self.rank // size], stages",
+        "self.device, stages",
         TEAMS,
     ),
     ("all teams in the group of the first", PROCESSES, "groups[self.rank // size]", "groups[0]", TEAMS),

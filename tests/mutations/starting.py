@@ -129,7 +129,7 @@ MUTATIONS = [
     ("the evaluation at the end stands twice", LOG, "if step == last:", "if False:", LOGS),
     ("a lock does not lock", LOCK, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", LOCKS),
     ("a removed lock counts as held", LOCK, "if self._is_in_place(): break", "break", LOCKS),
-    ("the lock stays after the end", LOCK, "self._path.unlink(missing_ok=True)", "pass", LOCKS),
+    ("the lock stays after the end", LOCK, "self._path.unlink(missing_ok=True) os.close", "os.close", LOCKS),
     # Settings.
     (
         "the last of two equal keys wins",
@@ -196,7 +196,7 @@ MUTATIONS = [
     (
         "torchrun is told nothing",
         "vpo_engine/command.py",
-        '_tell_torchrun(f"error: {error}")',
+        'tell_torchrun(f"error: {error}")',
         "pass",
         COMMANDS,
     ),

@@ -195,8 +195,8 @@ MUTATIONS = [
     (
         "older ones deleted first",
         CHECKPOINT,
-        "_settle_interrupted(folder) final = folder",
-        "_settle_interrupted(folder)\n    _delete_superseded(folder, step, keep)\n    final = folder",
+        "_settle_interrupted(folder) unfinished.mkdir()",
+        "_settle_interrupted(folder)\n        _delete_superseded(folder, step, keep)\n        unfinished.mkdir()",
         DISK,
     ),
     (

@@ -200,13 +200,51 @@ def test_a_full_disk_as_the_tensor_writer_reports_it(tmp_path, monkeypatch, reas
         save(tmp_path, 24)
 
 
-def test_another_system_error_passes_unchanged(tmp_path):
-    def denied(folder):
-        raise PermissionError(errno.EACCES, "denied")
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        SafetensorError("I/O error: Permission denied (os error 13)"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path, error):
+    earlier = save(tmp_path, 12)
 
-    with pytest.raises(PermissionError):
+    def denied(folder):
+        raise error
+
+    with pytest.raises(CheckpointError) as caught:
         save(tmp_path, 24, write_policy=denied)
-    assert names(tmp_path) == []
+    text = str(caught.value)
+    assert text.startswith(f"could not save checkpoint '{tmp_path / 'step_00000024'}': ")
+    assert "Permission denied" in text
+    assert "Make its folder writable" in text
+    assert names(tmp_path) == ["step_00000012"]
+    load_checkpoint(earlier)
+
+
+def test_an_error_of_our_own_is_not_blamed_on_the_folder(tmp_path):
+    def wrong(folder):
+        raise SafetensorError("a tensor is not contiguous")
+
+    with pytest.raises(SafetensorError):
+        save(tmp_path, 24, write_policy=wrong)
+
+
+def test_neighbouring_views_of_one_memory_are_not_copied(tmp_path, monkeypatch):
+    """Copies on the host share allocations; cloning each would take the memory of a whole checkpoint again."""
+    whole = torch.arange(12.0)
+    copied = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: copied.append(tensor) or clone(tensor))
+    tensors = {"a": whole[:4], "b": whole[4:8], "none": whole[6:6], "c": whole[8:]}
+    loaded = load_checkpoint(save(tmp_path, 1, tensors={"parts": tensors}))
+    assert not copied
+    assert all(torch.equal(loaded.tensors["parts"][name], value) for name, value in tensors.items())
+    tensors["across"] = whole[5:9]
+    loaded = load_checkpoint(save(tmp_path, 2, tensors={"parts": tensors}))
+    assert len(copied) == 1
+    assert all(torch.equal(loaded.tensors["parts"][name], value) for name, value in tensors.items())
 
 
 def test_newest_skips_incomplete_ones_and_says_so(tmp_path, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -60,6 +61,68 @@ def test_a_lock_that_was_removed_by_its_holder_is_not_taken_for_held(
     with pytest.raises(ValueError, match="is in use"):
         RunLock(tmp_path)
     second.close()
+
+
+def hold_as(root: Path, **holder: object) -> RunLock:
+    """Hold the lock in the name of another process."""
+    lock = RunLock(root)
+    path = root / LOCK_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | holder))
+    return lock
+
+
+def test_the_lock_that_outlives_a_dead_process_is_taken_over(tmp_path: Path) -> None:
+    """A child of the dead process still has the file open."""
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    old = hold_as(tmp_path, pid=dead.pid)
+    with RunLock(tmp_path):
+        with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on"):
+            RunLock(tmp_path)
+        old.close()
+        assert (tmp_path / LOCK_NAME).exists(), "the old holder leaves the new one's file alone"
+
+
+@pytest.mark.parametrize("other", [{"place": "another container"}, {"place": None}])
+def test_a_process_that_cannot_be_seen_from_here_is_not_taken_for_dead(
+    tmp_path: Path, other: dict[str, str | None]
+) -> None:
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    with hold_as(tmp_path, pid=dead.pid, **other), pytest.raises(ValueError, match="is in use"):
+        RunLock(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mine", "holder", "free"),
+    [
+        (("a", None, 1), ("a", None, 0), True),
+        (("a", None, 0), ("a", None, 0), False),
+        (("a", None, 1), ("b", None, 0), False),
+        (("none", None, 1), ("none", None, 0), False),
+        (("a", "17", 0), ("a", "17", 0), True),
+        (("a", "17", 1), ("a", "18", 0), False),
+    ],
+)
+def test_the_lock_of_a_lost_machine_goes_to_a_later_attempt_of_the_same_job(
+    mine: tuple[str, str | None, int],
+    holder: tuple[str, str | None, int],
+    free: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with hold_as(tmp_path, host="lost", place="lost", job=list(holder[:2]), restart=holder[2]):
+        for name, value in zip(("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"), mine[:2], strict=True):
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(mine[2]))
+        if free:
+            RunLock(tmp_path).close()
+            return
+        with pytest.raises(ValueError, match=r"is in use by process .* on lost"):
+            RunLock(tmp_path)
 
 
 def test_a_file_system_without_locks_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

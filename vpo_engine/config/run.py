@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from vpo_engine.config.distributed import DistributedConfig
 from vpo_engine.config.guards import GuardsConfig
 from vpo_engine.config.log import LogConfig
 from vpo_engine.config.memory import MemoryConfig
@@ -57,6 +58,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; null: only at the end and on SIGTERM."""
     keep: int = Field(2, ge=1)
     """Number of checkpoints that are kept; older ones are removed."""
+    background: bool = False
+    """Copy the state to host memory and go on training while a thread writes the files. false: training waits until
+    they are written. true takes host memory of the size of a checkpoint, in the first process only, and pays where
+    checkpoints are frequent or their disk is slow. The files are the same."""
     resume: Literal["auto"] | bool = "auto"
     """Whether to go on with a run that is in the run directory already. auto: go on if it has the same settings and was
     stopped before its last step, as a job that is started again does; a new run_dir begins at the first step. true:
@@ -91,6 +96,7 @@ class Config(Section):
     ema: EmaConfig = EmaConfig()
     memory: MemoryConfig = MemoryConfig()
     processes: ProcessesConfig = ProcessesConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

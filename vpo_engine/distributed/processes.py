@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vpo_engine.distributed.meeting import meet
+from vpo_engine.distributed.stages import Stages
+from vpo_engine.errors import LostProcessError
+
 _BUCKET_ELEMENTS = 32 * 2**20
+_LOST = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
+"""Parts of the errors of gloo and NCCL when a process of the group is gone."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,7 @@ class Processes:
     """This process's rank among the processes that train together, those of the whole run or those of its team.
 
     group: their process group; None means all processes of torch.distributed. store: a key-value store shared by all
-    processes that torchrun started; None unless one of them runs the reward model only.
+    processes that torchrun started; None if there is one process. stages: where this process is.
     """
 
     rank: int
@@ -27,14 +35,21 @@ class Processes:
     group: dist.ProcessGroup | None = None
     _team: Processes | None = None
     store: dist.Store | None = None
+    stages: Stages = field(default_factory=Stages)
 
     @staticmethod
-    def start(device: str = "auto", per_team: int = 1, reward_process: bool = False) -> Processes:
+    def start(
+        device: str = "auto",
+        per_team: int = 1,
+        reward_process: bool = False,
+        limit: timedelta | None = None,
+    ) -> Processes:
         """Join the process group that torchrun describes in the environment; without one, return a single process.
 
         The backend is gloo on CPU and nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team: see
         ``in_teams``. reward_process: the process with the last rank runs the reward model and is not in the group (see
-        ``is_reward_process``); ValueError if no other process is left.
+        ``is_reward_process``); ValueError if no other process is left. limit: the time that a process waits for the
+        others in a collective operation; None: torch's default.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
@@ -48,6 +63,8 @@ class Processes:
             chosen = torch.device("cuda", chosen.index if chosen.index is not None else local_rank)
             torch.cuda.set_device(chosen)
         store = None
+        if count > 1 and not dist.is_initialized():
+            store = meet(next(dist.rendezvous("env://"))[0], rank, count)
         if reward_process:
             if count == 1:
                 raise ValueError(
@@ -55,16 +72,12 @@ class Processes:
                     "train; start at least 2 (torchrun --nproc-per-node=2), or set it to false"
                 )
             count -= 1
-            store, *_ = next(dist.rendezvous("env://"))
             if rank == count:
                 return Processes(rank, count, chosen, store=store)
-        if count > 1 and not dist.is_initialized():
+        if count > 1 and store is not None:
             backend = "nccl" if chosen.type == "cuda" else "gloo"
-            if store is None:
-                dist.init_process_group(backend)
-            else:
-                own = dist.PrefixStore("training", store)
-                dist.init_process_group(backend, store=own, rank=rank, world_size=count)
+            own = dist.PrefixStore("training", store)
+            dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=limit)
         return Processes(rank, count, chosen, store=store).in_teams(per_team)
 
     def in_teams(self, size: int) -> Processes:
@@ -80,7 +93,7 @@ class Processes:
         if size == 1:
             return self
         groups = [dist.new_group(range(first, first + size)) for first in range(0, self.count, size)]
-        team = Processes(self.rank % size, size, self.device, groups[self.rank // size])
+        team = Processes(self.rank % size, size, self.device, groups[self.rank // size], stages=self.stages)
         return replace(self, _team=team)
 
     @property
@@ -131,7 +144,8 @@ class Processes:
     def sum(self, values: Tensor) -> Tensor:
         """Add ``values`` of all processes elementwise, in place."""
         if self.count > 1:
-            dist.all_reduce(values, group=self.group)
+            with self._together():
+                dist.all_reduce(values, group=self.group)
         return values
 
     def gather(self, values: Tensor, dim: int = 0) -> Tensor:
@@ -143,7 +157,8 @@ class Processes:
             return values
         here = values.to(self.device).contiguous()
         parts = [torch.empty_like(here) for _ in range(self.count)]
-        dist.all_gather(parts, here, group=self.group)
+        with self._together():
+            dist.all_gather(parts, here, group=self.group)
         return torch.cat(parts, dim).to(values.device)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -164,7 +179,8 @@ class Processes:
         if not bucket:
             return
         flat = torch.cat([grad.reshape(-1) for grad in bucket])
-        dist.all_reduce(flat, group=self.group)
+        with self._together():
+            dist.all_reduce(flat, group=self.group)
         flat /= self.count
         for grad, mean in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(mean.view_as(grad))
@@ -174,19 +190,37 @@ class Processes:
         if self.count == 1:
             return flag
         value = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(value.item())
+        with self._together():
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+            return bool(value.item())
 
     def broadcast_text(self, text: str) -> str:
         """Return the text of the process with rank 0, in every process."""
         box = [text]
         if self.count > 1:
-            dist.broadcast_object_list(box, group_src=0, device=self.device, group=self.group)
+            with self._together():
+                dist.broadcast_object_list(box, group_src=0, device=self.device, group=self.group)
         return box[0]
 
     def wait(self) -> None:
         if self.count > 1:
-            dist.barrier(group=self.group)
+            with self._together():
+                dist.barrier(group=self.group)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Mark an operation in which all processes wait for each other. LostProcessError if one of them is gone."""
+        with self.stages.waiting():
+            where = self.stages.now
+            try:
+                yield
+            except RuntimeError as error:
+                if not any(sign in str(error) for sign in _LOST):
+                    raise
+                raise LostProcessError(
+                    f"rank {self.rank} lost another process while it waited for all of them in {where.stage} of step "
+                    f"{where.step}; what the process that ended first has printed says why"
+                ) from error
 
     def stop(self) -> None:
         if self.count > 1 and not self.is_reward_process and dist.is_initialized():

@@ -10,6 +10,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from vpo_engine.distributed.stages import Stages
+
 GIB = 2**30
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -23,8 +25,9 @@ class StageTimer:
     timer is measured: what other threads do meanwhile is hidden behind it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, stages: Stages | None = None) -> None:
+        """``stages``: is told of every stage, too."""
+        self._device, self._stages = device, stages or Stages()
         self._thread = threading.get_ident()
         self._entered: list[str] = []
         self._since = 0.0
@@ -39,11 +42,12 @@ class StageTimer:
             return
         self._stop_clock()
         self._entered.append(stage)
-        try:
-            yield
-        finally:
-            self._stop_clock()
-            self._entered.pop()
+        with self._stages(stage):
+            try:
+                yield
+            finally:
+                self._stop_clock()
+                self._entered.pop()
 
     def timed(self, stage: str, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """Return ``function``, measured as a stage at every call."""

@@ -7,6 +7,7 @@ has no manifest.
 
 from __future__ import annotations
 
+import bisect
 import errno
 import hashlib
 import json
@@ -70,18 +71,19 @@ def save_checkpoint(
     keep: how many of the newest checkpoints to keep, this one included. Once this one is in place, older ones are
     deleted, and so are those of later steps, since the run was resumed from a step before them.
 
-    Raise CheckpointError if the disk is full; the unfinished checkpoint is then removed.
+    Raise CheckpointError if the system does not let it be written, for example because the disk is full; the unfinished
+    checkpoint is then removed.
     """
     if keep < 1:
         raise ValueError(
             f"keep must be at least 1, got {keep}: the checkpoint just saved must not be deleted"
         )
     state_text = _json_text(state)
-    folder.mkdir(parents=True, exist_ok=True)
-    _settle_interrupted(folder)
     final = folder / checkpoint_name(step)
     unfinished = folder / f".{final.name}{_UNFINISHED}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _settle_interrupted(folder)
         unfinished.mkdir()
         from safetensors.torch import save_file
 
@@ -98,6 +100,11 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         if _disk_is_full(error):
             raise CheckpointError(_disk_full_text(final, tensors)) from error
+        if isinstance(error, OSError) or _tensor_writer_says(error, "os error"):
+            raise CheckpointError(
+                f"could not save checkpoint '{final}': {error}. Earlier checkpoints are untouched. Make its folder "
+                "writable and see that its disk works; the same command then goes on from the newest of them"
+            ) from error
         raise
     _delete_superseded(folder, step, keep)
     return final
@@ -185,16 +192,24 @@ def _json_text(state: Mapping[str, Any]) -> str:
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same values as contiguous CPU tensors that share no memory, as the file format requires."""
-    seen: set[int] = set()
+    taken: list[tuple[int, int]] = []
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         plain = tensor.detach().to("cpu").contiguous()
-        storage = plain.untyped_storage()
-        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
-            plain = plain.contiguous().clone()
-        seen.add(plain.untyped_storage().data_ptr())
+        place = _bytes_of(plain)
+        at = bisect.bisect(taken, place)
+        if any(one[0] < place[1] and place[0] < one[1] for one in taken[max(0, at - 1) : at + 1]):
+            plain = plain.clone()
+            place = _bytes_of(plain)
+        if plain.nbytes:
+            bisect.insort(taken, place)
         result[name] = plain
     return result
+
+
+def _bytes_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of a contiguous tensor's first byte and of the byte behind its last."""
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def _write_manifest(root: Path, step: int) -> None:
@@ -314,11 +329,15 @@ def _sha256(path: Path) -> str:
 
 
 def _disk_is_full(error: BaseException) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # The safetensors writer reports the system's error only as text.
-    full = any(f"os error {number}" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
-    return type(error).__name__ == "SafetensorError" and full
+        return error.errno in full
+    return any(_tensor_writer_says(error, f"os error {number}") for number in full)
+
+
+def _tensor_writer_says(error: BaseException, text: str) -> bool:
+    """Return whether this is an error of the safetensors writer, which reports the system's errors as text only."""
+    return type(error).__name__ == "SafetensorError" and text in str(error)
 
 
 def _disk_full_text(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vpo_engine.distributed.machine import is_running, place
+
 LOCK_NAME = "run.lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -19,8 +21,10 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 class RunLock:
     """Holds the lock of the run directory ``root`` until it is closed.
 
-    The system frees it when the process ends, however that ends; the file that is left then locks nothing. On file
-    systems without locks nothing is locked. Raise ValueError, with host and process, if another process holds it.
+    The system frees it when the process ends, however that ends; the file that is left then locks nothing. A lock that
+    outlives its holder, because a child process or a file server keeps it, is taken over: if the holder was a process
+    of this machine that is gone, or of an earlier attempt of the same job. On file systems without locks nothing is
+    locked. Raise ValueError, with host and process, if another process holds it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -32,9 +36,15 @@ class RunLock:
             except OSError as error:
                 if error.errno in _UNSUPPORTED:
                     break
-                holder = _read(self._path)
+                holder, left = _read(self._path), self._is_in_place()
                 os.close(self._file)
-                raise ValueError(_text(root, holder)) from None
+                if not (_is_gone(holder) or _is_earlier_attempt(holder)):
+                    raise ValueError(_text(root, holder)) from None
+                if left:
+                    self._path.unlink(
+                        missing_ok=True
+                    )  # what holds the old file keeps it, and the new one is free
+                continue
             if self._is_in_place():
                 break
             os.close(self._file)
@@ -73,7 +83,34 @@ def refuse_held(root: Path) -> None:
 
 def _holder() -> dict[str, Any]:
     now = datetime.now().isoformat(sep=" ", timespec="seconds")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "place": place(), **_job()}
+
+
+def _job() -> dict[str, Any]:
+    """Return the job of torchrun that this process belongs to; {} without one that has a name of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if name == "none":
+        return {}
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return {"job": [name, os.environ.get("SLURM_JOB_ID")], "restart": restart}
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Return whether the holder was a process of this machine that is not there any more."""
+    here = place()
+    return here is not None and holder.get("place") == here and not is_running(int(holder.get("pid", 0)))
+
+
+def _is_earlier_attempt(holder: dict[str, Any]) -> bool:
+    """Return whether the holder belongs to this job on another machine, which the job has lost since.
+
+    A job of Slurm has a number that no other has. Names that are given to torchrun by hand may be used twice, so they
+    count only if this attempt is a later one.
+    """
+    own = _job()
+    if not own or own["job"] != holder.get("job") or holder.get("host") == socket.gethostname():
+        return False
+    return own["job"][1] is not None or own["restart"] > holder.get("restart", 0)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Saving in the background, the watchdog, restarts and locks."""
+
+SAVING, STATE = "vpo_engine/runs/saving.py", "vpo_engine/run_state.py"
+WATCHDOG, STAGES = "vpo_engine/distributed/watchdog.py", "vpo_engine/distributed/stages.py"
+BOARD, MEETING = "vpo_engine/distributed/board.py", "vpo_engine/distributed/meeting.py"
+LOCK, ATTEMPTS = "vpo_engine/runs/lock.py", "vpo_engine/runs/attempts.py"
+SAVES = ("tests/runs/test_saving.py", "tests/wiring/test_background.py")
+WATCHED = ("tests/test_watchdog.py",)
+MEETINGS = ("tests/test_meeting.py",)
+LOCKS = ("tests/runs/test_lock.py",)
+STARTS = ("tests/runs/test_attempts.py",)
+
+MUTATIONS = [
+    (
+        "tensors written while they change",
+        SAVING,
+        "self._copies.tensors(tensors), copy",
+        "tensors, copy",
+        SAVES,
+    ),
+    ("the state written while it changes", SAVING, "copy.deepcopy(dict(state))", "state", SAVES),
+    ("the policy written while it changes", STATE, "twin.network = copies.network(model.network)", "", SAVES),
+    (
+        "a second save does not wait",
+        SAVING,
+        "self.wait() self._copies.begin()",
+        "self._copies.begin()",
+        SAVES,
+    ),
+    ("an error of the writer is swallowed", SAVING, "raise error", "return", SAVES),
+    ("the end does not wait", SAVING, "if kind is None: self.wait()", "if kind is None: pass", SAVES),
+    (
+        "a second signal waits",
+        SAVING,
+        "elif not issubclass(kind, KeyboardInterrupt):",
+        "else:",
+        ("tests/runs/test_saving.py",),
+    ),
+    (
+        "the copies take memory anew",
+        "vpo_engine/memory/host_copy.py",
+        "self._slab, self._used = 0, 0 @property",
+        "pass\n\n    @property",
+        SAVES,
+    ),
+    ("no stage is ever too long", WATCHDOG, "word.seconds > word.limit + grace", "False", WATCHED),
+    ("no time for the other to say it", WATCHDOG, "2 * self._interval", "0", WATCHED),
+    ("those that wait are blamed", WATCHDOG, "if not now.waiting:", "if True:", WATCHED),
+    (
+        "auto limits the first time",
+        WATCHDOG,
+        "None if longest is None else",
+        "1.0 if longest is None else",
+        WATCHED,
+    ),
+    (
+        "auto has no least time",
+        WATCHDOG,
+        "max(60 * LEAST_MINUTES, TIMES_LONGEST * longest)",
+        "10 * longest",
+        WATCHED,
+    ),
+    ("the start has a limit", WATCHDOG, "if stage == STARTING:", "if False:", WATCHED),
+    ("waiting counts as work", STAGES, "if not left.waiting:", "if True:", WATCHED),
+    ("the dead are missed at once", BOARD, "now - since > _NOTICE", "True", WATCHED),
+    ("who took leave is missed", BOARD, 'self._get(f"{_LEFT} {rank}") is None', "True", WATCHED),
+    ("the word of a dead process counts", MEETING, "words[rank] == own", "True", MEETINGS),
+    ("the first waits for nobody", MEETING, "if not missing:", "if True:", MEETINGS),
+    ("a living process counts as gone", LOCK, "not is_running(", "bool(", LOCKS),
+    ("another container counts as this one", LOCK, 'holder.get("place") == here and', "", LOCKS),
+    ("any job is the same", LOCK, 'own["job"] != holder.get("job") or', "", LOCKS),
+    ("a run that was stopped has failed", ATTEMPTS, 'any("ended" in line for line in ends)', "False", STARTS),
+]

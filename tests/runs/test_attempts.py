@@ -1,0 +1,58 @@
+"""A run that is started again and again says that it gets no further."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vpo_engine.runs.attempts import begin_attempt, end_attempt, fail_attempt
+from vpo_engine.runs.directory import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create_at(tmp_path / "run", "name: x\n")
+
+
+def test_the_first_attempt_and_one_that_got_further_say_nothing(run: RunDirectory) -> None:
+    assert begin_attempt(run, 0) is None
+    fail_attempt(run, 5, 1, "the reward failed")
+    assert begin_attempt(run, 4) is None
+
+
+def test_the_same_error_twice_is_said_not_to_go_away(run: RunDirectory) -> None:
+    begin_attempt(run, 4)
+    fail_attempt(run, 5, 1, "the disk is full: 1000 bytes free")
+    once = begin_attempt(run, 4)
+    assert once == (
+        "the attempt before began after step 4 as well, and saved nothing; the last ended in step 5 by an error of "
+        "rank 1: the disk is full: 1000 bytes free"
+    )
+    fail_attempt(run, 5, 1, "the disk is full: 999 bytes free")
+    twice = begin_attempt(run, 4)
+    assert twice is not None
+    assert twice.startswith(
+        "the 2 attempts before began after step 4 as well, and saved nothing; all of them ended in"
+    )
+    assert twice.endswith("999 bytes free. Starting again does not help: mend the cause")
+    fail_attempt(run, 6, 0, "another error")
+    third = begin_attempt(run, 4)
+    assert third is not None
+    assert third.endswith("the last ended in step 6 by an error of rank 0: another error")
+
+
+def test_an_attempt_that_was_killed_leaves_no_word(run: RunDirectory) -> None:
+    begin_attempt(run, 4)
+    with (run.root / "attempts.jsonl").open("a") as file:
+        file.write('{"time": "20')  # it died here
+    note = begin_attempt(run, 4)
+    assert note is not None
+    assert "ended without a word" in note
+    assert "checkpoint.every" in note
+
+
+def test_a_run_that_was_asked_to_stop_is_no_failure(run: RunDirectory) -> None:
+    begin_attempt(run, 0)
+    end_attempt(run)
+    assert begin_attempt(run, 0) is None

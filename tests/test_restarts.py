@@ -1,0 +1,142 @@
+"""torchrun starts a run again by itself: it goes on from its newest checkpoint and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SETTINGS = ("steps=6", "checkpoint.every=2", "checkpoint.keep=9", "evaluation.every=null")
+WORKER = """
+import os, signal, sys
+from vpo_engine import train
+from vpo_engine.online_vpo import OnlineVPO
+
+step, made, attempt = OnlineVPO.step, [], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+def deadly(algorithm, *prompts):
+    made.append(1)
+    if os.environ["RANK"] == "1" and len(made) == 2 and attempt < int(sys.argv[1]):
+        if sys.argv[2] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError(f"broken at {os.getpid()}")
+    return step(algorithm, *prompts)
+
+OnlineVPO.step = deadly
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+def torchrun(folder: Path, kills: int, how: str, arguments: list[str], restarts: int = 3) -> tuple[int, str]:
+    worker = folder / "worker.py"
+    worker.write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, f"--max-restarts={restarts}", str(worker), str(kills), how, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=folder)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints/step_00000006"
+    return {
+        f"{path.name}/{name}": value
+        for path in folder.rglob("*.safetensors")
+        for name, value in load_file(path).items()
+    }
+
+
+@pytest.mark.long
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_by_itself(
+    smallest: list[str], tmp_path: Path
+) -> None:
+    """Without run_dir: the restarted run finds its directory again. Two attempts die in step 2."""
+    arguments = [*smallest, *SETTINGS]
+    code, said = torchrun(tmp_path, 2, "kill", arguments)
+    assert code == 0, said
+    (run,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
+    assert "rank 0 lost another process while it waited for all of them in " in said
+    assert "Traceback" not in said
+    attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    assert [(line["from"], line["restart"]) for line in attempts if "from" in line] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+    ]
+    assert "note: the attempt before began after step 0 as well, and saved nothing" in said
+    whole = tmp_path / "whole"
+    code, said = torchrun(tmp_path, 0, "", [*arguments, f"run_dir={whole}"])
+    assert code == 0, said
+    found, expected = weights(run), weights(whole)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.long
+def test_a_run_that_fails_in_the_same_way_again_says_so(smallest: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, said = torchrun(tmp_path, 9, "fail", [*smallest, *SETTINGS, f"run_dir={run}"], restarts=1)
+    assert code == 1
+    assert (
+        "note: the attempt before began after step 0 as well, and saved nothing; the last ended in step 2 by an error "
+        "of rank 1: broken at "
+    ) in said
+    attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    assert [line["from"] for line in attempts if "from" in line] == [0, 0]
+    assert [(line["step"], line["rank"]) for line in attempts if "error" in line] == [(2, 1), (2, 1)]
+
+
+FAKES = {
+    "scontrol": 'echo "scontrol $*" >> "$LOG"; [ "$1" != show ] || printf "node1\\nnode2\\n"',
+    "srun": """echo "srun $*" >> "$LOG"; trap "echo told >> $LOG; exit 1" TERM
+for i in $(seq $WAIT); do sleep 0.05; done""",
+}
+
+
+def slurm(folder: Path, wait: int) -> subprocess.Popen[bytes]:
+    """Start examples/slurm.sh with stand-ins for Slurm's programs; srun takes ``wait`` twentieths of a second."""
+    for name, body in FAKES.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "LOG": str(folder / "log"),
+        "WAIT": str(wait),
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+    script = Path(__file__).parents[1] / "examples/slurm.sh"
+    return subprocess.Popen(["bash", str(script), "my.yaml", "steps=9"], env=environment)
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "log").read_text() if (folder / "log").exists() else ""
+
+
+def test_the_slurm_script_starts_torchrun_on_every_machine(tmp_path: Path) -> None:
+    assert slurm(tmp_path, 1).wait(20) == 0
+    shown, started = (tmp_path / "log").read_text().splitlines()
+    assert shown == "scontrol show hostnames node[1-2]"
+    assert started == (
+        "srun --kill-on-bad-exit=1 torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=17 "
+        "--rdzv-endpoint=node1:29500 --max-restarts=3 --shutdown-timeout=240 -m vpo_engine.train my.yaml steps=9 "
+        "run_dir=runs/slurm-17"
+    )
+
+
+def test_the_slurm_script_goes_back_into_the_queue_after_the_run_has_saved(tmp_path: Path) -> None:
+    job = slurm(tmp_path, 400)
+    until = time.monotonic() + 20
+    while time.monotonic() < until and "srun" not in log_of(tmp_path):
+        time.sleep(0.02)
+    time.sleep(0.2)
+    job.terminate()
+    assert job.wait(20) == 0
+    assert (tmp_path / "log").read_text().splitlines()[2:] == ["told", "scontrol requeue 17"]

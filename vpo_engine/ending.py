@@ -1,0 +1,60 @@
+"""How a run ends by an error: what is said, what is noted in its directory, and what torchrun is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vpo_engine.command import tell_torchrun
+from vpo_engine.config import Config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.watchdog import EXIT_CODE, Watchdog
+from vpo_engine.errors import LostProcessError
+from vpo_engine.runs.attempts import end_attempt, fail_attempt
+from vpo_engine.runs.directory import RunDirectory
+
+
+class Ending:
+    """Notes errors of this process in the directory of its ``run``, once that is set."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.run: RunDirectory | None = None
+        self._processes = processes
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note how this block ends; not that another process is gone, which has noted its own error."""
+        try:
+            yield
+        except LostProcessError:
+            raise
+        except Exception as error:
+            self._note(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+            raise
+        except KeyboardInterrupt:
+            self._end()
+            raise
+        self._end()
+
+    def watchdog(self, config: Config) -> Watchdog:
+        """Return the watchdog of this process, which ends it at once."""
+        here, minutes = self._processes, config.distributed.stage_minutes
+        if minutes == "auto" and here.device.type == "cpu":
+            minutes = None
+        return Watchdog(here.stages, minutes, self._hangs, rank=here.rank, count=here.count, store=here.store)
+
+    def _hangs(self, reason: str) -> None:
+        os.write(sys.stderr.fileno(), f"\nerror: {reason}\n".encode())
+        tell_torchrun(f"error: {reason}")
+        self._note(reason)
+        os._exit(EXIT_CODE)
+
+    def _end(self) -> None:
+        if self.run is not None and self._processes.first:
+            end_attempt(self.run)
+
+    def _note(self, error: str) -> None:
+        if self.run is not None:
+            fail_attempt(self.run, self._processes.stages.now.step, self._processes.rank, error)

@@ -1,0 +1,94 @@
+"""``attempts.jsonl``: where each start of a run began, and the errors that ended it.
+
+A run that is started again and again, as torchrun does, tells from it that it gets no further.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from vpo_engine.runs.directory import RunDirectory
+
+_NAME = "attempts.jsonl"
+_RESTART = "TORCHELASTIC_RESTART_COUNT"
+
+
+def begin_attempt(run: RunDirectory, step: int) -> str | None:
+    """Note that the run begins after ``step`` steps.
+
+    Return a line if the attempt before began there too, and so made no progress that was saved; else None.
+    """
+    attempts: list[list[dict[str, Any]]] = []
+    for line in _read(run.root / _NAME):
+        if "from" in line:
+            attempts.append([])
+        if attempts:
+            attempts[-1].append(line)
+    _append(run.root / _NAME, {"from": step, "restart": int(os.environ.get(_RESTART, "0"))})
+    same: list[Mapping[str, Any]] = []
+    for start, *ends in reversed(attempts):
+        if start["from"] != step or any("ended" in line for line in ends):
+            break
+        same.append(ends[0] if ends else {})
+    return _note(same, step) if same else None
+
+
+def fail_attempt(run: RunDirectory, step: int, rank: int, error: str) -> None:
+    """Note that the run ended in ``step`` by an error of process ``rank``."""
+    _append(run.root / _NAME, {"step": step, "rank": rank, "host": socket.gethostname(), "error": error})
+
+
+def end_attempt(run: RunDirectory) -> None:
+    """Note that the run ended as it was meant to: at its last step, or because it was asked to stop."""
+    _append(run.root / _NAME, {"ended": True})
+
+
+def _note(ends: list[Mapping[str, Any]], step: int) -> str:
+    """Return what is known of the attempts that began at ``step``, the newest first."""
+    newest, count = ends[0], len(ends)
+    began = "the attempt before began" if count == 1 else f"the {count} attempts before began"
+    if not newest:
+        return (
+            f"{began} after step {step} as well, and saved nothing; the last ended without a word, as a process does "
+            "that the system kills (out of memory?). Checkpoints that are closer together (checkpoint.every) lose less"
+        )
+    alike = (
+        count > 1 and len({(end.get("step"), _without_numbers(end.get("error", ""))) for end in ends}) == 1
+    )
+    again = "all of them" if alike else "the last"
+    advice = ". Starting again does not help: mend the cause" if alike else ""
+    return (
+        f"{began} after step {step} as well, and saved nothing; {again} ended in step {newest['step']} by an error of "
+        f"rank {newest['rank']}: {newest['error']}{advice}"
+    )
+
+
+def _without_numbers(error: str) -> str:
+    return re.sub(r"\d+", "#", error)
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    now = datetime.now().isoformat(sep=" ", timespec="seconds")
+    cut = path.exists() and not path.read_bytes().endswith(b"\n")  # a process died while it wrote
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + json.dumps({"time": now, **line}) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines; one that was not finished when a process died is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
