@@ -15,7 +15,9 @@ from vpo_engine import plan
 from vpo_engine import train as entry
 from vpo_engine.config_file import load_config
 from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.planning.fit import with_setting
 from vpo_engine.planning.parts import configurations_are_here
+from vpo_engine.planning.presets import resolve_presets
 from vpo_engine.runs.log import read_metrics
 
 MODES = {
@@ -95,6 +97,21 @@ def test_a_run_on_a_folder_is_planned_by_its_own_config_files(
     assert "no config.json here" not in shown
     away = [word for word in words if not word.startswith("model.policy")]
     assert not configurations_are_here(load_config(None, [*away, "model.policy=absent"]))
+
+
+def test_settings_that_the_family_does_not_have_are_neither_proposed_nor_preset(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(None, run_words(folder, tmp_path / "run", "memory.preset=balanced"))
+    assert with_setting(config, "memory.decode_frames", 1) is None
+    assert with_setting(config, "memory.mlp_chunks", 4) is not None
+    resolved, _ = resolve_presets(config, lambda _: False)
+    assert resolved.memory.decode_frames is None
+    assert (resolved.memory.weights, resolved.memory.mlp_chunks) == ("fp32_master", 4)
+    assert entry.main(run_words(folder, tmp_path / "run", "memory.preset=lean")) == 1
+    assert "memory.decode_frames=2 is not supported by model.kind=cogvideox (CogVideoX-2B); set " in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_run_of_a_size_that_no_latent_has_stops_at_the_start(

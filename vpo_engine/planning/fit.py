@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpo_engine.config import Config
-from vpo_engine.models.registry import model_family
+from vpo_engine.models.registry import check_model, model_family
 from vpo_engine.planning.estimate import COMPUTED, FRAGMENTATION, Plan
 from vpo_engine.planning.trace import PHASES
 
@@ -59,16 +59,21 @@ class Change:
 
 
 def with_setting(config: Config, name: str, value: Any) -> Config | None:
-    """Return the configuration with one setting changed; None if it has that value, or another setting excludes it."""
+    """Return the configuration with one setting changed.
+
+    None if it has that value, if another setting excludes it, or if the model's family does not have it.
+    """
     section, key = name.split(".")
     values = config.model_dump()
     if values[section][key] == value:
         return None
     values[section][key] = value
     try:
-        return Config.model_validate(values)
+        changed = Config.model_validate(values)
+        check_model(changed)
     except ValueError:
         return None
+    return changed
 
 
 def fitting_changes(config: Config, plan: Plan, planner: Planner) -> Iterator[Change]:

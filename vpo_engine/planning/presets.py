@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from vpo_engine.config import Config
 from vpo_engine.config.presets import MEMORY_PRESETS, MEMORY_STEPS, memory_step, rollout_preset
+from vpo_engine.models.registry import check_model
 
 _LAST = len(MEMORY_STEPS) - 1
 
@@ -44,7 +45,9 @@ def _first_that_fits(config: Config, fits: Callable[[Config], bool]) -> int:
 
 
 def _with_memory(config: Config, values: dict[str, Any]) -> Config:
-    """Return the configuration with those of the values that were not given and that no other setting excludes."""
+    """Return the configuration with those of the values that were not given, that no other setting excludes, and that
+    the model's family has.
+    """
     given = config.memory.model_fields_set
     for name, value in values.items():
         if name in given:
@@ -52,9 +55,11 @@ def _with_memory(config: Config, values: dict[str, Any]) -> Config:
         sections = {section: getattr(config, section) for section in config.model_fields_set}
         sections["memory"] = config.memory.model_copy(update={name: value})
         try:
-            config = Config.model_validate(sections)
+            changed = Config.model_validate(sections)
+            check_model(changed)
         except ValueError:
             continue
+        config = changed
     return config
 
 
