@@ -17,7 +17,7 @@ from tiny_pipelines import FOLDERS
 from torch import Tensor
 
 from vpo_engine import check_model
-from vpo_engine.check_model_table import Row
+from vpo_engine.model_checks.table import Row
 from vpo_engine.models.cogvideox.model import CogVideoX
 from vpo_engine.models.diffusers_model import DiffusersModel
 from vpo_engine.models.ltx import LTXVideo

@@ -64,7 +64,12 @@ def test_the_size_of_a_checkpoint_is_known_before(
     expected = checkpoint_bytes(config, model.network)
     saved = capture(algorithm, 1, {})
     folder = save_checkpoint(
-        tmp_path, 1, **saved, write_policy=model.save_policy, write_average=average_writer(algorithm, None), keep=1
+        tmp_path,
+        1,
+        **saved,
+        write_policy=model.save_policy,
+        write_average=average_writer(algorithm, None),
+        keep=1,
     )
     actual = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert actual == pytest.approx(expected, rel=0.1)

@@ -15,8 +15,8 @@ from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vpo_engine.export_adapter import Adapter, find_adapter, read_adapter
-from vpo_engine.export_check import attached, sides
+from vpo_engine.exporting.adapter import Adapter, find_adapter, read_adapter
+from vpo_engine.exporting.check import attached, sides
 from vpo_engine.models.lora import inject_adapter
 from vpo_engine.models.wan.names import original_name
 

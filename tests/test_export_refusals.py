@@ -15,7 +15,8 @@ import torch
 from export_case import Case, fails, make_case
 from safetensors.torch import load_file, save_file
 
-from vpo_engine import export, export_write
+from vpo_engine import export
+from vpo_engine.exporting import write
 from vpo_engine.models.diffusers_model import DiffusersModel
 from vpo_engine.runs.directory import RunDirectory
 
@@ -62,13 +63,13 @@ class TestMismatch:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        whole = export_write.save_diffusers
+        whole = write.save_diffusers
 
         def spoil(adapter: Any, folder: Path, dtype: torch.dtype) -> None:
             layers = {name: (down, factor * up) for name, (down, up) in adapter.layers.items()}
             whole(type(adapter)(layers), folder, dtype)
 
-        monkeypatch.setattr(export_write, "save_diffusers", spoil)
+        monkeypatch.setattr(write, "save_diffusers", spoil)
         error = fails(capsys, wan.lora, "--out", tmp_path / "out")
         assert (
             "the export does not hold the weights of the policy: blocks.0.attn1.to_k.lora_B differs by"
@@ -78,13 +79,13 @@ class TestMismatch:
     def test_a_merge_that_is_wrong(
         self, wan: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        whole = export_write.merge_adapter
+        whole = write.merge_adapter
 
         def spoil(network: Any) -> None:
             network.blocks[1].attn1.to_v.scaling["default"] *= 2
             whole(network)
 
-        monkeypatch.setattr(export_write, "merge_adapter", spoil)
+        monkeypatch.setattr(write, "merge_adapter", spoil)
         error = fails(capsys, wan.lora, "--merge", "--out", tmp_path / "out")
         assert "on the same inputs its prediction differs by" in error
 
@@ -94,7 +95,7 @@ class TestMismatch:
         def stop(*given: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(export_write, "add_parts", stop)
+        monkeypatch.setattr(write, "add_parts", stop)
         assert export.main([str(wan.full), "--out", str(tmp_path / "out")]) == 130
         assert "nothing was exported" in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []

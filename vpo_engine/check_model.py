@@ -25,8 +25,8 @@ from vpo_engine.policy_source import folder_config, nearest
 from vpo_engine.sample import parse_size
 
 if TYPE_CHECKING:  # torch is imported when everything that the arguments alone tell has been said
-    from vpo_engine.check_model_table import Row
     from vpo_engine.config import Config
+    from vpo_engine.model_checks.table import Row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def check_model(
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; {nearest(folder)}")
     config = folder_config(folder, [*overrides, "model.dtype=float32"], kind)
-    from vpo_engine.check_model_table import all_rows
+    from vpo_engine.model_checks.table import all_rows
 
     with tempfile.TemporaryDirectory() as cache:  # text embeddings of a check are not kept
         return all_rows(_sized(config, frames, size, Path(cache)), folder)
@@ -75,7 +75,7 @@ def check_model(
 
 def _sized(config: Config, frames: int | None, size: tuple[int, int] | None, cache: Path) -> Config:
     """Return the configuration for videos of the asked size, or of a small one."""
-    from vpo_engine.export_check import small_size
+    from vpo_engine.exporting.check import small_size
     from vpo_engine.sample import SampleOptions, changed_config
 
     settings = config.model.model_copy(update=small_size(config.model.kind))

@@ -14,38 +14,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from vpo_engine.command import report_errors
-from vpo_engine.export_folder import refuse_occupied
+from vpo_engine.exporting.folder import refuse_occupied
+from vpo_engine.exporting.options import DTYPES, FORMATS, ExportOptions
 from vpo_engine.policy_source import INDEX, PolicySource, nearest, run_source
 
 if TYPE_CHECKING:  # torch is imported when everything that the arguments alone tell has been said
-    from vpo_engine.export_write import Exported
-
-Format = Literal["diffusers", "original", "peft"]
-FORMATS: tuple[Format, ...] = ("diffusers", "original", "peft")
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What is exported, and how.
-
-    step: the checkpoint; None for the newest. merge: merge an adapter into its base. form: the dialect of an adapter;
-    None for the one that fits the family. ema: export the averaged weights. dtype: None for float32 of a merged export,
-    and else that of the checkpoint. base: the published folder whose parts stand beside the policy; None for
-    model.policy's own.
-    """
-
-    step: int | None = None
-    merge: bool = False
-    form: Format | None = None
-    ema: bool = False
-    dtype: str | None = None
-    base: Path | None = None
+    from vpo_engine.exporting.write import Exported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,12 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Exported:
+def export(run: Path, out: Path, options: ExportOptions | None = None) -> Exported:
     """Write the policy of a run or checkpoint to the folder ``out``, load it back and compare.
 
     Raise ValueError for arguments that do not fit the run, and ExportMismatchError (a ValueError) where what is loaded
     back is not the policy; the folder is kept then, beside ``out``.
     """
+    options = options or ExportOptions()
     refuse_occupied(out)
     if not run.exists():
         raise ValueError(f"there is no run or checkpoint at {run}; {nearest(run)}")
@@ -113,7 +92,7 @@ def export(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> Ex
         raise ValueError(f"--base {options.base} has no {INDEX}; give the folder of a whole published model")
     source = run_source(run, options.step, average=options.ema)
     _check_fit(run, source, options)
-    from vpo_engine.export_write import write_export
+    from vpo_engine.exporting.write import write_export
 
     return write_export(source, out, options)
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from vpo_engine.command import report_errors
 from vpo_engine.config_file import load_config
-from vpo_engine.export import ExportOptions, export
-from vpo_engine.export_folder import link_or_copy
+from vpo_engine.export import export
+from vpo_engine.exporting.folder import link_or_copy
+from vpo_engine.exporting.options import ExportOptions
 from vpo_engine.model_card import card
 from vpo_engine.models.registry import model_family
 from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete

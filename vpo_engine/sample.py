@@ -265,7 +265,7 @@ def changed_config(config: Config, options: SampleOptions) -> Config:
 
 
 def load_source(source: PolicySource) -> VideoModel:
-    """Load a model with its policy. An adapter from elsewhere is read in any dialect, see ``export_adapter``."""
+    """Load a model with its policy. An adapter from elsewhere is read in any dialect, see ``exporting.adapter``."""
     from vpo_engine.build import build_model
     from vpo_engine.distributed.processes import Processes
     from vpo_engine.models.lora import load_adapter
@@ -276,7 +276,7 @@ def load_source(source: PolicySource) -> VideoModel:
         if source.adapter is not None:
             load_adapter(model.network, source.adapter)
         return model
-    from vpo_engine.export_adapter import find_adapter, read_adapter
+    from vpo_engine.exporting.adapter import find_adapter, read_adapter
     from vpo_engine.models.registry import model_family
 
     family, file = model_family(config.model.kind), find_adapter(source.adapter)

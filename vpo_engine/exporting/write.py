@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from vpo_engine.build import build_model
 from vpo_engine.config import Config, MemoryConfig
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.export import ExportOptions, Format
-from vpo_engine.export_adapter import (
+from vpo_engine.exporting.adapter import (
     DIFFUSERS_FILE,
     Adapter,
     adapter_of,
@@ -24,7 +23,7 @@ from vpo_engine.export_adapter import (
     save_diffusers,
     save_original,
 )
-from vpo_engine.export_check import (
+from vpo_engine.exporting.check import (
     attached,
     check_prediction,
     check_same_weights,
@@ -34,7 +33,8 @@ from vpo_engine.export_check import (
     sides,
     small_size,
 )
-from vpo_engine.export_folder import ExportMismatchError, add_parts, check_space, written_at
+from vpo_engine.exporting.folder import ExportMismatchError, add_parts, check_space, written_at
+from vpo_engine.exporting.options import ExportOptions, Format
 from vpo_engine.models.lora import WEIGHTS, adapter_parameters, load_adapter, save_adapter
 from vpo_engine.policy_source import INDEX, RECORD, PolicySource, record_text
 from vpo_engine.video_model import VideoModel

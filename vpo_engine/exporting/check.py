@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.export_adapter import Adapter
-from vpo_engine.export_folder import ExportMismatchError
+from vpo_engine.exporting.adapter import Adapter
+from vpo_engine.exporting.folder import ExportMismatchError
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.registry import model_family
 from vpo_engine.policy_source import INDEX

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpo_engine.check_model_own import GUIDANCE, PROMPT, ROUNDING, STEPS, clean_and_noise, noised, target
-from vpo_engine.check_model_record import (
+from vpo_engine.config import Config
+from vpo_engine.exporting.check import check_same_weights, relative_error
+from vpo_engine.model_checks.own import GUIDANCE, PROMPT, ROUNDING, STEPS, clean_and_noise, noised, target
+from vpo_engine.model_checks.record import (
     Call,
     Recording,
     Sampling,
@@ -20,10 +22,8 @@ from vpo_engine.check_model_record import (
     record_decoded,
     run_pipeline,
 )
-from vpo_engine.check_model_sizes import frame_rule, side_rule
-from vpo_engine.check_model_table import Finding, Table
-from vpo_engine.config import Config
-from vpo_engine.export_check import check_same_weights, relative_error
+from vpo_engine.model_checks.sizes import frame_rule, side_rule
+from vpo_engine.model_checks.table import Finding, Table
 from vpo_engine.model_values import SamplerSettings, SamplerState
 from vpo_engine.models.diffusers_model import DiffusersModel
 from vpo_engine.policy_source import INDEX

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vpo_engine.check_model_table import Finding
 from vpo_engine.config import Config
+from vpo_engine.model_checks.table import Finding
 from vpo_engine.models.registry import model_family
 from vpo_engine.planning.parts import Assumed
 from vpo_engine.video_model import SizeRule
@@ -20,7 +20,7 @@ _LATENT_SIDE = 2
 @torch.no_grad()
 def frame_rule(pipeline: Any, rule: SizeRule) -> Finding:
     """Compare the frame counts that are allowed with those that the VAE gives back."""
-    from vpo_engine.check_model_pipeline import strides_of
+    from vpo_engine.model_checks.pipeline import strides_of
 
     stride, _ = strides_of(pipeline)
     made: dict[int, int] = {}

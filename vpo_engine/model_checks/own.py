@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.check_model_table import Finding, Table
-from vpo_engine.export_check import fixed_inputs, relative_error
+from vpo_engine.exporting.check import fixed_inputs, relative_error
+from vpo_engine.model_checks.table import Finding, Table
 from vpo_engine.reference.store import build_reference
 from vpo_engine.seeding import normal
 from vpo_engine.video_model import VideoModel

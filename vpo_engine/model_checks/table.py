@@ -70,11 +70,11 @@ class Table:
 
 def all_rows(config: Config, folder: Path) -> list[Row]:
     """Check a folder against the description of its family; see ``vpo_engine.check_model``."""
-    from vpo_engine.check_model_own import own_checks
+    from vpo_engine.model_checks.own import own_checks
 
     table, family = Table(), model_family(config.model.kind)
     if family.card.pipelines:
-        from vpo_engine.check_model_pipeline import class_checks, pipeline_checks
+        from vpo_engine.model_checks.pipeline import class_checks, pipeline_checks
 
         class_checks(table, family, folder)
         if not all(row.ok for row in table.rows):
