@@ -78,7 +78,7 @@ class ModelCard:
     files: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
     lora_target_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    sizes: SizeRule = SizeRule()
+    sizes: SizeRule = field(default_factory=SizeRule)
     resolutions: tuple[str, ...] = ()
     pipelines: tuple[str, ...] = ()
     supports: frozenset[Option] = frozenset({"rollout.guidance", "rollout.guidance_interval"})
