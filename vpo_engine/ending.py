@@ -25,7 +25,7 @@ class Ending:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note how this block ends; not that another process is gone, which has noted its own error."""
+        """Note an error that ends this block; not that another process is gone, which has noted its own."""
         try:
             yield
         except LostProcessError:
@@ -34,9 +34,13 @@ class Ending:
             self._note(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
             raise
         except KeyboardInterrupt:
-            self._end()
+            self.ended(finished=False)
             raise
-        self._end()
+
+    def ended(self, finished: bool) -> None:
+        """Note that the run ended as it was meant to, at its last step or because it was to stop."""
+        if self.run is not None and self._processes.first:
+            end_attempt(self.run, finished)
 
     def watchdog(self, config: Config) -> Watchdog:
         """Return the watchdog of this process, which ends it at once."""
@@ -50,10 +54,6 @@ class Ending:
         tell_torchrun(f"error: {reason}")
         self._note(reason)
         os._exit(EXIT_CODE)
-
-    def _end(self) -> None:
-        if self.run is not None and self._processes.first:
-            end_attempt(self.run)
 
     def _note(self, error: str) -> None:
         if self.run is not None:

@@ -101,6 +101,7 @@ def run_training(config: Config) -> int:
         )
         with ending.noted():
             outcome = trainer.run()
+        ending.ended(finished=outcome.stopped_by is None)
     if outcome.stopped_by and processes.first:
         print(_stopped_text(outcome.stopped_by, outcome.steps, run), flush=True)
     return outcome.exit_code

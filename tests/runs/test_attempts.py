@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vpo_engine.runs.attempts import begin_attempt, end_attempt, fail_attempt
+from vpo_engine.runs.attempts import begin_attempt, end_attempt, fail_attempt, was_cut_short
 from vpo_engine.runs.directory import RunDirectory
 
 
@@ -54,5 +54,18 @@ def test_an_attempt_that_was_killed_leaves_no_word(run: RunDirectory) -> None:
 
 def test_a_run_that_was_asked_to_stop_is_no_failure(run: RunDirectory) -> None:
     begin_attempt(run, 0)
-    end_attempt(run)
+    end_attempt(run, finished=False)
     assert begin_attempt(run, 0) is None
+
+
+def test_only_the_last_attempt_tells_whether_the_run_came_to_its_end(run: RunDirectory) -> None:
+    assert not was_cut_short(run), "an older run, of which nothing is known"
+    begin_attempt(run, 0)
+    assert was_cut_short(run)
+    end_attempt(run, finished=False)
+    assert was_cut_short(run)
+    begin_attempt(run, 2)
+    end_attempt(run, finished=True)
+    assert not was_cut_short(run)
+    begin_attempt(run, 4)
+    assert was_cut_short(run), "it was made longer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vpo_engine.config import LoraConfig
 from vpo_engine.errors import CheckpointError
 from vpo_engine.memory.host_copy import HostCopies
 from vpo_engine.models.lora import inject_adapter, save_adapter
+from vpo_engine.runs import saving
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete
 from vpo_engine.runs.saving import CheckpointSaver
 
@@ -23,19 +25,19 @@ CPU = torch.device("cpu")
 
 
 class Gate:
-    """Lets the writer of a checkpoint go on only when the test says so."""
+    """Lets the writer of a checkpoint begin only when the test says so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
         self.reached = threading.Event()
-        write = safetensors.torch.save_file
+        write = saving.save_checkpoint
 
-        def gated(*args: Any, **kwargs: Any) -> None:
+        def gated(*args: Any, **parts: Any) -> None:
             self.reached.set()
             assert self.open.wait(30)
-            write(*args, **kwargs)
+            write(*args, **parts)
 
-        monkeypatch.setattr(safetensors.torch, "save_file", gated)
+        monkeypatch.setattr(saving, "save_checkpoint", gated)
 
 
 @pytest.fixture
@@ -143,7 +145,9 @@ def test_another_error_lets_the_save_finish_and_a_second_signal_does_not_wait(
     tmp_path: Path, gate: Gate
 ) -> None:
     writing = saver(tmp_path)
+    began = time.monotonic()
     end_by(KeyboardInterrupt(), writing, 1)
+    assert time.monotonic() - began < 15, "it waited for the writer"
     assert newest_complete(tmp_path) is None
     gate.open.set()
     writing.settle()

@@ -181,6 +181,25 @@ def test_a_finished_run_is_left_alone(whole: tuple[Path, int], capsys: pytest.Ca
     assert before == {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
 
 
+def test_a_run_that_dies_after_its_summary_is_not_taken_for_finished(
+    whole: tuple[Path, int], tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = whole
+    at(RunLog, "show_held_out", 1, die)
+    config = engine.make_config(folder, *SETTINGS, f"run_dir={tmp_path / 'run'}")
+    with pytest.raises(DeadError):
+        engine.train(config)
+    monkeypatch.undo()
+    assert (tmp_path / "run/summary.json").exists()
+    again: list[int] = []
+    at(RunLog, "show_held_out", 1, lambda: again.append(1))
+    engine.train(config)
+    assert again, "the rest of the end was made up for"
+    assert_same(folder / "run", tmp_path / "run", 4)
+    engine.train(config)
+    assert again == [1]
+
+
 def test_a_run_goes_on_from_a_checkpoint_that_is_named(whole: tuple[Path, int], tmp_path: Path) -> None:
     folder, _ = whole
     own = f"run_dir={tmp_path / 'run'}"

@@ -45,9 +45,15 @@ def fail_attempt(run: RunDirectory, step: int, rank: int, error: str) -> None:
     _append(run.root / _NAME, {"step": step, "rank": rank, "host": socket.gethostname(), "error": error})
 
 
-def end_attempt(run: RunDirectory) -> None:
-    """Note that the run ended as it was meant to: at its last step, or because it was asked to stop."""
-    _append(run.root / _NAME, {"ended": True})
+def end_attempt(run: RunDirectory, finished: bool) -> None:
+    """Note that the run ended as it was meant to: at its last step, or, not ``finished``, because it was to stop."""
+    _append(run.root / _NAME, {"ended": "finished" if finished else "stopped"})
+
+
+def was_cut_short(run: RunDirectory) -> bool:
+    """Return whether the last attempt did not come to the end of the run; False if nothing is known of it."""
+    lines = _read(run.root / _NAME)
+    return bool(lines) and lines[-1].get("ended") != "finished"
 
 
 def _note(ends: list[Mapping[str, Any]], step: int) -> str:

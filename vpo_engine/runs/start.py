@@ -11,6 +11,7 @@ from typing import Any
 
 from vpo_engine.config import Config, Section
 from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.runs.attempts import was_cut_short
 from vpo_engine.runs.checkpoint import checkpoint_name, complete_checkpoints, unusable_checkpoints
 from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory
 from vpo_engine.runs.lock import LOCK_NAME
@@ -75,7 +76,8 @@ def find_start(config: Config) -> Start:
         return Start(root, exists=True)
     chosen = _chosen(config, saved, root)
     newest = max(saved)
-    finished = run.summary.is_file() and newest == config.steps and settings.from_ is None
+    at_end = newest == config.steps and settings.from_ is None
+    finished = at_end and run.summary.is_file() and not was_cut_short(run)
     if newest > config.steps and settings.from_ is None:
         raise ValueError(f"{saved[newest]} is at step {newest}, beyond steps={config.steps}; raise steps")
     return Start(root, chosen, exists=True, finished=finished)
