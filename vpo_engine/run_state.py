@@ -14,8 +14,9 @@ from vpo_engine.online_vpo import OnlineVPO
 def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the ``tensors`` and the ``state`` of a checkpoint after ``step`` steps.
 
-    Random numbers need no state beside the seed and the step: see ``vpo_engine.seeding``. baseline: the evaluation of
-    the policy that the run started from; the end of the run is compared with it.
+    Every process must call this; what the first one gets is complete. Random numbers need no state beside the seed and
+    the step: see ``vpo_engine.seeding``. baseline: the evaluation of the policy that the run started from; the end of
+    the run is compared with it.
     """
     config = algorithm.config
     return {
@@ -38,7 +39,8 @@ def restore(
     algorithm: OnlineVPO, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], policy: Path
 ) -> tuple[int, dict[str, Tensor]]:
     """Put a checkpoint back into the algorithm, and return the steps done and the baseline evaluation."""
-    algorithm.model.load_policy(policy)
+    with algorithm.optimizer.whole(changed=True):
+        algorithm.model.load_policy(policy)
     algorithm.reference.load_state_dict(dict(tensors["reference"]))
     algorithm.optimizer.load_state_dict(dict(tensors["optimizer"]))
     algorithm.refreshed_at = state["refreshed_at"]

@@ -81,6 +81,7 @@ class Trainer:
         self._held_out, self._run, self._processes = held_out, run, processes
         self._stop_elsewhere, self._start_from = stop_elsewhere, start_from
         held_out.stopping = algorithm.stopping
+        held_out.whole_policy = algorithm.optimizer.whole
         self._mine = processes.team_range(config.pairs_per_step, "pairs_per_step")
         self._seconds: dict[str, float] = defaultdict(float)
         self._stage_seconds: dict[str, float] = {}
@@ -194,7 +195,8 @@ class Trainer:
         start = time.perf_counter()
         self._progress.stage("measuring the device")
         model = self._algorithm.model
-        flops = count_row_flops(model, model.embed(self._held_out.prompts[:_MEASURED_PROMPTS]))
+        with self._algorithm.optimizer.whole():
+            flops = count_row_flops(model, model.embed(self._held_out.prompts[:_MEASURED_PROMPTS]))
         ceiling = matrix_rate(self._processes.device, getattr(torch, self._config.model.dtype))
         self._taken_at += time.perf_counter() - start
         return Throughput(self._config, flops, ceiling)
@@ -325,16 +327,17 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self._saved_at = step
-        if self._processes.first:
+        with self._algorithm.optimizer.whole():
             snapshot = capture(self._algorithm, step, self._baseline)
             snapshot["state"]["guards"] = self._monitor.state()
-            save_checkpoint(
-                self._run.checkpoints,
-                step,
-                **snapshot,
-                write_policy=self._algorithm.model.save_policy,
-                keep=self._config.checkpoint.keep,
-            )
+            if self._processes.first:
+                save_checkpoint(
+                    self._run.checkpoints,
+                    step,
+                    **snapshot,
+                    write_policy=self._algorithm.model.save_policy,
+                    keep=self._config.checkpoint.keep,
+                )
         self._processes.wait()
 
     def _resume(self) -> int:

@@ -111,14 +111,15 @@ MUTATIONS = [
     (
         "refresh before the update",
         STEP,
-        "metrics = self._update_policy(pairs, update)",
-        "self._refresh_reference()\n            metrics = self._update_policy(pairs, update)\n            continue",
+        "metrics = self._update_policy(pairs, choices[0], update)",
+        "self._refresh_reference()\n            metrics = self._update_policy(pairs, choices[0], update)\n"
+        "            continue",
         REPLAY,
     ),
     (
         "refresh noted but not made",
         STEP,
-        "self.reference.refresh(self.model.network)",
+        "self.reference.refresh(self.model.network, self.optimizer.gathered)",
         "self.reference.numbers()",
         REPLAY,
     ),
@@ -152,7 +153,7 @@ MUTATIONS = [
         "model.network",
         REPLAY,
     ),
-    ("gradients not averaged", STEP, "self.processes.average_gradients(self.parameters)", "pass", TWO),
+    ("gradients not averaged", STEP, "self.optimizer.average_gradients(self.processes)", "pass", TWO),
     (
         "gradients not scaled for the processes",
         STEP,

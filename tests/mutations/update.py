@@ -319,7 +319,7 @@ MUTATIONS = [
         "settings.eps, 0.0)\n        self._weights = weights\n        self._libraries",
         REPLAY,
     ),
-    ("optimizer steps not restored", OPTIMIZER, "self.steps = int(state[_STEPS])", "self.steps = 0", RESUME),
+    ("optimizer steps not restored", OPTIMIZER, "self.steps = int(state[STEPS])", "self.steps = 0", RESUME),
     (
         "moments not restored",
         OPTIMIZER,

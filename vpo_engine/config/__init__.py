@@ -3,6 +3,7 @@
 "Paper" in the sources of defaults is OnlineVPO, arXiv 2412.15159.
 """
 
+from vpo_engine.config.distributed import DistributedConfig
 from vpo_engine.config.guards import GuardsConfig, HeldOutRewardConfig
 from vpo_engine.config.log import LogConfig
 from vpo_engine.config.memory import ActivationCheckpointing, MemoryConfig
@@ -19,6 +20,7 @@ __all__ = [
     "ActivationCheckpointing",
     "CheckpointConfig",
     "Config",
+    "DistributedConfig",
     "EvaluationConfig",
     "GuardsConfig",
     "HeldOutRewardConfig",
