@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class ZeroOptimizer:
 
     All processes must make the same calls in the same order, also those without a pair: backward passes and
     steps exchange gradients. With stage 3 a process has a part of each trained weight only; DeepSpeed gathers the
-    weights of a block when the block runs, and ``whole`` gathers all of them.
+    weights of a module when the module runs, and ``whole`` gathers all of them.
     """
 
     in_lockstep = True
@@ -135,6 +136,8 @@ class ZeroOptimizer:
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
+        for parameter in self._parameters:
+            parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
         try:
             with self.gathered(self._parameters, changed):
                 yield
@@ -215,12 +218,14 @@ class ZeroOptimizer:
 
     def _start(self, network: nn.Module) -> Any:
         deepspeed = _import_deepspeed()
+        if self._processes.device.type == "cpu":
+            deepspeed.ops.__compatible_ops__ = {}  # else it compiles an operator for inference, for a minute
+        os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for, and torchrun sets
         if not dist.is_initialized():  # a single process needs no address to meet others at
             backend = "nccl" if self._processes.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if self._stage == 3:
             _keep_frozen_whole(network)
-            _gather_by_block(network)
         module = _Trained(self._parameters, network if self._stage == 3 else None)
         optimizer = self._moments.optimizer(self._parameters)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.settings)
@@ -319,16 +324,6 @@ def _keep_frozen_whole(network: nn.Module) -> None:
             if parameter is not None and not parameter.requires_grad:
                 del module._parameters[name]
                 module._buffers[name] = parameter
-
-
-def _gather_by_block(network: nn.Module) -> None:
-    """Have the weights of a transformer block gathered together, when the block runs."""
-    from deepspeed.utils import set_z3_leaf_module
-
-    for part in network.modules():
-        if isinstance(part, nn.ModuleList):
-            for block in part:
-                set_z3_leaf_module(block, True)
 
 
 def _norm_of(parameters: Sequence[nn.Parameter]) -> Tensor:
