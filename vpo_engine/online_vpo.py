@@ -143,7 +143,8 @@ class OnlineVPO:
     def _update(self, pairs: Sequence[Pair], spare: Choice, update: int) -> dict[str, float]:
         """Make one optimizer step on the pairs of all processes, or none where there are no pairs.
 
-        spare: any choice of this process, for ``_keep_step``. Right after a refresh the policy is the reference, every
+        spare: any choice of this process, for the passes that add nothing, in which a process with fewer micro-batches
+        keeps step with the others. Right after a refresh the policy is the reference, every
         margin is 0, and there is no implicit accuracy.
         """
         team, here = self.processes.team, self.processes.device
@@ -155,6 +156,7 @@ class OnlineVPO:
         self.optimizer.begin(rate)
         unchanged = update == 0 and not self.config.memory.step_in_backward
         together = self.optimizer.in_lockstep
+        spare_passes = self._passes_behind(len(mine)) if together else 0
         with self.stopping.stoppable(together) if unchanged else nullcontext():
             if len(mine):
                 local = self._backward(
@@ -166,8 +168,9 @@ class OnlineVPO:
                     processes=self.processes.count,
                 )
                 sums += torch.tensor([local[name] for name in (*DPO.METRICS, "samples")], device=here)
-            if together:
-                self._keep_step(len(mine), spare, update)
+            for _ in range(spare_passes):
+                pair = Pair(spare.winner, spare.loser)
+                self._backward([pair], self.reference, update=update, samples=range(1), processes=0)
         metrics: dict[str, float] = {"pairs": total, "lr": rate}
         if total:
             *totals, samples = self.processes.sum(sums).tolist()
@@ -179,13 +182,11 @@ class OnlineVPO:
             metrics["grad_norm"] = self._optimizer_step()
         return metrics
 
-    def _keep_step(self, samples: int, spare: Choice, update: int) -> None:
-        """Make backward passes that add nothing, until this process has made as many as each of the others."""
+    def _passes_behind(self, samples: int) -> int:
+        """Return how many micro-batches fewer this process has than another one."""
         size = self.config.objective.micro_batch_size or max(1, samples)
         passes = -(-samples // size)
-        for _ in range(self.processes.largest(passes) - passes):
-            pair = Pair(spare.winner, spare.loser)
-            self._backward([pair], self.reference, update=update, samples=range(1), processes=0)
+        return self.processes.largest(passes) - passes
 
     def _average_and_step(self) -> float:
         self.optimizer.average_gradients(self.processes)
