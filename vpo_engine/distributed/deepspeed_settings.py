@@ -172,6 +172,10 @@ def _zero(config: Config, given: Settings, where: str, stage: int) -> Settings:
             f"{where}: zero_optimization.overlap_comm=true goes with stage 2 only, where several backward passes lead "
             f'to one step, but the stage is {stage}; write false or "auto"'
         )
+    if stage in (1, 2):
+        own["parameter_alignment"] = (
+            True  # else the same products may round differently in policy and reference
+        )
     if stage == 3:
         _compare(
             "zero_optimization.memory_efficient_linear",
