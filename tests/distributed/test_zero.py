@@ -16,6 +16,7 @@ from zero_runs import (
     LORA,
     MICRO,
     SEQUENTIAL,
+    UNCLIPPED,
     assert_same_training,
     divided_fully,
     load,
@@ -50,6 +51,7 @@ def cases(folder: Path) -> dict[str, Case]:
             f"{name} adapter sequential": ((*LORA, *SEQUENTIAL), division),
             f"{name} micro-batches": ((*SEQUENTIAL, *MICRO), division),
             f"{name} clipped": (CLIPPED, division),
+            f"{name} unclipped": (UNCLIPPED, division),
         }
     return found | {
         "1 offload": ((), (*zero(1), offload)),

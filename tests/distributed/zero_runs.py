@@ -31,7 +31,7 @@ SETTINGS = (
     "objective.timesteps_per_pair=1",
     "optimizer.eps=1",
     "optimizer.lr=0.1",
-    "optimizer.clip=null",
+    "optimizer.clip=1",
     "optimizer.warmup_steps=0",
     "reference.refresh_every=2",
 )
@@ -43,6 +43,8 @@ SEQUENTIAL = ("memory.sequential=true",)
 MICRO = ("objective.micro_batch_size=1", "objective.timesteps_per_pair=2", "pairs.gap_power=1")
 HALF = ("model.dtype=bfloat16", "memory.weights=fp32_master")
 CLIPPED = ("optimizer.clip=0.5",)
+UNCLIPPED = ("optimizer.clip=null", "optimizer.lr=1e-3")
+"""Gradients have norms of about 2 with an adapter and 40 without, so that a limit of 1, 0.5 or none tells."""
 
 
 def zero(stage: int, *more: str) -> tuple[str, ...]:
@@ -126,8 +128,8 @@ def load(algorithm: OnlineVPO, folder: Path) -> None:
 def assert_same_training(one: dict[str, Any], other: dict[str, Any], bound: float, case: object) -> None:
     """Assert that two runs made the same weights, references and optimizer states.
 
-    bound: of absolute differences. A step moves a weight by at most 0.1 of its gradient, whose rounding is at most 1e-6
-    of the largest gradient, of about 10; the moments hold a tenth of the gradient and a thousandth of its square.
+    bound: of absolute differences. A step moves a weight by at most 0.1 of its gradient, clipped to a norm of 1, and
+    float32 sums in another order round by some 1e-6 of that. Moments are of gradients of up to 10 without a limit.
     """
     moved = float((one["after"] - one["before"]).abs().max())
     assert moved > 1e3 * bound, (case, moved)
@@ -139,7 +141,7 @@ def assert_same_training(one: dict[str, Any], other: dict[str, Any], bound: floa
             assert math.isclose(value, theirs[name], rel_tol=1e-4, abs_tol=1e-5), (case, name, value, theirs)
     assert other["state"].keys() == one["state"].keys(), case
     for name, value in one["state"].items():
-        limit = bound * max(1.0, float(value.abs().max())) if value.is_floating_point() else 0
+        limit = 10 * bound * max(1.0, float(value.abs().max())) if value.is_floating_point() else 0
         if name.endswith(MASTER):
             limit = bound
         torch.testing.assert_close(

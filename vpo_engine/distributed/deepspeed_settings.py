@@ -92,11 +92,12 @@ def resolve(config: Config, processes: int, half: bool | None = None) -> Setting
     """
     given, where = _read(config.distributed.deepspeed_config)
     if half is None:
-        half = config.memory.weights == "fp32_master" and config.model.dtype == "bfloat16"
-    known, lora = _known(config, processes, half), config.model.lora is not None
+        masters = config.memory.weights == "fp32_master" and config.model.lora is None
+        half = masters and config.model.dtype == "bfloat16"
+    known = _known(config, processes, half)
     stage = _stage(config, given, where)
     known["zero_optimization"] = _zero(config, given, where, stage)
-    _check_stage(config, stage, half and not lora)
+    _check_stage(config, stage, half)
     result: Settings = {}
     for name, value in given.items():
         if name in ("zero_optimization", "optimizer"):

@@ -6,7 +6,6 @@ process. Its ``managed_gradient_accumulation`` is off: any number of backward pa
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -217,8 +216,11 @@ class ZeroOptimizer:
     # --- inside --------------------------------------------------------------------------------------------
 
     def _start(self, network: nn.Module) -> Any:
+        on_cpu = self._processes.device.type == "cpu"
+        if on_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that the run leaves alone
         deepspeed = _import_deepspeed()
-        if self._processes.device.type == "cpu":
+        if on_cpu:
             deepspeed.ops.__compatible_ops__ = {}  # else it compiles an operator for inference, for a minute
         os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for, and torchrun sets
         if not dist.is_initialized():  # a single process needs no address to meet others at
@@ -302,7 +304,6 @@ class _Trained(nn.Module):
 
 
 def _import_deepspeed() -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         import deepspeed
     except Exception as error:  # DeepSpeed has exceptions of its own for what it misses in an installation
