@@ -66,13 +66,14 @@ class ZeroOptimizer:
                 "memory.weights=float32, or distributed.engine=data_parallel"
             )
         half = kinds == {torch.bfloat16}
-        self.settings = resolve(config, processes.count, half)
-        self._stage = int(self.settings["zero_optimization"]["stage"])
+        given = resolve(config, processes.count, half)
+        self.settings: dict[str, Any] | None = given
+        self._stage = int(given["zero_optimization"]["stage"])
         self._shapes = [tuple(p.shape) for p in self._parameters]
         self._masters = config.memory.weights == "fp32_master" and half
         weights = "fp32_master" if self._masters else "float32"
         self._format = StateFormat(weights, config.memory.optimizer_bits, self._shapes)
-        offloads = self.settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+        offloads = given["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
         self._moments = make_moments(config.optimizer, config.memory.optimizer_bits, offloads)
         unrounded = [take_unrounded(p) for p in self._parameters] if self._masters else []
         self._engine = self._start(network)
