@@ -170,10 +170,14 @@ def test_a_run_goes_on_with_another_division_of_the_work(tmp_path: Path, kind: s
 
 
 def keep_bits(folder: Path, cases: Sequence[Sequence[str]]) -> None:
-    """Resume runs with the division they were saved with, and with another; keep the weights before and after."""
+    """Resume runs with the division they were saved with; keep the weights of both ways. Masters begin unrounded."""
     processes = Processes.start("cpu")
     for number, settings in enumerate(cases):
+        plain = make([each for each in settings if not each.startswith("distributed.")], processes)
         one, again = make(settings, processes), make(settings, processes)
+        begun = one.optimizer.state_dict()
+        for name, value in plain.optimizer.state_dict().items():
+            assert not processes.first or torch.equal(begun[name], value), (number, name)
         make_steps(one, [0, 1])
         save(one, folder / f"case {number}", 2)
         load(again, folder / f"case {number}")

@@ -75,8 +75,8 @@ MUTATIONS = [
     (
         "the loss turned around",
         DPO,
-        "(out.loss * scale).backward()",
-        "(-out.loss * scale).backward()",
+        "self._add_gradient(out.loss * scale)",
+        "self._add_gradient(-out.loss * scale)",
         LEARNING,
     ),
     (
@@ -330,8 +330,8 @@ MUTATIONS = [
     (
         "masters not restored",
         OPTIMIZER,
-        "self._weights[number].data.copy_(entry.pop(_MASTER))",
-        "entry.pop(_MASTER)",
+        "self._weights[number].data.copy_(entry.pop(MASTER))",
+        "entry.pop(MASTER)",
         RESUME,
     ),
     (

@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 _BUCKET_ELEMENTS = 32 * 2**20
-TIME_LIMIT = timedelta(minutes=30)
-"""How long a process waits for the others in an exchange, before the run ends with an error. Processes finish their
-rollouts at different times; NCCL's own default, 10 minutes, is short for a long video."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,10 @@ class Processes:
         if count > 1 and not dist.is_initialized():
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             if store is None:
-                dist.init_process_group(backend, timeout=TIME_LIMIT)
+                dist.init_process_group(backend)
             else:
                 own = dist.PrefixStore("training", store)
-                dist.init_process_group(backend, timeout=TIME_LIMIT, store=own, rank=rank, world_size=count)
+                dist.init_process_group(backend, store=own, rank=rank, world_size=count)
         return Processes(rank, count, chosen, store=store).in_teams(per_team)
 
     def in_teams(self, size: int) -> Processes:
