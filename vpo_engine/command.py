@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vpo_engine.config import Config
 from vpo_engine.errors import CheckpointError, LostProcessError, RewardProcessError
 
 USER_ERRORS = (ValueError, OSError, CheckpointError, RewardProcessError, LostProcessError)
@@ -21,6 +22,11 @@ INTERRUPTED = 130
 def is_first_process() -> bool:
     """Return whether this is the first process that torchrun started, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def processes_that_train(config: Config) -> int:
+    """Return how many of the processes that torchrun started train, without that of the reward model."""
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")) - int(config.processes.reward))
 
 
 def split_words(words: Sequence[str], unknown: Sequence[str] = ()) -> tuple[str | None, list[str]]:

@@ -19,7 +19,7 @@ _FOLDERS = (
     ("model.policy", "folder or weights file"),
     *((key, "folder") for key in ("model.vae", "model.text_encoder", "rollout.dataset")),
 )
-_FILES = tuple((key, "file") for key in ("prompts.train", "prompts.held_out"))
+_FILES = tuple((key, "file") for key in ("prompts.train", "prompts.held_out", "distributed.deepspeed_config"))
 """Settings that name what must be there when a run begins. Rewards say themselves what they read."""
 _SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 """Folders of the shipped configurations: inside an installed package, or beside it in a checkout."""

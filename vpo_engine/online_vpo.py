@@ -23,6 +23,7 @@ from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.errors import NotFiniteError
 from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.idle_offload import IdleOffload
+from vpo_engine.memory.make_optimizer import make_optimizer
 from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
 from vpo_engine.metrics.stage_timer import StageTimer
 from vpo_engine.metrics.throughput import CountedRows
@@ -80,13 +81,7 @@ class OnlineVPO:
         self.parameters = [p for p in model.network.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the policy requires a gradient; there is nothing to train")
-        self.optimizer = PolicyOptimizer(
-            self.parameters,
-            config.optimizer,
-            config.optimizer_memory,
-            seed=config.seed,
-            preserve_reference=reference.preserve,
-        )
+        self.optimizer = make_optimizer(config, model.network, processes, reference.preserve)
         self.average = self._build_average()
         self.idle_offload.register("reference", reference.tensors)
         self.idle_offload.register("optimizer", self.optimizer.tensors)
@@ -98,6 +93,7 @@ class OnlineVPO:
             config.seed,
             config.memory.sequential,
             before_micro_batch=self.stopping.check,
+            backward=self.optimizer.backward,
         )
         self.selector = Selector(config, processes)
         self.timer = StageTimer(processes.device, processes.stages)
@@ -118,7 +114,7 @@ class OnlineVPO:
 
         If the run is asked to stop before weights have changed, raise StepAbandonedError.
         """
-        with self.stopping.stoppable(together=self.processes.team.count > 1):
+        with self.stopping.stoppable(together=self.processes.team.count > 1), self.optimizer.whole():
             if self.stored is None:
                 candidates = self._sample(prompts)  # N videos per prompt, decoded and scored
                 choices = self._resample_ties(
@@ -128,7 +124,7 @@ class OnlineVPO:
                 choices = self.stored.choices(prompts, self.model.latent_shape, self.processes.device)
         pairs = self.selector.pairs(choices)  # without ties, weighted
         for update in range(self.config.objective.updates_per_rollout):
-            metrics = self._update_policy(pairs, update)  # Diffusion-DPO on the latents
+            metrics = self._update_policy(pairs, choices[0], update)  # Diffusion-DPO on the latents
             self._refresh_reference()  # every K optimizer steps: reference <- policy
         return self._step_made(choices, pairs, metrics)
 
@@ -146,10 +142,12 @@ class OnlineVPO:
             choices = [next(anew) if choice.tied else choice for choice in choices]
         return choices
 
-    def _update(self, pairs: Sequence[Pair], update: int) -> dict[str, float]:
+    def _update(self, pairs: Sequence[Pair], spare: Choice, update: int) -> dict[str, float]:
         """Make one optimizer step on the pairs of all processes, or none where there are no pairs.
 
-        Right after a refresh the policy is the reference, every margin is 0, and there is no implicit accuracy.
+        spare: any choice of this process, for the passes that add nothing, in which a process with fewer micro-batches
+        keeps step with the others. Right after a refresh the policy is the reference, every
+        margin is 0, and there is no implicit accuracy.
         """
         team, here = self.processes.team, self.processes.device
         mine = team.rank_range(len(pairs) * self.config.objective.timesteps_per_pair)
@@ -159,7 +157,9 @@ class OnlineVPO:
         refreshed = self.optimizer_steps == self.refreshed_at
         self.optimizer.begin(rate)
         unchanged = update == 0 and not self.config.memory.step_in_backward
-        with self.stopping.stoppable() if unchanged else nullcontext():
+        together = self.optimizer.in_lockstep
+        spare_passes = self._passes_behind(len(mine)) if together else 0
+        with self.stopping.stoppable(together) if unchanged else nullcontext():
             if len(mine):
                 local = self._backward(
                     pairs,
@@ -170,6 +170,9 @@ class OnlineVPO:
                     processes=self.processes.count,
                 )
                 sums += torch.tensor([local[name] for name in (*DPO.METRICS, "samples")], device=here)
+            for _ in range(spare_passes):
+                pair = Pair(spare.winner, spare.loser)
+                self._backward([pair], self.reference, update=update, samples=range(1), processes=0)
         metrics: dict[str, float] = {"pairs": total, "lr": rate}
         if total:
             *totals, samples = self.processes.sum(sums).tolist()
@@ -189,13 +192,22 @@ class OnlineVPO:
         settings = self.config.ema
         if settings.decay is None:
             return None
+        assert isinstance(self.optimizer, PolicyOptimizer), (
+            "distributed.engine=deepspeed with ema.decay is refused"
+        )
         average = PolicyAverage(self.parameters, self.optimizer.precise_weights, settings)
         if not settings.on_host:
             self.idle_offload.register("ema", average.tensors)
         return average
 
+    def _passes_behind(self, samples: int) -> int:
+        """Return how many micro-batches fewer this process has than another one."""
+        size = self.config.objective.micro_batch_size or max(1, samples)
+        passes = -(-samples // size)
+        return self.processes.largest(passes) - passes
+
     def _average_and_step(self) -> float:
-        self.processes.average_gradients(self.parameters)
+        self.optimizer.average_gradients(self.processes)
         norm = self.optimizer.step()
         if self.average is not None:
             self.average.update()
@@ -206,7 +218,7 @@ class OnlineVPO:
         every = self.config.reference.refresh_every
         if every and self.optimizer_steps - self.refreshed_at >= every:
             with self.idle_offload.phase("refresh"):
-                self.reference.refresh(self.model.network)
+                self.reference.refresh(self.model.network, self.optimizer.gathered)
             self.refreshed_at = self.optimizer_steps
 
     def _step_made(self, choices: list[Choice], pairs: list[Pair], metrics: dict[str, float]) -> Step:

@@ -6,8 +6,8 @@ letters: B videos, F frames of H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from vpo_engine.model_values import (
 
 __all__ = [
     "Compile",
+    "Gathered",
     "Network",
     "ReferenceStore",
     "Replayed",
@@ -30,7 +31,17 @@ __all__ = [
     "SamplerSettings",
     "SamplerState",
     "TextEmbedding",
+    "at_hand",
 ]
+
+
+Gathered = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+"""Returns a context in which these parameters of the policy have their values, wherever they are kept."""
+
+
+def at_hand(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """Return a context that does nothing, for a policy whose parameters are all here."""
+    return nullcontext()
 
 
 class Reward(Protocol):
@@ -58,8 +69,8 @@ class ReferenceStore(Protocol):
         """Run the reference network, with the arguments of the policy network. It never builds a graph."""
         ...
 
-    def refresh(self, policy: nn.Module) -> None:
-        """Make the reference equal to the policy."""
+    def refresh(self, policy: nn.Module, gathered: Gathered = at_hand) -> None:
+        """Make the reference equal to the policy. ``gathered``: brings weights here that are on other processes."""
         ...
 
     def preserve(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:

@@ -17,8 +17,9 @@ from vpo_engine.video_model import VideoModel
 def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the ``tensors`` and the ``state`` of a checkpoint after ``step`` steps.
 
-    Random numbers need no state beside the seed and the step: see ``vpo_engine.seeding``. baseline: the evaluation of
-    the policy that the run started from; the end of the run is compared with it.
+    Every process must call this; what the first one gets is complete. Random numbers need no state beside the seed and
+    the step: see ``vpo_engine.seeding``. baseline: the evaluation of the policy that the run started from; the end of
+    the run is compared with it.
     """
     config = algorithm.config
     return {
@@ -49,7 +50,8 @@ def restore(
     policy, average: the folders that ``model.save_policy`` and ``average_writer`` wrote; the second is read with
     ema.decay only.
     """
-    algorithm.model.load_policy(policy)
+    with algorithm.optimizer.whole(changed=True):
+        algorithm.model.load_policy(policy)
     algorithm.reference.load_state_dict(dict(tensors["reference"]))
     algorithm.optimizer.load_state_dict(dict(tensors["optimizer"]))
     algorithm.refreshed_at = state["refreshed_at"]

@@ -17,10 +17,17 @@ import sys
 from collections.abc import Sequence
 
 from vpo_engine import settings
-from vpo_engine.command import is_first_process, report_errors, same_in_all_processes, split_words
+from vpo_engine.command import (
+    is_first_process,
+    processes_that_train,
+    report_errors,
+    same_in_all_processes,
+    split_words,
+)
 from vpo_engine.config import Config
 from vpo_engine.config.notes import notes
 from vpo_engine.config_file import load_config, require_files
+from vpo_engine.distributed.deepspeed_settings import check_deepspeed
 from vpo_engine.runs.lock import refuse_held
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
@@ -65,6 +72,8 @@ def train(config: Config) -> int:
 
         with same_in_all_processes():
             check_small_prompt_files(config.prompts)
+    with same_in_all_processes():
+        check_deepspeed(config, processes_that_train(config))
     if is_first_process():
         start = find_start(config)
         if start.root is not None:

@@ -34,7 +34,7 @@ from vpo_engine.runs.alarms import write_alarms
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import NullLog, RunLog, read_metrics
-from vpo_engine.runs.next_steps import closing_lines
+from vpo_engine.runs.next_steps import after_divergence, closing_lines
 from vpo_engine.runs.progress import Progress
 from vpo_engine.runs.report import write_report
 from vpo_engine.runs.saving import CheckpointSaver
@@ -82,6 +82,7 @@ class Trainer:
         self._held_out, self._run, self._processes = held_out, run, processes
         self._stop_elsewhere, self._start_from = stop_elsewhere, start_from
         held_out.stopping = algorithm.stopping
+        held_out.whole_policy = algorithm.optimizer.whole
         self._mine = processes.team_range(config.pairs_per_step, "pairs_per_step")
         self._seconds: dict[str, float] = defaultdict(float)
         self._stage_seconds: dict[str, float] = {}
@@ -165,20 +166,8 @@ class Trainer:
     def _diverged(self, error: NotFiniteError) -> str:
         """Return what is known about a policy that has diverged."""
         self._saver.settle()
-        settings, last = self._config, newest_complete(self._run.checkpoints)
-        norm = self._last_metrics.get("grad_norm")
-        numbers = "" if norm is None else f", the last gradient norm was {norm:.3g}"
-        saved = "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
-        return (
-            f"the policy has diverged in step {self._done + 1}: {error}; optimizer.lr={settings.optimizer.lr:g}, "
-            f"objective.beta={settings.objective.beta:g}{numbers}; {saved}. Start a run with a lower optimizer.lr or "
-            "objective.beta"
-            + (
-                ""
-                if last is None or settings.model.lora
-                else f", for example from model.policy={last / 'policy'}"
-            )
-        )
+        last, norm = newest_complete(self._run.checkpoints), self._last_metrics.get("grad_norm")
+        return after_divergence(self._config, self._done + 1, error, norm, last)
 
     def _open_recorder(self, start: int) -> PairRecorder | None:
         """Return what writes the run's preference dataset, without the steps after ``start``; one process of each team
@@ -214,7 +203,8 @@ class Trainer:
         start = time.perf_counter()
         self._progress.stage("measuring the device")
         model = self._algorithm.model
-        flops = count_row_flops(model, model.embed(self._held_out.prompts[:_MEASURED_PROMPTS]))
+        with self._algorithm.optimizer.whole():
+            flops = count_row_flops(model, model.embed(self._held_out.prompts[:_MEASURED_PROMPTS]))
         ceiling = matrix_rate(self._processes.device, getattr(torch, self._config.model.dtype))
         self._taken_at += time.perf_counter() - start
         return Throughput(self._config, flops, ceiling)
@@ -355,14 +345,14 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self._saved_at = step
-        if self._processes.first:
-            copies = self._saver.begin(step)
+        with self._algorithm.optimizer.whole():
+            copies = self._saver.begin(step) if self._processes.first else None
             snapshot = capture(self._algorithm, step, self._baseline)
             snapshot["state"]["guards"] = self._monitor.state()
-            model, average = self._algorithm.model, average_writer(self._algorithm, copies)
-            self._saver.save(
-                step, **snapshot, write_policy=policy_writer(model, copies), write_average=average
-            )
+            if self._processes.first:
+                policy = policy_writer(self._algorithm.model, copies)
+                average = average_writer(self._algorithm, copies)
+                self._saver.save(step, **snapshot, write_policy=policy, write_average=average)
         self._processes.wait()
 
     def _resume(self) -> int:

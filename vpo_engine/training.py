@@ -88,6 +88,10 @@ def run_training(config: Config) -> int:
         with model.idle_offload.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
             algorithm = OnlineVPO(config, model, reward, reference, processes, model.idle_offload, stored)
+        if processes.first and algorithm.optimizer.settings is not None:
+            (run.root / "deepspeed.json").write_text(
+                json.dumps(algorithm.optimizer.settings, indent=1) + "\n"
+            )
         stream = PromptStream(prompts, config.seed) if stored is None else stored
         trainer = Trainer(
             config,

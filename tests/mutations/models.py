@@ -213,8 +213,8 @@ MUTATIONS = [
     (
         "a flag counts where all have it",
         PROCESSES,
-        "dist.ReduceOp.MAX",
-        "dist.ReduceOp.MIN",
+        "dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)\n        return bool",
+        "dist.all_reduce(value, op=dist.ReduceOp.MIN, group=self.group)\n        return bool",
         TEAMS,
     ),
     ("the text of each process, not of the first", PROCESSES, "return box[0]", "return text", TWO),

@@ -60,7 +60,7 @@ MUTATIONS = [
         "moments not restored, but the count of their steps",
         OPTIMIZER,
         "name: value.to(places[name], copy=True) for",
-        "name: value.to(places[name], copy=True) * (name == _STEP) for",
+        "name: value.to(places[name], copy=True) * (name == STEP) for",
         RESUME,
     ),
     # Batches, the 8-bit copy and the reference's storages.

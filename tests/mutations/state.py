@@ -17,11 +17,11 @@ PROMPTS = "vpo_engine/data/prompts.py"
 READING = ("tests/data_layer/test_preference_dataset.py", *REPLAY)
 
 MUTATIONS = [
-    ("refresh leaves what is copied", STORE, "tensor.copy_(source[name])", "pass", REPLAY),
+    ("refresh leaves what is copied", STORE, "self._copied[name].copy_(source[name])", "pass", REPLAY),
     (
         "refresh leaves what is encoded",
         STORE,
-        "for weight in self._held.values(): weight.refresh()",
+        "self._held[name].refresh()",
         "pass",
         REPLAY,
     ),

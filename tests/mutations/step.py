@@ -1,10 +1,12 @@
 """Mistakes in the step: which pairs reach the update, when the reference is refreshed, which prompts a step takes."""
 
-from mutations.tests_of import LEARNING, REPLAY, RESUME, SAMPLERS, TWO
+from mutations.tests_of import BITS, DIVISIONS, LEARNING, REPLAY, RESUME, SAMPLERS, TWO, ZERO
 
 STEP = "vpo_engine/online_vpo.py"
 SELECTION = "vpo_engine/selection.py"
 TRAINER = "vpo_engine/trainer.py"
+SETTINGS = "vpo_engine/distributed/deepspeed_settings.py"
+ZERO_OPTIMIZER = "vpo_engine/memory/zero.py"
 
 MUTATIONS = [
     (
@@ -65,7 +67,13 @@ MUTATIONS = [
         "embedding[row - 1 : row or None]",
         REPLAY,
     ),
-    ("every update draws as the first", STEP, "update=update,", "update=0,", REPLAY),
+    (
+        "every update draws as the first",
+        STEP,
+        "update=update, samples=mine",
+        "update=0, samples=mine",
+        REPLAY,
+    ),
     (
         "learning rate one step ahead",
         STEP,
@@ -111,14 +119,15 @@ MUTATIONS = [
     (
         "refresh before the update",
         STEP,
-        "metrics = self._update_policy(pairs, update)",
-        "self._refresh_reference()\n            metrics = self._update_policy(pairs, update)\n            continue",
+        "metrics = self._update_policy(pairs, choices[0], update)",
+        "self._refresh_reference()\n            metrics = self._update_policy(pairs, choices[0], update)\n"
+        "            continue",
         REPLAY,
     ),
     (
         "refresh noted but not made",
         STEP,
-        "self.reference.refresh(self.model.network)",
+        "self.reference.refresh(self.model.network, self.optimizer.gathered)",
         "self.reference.numbers()",
         REPLAY,
     ),
@@ -152,7 +161,7 @@ MUTATIONS = [
         "model.network",
         REPLAY,
     ),
-    ("gradients not averaged", STEP, "self.processes.average_gradients(self.parameters)", "pass", TWO),
+    ("gradients not averaged", STEP, "self.optimizer.average_gradients(self.processes)", "pass", TWO),
     (
         "gradients not scaled for the processes",
         STEP,
@@ -332,5 +341,28 @@ MUTATIONS = [
         '"reference_age": self.optimizer_steps - self.refreshed_at',
         '"reference_age": self.refreshed_at',
         REPLAY,
+    ),
+    ("passes that keep step add a gradient", STEP, "samples=range(1), processes=0", "samples=range(1)", ZERO),
+    (
+        "no limit becomes DeepSpeed's own",
+        SETTINGS,
+        "config.optimizer.clip or 0.0",
+        "config.optimizer.clip or 1.0",
+        ZERO,
+    ),
+    ("moments not gathered", ZERO_OPTIMIZER, "else self._processes.sum(whole)", "else whole", DIVISIONS),
+    (
+        "masters start from rounded weights",
+        ZERO_OPTIMIZER,
+        "self._set(number, unrounded[number])",
+        "pass",
+        BITS,
+    ),
+    (
+        "a checkpoint's moments are not taken over",
+        ZERO_OPTIMIZER,
+        "max(steps), values)",
+        "max(steps), {})",
+        DIVISIONS,
     ),
 ]

@@ -75,8 +75,8 @@ MUTATIONS = [
     (
         "the loss turned around",
         DPO,
-        "(out.loss * scale).backward()",
-        "(-out.loss * scale).backward()",
+        "self._add_gradient(out.loss * scale)",
+        "self._add_gradient(-out.loss * scale)",
         LEARNING,
     ),
     (
@@ -319,7 +319,7 @@ MUTATIONS = [
         "settings.eps, 0.0)\n        self._weights = weights\n        self._libraries",
         REPLAY,
     ),
-    ("optimizer steps not restored", OPTIMIZER, "self.steps = int(state[_STEPS])", "self.steps = 0", RESUME),
+    ("optimizer steps not restored", OPTIMIZER, "self.steps = int(state[STEPS])", "self.steps = 0", RESUME),
     (
         "moments not restored",
         OPTIMIZER,
@@ -330,8 +330,8 @@ MUTATIONS = [
     (
         "masters not restored",
         OPTIMIZER,
-        "self._weights[number].data.copy_(entry.pop(_MASTER))",
-        "entry.pop(_MASTER)",
+        "self._weights[number].data.copy_(entry.pop(MASTER))",
+        "entry.pop(MASTER)",
         RESUME,
     ),
     (

@@ -124,6 +124,7 @@ class Config(Section):
         self._check_run()
         self._check_memory()
         self._check_processes()
+        self._check_distributed()
         return self
 
     def _check_run(self) -> None:
@@ -177,6 +178,31 @@ class Config(Section):
                     f"{name}={number} cannot be shared equally by processes.per_prompt={size}; make {name} a multiple "
                     f"of {size}, or set processes.per_prompt to a divisor of {number}"
                 )
+
+    def _check_distributed(self) -> None:
+        """Refuse what DeepSpeed excludes at any stage; see ``deepspeed_settings`` for the rest."""
+        if self.distributed.engine != "deepspeed":
+            return
+        memory = self.memory
+        wrong = {
+            "memory.step_in_backward=true": (
+                memory.step_in_backward,
+                "gradients are averaged over processes before any weight is stepped; set false",
+            ),
+            "memory.weights=stochastic_rounding": (
+                memory.weights == "stochastic_rounding",
+                "it steps float32 weights of its own and rounds them to the policy's; set fp32_master, whose masters "
+                "it divides among the processes",
+            ),
+            "memory.offload_idle=true": (
+                memory.offload_idle,
+                "it holds the policy and the optimizer's state in tensors of its own, which must stay in place; set "
+                "false, and distributed.offload_optimizer=true",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(f"distributed.engine=deepspeed excludes {name}: {reason}")
 
     def _check_memory(self) -> None:
         storage, memory, lora = self.reference.storage, self.memory, self.model.lora

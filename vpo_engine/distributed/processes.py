@@ -194,6 +194,14 @@ class Processes:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
             return bool(value.item())
 
+    def largest(self, number: int) -> int:
+        """Return the largest ``number`` of all processes."""
+        if self.count == 1:
+            return number
+        value = torch.tensor(number, device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        return int(value.item())
+
     def broadcast_text(self, text: str) -> str:
         """Return the text of the process with rank 0, in every process."""
         box = [text]
@@ -223,5 +231,5 @@ class Processes:
                 ) from error
 
     def stop(self) -> None:
-        if self.count > 1 and not self.is_reward_process and dist.is_initialized():
+        if not self.is_reward_process and dist.is_initialized():
             dist.destroy_process_group()

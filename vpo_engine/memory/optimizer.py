@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, OptimizerConfig
+from vpo_engine.distributed.processes import Processes
 from vpo_engine.errors import NotFiniteError
+from vpo_engine.memory.optimizer_state import MASTER, STEP, STEPS, StateFormat
 from vpo_engine.memory.rounding import (
     is_kept_in_float32,
     round_stochastically,
@@ -26,11 +28,6 @@ from vpo_engine.memory.rounding import (
 PreserveReference = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 """Returns a context in which these parameters may change while the reference keeps its values."""
 
-_WEIGHTS: tuple[str, ...] = get_args(MemoryConfig.model_fields["weights"].annotation)
-_MASTER = "master"
-_STEPS, _SETUP, _STEP = "steps", "setup", "step"
-_BLOCK = 256
-"""Elements that share a scale in bitsandbytes' 8-bit moments."""
 _TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
 """bitsandbytes' code tables: the entry of a weight's state, and the table's name."""
 
@@ -61,6 +58,9 @@ class PolicyOptimizer:
     ``preserve_reference([parameter])``. A parameter's gradient is freed when the parameter is stepped.
     """
 
+    in_lockstep = False
+    settings: dict[str, Any] | None = None
+
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
@@ -75,6 +75,12 @@ class PolicyOptimizer:
         self._modes = ["float32" if is_kept_in_float32(one) else self._mode for one in self._parameters]
         self._seed, self._preserve_reference = seed, preserve_reference
         self._bits = memory.optimizer_bits
+        self._format = StateFormat(
+            memory.weights,
+            memory.optimizer_bits,
+            [tuple(p.shape) for p in self._parameters],
+            [mode == "fp32_master" for mode in self._modes],
+        )
         self._weights = list(map(self._float32_weight, self._parameters, self._modes))
         self._library: _Library = (_Bitsandbytes if self._bits == 8 else _Torch)(self._weights, settings)
         self._in_backward = memory.step_in_backward
@@ -89,6 +95,21 @@ class PolicyOptimizer:
         self._library.set_rate(rate)
         for parameter in self._parameters:
             parameter.grad = None
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` to the parameters'."""
+        loss.backward()
+
+    def average_gradients(self, processes: Processes) -> None:
+        processes.average_gradients(self._parameters)
+
+    def whole(self, changed: bool = False) -> AbstractContextManager[None]:
+        """Return a context that does nothing: every process holds the whole policy."""
+        return nullcontext()
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Return a context that does nothing, as ``whole`` does."""
+        return nullcontext()
 
     def step(self) -> float:
         """Clip the gradients to norm settings.clip and step every parameter that has one.
@@ -131,21 +152,20 @@ class PolicyOptimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state under flat names, "{parameter's number}.{name}" for that of a parameter; not copies."""
-        setup = [_WEIGHTS.index(self._mode), self._bits, len(self._parameters)]
-        state = {_SETUP: torch.tensor(setup), _STEPS: torch.tensor(self.steps)}
+        state = self._format.header(self.steps)
         for number, weight in enumerate(self._weights):
             state |= {f"{number}.{name}": value for name, value in self._library.state(number).items()}
             if self._modes[number] == "fp32_master":
-                state[f"{number}.{_MASTER}"] = weight.detach()
+                state[f"{number}.{MASTER}"] = weight.detach()
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore ``state`` bit for bit; ValueError, with nothing changed, if it belongs to another setup."""
-        entries = self._checked(state)
-        self.steps = int(state[_STEPS])
+        entries = self._format.entries(state)
+        self.steps = int(state[STEPS])
         for number, entry in entries.items():
             if self._modes[number] == "fp32_master":
-                self._weights[number].data.copy_(entry.pop(_MASTER))
+                self._weights[number].data.copy_(entry.pop(MASTER))
             self._library.load(number, entry, self._parameters[number].device)
 
     def _float32_weight(self, parameter: nn.Parameter, mode: str) -> nn.Parameter:
@@ -208,54 +228,12 @@ class PolicyOptimizer:
 
     def _moment_tensors(self) -> list[Tensor]:
         states = [self._library.state(number) for number in range(len(self._weights))]
-        return [value for state in states for name, value in state.items() if name != _STEP]
+        return [value for state in states for name, value in state.items() if name != STEP]
 
     def _fp32_masters(self) -> Sequence[Tensor]:
         return [
             weight for weight, mode in zip(self._weights, self._modes, strict=True) if mode == "fp32_master"
         ]
-
-    def _checked(self, state: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """Check ``state``, and return its entries by parameter."""
-        self._check_setup(state)
-        entries: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(self._parameters))}
-        for key, value in state.items():
-            if key not in (_SETUP, _STEPS):
-                owner, name = key.split(".", 1)
-                entries[int(owner)][name] = value
-        for number, entry in entries.items():
-            self._check_entry(number, entry)
-        return entries
-
-    def _check_setup(self, state: dict[str, Tensor]) -> None:
-        if _SETUP not in state or _STEPS not in state:
-            raise ValueError(
-                f"the optimizer state has no {_SETUP!r} or no {_STEPS!r}: another program or an older version saved "
-                "it; start a new run"
-            )
-        weights, bits, count = state[_SETUP].tolist()
-        saved = f"memory.weights={_WEIGHTS[weights]}, memory.optimizer_bits={bits} and {count} parameters"
-        mine = f"memory.weights={self._mode}, memory.optimizer_bits={self._bits} and {len(self._parameters)} parameters"
-        if saved != mine:
-            raise ValueError(
-                f"the optimizer state was saved with {saved}, but this run has {mine}; resume with the saved ones"
-            )
-
-    def _check_entry(self, number: int, entry: dict[str, Tensor]) -> None:
-        shape = tuple(self._parameters[number].shape)
-        expected: dict[str, tuple[int, ...]] = (
-            {_MASTER: shape} if self._modes[number] == "fp32_master" else {}
-        )
-        if _STEP in entry:  # absent if it has never been stepped
-            expected |= {_STEP: (), **self._library.shapes(shape, entry)}
-        for name in sorted(expected.keys() | entry.keys()):
-            given = tuple(entry[name].shape) if name in entry else "nothing"
-            wanted = expected.get(name, "nothing")
-            if given != wanted:
-                raise ValueError(
-                    f"optimizer state {number}.{name}: {given}, but parameter {number} of shape {shape} needs "
-                    f"{wanted}; the state belongs to another network"
-                )
 
 
 def _norm(gradient: Tensor | None) -> Tensor:
@@ -278,10 +256,6 @@ class _Library(Protocol):
         """Copy a ``state`` back."""
         ...
 
-    def shapes(self, shape: tuple[int, ...], state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the moments, by name, for a weight of this shape and a ``state`` to be loaded for it."""
-        ...
-
 
 class _Torch:
     """torch's AdamW, with an optimizer for each weight."""
@@ -302,13 +276,10 @@ class _Torch:
         return dict(self._libraries[number].state.get(self._weights[number], {}))
 
     def load(self, number: int, state: dict[str, Tensor], device: torch.device) -> None:
-        places = {name: device if name != _STEP else "cpu" for name in state}
+        places = {name: device if name != STEP else "cpu" for name in state}
         self._libraries[number].state[self._weights[number]] = {
             name: value.to(places[name], copy=True) for name, value in state.items()
         }
-
-    def shapes(self, shape: tuple[int, ...], state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        return {"exp_avg": shape, "exp_avg_sq": shape}
 
 
 class _Bitsandbytes:
@@ -345,16 +316,9 @@ class _Bitsandbytes:
         if not state:
             return
         entry: dict[str, Any] = {name: value.to(device, copy=True) for name, value in state.items()}
-        entry[_STEP] = int(state[_STEP])
+        entry[STEP] = int(state[STEP])
         if "absmax1" in state:
             tables = self._library.name2qmap
             for place, name in _TABLES.items():
                 entry[place] = tables[name] = tables[name].to(device)
         self._library.state[weight] = entry
-
-    def shapes(self, shape: tuple[int, ...], state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        moments = {"state1": shape, "state2": shape}
-        if "state1" in state and state["state1"].dtype == torch.float32:
-            return moments
-        blocks = (-(-math.prod(shape) // _BLOCK),)
-        return {**moments, "absmax1": blocks, "absmax2": blocks}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,11 @@ class HeldOut:
         self._idle_offload = idle_offload or IdleOffload.disabled()
         self.prompts = list(prompts)
         self.stopping = StopPoints(processes)
+        self.whole_policy: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def videos(self, network: Network, clips: Sequence[int]) -> Tensor:
         """Sample the given clips: uint8 [len(clips), F, H, W, 3]."""
-        with self.stopping.stoppable():
+        with self.stopping.stoppable(), self.whole_policy():
             return torch.cat([self._sample(network, chunk) for chunk in self._chunks(clips)])
 
     def evaluate(self, network: Network, samples_per_prompt: int) -> dict[str, Tensor]:
@@ -75,7 +77,7 @@ class HeldOut:
         first = self._processes.rank * each
         # The last processes may get clip numbers beyond the end: they repeat the last clip, which is cut off below.
         mine = [min(clip, total - 1) for clip in range(first, first + each)]
-        with self.stopping.stoppable():
+        with self.stopping.stoppable(), self.whole_policy():
             parts = [self._measure(self._sample(network, chunk), chunk) for chunk in self._chunks(mine)]
         names = list(parts[0])
         rows = torch.stack([torch.cat([part[name] for part in parts]) for name in names], dim=1)

@@ -42,6 +42,7 @@ class DPO:
 
     sequential: winner and loser go through the networks one after the other, so that one member's graph exists at
     a time; the policy's forward pass of the winner is made twice. Same gradient and metrics but for rounding.
+    backward: is called with every loss, a scalar, in place of its backward pass.
     """
 
     METRICS = ("loss", "margin", "implicit_accuracy", "winner_error_change", "loser_error_change")
@@ -54,6 +55,7 @@ class DPO:
         seed: int,
         sequential: bool = False,
         before_micro_batch: Callable[[], None] = lambda: None,
+        backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> None:
         self._model = model
         self._config = config
@@ -61,6 +63,7 @@ class DPO:
         self._seed = seed
         self._backward = self._one_by_one if sequential else self._jointly
         self._before_micro_batch = before_micro_batch
+        self._add_gradient = backward
 
     def backward(
         self,
@@ -152,7 +155,7 @@ class DPO:
             batch.loser,
             **self._options(batch),
         )
-        (out.loss * scale).backward()
+        self._add_gradient(out.loss * scale)
         return PairedDPOLoss(*(value.detach() for value in out))
 
     def _one_by_one(self, batch: MicroBatch, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
@@ -170,6 +173,7 @@ class DPO:
             batch.winner,
             batch.loser,
             scale=scale,
+            backward=self._add_gradient,
             **self._options(batch),
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vpo_engine.config import Config
+from vpo_engine.distributed.deepspeed_settings import resolve
 from vpo_engine.memory.idle_offload import PartName, needs_of
 from vpo_engine.planning.extrapolate import Traced
 from vpo_engine.planning.gpus import GIB, Gpu
@@ -84,13 +85,18 @@ class Plan:
         )
 
 
-def estimate(config: Config, trace: Traced, gpu: Gpu | None, limit: int, limited_by: str) -> Plan:
+def estimate(
+    config: Config, trace: Traced, gpu: Gpu | None, limit: int, limited_by: str, processes: int = 1
+) -> Plan:
     """Return the plan of a traced step on ``gpu``; None is the CPU, which has no context of its own."""
-    phases = tuple(_phase(config, trace, name, gpu) for name in PHASES if name in trace.names)
-    return Plan(phases, limit, limited_by, gpu, tuple(trace.notes))
+    phases = tuple(_phase(config, trace, name, gpu, processes) for name in PHASES if name in trace.names)
+    notes = tuple(trace.notes)
+    if config.distributed.engine == "deepspeed":
+        notes += ("of DeepSpeed what ZeRO divides is planned, and not the buffers of its exchanges",)
+    return Plan(phases, limit, limited_by, gpu, notes)
 
 
-def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None) -> PhasePlan:
+def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None, processes: int) -> PhasePlan:
     absent = {"host"}
     if config.memory.offload_idle and gpu is not None:
         needs = needs_of(config)
@@ -98,6 +104,8 @@ def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None) -> P
         absent |= {part for part in _PARTS if name not in needs[part].phases} - staying
     left_out = frozenset("weights" if part == "policy" else part for part in absent)
     found = trace.peak(name, left_out)
+    if config.distributed.engine == "deepspeed":
+        found = _divided(config, found, name, gpu is not None, processes)
     if name == "rollout" and config.rollout.overlap and gpu is not None:
         found = _with_scoring(found, trace, left_out)
     allowance = 0 if gpu is None else CONTEXT + int(FRAGMENTATION * sum(found.values()))
@@ -106,6 +114,26 @@ def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None) -> P
         seconds = trace.flops(name) / (MATRIX_EFFICIENCY * gpu.flops)
         seconds += trace.traffic(name) / (TRAFFIC_EFFICIENCY * gpu.bandwidth)
     return PhasePlan(name, {**found, "allowance": allowance}, trace.host(name), trace.flops(name), seconds)
+
+
+def _divided(config: Config, found: Peak, name: PhaseName, on_gpu: bool, processes: int) -> Peak:
+    """Return a phase's peak in one of ``processes`` processes among which DeepSpeed's ZeRO divides a run.
+
+    From stage 1 on there is a float32 copy of the trained weights beside float32 weights, divided as the moments are.
+    """
+    zero = resolve(config, processes)["zero_optimization"]
+    offloads, found = zero["offload_optimizer"]["device"] == "cpu" and on_gpu, dict(found)
+    if zero["stage"] >= 1 and "optimizer" in found:
+        copies = (
+            found.get("weights", 0) if config.memory.weights == "float32" and config.model.lora is None else 0
+        )
+        found["optimizer"] = 0 if offloads else (found["optimizer"] + copies) // processes
+    if zero["stage"] >= 2 and "gradients" in found:
+        found["gradients"] //= processes
+    whole = name in ("rollout", "decode", "reward")
+    if zero["stage"] == 3 and "weights" in found and not whole and config.model.lora is None:
+        found["weights"] //= processes
+    return found
 
 
 def _with_scoring(rollout: Peak, trace: Traced, absent: frozenset[str]) -> Peak:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vpo_engine.config import CheckpointConfig, Config, EvaluationConfig
+from vpo_engine.config import CheckpointConfig, Config, DistributedConfig, EvaluationConfig
 from vpo_engine.planning.estimate import Plan, estimate
 from vpo_engine.planning.extrapolate import Traced, traced
 from vpo_engine.planning.fit import fitting_changes, with_granted_batch_size
@@ -35,7 +35,8 @@ def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
         limit, limited_by = gpu.capacity, f"what {gpu.name} has"
     else:
         limit, limited_by = available_memory(), "what this machine has available"
-    return estimate(config, _trace(_as_traced(config), gpu is not None, processes), gpu, limit, limited_by)
+    trace = _trace(_as_traced(config), gpu is not None, processes)
+    return estimate(config, trace, gpu, limit, limited_by, processes)
 
 
 def granted(config: Config, gpu: Gpu | None, processes: int = 1) -> Config:
@@ -81,5 +82,10 @@ def _trace(config: Config, on_gpu: bool, processes: int) -> Traced:
 def _as_traced(config: Config) -> Config:
     """Return the configuration without settings that do not change the trace, so that traces are shared."""
     memory = config.memory.model_copy(update={"offload_idle": False, "limit_gib": None, "overcommit": False})
-    same = {"evaluation": EvaluationConfig(), "checkpoint": CheckpointConfig(), "seed": 0}
+    same = {
+        "evaluation": EvaluationConfig(),
+        "checkpoint": CheckpointConfig(),
+        "distributed": DistributedConfig(),
+        "seed": 0,
+    }
     return config.model_copy(update={"memory": memory, "name": "", "run_dir": None, "steps": 10**9, **same})

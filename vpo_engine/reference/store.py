@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vpo_engine.protocols import Gathered, at_hand
 from vpo_engine.reference.exact import ExactWeight, check_on_grid, preserved
 from vpo_engine.reference.network import ReferenceNetwork, block_matrices
 from vpo_engine.reference.weights import BFloat16Weight, HeldWeight, Int8Weight, check_parts
@@ -63,6 +64,9 @@ class HeldReference:
         self._network = ReferenceNetwork(policy, held)
         self._copied = self._network.copied()
         self._held = {f"{name}.weight": weight for name, weight in held.items()}
+        self._matrices = {
+            f"{name}.weight": layer.weight.numel() for name, layer in block_matrices(policy).items()
+        }
         self._exact = {
             id(weight.policy): weight for weight in held.values() if isinstance(weight, ExactWeight)
         }
@@ -82,10 +86,8 @@ class HeldReference:
     @property
     def bytes_per_weight(self) -> float:
         """Return the bytes per weight of the trained matrices in the transformer blocks, which alone are encoded."""
-        names = [f"{name}.weight" for name in block_matrices(self._policy)]
-        weights = sum(self._policy.get_parameter(name).numel() for name in names)
-        nbytes = sum(tensor.nbytes for name in names for tensor in self._parts(name).values())
-        return nbytes / max(1, weights)
+        nbytes = sum(tensor.nbytes for name in self._matrices for tensor in self._parts(name).values())
+        return nbytes / max(1, sum(self._matrices.values()))
 
     @property
     def outliers(self) -> float:
@@ -110,16 +112,23 @@ class HeldReference:
         return [*network.parameters(), *network.buffers(), *held, *policy]
 
     @torch.no_grad()
-    def refresh(self, policy: nn.Module) -> None:
-        """Set the reference to the policy, in place; it must be the policy that the reference was built for."""
+    def refresh(self, policy: nn.Module, gathered: Gathered = at_hand) -> None:
+        """Set the reference to the policy, in place; it must be the policy that the reference was built for.
+
+        ``gathered`` brings the weights of one block after the other here, from other processes that hold parts.
+        """
         assert policy is self._policy, "a reference is tied to the policy that it was built for"
         if self._storage == "exact8":
             check_on_grid({name: policy.get_parameter(name) for name in self._held})
         source = policy.state_dict(keep_vars=True)
-        for name, tensor in self._copied.items():
-            tensor.copy_(source[name])
-        for weight in self._held.values():
-            weight.refresh()
+        for names in _by_block(source):
+            stored = [name for name in names if name in self._copied or name in self._held]
+            with gathered([one for name in stored if isinstance(one := source[name], nn.Parameter)]):
+                for name in stored:
+                    if name in self._held:
+                        self._held[name].refresh()
+                    else:
+                        self._copied[name].copy_(source[name])
 
     def preserve(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Return a context in which these parameters of the policy may change while the reference keeps its values.
@@ -181,3 +190,13 @@ class HeldReference:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return parts
+
+
+def _by_block(names: Iterable[str]) -> list[list[str]]:
+    """Group the names of a network's tensors: those of each block of a list, and those of each other part."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        outer, *inner = name.split(".")
+        key = (outer, inner[0]) if inner and inner[0].isdigit() else (outer,)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())

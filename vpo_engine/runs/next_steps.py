@@ -24,3 +24,21 @@ def closing_lines(run: RunDirectory) -> str:
     }
     width = max(map(len, commands)) + 1
     return "\n".join(f"{f'{meaning}:':<{width}} {command}" for meaning, command in commands.items())
+
+
+def after_divergence(
+    settings: Config, step: int, error: Exception, norm: float | None, last: Path | None
+) -> str:
+    """Return what is known about a policy that has diverged in ``step``, and what to do.
+
+    norm: the last gradient norm; None if there is none. last: the last complete checkpoint; None without one.
+    """
+    numbers = "" if norm is None else f", the last gradient norm was {norm:.3g}"
+    saved = "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
+    whole = last is not None and settings.model.lora is None
+    start = f", for example from model.policy={last}/policy" if whole else ""
+    return (
+        f"the policy has diverged in step {step}: {error}; optimizer.lr={settings.optimizer.lr:g}, "
+        f"objective.beta={settings.objective.beta:g}{numbers}; {saved}. Start a run with a lower optimizer.lr or "
+        f"objective.beta{start}"
+    )

@@ -1,0 +1,149 @@
+"""Runs of the sprites world by which DeepSpeed's ways to divide the work are compared with one process.
+
+The optimizer's eps is 1, so that a step is nearly the learning rate times the gradient, and rounding stays rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_case import step_on
+from test_teams import PROMPTS, Brightness
+from torch import Tensor
+
+from vpo_engine.build import build_model
+from vpo_engine.config_file import load_config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.optimizer_state import MASTER
+from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.reference.store import build_reference
+from vpo_engine.run_state import capture, restore
+
+SETTINGS = (
+    "pairs_per_step=4",
+    "rollout.candidates=2",
+    "rollout.steps=1",
+    "objective.timesteps_per_pair=1",
+    "optimizer.eps=1",
+    "optimizer.lr=0.1",
+    "optimizer.clip=1",
+    "optimizer.warmup_steps=0",
+    "reference.refresh_every=2",
+)
+"""The second of four prompts is a tie: of two processes one has a pair and the other two."""
+THREE = ("pairs_per_step=3",)
+"""For three processes, of which one has no pair."""
+LORA = ("model.lora.rank=4", "model.lora.alpha=8", "reference.storage=adapter")
+SEQUENTIAL = ("memory.sequential=true",)
+MICRO = ("objective.micro_batch_size=1", "objective.timesteps_per_pair=2", "pairs.gap_power=1")
+HALF = ("model.dtype=bfloat16", "memory.weights=fp32_master")
+CLIPPED = ("optimizer.clip=0.5",)
+UNCLIPPED = ("optimizer.clip=null", "optimizer.lr=1e-3")
+"""Gradients have norms of about 2 with an adapter and 40 without, so that a limit of 1, 0.5 or none tells."""
+
+
+def zero(stage: int, *more: str) -> tuple[str, ...]:
+    return ("distributed.engine=deepspeed", f"distributed.zero_stage={stage}", *more)
+
+
+def divided_fully(folder: Path) -> str:
+    """Return the setting with which stage 3 divides the small weights of the sprites world, too."""
+    file = folder / "divide_all.json"
+    if not file.exists():
+        values = {"zero_optimization": {"stage": "auto", "stage3_param_persistence_threshold": 0}}
+        file.write_text(json.dumps(values), encoding="utf-8")
+    return f"distributed.deepspeed_config={file}"
+
+
+def make(settings: Sequence[str], processes: Processes) -> OnlineVPO:
+    config = load_config(None, [*SETTINGS, *settings])
+    model = build_model(config, processes, lambda _: None)
+    model.prepare(PROMPTS)
+    reference = build_reference(config.reference.storage, model.network)
+    return OnlineVPO(config, model, Brightness(), reference, processes)
+
+
+def make_steps(algorithm: OnlineVPO, numbers: Sequence[int]) -> list[dict[str, float]]:
+    """Make steps of these numbers, and return their metrics."""
+    processes, found, total = algorithm.processes, [], algorithm.config.pairs_per_step
+    for number in numbers:
+        mine = processes.team_range(total, "pairs_per_step")
+        texts = [PROMPTS[i % len(PROMPTS)] for i in mine]
+        step = step_on(algorithm, texts, [total * number + i for i in mine])
+        found.append(step.metrics)
+    return found
+
+
+def weights_of(algorithm: OnlineVPO) -> Tensor:
+    """Return all trained weights as they compute, [number]."""
+    with algorithm.optimizer.whole():
+        return torch.cat([weight.detach().float().flatten() for weight in algorithm.parameters])
+
+
+def reference_of(algorithm: OnlineVPO) -> Tensor:
+    state = algorithm.reference.state_dict()
+    return torch.cat([state[name].float().flatten() for name in sorted(state)])
+
+
+def run(settings: Sequence[str], processes: Processes, steps: int = 3) -> dict[str, Any]:
+    """Return what a run made in this process: before and after, metrics, the optimizer's state, the reference."""
+    algorithm = make(settings, processes)
+    before = weights_of(algorithm)
+    metrics = make_steps(algorithm, range(steps))
+    return {
+        "before": before,
+        "after": weights_of(algorithm),
+        "metrics": [numbers_of(each) for each in metrics],
+        "state": algorithm.optimizer.state_dict(),
+        "reference": reference_of(algorithm),
+    }
+
+
+def numbers_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    names = ("pairs", "loss", "margin", "grad_norm", "reference_age")
+    return {name: metrics[name] for name in names if name in metrics}
+
+
+def save(algorithm: OnlineVPO, folder: Path, step: int) -> None:
+    """Save what a checkpoint holds of the algorithm, as the trainer does."""
+    with algorithm.optimizer.whole():
+        snapshot = capture(algorithm, step, {})
+        if algorithm.processes.first:
+            (folder / "policy").mkdir(parents=True)
+            algorithm.model.save_policy(folder / "policy")
+            torch.save(snapshot, folder / "snapshot.pt")
+    algorithm.processes.wait()
+
+
+def load(algorithm: OnlineVPO, folder: Path) -> None:
+    snapshot = torch.load(folder / "snapshot.pt", weights_only=True)
+    restore(algorithm, snapshot["tensors"], snapshot["state"], folder / "policy")
+
+
+def assert_same_training(one: dict[str, Any], other: dict[str, Any], bound: float, case: object) -> None:
+    """Assert that two runs made the same weights, references and optimizer states.
+
+    bound: of absolute differences. A step moves a weight by at most 0.1 of its gradient, clipped to a norm of 1, and
+    float32 sums in another order round by some 1e-6 of that. Moments are of gradients of up to 10 without a limit.
+    """
+    moved = float((one["after"] - one["before"]).abs().max())
+    assert moved > 1e3 * bound, (case, moved)
+    for name in ("after", "reference"):
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=bound, msg=lambda m: f"{case}: {m}")
+    for mine, theirs in zip(one["metrics"], other["metrics"], strict=True):
+        assert mine.keys() == theirs.keys(), case
+        for name, value in mine.items():
+            assert math.isclose(value, theirs[name], rel_tol=1e-4, abs_tol=1e-5), (case, name, value, theirs)
+    assert other["state"].keys() == one["state"].keys(), case
+    for name, value in one["state"].items():
+        limit = 10 * bound * max(1.0, float(value.abs().max())) if value.is_floating_point() else 0
+        if name.endswith(MASTER):
+            limit = bound
+        torch.testing.assert_close(
+            other["state"][name], value, rtol=0, atol=limit, msg=lambda m, n=name: f"{case}, {n}: {m}"
+        )
