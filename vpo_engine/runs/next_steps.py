@@ -1,10 +1,12 @@
-"""The commands with which one goes on after a finished run."""
+"""What a person does next: the commands after a finished run, and advice after one that diverged."""
 
 from __future__ import annotations
 
 import os
 import shlex
+from pathlib import Path
 
+from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.runs.directory import RunDirectory
 
