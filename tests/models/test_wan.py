@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vpo_engine.memory.rounding import hold_in_bfloat16
 
-ODD = "  A  caf&amp;eacute;,\n by the  “sea” â€” at night "
+ODD = "  A  caf&amp;amp;eacute;,\n by the  “sea” â€” at night "
 """A prompt with white space, HTML entities escaped twice, and a dash in the wrong encoding."""
 
 

@@ -91,7 +91,8 @@ CASES = {
 def test_right_after_a_refresh_the_margin_is_exactly_zero(
     folders: dict[str, Path], tmp_path: Path, kind: str, case: str
 ) -> None:
-    config = load_config(None, overrides(folders, kind, tmp_path / "run", *CASES[case]))
+    small = ("model.height=32", "model.width=64")
+    config = load_config(None, overrides(folders, kind, tmp_path / "run", *small, *CASES[case]))
     model = build_model(config, Processes.start("cpu"), lambda text: None)
     reference = build_reference(config.reference.storage, model.network)
     move(model.network)
