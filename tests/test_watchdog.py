@@ -108,6 +108,15 @@ def test_auto_follows_the_longest_time_and_never_limits_the_first(clock: Clock) 
         assert "limit of 1800 s" in (one.watchdog.look() or "")
 
 
+def test_auto_does_not_count_waiting_for_others(clock: Clock) -> None:
+    one = Member(clock, "auto")
+    with one.stages("update"), one.stages.waiting():
+        clock.now += 9000
+    with one.stages("update"):
+        clock.now += 1801
+        assert "limit of 1800 s" in (one.watchdog.look() or "")
+
+
 def test_waiting_for_others_is_no_work_of_ones_own(clock: Clock, two: list[Member]) -> None:
     fast, slow = two
     with slow.stages("rollout"), fast.stages("update"), fast.stages.waiting():

@@ -107,7 +107,12 @@ class Trainer:
             self._recorder = self._open_recorder(start)
             with (
                 Progress(total, start, self._processes.first) as self._progress,
-                self._open_saver() as self._saver,
+                CheckpointSaver(
+                    self._run.checkpoints,
+                    self._config.checkpoint,
+                    self._processes.device,
+                    self._progress.note,
+                ) as self._saver,
             ):
                 try:
                     self._prepare(start)
@@ -180,17 +185,6 @@ class Trainer:
         if not self._processes.team.first:
             return None
         return PairRecorder(self._config, self._run.preference_dataset, self._processes.rank)
-
-    def _open_saver(self) -> CheckpointSaver:
-        """Return what saves the checkpoints; only the first process uses it."""
-        settings, note = self._config.checkpoint, self._progress.note
-        return CheckpointSaver(
-            self._run.checkpoints,
-            settings.keep,
-            self._processes.device,
-            background=settings.background,
-            say=note,
-        )
 
     def _encode_text(self) -> None:
         """Encode all prompts of the run, also those of steps already done, since equal batches give equal bits."""

@@ -70,4 +70,11 @@ MUTATIONS = [
     ("another container counts as this one", LOCK, 'holder.get("place") == here and', "", LOCKS),
     ("any job is the same", LOCK, 'own["job"] != holder.get("job") or', "", LOCKS),
     ("a run that was stopped has failed", ATTEMPTS, 'any("ended" in line for line in ends)', "False", STARTS),
+    (
+        "a run that was cut short at its end is finished",
+        "vpo_engine/runs/start.py",
+        "and not was_cut_short(run)",
+        "",
+        ("tests/wiring/test_stopping.py",),
+    ),
 ]

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from vpo_engine.config import LoraConfig
+from vpo_engine.config import CheckpointConfig, LoraConfig
 from vpo_engine.errors import CheckpointError
 from vpo_engine.memory.host_copy import HostCopies
 from vpo_engine.models.lora import inject_adapter, save_adapter
@@ -47,7 +47,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 def saver(folder: Path, said: list[str] | None = None, keep: int = 9) -> CheckpointSaver:
     say = (lambda text: None) if said is None else said.append
-    return CheckpointSaver(folder, keep, CPU, background=True, say=say)
+    return CheckpointSaver(folder, CheckpointConfig(keep=keep, background=True), CPU, say)
 
 
 def save(
@@ -214,7 +214,7 @@ def test_the_copy_of_a_network_with_an_adapter_writes_the_adapter(tmp_path: Path
 
 
 def test_the_foreground_writes_at_once(tmp_path: Path) -> None:
-    with CheckpointSaver(tmp_path, 2, CPU, background=False) as writing:
+    with CheckpointSaver(tmp_path, CheckpointConfig(background=False), CPU) as writing:
         assert writing.begin(1) is None
         writing.save(1, tensors={"optimizer": {"m": torch.ones(2)}}, state={}, write_policy=None)
         assert newest_complete(tmp_path) is not None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpo_engine.config import CheckpointConfig
 from vpo_engine.memory.host_copy import HostCopies
 from vpo_engine.runs.checkpoint import save_checkpoint
 
@@ -26,15 +27,13 @@ class CheckpointSaver:
     def __init__(
         self,
         folder: Path,
-        keep: int,
+        settings: CheckpointConfig,
         device: torch.device,
-        *,
-        background: bool,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """``keep``: see ``save_checkpoint``. ``say``: shows a line to the user."""
-        self._folder, self._keep, self._say = folder, keep, say
-        self._copies = HostCopies(device) if background else None
+        """``say``: shows a line to the user."""
+        self._folder, self._keep, self._say = folder, settings.keep, say
+        self._copies = HostCopies(device) if settings.background else None
         self._thread: threading.Thread | None = None
         self._step = 0
         self._error: BaseException | None = None
