@@ -199,7 +199,8 @@ class Processes:
         if self.count == 1:
             return number
         value = torch.tensor(number, device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        with self._together():
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return int(value.item())
 
     def broadcast_text(self, text: str) -> str:
