@@ -136,6 +136,7 @@ MUTATIONS: list[tuple[str, str, dict[str, Any], str]] = [
     [(kind, change, entry) for kind, _, change, entry in MUTATIONS],
     ids=[f"{kind}-{name}" for kind, name, _, _ in MUTATIONS],
 )
+@pytest.mark.long
 def test_each_wrong_entry_is_named(
     folders: Mapping[str, Path],
     kind: str,

@@ -149,6 +149,7 @@ def operators(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Outside:
     return outside
 
 
+@pytest.mark.long
 def test_a_sampling_step_issues_few_operators_and_as_many_for_any_number_of_candidates(monkeypatch) -> None:
     few = operators(monkeypatch, "rollout.steps=1", "rollout.candidates=2")
     more_steps = operators(monkeypatch, "rollout.steps=3", "rollout.candidates=2")

@@ -93,6 +93,7 @@ class TestFrames:
         untouched = pipeline_frames(load_pipeline(case.published), case.kind, noise)
         assert largest_difference(own, untouched) > 1  # training has changed what is compared
 
+    @pytest.mark.long
     def test_an_adapter(self, case: Case, tmp_path: Path) -> None:
         out = exported(case.lora, tmp_path / "out")
         run, noise = engine_frames(case.lora)

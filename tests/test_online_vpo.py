@@ -69,6 +69,7 @@ def test_margin_leaves_zero_once_the_policy_has_moved(small: Make) -> None:
     assert run_step(algorithm, 1).metrics["margin"] != 0.0
 
 
+@pytest.mark.long
 def test_refresh_counts_optimizer_steps_not_steps(small: Make) -> None:
     tie, gap = [1.0] * 4, [0.0, 1.0, 2.0, 0.0]
     reward = ScriptedReward(gap, tie, tie, gap, gap)

@@ -252,6 +252,7 @@ def test_a_caption_that_videoscore_refuses_stops_the_run_before_a_video_is_sampl
 
 
 @pytest.mark.parametrize("kind", ["reward", "guards.reward"])
+@pytest.mark.long
 def test_videos_that_the_reward_does_not_score_stop_the_run_before_one_is_sampled(
     checkpoints: Path,
     tmp_path: Path,

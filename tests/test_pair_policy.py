@@ -239,6 +239,7 @@ def test_a_run_writes_what_an_audit_needs(written: Path) -> None:
         assert sum(pair.weight for pair in kept) == pytest.approx(len(kept))
 
 
+@pytest.mark.long
 def test_latents_of_the_dataset_are_what_seed_and_number_sample_again(written: Path) -> None:
     """An audit: candidate numbers, seed and position give the stored latents back, from the policy of step 1."""
     config = load_config(written / "config.yaml")

@@ -54,6 +54,7 @@ class TestScoring:
         ours, exact = reward.score(large, CAPTIONS[:1]), reward.score(clip, CAPTIONS[:1])
         assert all(torch.equal(ours[name], exact[name]) for name in DIMENSIONS)
 
+    @pytest.mark.long
     def test_any_clip_with_the_builtin_reward(self, folder: Path, tmp_path: Path) -> None:
         """It reads no prompt, so a video without one is scored too."""
         write_mp4(folder / "7.mp4", sprites(CAPTIONS[0]), 8)

@@ -248,6 +248,7 @@ def stopped(small: Make, one_step: Path, tmp_path: Path) -> Callable[..., Config
         ("held_out", HELD_OUT[:1], r"prompts\.held_out had 2 entries when the run started, and has 1 now"),
     ],
 )
+@pytest.mark.long
 def test_other_prompts_are_refused_when_a_run_is_resumed(
     stopped: Callable[..., Config], tmp_path: Path, name: str, prompts: list[str], message: str
 ) -> None:

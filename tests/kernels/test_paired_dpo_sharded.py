@@ -79,6 +79,7 @@ def test_under_fsdp(tmp_path: Path) -> None:
     mp.spawn(run, args=(str(tmp_path / "rendezvous"), fsdp), nprocs=WORLD)
 
 
+@pytest.mark.long
 def test_under_deepspeed_zero2(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     mp.spawn(run, args=(str(tmp_path / "rendezvous"), deepspeed_zero2), nprocs=WORLD)

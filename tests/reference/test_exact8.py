@@ -160,6 +160,7 @@ def test_on_a_block_with_noise_and_drift(rounding: str, channels: int, lr: float
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.long
 def test_saved_and_put_back_in_the_middle_it_goes_on_bit_for_bit(rounding: str) -> None:
     lr = 1e-4
     policy = on_grid(tiny_policy())

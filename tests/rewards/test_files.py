@@ -105,6 +105,7 @@ class TestFrameRates:
         return folder
 
     @pytest.mark.parametrize("more", [(), ("--time-limit", "120"), ("--preferences", "preferred.jsonl")])
+    @pytest.mark.long
     def test_each_clip_is_scored_at_its_own(
         self, weights: Path, folder: Path, tmp_path: Path, more: tuple[str, ...]
     ) -> None:
