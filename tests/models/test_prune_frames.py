@@ -138,6 +138,7 @@ def test_more_frames_than_a_video_has_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -158,6 +159,7 @@ def test_previews_that_are_too_short_for_the_scores_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_the_plan_counts_short_previews(root: Path, tmp_path: Path) -> None:
     """A plan of previews of 5 of 9 frames for 3 candidates, and of 2 whole videos."""
     short, whole = (
