@@ -53,6 +53,7 @@ def sample_candidates(
         score,
         lambda scores, keep: extremes(scores["judge"], keep),
         Processes(0, 1, device),
+        None if config.preview_frames is None else model.prefix(config.preview_frames)[0],
     )
     prompts = [Prompt("", text[row : row + 1], position) for row, position in enumerate(positions)]
     return sampler.sample(prompts, attempt)

@@ -94,6 +94,7 @@ def check_scored(
     whose places are named."""
     who, change = f"reward.kind={config.reward.kind}", "set another reward.kind"
     _ask_size(reward, model, who, change)
+    _ask_preview_size(config, model, reward, who)
     _ask(reward, held_out, range(len(held_out)), who, change)
     if config.rollout.dataset is None:
         _ask(reward, train, _rows_of(config, train), who, change)
@@ -109,6 +110,23 @@ def _ask_size(reward: Reward, model: VideoModel, who: str, change: str) -> None:
             f"{who} does not score videos of {counted_frames(frames)} of {height} x {width} pixels, which the model "
             f"makes: {reason}. Change model.num_frames, model.resolution, or model.height and model.width, "
             f"as far as the model has them, or {change}"
+        )
+
+
+def _ask_preview_size(config: Config, model: VideoModel, reward: Reward, who: str) -> None:
+    asked = config.rollout.preview_frames
+    if asked is None:
+        return
+    _, frames = model.prefix(asked)
+    reason = None
+    if config.guards.motion_floor is not None and frames < 2:
+        who, reason = "guards.motion_floor", "one frame does not move"
+    elif model.video_size is not None:
+        reason = size_refusal(reward, frames, *model.video_size[1:])
+    if reason is not None:
+        raise ValueError(
+            f"{who} does not score previews of {counted_frames(frames)}, which rollout.prune.frames={asked} asks for: "
+            f"{reason}. Raise rollout.prune.frames, or set rollout.prune.frames=null"
         )
 
 

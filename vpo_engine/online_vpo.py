@@ -277,6 +277,7 @@ class OnlineVPO:
             self.timer.timed("reward", scorer),
             self.selector.extremes,
             self.processes.team,
+            None if config.preview_frames is None else model.prefix(config.preview_frames)[0],
         )
 
 

@@ -40,6 +40,7 @@ Option = Literal[
     "rollout.cache",
     "rollout.compile=blocks",
     "rollout.compile=graphs",
+    "rollout.prune.frames",
 ]
 """Settings that need the help of the model. ``registry.check_model`` refuses those that a family does not support."""
 
@@ -323,6 +324,17 @@ class VideoModel(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents [B, C, T, H, W] into videos, uint8 [B, F, height, width, 3], without gradients."""
+
+    def prefix(self, frames: int) -> tuple[int, int]:
+        """Return (latent frames, frames) of the shortest beginning of a video that has at least ``frames`` frames and
+        can be decoded on its own: ``decode`` of the first latent frames gives the first frames of the whole video.
+
+        Only families that support ``rollout.prune.frames`` are asked. By default, a latent frame stands for each group
+        of frames of ``card.sizes``, and one more for the frames before the first group.
+        """
+        rule = self.card.sizes
+        groups = max(0, -(-(frames - rule.frame_offset) // rule.frame_step))
+        return groups + (rule.frame_offset > 0), rule.frames(groups)
 
     # --- memory, speed and files ---------------------------------------------------------------------------
 

@@ -69,6 +69,11 @@ CASES: dict[str, tuple[str, ...]] = {
         "pairs.resample=1",
         "guards.motion_floor=55",
     ),
+    "pruned by the first frames": (
+        "rollout.candidates=4",
+        "rollout.prune={after: 0.5, keep: 2, frames: 2}",
+        "rollout.batch_size=3",
+    ),
     "explored": (
         "rollout.candidates=5",
         "rollout.explore.steps=2",

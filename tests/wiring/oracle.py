@@ -164,7 +164,7 @@ class Oracle:
         if rollout.prune is not None:
             after = round(rollout.prune.after * rollout.steps)
             halves = [self.sampled(noise, prompt, rollout.steps, rollout, stop=after) for noise in noises]
-            reached, previews = [x for x, _ in halves], [preview for _, preview in halves]
+            reached, previews = [x for x, _ in halves], [x[:, : rollout.prune.frames] for _, x in halves]
             keep = rollout.prune.keep
         else:
             explore = rollout.explore

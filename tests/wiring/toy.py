@@ -88,7 +88,9 @@ class ToyModel(BaseModel):
 
     card = ModelCard(
         name="toy",
-        supports=frozenset({"rollout.guidance", "rollout.guidance_interval", "rollout.cache"}),
+        supports=frozenset(
+            {"rollout.guidance", "rollout.guidance_interval", "rollout.cache", "rollout.prune.frames"}
+        ),
     )
 
     @classmethod

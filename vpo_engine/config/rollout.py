@@ -21,6 +21,9 @@ class PruneConfig(Section):
     keep: int = Field(ge=2)
     """Number of candidates of each prompt that are finished: the better half of this number from the top of the scores,
     the rest from the bottom."""
+    frames: int | None = Field(None, ge=1)
+    """Number of frames of a preview that are decoded and scored: the first ones, rounded up to the next count that the
+    model decodes on its own; null: all. Finished candidates are always scored whole."""
 
 
 Weights = Literal["policy", "int8", "fp8"]
@@ -98,6 +101,11 @@ class RolloutConfig(Section):
     def prune_step(self) -> int:
         """Return the number of steps before previews are scored; all steps without ``prune``."""
         return self.steps if self.prune is None else round(self.prune.after * self.steps)
+
+    @property
+    def preview_frames(self) -> int | None:
+        """Return the least number of frames of a preview that are scored; None: all of them."""
+        return None if self.prune is None else self.prune.frames
 
     @property
     def keep(self) -> int | None:

@@ -81,6 +81,12 @@ def check_model(config: Config) -> None:
                 f"{name}={_shown(value)} is not supported by model.kind={settings.kind} ({family.card.name}); set "
                 f"{name}={_shown(neutral)}"
             )
+    frames = config.rollout.preview_frames
+    if frames is not None and frames > settings.num_frames:
+        raise ValueError(
+            f"rollout.prune.frames={frames} is more than a video has with model.num_frames={settings.num_frames}; "
+            "lower it, or set rollout.prune.frames=null"
+        )
 
 
 def check_loaded(kind: str, model: VideoModel) -> VideoModel:
@@ -170,6 +176,7 @@ def _asked(config: Config) -> dict[Option, tuple[Any, Any]]:
         "rollout.cache": (rollout.cache or first.cache, None),
         "rollout.compile=blocks": (compiling if compiling == "blocks" else "none", "none"),
         "rollout.compile=graphs": (compiling if compiling == "graphs" else "none", "none"),
+        "rollout.prune.frames": (rollout.preview_frames, None),
     }
 
 

@@ -286,18 +286,31 @@ class _Tracing:
             everything = Batch(range(self._pairs), range(candidates // self._team))
             group = everything.split(config.batch_limit)[0]
             row_text = text[group.index[0]]
+            state = self._reached(latents[: len(group)], settings.steps, first_step)
             with self._phase("rollout", len(everything) / len(group)):
-                noise = latents[: len(group)]
-                state = SamplerState(noise, noise, first_step)
                 self._model.denoise(network, state, row_text, settings, stop)
         self._tracker.answer = lambda: 1.0
 
+    def _reached(self, noise: Tensor, steps: int, done: int) -> SamplerState:
+        """Return the state after the first ``done`` steps, with what the solver remembers of them."""
+        solver, memory = self._model.solver(steps), tuple[Tensor, ...]()
+        with self._tracker.making("other"):
+            for step in range(done):
+                _, memory = solver.advance(step, noise, noise, memory)
+        return SamplerState(noise, noise, done, memory)
+
     def _score(self, latents: Tensor) -> None:
+        """Decode and score one group. With rollout.prune.frames the reward's time is that of whole videos even so."""
         rollout = self._config.rollout
         mine = len(latents) // self._team
         rows = min(rollout.batch_limit or mine, mine)
-        scored = mine + self._pairs * (rollout.keep or 0) // self._team
-        with self._phase("decode", scored / rows):
+        finished = self._pairs * (rollout.keep or 0) // self._team
+        scored, whole = mine + finished, mine + finished
+        if rollout.preview_frames is not None:
+            whole, (length, _) = finished, self._model.prefix(rollout.preview_frames)
+            with self._phase("decode", mine / rows):
+                self._model.decode(latents[:rows, :, :length])
+        with self._phase("decode", whole / rows):
             video = self._model.decode(latents[:rows])
         if self._reward is None:
             if "reward" in self._bare:

@@ -51,6 +51,7 @@ class CandidateSampler:
         score: Callable[[Tensor, Sequence[str], OverlappedScores | None], Scores],
         extremes: Extremes,
         team: Processes,
+        preview_latents: int | None = None,
     ) -> None:
         """``networks``: the networks that predict in the first pass, and in the second if there is one.
 
@@ -58,6 +59,7 @@ class CandidateSampler:
         ``overlapped`` and ``score``: of a ``VideoScorer``. All may be wrapped, to be timed for example.
         ``extremes``: the selector's method.
         ``team``: the processes that share the candidates of every prompt; each samples and scores an equal part.
+        ``preview_latents``: the number of latent frames of a preview that are scored, the first ones; None: all.
         """
         self._config, self._seed, self._shape = config, seed, tuple(latent_shape)
         self._prepare, self._start, self._denoise = prepare, start, denoise
@@ -77,7 +79,9 @@ class CandidateSampler:
         if config.explore is not None:
             self._first, self._second = Pass(networks[0], cheap), Pass(networks[1], exact)
         else:
-            self._first = Pass(networks[0], cheap, config.prune_step, previews=config.prune is not None)
+            self._first = Pass(
+                networks[0], cheap, config.prune_step, config.prune is not None, preview_latents
+            )
             self._second = Pass(networks[1], exact)
 
     def sample(self, prompts: Sequence[Prompt], attempt: int = 0) -> list[list[Candidate]]:
@@ -128,7 +132,7 @@ class CandidateSampler:
         texts = [prompt.text for prompt in prompts]
         begun = self._overlapped(texts)
         made = self._denoise(run, state, stacked_embeddings(prompts), None if begun is None else begun.add)
-        return made, self._score(made.preview if run.previews else made.latents, texts, begun)
+        return made, self._score(run.scored(made), texts, begun)
 
 
 class Pass(NamedTuple):
@@ -136,12 +140,18 @@ class Pass(NamedTuple):
 
     network: what predicts. stop: after how many of the settings' steps the pass ends; None: after all. previews:
     whether the clean latents that the last prediction points to are scored, and not the latents that are reached.
+    length: how many latent frames of what is scored reach the decoder, the first ones; None: all.
     """
 
     network: Network
     settings: SamplerSettings
     stop: int | None = None
     previews: bool = False
+    length: int | None = None
+
+    def scored(self, made: SamplerState) -> Tensor:
+        """Return the latents to be scored, [..., T, H, W], of what this pass has made."""
+        return (made.preview if self.previews else made.latents)[..., : self.length, :, :]
 
 
 class Denoiser:
@@ -163,7 +173,7 @@ class Denoiser:
             begun = state.map(lambda tensor: tensor[batch.index].flatten(0, 1).to(self._device))
             made = self._model.denoise(run.network, begun, text[batch.index[0]], run.settings, run.stop)
             if sampled is not None:
-                sampled(batch, made.preview if run.previews else made.latents)
+                sampled(batch, run.scored(made))
             return made
 
         size = state.latents.shape[:2]

@@ -34,7 +34,7 @@ class CogVideoX(DiffusersModel):
         lora_target_sets={"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP)},
         sizes=SizeRule(frame_step=8, frame_offset=1, more_offsets=(8,), exact=True, side=16),
         pipelines=("CogVideoXPipeline",),
-        supports=OPTIONS - {"model.flow_shift"},
+        supports=(OPTIONS - {"model.flow_shift"}) | {"rollout.prune.frames"},
         native={
             "model.num_frames": 49,
             "model.fps": 8,
@@ -102,6 +102,14 @@ class CogVideoX(DiffusersModel):
                 "trains CogVideoX-2B, which has none"
             )
         Schedule(setup.scheduler)
+
+    def prefix(self, frames: int) -> tuple[int, int]:
+        """See ``VideoModel``. The VAE decodes latents in pairs, and an odd one together with the first pair; its norms
+        see all latents of such a group, so a beginning is made of whole groups."""
+        length, stride = self.latent_shape[1], self.strides(self.setup.vae)[0]
+        odd = length % 2
+        counts = [(groups, stride * groups - odd * (stride - 1)) for groups in range(2 + odd, length + 1, 2)]
+        return next((found for found in counts if found[1] >= frames), (length, frames))
 
     def draw_timesteps(self, u: Tensor) -> Tensor:
         return self.schedule.draw(u)

@@ -41,7 +41,7 @@ class Wan(FlowModel):
         lora_target_sets={"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP)},
         sizes=SizeRule(frame_step=4, frame_offset=1, exact=True, side=16),
         pipelines=("WanPipeline",),
-        supports=OPTIONS,
+        supports=OPTIONS | {"rollout.prune.frames"},
         float32_modules=("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
         native={"model.num_frames": 81, "model.fps": 16, "rollout.steps": 50, "rollout.guidance": 5.0},
     )
