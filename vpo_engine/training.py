@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from vpo_engine.build import (
     build_held_out,
@@ -42,6 +43,7 @@ from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.signals import exit_code
 from vpo_engine.runs.start import Start, find_start, resolved_as_before
 from vpo_engine.trainer import Trainer
+from vpo_engine.video_model import VideoModel
 
 
 def run_training(config: Config) -> int:
@@ -80,18 +82,13 @@ def run_training(config: Config) -> int:
             served.wait_until_loaded()
         check_scored(config, model, reward, prompts, held_out_prompts)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
-        if processes.first:
-            check_disk(config, model.network, config.run_dir or Path("runs"))
-            check_host_memory(config, model.network, available_memory())
+        _check_room(config, model, processes)
         run, checkpoint = _open_run(config, processes, at_end, texts)
         ending.run = run
         with model.idle_offload.phase("refresh"):
             reference = build_reference(config.reference.storage, model.network)
             algorithm = OnlineVPO(config, model, reward, reference, processes, model.idle_offload, stored)
-        if processes.first and algorithm.optimizer.settings is not None:
-            (run.root / "deepspeed.json").write_text(
-                json.dumps(algorithm.optimizer.settings, indent=1) + "\n"
-            )
+        _keep_settings(algorithm.optimizer.settings, run, processes)
         stream = PromptStream(prompts, config.seed) if stored is None else stored
         trainer = Trainer(
             config,
@@ -109,6 +106,19 @@ def run_training(config: Config) -> int:
     if outcome.stopped_by and processes.first:
         print(_stopped_text(outcome.stopped_by, outcome.steps, run), flush=True)
     return outcome.exit_code
+
+
+def _check_room(config: Config, model: VideoModel, processes: Processes) -> None:
+    """Raise ValueError, in the first process, if checkpoints do not fit on the disk or in host memory."""
+    if processes.first:
+        check_disk(config, model.network, config.run_dir or Path("runs"))
+        check_host_memory(config, model.network, available_memory())
+
+
+def _keep_settings(settings: dict[str, Any] | None, run: RunDirectory, processes: Processes) -> None:
+    """Write what a library that divides the work was given into the run directory."""
+    if processes.first and settings is not None:
+        (run.root / "deepspeed.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _stopped_text(by: str, step: int, run: RunDirectory) -> str:

@@ -212,7 +212,7 @@ def _loser_scale(sums, pair, exist, mu, SUMS: tl.constexpr):
     return tl.where(ab > 0, tl.where(bound > 1, 1.0, bound), 1.0)
 
 
-@triton.jit
+@kernel_part
 def _store_results(
     per_pair,
     sums,
@@ -234,6 +234,18 @@ def _store_results(
     for kind in tl.static_range(2, 6):
         error = tl.load(sums + pair * SUMS + kind, mask=exist, other=0.0) * share
         tl.store(per_pair + (kind + 1) * pairs + pair, error.to(ARITHMETIC), mask=exist)
+
+
+@kernel_part
+def _add_all_chunks(
+    sums, partials, pairs, chunks, SUMS: tl.constexpr, PAIRS: tl.constexpr, CHUNK_LEVELS: tl.constexpr
+):
+    """Add the chunks of all sums of every pair."""
+    for i in tl.static_range(3):
+        _add_chunks(sums, partials, pairs, chunks, SUMS, 2 * i, 2, PAIRS, CHUNK_LEVELS)
+    if SUMS == 7:
+        _add_chunks(sums, partials, pairs, chunks, SUMS, 6, 1, PAIRS, CHUNK_LEVELS)
+    tl.debug_barrier()  # the sums are read by other threads, a pair each
 
 
 @triton.jit
@@ -263,11 +275,7 @@ def finish(
     PAIR_LEVELS: tl.constexpr,  # 2**PAIR_LEVELS pairs at a time go from sums to loss
 ):
     """Compute results and coefficients from partial sums, in float64, as ``reference.finish`` does; the grid is 1."""
-    for i in tl.static_range(3):
-        _add_chunks(sums, partials, pairs, chunks, SUMS, 2 * i, 2, PAIRS, CHUNK_LEVELS)
-    if SUMS == 7:
-        _add_chunks(sums, partials, pairs, chunks, SUMS, 6, 1, PAIRS, CHUNK_LEVELS)
-    tl.debug_barrier()  # the sums are read by other threads, a pair each
+    _add_all_chunks(sums, partials, pairs, chunks, SUMS, PAIRS, CHUNK_LEVELS)
     losses = tl.full([1 << PAIR_LEVELS], 0.0, tl.float64)
     pair = tl.arange(0, 1 << PAIR_LEVELS).to(tl.int64)
     first = 0
