@@ -142,7 +142,7 @@ def test_the_time_is_never_passed_and_a_second_call_goes_on(tmp_path: Path) -> N
     ]
     start = time.monotonic()
     assert call(tmp_path, checks, minutes=minutes) == 0
-    assert time.monotonic() - start <= 60 * minutes
+    assert time.monotonic() - start <= 60 * minutes + 10  # not 100; a busy machine ends processes late
     found = stored(tmp_path)
     assert list(states(tmp_path).values()) == ["passed", "skipped", "skipped", "not reached"]
     assert found["huge"]["reason"].startswith("needs about 100 s, but ")
