@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora_case import LORA, PROMPT, Make
+from power_cut import power_cut
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -132,23 +133,12 @@ def test_sample_shows_the_weights_that_were_evaluated(runs: tuple[str, Path, Pat
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    small: Make, tmp_path: Path, kind: str
 ) -> None:
-    from vpo_engine.online_vpo import OnlineVPO
-
     settings = (*KINDS[kind], EMA)
     assert entry.train(small(*settings, f"run_dir={tmp_path / 'whole'}")) == 0
-    whole_step = OnlineVPO.step
-
-    def dies_in_step_four(self: OnlineVPO, prompts: object) -> object:
-        if self.optimizer_steps == 3:
-            raise RuntimeError("power cut")
-        return whole_step(self, prompts)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(OnlineVPO, "step", dies_in_step_four)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(after=3):
         entry.train(small(*settings))
-    monkeypatch.undo()
     assert entry.train(small(*settings, "checkpoint.resume=true")) == 0
     pattern = "checkpoints/step_00000004/**/*.safetensors"
     one, other = files(tmp_path / "whole", pattern), files(tmp_path / "run", pattern)

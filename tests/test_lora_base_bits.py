@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora_case import LORA, PROMPT, Make, same
+from power_cut import power_cut
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -85,21 +86,10 @@ def test_the_count_of_trained_parameters_is_that_of_any_base(small: Make) -> Non
 
 @pytest.mark.long
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    finished: tuple[Path, OpenSora], small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, OpenSora], small: Make, tmp_path: Path
 ) -> None:
-    from vpo_engine.online_vpo import OnlineVPO
-
-    whole_step = OnlineVPO.step
-
-    def dies_in_step_four(self: OnlineVPO, prompts: object) -> object:
-        if self.optimizer_steps == 3:
-            raise RuntimeError("power cut")
-        return whole_step(self, prompts)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(OnlineVPO, "step", dies_in_step_four)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(after=3):
         entry.train(small(*FOUR))
-    monkeypatch.undo()
     assert entry.train(small(*FOUR, "checkpoint.resume=true")) == 0
     assert same(tensors(finished[0], 4), tensors(tmp_path / "run", 4))
 

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from lora_case import LORA, PROMPT, TARGETS, Make, same
+from power_cut import power_cut
 from process_group import run_in_group
 from safetensors.torch import load_file
 from torch import Tensor
@@ -103,21 +104,10 @@ def test_the_count_of_trained_parameters_is_said_once(small: Make) -> None:
 
 @pytest.mark.long
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    finished: tuple[Path, OpenSora], small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, OpenSora], small: Make, tmp_path: Path
 ) -> None:
-    from vpo_engine.online_vpo import OnlineVPO
-
-    whole_step = OnlineVPO.step
-
-    def dies_in_step_four(self: OnlineVPO, prompts: object) -> object:
-        if self.optimizer_steps == 3:
-            raise RuntimeError("power cut")
-        return whole_step(self, prompts)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(OnlineVPO, "step", dies_in_step_four)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(after=3):
         entry.train(small(*LORA))
-    monkeypatch.undo()
     assert entry.train(small(*LORA, "checkpoint.resume=true")) == 0
     assert numbers(finished[0]) == numbers(tmp_path / "run")
     assert same(weights(finished[0], 4), weights(tmp_path / "run", 4))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from power_cut import power_cut
 from process_group import Group, run_in_group
 from safetensors.torch import load_file
 from scorer_that import train_with_a_scorer_that
@@ -116,21 +117,10 @@ def test_another_seed_gives_another_run(finished: Path, small: Make, tmp_path: P
 
 @pytest.mark.long
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    finished: Path, small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, small: Make, tmp_path: Path
 ) -> None:
-    from vpo_engine.online_vpo import OnlineVPO
-
-    whole_step = OnlineVPO.step
-
-    def dies_in_step_four(self: OnlineVPO, prompts: object) -> object:
-        if self.optimizer_steps == 3:
-            raise RuntimeError("power cut")
-        return whole_step(self, prompts)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(OnlineVPO, "step", dies_in_step_four)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(after=3):
         train(small("checkpoint.keep=5"))
-    monkeypatch.undo()
     assert train(small("checkpoint.keep=5", "checkpoint.resume=true")) == 0
     assert_same_run(finished, tmp_path / "run", 4)
     state = json.loads((tmp_path / "run/checkpoints/step_00000002/state.json").read_text())

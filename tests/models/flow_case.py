@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,3 +59,12 @@ def repeated(prompts: Sequence[str], count: int) -> list[str]:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
+
+
+def changed(folder: Path, tmp_path: Path, part: str, **values: Any) -> Path:
+    """Copy a pipeline's folder with other values in one of its JSON files, and return the copy."""
+    copy = tmp_path / "changed"
+    shutil.copytree(folder, copy)
+    file = copy / part
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return copy

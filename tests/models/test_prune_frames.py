@@ -9,6 +9,7 @@ import pytest
 import torch
 from flow_case import load_model
 from flow_folders import wan_folder
+from power_cut import power_cut
 from safetensors.torch import load_file
 from tiny_diffusers import cogvideox_pipeline
 from torch import Tensor
@@ -17,7 +18,6 @@ from vpo_engine import train as entry
 from vpo_engine.config_file import load_config
 from vpo_engine.data.preference_dataset import read_dataset
 from vpo_engine.models.registry import check_model
-from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.trace import trace_step
 from vpo_engine.rewards.builtin import Builtin
 from vpo_engine.train import train
@@ -206,22 +206,11 @@ def test_previews_are_short_and_finished_candidates_whole(
 
 
 @pytest.mark.long
-def test_a_run_with_short_previews_resumes_bit_for_bit(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_short_previews_resumes_bit_for_bit(root: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert entry.main(overrides(root, whole)) == 0
-    one_step = OnlineVPO.step
-
-    def dies_in_step_two(self: OnlineVPO, prompts: Any) -> Any:
-        if self.optimizer_steps == 1:
-            raise RuntimeError("power cut")
-        return one_step(self, prompts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OnlineVPO, "step", dies_in_step_two)
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(load_config(None, overrides(root, cut)))
+    with power_cut(after=1):
+        train(load_config(None, overrides(root, cut)))
     assert entry.main(overrides(root, cut, "checkpoint.resume=true")) == 0
     one, other = (load_file(next(run.glob("checkpoints/*2/policy/*.safetensors"))) for run in (whole, cut))
     start = load_file(next((root / "wan" / "transformer").glob("*.safetensors")))

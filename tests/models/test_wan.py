@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from flow_case import CPU, load_model, noise_for, relative, repeated, sampled
+from flow_case import CPU, changed, load_model, noise_for, relative, repeated, sampled
 from flow_folders import NEGATIVE, PROMPTS, load, wan_folder
 from safetensors.torch import load_file, save_file
 
@@ -170,14 +170,6 @@ def test_float32_modules_are_those_that_diffusers_keeps(folder: Path) -> None:
         found = model.predict(model.network, noise, t, text)
         wanted = expected(noise.bfloat16(), t.long(), text.embeddings.bfloat16(), return_dict=False)[0]
     assert torch.equal(found, wanted.float())
-
-
-def changed(folder: Path, tmp_path: Path, part: str, **values: Any) -> Path:
-    copy = tmp_path / "changed"
-    shutil.copytree(folder, copy)
-    file = copy / part
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-    return copy
 
 
 @pytest.mark.parametrize(

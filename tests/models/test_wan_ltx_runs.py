@@ -11,6 +11,7 @@ import pytest
 import torch
 from flow_case import noise_for
 from flow_folders import PROMPTS, ltx_folder, wan_folder
+from power_cut import power_cut
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from vpo_kernels import paired_dpo_loss
@@ -21,7 +22,6 @@ from vpo_engine.config import Config, MemoryConfig
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.model_values import SamplerSettings
-from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.train import train
@@ -148,24 +148,14 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 def test_a_run_resumes_bit_for_bit_and_leaves_a_diffusers_policy(
     folders: dict[str, Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     kind: str,
     more: tuple[str, ...],
     smallest: object,
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert entry.main(overrides(folders, kind, whole, *more)) == 0
-    one_step = OnlineVPO.step
-
-    def dies_in_step_three(self: OnlineVPO, prompts: Any) -> Any:
-        if self.optimizer_steps == 2:
-            raise RuntimeError("power cut")
-        return one_step(self, prompts)
-
-    monkeypatch.setattr(OnlineVPO, "step", dies_in_step_three)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(after=2):
         train(load_config(None, overrides(folders, kind, cut, *more)))
-    monkeypatch.undo()
     assert entry.main(overrides(folders, kind, cut, *more, "checkpoint.resume=true")) == 0
     one, other = state(whole, 3), state(cut, 3)
     assert one.keys() == other.keys()
