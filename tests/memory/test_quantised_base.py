@@ -167,14 +167,14 @@ def test_nothing_is_kept_for_the_backward_pass_and_no_dequantised_weight_lives_o
     bits: BaseBits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, made, kept = FrozenLinear(linear(normal(24, 96)), bits), [], []
-    decoded = quantised_base._decoded
+    decoded = quantised_base.decoded
 
     def spy(*arguments: object) -> Tensor:
         found = decoded(*arguments)  # type: ignore[arg-type]
         made.append(weakref.ref(found.untyped_storage()))
         return found
 
-    monkeypatch.setattr(quantised_base, "_decoded", spy)
+    monkeypatch.setattr(quantised_base, "decoded", spy)
     x = normal(5, 96).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
         out = layer(x)
@@ -248,13 +248,13 @@ def test_layers_are_rounded_one_after_the_other(monkeypatch: pytest.MonkeyPatch)
     """When a layer is read, the full weights of those before it are gone."""
     network = load_policy()
     weights = [weakref.ref(one.weight.untyped_storage()) for one in block_linears(network).values()]
-    encoded, alive = quantised_base._encoded, []
+    encoded, alive = quantised_base.encoded, []
 
     def spy(*arguments: object) -> object:
         alive.append(sum(one() is not None for one in weights))
         return encoded(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(quantised_base, "_encoded", spy)
+    monkeypatch.setattr(quantised_base, "encoded", spy)
     HeldBase(4).hold(network)
     assert alive == list(range(len(weights), 0, -1))
 
@@ -271,9 +271,9 @@ def test_a_loader_never_copies_what_is_rounded(
     save_file(saved, tmp_path / "model.safetensors")
     whole = load_stdit3(tmp_path)
     names = HeldBase(4).mapped(whole)
-    encoded, seen = quantised_base._encoded, []
+    encoded, seen = quantised_base.encoded, []
     monkeypatch.setattr(
-        quantised_base, "_encoded", lambda weight, *more: seen.append(weight.dtype) or encoded(weight, *more)
+        quantised_base, "encoded", lambda weight, *more: seen.append(weight.dtype) or encoded(weight, *more)
     )
     network = load_stdit3(tmp_path, HeldBase(4))
     assert seen == [dtype] * len(names)

@@ -118,7 +118,13 @@ class FrozenLinear(nn.Linear):
         """Quantise ``linear``; ``name`` it in errors. On the meta device shapes are made alone."""
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, bits
-        tensors = _encoded(linear.weight.detach().to(device), bits, name)
+        weight = linear.weight.detach().to(device)
+        if not weight.is_meta and not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"the weight of {name} has values that are not finite, so it cannot be held in {bits} bits; fetch the "
+                "policy's files again, or leave out memory.base_bits"
+            )
+        tensors = encoded(weight, bits)
         for key, tensor in zip(("weight", "scales", "levels"), tensors, strict=True):
             self.register_buffer(key, tensor, persistent=False)
         self.bias = linear.bias
@@ -131,7 +137,7 @@ class FrozenLinear(nn.Linear):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Return the weight [out, in] in ``dtype``: products of level and scale, rounded once."""
         direct = dtype if dtype in _DIRECT else torch.float32
-        return _decoded(
+        return decoded(
             self.weight, self.scales, self.levels, (self.out_features, self.in_features), direct
         ).to(dtype)
 
@@ -175,8 +181,8 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.dequantised(gradient.dtype), None
 
 
-def _encoded(weight: Tensor, bits: BaseBits, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return codes, scales and levels of a matrix [out, in]; those of a matrix on the meta device are there too."""
+def encoded(weight: Tensor, bits: BaseBits) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return codes, scales and levels of a matrix [out, in], as ``FrozenLinear`` has them; also on the meta device."""
     from bitsandbytes import functional as bnb
 
     blocks = -(-weight.numel() // BLOCK)
@@ -186,11 +192,6 @@ def _encoded(weight: Tensor, bits: BaseBits, name: str) -> tuple[Tensor, Tensor,
         )
         levels = weight.new_empty(256, dtype=torch.float32) if bits == 8 else None
         return codes, weight.new_empty(blocks, dtype=torch.float32), levels
-    if not bool(weight.isfinite().all()):
-        raise ValueError(
-            f"the weight of {name} has values that are not finite, so it cannot be held in {bits} bits; fetch the "
-            "policy's files again, or leave out memory.base_bits"
-        )
     weight = weight if weight.dtype in _DIRECT else weight.float()
     weight = F.pad(weight.flatten(), (0, blocks * BLOCK - weight.numel())).view(blocks, BLOCK)
     if bits == 4:
@@ -201,10 +202,10 @@ def _encoded(weight: Tensor, bits: BaseBits, name: str) -> tuple[Tensor, Tensor,
     return codes, state.absmax, levels
 
 
-def _decoded(
+def decoded(
     codes: Tensor, scales: Tensor, levels: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Return the matrix [out, in]. bitsandbytes registered these operators when the codes were made."""
+    """Return the rounded matrix [out, in] that ``encoded`` was given; that call has registered bitsandbytes' operators."""
     if levels is not None:
         weight = torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, levels, BLOCK, dtype)
     else:

@@ -14,50 +14,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpo_engine.memory.quantised_base import decoded, encoded
+
 Bits = Literal[16, 8, 4]
-_BLOCK = 64
 
 
 class QuantisedLinear(nn.Module):
     """An ``nn.Linear`` of input [..., K] and output [..., M] over quantised weights; the bias stays as it is.
 
-    codes: int8 [M, K], or uint8 [ceil(M K / 2), 1], two codes a byte. scales: float32 [M], or one per 64 weights.
+    codes: int8 [M, K], or uint8, two codes a byte. scales: float32 [M], or one per 64 weights.
     Weights get no gradient; where the input needs one, the dequantised weights are kept for the backward pass.
     """
 
     codes: Tensor
     scales: Tensor
-    levels: Tensor | None
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, bits: Bits) -> None:
         """``weight`` [M, K] in float32, bfloat16 or float16, where the layer is to be."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        from bitsandbytes import functional as bnb
-
-        levels = None
         if bits == 8:
+            from bitsandbytes import functional as bnb
+
             codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
         else:
             assert bits == 4, bits
-            codes, state = bnb.quantize_4bit(weight.contiguous(), blocksize=_BLOCK, quant_type="nf4")
-            scales, levels = state.absmax, state.code
-        for name, tensor in (("codes", codes), ("scales", scales), ("levels", levels)):
+            codes, scales, _ = encoded(weight, bits)
+        for name, tensor in (("codes", codes), ("scales", scales)):
             self.register_buffer(name, tensor, persistent=False)
         self.bias = bias
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantised weights, [M, K]."""
-        from bitsandbytes import functional as bnb
+        if self.codes.dtype == torch.int8:
+            from bitsandbytes import functional as bnb
 
-        if self.levels is None:
             return bnb.int8_vectorwise_dequant(self.codes, self.scales).to(dtype)
-        # One block a row: on CPUs with AVX-512 bitsandbytes begins a new block with every row of this shape, although
-        # its own quantisation lets blocks run on into the next row, and takes wrong scales where rows are no multiple.
-        count = self.out_features * self.in_features
-        shape = torch.Size((count // _BLOCK, _BLOCK) if count % _BLOCK == 0 else (1, count))
-        state = bnb.QuantState(self.scales, shape, self.levels, _BLOCK, "nf4", dtype)
-        return bnb.dequantize_4bit(self.codes, state).view(self.out_features, self.in_features)
+        return decoded(self.codes, self.scales, None, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight(x.dtype), self.bias)
