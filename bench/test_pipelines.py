@@ -7,7 +7,6 @@ and neither decodes. The networks have random weights: tiny ones, and small ones
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from candidates import sample_candidates, stacked
-from measure import device, synchronize
-from rows import quantiles
+from measure import device
+from side_by_side import compare
 from torch import Tensor
 
 from vpo_engine.build import build_model
@@ -30,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from tiny_pipelines import FOLDERS, NEGATIVE, run_config, sized
 
-CANDIDATES, STEPS, GUIDANCE, ROUNDS = 4, 4, 5.0, 3
+CANDIDATES, STEPS, GUIDANCE = 4, 4, 5.0
 PROMPTS = ["a red ball rolls over the grass", "two blue dogs run over the hill"]
 TOLERANCE = 1e-4
 HEADS, HEAD_DIM, LAYERS = 4, 64, 4
@@ -101,23 +100,8 @@ def test_rollout_against_the_pipeline(kind: str, size: str, tmp_path: Path, benc
     def pipeline() -> Tensor:
         return torch.stack([call() for call in calls]).unflatten(0, (len(PROMPTS), CANDIDATES))
 
-    taken: dict[Callable[[], Tensor], list[float]] = {engine: [], pipeline: []}
-
-    @torch.no_grad()
-    def one_round() -> None:
-        made = []
-        for sampler, seconds in taken.items():
-            synchronize()
-            start = time.perf_counter()
-            made.append(sampler())
-            synchronize()
-            seconds.append((time.perf_counter() - start) / len(PROMPTS))
-        off = (made[0] - made[1]).norm() / made[1].norm()
-        assert off < TOLERANCE, f"the latents differ by {off:.2g} of their norm"
-
-    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
+    numbers = compare(engine, pipeline, len(PROMPTS), TOLERANCE, benchmark, "pipeline")
     if not benchmark.disabled:
-        mine, others = (quantiles(seconds[-ROUNDS:]) for seconds in taken.values())
         parameters = sum(parameter.numel() for parameter in model.network.parameters())
         case = {
             "world": f"{type(pipeline_of(folder)).__name__}, {size}",
@@ -127,13 +111,7 @@ def test_rollout_against_the_pipeline(kind: str, size: str, tmp_path: Path, benc
             "steps": str(STEPS),
             "candidates": str(CANDIDATES),
         }
-        ratio = others["seconds"] / mine["seconds"]
-        add_row(
-            "pipelines",
-            case,
-            {**mine, "pipeline_seconds": others["seconds"], "times_faster": ratio},
-            device(),
-        )
+        add_row("pipelines", case, numbers, device())
 
 
 def pipeline_calls(pipeline: Any, model: DiffusersModel) -> list[Callable[[], Tensor]]:

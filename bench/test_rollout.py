@@ -6,14 +6,13 @@ caption, and reuses nothing from step to step. Both run the same network on the 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from candidates import sample_candidates, stacked
-from measure import device, on_gpu, synchronize
-from rows import quantiles
+from measure import device, on_gpu
+from side_by_side import compare
 from torch import Tensor, nn
 
 from vpo_engine.build import build_model, build_prompts
@@ -27,7 +26,6 @@ from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.seeding import normal
 
-ROUNDS = 3
 SPRITES_PROMPTS = 8
 TEXT_TOKENS = 120
 """Tokens of a caption of about 80 words, the longest of WebVid and of its rewritten captions."""
@@ -60,12 +58,8 @@ def plain_rollout(
     return torch.cat(made).unflatten(0, (len(positions), config.candidates))
 
 
-def compare(
-    model: OpenSora,
-    text: TextEmbedding,
-    config: RolloutConfig,
-    tolerance: float,
-    benchmark,
+def compare_with_plain(
+    model: OpenSora, text: TextEmbedding, config: RolloutConfig, tolerance: float, benchmark
 ) -> dict[str, float]:
     """Run both samplers in turn; return their seconds per prompt."""
     positions, where = range(len(text)), text.embeddings.device
@@ -77,26 +71,7 @@ def compare(
     def plain() -> Tensor:
         return plain_rollout(model, text, positions, config, 0)
 
-    taken: dict[Callable[[], Tensor], list[float]] = {engine: [], plain: []}
-
-    def one_round() -> None:
-        made = []
-        for sampler, seconds in taken.items():
-            synchronize()
-            start = time.perf_counter()
-            made.append(sampler())
-            synchronize()
-            seconds.append((time.perf_counter() - start) / len(positions))
-        off = (made[0] - made[1]).norm() / made[1].norm()
-        assert off < tolerance, f"the samplers' latents differ by {off:.2g} of their norm"
-
-    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
-    mine, others = (quantiles(seconds[-ROUNDS:]) for seconds in taken.values())
-    return {
-        **mine,
-        "plain_seconds": others["seconds"],
-        "times_faster": others["seconds"] / mine["seconds"],
-    }
+    return compare(engine, plain, len(positions), tolerance, benchmark, "plain")
 
 
 def case_of(world: str, config: RolloutConfig, prompts: int) -> dict[str, str]:
@@ -118,7 +93,7 @@ def test_sprites_rollout(guidance: float, benchmark, add_row) -> None:
     train, _ = build_prompts(config)
     captions = [train[index] for index in range(prompts)]
     model.prepare(captions)
-    numbers = compare(model, model.embed(captions), config.rollout, 1e-3, benchmark)
+    numbers = compare_with_plain(model, model.embed(captions), config.rollout, 1e-3, benchmark)
     if not benchmark.disabled:
         add_row("rollout", case_of("sprites", config.rollout, prompts), numbers, torch.device("cpu"))
 
@@ -163,7 +138,7 @@ def test_full_size_rollout(resolution: str, frames: int, benchmark, add_row) -> 
     random = torch.Generator(device()).manual_seed(0)
     states = torch.randn(1, TEXT_TOKENS, 4096, generator=random, device=device()).to(torch.bfloat16)
     text = TextEmbedding(states, torch.ones(1, TEXT_TOKENS, dtype=torch.bool))
-    numbers = compare(model, text, config, 0.1, benchmark)
+    numbers = compare_with_plain(model, text, config, 0.1, benchmark)
     if not benchmark.disabled:
         case = case_of(f"STDiT3-XL/2, {resolution} x {frames} frames, bfloat16", config, 1)
         add_row("rollout", case, numbers, device())

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from lora_case import LORA, PROMPT, Make, same
 from power_cut import power_cut
+from real_trace import assert_traced_as_real
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vpo_engine import sample, training
 from vpo_engine import train as entry
@@ -24,7 +24,6 @@ from vpo_engine.memory.quantised_base import block_linears, frozen_layers
 from vpo_engine.metrics.throughput import count_row_flops
 from vpo_engine.models.lora import adapter_parameters
 from vpo_engine.models.opensora.model import OpenSora
-from vpo_engine.planning.parts import CPU, materialise
 from vpo_engine.planning.trace import trace_step
 from vpo_engine.runs.log import read_metrics
 
@@ -161,33 +160,6 @@ def test_the_plan_counts_the_codes_and_nothing_of_the_full_weights(bits: int) ->
 
 
 @pytest.mark.long
-def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The step over a base in 4 bits with tensors that have memory: each dequantised weight comes, goes, and counts."""
-
-    class NoFakes:
-        def __init__(self, **_: object) -> None: ...
-        def __enter__(self) -> None: ...
-        def __exit__(self, *_: object) -> None: ...
-
-    config = load_config(None, [*FOUR, *TWO])
-    fake = trace_step(config, on_gpu=False)
-    monkeypatch.setattr("vpo_engine.planning.trace.FakeTensorMode", NoFakes)
-    monkeypatch.setattr("vpo_engine.planning.trace.repeated", lambda *_: nullcontext())
-    monkeypatch.setattr("vpo_engine.planning.trace.repeated_steps", lambda _: nullcontext())
-    monkeypatch.setattr("vpo_engine.planning.trace.materialise", _random)
-    monkeypatch.setattr("vpo_engine.planning.parts.materialise", _random)
-    torch.manual_seed(0)
-    real = trace_step(config, on_gpu=False)
-    for name in ("rollout", "update", "optimizer", "refresh"):
-        assert fake.peak(name) == real.peak(name), name
-        assert fake.flops(name) == real.flops(name), name
-
-
-def _random(module: nn.Module, dtype: torch.dtype | None = None, device: torch.device = CPU) -> None:
-    """Weights through which gradients stay finite; every code is a valid one."""
-    materialise(module, dtype, device)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.normal_(0.0, 0.05) if tensor.is_floating_point() else tensor.random_()
+def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes() -> None:
+    """The step over a base in 4 bits: each dequantised weight comes, goes, and counts."""
+    assert_traced_as_real(load_config(None, [*FOUR, *TWO]))

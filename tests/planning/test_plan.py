@@ -6,10 +6,10 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import pytest
 import torch
+from real_trace import assert_traced_as_real
 
 from vpo_engine import plan, train, training
 from vpo_engine.config import Config
@@ -18,7 +18,7 @@ from vpo_engine.planning import answer
 from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, PhasePlan, Plan, estimate
 from vpo_engine.planning.fit import most_frames, with_granted_batch_size, with_setting
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
-from vpo_engine.planning.parts import Assumed, blueprint_of, build_reward_network, materialise
+from vpo_engine.planning.parts import Assumed, blueprint_of, build_reward_network
 from vpo_engine.planning.planner import check_fits, plan_run
 from vpo_engine.planning.trace import Trace, trace_step
 from vpo_engine.rewards.registry import reward_card
@@ -301,34 +301,9 @@ def test_a_wrong_word_is_refused_before_torch_is_loaded():
 
 
 @pytest.mark.long
-def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes(monkeypatch):
-    """The engine's own step, sprites at two pairs, with tensors that have memory, every block and every step run."""
-    config = load_config(None, ["pairs_per_step=2", "objective.timesteps_per_pair=1"])
-
-    class NoFakes:
-        def __init__(self, **_: object) -> None: ...
-        def __enter__(self) -> None: ...
-        def __exit__(self, *_: object) -> None: ...
-
-    fake = trace_step(config, on_gpu=False)
-    monkeypatch.setattr("vpo_engine.planning.trace.FakeTensorMode", NoFakes)
-    monkeypatch.setattr("vpo_engine.planning.trace.repeated", lambda *_: nullcontext())
-    monkeypatch.setattr("vpo_engine.planning.trace.repeated_steps", lambda _: nullcontext())
-    monkeypatch.setattr("vpo_engine.planning.trace.materialise", _random)
-    monkeypatch.setattr("vpo_engine.planning.parts.materialise", _random)
-    torch.manual_seed(0)
-    real = trace_step(config, on_gpu=False)
-    for name in ("rollout", "update", "optimizer", "refresh"):
-        assert fake.peak(name) == real.peak(name), name
-        assert fake.flops(name) == real.flops(name), name
-
-
-def _random(module: torch.nn.Module, dtype: torch.dtype | None = None, device: torch.device = CPU) -> None:
-    """Weights through which gradients stay finite."""
-    materialise(module, dtype, device)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.normal_(0.0, 0.05)
+def test_the_trace_of_real_tensors_takes_the_bytes_of_the_trace_of_fakes():
+    """The engine's own step, sprites at two pairs."""
+    assert_traced_as_real(load_config(None, ["pairs_per_step=2", "objective.timesteps_per_pair=1"]))
 
 
 @pytest.mark.long

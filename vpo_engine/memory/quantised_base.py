@@ -205,7 +205,7 @@ def encoded(weight: Tensor, bits: BaseBits) -> tuple[Tensor, Tensor, Tensor | No
 def decoded(
     codes: Tensor, scales: Tensor, levels: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Return the rounded matrix [out, in] that ``encoded`` was given; that call has registered bitsandbytes' operators."""
+    """Return the rounded matrix [out, in] that ``encoded`` was given; it has registered bitsandbytes' operators."""
     if levels is not None:
         weight = torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, levels, BLOCK, dtype)
     else:
