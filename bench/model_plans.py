@@ -1,12 +1,13 @@
 """Print the table of docs/models.md: shipped configurations with their planned memory and time per step.
 
-    python bench/model_plans.py
+    python bench/model_plans.py [NAME.yaml ...]
 
 Everything is planned from published sizes, so no weights are needed. A row takes one to two minutes on two cores.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from vpo_engine.config import Config
@@ -34,7 +35,7 @@ def main() -> None:
     print(_line(HEAD))
     print(_line(["---"] * len(HEAD)))
     for path in sorted(CONFIGS.glob("*.yaml")):
-        if not path.stem.startswith("sprites"):
+        if path.name in sys.argv[1:] or (len(sys.argv) == 1 and not path.stem.startswith("sprites")):
             print(_line(row(path)), flush=True)
 
 
@@ -62,6 +63,8 @@ def _peak(config: Config) -> str:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
 
 

@@ -101,6 +101,8 @@ def test_sprites_rollout(guidance: float, benchmark, add_row) -> None:
 class LatentSize(nn.Module):
     """A replacement for the VAE, which a rollout does not need."""
 
+    spatial_factor = 8
+
     def __init__(self, size: tuple[int, int, int]) -> None:
         super().__init__()
         self._size = size

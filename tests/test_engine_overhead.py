@@ -174,6 +174,8 @@ class Hollow(nn.Module):
 
 
 class HollowVAE(nn.Module):
+    spatial_factor = 8
+
     def __init__(self, size: tuple[int, int, int], geometry: Geometry) -> None:
         super().__init__()
         self._size, self._geometry = size, geometry

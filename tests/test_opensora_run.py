@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
-from vpo_engine import sample
+from vpo_engine import check_model, sample
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config_file import dump_config, load_config, require_files
@@ -141,6 +141,16 @@ def test_the_papers_configuration_runs_from_local_checkpoints(checkpoints: Path,
     (file,) = out.glob("*.mp4")
     frames, _ = read_video(file)
     assert frames.shape[0] == 17
+
+
+@pytest.mark.long
+def test_check_model_agrees_with_the_description(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Latents of 240 x 426 pixels have 53 columns, so that videos have 424: the run must know the size it will get."""
+    parts = [f"model.{name}={checkpoints / name}" for name in ("vae", "text_encoder")]
+    assert check_model.main([str(checkpoints / "policy"), "--kind", "opensora", *parts]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the description fits: 5 entries were checked"
 
 
 @pytest.fixture

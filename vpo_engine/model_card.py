@@ -123,10 +123,8 @@ def _use(config: Config, repo: str) -> str:
         )
     if kind == "sprites":
         return f"{fetch}torchrun -m vpo_engine.train model.policy=policy\n```\n"
-    more = ""
-    if kind == "opensora":
-        more = (
-            "\nIn the public code of Open-Sora 1.2:\n\n```sh\npython scripts/inference.py "
-            "configs/opensora-v1-2/inference/sample.py --ckpt-path policy\n```\n"
-        )
-    return f"{fetch}```\n\nIn a configuration of vpo-engine: `model.kind={kind} model.policy=policy`.\n{more}"
+    card = model_family(kind).card
+    own = (
+        f"\nIn the public code of {card.name}:\n\n```sh\n{card.run_policy}\n```\n" if card.run_policy else ""
+    )
+    return f"{fetch}```\n\nIn a configuration of vpo-engine: `model.kind={kind} model.policy=policy`.\n{own}"

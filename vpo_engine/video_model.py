@@ -69,6 +69,8 @@ class ModelCard:
     ``SizeRule``.
     resolutions: the values of ``model.resolution`` for which ``vpo_engine.plan`` searches the most frames; none where
     videos have one size. pipelines: the classes of diffusers pipelines whose folders are of this family.
+    run_policy: the command of the project's own code that samples from a policy in the folder ``policy``; "" if there
+    is none.
     supports: the options that the family has. float32_modules: names of modules and parameters, at any depth, whose
     weights stay float32 where ``memory.weights`` holds the others in bfloat16; the network has to cast what passes
     their borders, as diffusers' transformers do. native: settings with which a published folder is sampled unless
@@ -82,6 +84,7 @@ class ModelCard:
     sizes: SizeRule = field(default_factory=SizeRule)
     resolutions: tuple[str, ...] = ()
     pipelines: tuple[str, ...] = ()
+    run_policy: str = ""
     supports: frozenset[Option] = frozenset({"rollout.guidance", "rollout.guidance_interval"})
     float32_modules: tuple[str, ...] = ()
     native: Mapping[str, Any] = field(default_factory=dict)

@@ -70,6 +70,9 @@ class OpenSora(BaseModel):
 
     card = ModelCard(
         name="Open-Sora 1.2",
+        run_policy=(
+            "python scripts/inference.py configs/opensora-v1-2/inference/sample.py --ckpt-path policy"
+        ),
         files=("policy", "vae", "text_encoder"),
         lora_targets=_ATTENTION,
         lora_target_sets={"attention": _ATTENTION, "mlp": _MLP, "all": (*_ATTENTION, *_MLP)},
@@ -113,8 +116,9 @@ class OpenSora(BaseModel):
         self.decode_strip_height: int | None = None
         self._compiled: CompiledBlocks | None = None
         self.num_frames, self.fps = geometry.num_frames, geometry.fps
-        self.video_size = (geometry.num_frames, geometry.height, geometry.width)
         size = self.vae.latent_size(geometry.num_frames, geometry.height, geometry.width)
+        side = self.vae.spatial_factor
+        self.video_size = (geometry.num_frames, side * size[1], side * size[2])
         config = network.config
         self.latent_shape = (config["in_channels"], *size)
         self.text_rule = TextRule(min(MAX_LENGTH, config["model_max_length"]), config["caption_channels"])
