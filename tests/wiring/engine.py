@@ -7,8 +7,9 @@ asked for and what reached the loss. When the engine's inside changes, this file
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,12 +223,19 @@ def _toy_parts(recording: Recording, reward: ToyReward) -> Iterator[None]:
         yield
 
 
+def write_whole(path: Path, prompts: Sequence[str]) -> None:
+    """Write a prompt file so that another process of the test, which writes the same, never reads half of it."""
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    own.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    own.replace(path)
+
+
 def make_config(folder: Path, *overrides: str) -> Config:
     """A run of the toy in ``folder``/run."""
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = folder / "train.txt", folder / "held_out.txt"
-    train.write_text("".join(f"{prompt}\n" for prompt in PROMPTS), encoding="utf-8")
-    held_out.write_text("".join(f"{prompt}\n" for prompt in HELD_OUT), encoding="utf-8")
+    write_whole(train, PROMPTS)
+    write_whole(held_out, HELD_OUT)
     own = (f"prompts.train={train}", f"prompts.held_out={held_out}", f"run_dir={folder / 'run'}")
     return load_config(None, [*SETTINGS, *own, *overrides])
 
