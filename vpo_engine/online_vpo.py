@@ -278,6 +278,7 @@ class OnlineVPO:
             self.selector.extremes,
             self.processes.team,
             None if config.preview_frames is None else model.prefix(config.preview_frames)[0],
+            share=self.stopping.share,
         )
 
 

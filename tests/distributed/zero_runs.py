@@ -170,7 +170,7 @@ def assert_same_training(
     """Assert that two runs made the same weights, references and optimizer states.
 
     bound: of absolute differences. A step moves a weight by at most its gradient, clipped to a norm of 0.1, and
-    float32 sums in another order round by some 1e-6 of that. Moments are of gradients with a norm of up to 4 without one.
+    float32 sums in another order round by some 1e-6 of that. Moments are of gradients of norms up to 4 without one.
     """
     moved = float((one["after"] - one["before"]).abs().max())
     assert moved > 1e3 * bound, (case, moved)
