@@ -3,11 +3,12 @@
     python tests/mutants.py [NAME ...] [--piece 1/10] [--jobs 2] [--list]
 
 A NAME selects all mutations whose name contains it; without one all are tried. --piece 1/10 tries a tenth of them, and
-keeps those with the same tests together: all ten pieces, on one machine or on several, are the whole list. First the
-tests of the selected mutations run on the tree as it is, and must pass. Then each mutation is applied to a copy, its
-tests run, and a line says which test failed. The exit code is 1 if a mutation survives, which means that no test failed, or if one is
-stale: its old text must occur exactly once in its file (spaces, line breaks and a trailing comma aside). Nothing is
-tried before all selected mutations fit. The lists are in ``tests/mutations``.
+keeps those with the same tests together: all ten pieces, on one machine or on several, are the whole list.
+
+First the tests of the selected mutations run on the tree as it is, and must pass. Then each mutation is applied to a
+copy, its tests run, and a line says which test failed. The exit code is 1 if a mutation survives, which means that no
+test failed, or if one is stale: its old text must occur exactly once in its file (spaces, line breaks and a trailing
+comma aside). Nothing is tried before all selected mutations fit. The lists are in ``tests/mutations``.
 
 One process imports torch and whatever else comes from outside of the tree. It forks a child for each mutation, which
 then takes seconds.
