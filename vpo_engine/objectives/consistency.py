@@ -65,8 +65,8 @@ def consistency_output(
 ) -> Tensor:
     """Return f(x_t, t), the student's one-step answer; f(x_0, 0) = x_0.
 
-    clean: that of ``split``. noise_at_zero: whether the schedule has noise at time 0. If it has none, as rectified flow,
-    the clean latents at time 0 are x_0 already, and no scalings are needed.
+    clean: that of ``split``. noise_at_zero: whether the schedule has noise at time 0. If it has none, as in rectified
+    flow, the clean latents at time 0 are x_0 already, and no scalings are needed.
     """
     if not noise_at_zero:
         return clean

@@ -26,7 +26,10 @@ def refl_loss(rewards: Tensor, margin: float | None = 2.0, scale: float = 1e-3) 
 
 @dataclass(frozen=True)
 class Goal:
-    """A reward that VADER's loss pulls towards: scale * mean|reward - value|; -scale * mean(reward) if value is None."""
+    """A reward that VADER's loss pulls towards: scale * mean|reward - value|.
+
+    If value is None the loss is -scale * mean(reward).
+    """
 
     value: float | None = None
     scale: float = 1.0
