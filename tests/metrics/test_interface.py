@@ -19,7 +19,7 @@ from vpo_engine.metrics.video_metric import (
     unreadable_record,
 )
 
-FLICKER = "proxy_flicker"
+FLICKER = "vbench_temporal_flickering"
 
 
 def noise(frames: int = 5, height: int = 12, width: int = 16, seed: int = 0) -> Tensor:
@@ -55,7 +55,7 @@ def test_a_video_that_fails_is_named_and_the_others_are_kept() -> None:
     short = record(metric, noise(frames=1), "short.mp4")
     broken = unreadable_record("broken.mp4", "a dog", ValueError("'broken.mp4' is not a readable video file"))
     assert short.error.startswith(
-        "proxy_flicker needs at least 2 frames, the video has 1; give longer videos"
+        "vbench_temporal_flickering needs at least 2 frames, the video has 1; give longer videos"
     )
     summary = number(metric, good, short, broken)
     assert summary.value == good.values[""]
@@ -73,6 +73,8 @@ def test_without_any_measured_video_there_is_no_number() -> None:
     assert summary.partial
     with pytest.raises(ValueError, match="no videos to summarise"):
         metric.summarise([])
+    with pytest.raises(ValueError, match=r"has two records of a.mp4; keep one of each video"):
+        metric.summarise([record(metric, noise())] * 2)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,7 @@ def test_every_metric_has_a_card_and_its_name_tells_its_group() -> None:
         assert card.name == name
         assert card.title
         assert card.measures.endswith(".")
+        assert (card.group == "vbench") == name.startswith("vbench_")
         assert (card.group == "proxy") == name.startswith("proxy_")
         assert (card.group == "reward") == name.startswith("reward:")
     for entry in METRICS.values():
@@ -169,8 +172,8 @@ def test_every_metric_has_a_card_and_its_name_tells_its_group() -> None:
 
 
 def test_an_unknown_metric_is_told_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match="did you mean 'proxy_flicker'"):
-        build_metric("proxy_fliker")
+    with pytest.raises(ValueError, match="did you mean 'vbench_temporal_flickering'"):
+        build_metric("vbench_temporal_flikering")
 
 
 def test_a_reward_as_a_metric_gives_the_rewards_scores() -> None:

@@ -122,6 +122,10 @@ class VideoMetric(ABC):
             )
         return None
 
+    def refuse_count(self, count: int) -> str | None:
+        """Return why no number can be made of so many videos, with what to do, or None if one can."""
+        return None
+
     @torch.inference_mode()
     def measure(self, video: Tensor, prompt: str, fps: float) -> Measurement:
         """Measure a video, uint8 [F, H, W, 3], shown at ``fps`` frames per second.
@@ -148,10 +152,14 @@ class VideoMetric(ABC):
     def summarise(self, records: Sequence[Record]) -> list[Summary]:
         """Make a number of each output from the records of all videos, in any order.
 
-        Videos that failed are named in it, and it is marked as partial. Raise ValueError for no records at all.
+        Videos that failed are named in it, and it is marked as partial. Raise ValueError for no records at all, and
+        for a video that has two.
         """
         if not records:
             raise ValueError(f"{self.card.name} has no videos to summarise; give at least one")
+        twice = [name for name, count in Counter(record.video for record in records).items() if count > 1]
+        if twice:
+            raise ValueError(f"{self.card.name} has two records of {_some(twice)}; keep one of each video")
         good = [record for record in records if not record.error]
         return [self._summary(output, records, good) for output in self.outputs]
 
@@ -172,7 +180,7 @@ class VideoMetric(ABC):
             provenance=self._provenance(output, records, used),
             failed=failed,
             notes=tuple(notes),
-            partial=bool(failed) or bool(self.card.missing) or not used,
+            partial=bool(failed) or bool(self.card.missing) or value is None,
             others=others,
         )
 

@@ -18,18 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpo_engine.metrics.catalogue import AMT_INSTALL, MUSIQ_INSTALL
 from vpo_engine.metrics.networks.checkpoints import read_state
 from vpo_engine.metrics.networks.raft import padded
 from vpo_engine.weights import load_strict
 
 AMT, AMT_FILE = "AMT-S", "amt-s.pth"
 MUSIQ, MUSIQ_FILE = "MUSIQ (SPAQ)", "musiq_spaq_ckpt-358bb6af.pth"
-AMT_INSTALL = "pip install --no-deps vbench==0.1.5"
-MUSIQ_INSTALL = (
-    "pip install --no-deps pyiqa==0.1.16 && pip install torchvision opencv-python-headless scipy requests"
-)
-AMT_LEAST_SIDE = 113
-"""The pixels from which the coarsest level of correlations is more than one pixel wide, after padding."""
 _AMT_STRIDE = 16
 
 
