@@ -136,8 +136,6 @@ def _shown(value: Any) -> str:
     return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-
-
 def settings_of(arm: Arm) -> Mapping[str, Any] | None:
     """Return how an arm's videos are sampled; None for videos that were sampled elsewhere."""
     return None if arm.source is None else sampling_settings(arm.source.config)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vpo_engine.metrics.measures import SCORES, SPRITES, VIDEOS, Measure
-from vpo_engine.metrics.metric_card import MetricCard
+from vpo_engine.metrics.metric_card import Group, MetricCard
 from vpo_engine.metrics.registry import METRICS, REWARD, build_metric, check_metric, metric_card
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ OF_THE_ENGINE = {
     ),
 }
 """The metrics that stand in ``engine_metrics.py``."""
-HEADINGS = {
+HEADINGS: Mapping[Group, str] = {
     "vbench": "VBench",
     "fvd": "Distance to other videos",
     "devil": "Dynamics (DEVIL)",
@@ -66,21 +66,24 @@ HEADINGS = {
 class Choice:
     """The metrics of an evaluation.
 
-    weights: {metric: path}. reference: the videos, or statistics, that distances are to.
+    weights: {metric: path}. reference: the videos, or statistics, that distances are to. sprites: whether the videos
+    are clips of the sprites world.
     """
 
     cards: Mapping[str, MetricCard]
     weights: Mapping[str, Path]
     reference: Path | None = None
+    sprites: bool = False
 
     def build(self, name: str, device: torch.device) -> VideoMetric:
         """Make a metric; errors are those of ``registry.build_metric``."""
-        if name in OF_THE_ENGINE:
-            from vpo_engine.evaluation.engine_metrics import build_engine_metric
+        from vpo_engine.evaluation.engine_metrics import adapted, build_engine_metric
 
-            return build_engine_metric(self.cards[name])
+        if name in OF_THE_ENGINE:
+            return adapted(build_engine_metric(self.cards[name]), self.sprites)
         reference = self.reference if self.cards[name].group == "fvd" else None
-        return build_metric(name, weights=self.weights.get(name), device=device, reference=reference)
+        metric = build_metric(name, weights=self.weights.get(name), device=device, reference=reference)
+        return adapted(metric, self.sprites)
 
     def passes(self) -> list[list[str]]:
         """Return the metrics in groups that are in memory together: all without weights, then one after the other."""
@@ -88,37 +91,45 @@ class Choice:
         return [*([light] if light else []), *([name] for name in self.cards if name not in light)]
 
 
-def choose(
-    names: Sequence[str], weights: Sequence[str], reference: Path | None, default: Callable[[], Sequence[str]]
-) -> Choice:
-    """Find the metrics by their names; ``default`` gives those of an evaluation that names none.
+def choose(names: Sequence[str], weights: Sequence[str], reference: Path | None, sprites: bool) -> Choice:
+    """Find the metrics by their names; without one, they are those of ``default_metrics``.
 
     weights: NAME=PATH, or a PATH that all metrics without one of their own take. Raise ValueError for an unknown name,
     and, with all that is wrong, for weights and references that are missing or not wanted; FileNotFoundError likewise.
     """
-    cards = {name: _card(name) for name in dict.fromkeys(names or default())}
+    cards = {name: _card(name) for name in dict.fromkeys(names or default_metrics(sprites))}
     given = _weights(weights, cards)
     everywhere = given.pop("", None)
     paths = {name: given.get(name, everywhere) for name, card in cards.items() if name in given or card.needs}
-    choice = Choice(cards, {name: path for name, path in paths.items() if path is not None}, reference)
+    choice = Choice(
+        cards, {name: path for name, path in paths.items() if path is not None}, reference, sprites
+    )
     wrong = []
     for name, card in cards.items():
         if name not in OF_THE_ENGINE:
+            path = paths.get(name)
             try:
-                check_metric(name, paths.get(name), reference if card.group == "fvd" else None)
+                if path is not None and not path.exists():
+                    raise ValueError(f"there is nothing at {path}, which should hold the weights of {name}")
+                check_metric(name, path, reference if card.group == "fvd" else None)
             except (ValueError, OSError) as error:
                 wrong.append(f"{error} (--weights {name}=PATH)" if card.needs else str(error))
     if wrong:
         raise ValueError("; ".join(wrong))
     if reference is not None and not any(card.group == "fvd" for card in cards.values()):
-        raise ValueError(f"--reference {reference}: none of the metrics is a distance to other videos; leave it out")
+        raise ValueError(
+            f"--reference {reference}: none of the metrics is a distance to other videos; leave it out"
+        )
     return choice
 
 
 def default_metrics(sprites: bool) -> list[str]:
     """Return the metrics that need no weights, for clips of the sprites world or for other videos."""
     own = [f"{REWARD}sprites", JUDGE, SPRITES_PIXELS] if sprites else [PIXELS]
-    return [*own, *(name for name, entry in METRICS.items() if not entry.card.needs and not entry.card.install)]
+    return [
+        *own,
+        *(name for name, entry in METRICS.items() if not entry.card.needs and not entry.card.install),
+    ]
 
 
 def measure_of(card: MetricCard, output: str) -> Measure:
@@ -129,14 +140,25 @@ def measure_of(card: MetricCard, output: str) -> Measure:
         return SPRITES[output]
     if card.name == PIXELS:
         return VIDEOS[output]
+    if output == "mean":
+        return Measure(f"Mean, {card.title}", card.unit, "The mean of the dimensions.", card.better)
     known = SCORES.get(output)
     label = known.label if known else output.replace("_", " ").capitalize()
-    return Measure(f"{label}, {card.title}", card.unit, known.meaning if known else card.measures, card.better)
+    return Measure(
+        f"{label}, {card.title}", card.unit, known.meaning if known else card.measures, card.better
+    )
 
 
 def metric_key(metric: VideoMetric) -> str:
     """Return a digest of everything that a metric's records depend on beside the video and its prompt."""
-    content = [metric.card.name, metric.card.version, metric.backbone, dict(metric.weights), dict(metric.settings)]
+    content = [
+        metric.card.name,
+        metric.card.version,
+        metric.backbone,
+        dict(metric.weights),
+        dict(metric.settings),
+        list(metric.outputs),
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

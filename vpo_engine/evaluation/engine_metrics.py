@@ -14,10 +14,12 @@ from vpo_engine.evaluation.chosen_metrics import JUDGE, PIXELS
 from vpo_engine.metrics.metric_card import MetricCard
 from vpo_engine.metrics.pixels import pixel_measures
 from vpo_engine.metrics.provenance import hash_file
-from vpo_engine.metrics.video_metric import Measurement, VideoMetric
+from vpo_engine.metrics.video_metric import Measurement, Record, VideoMetric, mean
 from vpo_engine.rewards.sprites import SpritesJudge
-from vpo_engine.rewards.sprites_networks import weights_file
+from vpo_engine.data.sprites.assets import WEIGHTS
 
+MEAN = "mean"
+"""The output of a reward beside its dimensions."""
 Measures = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 
 
@@ -53,12 +55,53 @@ class MetricOfMeasures(VideoMetric):
         return Measurement({name: float(found[name][0]) for name in self.outputs})
 
 
+class Adapted(VideoMetric):
+    """Another metric, on clips of the sprites world in their own pixels, or with the mean of its outputs beside them."""
+
+    def __init__(self, metric: VideoMetric, *, sprites: bool = False, mean: bool = False) -> None:
+        super().__init__(metric.card, backbone=metric.backbone, weights=metric.weights)
+        self._metric, self._sprites = metric, sprites
+        self.aggregation = metric.aggregation
+        self.outputs = (MEAN, *metric.outputs) if mean else metric.outputs
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        own = {"pixels": f"averaged to {SIZE} x {SIZE}"} if self._sprites else {}
+        return {**self._metric.settings, **own}
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        size = (SIZE, SIZE) if self._sprites and height == width and not height % SIZE else (height, width)
+        return self._metric.refuse_size(frames, *size)
+
+    def _measure(self, video: Tensor, prompt: str, fps: float) -> Measurement:
+        found = self._metric.measure(smaller(video) if self._sprites else video, prompt, fps)
+        if MEAN not in self.outputs:
+            return found
+        return Measurement({MEAN: mean(list(found.values.values())), **found.values}, found.details)
+
+    def _chosen(self, good: Sequence[Record]) -> tuple[Sequence[Record], list[str]]:
+        return self._metric._chosen(good)
+
+    def _aggregate(
+        self, output: str, records: Sequence[Record]
+    ) -> tuple[float | None, dict[str, float], list[str]]:
+        return self._metric._aggregate(output, records)
+
+
+def adapted(metric: VideoMetric, sprites: bool) -> VideoMetric:
+    """Return a metric as an evaluation uses it. sprites: whether the videos are clips of the sprites world."""
+    group = metric.card.group
+    mean_too = group == "reward" and len(metric.outputs) > 1
+    in_own_pixels = group == "proxy" and sprites
+    return Adapted(metric, sprites=in_own_pixels, mean=mean_too) if mean_too or in_own_pixels else metric
+
+
 def build_engine_metric(card: MetricCard) -> VideoMetric:
     """Make a metric of ``chosen_metrics.OF_THE_ENGINE``."""
     if card.name == PIXELS:
         return MetricOfMeasures(card, pixel_measures, ("motion", "flicker", "sharpness"), sprites=False)
     if card.name == JUDGE:
-        judge, file = SpritesJudge(), weights_file(SpritesJudge.kind)
+        judge, file = SpritesJudge(), WEIGHTS / f"{SpritesJudge.kind}.safetensors"
         return MetricOfMeasures(
             card,
             judge.score,
@@ -71,8 +114,11 @@ def build_engine_metric(card: MetricCard) -> VideoMetric:
 
 
 def smaller(video: Tensor) -> Tensor:
-    """Return a clip of the sprites world [F, 32, 32, 3] of one whose pixels are squares, by the mean of each."""
-    if video.shape[1] == SIZE:
+    """Return a clip of the sprites world [F, 32, 32, 3] of one whose pixels are squares, by the mean of each.
+
+    Videos of other sizes stay as they are.
+    """
+    if video.shape[1] != video.shape[2] or video.shape[1] % SIZE or video.shape[1] == SIZE:
         return video
     squares = video.unflatten(2, (SIZE, -1)).unflatten(1, (SIZE, -1))  # [F, SIZE, n, SIZE, n, 3]
     return squares.float().mean(dim=(2, 4)).round().to(torch.uint8)

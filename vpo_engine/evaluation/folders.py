@@ -41,7 +41,9 @@ def video_name(number: int, prompt: str, index: int) -> str:
     """
     published = f"{prompt}-{index}.mp4"
     fits = len(published.encode()) <= _MOST_BYTES and prompt.isprintable() and not prompt.startswith(".")
-    return published if fits and "/" not in prompt and "\\" not in prompt else file_name(number, prompt, index)
+    return (
+        published if fits and "/" not in prompt and "\\" not in prompt else file_name(number, prompt, index)
+    )
 
 
 def holds_videos(path: Path) -> bool:
@@ -85,7 +87,9 @@ def suite_of(videos: Sequence[Video], folder: Path) -> Suite:
 def write_prompts(folder: Path, videos: Sequence[Video]) -> None:
     """Write ``prompts.jsonl`` beside folders of videos, which ``vpo_engine.rank`` reads."""
     rows = [
-        json.dumps({"video": video.path.relative_to(folder).as_posix(), "prompt": video.prompt}, ensure_ascii=False)
+        json.dumps(
+            {"video": video.path.relative_to(folder).as_posix(), "prompt": video.prompt}, ensure_ascii=False
+        )
         for video in videos
     ]
     unfinished = folder / ".prompts.jsonl.tmp"

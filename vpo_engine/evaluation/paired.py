@@ -60,11 +60,15 @@ def compare_pairs(pairs: Pairs, better: int, seed: int = 0) -> Comparison:
     Raise ValueError if there is no pair, and for a value that is not finite.
     """
     if not pairs or not all(pairs.values()):
-        raise ValueError("there is no pair of videos to compare; give at least one prompt that both policies have")
+        raise ValueError(
+            "there is no pair of videos to compare; give at least one prompt that both policies have"
+        )
     for prompt, values in pairs.items():
         for before, after in values:
             if not (math.isfinite(before) and math.isfinite(after)):
-                raise ValueError(f"prompt {prompt!r} has the values {before} and {after}, expected finite numbers")
+                raise ValueError(
+                    f"prompt {prompt!r} has the values {before} and {after}, expected finite numbers"
+                )
     sign = better or 1
     differences = [[after - before for before, after in values] for values in pairs.values()]
     means = [math.fsum(each) / len(each) for each in differences]
@@ -158,7 +162,9 @@ def wilson(successes: float, count: int, confidence: float = CONFIDENCE) -> tupl
     Raise ValueError for no case at all, and for more successes than cases.
     """
     if count < 1 or not 0 <= successes <= count:
-        raise ValueError(f"a share needs at least one case and at most as many successes, got {successes} of {count}")
+        raise ValueError(
+            f"a share needs at least one case and at most as many successes, got {successes} of {count}"
+        )
     z, share = _normal_quantile((1 + confidence) / 2), successes / count
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

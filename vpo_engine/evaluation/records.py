@@ -44,6 +44,8 @@ class Records:
         self._found: dict[tuple[str, str, str], Record] = {}
         self._failed_facts: dict[str, Facts] = {}
         self._failed: dict[tuple[str, str, str], Record] = {}
+        self.unloaded: dict[str, str] = {}
+        """Metrics that could not be loaded, and why."""
 
     def read(self, failures: bool = False) -> None:
         """Read what all processes have written. ``failures``: also what failed; otherwise it is tried again."""
