@@ -5,9 +5,9 @@
     python -m vpo_engine.evaluate --study FOLDER [--votes FILE ...]
     python -m vpo_engine.evaluate --list
 
-RUN [RUN ...] alone, without an option: nothing is sampled. One finished run: a table of every measure of the base and of
-the final policy, with the change and its 95 % bounds. Several: a table of the changes. Runs with the same name in their
-configuration are seeds of one setting and share a column, so they must have the same settings but for the seed.
+RUN [RUN ...] alone, without an option: nothing is sampled. One finished run: a table of every measure of the base and
+of the final policy, with the change and its 95 % bounds. Several: a table of the changes. Runs with the same name in
+their configuration are seeds of one setting and share a column, so they must have the same settings but for the seed.
 
 WHAT with an option, or what is no run: a run, a checkpoint, a YAML configuration, an export, a model as its project
 publishes it, an adapter with --base, or a folder of videos named PROMPT-NUMBER.mp4, as VBench has them. Videos are

@@ -172,7 +172,9 @@ def sample(
     for note in check_prompts(source.config, prompts):
         print(note, file=sys.stderr)
     record = PromptRecord(out)
-    names = [[file_name(number, prompt, copy) for copy in range(count)] for number, prompt in enumerate(prompts)]
+    names = [
+        [file_name(number, prompt, copy) for copy in range(count)] for number, prompt in enumerate(prompts)
+    ]
     model = load_source(source)
     model.prepare(prompts)
     record.begin([name for copies in names for name in copies])

@@ -62,8 +62,8 @@ def starting_policy(arm: Arm, overrides: Sequence[str]) -> Arm:
     checkpoint = None if arm.source is None else arm.source.checkpoint
     if checkpoint is None:
         raise ValueError(
-            f"--baseline {BASE} is the policy that a run started from, but {arm.label} is no run; give the baseline as a "
-            "run, a checkpoint, a model, a YAML configuration or a folder of videos: --baseline OTHER"
+            f"--baseline {BASE} is the policy that a run started from, but {arm.label} is no run; give the baseline "
+            "as a run, a checkpoint, a model, a YAML configuration or a folder of videos: --baseline OTHER"
         )
     root = checkpoint.resolve().parent.parent
     config = load_config(root / CONFIG_NAME, [f"run_dir={root}", *overrides])
@@ -84,8 +84,8 @@ def check_alike(policy: Arm, baseline: Arm) -> None:
         names = [text.partition(" ")[0] for text in different]
         raise ValueError(
             f"{policy.label} and {baseline.label} are not sampled alike, so their numbers cannot stand side by side: "
-            f"{'; '.join(different)}. Add {' '.join(f'{name}=VALUE' for name in names)}, which sets it for both, or give "
-            "another baseline"
+            f"{'; '.join(different)}. Add {' '.join(f'{name}=VALUE' for name in names)}, which sets it for both, or "
+            "give another baseline"
         )
 
 

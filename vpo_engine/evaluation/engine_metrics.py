@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from vpo_engine.data.sprites.assets import WEIGHTS
 from vpo_engine.data.sprites.measure import MEASURES
 from vpo_engine.data.sprites.measure import measure as measure_sprites
 from vpo_engine.data.sprites.world import FRAMES, SIZE
@@ -16,7 +17,6 @@ from vpo_engine.metrics.pixels import pixel_measures
 from vpo_engine.metrics.provenance import hash_file
 from vpo_engine.metrics.video_metric import Measurement, Record, VideoMetric, mean
 from vpo_engine.rewards.sprites import SpritesJudge
-from vpo_engine.data.sprites.assets import WEIGHTS
 
 MEAN = "mean"
 """The output of a reward beside its dimensions."""
@@ -56,7 +56,7 @@ class MetricOfMeasures(VideoMetric):
 
 
 class Adapted(VideoMetric):
-    """Another metric, on clips of the sprites world in their own pixels, or with the mean of its outputs beside them."""
+    """Another metric, on clips of the sprites world in their own pixels, or with the mean of its outputs too."""
 
     def __init__(self, metric: VideoMetric, *, sprites: bool = False, mean: bool = False) -> None:
         super().__init__(metric.card, backbone=metric.backbone, weights=metric.weights)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vpo_engine.data.clips import SUFFIXES, Clip, find_clips, prompt_of_name
-from vpo_engine.evaluation.suites import Suite, given_suite
+from vpo_engine.evaluation.suites import Suite
 from vpo_engine.policy_source import RECORD, is_published
 from vpo_engine.runs.directory import CONFIG_NAME
 from vpo_engine.sample import file_name
@@ -22,11 +22,15 @@ _PUBLISHED = re.compile(r"(.+)-(\d+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Video:
-    """A video of an evaluation: the file, its prompt, and its number among the videos of that prompt."""
+    """A video of an evaluation: the file, its prompt, and its number among the videos of that prompt.
+
+    name: the file's name, relative to the folder of the videos.
+    """
 
     path: Path
     prompt: str
     index: int
+    name: str
 
     @property
     def key(self) -> tuple[str, int]:
@@ -77,11 +81,13 @@ def read_folder(folder: Path, suite: Suite | None = None) -> list[Video]:
     return found
 
 
-def suite_of(videos: Sequence[Video], folder: Path) -> Suite:
-    """Return the prompts of videos as a suite; ``samples`` is the largest number of videos of a prompt."""
-    prompts = list(dict.fromkeys(video.prompt for video in videos))
-    counts = [sum(video.prompt == prompt for video in videos) for prompt in prompts]
-    return given_suite(prompts, str(folder), max(counts))
+def suite_of(folders: Sequence[Sequence[Video]], source: str, samples: int | None) -> Suite:
+    """Return the prompts and the videos that folders have together; ``samples``: that many of each prompt."""
+    keys = list(dict.fromkeys(video.key for videos in folders for video in videos))
+    prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
+    numbers = {prompt: sorted(index for each, index in keys if each == prompt) for prompt in prompts}
+    given = [(prompt, index) for prompt in prompts for index in numbers[prompt][:samples]]
+    return Suite(tuple(prompts), source, samples=samples, given=tuple(given))
 
 
 def write_prompts(folder: Path, videos: Sequence[Video]) -> None:
@@ -134,5 +140,6 @@ def _numbered(clips: Sequence[tuple[Clip, str]]) -> list[Video]:
         numbers = [int(match[2]) for match in found if match is not None]
         unique = len(numbers) == len(same) and len(set(numbers)) == len(numbers)
         for place, clip in enumerate(same):
-            videos.append(Video(clip.path, prompt, numbers[place] if unique else place))
-    return sorted(videos, key=lambda video: (list(by_prompt).index(video.prompt), video.index))
+            videos.append(Video(clip.path, prompt, numbers[place] if unique else place, clip.name))
+    places = {prompt: place for place, prompt in enumerate(by_prompt)}
+    return sorted(videos, key=lambda video: (places[video.prompt], video.index))

@@ -25,8 +25,10 @@ Planned = tuple[int, str, int]
 
 def planned_videos(plan: Sequence[Planned], folder: Path) -> list[Video]:
     """Return the videos of a plan, there or not, with the names that they have in ``folder``."""
+    names = [video_name(*row) for row in plan]
     return [
-        Video(folder / video_name(number, prompt, index), prompt, index) for number, prompt, index in plan
+        Video(folder / name, prompt, index, name)
+        for name, (_, prompt, index) in zip(names, plan, strict=True)
     ]
 
 

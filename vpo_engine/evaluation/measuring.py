@@ -61,7 +61,7 @@ def settle(side: ArmVideos, records: Records) -> None:
         facts = records.facts(side.hashes[key])
         assert facts is not None, video.path
         if facts.error:
-            side.problems[video.path.name] = facts.error
+            side.problems[video.name] = facts.error
         else:
             shapes[key] = facts
     if not shapes:
@@ -71,16 +71,16 @@ def settle(side: ArmVideos, records: Records) -> None:
     if len(counted) == 2 and counted[0][1] == counted[1][1]:
         one, other = (next(f for f in shapes.values() if f.shape == shape) for shape, _ in counted)
         raise ValueError(
-            f"half of the videos of {side.arm.label} have {one.describe()}, and as many {other.describe()}, whose numbers "
-            "do not belong together; put them in folders of their own, and evaluate each"
+            f"half of the videos of {side.arm.label} have {one.describe()}, and as many {other.describe()}, whose "
+            "numbers do not belong together; put them in folders of their own, and evaluate each"
         )
     side.shape = counted[0][0]
     usual = next(facts for facts in shapes.values() if facts.shape == side.shape)
     for key, facts in shapes.items():
         if facts.shape != side.shape:
-            side.problems[side.videos[key].path.name] = (
-                f"has {facts.describe()}, but most videos here have {usual.describe()}; write it anew like the others, or "
-                "evaluate it in a folder of its own"
+            side.problems[side.videos[key].name] = (
+                f"has {facts.describe()}, but most videos here have {usual.describe()}; write it anew like the "
+                "others, or evaluate it in a folder of its own"
             )
 
 
@@ -96,8 +96,9 @@ def check_same_shape(policy: ArmVideos, baseline: ArmVideos) -> None:
     ]
     if different:
         raise ValueError(
-            f"the videos of {policy.arm.label} and {baseline.arm.label} differ ({'; '.join(different)}), so their numbers "
-            "cannot stand side by side; make both with the same settings, or evaluate each alone, without --baseline"
+            f"the videos of {policy.arm.label} and {baseline.arm.label} differ "
+            f"({'; '.join(different)}), so their numbers cannot stand side by side; make both with the same settings, "
+            "or evaluate each alone, without --baseline"
         )
 
 
@@ -127,7 +128,7 @@ def measure(
 
 
 def _measure_one(side: ArmVideos, video: Video, metrics: Iterable[VideoMetric], records: Records) -> None:
-    if video.path.name in side.problems:
+    if video.name in side.problems:
         return
     sha256 = side.hashes[video.key]
     keys = {metric_key(metric): metric for metric in metrics}
@@ -145,7 +146,7 @@ def _measure_one(side: ArmVideos, video: Video, metrics: Iterable[VideoMetric], 
 
 def _record(metric: VideoMetric, frames: torch.Tensor, video: Video, facts: Facts) -> Record:
     """Measure one video. Whatever the metric raises is kept in the record, which names it."""
-    name = video.path.name
+    name = video.name
     try:
         return measure_record(metric, frames, name=name, prompt=video.prompt, fps=facts.fps)
     except Exception as error:  # a metric of an installed package may raise anything

@@ -63,8 +63,8 @@ class OutputFolder:
         ]
         if different:
             raise ValueError(
-                f"{self.root} holds an evaluation of other settings ({'; '.join(different)}), whose results these would "
-                "be mixed with; give another folder by --out, or the settings of before"
+                f"{self.root} holds an evaluation of other settings ({'; '.join(different)}), whose results these "
+                "would be mixed with; give another folder by --out, or the settings of before"
             )
 
     def begin(self, identity: Mapping[str, Any]) -> None:

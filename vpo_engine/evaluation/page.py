@@ -89,7 +89,8 @@ def _table(results: Mapping[str, Any]) -> str:
     for name, entry in all_measures(results).items():
         if entry["group"] != group:
             group = entry["group"]
-            body += f'<tr class="group"><th colspan="{1 + len(heads)}" scope="colgroup">{escape(HEADINGS[group])}</th></tr>'
+            span = f'colspan="{1 + len(heads)}" scope="colgroup"'
+            body += f'<tr class="group"><th {span}>{escape(HEADINGS[group])}</th></tr>'
         body += _row(name, entry, heads, compared)
     note = f'<p class="soft">{escape(results["statistics"])}</p>' if results["statistics"] else ""
     return f"<section><h2>Measures</h2>{note}{table(('measure', *heads), body)}</section>"
@@ -129,8 +130,8 @@ def _videos(results: Mapping[str, Any], root: Path) -> str:
     chosen = (
         f"All {len(rows)} rows of videos."
         if len(shown) == len(rows)
-        else f"{len(shown)} of {len(rows)} rows of videos, spread evenly over the differences of the first measure, from "
-        "the largest loss to the largest gain."
+        else f"{len(shown)} of {len(rows)} rows of videos, spread evenly over the differences of the first measure, "
+        "from the largest loss to the largest gain."
     )
     sides = "The baseline is on the left, the policy on the right. " if len(roles) > 1 else ""
     return (
@@ -159,7 +160,8 @@ def _controls(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], fra
         '<div class="transport"><button type="button" class="play">Play</button>'
         f'<input type="range" min="0" max="{frames - 1}" value="0" aria-label="frame"><output></output>'
         '<label><input type="checkbox" class="slow"> quarter speed</label>'
-        f'<label class="sort">sort by {what} of <select class="by"><option value="">prompt</option>{options}</select></label>'
+        f'<label class="sort">sort by {what} of <select class="by"><option value="">prompt</option>{options}</select>'
+        "</label>"
         '<button type="button" class="order" aria-pressed="false">largest first</button></div>'
     )
 

@@ -53,7 +53,7 @@ def make_results(
     _compare(measures, len(sides))
     problems = {side.arm.role: dict(side.problems) for side in sides}
     for side in sides:
-        problems[side.arm.role] |= {name: "is missing" for name in _missing(side, planned)}
+        problems[side.arm.role] |= dict.fromkeys(_missing(side, planned), "is missing")
     partial = (
         bool(records.unloaded)
         or any(map(len, problems.values()))
@@ -88,12 +88,12 @@ def _found(side: ArmVideos, keys: Sequence[Key], metric: VideoMetric, records: R
         if video is None:
             continue  # named once, among the problems of the arm
         record = None
-        if video.path.name not in side.problems:
+        if video.name not in side.problems:
             record = records.record(side.hashes[key], digest, video.prompt)
         if record is None:
-            failed[video.path.name] = side.problems.get(video.path.name, "was not measured; start again")
+            failed[video.name] = side.problems.get(video.name, "was not measured; start again")
         elif record.error:
-            failed[video.path.name] = record.error
+            failed[video.name] = record.error
         else:
             good[key] = record
     return Found(good, failed)
@@ -200,8 +200,8 @@ def _rows(
 def _statistics_text(count: int) -> str:
     """Say how the bounds and p values were made, and what to make of several of them."""
     return (
-        f"Bounds are {CONFIDENCE:.0%} bounds of a percentile bootstrap over prompts ({RESAMPLES} resamples), widened for "
-        "few prompts. The win rate counts ties as half. p is of the exact two-sided sign test over prompts. There are "
-        f"{count} measures, of which one in twenty would look clear by chance alone, so p is corrected for their number "
-        "by Holm's method, and the bounds are not."
+        f"Bounds are {100 * CONFIDENCE:.0f} % bounds of a percentile bootstrap over prompts ({RESAMPLES} resamples), "
+        "widened for few prompts. The win rate counts ties as half. p is of the exact two-sided sign test over prompts. "
+        f"There are {count} measures, of which one in twenty would look clear by chance alone, so p is corrected for "
+        "their number by Holm's method, and the bounds are not."
     )

@@ -64,10 +64,13 @@ class Plan:
         return self.suite.videos(list(self.choice.cards))
 
     def identity(self) -> dict[str, Any]:
-        """Return what results in one folder must have in common. Metrics may be added later."""
+        """Return what results in one folder must have in common.
+
+        Metrics may be added later, and videos to a folder of which no prompts were asked for.
+        """
         return {
             **{arm.role: arm.identity() for arm in self.arms},
-            "prompts": self.suite.to_json(),
+            "prompts": {} if self.suite.given else self.suite.to_json(),
             "samples": self.suite.samples,
             "seed": self.seed,
         }
@@ -189,7 +192,7 @@ def _arms(options: Options) -> list[Arm]:
         arms = [policy, find_arm("baseline", Path(options.baseline), options.base, options.overrides)]
     if options.overrides and all(arm.source is None for arm in arms):
         raise ValueError(
-            f"{options.overrides[0]} is a setting for sampling, but nothing is sampled from folders of videos; leave it out"
+            f"{options.overrides[0]} is a setting for sampling, but folders of videos are not sampled; leave it out"
         )
     if len(arms) > 1:
         check_alike(*arms)
@@ -199,28 +202,21 @@ def _arms(options: Options) -> list[Arm]:
 def _suite(options: Options, arms: Sequence[Arm]) -> tuple[Suite, dict[str, list[Video]]]:
     """Return the prompts, and the videos of arms that are folders: the prompts asked for, else those there are."""
     suite = read_suite(options.prompts, options.samples) if options.prompts is not None else None
-    folders = {arm.role: read_folder(arm.folder, suite) for arm in arms if arm.folder is not None}
+    folders: dict[str, list[Video]] = {
+        arm.role: read_folder(arm.folder, suite) for arm in arms if arm.folder is not None
+    }
     if suite is not None:
         return suite, folders
-    sampled = next((arm for arm in arms if arm.source is not None), None)
-    if sampled is None:
-        first = next(arm for arm in arms if arm.folder is not None)
-        assert first.folder is not None
-        found = suite_of(folders[first.role], first.folder)
-        return Suite(found.prompts, found.source, samples=options.samples or found.samples), folders
     if folders:
-        role, videos = next(iter(folders.items()))
-        folder = next(arm.folder for arm in arms if arm.role == role)
-        assert folder is not None
-        found = suite_of(videos, folder)
-        return Suite(found.prompts, found.source, samples=options.samples or found.samples), folders
+        names = " and ".join(arm.label for arm in arms if arm.folder is not None)
+        return suite_of(list(folders.values()), names, options.samples), folders
     prompts = next((found for arm in arms if (found := held_out_prompts(arm))), None)
     if prompts is None:
         raise ValueError(
-            f"{sampled.label} has no held-out prompts of its own; give prompts by --prompts FILE, or --prompts vbench"
+            f"{arms[0].label} has no held-out prompts of its own; give prompts by --prompts FILE, or --prompts vbench"
         )
-    assert sampled.source is not None
-    count = options.samples or sampled.source.config.evaluation.samples_per_prompt
+    assert arms[0].source is not None
+    count = options.samples or arms[0].source.config.evaluation.samples_per_prompt
     return given_suite(prompts, "held-out prompts", count), folders
 
 

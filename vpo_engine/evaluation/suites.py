@@ -1,7 +1,7 @@
 """The prompts of an evaluation, and which of their videos each metric looks at. Nothing here imports torch.
 
-VBench measures each dimension on prompts of its own: a prompt file that names dimensions, as VBench_full_info.json does,
-or the list in this package (``vbench``). Any other file of prompts goes through all metrics.
+VBench measures each dimension on prompts of its own: those of a prompt file that names dimensions, as its
+VBench_full_info.json does, or of the list in this package (``vbench``). Any other prompts go through all metrics.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ class Suite:
     """Prompts in order, without repeats.
 
     source: where they come from. dimensions: for each prompt the dimensions of VBench that it is for; empty where all
-    metrics look at all prompts. samples: videos for each prompt; None: as many as VBench asks for.
+    metrics look at all prompts. samples: videos for each prompt; None: as many as VBench asks for. given: the videos
+    that there are, by prompt and number, where they come from a folder.
     """
 
     prompts: tuple[str, ...]
     source: str
     dimensions: Mapping[str, frozenset[str]] = field(default_factory=dict)
     samples: int | None = None
+    given: tuple[tuple[str, int], ...] = ()
 
     @property
     def known_dimensions(self) -> frozenset[str]:
@@ -48,6 +50,9 @@ class Suite:
 
     def videos(self, metrics: Collection[str]) -> list[tuple[int, str, int]]:
         """Return the videos that the metrics look at: the prompt's number, the prompt, and the video's own number."""
+        if self.given:
+            numbers = {prompt: number for number, prompt in enumerate(self.prompts)}
+            return [(numbers[prompt], prompt, index) for prompt, index in self.given]
         dimensions = [name for name in metrics if name in self.known_dimensions]
         everything = len(dimensions) < len(metrics) or not metrics
         found = []
@@ -92,8 +97,8 @@ def given_suite(
     for number, prompt in enumerate(prompts, start=1):
         if prompt in seen:
             raise ValueError(
-                f"{source}: prompts {seen[prompt]} and {number} are both {prompt!r}, and their videos would have the same "
-                "names; keep one of them, and ask for more videos of each prompt by --samples"
+                f"{source}: prompts {seen[prompt]} and {number} are both {prompt!r}, and their videos would have the "
+                "same names; keep one of them, and ask for more videos of each prompt by --samples"
             )
         seen[prompt] = number
     return Suite(tuple(prompts), source, dimensions or {}, samples)

@@ -1,7 +1,7 @@
 """Write results in the form of VBench's own result files, which its leaderboard script reads.
 
-A file holds {dimension: [score, [{"video_path": .., "video_results": ..}, ..]]}; scripts/cal_final_score.py takes it in a
-zip archive (Vchitect/VBench at 45e79ec1). Only VBench's own dimensions stand there, never a stand-in.
+A file holds {dimension: [score, [{"video_path": .., "video_results": ..}, ..]]}; scripts/cal_final_score.py takes it in
+a zip archive (Vchitect/VBench at 45e79ec1). Only VBench's own dimensions stand there, never a stand-in.
 """
 
 from __future__ import annotations
