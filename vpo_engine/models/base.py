@@ -60,6 +60,10 @@ class BaseModel(VideoModel):
         """
         raise NotImplementedError(f"{type(self).__name__} supports method=reward_gradient without to_pixels")
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Turn pixels [B, 3, F, height, width] from -1 to 1 into clean latents [B, C, T, H, W], without gradients."""
+        raise ValueError(f"{self.card.name} does not encode videos; define to_latents in its family")
+
     @abstractmethod
     def save_full_policy(self, folder: Path) -> None:
         """Write a fully trained policy in the layout that its own project loads."""
@@ -180,6 +184,18 @@ class BaseModel(VideoModel):
     def decode(self, latents: Tensor) -> Tensor:
         with self.idle_offload.phase("decode"):
             return self.to_video(latents)
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor) -> Tensor:
+        if self.video_size is not None and tuple(videos.shape[1:]) != (*self.video_size, 3):
+            frames, height, width = self.video_size
+            raise ValueError(
+                f"videos have shape {tuple(videos.shape)}, but {self.card.name} encodes {frames} frames of {height} x "
+                f"{width} pixels here: [B, {frames}, {height}, {width}, 3]"
+            )
+        with self.idle_offload.phase("decode"):
+            pixels = videos.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+            return self.to_latents(pixels).float()
 
     def decode_pixels(self, latents: Tensor, frames: Sequence[int] | None = None) -> Tensor:
         """See ``VideoModel``. A family that supports it defines ``to_pixels``."""

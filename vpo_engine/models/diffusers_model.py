@@ -363,6 +363,13 @@ class DiffusersModel(BaseModel):
         shade = (frames / 2 + 0.5).clamp(0, 1).mul(255).round()
         return shade.to(torch.uint8).permute(0, 2, 3, 4, 1)
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """See ``BaseModel``. Samples are encoded one by one."""
+        parts = [self.vae.encode(sample.to(self.dtype)).latent_dist.mode() for sample in pixels.split(1)]
+        latents = torch.cat(parts).float()
+        offset = self.denormalised(torch.zeros_like(latents))
+        return (latents - offset) / (self.denormalised(torch.ones_like(latents)) - offset)
+
     def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
         """See ``BaseModel``. Samples are decoded one by one; where the VAE decodes a beginning on its own, no further
         than the last frame that is wanted."""
