@@ -56,7 +56,7 @@ def build_prompts(config: Config, say: Callable[[str], None] | None = None) -> t
     if "held_out" in files:
         held_out = PromptList((), files["held_out"], count)
     notes += check_prompts(config, held_out)
-    if files and config.rollout.dataset is None:
+    if files and config.card.prompts:
         rows = _rows_of(config, train)
         notes += check_prompts(config, train, rows)
         notes += describe_repeats("prompts.train", train, rows)
@@ -96,7 +96,7 @@ def check_scored(
     _ask_size(reward, model, who, change)
     _ask_preview_size(config, model, reward, who)
     _ask(reward, held_out, range(len(held_out)), who, change)
-    if config.rollout.dataset is None:
+    if config.card.prompts:
         _ask(reward, train, _rows_of(config, train), who, change)
 
 

@@ -288,7 +288,15 @@ def test_weights_can_be_saved_from_the_host(small: Make, tmp_path: object) -> No
 
 def test_what_each_part_needs(small: Make) -> None:
     base = default_needs(small)
-    assert base["policy"].phases == {"rollout", "evaluation", "update", "optimizer", "refresh"}
+    assert base["policy"].phases == {
+        "rollout",
+        "evaluation",
+        "update",
+        "reward_gradient",
+        "optimizer",
+        "refresh",
+    }
+    assert all("reward_gradient" in base[name].phases for name in ("vae", "reward"))
     assert base["reference"].phases == {"update", "refresh"}
     assert base["optimizer"].phases == base["policy"].changed == {"optimizer"}
     assert base["vae"].changed == base["reward"].changed == set()

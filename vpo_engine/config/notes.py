@@ -14,6 +14,11 @@ def notes(config: Config) -> list[str]:
             f"optimizer.warmup_steps={warmup} is not below the {steps} optimizer steps of the run: the learning rate "
             f"reaches optimizer.lr at the last step"
         )
+    if config.left_out:
+        found.append(
+            f"method={config.method} ({config.card.title}) does not use these settings of the file, which are left "
+            f"out: {', '.join(config.left_out)}"
+        )
     if config.reference.refresh_every == 1:
         found.append(
             "reference.refresh_every=1 makes the reference the policy of every step: the margin is always 0, there is "

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from vpo_engine.config.distributed import DistributedConfig
+from vpo_engine.config.errors import shown
 from vpo_engine.config.guards import GuardsConfig
 from vpo_engine.config.log import LogConfig
 from vpo_engine.config.memory import MemoryConfig
+from vpo_engine.config.methods import (
+    SECTIONS,
+    InstructVideoConfig,
+    MethodCard,
+    MethodName,
+    OfflineDPOConfig,
+    ReflConfig,
+    T2VTurboConfig,
+    VaderConfig,
+    card_of,
+    unused_settings,
+)
 from vpo_engine.config.model import ModelConfig
 from vpo_engine.config.pairs import PairsConfig
 from vpo_engine.config.processes import ProcessesConfig
@@ -85,6 +99,9 @@ class Config(Section):
     """Number of prompts, and so of pairs, per step over all processes. Source: paper, section 4.1 (batch 8)."""
     run_dir: Path | None = None
     """Directory of the run; null: a new one under runs/ of the current directory."""
+    method: MethodName = "online_vpo"
+    """The training method (see docs/methods.md). Its own settings stand in the section of its name; sections of other
+    methods, and settings that the method does not use, are refused. Source: paper."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -101,6 +118,37 @@ class Config(Section):
     guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    offline_dpo: OfflineDPOConfig | None = None
+    """Settings of method=offline_dpo."""
+    refl: ReflConfig | None = None
+    """Settings of method=refl."""
+    vader: VaderConfig | None = None
+    """Settings of method=vader."""
+    instructvideo: InstructVideoConfig | None = None
+    """Settings of method=instructvideo."""
+    t2v_turbo: T2VTurboConfig | None = None
+    """Settings of method=t2v_turbo."""
+    _left_out: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def card(self) -> MethodCard:
+        """Return the facts about the method that runs."""
+        return card_of(self.method, self.offline_dpo is not None and self.offline_dpo.given)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Return the settings of the file that the method, given as an argument, does not use."""
+        return self._left_out
+
+    def with_left_out(self, keys: Sequence[str]) -> Self:
+        """Keep what ``left_out`` returns."""
+        self._left_out = tuple(keys)
+        return self
+
+    @property
+    def refresh_every(self) -> int | None:
+        """Return K, the optimizer steps between refreshes of the reference; None: it is never refreshed."""
+        return self.reference.refresh_every if self.offline_dpo is None else self.offline_dpo.refresh_every
 
     @property
     def optimizer_steps(self) -> int:
@@ -119,29 +167,76 @@ class Config(Section):
         """Return the number of sampling steps of held-out videos."""
         return self.evaluation.steps or self.rollout.steps
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_section_of_method(cls, values: Any) -> Any:
+        """Give the method that runs its section, with defaults where none is given."""
+        method = values.get("method") if isinstance(values, dict) else None
+        if method in SECTIONS and values.get(method) is None:
+            return {**values, method: {}}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_method()
         self._check_run()
         self._check_memory()
         self._check_processes()
         self._check_distributed()
         return self
 
-    def _check_run(self) -> None:
-        train = self.prompts.train or self.rollout.dataset
-        if self.model.kind != "sprites" and (train is None or self.prompts.held_out is None):
+    def _check_method(self) -> None:
+        for name in SECTIONS:
+            if name != self.method and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} has the settings of method={name}, but method={self.method} runs; set method={name}, or "
+                    f"{name}=null"
+                )
+        found = list(unused_settings(self, self.card.unused))
+        if found:
+            given = ", ".join(f"{key}={shown(value)}" for key, value, _ in found)
+            defaults = " ".join(f"{key}={shown(default)}" for key, _, default in found)
             raise ValueError(
-                "prompts.train and prompts.held_out name files; only the sprites world has its own"
+                f"{given} {'has' if len(found) == 1 else 'have'} no meaning for method={self.method} "
+                f"({self.card.title}); leave it out, or give {defaults}"
+            )
+        if self.card.reward_gradient:
+            self._check_reward_gradient()
+
+    def _check_reward_gradient(self) -> None:
+        wrong = {
+            "processes.reward=true": (
+                self.processes.reward,
+                "the reward's gradient does not come from another process; set false",
+            ),
+            "reward.process=true": (
+                self.reward.process,
+                "the reward's gradient does not come from another process; set false",
+            ),
+            "distributed.engine=deepspeed": (
+                self.distributed.engine == "deepspeed",
+                "the decoder and the reward are in the graph, which ZeRO knows nothing of; set data_parallel",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(f"method={self.method} excludes {name}: {reason}")
+
+    def _check_run(self) -> None:
+        missing = [
+            name
+            for name in ("train", "held_out")
+            if getattr(self.prompts, name) is None and (name != "train" or self.card.prompts)
+        ]
+        if self.model.kind != "sprites" and missing:
+            raise ValueError(
+                f"{' and '.join(f'prompts.{name}' for name in missing)} must name a file; only the sprites world has "
+                "prompts of its own"
             )
         if self.reward.kind.startswith("sprites") and self.model.kind != "sprites":
             raise ValueError(
                 f"reward.kind {self.reward.kind} scores the sprites world only; set reward.kind=videoscore with its "
                 "reward.path, or reward.kind=builtin"
-            )
-        if self.rollout.source == "dataset" and (self.pairs.resample or self.pairs.dataset != "none"):
-            raise ValueError(
-                "rollout.source=dataset takes its pairs as they were stored; leave out "
-                f"pairs.resample={self.pairs.resample} and pairs.dataset={self.pairs.dataset}"
             )
         held_out = self.guards.reward
         if held_out is not None and (held_out.kind, held_out.path) == (self.reward.kind, self.reward.path):
@@ -211,7 +306,7 @@ class Config(Section):
                 "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
                 "memory.weights=fp32_master or stochastic_rounding, or use reference.storage=int8"
             )
-        if (storage == "adapter") != (lora is not None):
+        if self.card.reference and (storage == "adapter") != (lora is not None):
             raise ValueError(
                 f"reference.storage={storage} and model.lora={'null' if lora is None else 'set'} do not go together: "
                 "an adapter's reference is its base and a frozen copy of the adapter (storage adapter), and full "

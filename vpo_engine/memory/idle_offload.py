@@ -21,10 +21,21 @@ from vpo_engine.config import Config
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 PartName = Literal["policy", "reference", "optimizer", "ema", "vae", "reward", "judge"]
-Phase = Literal["rollout", "evaluation", "decode", "reward", "judge", "update", "optimizer", "refresh"]
+Phase = Literal[
+    "rollout",
+    "evaluation",
+    "decode",
+    "reward",
+    "judge",
+    "update",
+    "reward_gradient",
+    "optimizer",
+    "refresh",
+]
 """rollout: the model of rollout.source samples candidates; it needs the policy's embedding of the empty caption too.
 evaluation: the policy samples held-out videos. decode: the VAE decodes latents. reward: the reward model scores videos.
-judge: the held-out reward scores the videos of an evaluation. update: losses and gradients are computed. optimizer: the
+judge: the held-out reward scores the videos of an evaluation. update: losses and gradients are computed.
+reward_gradient: the policy samples, the VAE decodes and the reward model scores, with gradients. optimizer: the
 optimizer steps. refresh: the reference is built or refreshed."""
 
 SLAB_BYTES = 2**28
@@ -44,7 +55,7 @@ class Needs:
 def needs_of(config: Config) -> dict[PartName, Needs]:
     """Return the phases in which this configuration needs each part on the device."""
     memory, storage = config.memory, config.reference.storage
-    policy: set[Phase] = {"rollout", "evaluation", "update", "optimizer", "refresh"}
+    policy: set[Phase] = {"rollout", "evaluation", "update", "reward_gradient", "optimizer", "refresh"}
     policy_changes: set[Phase] = {"optimizer"}
     reference: set[Phase] = {"update", "refresh"}
     reference_changes: set[Phase] = {"refresh"}
@@ -64,8 +75,8 @@ def needs_of(config: Config) -> dict[PartName, Needs]:
         "reference": Needs(frozenset(reference), frozenset(reference_changes)),
         "optimizer": Needs(frozenset(optimizer), frozenset(optimizer)),
         "ema": Needs(frozenset({"optimizer"}), frozenset({"optimizer"})),
-        "vae": Needs(frozenset({"decode"})),
-        "reward": Needs(frozenset({"reward"})),
+        "vae": Needs(frozenset({"decode", "reward_gradient"})),
+        "reward": Needs(frozenset({"reward", "reward_gradient"})),
         "judge": Needs(frozenset({"judge"})),
     }
 

@@ -32,6 +32,7 @@ from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.stdit3_config import STDiT3Config
 from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt, without_scores
 from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.models.opensora.vae_gradient import decode_with_gradients
 from vpo_engine.models.solvers import EulerFlow
 from vpo_engine.models.step_graph import Predict
 from vpo_engine.protocols import Network, SamplerSettings, TextEmbedding
@@ -92,6 +93,7 @@ class OpenSora(BaseModel):
                 "rollout.cache",
                 "rollout.compile=blocks",
                 "rollout.compile=graphs",
+                "method=reward_gradient",
             }
         ),
     )
@@ -265,6 +267,9 @@ class OpenSora(BaseModel):
 
     def to_video(self, latents: Tensor) -> Tensor:
         return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames, self.decode_strip_height)
+
+    def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
+        return decode_with_gradients(self.vae, latents, self.num_frames, frames, self.decode_frames)
 
     @property
     def decoders(self) -> Sequence[nn.Module]:
