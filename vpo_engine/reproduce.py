@@ -40,8 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="say what there is and how long it takes")
     parser.add_argument("--quick", action="store_true", help="shorter runs, and one seed")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --quick: 1)")
-    parser.add_argument("--jobs", type=int, default=cores, help="cells at a time (default: the cores, %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=cores, help="cells at a time (default: the cores, %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/reproduce"), help="folder (default: %(default)s)"
+    )
     parser.add_argument(
         "--steps",
         nargs="+",
@@ -55,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         default="refuse",
         help="what to do with finished cells that other code or settings made (default: %(default)s)",
     )
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between a page's markers too")
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="put the tables between a page's markers too"
+    )
     return parser
 
 
@@ -103,7 +109,9 @@ def _step_words(words: Sequence[str]) -> list[tuple[str, int]]:
     for word in words:
         name, _, number = word.partition("=")
         if name not in METHODS or not number.isdigit() or int(number) < 1:
-            raise ValueError(f"--steps {word} must be METHOD=N with a method of {', '.join(METHODS)} and N at least 1")
+            raise ValueError(
+                f"--steps {word} must be METHOD=N with a method of {', '.join(METHODS)} and N at least 1"
+            )
         found.append((name, int(number)))
     return found
 

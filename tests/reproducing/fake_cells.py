@@ -18,6 +18,17 @@ NAMES = (
 )
 """All measures that tables show."""
 CLIPS = 4
+TINY = (
+    "steps=2",
+    "pairs_per_step=2",
+    "rollout.candidates=2",
+    "rollout.steps=2",
+    "objective.timesteps_per_pair=1",
+    "evaluation.prompts=2",
+    "evaluation.samples_per_prompt=2",
+    "evaluation.every=null",
+)
+"""Settings of a real run that takes a few seconds."""
 
 _TRAIN = """
 import json, pathlib, sys

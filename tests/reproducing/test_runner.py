@@ -49,7 +49,7 @@ def test_cells_of_other_code_are_refused_kept_or_made_again(
     fake = FakeCells()
     runner(tmp_path, fake).run([ONE])
     monkeypatch.setattr(cells_module, "code_version", lambda: "another")
-    with pytest.raises(ValueError, match=r"1 of 1 finished cells .* made by other code, .*; this is another.* --old keep"):
+    with pytest.raises(ValueError, match=r"1 of 1 finished .* made by other code, .*; this is another.* --old keep"):
         runner(tmp_path, fake).run([ONE])
     assert look_up([ONE], tmp_path, "keep").old.keys() == {ONE}
     runner(tmp_path, fake).run([ONE], "keep")

@@ -340,6 +340,7 @@ class _Tracing:
             config.rollout.guidance,
             config.seed,
             config.memory.sequential,
+            sampled_from=lambda candidate: candidate.latents,
         )
         self._optimizer.begin(config.optimizer.lr)
         if rows < total:  # the pass that counts adds to the gradients of those before it

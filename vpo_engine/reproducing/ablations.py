@@ -21,10 +21,10 @@ ABLATIONS = Table(
         Row("pairs weighted by their gap", ("pairs.gap_power=1",)),
         Row("Diffusion-SDPO, mu = 0.2", ("objective.loser_scaling=0.2",)),
         Row(
-            "two updates per rollout",
+            "half the rollouts, twice the updates",
             ("steps=20", "objective.updates_per_rollout=2"),
-            budget="half the rollouts, as many updates",
-            quick=("steps=5", "objective.updates_per_rollout=8"),
+            budget="half the samples",
+            quick=(*BRIEF, "steps=5", "objective.updates_per_rollout=8"),
         ),
         Row("trajectory-aligned noise", ("objective.noise=trajectory",)),
     ),
@@ -36,7 +36,7 @@ ABLATIONS = Table(
             "soft refresh: 60 % every 10",
             "pairs weighted by their gap",
             "Diffusion-SDPO, mu = 0.2",
-            "two updates per rollout",
+            "half the rollouts, twice the updates",
             "trajectory-aligned noise",
         )
     ),

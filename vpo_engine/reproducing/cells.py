@@ -80,6 +80,7 @@ class Record:
     """
 
     kind: str
+    source: str
     settings: list[str]
     seed: int
     resolved: str
@@ -94,7 +95,8 @@ class Record:
     @classmethod
     def of(cls, cell: Cell) -> Record:
         """Return the record of a cell that has just begun."""
-        return cls(cell.kind, list(cell.settings), cell.seed, cell.resolved(), code_version(), commit())
+        settings = list(cell.settings)
+        return cls(cell.kind, cell.source, settings, cell.seed, cell.resolved(), code_version(), commit())
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:

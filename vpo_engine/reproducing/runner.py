@@ -23,7 +23,7 @@ Commands = Mapping[str, Sequence[str]]
 """The commands of a cell by name, one after the other; each is the arguments of ``python``."""
 CELLS, FAILED, REPLACED = "cells", "failed", "replaced"
 """Folders of an output folder: cells, cells that failed, and finished ones that were made again."""
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.05
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -14,8 +14,8 @@ from vpo_engine.reproducing.tables_of_pairs import TABLE_4A, TABLE_4B, TABLE_4D,
 TABLE_2 = Table(
     "table2",
     "Table 2: which scorer finds the preferred one of eight clips",
-    "Each clip has each kind of damage with probability 1/2; the preferred clip of a group has the least. MRR and recall "
-    "in per cent, with 95 % bootstrap intervals over groups.",
+    "Each clip has each kind of damage with probability 1/2; the preferred clip of a group has the least. MRR and "
+    "recall in per cent, with 95 % bootstrap intervals over groups.",
     kind="ranking",
 )
 

@@ -56,8 +56,8 @@ _BASELINES = (*INSTRUCT.labels, *VADER.labels)
 TABLE_3 = Table(
     "table3",
     "Table 3: OnlineVPO, InstructVideo and VADER",
-    "Every method starts from the same policy, with the same prompts and reward. Each baseline is run once with as many "
-    "videos scored as OnlineVPO, and once with as many processor seconds.",
+    "Every method starts from the same policy, with the same prompts and reward. Each baseline is run once with as "
+    "many videos scored as OnlineVPO, and once with as many processor seconds.",
     rows=(
         Row(BASE, paper=_vbench(95.35, 96.42, 98.34, 98.71, 52.74, 44.00, 62.41)),
         *INSTRUCT.rows(_vbench(96.45, 97.08, 95.30, 96.76, 50.01, 61.22, 70.09)),
