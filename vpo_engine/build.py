@@ -193,6 +193,11 @@ def check_reward(config: Config) -> None:
             f"reward.kind={settings.kind} writes its scores in words, too slow and too coarse to train on: it is for "
             "python -m vpo_engine.rank; set another reward.kind"
         )
+    if config.card.reward_gradient and not card.differentiable:
+        raise ValueError(
+            f"method={config.method} follows the gradient of the reward, but reward.kind={settings.kind} has none; set "
+            "another reward.kind (the column gradient of python -m vpo_engine.rank --list), or method=online_vpo"
+        )
     check_dimensions(settings.dimensions, tuple(card.dimensions))
     held_out = config.guards.reward
     if held_out is not None:

@@ -146,6 +146,13 @@ class Config(Section):
         return self
 
     @property
+    def trained_sampling(self) -> tuple[int, float]:
+        """Return the sampling steps and the guidance of the videos that are trained on."""
+        own = self.refl or self.vader or self.instructvideo
+        steps, guidance = (None, None) if own is None else (own.steps, own.guidance)
+        return steps or self.rollout.steps, self.rollout.guidance if guidance is None else guidance
+
+    @property
     def refresh_every(self) -> int | None:
         """Return K, the optimizer steps between refreshes of the reference; None: it is never refreshed."""
         return self.reference.refresh_every if self.offline_dpo is None else self.offline_dpo.refresh_every
@@ -202,6 +209,13 @@ class Config(Section):
             )
         if self.card.reward_gradient:
             self._check_reward_gradient()
+        own, steps = self.refl or self.vader, self.trained_sampling[0]
+        if own is not None and own.last_steps > steps:
+            where = f"rollout.steps={steps}" if own.steps is None else f"{self.method}.steps={steps}"
+            raise ValueError(
+                f"{self.method}.last_steps={own.last_steps} are more than the {steps} sampling steps ({where}); lower "
+                f"it, or raise {where.partition('=')[0]}"
+            )
 
     def _check_reward_gradient(self) -> None:
         wrong = {

@@ -8,6 +8,8 @@ its activations exist while it is made, and again while its backward pass runs. 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,24 @@ def clean_prediction(
     This is x0 as the model sees it before step ``state.step`` of ``settings.steps``.
     """
     return denoise_with_gradients(model, network, state, text, settings, state.step + 1).preview
+
+
+def first_of_partial(strength: float, steps: int) -> int:
+    """Return the first step of a partial chain: of ``steps`` steps the last ``strength`` share is run, rounded up.
+
+    With InstructVideo's 20 steps and strength 0.6 the chain begins at step 8 and has 12 steps. ``strength`` is above 0
+    and at most 1.
+    """
+    return math.floor(steps * (1 - strength) + 1e-9)
+
+
+def first_below_noise(model: VideoModel, level: float, steps: int) -> int:
+    """Return the first of ``steps`` steps before which latents are at most ``level`` noisy, 0 (clean) to 1 (noise).
+
+    It is the last step if all are noisier.
+    """
+    solver = model.solver(steps)
+    return next((step for step in range(steps) if solver.noise_level(step) <= level), steps - 1)
 
 
 def _prediction(
