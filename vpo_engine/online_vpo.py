@@ -54,6 +54,8 @@ class OnlineVPO(Method):
         super().__init__(config, model, reward, reference, processes, idle_offload, stream)
         self.refreshed_at = 0
         self._steps_without_pairs = 0
+        self.selector = Selector(config, processes)
+        self.sampler = self._build_sampler()
         self.objective = DPO(
             model,
             config.objective,
@@ -62,9 +64,8 @@ class OnlineVPO(Method):
             config.memory.sequential,
             before_micro_batch=self.stopping.check,
             backward=self.optimizer.backward,
+            sampled_from=self.sampler.sampled_from,
         )
-        self.selector = Selector(config, processes)
-        self.sampler = self._build_sampler()
         # Stages are timed, and idle parts are sent to the host, around the functions that do the work.
         self._sample = self.timer.timed("rollout", self.sampler.sample)
         self._update_policy = self.timer.timed("update", self._update)
@@ -114,7 +115,7 @@ class OnlineVPO(Method):
         mine = team.rank_range(len(pairs) * self.config.objective.timesteps_per_pair)
         total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // team.count
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=here)
-        refreshed = self.optimizer_steps == self.refreshed_at
+        refreshed = self.optimizer_steps == self.refreshed_at and self.config.reference.refresh_share == 1
         rate = self._begin_update()
         unchanged = update == 0 and not self.config.memory.step_in_backward
         together = self.optimizer.in_lockstep

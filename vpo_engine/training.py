@@ -84,7 +84,9 @@ def run_training(config: Config) -> int:
         ending.run = run
         with model.idle_offload.phase("refresh"):
             reference = (
-                build_reference(config.reference.storage, model.network) if config.card.reference else None
+                build_reference(config.reference.storage, model.network, config.reference.refresh_share)
+                if config.card.reference
+                else None
             )
             algorithm = method(config, model, reward, reference, processes, model.idle_offload, stream)
         _keep_settings(algorithm.optimizer.settings, run, processes)

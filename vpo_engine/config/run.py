@@ -320,6 +320,8 @@ class Config(Section):
                 "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
                 "memory.weights=fp32_master or stochastic_rounding, or use reference.storage=int8"
             )
+        if self.reference.refresh_share < 1:
+            self._check_soft_refresh()
         if self.card.reference and (storage == "adapter") != (lora is not None):
             raise ValueError(
                 f"reference.storage={storage} and model.lora={'null' if lora is None else 'set'} do not go together: "
@@ -342,6 +344,15 @@ class Config(Section):
             )
         if memory.step_in_backward:
             self._check_step_in_backward()
+
+    def _check_soft_refresh(self) -> None:
+        storage, weights = self.reference.storage, self.optimizer_memory.weights
+        if storage not in ("copy", "adapter") or weights != "float32":
+            raise ValueError(
+                f"reference.refresh_share={self.reference.refresh_share:g} moves the reference by small steps, which "
+                f"reference.storage={storage} with memory.weights={weights} would round away; set "
+                "reference.storage=copy memory.weights=float32, or reference.refresh_share=1"
+            )
 
     def _check_base_bits(self) -> None:
         bits, rollout = self.memory.base_bits, self.rollout

@@ -367,6 +367,7 @@ class _Tracing:
             config.rollout.guidance,
             config.seed,
             config.memory.sequential,
+            sampled_from=lambda candidate: candidate.latents,
         )
         self._optimizer.begin(config.optimizer.lr)
         self._hold_gradients(rows < total)
