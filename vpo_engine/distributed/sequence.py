@@ -7,6 +7,7 @@ as equal as their number allows: nothing is padded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -54,15 +55,17 @@ class SequenceGroup:
             return x
         return x.narrow(dim, x.shape[dim] * self.rank // self.count, self.sizes(x.shape[dim])[self.rank])
 
-    def switch(self, x: Tensor, split: int, joined: int, total: int) -> Tensor:
-        """Exchange slices along ``joined``, which has ``total`` items, for slices along ``split``, by one all-to-all.
+    def switch(
+        self, x: Tensor, split: int, joined: int, split_sizes: Sequence[int], joined_sizes: Sequence[int]
+    ) -> Tensor:
+        """Exchange slices along ``joined`` for slices along ``split``, by one all-to-all.
 
         x has all of dimension ``split``, and this process's slice of ``joined``. The result has all of ``joined``, and
-        this process's slice of ``split``.
+        this process's slice of ``split``. The sizes are those of the slices of each process, in rank order.
         """
         if self.count == 1:
             return x
-        switched: Tensor = _Switch.apply(x, self, split, joined, total)
+        switched: Tensor = _Switch.apply(x, self, split, joined, split_sizes, joined_sizes)
         return switched
 
     def gather(self, x: Tensor, dim: int, total: int) -> Tensor:
@@ -82,12 +85,14 @@ class SequenceGroup:
 
     # --- what moves ----------------------------------------------------------------------------------------
 
-    def exchange(self, x: Tensor, split: int, joined: int, total: int) -> Tensor:
+    def exchange(
+        self, x: Tensor, split: int, joined: int, split_sizes: Sequence[int], joined_sizes: Sequence[int]
+    ) -> Tensor:
         """Do what ``switch`` does, without a gradient."""
-        pieces = x.split(self.sizes(x.shape[split]), split)
+        pieces = x.split(list(split_sizes), split)
         sent = torch.cat([piece.reshape(-1) for piece in pieces])
         own = list(pieces[self.rank].shape)
-        shapes = [[*own[:joined], size, *own[joined + 1 :]] for size in self.sizes(total)]
+        shapes = [[*own[:joined], size, *own[joined + 1 :]] for size in joined_sizes]
         counts = [torch.Size(shape).numel() for shape in shapes]
         received = x.new_empty(sum(counts))
         if not isinstance(x, FakeTensor):
@@ -124,13 +129,14 @@ class _Switch(torch.autograd.Function):
     """``SequenceGroup.switch``; the gradient goes the other way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: SequenceGroup, split: int, joined: int, total: int) -> Tensor:
-        ctx.group, ctx.split, ctx.joined, ctx.whole = group, split, joined, x.shape[split]
-        return group.exchange(x, split, joined, total)
+    def forward(ctx: Any, x: Tensor, group: SequenceGroup, *how: Any) -> Tensor:
+        ctx.group, ctx.how = group, how
+        return group.exchange(x, *how)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.group.exchange(grad, ctx.joined, ctx.split, ctx.whole), None, None, None, None
+        split, joined, split_sizes, joined_sizes = ctx.how
+        return ctx.group.exchange(grad, joined, split, joined_sizes, split_sizes), *[None] * 5
 
 
 class _Gather(torch.autograd.Function):

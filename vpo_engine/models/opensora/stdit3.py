@@ -272,7 +272,8 @@ class STDiT3(nn.Module):
         """
         cache, apart = (None, None) if reuse is None else (reuse.blocks, reuse.run)
         sender, shared = self.offloaded.forward_pass(), self.sequence
-        texts, patches = iter(constants.texts), tokens.shape[2]
+        texts = iter(constants.texts)
+        by_frame, by_patch = shared.sizes(frames), shared.sizes(tokens.shape[2])
         times = (time if time.shape[1] == 1 else shared.own(time, 1), time)
 
         def call(block: Block, tokens: Tensor) -> Tensor:
@@ -283,8 +284,8 @@ class STDiT3(nn.Module):
 
         def run(tokens: Tensor, pairs: Sequence[tuple[Block, Block]]) -> Tensor:
             for spatial, temporal in pairs:
-                tokens = shared.switch(call(spatial, tokens), split=2, joined=1, total=frames)
-                tokens = shared.switch(call(temporal, tokens), split=1, joined=2, total=patches)
+                tokens = shared.switch(call(spatial, tokens), 2, 1, by_patch, by_frame)
+                tokens = shared.switch(call(temporal, tokens), 1, 2, by_frame, by_patch)
             return tokens
 
         pairs = self._pairs()

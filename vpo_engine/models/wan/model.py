@@ -16,6 +16,7 @@ from vpo_engine.config import ModelConfig
 from vpo_engine.models.diffusers_facts import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
+from vpo_engine.models.diffusers_sequence import TokenInputs
 from vpo_engine.models.wan import names
 from vpo_engine.models.wan.published import PUBLISHED
 from vpo_engine.video_model import ModelCard, SizeRule
@@ -56,6 +57,7 @@ class Wan(FlowModel):
             TextLayers("condition_embedder", (("text_embedder", None),)),
             TextLayers("attn2", CROSS_ATTENTION_LAYERS),
         ),
+        tokens=TokenInputs(("hidden_states",), ("rotary_emb",)),
         padding="zeros",
         encoder_mask=True,
     )
@@ -65,6 +67,10 @@ class Wan(FlowModel):
         """See ``DiffusersModel``. The model is recognised by a part of the folder's name, as the Hub has it."""
         folder = settings.policy.name if settings.policy else ""
         return next((found for part, found in PUBLISHED.items() if part in folder), PUBLISHED["1.3B"])
+
+    @classmethod
+    def small_transformer(cls, tokens: int, heads: int) -> dict[str, Any]:
+        return {"ffn_dim": 16, "freq_dim": 16, "text_dim": 8}
 
     @classmethod
     def text_size(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
