@@ -24,11 +24,12 @@ class SequenceGroup:
 
     Every process of the group must make the same calls in the same order; a backward pass makes them, too. Tensors
     without values are not exchanged, so a step can be planned without the other processes. A copy of a network belongs
-    to the same group. sent: the bytes that this process has sent to others of the group.
+    to the same group. connected: whether the other processes are there. sent: the bytes that this process has sent to
+    others of the group (``sequence_traffic`` has the formulas).
     """
 
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
+    def __init__(self, processes: Processes, connected: bool = True) -> None:
+        self._processes, self.connected = processes, connected
         self.rank, self.count = processes.rank, processes.count
         self.sent = 0
 
@@ -121,8 +122,8 @@ def alone() -> SequenceGroup:
 
 
 def planned(count: int) -> SequenceGroup:
-    """Return the first process of a group whose other processes are not there, for tensors without values."""
-    return SequenceGroup(Processes(0, count, torch.device("cpu")))
+    """Return the process with the largest slices of a group whose other processes are not there, for a plan."""
+    return SequenceGroup(Processes(count - 1, count, torch.device("cpu")), connected=False)
 
 
 class _Switch(torch.autograd.Function):

@@ -124,11 +124,6 @@ class DiffusersModel(BaseModel):
         prepare_network(network, cls.facts.text_layers)
 
     @classmethod
-    def small_transformer(cls, tokens: int, heads: int) -> dict[str, Any]:
-        """Return settings of a small transformer, beside its ``heads``; see ``gradient_check``."""
-        return {}
-
-    @classmethod
     def rewrite(cls, prompt: str) -> str:
         """Return the text of a prompt as the tokenizer gets it."""
         return prompt

@@ -30,22 +30,20 @@ def check_division(model: Any, group: SequenceGroup) -> None:
     group.check(attention_heads=model.setup.transformer["num_attention_heads"])
     if len(model.facts.tokens.carried) > 1:
         group.check(text_tokens=model.text_rule.max_tokens)
-    check_gradients(small_model(model, group.count + 1), model.facts.tokens, group)
+    if group.connected:
+        check_gradients(small_model(model, group.count + 1), model.facts.tokens, group)
 
 
 def small_model(model: Any, heads: int) -> Any:
     """Return a model like ``model`` with a small transformer of one block in float32, for small latents.
 
-    The number of heads is that of frames and of text tokens, too. Its parameters are the same in every process.
+    Its latents have as many frames as it has heads. What is as wide as all heads of the model, is so in the small one.
+    Parameters are the same in every process.
     """
-    small, channels = copy.copy(model), model.setup.transformer["in_channels"]
-    settings = {
-        **model.setup.transformer,
-        "num_layers": 1,
-        "num_attention_heads": heads,
-        "attention_head_dim": HEAD_CHANNELS,
-        **model.small_transformer(heads, heads),
-    }
+    small, given = copy.copy(model), model.setup.transformer
+    width = given["num_attention_heads"] * given["attention_head_dim"]
+    settings = {key: heads * HEAD_CHANNELS if value == width else value for key, value in given.items()}
+    settings |= {"num_layers": 1, "num_attention_heads": heads, "attention_head_dim": HEAD_CHANNELS}
     network = diffusers_class(model.facts.transformer).from_config(settings)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -53,7 +51,7 @@ def small_model(model: Any, heads: int) -> Any:
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=random))
     model.prepare_network(network)
     small.network = network.to(model.device).float().eval()
-    small.dtype, small.latent_shape = torch.float32, (channels, heads, 4, 4)
+    small.dtype, small.latent_shape = torch.float32, (given["in_channels"], heads, 4, 4)
     return small
 
 
@@ -83,14 +81,14 @@ def check_gradients(small: Any, tokens: TokenInputs, group: SequenceGroup) -> No
 
 def _prediction_and_gradients(small: Any) -> list[Tensor]:
     """Return the prediction for fixed inputs, and a fixed sum's gradients; 0 for a parameter without one."""
-    random, heads = torch.Generator().manual_seed(1), small.latent_shape[1]
+    random = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(small.device)
 
     network: Any = small.network
-    channels = small.text_size(network.config)[1]
-    text = TextEmbedding(draw(1, heads, channels), torch.ones(1, heads, dtype=torch.bool))
+    tokens, channels = small.text_size(network.config)
+    text = TextEmbedding(draw(1, tokens, channels), torch.ones(1, tokens, dtype=torch.bool))
     latents, weights = draw(1, *small.latent_shape), draw(1, *small.latent_shape)
     network.zero_grad()
     prediction = small.predict(network, latents, torch.full((1,), 500.0, device=small.device), text)

@@ -14,7 +14,6 @@ from vpo_engine.models.diffusers_facts import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
 from vpo_engine.models.diffusers_sequence import TokenInputs
-from vpo_engine.models.gradient_check import HEAD_CHANNELS
 from vpo_engine.video_model import ModelCard, SizeRule
 
 DECODE_TIME, DECODE_NOISE = 0.05, 0.025
@@ -76,10 +75,6 @@ class LTXVideo(FlowModel):
         padding="masked",
     )
     levels_from_one = True
-
-    @classmethod
-    def small_transformer(cls, tokens: int, heads: int) -> dict[str, Any]:
-        return {"cross_attention_dim": heads * HEAD_CHANNELS, "caption_channels": 8}
 
     @classmethod
     def text_size(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:

@@ -80,10 +80,6 @@ class CogVideoX(DiffusersModel):
         super().prepare_network(network)
 
     @classmethod
-    def small_transformer(cls, tokens: int, heads: int) -> dict[str, Any]:
-        return {"max_text_seq_length": tokens, "time_embed_dim": 8, "text_embed_dim": 8}
-
-    @classmethod
     def text_size(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["max_text_seq_length"], transformer["text_embed_dim"]
 

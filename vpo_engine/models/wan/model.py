@@ -69,10 +69,6 @@ class Wan(FlowModel):
         return next((found for part, found in PUBLISHED.items() if part in folder), PUBLISHED["1.3B"])
 
     @classmethod
-    def small_transformer(cls, tokens: int, heads: int) -> dict[str, Any]:
-        return {"ffn_dim": 16, "freq_dim": 16, "text_dim": 8}
-
-    @classmethod
     def text_size(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return MAX_TOKENS, transformer["text_dim"]
 
