@@ -289,7 +289,9 @@ class Config(Section):
                 )
 
     def _check_distributed(self) -> None:
-        """Refuse what DeepSpeed excludes at any stage; see ``deepspeed_settings`` for the rest."""
+        """Refuse what sequence parallelism excludes, and DeepSpeed at any stage; see ``deepspeed_settings`` too."""
+        if self.distributed.sequence_parallel > 1:
+            self._check_sequence()
         if self.distributed.engine != "deepspeed":
             return
         memory = self.memory
@@ -312,6 +314,23 @@ class Config(Section):
         for name, (given, reason) in wrong.items():
             if given:
                 raise ValueError(f"distributed.engine=deepspeed excludes {name}: {reason}")
+
+    def _check_sequence(self) -> None:
+        wrong = {
+            "rollout.overlap=true": (
+                self.rollout.overlap,
+                "the processes that share a video share its decoding and scoring, too, when it is sampled; set false",
+            ),
+            "rollout.compile=graphs": (
+                self.rollout.compile == "graphs",
+                "the exchange between processes is not part of a CUDA graph; set blocks or none",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(
+                    f"distributed.sequence_parallel={self.distributed.sequence_parallel} excludes {name}: {reason}"
+                )
 
     def _check_memory(self) -> None:
         storage, memory, lora = self.reference.storage, self.memory, self.model.lora

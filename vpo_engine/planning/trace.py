@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpo_engine.config import Config
+from vpo_engine.distributed.sequence import planned
 from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.offload import OffloadedInputs, PlainCopies
 from vpo_engine.memory.optimizer import PolicyOptimizer
@@ -117,14 +118,16 @@ class _Tracing:
 
     def __init__(self, config: Config, on_gpu: bool, processes: int, depth: int | None) -> None:
         self._config, self._on_gpu = config, on_gpu
-        team = config.processes.per_prompt
-        self._team = 1 if processes % team else team
-        self._pairs = max(1, config.pairs_per_step * self._team // processes)
+        team, sequence = config.processes.per_prompt, config.distributed.sequence_parallel
+        self._team, self._sequence = (1, 1) if processes % (team * sequence) else (team, sequence)
+        self._pairs = max(1, config.pairs_per_step * self._team * self._sequence // processes)
         assumed = Assumed()
         blueprint = blueprint_of(config, assumed, depth)
         self._model = blueprint.model
         if config.model.lora is not None:
             prepare_policy(self._model.network, config, self._model.card, self._model.dtype)
+        if self._sequence > 1:
+            self._model.share_sequence(planned(self._sequence))
         network = build_reward_network(config, assumed)
         self._reward = None if network is None else PlannedVideoScore(network, config.reward)
         self._bare = bare_weights(config, assumed)
@@ -307,9 +310,9 @@ class _Tracing:
     def _score(self, latents: Tensor) -> None:
         """Decode and score one group. With rollout.prune.frames the reward's time is that of whole videos even so."""
         rollout = self._config.rollout
-        mine = len(latents) // self._team
+        mine = -(-len(latents) // (self._team * self._sequence))
         rows = min(rollout.batch_limit or mine, mine)
-        finished = self._pairs * (rollout.keep or 0) // self._team
+        finished = -(-self._pairs * (rollout.keep or 0) // (self._team * self._sequence))
         scored, whole = mine + finished, mine + finished
         if rollout.preview_frames is not None:
             whole, (length, _) = finished, self._model.prefix(rollout.preview_frames)
