@@ -50,7 +50,7 @@ def run_training(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); return the exit code."""
     own = config.processes
     limit = group_limit(config.distributed.stage_minutes)
-    processes = Processes.start(config.model.device, own.per_prompt, own.reward, limit)
+    processes = Processes.start(config.model.device, own.per_prompt, own.reward, limit, own.split_guidance)
     ending = Ending(processes)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)

@@ -41,6 +41,7 @@ Option = Literal[
     "rollout.compile=blocks",
     "rollout.compile=graphs",
     "rollout.prune.frames",
+    "processes.split_guidance",
 ]
 """Settings that need the help of the model. ``registry.check_model`` refuses those that a family does not support."""
 

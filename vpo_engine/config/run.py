@@ -163,21 +163,48 @@ class Config(Section):
                 )
 
     def _check_processes(self) -> None:
-        size, rollout = self.processes.per_prompt, self.rollout
+        size, rollout, split = self.processes.per_prompt, self.rollout, self.processes.split_guidance
+        if split:
+            self._check_split_guidance()
         shared = {"rollout.candidates": rollout.candidates}
         if rollout.prune is not None:
             shared["rollout.prune.keep"] = rollout.prune.keep
-        if rollout.explore is not None and size > 2:
+        sharers, fits = self.processes.sharers, "4 or 2" if split else "2 or 1"
+        if rollout.explore is not None and sharers > 2:
             raise ValueError(
                 f"rollout.explore samples two candidates of a prompt again, which processes.per_prompt={size} cannot "
-                "share; set processes.per_prompt to 2 or 1"
+                f"share; set processes.per_prompt to {fits}"
             )
+        couples, twice = (f"the {sharers} couples of ", "twice ") if split else ("", "")
         for name, number in shared.items():
-            if number % size:
+            if number % sharers:
                 raise ValueError(
-                    f"{name}={number} cannot be shared equally by processes.per_prompt={size}; make {name} a multiple "
-                    f"of {size}, or set processes.per_prompt to a divisor of {number}"
+                    f"{name}={number} cannot be shared equally by {couples}processes.per_prompt={size}; make {name} a "
+                    f"multiple of {sharers}, or set processes.per_prompt to {twice}a divisor of {number}"
                 )
+
+    def _check_split_guidance(self) -> None:
+        size, rollout = self.processes.per_prompt, self.rollout
+        caches = rollout.cache or rollout.first_pass.cache
+        wrong = {
+            f"processes.per_prompt={size}": (
+                size % 2 == 1,
+                "its teams are made of couples; set an even number",
+            ),
+            "rollout.guidance=1": (rollout.guidance == 1.0, "there is one branch only; set false"),
+            "rollout.source=dataset": (rollout.source == "dataset", "nothing is sampled; set false"),
+            f"rollout.cache={caches}": (
+                caches is not None,
+                "each process would decide by its own branch what a step computes; set null (also in rollout.explore)",
+            ),
+            "rollout.compile=graphs": (
+                rollout.compile == "graphs",
+                "processes exchange predictions in every step, and a graph cannot wait for them; set none or blocks",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(f"processes.split_guidance=true excludes {name}: {reason}")
 
     def _check_distributed(self) -> None:
         """Refuse what DeepSpeed excludes at any stage; see ``deepspeed_settings`` for the rest."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vpo_engine.distributed.couples import Couple, Couples
 from vpo_engine.distributed.meeting import meet
 from vpo_engine.distributed.stages import Stages
 from vpo_engine.errors import LostProcessError
@@ -34,6 +35,7 @@ class Processes:
     device: torch.device
     group: dist.ProcessGroup | None = None
     _team: Processes | None = None
+    _pair: Processes | None = None
     store: dist.Store | None = None
     stages: Stages = field(default_factory=Stages)
 
@@ -43,13 +45,14 @@ class Processes:
         per_team: int = 1,
         reward_process: bool = False,
         limit: timedelta | None = None,
+        split_guidance: bool = False,
     ) -> Processes:
         """Join the process group that torchrun describes in the environment; without one, return a single process.
 
-        The backend is gloo on CPU and nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team: see
-        ``in_teams``. reward_process: the process with the last rank runs the reward model and is not in the group (see
-        ``is_reward_process``); ValueError if no other process is left. limit: the time that a process waits for the
-        others in a collective operation; None: torch's default.
+        The backend is gloo on CPU and nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team,
+        split_guidance: see ``in_teams``. reward_process: the process with the last rank runs the reward model and is
+        not in the group (see ``is_reward_process``); ValueError if no other process is left. limit: the time that a
+        process waits for the others in a collective operation; None: torch's default.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
@@ -78,12 +81,13 @@ class Processes:
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             own = dist.PrefixStore("training", store)
             dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=limit)
-        return Processes(rank, count, chosen, store=store).in_teams(per_team)
+        return Processes(rank, count, chosen, store=store).in_teams(per_team, split_guidance)
 
-    def in_teams(self, size: int) -> Processes:
+    def in_teams(self, size: int, split_guidance: bool = False) -> Processes:
         """Divide the processes into teams of ``size`` neighbouring ranks; the members of a team share their prompts.
 
-        Every process of the run must call this. Raise ValueError if ``size`` does not divide the number of processes.
+        split_guidance: two neighbours of a team share every candidate, see ``couples.py``. Every process of the run
+        must call this. Raise ValueError if ``size`` does not divide the number of processes.
         """
         if self.count % size:
             raise ValueError(
@@ -92,9 +96,13 @@ class Processes:
             )
         if size == 1:
             return self
+        team = self._part(size)
+        return replace(self, _team=replace(team, _pair=self._part(2)) if split_guidance else team)
+
+    def _part(self, size: int) -> Processes:
+        """Return this process's rank in a group of ``size`` neighbouring ranks; all processes must call this."""
         groups = [dist.new_group(range(first, first + size)) for first in range(0, self.count, size)]
-        team = Processes(self.rank % size, size, self.device, groups[self.rank // size], stages=self.stages)
-        return replace(self, _team=team)
+        return Processes(self.rank % size, size, self.device, groups[self.rank // size], stages=self.stages)
 
     @property
     def is_reward_process(self) -> bool:
@@ -109,6 +117,17 @@ class Processes:
     def team(self) -> Processes:
         """Return this process's rank among those that share its prompts; without ``in_teams`` it is alone."""
         return self._team or Processes(0, 1, self.device)
+
+    @property
+    def sharers(self) -> Processes | Couples:
+        """Return those among whom the candidates of a team's prompts are shared, of a team: its processes, or its
+        couples."""
+        return self if self._pair is None else Couples(self)
+
+    @property
+    def couple(self) -> Couple | None:
+        """Return the two processes that share guided predictions, of a team; None if every process makes its own."""
+        return None if self._pair is None else Couple(self._pair)
 
     def team_range(self, total: int, what: str) -> range:
         """Return which of ``total`` items belong to this team. Raise ValueError if the teams cannot get equally many.

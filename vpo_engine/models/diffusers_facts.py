@@ -24,6 +24,7 @@ OPTIONS: frozenset[Option] = frozenset(
         "rollout.cache",
         "rollout.compile=blocks",
         "rollout.compile=graphs",
+        "processes.split_guidance",
     }
 )
 """The options that the base class supports for every family; a family leaves out those that mean nothing to it."""

@@ -120,7 +120,7 @@ class _Tracing:
     def __init__(self, config: Config, on_gpu: bool, processes: int, depth: int | None) -> None:
         self._config, self._on_gpu = config, on_gpu
         team = config.processes.per_prompt
-        self._team = 1 if processes % team else team
+        self._team, self._sharers = (1, 1) if processes % team else (team, config.processes.sharers)
         self._pairs = max(1, config.pairs_per_step * self._team // processes)
         assumed = Assumed()
         blueprint = blueprint_of(config, assumed, depth)
@@ -274,16 +274,19 @@ class _Tracing:
         config = self._config.rollout
         network = self._model.network if config.source == "policy" else self._reference
         first, explored = config.first_pass, config.explore is not None
-        settings = SamplerSettings(config.steps, config.guidance, config.guidance_interval, config.cache)
+        split = _FirstHalf() if self._sharers < self._team else None
+        settings = SamplerSettings(
+            config.steps, config.guidance, config.guidance_interval, config.cache, split=split
+        )
         cheap = SamplerSettings(
-            first.steps or config.steps, config.guidance, first.guidance_interval, first.cache
+            first.steps or config.steps, config.guidance, first.guidance_interval, first.cache, split=split
         )
         parts = [(cheap, 0, None if explored else config.prune_step, config.candidates)]
         if config.keep is not None:
             parts.append((settings, 0 if explored else config.prune_step or 0, None, config.keep))
         self._tracker.answer = lambda: 0.0
         for settings, first_step, stop, candidates in parts:
-            everything = Batch(range(self._pairs), range(candidates // self._team))
+            everything = Batch(range(self._pairs), range(candidates // self._sharers))
             group = everything.split(config.batch_limit)[0]
             row_text = text[group.index[0]]
             state = self._reached(latents[: len(group)], settings.steps, first_step)
@@ -302,9 +305,9 @@ class _Tracing:
     def _score(self, latents: Tensor) -> None:
         """Decode and score one group. With rollout.prune.frames the reward's time is that of whole videos even so."""
         rollout = self._config.rollout
-        mine = len(latents) // self._team
+        mine = len(latents) // self._sharers
         rows = min(rollout.batch_limit or mine, mine)
-        finished = self._pairs * (rollout.keep or 0) // self._team
+        finished = self._pairs * (rollout.keep or 0) // self._sharers
         scored, whole = mine + finished, mine + finished
         if rollout.preview_frames is not None:
             whole, (length, _) = finished, self._model.prefix(rollout.preview_frames)
@@ -359,6 +362,15 @@ class _Tracing:
         every = config.reference.refresh_every
         with self._phase("refresh", updates / every if every else 0.0):
             self._reference.refresh(self._model.network)
+
+
+class _FirstHalf:
+    """The process that computes the first half of guided passes, with a second half that takes no time."""
+
+    half = 0
+
+    def exchange(self, prediction: Tensor) -> Tensor:
+        return torch.cat([prediction, prediction])
 
 
 @contextmanager

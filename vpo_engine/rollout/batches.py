@@ -53,11 +53,14 @@ class Batches:
     call ``run`` at the same time.
     """
 
-    def __init__(self, size: int | None, say: Callable[[str], None] = print) -> None:
-        """Set the limit; None computes all candidates of a step at once. ``say`` is told when the size is halved."""
+    def __init__(self, size: int | None, say: Callable[[str], None] = print, may_halve: bool = True) -> None:
+        """Set the limit; None computes all candidates of a step at once. ``say`` is told when the size is halved.
+
+        may_halve: False where other processes compute parts of the same batches, and would not know.
+        """
         self.size = size
         self._say = say
-        self._halved = False
+        self._halved = not may_halve
         self._lock = threading.Lock()
 
     def run(self, work: Callable[[Batch], Result], prompts: int, candidates: int) -> Iterator[Result]:
@@ -88,7 +91,7 @@ class Batches:
     def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
         if self._halved or size == 1:
             raise torch.OutOfMemoryError(
-                f"a batch of {size} candidates does not fit in the memory of the device either; set "
+                f"a batch of {size} candidates does not fit in the memory of the device; set "
                 f"rollout.batch_size to {max(1, size // 2)}, or let "
                 f"the model share the device less (memory.offload_idle=true): {error}"
             ) from error
