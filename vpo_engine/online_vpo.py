@@ -241,7 +241,7 @@ class OnlineVPO:
     def _build_sampler(self) -> CandidateSampler:
         """Return the sampler of candidates, for which the policy, the reference or an 8-bit copy predicts."""
         config, model, device = self.config.rollout, self.model, self.processes.device
-        batches = Batches(config.batch_limit, may_halve=self.processes.team.couple is None)
+        batches = Batches(config.batch_limit, halved=self.processes.team.couple is None)
         exact: Network = self.reference if config.source == "reference" else model.network
         bits = config.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)

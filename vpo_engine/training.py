@@ -50,7 +50,9 @@ def run_training(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); return the exit code."""
     own = config.processes
     limit = group_limit(config.distributed.stage_minutes)
-    processes = Processes.start(config.model.device, own.per_prompt, own.reward, limit, own.split_guidance)
+    processes = Processes.start(config.model.device, own.per_prompt, own.reward, limit)
+    if own.split_guidance and not processes.is_reward_process:
+        processes = processes.in_couples()
     ending = Ending(processes)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)

@@ -63,7 +63,7 @@ PRUNED = ("rollout.candidates=4", "rollout.prune.after=0.5", "rollout.prune.keep
 
 
 def in_couples(folder: Path, more: Sequence[str]) -> None:
-    processes = Processes.start("cpu", 4, split_guidance=True)
+    processes = Processes.start("cpu", 4).in_couples()
     settings = (*CASE, *more, *SPLIT, "processes.per_prompt=4")
     torch.save(steps(settings, processes), folder / f"{processes.rank}.pt")
     processes.stop()
@@ -91,7 +91,7 @@ def test_two_couples_train_as_one_process_does(more: tuple[str, ...], tmp_path: 
 def test_couples_are_neighbours_and_the_first_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.new_group", lambda ranks: list(ranks))
     here = torch.device("cpu")
-    members = [Processes(rank, 8, here).in_teams(4, split_guidance=True).team for rank in range(8)]
+    members = [Processes(rank, 8, here).in_teams(4).in_couples().team for rank in range(8)]
     assert [member.couple.pair.group for member in members if member.couple] == [
         [rank, rank + 1] for rank in (0, 0, 2, 2, 4, 4, 6, 6)
     ]
@@ -155,7 +155,7 @@ def test_a_batch_that_does_not_fit_is_not_halved_behind_the_other_process() -> N
     with pytest.raises(
         torch.OutOfMemoryError, match=r"a batch of 4 candidates .*; set rollout.batch_size to 2"
     ):
-        list(Batches(None, may_halve=False).run(work, 1, 4))
+        list(Batches(None, halved=False).run(work, 1, 4))
 
 
 @pytest.mark.long

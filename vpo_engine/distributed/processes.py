@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vpo_engine.distributed.couples import Couple, Couples
 from vpo_engine.distributed.meeting import meet
+from vpo_engine.distributed.shares import uneven
 from vpo_engine.distributed.stages import Stages
 from vpo_engine.errors import LostProcessError
 
@@ -45,14 +46,13 @@ class Processes:
         per_team: int = 1,
         reward_process: bool = False,
         limit: timedelta | None = None,
-        split_guidance: bool = False,
     ) -> Processes:
         """Join the process group that torchrun describes in the environment; without one, return a single process.
 
-        The backend is gloo on CPU and nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team,
-        split_guidance: see ``in_teams``. reward_process: the process with the last rank runs the reward model and is
-        not in the group (see ``is_reward_process``); ValueError if no other process is left. limit: the time that a
-        process waits for the others in a collective operation; None: torch's default.
+        The backend is gloo on CPU and nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team: see
+        ``in_teams``. reward_process: the process with the last rank runs the reward model and is not in the group (see
+        ``is_reward_process``); ValueError if no other process is left. limit: the time that a process waits for the
+        others in a collective operation; None: torch's default.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
@@ -81,13 +81,12 @@ class Processes:
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             own = dist.PrefixStore("training", store)
             dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=limit)
-        return Processes(rank, count, chosen, store=store).in_teams(per_team, split_guidance)
+        return Processes(rank, count, chosen, store=store).in_teams(per_team)
 
-    def in_teams(self, size: int, split_guidance: bool = False) -> Processes:
+    def in_teams(self, size: int) -> Processes:
         """Divide the processes into teams of ``size`` neighbouring ranks; the members of a team share their prompts.
 
-        split_guidance: two neighbours of a team share every candidate, see ``couples.py``. Every process of the run
-        must call this. Raise ValueError if ``size`` does not divide the number of processes.
+        Every process of the run must call this. Raise ValueError if ``size`` does not divide the number of processes.
         """
         if self.count % size:
             raise ValueError(
@@ -96,13 +95,18 @@ class Processes:
             )
         if size == 1:
             return self
-        team = self._part(size)
-        return replace(self, _team=replace(team, _pair=self._part(2)) if split_guidance else team)
-
-    def _part(self, size: int) -> Processes:
-        """Return this process's rank in a group of ``size`` neighbouring ranks; all processes must call this."""
         groups = [dist.new_group(range(first, first + size)) for first in range(0, self.count, size)]
-        return Processes(self.rank % size, size, self.device, groups[self.rank // size], stages=self.stages)
+        team = Processes(self.rank % size, size, self.device, groups[self.rank // size], stages=self.stages)
+        return replace(self, _team=team)
+
+    def in_couples(self) -> Processes:
+        """Let two neighbouring processes of a team share every candidate; see ``couples.py``.
+
+        Every process of the run must call this, after ``in_teams`` of an even size.
+        """
+        pairs = [dist.new_group([first, first + 1]) for first in range(0, self.count, 2)]
+        mine = Processes(self.rank % 2, 2, self.device, pairs[self.rank // 2], stages=self.stages)
+        return replace(self, _team=replace(self.team, _pair=mine))
 
     @property
     def is_reward_process(self) -> bool:
@@ -137,10 +141,7 @@ class Processes:
         size = self.team.count
         teams = self.count // size
         if total % teams:
-            who = "processes" if size == 1 else f"teams of {size} processes"
-            raise ValueError(
-                f"{what}={total} cannot be shared equally by {teams} {who}; use a multiple of it"
-            )
+            raise uneven(what, total, teams, size)
         each = total // teams
         team = self.rank // size
         return range(team * each, (team + 1) * each)

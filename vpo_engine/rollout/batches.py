@@ -53,14 +53,15 @@ class Batches:
     call ``run`` at the same time.
     """
 
-    def __init__(self, size: int | None, say: Callable[[str], None] = print, may_halve: bool = True) -> None:
+    def __init__(self, size: int | None, say: Callable[[str], None] = print, *, halved: bool = True) -> None:
         """Set the limit; None computes all candidates of a step at once. ``say`` is told when the size is halved.
 
-        may_halve: False where other processes compute parts of the same batches, and would not know.
+        ``halved``: whether a batch that does not fit is computed again in halves, which processes that compute it
+        together cannot do: the others do not know of it.
         """
         self.size = size
-        self._say = say
-        self._halved = not may_halve
+        self._say, self._may_halve = say, halved
+        self._halved = False
         self._lock = threading.Lock()
 
     def run(self, work: Callable[[Batch], Result], prompts: int, candidates: int) -> Iterator[Result]:
@@ -89,9 +90,10 @@ class Batches:
                 del result
 
     def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
-        if self._halved or size == 1:
+        if self._halved or size == 1 or not self._may_halve:
             raise torch.OutOfMemoryError(
-                f"a batch of {size} candidates does not fit in the memory of the device; set "
+                f"a batch of {size} candidates does not fit in the memory of the device"
+                f"{' either' if self._halved else ''}; set "
                 f"rollout.batch_size to {max(1, size // 2)}, or let "
                 f"the model share the device less (memory.offload_idle=true): {error}"
             ) from error
