@@ -192,7 +192,8 @@ class OnlineVPO(Method):
     def _build_sampler(self) -> CandidateSampler:
         """Return the sampler of candidates, for which the policy, the reference or an 8-bit copy predicts."""
         config, model, device = self.config.rollout, self.model, self.processes.device
-        batches = Batches(config.batch_limit, halved=self.processes.sequence.count == 1)
+        alone = self.processes.sequence.count == 1 and self.processes.team.couple is None
+        batches = Batches(config.batch_limit, halved=alone)
         exact: Network = self.reference if config.source == "reference" else model.network
         bits = config.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)

@@ -51,6 +51,8 @@ def run_training(config: Config) -> int:
     processes = Processes.start(
         config.model.device, own.per_prompt, own.reward, limit, divided.sequence_parallel
     )
+    if own.split_guidance and not processes.is_reward_process:
+        processes = processes.in_couples()
     ending = Ending(processes)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)

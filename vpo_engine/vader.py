@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vpo_engine.objectives.reward_losses import VADER_GOALS, Goal
 from vpo_engine.reward_gradient_method import RewardGradientMethod
 from vpo_engine.rollout.reward_gradient import denoise_with_gradients
 from vpo_engine.seeding import generator

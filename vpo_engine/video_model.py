@@ -44,6 +44,7 @@ Option = Literal[
     "rollout.prune.frames",
     "method=reward_gradient",
     "distributed.sequence_parallel",
+    "processes.split_guidance",
 ]
 """Settings that need the help of the model. ``registry.check_model`` refuses those that a family does not support."""
 

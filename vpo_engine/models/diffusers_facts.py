@@ -27,6 +27,7 @@ OPTIONS: frozenset[Option] = frozenset(
         "rollout.compile=graphs",
         "method=reward_gradient",
         "distributed.sequence_parallel",
+        "processes.split_guidance",
     }
 )
 """The options that the base class supports for every family; a family leaves out those that mean nothing to it."""

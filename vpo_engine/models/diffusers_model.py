@@ -326,12 +326,13 @@ class DiffusersModel(BaseModel):
         def predict(latents: Tensor, t: Tensor) -> Tensor:
             samples = len(latents) // len(text)
             if not shared:
-                texts = texts_of_pass(text, self.null_text, guidance, samples, first)
+                texts = texts_of_pass(text, self.null_text, guidance, samples, first, settings.split)
                 texts = texts.to(latents.device, self._weights_dtype())
                 shared.append((texts, Loop(samples, settings.cache, run, self.network.sequence)))
             [(texts, loop)] = shared
             assert loop.repeat == samples, "a sampling loop keeps its batch size"
-            return guided_pass(partial(self._branch, network, loop=loop), latents, t, texts, guidance, first)
+            branch = partial(self._branch, network, loop=loop)
+            return guided_pass(branch, latents, t, texts, guidance, first, settings.split)
 
         return predict
 

@@ -119,7 +119,10 @@ class _Tracing:
     def __init__(self, config: Config, on_gpu: bool, processes: int, depth: int | None) -> None:
         self._config, self._on_gpu = config, on_gpu
         team, sequence = config.processes.per_prompt, config.distributed.sequence_parallel
-        self._team, self._sequence = (1, 1) if processes % (team * sequence) else (team, sequence)
+        whole = processes % (team * sequence) == 0
+        self._team, self._sequence, self._sharers = (
+            (team, sequence, config.processes.sharers) if whole else (1, 1, 1)
+        )
         self._pairs = max(1, config.pairs_per_step * self._team * self._sequence // processes)
         assumed = Assumed()
         blueprint = blueprint_of(config, assumed, depth)
@@ -282,16 +285,19 @@ class _Tracing:
         network = self._reference if config.source == "reference" else self._model.network
         assert network is not None
         first, explored = config.first_pass, config.explore is not None
-        settings = SamplerSettings(config.steps, config.guidance, config.guidance_interval, config.cache)
+        split = _FirstHalf() if self._sharers < self._team else None
+        settings = SamplerSettings(
+            config.steps, config.guidance, config.guidance_interval, config.cache, split=split
+        )
         cheap = SamplerSettings(
-            first.steps or config.steps, config.guidance, first.guidance_interval, first.cache
+            first.steps or config.steps, config.guidance, first.guidance_interval, first.cache, split=split
         )
         parts = [(cheap, 0, None if explored else config.prune_step, config.candidates)]
         if config.keep is not None:
             parts.append((settings, 0 if explored else config.prune_step or 0, None, config.keep))
         self._tracker.answer = lambda: 0.0
         for settings, first_step, stop, candidates in parts:
-            everything = Batch(range(self._pairs), range(candidates // self._team))
+            everything = Batch(range(self._pairs), range(candidates // self._sharers))
             group = everything.split(config.batch_limit)[0]
             row_text = text[group.index[0]]
             state = self._reached(latents[: len(group)], settings.steps, first_step)
@@ -310,9 +316,10 @@ class _Tracing:
     def _score(self, latents: Tensor) -> None:
         """Decode and score one group. With rollout.prune.frames the reward's time is that of whole videos even so."""
         rollout = self._config.rollout
-        mine = -(-len(latents) // (self._team * self._sequence))
+        sharers = self._sharers * self._sequence
+        mine = -(-len(latents) // sharers)
         rows = min(rollout.batch_limit or mine, mine)
-        finished = -(-self._pairs * (rollout.keep or 0) // (self._team * self._sequence))
+        finished = -(-self._pairs * (rollout.keep or 0) // sharers)
         scored, whole = mine + finished, mine + finished
         if rollout.preview_frames is not None:
             whole, (length, _) = finished, self._model.prefix(rollout.preview_frames)
@@ -385,6 +392,15 @@ class _Tracing:
         every = config.refresh_every
         with self._phase("refresh", updates / every if every else 0.0):
             self._reference.refresh(self._model.network)
+
+
+class _FirstHalf:
+    """The process that computes the first half of guided passes, with a second half that takes no time."""
+
+    half = 0
+
+    def exchange(self, prediction: Tensor) -> Tensor:
+        return torch.cat([prediction, prediction])
 
 
 @contextmanager

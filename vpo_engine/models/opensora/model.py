@@ -96,6 +96,7 @@ class OpenSora(BaseModel):
                 "rollout.compile=graphs",
                 "method=reward_gradient",
                 "distributed.sequence_parallel",
+                "processes.split_guidance",
             }
         ),
     )
@@ -241,13 +242,22 @@ class OpenSora(BaseModel):
         run = None
         if settings.compile == "blocks":
             run = self._compiled = self._compiled or CompiledBlocks(self.device)
-        captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, guidance)
+        split = settings.split
+        captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, guidance, split)
         reuse = Reuse(settings.cache, run, self.network.sequence)
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
             with self._autocast():
                 velocity = velocity_of(
-                    network, z, self._rounded(t), captions, text.mask, guidance, reuse=reuse, **self._size()
+                    network,
+                    z,
+                    self._rounded(t),
+                    captions,
+                    text.mask,
+                    guidance,
+                    split,
+                    reuse=reuse,
+                    **self._size(),
                 )
             return velocity.float()
 
