@@ -316,7 +316,7 @@ class Config(Section):
 
     def _check_memory(self) -> None:
         storage, memory, lora = self.reference.storage, self.memory, self.model.lora
-        if storage == "exact8" and memory.weights == "float32":
+        if storage == "exact8" and memory.weights == "float32" and not memory.chooses("weights"):
             raise ValueError(
                 "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
                 "memory.weights=fp32_master or stochastic_rounding, or use reference.storage=int8"
