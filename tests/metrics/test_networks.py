@@ -84,7 +84,7 @@ def test_dino_and_subject_consistency() -> None:
     video = smooth_video(3016, 5, 72, 128, dx=6, dy=3)
     features = network(dino_pixels(video))
     torch.testing.assert_close(features, torch.tensor(case["cls_features"]), rtol=0, atol=case["tol"])
-    metric = SubjectConsistency(metric_card("vbench_subject_consistency"), network, device=CPU)
+    metric = SubjectConsistency(metric_card("subject_consistency"), network, device=CPU)
     assert metric.measure(video, "", 8.0).values[""] == pytest.approx(case["score"], abs=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_clip_and_background_consistency() -> None:
     features = network(clip_pixels(video)).image_embeds
     torch.testing.assert_close(features, torch.tensor(case["features"]), rtol=0, atol=case["tol"])
     metric = BackgroundConsistency(
-        metric_card("vbench_background_consistency"),
+        metric_card("background_consistency"),
         lambda found: network(found).image_embeds,
         device=CPU,
     )
@@ -144,7 +144,7 @@ def test_raft_and_dynamic_degree(flow_network: raft.Raft) -> None:
         seen.append(raft.frame_flow(flow_network, before, after))
         return seen[-1]
 
-    metric = DynamicDegree(metric_card("vbench_dynamic_degree"), flow)
+    metric = DynamicDegree(metric_card("dynamic_degree"), flow)
     found = metric.measure(video, "", 8.0)
     assert found.values == {"": float(case["dynamic"])}
     count = case["params"]["count_num"]
@@ -153,7 +153,7 @@ def test_raft_and_dynamic_degree(flow_network: raft.Raft) -> None:
 
 
 def test_raft_sees_a_shift_at_its_least_size_and_nothing_is_nan(flow_network: raft.Raft) -> None:
-    assert metric_card("vbench_dynamic_degree").least_side == raft.LEAST_SIDE
+    assert metric_card("dynamic_degree").least_side == raft.LEAST_SIDE
     video = smooth_video(1, 2, raft.LEAST_SIDE, raft.LEAST_SIDE)
     assert bool(raft.frame_flow(flow_network, video[0], video[1]).isfinite().all())
 
@@ -246,12 +246,12 @@ def test_a_card_names_the_files_that_are_looked_for() -> None:
     from vpo_engine.metrics.networks import borrowed, clip_vision, i3d, vision_transformer
 
     names = {
-        "vbench_subject_consistency": vision_transformer.DINO_FILE,
-        "vbench_background_consistency": clip_vision.B32_FILE,
-        "vbench_aesthetic_quality": clip_vision.L14_FILE,
-        "vbench_dynamic_degree": raft.FILE,
-        "vbench_motion_smoothness": borrowed.AMT_FILE,
-        "vbench_imaging_quality": borrowed.MUSIQ_FILE,
+        "subject_consistency": vision_transformer.DINO_FILE,
+        "background_consistency": clip_vision.B32_FILE,
+        "aesthetic_quality": clip_vision.L14_FILE,
+        "dynamic_degree": raft.FILE,
+        "motion_smoothness": borrowed.AMT_FILE,
+        "imaging_quality": borrowed.MUSIQ_FILE,
         "fvd_videomae": vision_transformer.VIDEOMAE_FILE,
         "fvd_i3d": i3d.FILE,
     }

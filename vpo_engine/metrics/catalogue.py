@@ -9,8 +9,6 @@ from vpo_engine.metrics.metric_card import MetricCard
 
 PROXY = "proxy_"
 """What the names of stand-ins begin with."""
-VBENCH = "vbench_"
-"""What the names of VBench's dimensions begin with."""
 AMT_INSTALL = "pip install --no-deps vbench==0.1.5"
 MUSIQ_INSTALL = (
     "pip install --no-deps pyiqa==0.1.16 && pip install torchvision opencv-python-headless scipy requests"
@@ -35,8 +33,9 @@ class Entry:
 
 def _vbench(name: str, maker: str, title: str, measures: str, **facts: Any) -> Entry:
     card = MetricCard(
-        name=VBENCH + name,
+        name=name,
         group="vbench",
+        dimension=name.removesuffix("_filtered"),
         title=title,
         measures=measures,
         **{"unit": "share", "least_frames": 2, **facts},
@@ -193,6 +192,12 @@ _DYNAMICS = (
     ),
 )
 _PROXIES = (
+    _proxy(
+        "flicker",
+        "FlickerProxy",
+        "Steadiness",
+        "How little neighbouring frames differ, 1 is no change; motion lowers it too.",
+    ),
     _proxy(
         "motion_smoothness_blend",
         "SmoothnessProxy",
