@@ -197,6 +197,18 @@ def test_a_result_that_is_not_finite_is_no_number() -> None:
     assert found.error.startswith("imaging_quality is nan for this video; its weights are damaged")
 
 
+def test_a_flow_that_is_not_finite_is_not_taken_for_rest() -> None:
+    def flow(before: Tensor, after: Tensor) -> Tensor:
+        return torch.full((2, 128, 128), float("nan"))
+
+    for make, name in (
+        (DynamicDegree, "dynamic_degree"),
+        (FilteredFlickering, "temporal_flickering_filtered"),
+    ):
+        found = record(make(metric_card(name), flow), grey(1, 2, 3))
+        assert found.error.startswith("the optical flow is not finite")
+
+
 def test_an_error_of_a_network_on_one_video_is_kept_with_its_kind() -> None:
     def score(image: Tensor) -> Tensor:
         raise RuntimeError("CUDA out of memory")

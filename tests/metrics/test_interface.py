@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +170,15 @@ def test_every_metric_has_a_card_and_its_name_tells_its_group() -> None:
         assert (card.group == "reward") == name.startswith("reward:")
     for entry in METRICS.values():
         assert entry.card.licence or not entry.card.needs
+
+
+def test_the_page_names_every_metric_with_its_weights_and_licence() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for name, entry in METRICS.items():
+        card = entry.card
+        assert f"`{name}`" in page
+        for told in (*card.needs, card.licence.partition(":")[0], card.install):
+            assert told in page
 
 
 def test_an_unknown_metric_is_told_with_the_nearest_name() -> None:

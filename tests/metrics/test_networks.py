@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vpo_engine.metrics.networks.checkpoints import find_checkpoint, read_state
 from vpo_engine.metrics.networks.clip_vision import clip_from_folder, clip_from_weights
 from vpo_engine.metrics.networks.i3d import I3d
 from vpo_engine.metrics.networks.vision_transformer import DinoNetwork, VideoMaeNetwork, sinusoid_table
-from vpo_engine.metrics.registry import metric_card
+from vpo_engine.metrics.registry import build_metric, metric_card
 from vpo_engine.metrics.vbench.dimensions import BackgroundConsistency, DynamicDegree, SubjectConsistency
 from vpo_engine.metrics.vbench.pixels import clip_pixels, dino_pixels
 
@@ -167,6 +168,27 @@ def test_i3d_pads_as_tensorflow_does() -> None:
     assert found.shape == (1, 400)
     expected = [0.050084, 0.017116, -0.089261, -0.137437, -0.003284]
     assert found[0, ::80].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.skipif(find_spec("vbench") is None, reason="vbench is not installed")
+def test_amt_of_vbench_and_motion_smoothness(tmp_path: Path) -> None:
+    case = FORWARD["amt_s"]
+    weights = recipe_weights(MANIFESTS["amt_s"]["keys"], case["seed"], case["gain"])
+    torch.save({"state_dict": weights}, tmp_path / "amt-s.pth")
+    metric = build_metric("motion_smoothness", weights=tmp_path)
+    found = metric.measure(smooth_video(3011, 7, 128, 176), "", 8.0)
+    assert found.values[""] == pytest.approx(case["motion_smoothness"], rel=case["rtol"])
+
+
+@pytest.mark.skipif(find_spec("pyiqa") is None, reason="pyiqa is not installed")
+def test_musiq_of_pyiqa_and_imaging_quality(tmp_path: Path) -> None:
+    case = FORWARD["musiq"]
+    weights = recipe_weights(MANIFESTS["musiq_spaq"]["keys"], case["seed"])
+    torch.save(weights, tmp_path / "musiq_spaq_ckpt-358bb6af.pth")
+    metric = build_metric("imaging_quality", weights=tmp_path)
+    found = metric.measure(smooth_video(3026, 2, 90, 160), "", 8.0)
+    assert found.details["raw"] == pytest.approx(case["video_result"], rel=case["rtol"])
+    assert found.values[""] == pytest.approx(case["dataset_score"], rel=case["rtol"])
 
 
 def meta(name: str) -> dict[str, Tensor]:

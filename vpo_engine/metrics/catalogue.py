@@ -157,7 +157,7 @@ _DISTANCES = (
         "OpenGVLab/VideoMAEv2",
         "code MIT; for the weights see their page",
     ),
-    _fvd("i3d", "I3D", "i3d_pretrained_400.pt", "songweige/TATS", "MIT (TATS); weights of I3D Apache-2.0"),
+    _fvd("i3d", "I3D", "i3d_pretrained_400.pt", "songweige/TATS", "I3D Apache-2.0; for TATS see its page"),
 )
 _DYNAMICS = (
     Entry(
