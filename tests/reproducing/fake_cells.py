@@ -9,7 +9,13 @@ from pathlib import Path
 from vpo_engine.reproducing.cells import RESULT, RUN, Cell
 from vpo_engine.reproducing.runner import Commands
 
-DIMENSIONS = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_alignment", "factual_consistency")
+DIMENSIONS = (
+    "visual_quality",
+    "temporal_consistency",
+    "dynamic_degree",
+    "text_alignment",
+    "factual_consistency",
+)
 NAMES = (
     *(f"judge/{name}" for name in (*DIMENSIONS, "mean", "frechet", "moving_quality")),
     "reward/mean",

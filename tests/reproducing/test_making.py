@@ -62,7 +62,10 @@ def test_claims_and_columns_name_what_their_tables_have() -> None:
 def test_a_table_compares_its_rows_with_the_base_policy_and_the_paper(tmp_path: Path) -> None:
     gains = {
         "": {"judge/dynamic_degree": 1.0, "judge/temporal_consistency": 0.2},
-        "reward.dimensions=[dynamic_degree]": {"judge/dynamic_degree": 1.5, "judge/temporal_consistency": -0.5},
+        "reward.dimensions=[dynamic_degree]": {
+            "judge/dynamic_degree": 1.5,
+            "judge/temporal_consistency": -0.5,
+        },
         TEMPORAL: {"judge/temporal_consistency": 1.0, "reward/image": -0.3},
     }
     fake = FakeCells(gains)
@@ -71,7 +74,9 @@ def test_a_table_compares_its_rows_with_the_base_policy_and_the_paper(tmp_path: 
     assert [cell.kind for cell in fake.made].count("base") == 2
     text = (tmp_path / "table4b.md").read_text()
     assert "| dynamic degree gives the most motion (57 against 38 to 44) |" in text
-    verdicts = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in text.splitlines() if "**" in line}
+    verdicts = {
+        line.split("|")[1].strip(): line.split("|")[3].strip() for line in text.splitlines() if "**" in line
+    }
     claims = [claim.said for claim in TABLES["table4b"].claims]
     assert [verdicts[claim] for claim in claims] == [
         "**agrees**",  # dynamic degree has the most motion

@@ -49,7 +49,9 @@ def test_cells_of_other_code_are_refused_kept_or_made_again(
     fake = FakeCells()
     runner(tmp_path, fake).run([ONE])
     monkeypatch.setattr(cells_module, "code_version", lambda: "another")
-    with pytest.raises(ValueError, match=r"1 of 1 finished .* made by other code, .*; this is another.* --old keep"):
+    with pytest.raises(
+        ValueError, match=r"1 of 1 finished .* made by other code, .*; this is another.* --old keep"
+    ):
         runner(tmp_path, fake).run([ONE])
     assert look_up([ONE], tmp_path, "keep").old.keys() == {ONE}
     runner(tmp_path, fake).run([ONE], "keep")
@@ -65,7 +67,9 @@ def test_a_cell_that_was_made_with_other_settings_is_noticed(tmp_path: Path) -> 
     runner(tmp_path, FakeCells()).run([ONE])
     path = tmp_path / CELLS / ONE.name / RECORD
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"resolved": record["resolved"].replace("beta: 250.0", "beta: 500.0")}))
+    path.write_text(
+        json.dumps(record | {"resolved": record["resolved"].replace("beta: 250.0", "beta: 500.0")})
+    )
     with pytest.raises(ValueError, match=r"objective.beta: 500 -> 250"):
         look_up([ONE], tmp_path)
     path.write_text("{")
