@@ -53,6 +53,10 @@ class BaseModel(VideoModel):
     def to_video(self, latents: Tensor) -> Tensor:
         """Turn latents [B, C, T, H, W] into videos, uint8 [B, F, height, width, 3]."""
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Turn pixels [B, 3, F, height, width] from -1 to 1 into latents [B, C, T, H, W], the mean of the posterior."""
+        raise ValueError(f"{self.card.name} does not encode videos; give their latents")
+
     def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
         """Turn latents [B, C, T, H, W] into pixels [B, f, 3, height, width] from -1 to 1, with gradients.
 
@@ -180,6 +184,16 @@ class BaseModel(VideoModel):
     def decode(self, latents: Tensor) -> Tensor:
         with self.idle_offload.phase("decode"):
             return self.to_video(latents)
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor) -> Tensor:
+        """See ``VideoModel``. A family that supports it defines ``to_latents``. Videos are encoded one by one."""
+        with self.idle_offload.phase("decode"):
+            parts = [
+                self.to_latents(video.to(self.device).movedim(4, 1).float() / 127.5 - 1)
+                for video in videos.split(1)
+            ]
+        return torch.cat(parts).float()
 
     def decode_pixels(self, latents: Tensor, frames: Sequence[int] | None = None) -> Tensor:
         """See ``VideoModel``. A family that supports it defines ``to_pixels``."""

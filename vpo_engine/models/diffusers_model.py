@@ -363,6 +363,12 @@ class DiffusersModel(BaseModel):
         shade = (frames / 2 + 0.5).clamp(0, 1).mul(255).round()
         return shade.to(torch.uint8).permute(0, 2, 3, 4, 1)
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """See ``BaseModel``. The inverse of ``denormalised``, whose scale is the same for all latents of a channel."""
+        raw = self.vae.encode(pixels.to(self.dtype)).latent_dist.mode().float()
+        shift = self.denormalised(torch.zeros_like(raw))
+        return (raw - shift) / (self.denormalised(torch.ones_like(raw)) - shift)
+
     def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
         """See ``BaseModel``. Samples are decoded one by one; where the VAE decodes a beginning on its own, no further
         than the last frame that is wanted."""

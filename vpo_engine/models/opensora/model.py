@@ -268,6 +268,9 @@ class OpenSora(BaseModel):
     def to_video(self, latents: Tensor) -> Tensor:
         return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames, self.decode_strip_height)
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels, sample=False)
+
     def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
         return decode_with_gradients(self.vae, latents, self.num_frames, frames, self.decode_frames)
 
