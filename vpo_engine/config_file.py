@@ -20,7 +20,15 @@ _FOLDERS = (
     ("model.policy", "folder or weights file"),
     *((key, "folder") for key in ("model.vae", "model.text_encoder", "offline_dpo.dataset")),
 )
-_FILES = tuple((key, "file") for key in ("prompts.train", "prompts.held_out", "distributed.deepspeed_config"))
+_FILES = tuple(
+    (key, "file")
+    for key in (
+        "prompts.train",
+        "prompts.held_out",
+        "distributed.deepspeed_config",
+        "offline_dpo.file",
+    )
+)
 """Settings that name what must be there when a run begins. Rewards say themselves what they read."""
 _SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 """Folders of the shipped configurations: inside an installed package, or beside it in a checkout."""
@@ -145,8 +153,9 @@ def _leave_out_unused(settings: Settings) -> list[str]:
             place == ARGUMENT for name, place in settings.origins.items() if f"{name}.".startswith(f"{key}.")
         )
 
-    given = isinstance(offline, dict) and any(offline.get(name) for name in GIVEN_PAIRS)
-    return drop_settings(settings.values, card_of(method, given).unused, is_argument)
+    given = offline if isinstance(offline, dict) else {}
+    source = next((name for name in GIVEN_PAIRS if given.get(name) is not None), None)
+    return drop_settings(settings.values, card_of(method, source).unused, is_argument)
 
 
 def _refuse_old_names(settings: Settings, given: Sequence[tuple[list[str], Any, str]]) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vpo_engine.config.section import Section
 
 MethodName = Literal["online_vpo", "offline_dpo", "refl", "vader", "instructvideo", "t2v_turbo"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
-GIVEN_PAIRS = ("dataset",)
+GIVEN_PAIRS = ("dataset", "file")
 """The settings of offline_dpo that name pairs which are there before the run."""
 
 
@@ -65,7 +65,9 @@ STORED_PAIRS = MethodCard(
     candidates=False,
     unused=(*_OF_CANDIDATES, "reference.refresh_every", "prompts.train", "objective.noise"),
 )
-"""The card of offline Diffusion-DPO on pairs that are there before the run."""
+"""The card of offline Diffusion-DPO on the preference dataset of a run."""
+FILE_PAIRS = replace(STORED_PAIRS, unused=(*STORED_PAIRS.unused, "pairs.min_gap", "pairs.gap_power"))
+"""The card of offline Diffusion-DPO on a preference file, whose pairs have no scores."""
 
 
 def _by_reward_gradient(title: str, paper: str) -> MethodCard:
@@ -165,14 +167,38 @@ class OfflineDPOConfig(Section):
     dataset: Path | None = None
     """Run directory, or its folder preference_dataset, whose pairs are trained on, in the order in which they were
     made. That run must have had pairs.dataset=latents."""
+    file: Path | None = None
+    """File of pairs: .csv, .tsv or .jsonl with winner, loser and prompt, where winner and loser are files of videos or
+    of latents (see docs/methods.md)."""
+    pairs: int | None = Field(None, ge=1)
+    """Number of prompts for which the policy of the start samples candidates, before the first step, if neither dataset
+    nor file is given. The run directory keeps the pairs, as its preference dataset. null: as many as the steps take,
+    so that none is taken twice."""
+    cache: Path | None = None
+    """Folder of the encoded videos of file, which runs may share; null: the folder encoded_videos beside the run
+    directory."""
     refresh_every: int | None = Field(None, ge=1)
     """The reference becomes the policy after every so many optimizer steps; null: never. Source: Diffusion-DPO
     (arXiv 2311.12908)."""
 
     @property
-    def given(self) -> bool:
-        """Return whether the pairs are there before the run."""
-        return any(getattr(self, name) is not None for name in GIVEN_PAIRS)
+    def given(self) -> str | None:
+        """Return the setting that names pairs which are there before the run; None: they are sampled."""
+        return next((name for name in GIVEN_PAIRS if getattr(self, name) is not None), None)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = {
+            name: getattr(self, name) for name in (*GIVEN_PAIRS, "pairs") if getattr(self, name) is not None
+        }
+        if len(given) > 1:
+            shown = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"{shown} name different pairs; give one of them")
+        if self.cache is not None and self.file is None:
+            raise ValueError(
+                f"cache={self.cache} is for the videos of file, which is not given; leave it out"
+            )
+        return self
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -185,9 +211,9 @@ SECTIONS: dict[str, type[Section]] = {
 """The methods that have settings of their own, which stand in a section of the method's name."""
 
 
-def card_of(method: MethodName, pairs_given: bool) -> MethodCard:
-    """Return the card of a method; ``pairs_given``: see ``OfflineDPOConfig.given``."""
-    return STORED_PAIRS if pairs_given else CARDS[method]
+def card_of(method: MethodName, given: str | None) -> MethodCard:
+    """Return the card of a method; ``given``: see ``OfflineDPOConfig``."""
+    return {"dataset": STORED_PAIRS, "file": FILE_PAIRS}[given] if given else CARDS[method]
 
 
 def unused_settings(config: Section, names: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
