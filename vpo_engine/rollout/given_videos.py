@@ -118,8 +118,12 @@ def _covering(video: Tensor, height: int, width: int) -> Tensor:
     if tuple(video.shape[1:3]) == (height, width):
         return video
     scale = max(height / video.shape[1], width / video.shape[2])
-    size = [max(side, round(scale * given)) for side, given in zip((height, width), video.shape[1:3], strict=True)]
-    frames = F.interpolate(video.movedim(3, 1).float(), size, mode="bilinear", antialias=True, align_corners=False)
+    size = [
+        max(side, round(scale * given)) for side, given in zip((height, width), video.shape[1:3], strict=True)
+    ]
+    frames = F.interpolate(
+        video.movedim(3, 1).float(), size, mode="bilinear", antialias=True, align_corners=False
+    )
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     cut = frames[:, :, top : top + height, left : left + width]
     return cut.round().clamp(0, 255).to(torch.uint8).movedim(1, 3).contiguous()
