@@ -15,7 +15,8 @@ rewards that score whole videos the loss is 1 - reward of the whole video.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class InstructVideo(RewardGradientMethod):
             check_single_frames(f"instructvideo.{name}", getattr(own, name), config.reward.kind)
         family = model_family(config.model.kind)
         return open_given_videos("instructvideo.videos", own.videos, prompts, config.seed, family)
+
+    def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.stream.prepare(self.model, folder.parent.parent / "encoded_videos", self.processes, say)
 
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
         text, last = stacked_embeddings(prompts), self.sampling.steps - 1

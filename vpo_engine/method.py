@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from vpo_engine.config import Config
 from vpo_engine.data.prompt_record import Texts
-from vpo_engine.data.prompts import PromptItem, Prompts, PromptStream
+from vpo_engine.data.prompts import Prompts, PromptStream, Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.errors import NotFiniteError
@@ -45,14 +45,6 @@ class Step:
     pairs: Sequence[Pair] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
-
-
-class Stream(Protocol):
-    """An endless stream of prompts, which is a function of the position alone."""
-
-    def take(self, cursor: int, count: int) -> list[PromptItem]:
-        """Return the prompts at ``cursor, ..., cursor + count - 1``."""
-        ...
 
 
 class Method(ABC):
@@ -105,9 +97,11 @@ class Method(ABC):
         If the run is asked to stop before weights have changed, raise StepAbandonedError.
         """
 
-    def prepare(self, folder: Path) -> None:
-        """Do what comes before the first step of this process, also of a resumed run. Prompts can be embedded already.
-        ``folder``: where the run keeps its preference dataset. By default there is nothing to do."""
+    def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Do what comes before the first step of this process, also of a resumed run; by default, nothing.
+
+        The prompts of the run can be embedded. folder: where the run keeps its preference dataset.
+        """
         return
 
     # --- for checkpoints and evaluations ---------------------------------------------------------------------

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vpo_engine.config import Config
+from vpo_engine.data.prompts import Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.idle_offload import IdleOffload
-from vpo_engine.method import Method, Step, Stream
+from vpo_engine.method import Method, Step
 from vpo_engine.metrics.throughput import CountedRows, Work
 from vpo_engine.protocols import (
     ReferenceStore,

@@ -17,7 +17,8 @@ rollout.guidance=1), and compare it at the same few steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class T2VTurbo(RewardGradientMethod):
         check_single_frames("t2v_turbo.frames", own.frames, config.reward.kind)
         family = model_family(config.model.kind)
         return open_given_videos("t2v_turbo.videos", own.videos, prompts, config.seed, family)
+
+    def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.stream.prepare(self.model, folder.parent.parent / "encoded_videos", self.processes, say)
 
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
         text, (t, before) = stacked_embeddings(prompts), self._times(prompts)

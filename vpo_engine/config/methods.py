@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vpo_engine.config.section import Section
 
 MethodName = Literal["online_vpo", "offline_dpo", "refl", "vader", "instructvideo", "t2v_turbo"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
-GIVEN_PAIRS = ("dataset",)
+GIVEN_PAIRS = ("dataset", "file")
+GIVEN = (*GIVEN_PAIRS, "videos")
 """The settings of offline_dpo that name pairs which are there before the run."""
 
 
@@ -65,7 +66,9 @@ STORED_PAIRS = MethodCard(
     candidates=False,
     unused=(*_OF_CANDIDATES, "reference.refresh_every", "prompts.train"),
 )
-"""The card of offline Diffusion-DPO on pairs that are there before the run."""
+"""The card of offline Diffusion-DPO on the preference dataset of a run."""
+FILE_PAIRS = replace(STORED_PAIRS, unused=(*STORED_PAIRS.unused, "pairs.min_gap", "pairs.gap_power"))
+"""The card of offline Diffusion-DPO on a preference file, whose pairs have no scores."""
 
 
 def _by_reward_gradient(title: str, paper: str) -> MethodCard:
@@ -150,9 +153,11 @@ class InstructVideoConfig(Section):
     guidance: float | None = Field(3.0, ge=0)
     """Guidance; 1 turns it off, null: rollout.guidance. Source: VGen."""
     videos: Path | None = None
-    """The videos that are edited: a folder of videos with their prompts (as vpo_engine.rank reads them), or a run with
-    pairs.dataset=latents, whose winners are taken; prompts.train is then not used. null: the clips that the sprites
-    world draws for its captions; other models have none."""
+    """The videos that are edited, with their prompts, which take the place of prompts.train: a folder of videos (as
+    vpo_engine.rank reads it), a file of pairs (as for offline_dpo.file) or a run with pairs.dataset=latents, of which
+    the winners are taken. Videos have the size that the model makes; they are encoded once, into the folder
+    encoded_videos beside the run directory. null: the clips that the sprites world draws for its captions; other models
+    have none."""
     strength: float = Field(0.6, gt=0, le=1)
     """How much of a video is made anew; see strength_of. Source: VGen."""
     strength_of: Literal["steps", "noise"] = "steps"
@@ -173,9 +178,8 @@ class T2VTurboConfig(Section):
     follows the gradient of rewards of what it reaches. Source of all defaults: the public code of T2V-Turbo."""
 
     videos: Path | None = None
-    """The videos that are learned from: a folder of videos with their prompts (as vpo_engine.rank reads them), or a run
-    with pairs.dataset=latents, whose winners are taken; prompts.train is then not used. null: the clips that the
-    sprites world draws for its captions; other models have none."""
+    """The videos that are learned from, with their prompts; see instructvideo.videos. Source: T2V-Turbo, which takes
+    videos from the web."""
     steps: int = Field(50, ge=2)
     """Steps of the teacher's sampling, each of which is learned to be skipped. Source: T2V-Turbo."""
     guidance: float = Field(7.5, ge=0, allow_inf_nan=False)
@@ -198,14 +202,38 @@ class OfflineDPOConfig(Section):
     dataset: Path | None = None
     """Run directory, or its folder preference_dataset, whose pairs are trained on, in the order in which they were
     made. That run must have had pairs.dataset=latents."""
+    file: Path | None = None
+    """File of pairs: .csv, .tsv or .jsonl with winner, loser and prompt, where winner and loser are files of videos or
+    of latents (see docs/methods.md)."""
+    pairs: int | None = Field(None, ge=1)
+    """Number of prompts for which the policy of the start samples candidates, before the first step, if neither dataset
+    nor file is given. The run directory keeps the pairs, as its preference dataset. null: as many as the steps take,
+    so that none is taken twice."""
+    cache: Path | None = None
+    """Folder of the encoded videos of file, which runs may share; null: the folder encoded_videos beside the run
+    directory."""
     refresh_every: int | None = Field(None, ge=1)
     """The reference becomes the policy after every so many optimizer steps; null: never. Source: Diffusion-DPO
     (arXiv 2311.12908)."""
 
     @property
-    def given(self) -> bool:
-        """Return whether the pairs are there before the run."""
-        return any(getattr(self, name) is not None for name in GIVEN_PAIRS)
+    def given(self) -> str | None:
+        """Return the setting that names pairs which are there before the run; None: they are sampled."""
+        return next((name for name in GIVEN_PAIRS if getattr(self, name) is not None), None)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = {
+            name: getattr(self, name) for name in (*GIVEN_PAIRS, "pairs") if getattr(self, name) is not None
+        }
+        if len(given) > 1:
+            shown = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"{shown} name different pairs; give one of them")
+        if self.cache is not None and self.file is None:
+            raise ValueError(
+                f"cache={self.cache} is for the videos of file, which is not given; leave it out"
+            )
+        return self
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -218,9 +246,12 @@ SECTIONS: dict[str, type[Section]] = {
 """The methods that have settings of their own, which stand in a section of the method's name."""
 
 
-def card_of(method: MethodName, pairs_given: bool) -> MethodCard:
-    """Return the card of a method; ``pairs_given``: see ``OfflineDPOConfig.given``."""
-    return STORED_PAIRS if pairs_given else CARDS[method]
+def card_of(method: MethodName, given: str | None) -> MethodCard:
+    """Return the card of a method. given: the setting of its section, among GIVEN, that names what it learns from in
+    place of prompts.train; None if there is none."""
+    if given == "videos":
+        return replace(CARDS[method], prompts=False, unused=(*CARDS[method].unused, "prompts.train"))
+    return {"dataset": STORED_PAIRS, "file": FILE_PAIRS}[given] if given else CARDS[method]
 
 
 def unused_settings(config: Section, names: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:

@@ -133,7 +133,9 @@ class Config(Section):
     @property
     def card(self) -> MethodCard:
         """Return the facts about the method that runs."""
-        return card_of(self.method, self.offline_dpo is not None and self.offline_dpo.given)
+        own = self.instructvideo or self.t2v_turbo
+        videos = None if own is None or own.videos is None else "videos"
+        return card_of(self.method, videos if self.offline_dpo is None else self.offline_dpo.given)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -209,6 +211,12 @@ class Config(Section):
             )
         if self.card.reward_gradient:
             self._check_reward_gradient()
+        sampled = self.offline_dpo.pairs if self.offline_dpo is not None else None
+        if sampled is not None and sampled % self.pairs_per_step:
+            raise ValueError(
+                f"offline_dpo.pairs={sampled} is no multiple of pairs_per_step={self.pairs_per_step}, by which pairs "
+                "are sampled and trained on; make it one"
+            )
         own, steps = self.refl or self.vader, self.trained_sampling[0]
         if own is not None and own.last_steps > steps:
             where = f"rollout.steps={steps}" if own.steps is None else f"{self.method}.steps={steps}"
