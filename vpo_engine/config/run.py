@@ -84,7 +84,9 @@ class Config(Section):
     @property
     def card(self) -> MethodCard:
         """Return the facts about the method that runs."""
-        return card_of(self.method, None if self.offline_dpo is None else self.offline_dpo.given)
+        own = self.instructvideo or self.t2v_turbo
+        videos = None if own is None or own.videos is None else "videos"
+        return card_of(self.method, videos if self.offline_dpo is None else self.offline_dpo.given)
 
     @property
     def left_out(self) -> tuple[str, ...]:

@@ -64,10 +64,6 @@ class BaseModel(VideoModel):
         """
         raise NotImplementedError(f"{type(self).__name__} supports method=reward_gradient without to_pixels")
 
-    def to_latents(self, pixels: Tensor) -> Tensor:
-        """Turn pixels [B, 3, F, height, width] from -1 to 1 into clean latents [B, C, T, H, W], without gradients."""
-        raise ValueError(f"{self.card.name} does not encode videos; define to_latents in its family")
-
     @abstractmethod
     def save_full_policy(self, folder: Path) -> None:
         """Write a fully trained policy in the layout that its own project loads."""
