@@ -140,8 +140,8 @@ def assert_same_training(
     """Assert that two runs made the same weights, references and optimizer states.
 
     bound: of absolute differences. A step moves a weight by at most 0.1 of its gradient, clipped to a norm of 1, and
-    float32 sums in another order round by some 1e-6 of that. Moments are of gradients of up to 10 without a limit. margins: of
-    the differences of margins and losses.
+    float32 sums in another order round by some 1e-6 of that. Moments are of gradients of up to 10 without a limit.
+    margins: of the differences of margins and losses.
     """
     moved = float((one["after"] - one["before"]).abs().max())
     assert moved > 1e3 * bound, (case, moved)
