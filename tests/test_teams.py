@@ -83,7 +83,7 @@ def steps(case: str, processes: Processes) -> list[dict[str, object]]:
                 "metrics": {name: value for name, value in step.metrics.items() if "memory/" not in name},
                 "pairs": torch.tensor([winners, losers, [not choice.tied for choice in step.choices]]),
                 "candidates": candidates_of(step),
-                "rows": step.rows,
+                "rows": step.work.sampled,
                 "gradient": gradients[-1],
             }
         )

@@ -57,7 +57,7 @@ def build_prompts(config: Config, say: Callable[[str], None] | None = None) -> t
     if "held_out" in files:
         held_out = PromptList((), files["held_out"], count)
     notes += check_prompts(config, held_out)
-    if files and config.rollout.dataset is None:
+    if files and config.card.prompts:
         rows = _rows_of(config, train)
         notes += check_prompts(config, train, rows)
         notes += describe_repeats("prompts.train", train, rows)
@@ -97,7 +97,7 @@ def check_scored(
     _ask_size(reward, model, who, change)
     _ask_preview_size(config, model, reward, who)
     _ask(reward, held_out, range(len(held_out)), who, change)
-    if config.rollout.dataset is None:
+    if config.card.prompts:
         _ask(reward, train, _rows_of(config, train), who, change)
 
 
@@ -195,6 +195,11 @@ def check_reward(config: Config) -> None:
         raise ValueError(
             f"reward.kind={settings.kind} writes its scores in words, too slow and too coarse to train on: it is for "
             "python -m vpo_engine.rank; set another reward.kind"
+        )
+    if config.card.reward_gradient and not card.differentiable:
+        raise ValueError(
+            f"method={config.method} follows the gradient of the reward, but reward.kind={settings.kind} has none; set "
+            "another reward.kind (the column gradient of python -m vpo_engine.rank --list), or method=online_vpo"
         )
     check_dimensions(settings.dimensions, tuple(card.dimensions))
     held_out = config.guards.reward

@@ -82,7 +82,7 @@ class Selector:
         tied = torch.tensor([choice.tied for choice in choices])
         means = {f"reward/{name}": value.mean() for name, value in scores.items()}
         means["reward/selected"] = combine(scores, config.reward.dimensions).mean()
-        if self._floor is not None and rollout.source != "dataset":
+        if self._floor is not None and config.card.candidates:
             means["guards/still"] = self._floor.still(scores).float().mean()
         means["reward/gap"] = torch.tensor([choice.gap for choice in choices]).mean()
         means["tie_rate"] = tied.float().mean()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,11 @@ def divided_fully(folder: Path) -> str:
     file = folder / "divide_all.json"
     if not file.exists():
         values = {"zero_optimization": {"stage": "auto", "stage3_param_persistence_threshold": 0}}
-        file.write_text(json.dumps(values), encoding="utf-8")
+        beside = file.with_suffix(
+            f".{os.getpid()}"
+        )  # every process of a group may come here at the same time
+        beside.write_text(json.dumps(values), encoding="utf-8")
+        beside.replace(file)
     return f"distributed.deepspeed_config={file}"
 
 

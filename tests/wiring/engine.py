@@ -74,6 +74,14 @@ SETTINGS = (
     "checkpoint.keep=50",
     "model.device=cpu",
 )
+OFFLINE = (
+    "method=offline_dpo",
+    "prompts.train=null",
+    "rollout.candidates=4",
+    "pairs.dataset=none",
+    "reference.refresh_every=200",
+)
+"""What makes SETTINGS those of stored pairs: the method, and the defaults of all that it does not use."""
 
 
 @dataclass

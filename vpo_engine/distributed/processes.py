@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vpo_engine.distributed.couples import Couple, Couples
 from vpo_engine.distributed.meeting import meet
+from vpo_engine.distributed.shares import uneven
 from vpo_engine.distributed.stages import Stages
 from vpo_engine.errors import LostProcessError
 
@@ -36,6 +38,7 @@ class Processes:
     _team: Processes | None = None
     _sequence: Processes | None = None
     _units: Processes | None = None
+    _pair: Processes | None = None
     store: dist.Store | None = None
     stages: Stages = field(default_factory=Stages)
 
@@ -117,6 +120,15 @@ class Processes:
         mine = groups[number]
         return Processes(mine.index(self.rank), len(mine), self.device, made[number], stages=self.stages)
 
+    def in_couples(self) -> Processes:
+        """Let two neighbouring processes of a team share every candidate; see ``couples.py``.
+
+        Every process of the run must call this, after ``in_teams`` of an even size.
+        """
+        pairs = [dist.new_group([first, first + 1]) for first in range(0, self.count, 2)]
+        mine = Processes(self.rank % 2, 2, self.device, pairs[self.rank // 2], stages=self.stages)
+        return replace(self, _team=replace(self.team, _pair=mine))
+
     @property
     def is_reward_process(self) -> bool:
         """Return whether this process runs the reward model only, and takes part in no collective operation."""
@@ -154,6 +166,17 @@ class Processes:
         """Return whether this process writes what its team has made."""
         return self.team.first and self.sequence.first
 
+    @property
+    def sharers(self) -> Processes | Couples:
+        """Return those among whom the candidates of a team's prompts are shared, of a team: its processes, or its
+        couples."""
+        return self if self._pair is None else Couples(self)
+
+    @property
+    def couple(self) -> Couple | None:
+        """Return the two processes that share guided predictions, of a team; None if every process makes its own."""
+        return None if self._pair is None else Couple(self._pair)
+
     def team_range(self, total: int, what: str) -> range:
         """Return which of ``total`` items belong to this team. Raise ValueError if the teams cannot get equally many.
 
@@ -162,10 +185,7 @@ class Processes:
         size = self.team_size
         teams = self.count // size
         if total % teams:
-            who = "processes" if size == 1 else f"teams of {size} processes"
-            raise ValueError(
-                f"{what}={total} cannot be shared equally by {teams} {who}; use a multiple of it"
-            )
+            raise uneven(what, total, teams, size)
         each = total // teams
         team = self.rank // size
         return range(team * each, (team + 1) * each)

@@ -33,7 +33,8 @@ class StopPoints:
         self._inside = False
 
     def check(self) -> None:
-        """Leave the current block if this process is asked to stop."""
+        """Leave the current block if this process is asked to stop. The watchdog learns that something was reached."""
+        self._processes.stages.reached()
         if self._inside and self.requested():
             raise _LeaveError
 

@@ -25,7 +25,9 @@ OPTIONS: frozenset[Option] = frozenset(
         "rollout.cache",
         "rollout.compile=blocks",
         "rollout.compile=graphs",
+        "method=reward_gradient",
         "distributed.sequence_parallel",
+        "processes.split_guidance",
     }
 )
 """The options that the base class supports for every family; a family leaves out those that mean nothing to it."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
 from vpo_engine.distributed.sequence import SequenceGroup
-from vpo_engine.memory.checkpointing import Activations
+from vpo_engine.memory.checkpointing import Activations, recomputed
 from vpo_engine.memory.rounding import is_kept_in_float32
 from vpo_engine.model_values import Network, SamplerSettings, TextEmbedding
 from vpo_engine.models.base import BaseModel
@@ -326,12 +326,13 @@ class DiffusersModel(BaseModel):
         def predict(latents: Tensor, t: Tensor) -> Tensor:
             samples = len(latents) // len(text)
             if not shared:
-                texts = texts_of_pass(text, self.null_text, guidance, samples, first)
+                texts = texts_of_pass(text, self.null_text, guidance, samples, first, settings.split)
                 texts = texts.to(latents.device, self._weights_dtype())
                 shared.append((texts, Loop(samples, settings.cache, run, self.network.sequence)))
             [(texts, loop)] = shared
             assert loop.repeat == samples, "a sampling loop keeps its batch size"
-            return guided_pass(partial(self._branch, network, loop=loop), latents, t, texts, guidance, first)
+            branch = partial(self._branch, network, loop=loop)
+            return guided_pass(branch, latents, t, texts, guidance, first, settings.split)
 
         return predict
 
@@ -370,6 +371,25 @@ class DiffusersModel(BaseModel):
         frames = self.pixels(latents.to(self.dtype)).float()
         shade = (frames / 2 + 0.5).clamp(0, 1).mul(255).round()
         return shade.to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """See ``BaseModel``. Samples are encoded one by one."""
+        parts = [self.vae.encode(sample.to(self.dtype)).latent_dist.mode() for sample in pixels.split(1)]
+        latents = torch.cat(parts).float()
+        offset = self.denormalised(torch.zeros_like(latents))
+        return (latents - offset) / (self.denormalised(torch.ones_like(latents)) - offset)
+
+    def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
+        """See ``BaseModel``. Samples are decoded one by one; where the VAE decodes a beginning on its own, no further
+        than the last frame that is wanted."""
+        if frames is not None and "rollout.prune.frames" in self.card.supports:
+            latents = latents[:, :, : self.prefix(max(frames) + 1)[0]]
+        if self.vae._supports_gradient_checkpointing and not self.vae.is_gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        videos = torch.cat(
+            [recomputed(self.pixels, sample.to(self.dtype)) for sample in self.denormalised(latents).split(1)]
+        ).transpose(1, 2)
+        return videos if frames is None else videos[:, torch.as_tensor(frames, device=videos.device)]
 
     def use_memory(self, memory: MemoryConfig) -> None:
         set_activations(
