@@ -19,7 +19,8 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.data.preference_dataset import StoredPair, read_dataset
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.method import Step
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rollout.preference_dataset import StoredPairs
@@ -268,9 +269,17 @@ def test_training_from_the_dataset_repeats_the_run_bit_for_bit(
 ) -> None:
     """Same pairs, draws and weights: the same losses, and the same policy, without a single candidate sampled."""
     run = tmp_path / "offline"
-    offline = [setting for setting in DATASET if not setting.startswith(("pairs.dataset", "pairs.resample"))]
-    source = ["rollout.source=dataset", f"rollout.dataset={written}"]
-    assert entry.main([*smallest, *offline, *source, f"run_dir={run}"]) == 0
+    unused = (
+        "pairs.dataset",
+        "pairs.resample",
+        "rollout.candidates",
+        "reference.refresh_every",
+        "prompts.train",
+    )
+    online = [*smallest, *DATASET]
+    offline = [setting for setting in online if not setting.startswith(unused)]
+    source = ["method=offline_dpo", f"offline_dpo.dataset={written}"]
+    assert entry.main([*offline, *source, f"run_dir={run}"]) == 0
     numbers = (
         "loss",
         "margin",
@@ -364,15 +373,15 @@ def test_stored_pairs_go_round_and_know_a_wider_min_gap(written: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["rollout.source=dataset"], "source=dataset and dataset=null do not go together"),
-        (["rollout.dataset=runs/a"], "source=policy and dataset=runs/a do not go together"),
+        (["rollout.source=dataset"], "argument rollout.source=dataset is now method=offline_dpo"),
         (
-            ["rollout.source=dataset", "rollout.dataset=absent"],
-            "rollout.dataset=absent: there is no such folder",
+            ["method=offline_dpo", "offline_dpo.dataset=absent"],
+            "offline_dpo.dataset=absent: there is no such folder",
         ),
         (
-            ["rollout.source=dataset", "rollout.dataset=runs/a", "pairs.resample=1"],
-            "rollout.source=dataset takes its pairs as they were stored; leave out pairs.resample=1",
+            ["method=offline_dpo", "offline_dpo.dataset=runs/a", "pairs.resample=1"],
+            "pairs.resample=1 has no meaning for method=offline_dpo (offline Diffusion-DPO); leave it out, or give "
+            "pairs.resample=0",
         ),
         (["reward.min_gap=0.5"], "unknown key reward.min_gap; did you mean pairs.min_gap?"),
         (["reward.dimensions={visual_quality: 0}"], "dimensions.visual_quality=0 is no weight"),

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import torch.distributed as dist
 from process_group import Group
 
 from vpo_engine import train as entry
+from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stages import Stages
+from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.distributed.watchdog import StageMinutes, Watchdog, group_limit
 
 
@@ -89,7 +92,7 @@ def test_what_comes_before_the_first_stage_has_no_limit(clock: Clock) -> None:
     assert "work between stages" in (one.watchdog.look() or "")
 
 
-def test_auto_follows_the_longest_time_and_never_limits_the_first(clock: Clock) -> None:
+def test_auto_follows_the_longest_time_and_is_generous_with_the_first(clock: Clock) -> None:
     one = Member(clock, "auto")
     with one.stages("rollout"):
         clock.now += 5000
@@ -106,6 +109,34 @@ def test_auto_follows_the_longest_time_and_never_limits_the_first(clock: Clock) 
         assert one.watchdog.look() is None, "at least 30 minutes"
         clock.now += 2
         assert "limit of 1800 s" in (one.watchdog.look() or "")
+
+
+def test_a_hang_in_the_very_first_stage_has_a_limit(clock: Clock) -> None:
+    one = Member(clock, "auto")
+    with one.stages("rollout"):
+        clock.now += 180 * 60 - 1
+        assert one.watchdog.look() is None
+        clock.now += 2
+        assert "is in rollout of step 0 for 10801 s, longer than its limit of 10800 s" in (
+            one.watchdog.look() or ""
+        )
+
+
+def test_what_is_reached_inside_of_a_stage_counts(clock: Clock) -> None:
+    """A first rollout of many passes may take days; a pass that hangs has the limit of the passes before it."""
+    one = Member(clock, "auto")
+    points = StopPoints(replace(Processes.start("cpu"), stages=one.stages))
+    with one.stages("rollout"):
+        for _ in range(50):
+            clock.now += 400
+            points.check()
+            assert one.watchdog.look() is None
+        clock.now += 3999
+        assert one.watchdog.look() is None
+        clock.now += 2
+        assert "is in rollout of step 0 for 4001 s, longer than its limit of 4000 s" in (
+            one.watchdog.look() or ""
+        )
 
 
 def test_auto_does_not_count_waiting_for_others(clock: Clock) -> None:

@@ -13,7 +13,8 @@ import torch
 from test_resume import assert_same
 
 from vpo_engine.distributed.stopping import StopPoints
-from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.method import Step
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.runs.log import RunLog
 from vpo_engine.values import Prompt
 

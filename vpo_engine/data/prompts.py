@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -203,6 +203,14 @@ class PromptItem:
 
     index: int
     text: str
+
+
+class Stream(Protocol):
+    """An endless stream of prompts, which is a function of the position alone."""
+
+    def take(self, cursor: int, count: int) -> list[PromptItem]:
+        """Return the prompts at ``cursor, ..., cursor + count - 1``."""
+        ...
 
 
 class PromptStream:
