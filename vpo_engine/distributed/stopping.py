@@ -72,9 +72,9 @@ class StopPoints:
         """Mark this process's share of work that a team does together, inside of a ``stoppable`` block.
 
         In a share nobody waits for anybody, so that a process may leave it. At its end the team learns of it, and all
-        leave the block.
+        leave the block. Processes that share guided predictions do wait for each other, and go on to the end.
         """
-        if team.count == 1 or not self._open:
+        if team.count == 1 or team.couple is not None or not self._open:
             yield
             return
         left, self._inside = False, True
