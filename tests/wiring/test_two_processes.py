@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import engine
 import oracle
@@ -14,6 +15,7 @@ from checks import CASES, check_lines, check_metrics, check_policies, check_rows
 from process_group import run_in_group
 
 from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.rollout.sampler import CandidateSampler
 
 
 def in_two(folder: Path) -> None:
@@ -74,22 +76,31 @@ def check_evaluation(case: str, size: int, run: Path, alone: Path) -> None:
     assert (shown.before.int() - expected.before.int()).abs().max() <= 1
 
 
-def stopped(folder: Path, call: int) -> None:
-    """Train as a team of two. Before check number ``call`` of rank 1 it gets SIGTERM; note its checks from then on."""
-    check, rank, asked, later = StopPoints.check, os.environ["RANK"], [], []
+def stopped(folder: Path, number: int) -> None:
+    """Train as a team of two. In pass ``number`` of its rollouts rank 1 gets SIGTERM, before its second check there.
+
+    Note how many passes each has begun, and how often it has looked for the signal from there on.
+    """
+    check, run, rank = StopPoints.check, CandidateSampler._run, os.environ["RANK"]
+    begun, inside, later = 0, 0, 0
 
     def counted(points: StopPoints) -> None:
-        asked.append(points)
-        if len(asked) == call and rank == "1":
+        nonlocal inside, later
+        inside += begun == number
+        if inside == 2 and rank == "1" and not later:
             signal.raise_signal(signal.SIGTERM)
-        if len(asked) >= call:
-            later.append(points)
+        later += inside >= 2
         check(points)
 
-    StopPoints.check = counted  # type: ignore[method-assign]
+    def run_and_count(sampler: CandidateSampler, *given: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        return run(sampler, *given)
+
+    StopPoints.check, CandidateSampler._run = counted, run_and_count  # type: ignore[method-assign]
     config = engine.make_config(folder, *CASES[TEAM], "processes.per_prompt=2")
-    engine.train(config, exit_code=143 if call else 0)
-    (folder / f"checks of {rank}").write_text(f"{len(asked)} {len(later)}")
+    engine.train(config, exit_code=143 if number else 0)
+    (folder / f"counts of {rank}").write_text(f"{begun} {later}")
 
 
 TEAM = "draws split over a team"
@@ -100,16 +111,19 @@ def test_a_team_is_stopped_in_the_middle_of_a_rollout_and_goes_on_bit_for_bit(tm
     """Who is asked leaves its share at once, and the other one when its own is done; then both give the step up."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     run_in_group(tmp_path, 2, stopped, whole, 0)
-    asked, _ = map(int, (whole / "checks of 1").read_text().split())
-    run_in_group(tmp_path, 2, stopped, again, asked // 2)
-    (_, later), (all_of_0, _) = (map(int, (again / f"checks of {rank}").read_text().split()) for rank in "10")
-    assert later == 1, "the share was left where the signal came"
-    assert asked // 2 <= all_of_0 < asked // 2 + asked / 8, "the other one did not begin what would come next"
+    passes = int((whole / "counts of 1").read_text().split()[0])
+    assert passes >= 6, "two passes of a rollout, some of them for ties"
+    run_in_group(tmp_path, 2, stopped, again, passes // 2)
+    (other, looks), (asked, later) = (
+        map(int, (again / f"counts of {rank}").read_text().split()) for rank in range(2)
+    )
+    assert (asked, later) == (passes // 2, 1), "it left where the signal came"
+    assert other == passes // 2, "it did not begin what would come next"
+    assert looks > 1
     steps = [row["step"] for row in engine.metrics_of(again / "run")]
     assert steps == list(range(1, len(steps) + 1))
     run_in_group(tmp_path, 2, stopped, again, 0)
-    expected = engine.saved_tensors(whole / "run", 5)
-    found = engine.saved_tensors(again / "run", 5)
+    expected, found = (engine.saved_tensors(folder / "run", 5) for folder in (whole, again))
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     assert engine.metrics_of(again / "run") == engine.metrics_of(whole / "run")
