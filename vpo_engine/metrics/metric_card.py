@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["vbench", "fvd", "devil", "reward", "proxy"]
+Group = Literal["vbench", "fvd", "devil", "reward", "pixels", "proxy"]
 """vbench: a dimension of VBench with its own network. fvd: a distance of two sets of videos. devil: dynamics. reward:
-the score of a reward model. proxy: a stand-in without weights, which is never shown as one of the others."""
+the score of a reward model. pixels: simple measures of pixels. proxy: a stand-in without weights, which is never shown
+as one of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
