@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -29,7 +28,9 @@ def test_two_folders_are_compared_and_the_numbers_are_those_of_the_files(
     results = results_of(tmp_path / "out")
     by_hand = {
         folder: [
-            pixel_measures(read_video(folder / f"{prompt}-{index}.mp4")[0].unsqueeze(0), [prompt])["sharpness"].item()
+            pixel_measures(read_video(folder / f"{prompt}-{index}.mp4")[0].unsqueeze(0), [prompt])[
+                "sharpness"
+            ].item()
             for prompt in sorted(PROMPTS)
             for index in range(2)
         ]
@@ -65,7 +66,10 @@ def test_one_folder_alone_and_its_prompts_of_a_file(tmp_path: Path) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(folder, "--metrics", QUICK, "--out", tmp_path / "out") == 0
     results = results_of(tmp_path / "out")
-    assert [(row["prompt"], row["index"]) for row in results["videos"]] == [("a cat/dog, 3-0", 0), ("a cat/dog, 3-0", 1)]
+    assert [(row["prompt"], row["index"]) for row in results["videos"]] == [
+        ("a cat/dog, 3-0", 0),
+        ("a cat/dog, 3-0", 1),
+    ]
     assert "comparison" not in results["measures"]["pixels/motion"]
 
 
@@ -114,7 +118,9 @@ def test_vbenchs_own_file_of_dimensions_is_read(tmp_path: Path) -> None:
     suite = read_suite(str(file))
     assert suite.prompts == ("a cat, still", "a dog")
     assert len(suite.videos(["temporal_flickering"])) == 25
-    assert [row[1:] for row in suite.videos(["motion_smoothness"])] == [("a dog", index) for index in range(5)]
+    assert [row[1:] for row in suite.videos(["motion_smoothness"])] == [
+        ("a dog", index) for index in range(5)
+    ]
 
 
 def test_prompts_that_no_file_name_can_have_get_the_names_of_sample() -> None:
@@ -148,7 +154,10 @@ def test_videos_that_cannot_be_measured_are_named_and_the_others_are_kept(
     assert results["partial"] is True
     assert set(problems) == {damaged.name, larger.name, single.name, f"{PROMPTS[3]}-0.mp4"}
     assert "give a video file that a player can play" in problems[damaged.name]
-    assert "has 17 frames of 64 x 64 at 8 fps, but most videos here have 17 frames of 32 x 32" in problems[larger.name]
+    assert (
+        "has 17 frames of 64 x 64 at 8 fps, but most videos here have 17 frames of 32 x 32"
+        in problems[larger.name]
+    )
     assert "has 1 frames of 32 x 32" in problems[single.name]
     assert results["measures"]["pixels/motion"]["policy"]["provenance"]["count"] == 4
     said = capsys.readouterr().out
@@ -252,7 +261,10 @@ def test_numbers_of_different_settings_never_stand_side_by_side(
     [
         (["--metrics", "pixls"], "there is no metric 'pixls'; did you mean 'pixels'"),
         (["--metrics", "reward:videoscore"], "reward 'videoscore' needs a path"),
-        (["--metrics", "reward:videoscore", "--weights", "reward:videoscore=/nowhere"], "there is nothing at /nowhere"),
+        (
+            ["--metrics", "reward:videoscore", "--weights", "reward:videoscore=/nowhere"],
+            "there is nothing at /nowhere",
+        ),
         (["--metrics", "pixels", "--weights", "other=/x"], "'other' is none of the metrics"),
         (["--metrics", "pixels", "--reference", "/x"], "none of the metrics is a distance"),
         (["--samples", "0"], "--samples 0 is too small"),
@@ -282,7 +294,9 @@ def test_a_folder_that_is_taken_is_not_written_to(tmp_path: Path, capsys: pytest
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
 
 
-def test_repeated_prompts_are_refused_with_both_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_prompts_are_refused_with_both_places(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, prompts = videos(tmp_path / "clips", 150, count=1), tmp_path / "prompts.txt"
     prompts.write_text("\n".join([*PROMPTS, PROMPTS[1]]))
     assert run(folder, "--prompts", prompts) == 1
@@ -312,7 +326,9 @@ def test_vbenchs_leaderboard_script_reads_the_result(tmp_path: Path, monkeypatch
     with zipfile.ZipFile(archives[0]) as archive:
         content = json.loads(archive.read("policy_eval_results.json"))
     assert {key.replace("_", " "): value[0] for key, value in content.items()} == {"subject consistency": 0.9}
-    assert content["subject_consistency"][1] == [{"video_path": "videos/policy/a-0.mp4", "video_results": 0.9}]
+    assert content["subject_consistency"][1] == [
+        {"video_path": "videos/policy/a-0.mp4", "video_results": 0.9}
+    ]
 
 
 def test_the_list_of_metrics_says_what_must_be_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,4 +348,3 @@ def test_the_help_is_there_without_torch() -> None:
         "assert code == 1; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    assert runpy.run_module("vpo_engine.evaluate", run_name="not_main")["main"]

@@ -126,7 +126,9 @@ def test_krippendorff_against_its_published_example() -> None:
         "d": "1 2 3 3 2 4 4 1 2 5 1 .",
     }
     columns = zip(*(row.split() for row in rows.values()), strict=True)
-    units = [{who: value for who, value in zip(rows, column, strict=True) if value != "."} for column in columns]
+    units = [
+        {who: value for who, value in zip(rows, column, strict=True) if value != "."} for column in columns
+    ]
     assert krippendorff(units) == pytest.approx(0.743, abs=5e-4)
     assert krippendorff([{"a": "x", "b": "x"}, {"a": "y", "b": "y"}]) == 1.0
     assert krippendorff([{"a": "x"}, {"a": "y"}]) is None

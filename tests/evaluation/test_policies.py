@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 from evaluation_case import results_of, run
 
-from conftest import SMALL
 from vpo_engine import train
 
 PIXELS = "pixels:sprites"
@@ -33,7 +33,18 @@ def test_a_run_against_its_start_on_the_same_noise(
     from vpo_engine.runs.video import read_video
 
     out = tmp_path / "out"
-    words = (a_run, "--baseline", "--metrics", f"{PIXELS},reward:sprites", "--samples", "2", "--seed", "4", "--out", out)
+    words = (
+        a_run,
+        "--baseline",
+        "--metrics",
+        f"{PIXELS},reward:sprites",
+        "--samples",
+        "2",
+        "--seed",
+        "4",
+        "--out",
+        out,
+    )
     assert run(*words) == 0
     results = results_of(out)
     assert results["settings"]["same_noise"] is True
@@ -51,7 +62,10 @@ def test_a_run_against_its_start_on_the_same_noise(
         for row, file in zip(results["videos"], files, strict=True):
             own, other = (read_video(path)[0].float() for path in (out / row[role]["file"], file))
             assert (own - other).abs().mean() < 2, "the same noise gives the same video, but for rounding"
-    values = [[row[role]["values"][f"{PIXELS}/sharpness"] for row in results["videos"]] for role in ("policy", "baseline")]
+    values = [
+        [row[role]["values"][f"{PIXELS}/sharpness"] for row in results["videos"]]
+        for role in ("policy", "baseline")
+    ]
     assert values[0] != values[1]
     times = {file: file.stat().st_mtime_ns for file in out.glob("videos/*/*.mp4")}
     assert run(*words) == 0
@@ -71,7 +85,9 @@ def test_a_missing_video_is_sampled_again_with_the_same_bits(a_run: Path, tmp_pa
     files[2].unlink()
     assert run(*words) == 0
     assert {file: file.read_bytes() for file in sorted(out.glob("videos/policy/*.mp4"))} == before
-    assert sorted(file.name for file in (out / "videos" / "policy").iterdir()) == [file.name for file in files]
+    assert sorted(file.name for file in (out / "videos" / "policy").iterdir()) == [
+        file.name for file in files
+    ]
     rows = [json.loads(line) for line in (out / "videos" / "prompts.jsonl").read_text().splitlines()]
     assert {row["video"] for row in rows} == {f"policy/{file.name}" for file in files}
 
@@ -80,7 +96,15 @@ def test_a_missing_video_is_sampled_again_with_the_same_bits(a_run: Path, tmp_pa
 def test_two_processes_share_the_videos_and_give_the_numbers_of_one(a_run: Path, tmp_path: Path) -> None:
     words = [str(a_run), "--baseline", "--metrics", f"{PIXELS},proxy_flicker", "--samples", "2", "--out"]
     assert run(*words, tmp_path / "one") == 0
-    command = [sys.executable, "-m", "vpo_engine.evaluate", *words, str(tmp_path / "two"), "--device", "cpu,cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "vpo_engine.evaluate",
+        *words,
+        str(tmp_path / "two"),
+        "--device",
+        "cpu,cpu",
+    ]
     subprocess.run(command, check=True, timeout=300)
     assert len(list((tmp_path / "two" / "records").glob("process_*.jsonl"))) == 2
     one, two = results_of(tmp_path / "one"), results_of(tmp_path / "two")
@@ -94,7 +118,9 @@ def test_policies_that_are_sampled_otherwise_are_refused(
     a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.yaml"
-    other.write_text((a_run / "config.yaml").read_text().replace("steps: 2\n  guidance", "steps: 5\n  guidance"))
+    other.write_text(
+        (a_run / "config.yaml").read_text().replace("steps: 2\n  guidance", "steps: 5\n  guidance")
+    )
     assert run(a_run, "--baseline", other, "--out", tmp_path / "out") == 1
     said = capsys.readouterr().err
     assert "rollout.steps is 2 and 5" in said
@@ -113,7 +139,9 @@ def test_another_seed_or_policy_does_not_go_into_the_same_folder(
     assert "policy.policy" in capsys.readouterr().err
 
 
-def test_a_finished_run_alone_still_gives_its_own_table(a_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_alone_still_gives_its_own_table(
+    a_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(a_run) == 0
     said = capsys.readouterr()
     assert "held-out clips, the same prompts and noise before and after" in said.out

@@ -66,7 +66,9 @@ def _problems(results: Mapping[str, Any]) -> str:
     for role, problems in results["problems"].items():
         lines += [f"{role}: <b>{escape(name)}</b> {escape(why)}" for name, why in problems.items()]
     for (name, role), failed in failures(results).items():
-        lines += [f"{role}, {escape(name)}: <b>{escape(file)}</b>: {escape(why)}" for file, why in failed.items()]
+        lines += [
+            f"{role}, {escape(name)}: <b>{escape(file)}</b>: {escape(why)}" for file, why in failed.items()
+        ]
     if not lines:
         return ""
     rows = "".join(f"<li>{line}</li>" for line in lines)

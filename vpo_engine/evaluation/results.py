@@ -201,7 +201,7 @@ def _statistics_text(count: int) -> str:
     """Say how the bounds and p values were made, and what to make of several of them."""
     return (
         f"Bounds are {100 * CONFIDENCE:.0f} % bounds of a percentile bootstrap over prompts ({RESAMPLES} resamples), "
-        "widened for few prompts. The win rate counts ties as half. p is of the exact two-sided sign test over prompts. "
-        f"There are {count} measures, of which one in twenty would look clear by chance alone, so p is corrected for "
+        "widened for few prompts. The win rate counts ties as half. p is of the exact sign test over prompts, two-sided. "
+        f"There are {count} measures, of which one in twenty would look clear by chance, so p is corrected for "
         "their number by Holm's method, and the bounds are not."
     )
