@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from vpo_engine.metrics.metric_card import MetricCard
 from vpo_engine.metrics.vbench import arithmetic
+from vpo_engine.metrics.vbench.dimensions import ShareOfMoving
 from vpo_engine.metrics.video_metric import Measurement, VideoMetric, mean
 from vpo_engine.rewards.optical_flow import flow_between
 
@@ -26,7 +24,7 @@ class _Proxy(VideoMetric):
     """The base of stand-ins, which take no weights."""
 
     @classmethod
-    def make(cls, card: MetricCard, weights: Path | None, device: torch.device, **options: Any) -> _Proxy:
+    def make(cls, card: MetricCard, weights: Path | None, device: torch.device) -> _Proxy:
         return cls(card)
 
 
@@ -43,8 +41,7 @@ class SmoothnessProxy(_Proxy):
     def _measure(self, video: Tensor, prompt: str, fps: float) -> Measurement:
         even = video[::2].short()
         between = ((even[:-1] + even[1:]) // 2).to(torch.uint8)
-        changes = [arithmetic.pixel_change(*pair) for pair in zip(between, video[1::2], strict=False)]
-        return Measurement({"": (arithmetic.LEVELS - mean(changes)) / arithmetic.LEVELS})
+        return Measurement({"": arithmetic.foretold_score(video[1::2], between)})
 
 
 class ConsistencyProxy(_Proxy):
@@ -60,45 +57,25 @@ class ConsistencyProxy(_Proxy):
         return Measurement({"": mean(arithmetic.frame_consistency(features))})
 
 
-class MotionProxy(VideoMetric):
+class MotionProxy(ShareOfMoving):
     """Dynamic degree with another optical flow than RAFT: OpenCV's DIS if it is installed, or else the engine's own.
 
     Both find motion up to about a tenth of the shorter side between two frames.
     """
 
-    aggregation = "share of dynamic videos"
-
-    def __init__(self, card: MetricCard, flow: Callable[[Tensor, Tensor], Tensor], backbone: str) -> None:
-        super().__init__(card, backbone=backbone)
-        self._flow = flow
-
     @classmethod
-    def make(
-        cls, card: MetricCard, weights: Path | None, device: torch.device, **options: Any
-    ) -> MotionProxy:
+    def make(cls, card: MetricCard, weights: Path | None, device: torch.device) -> MotionProxy:
         try:
             import cv2
         except ImportError:
-            return cls(card, _least_squares_flow, "least squares over windows, coarse to fine")
+            return cls(card, _least_squares_flow, backbone="least squares over windows, coarse to fine")
         finder = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
         def flow(before: Tensor, after: Tensor) -> Tensor:
             greys = [cv2.cvtColor(frame.numpy(), cv2.COLOR_RGB2GRAY) for frame in (before.cpu(), after.cpu())]
             return torch.from_numpy(finder.calc(*greys, None)).permute(2, 0, 1)
 
-        return cls(card, flow, f"DIS optical flow of OpenCV {cv2.__version__}")
-
-    def _measure(self, video: Tensor, prompt: str, fps: float) -> Measurement:
-        kept = video[:: arithmetic.frame_interval(fps)]
-        height, width = video.shape[1:3]
-        if len(kept) < 2:
-            raise ValueError(
-                f"only {len(kept)} of the video's {len(video)} frames are kept at {fps:g} fps, where dynamic degree "
-                "looks at eight frames per second; give longer videos"
-            )
-        strengths = [arithmetic.flow_strength(self._flow(*pair)) for pair in pairwise(kept)]
-        dynamic = arithmetic.is_dynamic(strengths, height, width, len(kept))
-        return Measurement({"": float(dynamic)}, {"flow": strengths})
+        return cls(card, flow, backbone=f"DIS optical flow of OpenCV {cv2.__version__}")
 
 
 def _least_squares_flow(before: Tensor, after: Tensor) -> Tensor:

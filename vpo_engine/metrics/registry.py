@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vpo_engine.metrics.catalogue import ENTRIES, Entry
 from vpo_engine.metrics.metric_card import MetricCard
 
 if TYPE_CHECKING:
@@ -17,60 +17,9 @@ if TYPE_CHECKING:
 
 REWARD = "reward:"
 """What comes before the kind of a reward in the name of its metric."""
-PROXY = "proxy_"
-"""What the names of stand-ins begin with."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a metric is: a module of vpo_engine.metrics and a class in it, made by its ``make``."""
-
-    module: str
-    maker: str
-    card: MetricCard
-
-
-def _proxy(name: str, maker: str, title: str, measures: str, **facts: Any) -> Entry:
-    card = MetricCard(
-        name=PROXY + name,
-        group="proxy",
-        title=f"{title} (stand-in)",
-        measures=measures,
-        **{"least_frames": 2, **facts},
-    )
-    return Entry("proxies", maker, card)
-
-
-_ENTRIES = (
-    _proxy(
-        "flicker",
-        "FlickerProxy",
-        "Steadiness",
-        "How little neighbouring frames differ, 1 is no change; motion lowers it too.",
-    ),
-    _proxy(
-        "motion_smoothness_blend",
-        "SmoothnessProxy",
-        "Motion smoothness",
-        "How near each odd frame is to the mean of its neighbours, 1 is equal.",
-        least_frames=3,
-    ),
-    _proxy(
-        "feature_consistency_pixels",
-        "ConsistencyProxy",
-        "Consistency",
-        "How alike frames are to the one before and to the first, as pictures of 8 x 8 pixels.",
-    ),
-    _proxy(
-        "dynamic_degree_flow",
-        "MotionProxy",
-        "Dynamic degree",
-        "The share of videos that move, by VBench's rule over an optical flow without a network.",
-        better=0,
-        least_side=4,
-    ),
-)
-METRICS = {entry.card.name: entry for entry in _ENTRIES}
+METRICS = {entry.card.name: entry for entry in ENTRIES}
 
 
 def metric_names() -> tuple[str, ...]:
@@ -106,7 +55,7 @@ def build_metric(
     """
     import torch
 
-    weights = None if weights is None else Path(weights)
+    weights = None if weights is None else Path(weights).expanduser()
     device = torch.device(device)
     if name.startswith(REWARD):
         from vpo_engine.metrics.rewards import RewardMetric
@@ -115,7 +64,7 @@ def build_metric(
     entry = _entry(name)
     check_metric(name, weights, reference)
     maker = getattr(importlib.import_module(f"vpo_engine.metrics.{entry.module}"), entry.maker)
-    options = {"reference": Path(reference)} if reference is not None else {}
+    options = {"reference": Path(reference).expanduser()} if reference is not None else {}
     metric: VideoMetric = maker.make(entry.card, weights, device, **options)
     return metric
 

@@ -122,6 +122,10 @@ class VideoMetric(ABC):
             )
         return None
 
+    def refuse_count(self, count: int) -> str | None:
+        """Return why no number can be made of so many videos, with what to do, or None if one can."""
+        return None
+
     @torch.inference_mode()
     def measure(self, video: Tensor, prompt: str, fps: float) -> Measurement:
         """Measure a video, uint8 [F, H, W, 3], shown at ``fps`` frames per second.
@@ -148,10 +152,14 @@ class VideoMetric(ABC):
     def summarise(self, records: Sequence[Record]) -> list[Summary]:
         """Make a number of each output from the records of all videos, in any order.
 
-        Videos that failed are named in it, and it is marked as partial. Raise ValueError for no records at all.
+        Videos that failed are named in it, and it is marked as partial. Raise ValueError for no records at all, and
+        for a video that has two.
         """
         if not records:
             raise ValueError(f"{self.card.name} has no videos to summarise; give at least one")
+        twice = [name for name, count in Counter(record.video for record in records).items() if count > 1]
+        if twice:
+            raise ValueError(f"{self.card.name} has two records of {_some(twice)}; keep one of each video")
         good = [record for record in records if not record.error]
         return [self._summary(output, records, good) for output in self.outputs]
 
@@ -161,18 +169,18 @@ class VideoMetric(ABC):
         failed = {record.video: record.error for record in records if record.error}
         if failed:
             notes = [*notes, f"{len(failed)} of {len(records)} videos failed: {_some(list(failed))}"]
-        if not used:
+        if not good:
             notes = [*notes, "no video could be measured, so there is no number"]
         if self.card.missing:
             notes = [*notes, f"partial: {self.card.missing}"]
-        notes = [*left_out, *_mixed(used), *notes]
+        notes = [*left_out, *_mixed(good), *notes]
         return Summary(
             name=output_name(self.card.name, output),
             value=value,
-            provenance=self._provenance(output, records, used),
+            provenance=self._provenance(output, records, good),
             failed=failed,
             notes=tuple(notes),
-            partial=bool(failed) or bool(self.card.missing) or not used,
+            partial=bool(failed) or bool(self.card.missing) or value is None,
             others=others,
         )
 
@@ -186,17 +194,17 @@ class VideoMetric(ABC):
         """Make one number of at least one record; return it with further numbers and notes."""
         return mean([record.values[output] for record in records]), {}, []
 
-    def _provenance(self, output: str, records: Sequence[Record], used: Sequence[Record]) -> Provenance:
+    def _provenance(self, output: str, records: Sequence[Record], good: Sequence[Record]) -> Provenance:
         return Provenance(
             metric=output_name(self.card.name, output),
             version=self.card.version,
             backbone=self.backbone,
             weights=self.weights,
-            frames=tuple(sorted({record.frames for record in used})),
-            fps=tuple(sorted({record.fps for record in used})),
-            resolution=tuple(sorted({f"{record.height}x{record.width}" for record in used})),
+            frames=tuple(sorted({record.frames for record in good})),
+            fps=tuple(sorted({record.fps for record in good})),
+            resolution=tuple(sorted({f"{record.height}x{record.width}" for record in good})),
             prompts=hash_prompts(record.prompt for record in records),
-            count=len(used),
+            count=len(good),
             aggregation=self.aggregation,
             settings=self.settings,
         )

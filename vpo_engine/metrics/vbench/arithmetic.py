@@ -27,14 +27,13 @@ def flicker_score(video: Tensor) -> float:
     return _likeness(pixel_change(before, after) for before, after in pairwise(video))
 
 
-def interpolation_score(video: Tensor, interpolated: Tensor) -> float:
-    """Return how well frames were foretold from their neighbours, 1 is exactly.
+def foretold_score(frames: Iterable[Tensor], foretold: Iterable[Tensor]) -> float:
+    """Return how near frames are to those that were foretold, uint8 [H, W, 3]; 1 is equal.
 
-    ``interpolated``: uint8 [G, H, W, 3], the even frames of the video with a frame made between each two. The odd
-    frames of both are compared; with an even F the video's last frame is not used.
+    For motion smoothness they are a video's odd frames, and those made between its even ones; with an even number of
+    frames nothing is made for the last one, which is not used.
     """
-    made = interpolated[1::2]
-    return _likeness(pixel_change(found, frame) for found, frame in zip(made, video[1::2], strict=False))
+    return _likeness(pixel_change(*pair) for pair in zip(frames, foretold, strict=False))
 
 
 def pixel_change(before: Tensor, after: Tensor) -> float:
@@ -52,10 +51,18 @@ def frame_interval(fps: float) -> int:
 
 
 def flow_strength(flow: Tensor, share: float = TOP_OF_FLOW) -> float:
-    """Return the mean of the largest magnitudes of a flow [2, H, W], a ``share`` of all pixels."""
+    """Return the mean of the largest magnitudes of a flow [2, H, W], a ``share`` of all pixels.
+
+    Raise ValueError where it is not finite, which would pass for rest in every comparison.
+    """
     magnitudes = flow.float().square().sum(dim=0).sqrt().flatten()
     count = max(1, int(share * len(magnitudes)))
-    return float(magnitudes.topk(count).values.mean())
+    strength = float(magnitudes.topk(count).values.mean())
+    if not math.isfinite(strength):
+        raise ValueError(
+            "the optical flow is not finite; the network's weights are damaged: fetch them again"
+        )
+    return strength
 
 
 def motion_threshold(height: int, width: int) -> float:
