@@ -131,9 +131,6 @@ def test_a_bad_row_is_named(tmp_path: Path, preferences: Path, line: str, text: 
 def test_a_changed_pair_is_noticed_when_the_run_is_resumed(tmp_path: Path, preferences: Path) -> None:
     engine.train(from_file(tmp_path, preferences))
     write_latents(tmp_path / "made/1_1.safetensors", 99)
-    from vpo_engine.data.preference_file import content_hash
-
-    content_hash.cache_clear()
     with pytest.raises(ValueError, match=r"offline_dpo\.file"):
         engine.train(from_file(tmp_path, preferences, "steps=4", "checkpoint.resume=true"))
 
