@@ -27,6 +27,7 @@ from vpo_engine.rewards.guards import WithMotion
 from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.quantised_copy import SamplingCopy
 from vpo_engine.rollout.sampler import CandidateSampler, Denoiser, VideoScorer
+from vpo_engine.rollout.shared_scores import SharedScorer
 from vpo_engine.selection import Selector
 from vpo_engine.values import Choice, Pair, Prompt, check_latents
 from vpo_engine.video_model import VideoModel
@@ -55,6 +56,8 @@ class OnlineVPO(Method):
         super().__init__(config, model, reward, reference, processes, idle_offload, stream)
         self.refreshed_at = 0
         self._steps_without_pairs = 0
+        self.selector = Selector(config, processes)
+        self.sampler = self._build_sampler()
         self.objective = DPO(
             model,
             config.objective,
@@ -63,9 +66,8 @@ class OnlineVPO(Method):
             config.memory.sequential,
             before_micro_batch=self.stopping.check,
             backward=self.optimizer.backward,
+            sampled_from=self.sampler.sampled_from,
         )
-        self.selector = Selector(config, processes)
-        self.sampler = self._build_sampler()
         # Stages are timed, and idle parts are sent to the host, around the functions that do the work.
         self._sample = self.timer.timed("rollout", self.sampler.sample)
         self._update_policy = self.timer.timed("update", self._update)
@@ -113,9 +115,9 @@ class OnlineVPO(Method):
         """
         team, here = self.processes.team, self.processes.device
         mine = team.rank_range(len(pairs) * self.config.objective.timesteps_per_pair)
-        total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // team.count
+        total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // self.processes.team_size
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=here)
-        refreshed = self.optimizer_steps == self.refreshed_at
+        refreshed = self.optimizer_steps == self.refreshed_at and self.config.reference.refresh_share == 1
         rate = self._begin_update()
         unchanged = update == 0 and not self.config.memory.step_in_backward
         together = self.optimizer.in_lockstep
@@ -191,7 +193,8 @@ class OnlineVPO(Method):
     def _build_sampler(self) -> CandidateSampler:
         """Return the sampler of candidates, for which the policy, the reference or an 8-bit copy predicts."""
         config, model, device = self.config.rollout, self.model, self.processes.device
-        batches = Batches(config.batch_limit)
+        alone = self.processes.sequence.count == 1 and self.processes.team.couple is None
+        batches = Batches(config.batch_limit, halved=alone)
         exact: Network = self.reference if config.source == "reference" else model.network
         bits = config.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
@@ -224,7 +227,7 @@ class OnlineVPO(Method):
             model.start,
             self.idle_offload.during("rollout", denoiser),
             scorer.overlapped,
-            self.timer.timed("reward", scorer),
+            self.timer.timed("reward", SharedScorer(scorer, reward.dimensions, self.processes.sequence)),
             self.selector.extremes,
             self.processes.team,
             None if config.preview_frames is None else model.prefix(config.preview_frames)[0],

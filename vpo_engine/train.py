@@ -28,6 +28,7 @@ from vpo_engine.config import Config
 from vpo_engine.config.notes import notes
 from vpo_engine.config_file import load_config, require_files
 from vpo_engine.distributed.deepspeed_settings import check_deepspeed
+from vpo_engine.distributed.shares import check_shares
 from vpo_engine.runs.lock import refuse_held
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
@@ -73,6 +74,7 @@ def train(config: Config) -> int:
         with same_in_all_processes():
             check_small_prompt_files(config.prompts)
     with same_in_all_processes():
+        check_shares(config, processes_that_train(config))
         check_deepspeed(config, processes_that_train(config))
     if is_first_process():
         start = find_start(config)

@@ -46,9 +46,13 @@ from vpo_engine.video_model import VideoModel
 
 def run_training(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); return the exit code."""
-    own = config.processes
-    limit = group_limit(config.distributed.stage_minutes)
-    processes = Processes.start(config.model.device, own.per_prompt, own.reward, limit)
+    own, divided = config.processes, config.distributed
+    limit = group_limit(divided.stage_minutes)
+    processes = Processes.start(
+        config.model.device, own.per_prompt, own.reward, limit, divided.sequence_parallel
+    )
+    if own.split_guidance and not processes.is_reward_process:
+        processes = processes.in_couples()
     ending = Ending(processes)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)
@@ -84,7 +88,9 @@ def run_training(config: Config) -> int:
         ending.run = run
         with model.idle_offload.phase("refresh"):
             reference = (
-                build_reference(config.reference.storage, model.network) if config.card.reference else None
+                build_reference(config.reference.storage, model.network, config.reference.refresh_share)
+                if config.card.reference
+                else None
             )
             algorithm = method(config, model, reward, reference, processes, model.idle_offload, stream)
         _keep_settings(algorithm.optimizer.settings, run, processes)

@@ -52,7 +52,7 @@ _OF_PAIRS = (
     "pairs",
     *_keys(
         "objective",
-        "beta timesteps_per_pair updates_per_rollout weighting winner_anchor loser_scaling branch",
+        "beta timesteps_per_pair updates_per_rollout weighting noise winner_anchor loser_scaling branch",
     ),
     *_keys("memory", "sequential step_in_backward"),
     "processes.per_prompt",
@@ -63,7 +63,7 @@ STORED_PAIRS = MethodCard(
     paper=_DIFFUSION_DPO,
     prompts=False,
     candidates=False,
-    unused=(*_OF_CANDIDATES, "reference.refresh_every", "prompts.train"),
+    unused=(*_OF_CANDIDATES, "reference.refresh_every", "prompts.train", "objective.noise"),
 )
 """The card of offline Diffusion-DPO on the preference dataset of a run."""
 FILE_PAIRS = replace(STORED_PAIRS, unused=(*STORED_PAIRS.unused, "pairs.min_gap", "pairs.gap_power"))
@@ -87,7 +87,7 @@ CARDS: dict[MethodName, MethodCard] = {
     "offline_dpo": MethodCard(
         title="offline Diffusion-DPO",
         paper=_DIFFUSION_DPO,
-        unused=("rollout.source", "reference.refresh_every", "pairs.dataset"),
+        unused=("rollout.source", "reference.refresh_every", "pairs.dataset", "objective.noise"),
     ),
     "refl": _by_reward_gradient("ReFL", "https://arxiv.org/abs/2304.05977"),
     "vader": _by_reward_gradient("VADER", "https://arxiv.org/abs/2407.08737"),
