@@ -358,14 +358,6 @@ class VideoModel(ABC):
             '"method=reward_gradient" to what its card supports, or train it with method=online_vpo'
         )
 
-    def encode(self, videos: Tensor) -> Tensor:
-        """Turn videos of the model's size, uint8 [B, F, height, width, 3], into clean latents, float32 [B, C, T, H, W].
-
-        No gradients, no random numbers: where the VAE gives a distribution, its most likely latents. ValueError for
-        families that do not encode, and for videos of another size.
-        """
-        raise ValueError(f"{self.card.name} does not encode videos; define encode in its family")
-
     @classmethod
     def real_video(cls, prompt: str, generator: torch.Generator) -> Tensor | None:
         """Return a video of a prompt that no model made, uint8 [F, height, width, 3], if the family can draw one.

@@ -14,6 +14,7 @@ from zero_runs import HALF, LORA, MICRO, PROMPTS, SEQUENTIAL, divided_fully, zer
 
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.sequence import SequenceGroup
+from vpo_engine.distributed.sequence_traffic import sequence_traffic
 from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.opensora.reuse import Reuse
 from vpo_engine.models.opensora.stdit3 import STDiT3
@@ -103,8 +104,32 @@ def check_network(group: SequenceGroup) -> None:
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
             assert relative(one, other) < EXACT, (name, number)
         assert relative(own[0], expected[1]) > 0.1, "a process has a part of the gradient"
+    check_bytes(group)
     for threshold in (0.01, 10.0):
         check_cached(whole, divided, threshold)
+
+
+def check_bytes(group: SequenceGroup) -> None:
+    """The bytes that a process sends are those of the formulas, where all slices are equal."""
+    made, before = network(), group.sent
+    made.sequence, given = group, inputs()
+    given["x"] = torch.ones(4, 4, 4, 4, 8, dtype=torch.float64)
+    prediction = made(**given)
+    forward = group.sent - before
+    prediction.sum().backward()
+    expected = sequence_traffic(
+        "axes",
+        processes=group.count,
+        blocks=2 * 2,
+        tokens=4 * 4 * 2 * 4,
+        width=32,
+        element_size=8,
+        output_tokens=4 * 4 * 2 * 4,
+        output_values=4 * 8,
+        output_size=8,
+    )
+    assert forward == expected.forward
+    assert group.sent - before - forward == expected.backward
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ import zero_runs
 from process_group import run_in_group
 from sequence_runs import CASES, DIVIDED, FEW, LAYOUTS, SAMPLED, SETTINGS, kept, relative
 from zero_runs import assert_same_training
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+
+import family_slices
+from tiny_pipelines import FOLDERS
 
 from vpo_engine.distributed.processes import Processes
 
@@ -74,3 +81,19 @@ def test_four_processes_compute_what_one_does(tmp_path: Path, name: str) -> None
     videos = kept(tmp_path, f"{name}, video", 4)
     assert all(torch.equal(videos[0], video) for video in videos)
     assert relative(videos[0], sequence_runs.sampled(Processes.start("cpu"))) < SAMPLED
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("folders")
+    for kind, write in FOLDERS.items():
+        write(root / kind)
+    return root
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("count", "check"), [(2, family_slices.in_two), (4, family_slices.in_four)])
+def test_families_of_diffusers_compute_what_one_process_does(
+    folders: Path, tmp_path: Path, count: int, check: Callable[[Path], None]
+) -> None:
+    run_in_group(tmp_path, count, check, folders)

@@ -84,7 +84,9 @@ class Config(Section):
     @property
     def card(self) -> MethodCard:
         """Return the facts about the method that runs."""
-        return card_of(self.method, None if self.offline_dpo is None else self.offline_dpo.given)
+        own = self.instructvideo or self.t2v_turbo
+        videos = None if own is None or own.videos is None else "videos"
+        return card_of(self.method, videos if self.offline_dpo is None else self.offline_dpo.given)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -322,7 +324,7 @@ class Config(Section):
 
     def _check_memory(self) -> None:
         storage, memory, lora = self.reference.storage, self.memory, self.model.lora
-        if storage == "exact8" and memory.weights == "float32":
+        if storage == "exact8" and memory.weights == "float32" and not memory.chooses("weights"):
             raise ValueError(
                 "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
                 "memory.weights=fp32_master or stochastic_rounding, or use reference.storage=int8"

@@ -120,13 +120,12 @@ class Processes:
         mine = groups[number]
         return Processes(mine.index(self.rank), len(mine), self.device, made[number], stages=self.stages)
 
-    def in_couples(self) -> Processes:
+    def in_couples(self, limit: timedelta | None = None) -> Processes:
         """Let two neighbouring processes of a team share every candidate; see ``couples.py``.
 
         Every process of the run must call this, after ``in_teams`` of an even size.
         """
-        pairs = [dist.new_group([first, first + 1]) for first in range(0, self.count, 2)]
-        mine = Processes(self.rank % 2, 2, self.device, pairs[self.rank // 2], stages=self.stages)
+        mine = self._among([range(first, first + 2) for first in range(0, self.count, 2)], limit)
         return replace(self, _team=replace(self.team, _pair=mine))
 
     @property

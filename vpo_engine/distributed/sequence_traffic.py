@@ -37,6 +37,7 @@ def sequence_traffic(
     tokens: int,
     width: int,
     element_size: int,
+    output_tokens: int,
     output_values: int,
     output_size: int,
     recomputed: bool = False,
@@ -44,17 +45,18 @@ def sequence_traffic(
     """Return the bytes of a network of ``blocks`` blocks that ``processes`` processes compute together.
 
     tokens: N of the whole batch, those of the text included where they are divided too. width: D, the channels of a
-    token; for ``heads`` those of all heads together. element_size: bytes of an activation. output_values: numbers of
-    the last layer for a token; output_size: bytes of each. recomputed: whether blocks are computed again in the
-    backward pass (memory.activation_checkpointing other than none). With ``axes`` that exchanges nothing anew, since
-    exchanges lie between blocks.
+    token; for ``heads`` those of all heads together. element_size: bytes of an activation. output_tokens: those of the
+    video. output_values: numbers of the last layer for each of them; output_size: bytes of each. recomputed: whether
+    blocks are computed again in the backward pass (memory.activation_checkpointing other than none). With ``axes`` that
+    exchanges nothing anew, since exchanges lie between blocks.
 
-    An all-to-all sends (P - 1) / P of the N D / P numbers that a process has, and its gradient as many. Slices that are
-    not equal change this by the share by which they differ.
+    An all-to-all sends (P - 1) / P of the N D / P numbers that a process has, and its gradient as many. The gather
+    sends a process's slice to all others, and its gradient nothing. Slices that are not equal change this by the share
+    by which they differ.
     """
     others = (processes - 1) / processes
     exchange = tokens / processes * width * element_size * others
     forward = EXCHANGES[way] * exchange
     backward = forward * (2 if recomputed and way == "heads" else 1)
-    gather = tokens * output_values * output_size * others
+    gather = output_tokens * output_values * output_size * others
     return SequenceTraffic(exchange, forward, backward, gather, blocks * forward + gather, blocks * backward)

@@ -19,9 +19,9 @@ def options_of(given: argparse.Namespace, target: Path, overrides: Sequence[str]
         target=target,
         baseline=given.baseline,
         base=given.base,
-        overrides=overrides,
+        overrides=tuple(overrides),
         metrics=_names(given.metrics),
-        weights=given.weights,
+        weights=tuple(given.weights),
         reference=given.reference,
         prompts=given.prompts,
         samples=given.samples,
@@ -112,5 +112,5 @@ def study(folder: Path, votes: Sequence[Path], seed: int, pairs: int | None) -> 
     return 0
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

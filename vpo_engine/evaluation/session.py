@@ -97,7 +97,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any] | None:
     from vpo_engine.distributed.processes import Processes
     from vpo_engine.evaluation.generate import generate, planned_videos
     from vpo_engine.evaluation.measuring import ArmVideos, check_same_shape, measure, scan, settle
-    from vpo_engine.evaluation.records import Records
+    from vpo_engine.evaluation.records import FACTS, METRIC, Records
     from vpo_engine.evaluation.results import make_results
 
     processes = Processes.start(plan.device, limit=_DAY_LIMIT)
@@ -122,7 +122,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any] | None:
     ]
     scan([video for _, video in share], records, processes.first)
     processes.wait()
-    records.read(failures=True)
+    records.read(failures=[FACTS])
     with same_in_all_processes():
         for side in sides:
             settle(side, records)
@@ -139,7 +139,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any] | None:
     processes.wait()
     if not processes.first:
         return None
-    records.read(failures=True)
+    records.read(failures=[FACTS, METRIC])
     results = make_results(
         sides,
         planned,

@@ -129,6 +129,7 @@ class _AttendsToAll:
 class _DispatchesToAll:
     """A processor of diffusers, whose attention reaches the tokens of all processes."""
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call: Any = super().__call__  # type: ignore[misc]
         return _redirected(call.__func__)(self, *args, **kwargs)
