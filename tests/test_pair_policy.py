@@ -3,14 +3,12 @@ training from it."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from process_group import run_in_group
 from safetensors.torch import load_file
 from step_case import candidates_of, sample_candidates, step_on
 from torch import Tensor
@@ -302,11 +300,7 @@ def test_training_from_the_dataset_repeats_the_run_bit_for_bit(
 def test_two_processes_write_and_weigh_as_one(written: Path, smallest: list[str], tmp_path: Path) -> None:
     """Each its own file; read as one preference dataset, with weights whose mean is 1 over both."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "vpo_engine.train"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29541"}
-    arguments = [*command, *smallest, *DATASET, f"run_dir={run}"]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_in_group(tmp_path, 2, entry.main, [*smallest, *DATASET, f"run_dir={run}"])
     assert sorted(path.name for path in (run / "preference_dataset").glob("*.jsonl")) == [
         "pairs_0000.jsonl",
         "pairs_0001.jsonl",

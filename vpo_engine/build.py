@@ -24,6 +24,7 @@ from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.memory.idle_offload import IdleOffload, module_tensors
 from vpo_engine.memory.quantised_base import HeldBase
 from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
@@ -154,6 +155,8 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
     model.use_memory(config.memory)
     said = [model.choose_backends(settings)]
     said.append(prepare_policy(network, config, model.card, dtype, processes.device))
+    if processes.sequence.count > 1:
+        model.share_sequence(SequenceGroup(processes.sequence))
     if processes.first:
         for line in filter(None, said):
             say(line)

@@ -57,12 +57,30 @@ class TextEmbedding:
 Compile = Literal["none", "blocks", "graphs"]
 
 
+class SplitGuidance(Protocol):
+    """Two processes that sample the same candidates, each with one of guidance's two branches.
+
+    half: the half of a guided pass that this process computes, 0 or 1.
+    """
+
+    @property
+    def half(self) -> int: ...
+
+    def exchange(self, prediction: Tensor) -> Tensor:
+        """Return the pass [2 B, ...], of which this process has computed its half, ``prediction`` [B, ...].
+
+        Both processes must call this.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SamplerSettings:
     """Settings of how noise becomes latents; see ``RolloutConfig``. The defaults of all fields after guidance are
     exact.
 
-    steps: of the whole loop, also where only a part of it is run.
+    steps: of the whole loop, also where only a part of it is run. split: the two processes that share guided
+    predictions; None: this one makes them alone.
     """
 
     steps: int
@@ -70,6 +88,7 @@ class SamplerSettings:
     guidance_interval: tuple[float, float] | None = None
     cache: float | None = None
     compile: Compile = "none"
+    split: SplitGuidance | None = None
 
     def guided_at(self, noise_level: float) -> bool:
         """Return whether guidance applies at a noise level from 0 (clean) to 1 (pure noise)."""

@@ -27,6 +27,7 @@ from vpo_engine.rewards.guards import WithMotion
 from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.quantised_copy import SamplingCopy
 from vpo_engine.rollout.sampler import CandidateSampler, Denoiser, VideoScorer
+from vpo_engine.rollout.shared_scores import SharedScorer
 from vpo_engine.selection import Selector
 from vpo_engine.values import Choice, Pair, Prompt, check_latents
 from vpo_engine.video_model import VideoModel
@@ -114,7 +115,7 @@ class OnlineVPO(Method):
         """
         team, here = self.processes.team, self.processes.device
         mine = team.rank_range(len(pairs) * self.config.objective.timesteps_per_pair)
-        total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // team.count
+        total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // self.processes.team_size
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=here)
         refreshed = self.optimizer_steps == self.refreshed_at and self.config.reference.refresh_share == 1
         rate = self._begin_update()
@@ -192,7 +193,8 @@ class OnlineVPO(Method):
     def _build_sampler(self) -> CandidateSampler:
         """Return the sampler of candidates, for which the policy, the reference or an 8-bit copy predicts."""
         config, model, device = self.config.rollout, self.model, self.processes.device
-        batches = Batches(config.batch_limit)
+        alone = self.processes.sequence.count == 1 and self.processes.team.couple is None
+        batches = Batches(config.batch_limit, halved=alone)
         exact: Network = self.reference if config.source == "reference" else model.network
         bits = config.first_pass.weights
         self.copy = None if bits == "policy" else SamplingCopy(model.network, bits)
@@ -225,7 +227,7 @@ class OnlineVPO(Method):
             model.start,
             self.idle_offload.during("rollout", denoiser),
             scorer.overlapped,
-            self.timer.timed("reward", scorer),
+            self.timer.timed("reward", SharedScorer(scorer, reward.dimensions, self.processes.sequence)),
             self.selector.extremes,
             self.processes.team,
             None if config.preview_frames is None else model.prefix(config.preview_frames)[0],

@@ -1,8 +1,11 @@
 """Plan what a run will take: memory, operations and seconds of every phase of a step, without a GPU or weights.
 
     python -m vpo_engine.plan [CONFIG.yaml] [key.path=value ...] [--gpu a100-80g] [--no-frames] [--json]
+    python -m vpo_engine.plan [CONFIG.yaml] [key.path=value ...] --gpus 8 [--nodes 2] [--gpu h100-80g] [--json]
 
-It also says which setting would make a run fit that does not, and how long clips may be at each resolution.
+It also says which setting would make a run fit that does not, and how long clips may be at each resolution. With
+--gpus it compares ways to divide the run among several GPUs instead: the memory of a process, what it sends and the
+expected time of a step; and it recommends one (see docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from collections.abc import Sequence
 
 from vpo_engine.command import report_errors, split_words
 from vpo_engine.config_file import load_config
-from vpo_engine.planning.gpus import GPUS, check_gpu_name, find_gpu
+from vpo_engine.planning.gpus import DEFAULT, GPUS, check_gpu_name, find_gpu
+from vpo_engine.planning.links import BETWEEN, WITHIN, Cluster, make_cluster
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="leave out the longest clips that fit at each resolution, which take minutes to find",
     )
+    many = parser.add_argument_group("several GPUs")
+    many.add_argument("--gpus", type=int, help="GPUs of each machine, as torchrun's --nproc-per-node")
+    many.add_argument("--nodes", type=int, help="machines, as torchrun's --nnodes; default: 1")
+    many.add_argument("--link", help=f"between the GPUs of a machine: {', '.join(WITHIN)}; default: as usual")
+    many.add_argument("--network", help=f"between machines: {', '.join(BETWEEN)}; default: as usual")
     given = parser.parse_intermixed_args(arguments)
     return report_errors(lambda: _plan(given))
 
@@ -44,10 +53,30 @@ def _plan(given: argparse.Namespace) -> int:
     source, overrides = split_words(given.words)
     config = load_config(source, overrides)
     check_gpu_name(given.gpu)
+    cluster = _cluster(given)
+    if cluster is not None:
+        from vpo_engine.planning.answer import print_comparison
+
+        print_comparison(config, find_gpu(given.gpu), cluster, machine=given.json)
+        return 0
     from vpo_engine.planning.answer import print_plan
 
     print_plan(config, find_gpu(given.gpu), frames=not given.no_frames, machine=given.json)
     return 0
+
+
+def _cluster(given: argparse.Namespace) -> Cluster | None:
+    """Return the machines of the command line; None if it asks for one GPU."""
+    others = {"--nodes": given.nodes, "--link": given.link, "--network": given.network}
+    if given.gpus is None:
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} {value} describes several GPUs; give the GPUs of each machine as --gpus"
+                )
+        return None
+    nodes = 1 if given.nodes is None else given.nodes
+    return make_cluster(given.gpus, nodes, given.gpu or DEFAULT, given.link, given.network)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from vpo_engine.config import Config
 from vpo_engine.config.notes import notes
 from vpo_engine.config_file import load_config, require_files
 from vpo_engine.distributed.deepspeed_settings import check_deepspeed
+from vpo_engine.distributed.shares import check_shares
 from vpo_engine.runs.lock import refuse_held
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
@@ -68,11 +69,12 @@ def train(config: Config) -> int:
     """
     require_files(config)
     if config.prompts.train is not None or config.prompts.held_out is not None:
-        from vpo_engine.data.prompt_settings import check_small_prompt_files
+        from vpo_engine.data.prompt_settings import check_prompt_files
 
         with same_in_all_processes():
-            check_small_prompt_files(config.prompts)
+            check_prompt_files(config.prompts)
     with same_in_all_processes():
+        check_shares(config, processes_that_train(config))
         check_deepspeed(config, processes_that_train(config))
     if is_first_process():
         start = find_start(config)

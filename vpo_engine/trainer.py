@@ -180,7 +180,7 @@ class Trainer:
         if self._processes.first:
             truncate_dataset(self._run.preference_dataset, start)
         self._processes.wait()
-        if not self._processes.team.first:
+        if not self._processes.first_of_team:
             return None
         config, rank = self._config, self._processes.rank
         return PairRecorder(

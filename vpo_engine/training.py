@@ -46,9 +46,13 @@ from vpo_engine.video_model import VideoModel
 
 def run_training(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); return the exit code."""
-    own = config.processes
-    limit = group_limit(config.distributed.stage_minutes)
-    processes = Processes.start(config.model.device, own.per_prompt, own.reward, limit)
+    own, divided = config.processes, config.distributed
+    limit = group_limit(divided.stage_minutes)
+    processes = Processes.start(
+        config.model.device, own.per_prompt, own.reward, limit, divided.sequence_parallel
+    )
+    if own.split_guidance and not processes.is_reward_process:
+        processes = processes.in_couples(limit)
     ending = Ending(processes)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
+from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.memory.idle_offload import IdleOffload, PartName
 from vpo_engine.memory.quantised_base import HeldBase
 from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerState, TextEmbedding
@@ -42,6 +43,8 @@ Option = Literal[
     "rollout.compile=graphs",
     "rollout.prune.frames",
     "method=reward_gradient",
+    "distributed.sequence_parallel",
+    "processes.split_guidance",
 ]
 """Settings that need the help of the model. ``registry.check_model`` refuses those that a family does not support."""
 
@@ -360,6 +363,14 @@ class VideoModel(ABC):
             '"method=reward_gradient" to what its card supports, or train it with method=online_vpo'
         )
 
+    @classmethod
+    def real_video(cls, prompt: str, generator: torch.Generator) -> Tensor | None:
+        """Return a video of a prompt that no model made, uint8 [F, height, width, 3], if the family can draw one.
+
+        Only worlds whose videos are drawn by code can; by default there is none.
+        """
+        return None
+
     def prefix(self, frames: int) -> tuple[int, int]:
         """Return (latent frames, frames) of the shortest beginning of a video that has at least ``frames`` frames and
         can be decoded on its own: ``decode`` of the first latent frames gives the first frames of the whole video.
@@ -390,6 +401,15 @@ class VideoModel(ABC):
     @abstractmethod
     def choose_backends(self, settings: ModelConfig) -> str:
         """Choose the implementations of attention and fused ops; return a line for the user, "" for no choice."""
+
+    def share_sequence(self, group: SequenceGroup) -> None:
+        """Let the network compute on slices of videos, which the processes of ``group`` hold, from now on.
+
+        Each of them gives ``predict`` the same whole latents, and gets the whole prediction; parameters get the
+        gradients of this process's slice. Copies of the network do the same. Only families that support
+        distributed.sequence_parallel are asked. Raise ValueError if there are more processes than slices.
+        """
+        raise AssertionError(f"{self.card.name} does not support distributed.sequence_parallel")
 
     @abstractmethod
     def stay_by(self, idle_offload: IdleOffload) -> None:

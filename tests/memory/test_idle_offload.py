@@ -288,15 +288,7 @@ def test_weights_can_be_saved_from_the_host(small: Make, tmp_path: object) -> No
 
 def test_what_each_part_needs(small: Make) -> None:
     base = default_needs(small)
-    assert base["policy"].phases == {
-        "rollout",
-        "evaluation",
-        "update",
-        "reward_gradient",
-        "optimizer",
-        "refresh",
-    }
-    assert all("reward_gradient" in base[name].phases for name in ("vae", "reward"))
+    assert base["policy"].phases == {"rollout", "evaluation", "update", "optimizer", "refresh"}
     assert base["reference"].phases == {"update", "refresh"}
     assert base["optimizer"].phases == base["policy"].changed == {"optimizer"}
     assert base["vae"].changed == base["reward"].changed == set()
@@ -307,6 +299,8 @@ def test_what_each_part_needs(small: Make) -> None:
         small, "rollout.source=reference", "reference.storage=exact8", "memory.weights=fp32_master"
     )
     assert "optimizer" in exact["reference"].changed & exact["reference"].phases
+    followed = default_needs(small, "method=refl")
+    assert all("reward_gradient" in followed[name].phases for name in ("policy", "vae", "reward"))
     fused = default_needs(small, "memory.step_in_backward=true", "optimizer.clip=null")
     assert "update" in fused["optimizer"].phases & fused["policy"].changed
 

@@ -14,6 +14,7 @@ from vpo_engine.config.section import Section
 MethodName = Literal["online_vpo", "offline_dpo", "refl", "vader", "instructvideo", "t2v_turbo"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 GIVEN_PAIRS = ("dataset", "file")
+GIVEN = (*GIVEN_PAIRS, "videos")
 """The settings of offline_dpo that name pairs which are there before the run."""
 
 
@@ -92,7 +93,14 @@ CARDS: dict[MethodName, MethodCard] = {
     "refl": _by_reward_gradient("ReFL", "https://arxiv.org/abs/2304.05977"),
     "vader": _by_reward_gradient("VADER", "https://arxiv.org/abs/2407.08737"),
     "instructvideo": _by_reward_gradient("InstructVideo", "https://arxiv.org/abs/2312.12490"),
-    "t2v_turbo": _by_reward_gradient("T2V-Turbo", "https://arxiv.org/abs/2405.18750"),
+    "t2v_turbo": MethodCard(
+        title="T2V-Turbo",
+        paper="https://arxiv.org/abs/2405.18750",
+        candidates=False,
+        pairs=False,
+        reward_gradient=True,
+        unused=(*_OF_CANDIDATES, *_OF_PAIRS, "reference.refresh_every"),
+    ),
 }
 
 
@@ -126,6 +134,14 @@ class VaderConfig(Section):
     """K: number of last steps that the gradient goes back through. Source: VADER (mode last)."""
     random_steps: bool = False
     """Draw K anew in every optimizer step, between 1 and all steps, in place of last_steps (VADER's mode rand)."""
+    goal: float | Literal["auto"] | None = "auto"
+    """The loss is scale * mean|reward - goal|; null: -scale * mean(reward). auto: 10 for laion_aesthetic, 1 for hpsv2
+    and hpsv2_1, 100 for pickscore, and null for other rewards. Source: VADER."""
+    scale: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Factor of the loss; null: 1, but with goal=auto 0.1 for laion_aesthetic and 0.01 for pickscore. Source: VADER."""
+    frames: int | None = Field(None, ge=1)
+    """Number of random frames that are decoded and scored, the same for all videos of a step; null: 1 for rewards that
+    score single frames, all for others, which take no other value. Source: VADER."""
 
 
 class InstructVideoConfig(Section):
@@ -136,28 +152,47 @@ class InstructVideoConfig(Section):
     """Sampling steps of the whole chain, of which a part is run; null: rollout.steps. Source: VGen."""
     guidance: float | None = Field(3.0, ge=0)
     """Guidance; 1 turns it off, null: rollout.guidance. Source: VGen."""
+    videos: Path | None = None
+    """The videos that are edited, with their prompts, which take the place of prompts.train: a folder of videos (as
+    vpo_engine.rank reads it), a file of pairs (as for offline_dpo.file) or a run with pairs.dataset=latents, of which
+    the winners are taken. Videos have the size that the model makes; they are encoded once, into the folder
+    encoded_videos beside the run directory. null: the clips that the sprites world draws for its captions; other models
+    have none."""
     strength: float = Field(0.6, gt=0, le=1)
-    """Share of the chain that is run, its end. Source: VGen."""
-    segments: int = Field(4, ge=1)
-    """Number of equal parts of a video, of each of which one random frame is scored. Source: VGen's configuration."""
-    attenuation: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """A frame weighs exp(-attenuation * its distance from the middle frame). Source: VGen."""
+    """How much of a video is made anew; see strength_of. Source: VGen."""
+    strength_of: Literal["steps", "noise"] = "steps"
+    """The rule by which strength names the step where the chain begins. steps: the last share of the steps is run, as
+    in VGen, whatever their noise is; samplers differ in that. noise: the first step whose noise is at most strength,
+    from 0 (clean) to 1 (pure noise): t of rectified flow, sqrt(1 - abar) of v-prediction. VGen's start has a signal
+    that is 0.52 times the noise: 0.66 for rectified flow, 0.89 for v-prediction. Source: VGen."""
+    segments: int | None = Field(None, ge=1)
+    """Number of equal parts of a video, of each of which one random frame is decoded and scored; null: 4 for rewards
+    that score single frames. Other rewards score whole videos, and take no other value. Source: VGen."""
+    attenuation: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """A frame weighs exp(-attenuation * its distance from the middle frame) where there are segments; null: 1. Source:
+    VGen."""
 
 
 class T2VTurboConfig(Section):
     """T2V-Turbo (method=t2v_turbo): the policy learns to reach clean latents in one step from its own guided steps, and
     follows the gradient of rewards of what it reaches. Source of all defaults: the public code of T2V-Turbo."""
 
+    videos: Path | None = None
+    """The videos that are learned from, with their prompts; see instructvideo.videos. Source: T2V-Turbo, which takes
+    videos from the web."""
     steps: int = Field(50, ge=2)
     """Steps of the teacher's sampling, each of which is learned to be skipped. Source: T2V-Turbo."""
-    guidance: tuple[float, float] = (5.0, 15.0)
-    """[lowest, highest] of the teacher's guidance w, which is drawn for each video. Source: T2V-Turbo."""
-    huber: float = Field(1e-3, gt=0)
+    guidance: float = Field(7.5, ge=0, allow_inf_nan=False)
+    """w of the teacher, whose guidance scale is w + 1. T2V-Turbo draws w between 5 and 15 and tells its student, as an
+    input that the models here do not have; so w is one number. Source: T2V-Turbo, for its samples."""
+    huber: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """c of the pseudo-Huber distance. Source: T2V-Turbo."""
     reward_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Factor of the reward beside the distillation loss. Source: T2V-Turbo, for its image reward."""
-    frames: int = Field(5, ge=1)
-    """Number of random frames that are scored. Source: T2V-Turbo, for its image reward."""
+    """Factor of the reward beside the distillation loss. Source: T2V-Turbo: 1 for its image reward, 2 for its video
+    reward."""
+    frames: int | None = Field(None, ge=1)
+    """Number of random frames that are decoded and scored; null: 5 for rewards that score single frames, all for
+    others, which take no other value. Source: T2V-Turbo."""
 
 
 class OfflineDPOConfig(Section):
@@ -212,7 +247,10 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def card_of(method: MethodName, given: str | None) -> MethodCard:
-    """Return the card of a method; ``given``: see ``OfflineDPOConfig``."""
+    """Return the card of a method. given: the setting of its section, among GIVEN, that names what it learns from in
+    place of prompts.train; None if there is none."""
+    if given == "videos":
+        return replace(CARDS[method], prompts=False, unused=(*CARDS[method].unused, "prompts.train"))
     return {"dataset": STORED_PAIRS, "file": FILE_PAIRS}[given] if given else CARDS[method]
 
 

@@ -1,15 +1,17 @@
-"""Settings of a run: prompts, evaluation, checkpoints, and all sections together."""
+"""All settings of a run together, and the rules among them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from vpo_engine.config.checkpoint import CheckpointConfig
 from vpo_engine.config.distributed import DistributedConfig
 from vpo_engine.config.errors import shown
+from vpo_engine.config.evaluation import EvaluationConfig
 from vpo_engine.config.guards import GuardsConfig
 from vpo_engine.config.log import LogConfig
 from vpo_engine.config.memory import MemoryConfig
@@ -28,62 +30,11 @@ from vpo_engine.config.methods import (
 from vpo_engine.config.model import ModelConfig
 from vpo_engine.config.pairs import PairsConfig
 from vpo_engine.config.processes import ProcessesConfig
+from vpo_engine.config.prompts import PromptsConfig
 from vpo_engine.config.reward import RewardConfig
 from vpo_engine.config.rollout import RolloutConfig
 from vpo_engine.config.section import Section
 from vpo_engine.config.update import EmaConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
-
-
-class PromptsConfig(Section):
-    """The files that prompts come from. Without files, the sprites world has captions of its own."""
-
-    train: Path | None = None
-    """File of training prompts: .txt (a prompt per line), .csv, .tsv, .jsonl or .json (see docs/prompts.md); null: the
-    captions of the sprites world."""
-    held_out: Path | None = None
-    """File of held-out prompts, of the same kinds; null: the held-out captions of the sprites world."""
-    column: str | None = None
-    """Column of a .csv or .tsv file, or key of the objects in a .jsonl or .json file; null: the usual names are tried.
-    It is not used for a .txt file. If only one of the two files has it, the usual names are tried for the other."""
-    cache: Path | None = None
-    """Folder of text embeddings, which runs may share; null: the folder embeddings beside the run directory."""
-
-
-class EvaluationConfig(Section):
-    """Evaluation on held-out prompts: videos are sampled with fixed noise before, during and after training, and never
-    trained on."""
-
-    every: int | None = Field(200, ge=1)
-    """Optimizer steps between evaluations; null: only at the start and at the end."""
-    samples_per_prompt: int = Field(1, ge=1)
-    """Number of videos per held-out prompt."""
-    prompts: int | None = Field(None, ge=1)
-    """Number of held-out prompts that are used; null: all."""
-    samples_between: int | None = Field(None, ge=1)
-    """Number of videos per prompt in evaluations during training; null: as many as at the start and at the end."""
-    steps: int | None = Field(None, ge=1)
-    """Sampling steps of held-out videos; null: rollout.steps."""
-
-
-class CheckpointConfig(Section):
-    """Checkpoints, from which a run can be resumed."""
-
-    every: int | None = Field(100, ge=1)
-    """Steps between checkpoints; null: only at the end and on SIGTERM."""
-    keep: int = Field(2, ge=1)
-    """Number of checkpoints that are kept; older ones are removed."""
-    background: bool = False
-    """Copy the state to host memory and go on training while a thread writes the files. false: training waits until
-    they are written. true takes host memory of the size of a checkpoint, in the first process only, and pays where
-    checkpoints are frequent or their disk is slow. The files are the same."""
-    resume: Literal["auto"] | bool = "auto"
-    """Whether to go on with a run that is in the run directory already. auto: go on if it has the same settings and was
-    stopped before its last step, as a job that is started again does; a new run_dir begins at the first step. true:
-    there must be a run to go on with (without run_dir, the newest of this name under runs/). false: refuse a run
-    directory that is not empty."""
-    from_: int | Path | None = Field(None, alias="from")
-    """Checkpoint to go on from: its step, or its folder. Later checkpoints are removed when the next one is saved.
-    null: the newest complete one."""
 
 
 class Config(Section):
@@ -133,7 +84,9 @@ class Config(Section):
     @property
     def card(self) -> MethodCard:
         """Return the facts about the method that runs."""
-        return card_of(self.method, None if self.offline_dpo is None else self.offline_dpo.given)
+        own = self.instructvideo or self.t2v_turbo
+        videos = None if own is None or own.videos is None else "videos"
+        return card_of(self.method, videos if self.offline_dpo is None else self.offline_dpo.given)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -278,24 +231,53 @@ class Config(Section):
                 )
 
     def _check_processes(self) -> None:
-        size, rollout = self.processes.per_prompt, self.rollout
+        size, rollout, split = self.processes.per_prompt, self.rollout, self.processes.split_guidance
+        if split:
+            self._check_split_guidance()
         shared = {"rollout.candidates": rollout.candidates}
         if rollout.prune is not None:
             shared["rollout.prune.keep"] = rollout.prune.keep
-        if rollout.explore is not None and size > 2:
+        sharers, fits = self.processes.sharers, "4 or 2" if split else "2 or 1"
+        if rollout.explore is not None and sharers > 2:
             raise ValueError(
                 f"rollout.explore samples two candidates of a prompt again, which processes.per_prompt={size} cannot "
-                "share; set processes.per_prompt to 2 or 1"
+                f"share; set processes.per_prompt to {fits}"
             )
+        couples, twice = (f"the {sharers} couples of ", "twice ") if split else ("", "")
         for name, number in shared.items():
-            if number % size:
+            if number % sharers:
                 raise ValueError(
-                    f"{name}={number} cannot be shared equally by processes.per_prompt={size}; make {name} a multiple "
-                    f"of {size}, or set processes.per_prompt to a divisor of {number}"
+                    f"{name}={number} cannot be shared equally by {couples}processes.per_prompt={size}; make {name} a "
+                    f"multiple of {sharers}, or set processes.per_prompt to {twice}a divisor of {number}"
                 )
 
+    def _check_split_guidance(self) -> None:
+        size, rollout = self.processes.per_prompt, self.rollout
+        caches = rollout.cache or rollout.first_pass.cache
+        wrong = {
+            f"processes.per_prompt={size}": (
+                size % 2 == 1,
+                "its teams are made of couples; set an even number",
+            ),
+            "rollout.guidance=1": (rollout.guidance == 1.0, "there is one branch only; set false"),
+            "rollout.source=dataset": (rollout.source == "dataset", "nothing is sampled; set false"),
+            f"rollout.cache={caches}": (
+                caches is not None,
+                "each process would decide by its own branch what a step computes; set null (also in rollout.explore)",
+            ),
+            "rollout.compile=graphs": (
+                rollout.compile == "graphs",
+                "processes exchange predictions in every step, and a graph cannot wait for them; set none or blocks",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(f"processes.split_guidance=true excludes {name}: {reason}")
+
     def _check_distributed(self) -> None:
-        """Refuse what DeepSpeed excludes at any stage; see ``deepspeed_settings`` for the rest."""
+        """Refuse what sequence parallelism excludes, and DeepSpeed at any stage; see ``deepspeed_settings`` too."""
+        if self.distributed.sequence_parallel > 1:
+            self._check_sequence()
         if self.distributed.engine != "deepspeed":
             return
         memory = self.memory
@@ -319,9 +301,30 @@ class Config(Section):
             if given:
                 raise ValueError(f"distributed.engine=deepspeed excludes {name}: {reason}")
 
+    def _check_sequence(self) -> None:
+        wrong = {
+            "rollout.overlap=true": (
+                self.rollout.overlap,
+                "the processes that share a video share its decoding and scoring, too, when it is sampled; set false",
+            ),
+            "rollout.compile=graphs": (
+                self.rollout.compile == "graphs",
+                "the exchange between processes is not part of a CUDA graph; set blocks or none",
+            ),
+            "processes.split_guidance=true": (
+                self.processes.split_guidance,
+                "it gives each process one branch of guidance and this gives it a slice of both; set one of them",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(
+                    f"distributed.sequence_parallel={self.distributed.sequence_parallel} excludes {name}: {reason}"
+                )
+
     def _check_memory(self) -> None:
         storage, memory, lora = self.reference.storage, self.memory, self.model.lora
-        if storage == "exact8" and memory.weights == "float32":
+        if storage == "exact8" and memory.weights == "float32" and not memory.chooses("weights"):
             raise ValueError(
                 "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
                 "memory.weights=fp32_master or stochastic_rounding, or use reference.storage=int8"

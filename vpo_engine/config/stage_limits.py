@@ -13,7 +13,8 @@ class StageLimits(Section):
     """The time that a stage may take before the run is ended."""
 
     stage_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
-    """Minutes that one stage of a step may take in one process (stages are text, rollout, decode, reward, update,
-    refresh, evaluate and checkpoint). Then the run ends with exit code 124 and names rank, host, stage and step. auto:
-    on GPUs ten times the longest time that the stage has taken so far, and at least 30 minutes; a stage that has never
-    ended has no limit, and on CPUs none has. null: no limits."""
+    """Minutes that one stage of a step may take in one process without reaching anything (stages are text, rollout,
+    decode, reward, update, refresh, evaluate and checkpoint; a pass of the network, a batch of videos and a micro-batch
+    are something). Then the run ends with exit code 124 and names rank, host, stage and step. auto: on GPUs ten times
+    the longest such time of the stage so far, at least 30 minutes, and 180 minutes before it has reached anything; no
+    limit on CPUs. null: no limits."""

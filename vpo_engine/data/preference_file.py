@@ -92,7 +92,7 @@ def _hash_of(path: Path, size: int, changed: int) -> str:
 class RowTexts:
     """A text for each row that tells it from any other by its content, for the record of a run; made when asked for."""
 
-    def __init__(self, rows: PreferenceFile) -> None:
+    def __init__(self, rows: Sequence[PreferredFiles]) -> None:
         self._rows = rows
 
     def __len__(self) -> int:

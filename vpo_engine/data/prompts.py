@@ -169,6 +169,15 @@ class PromptFile:
         now = os.fstat(self._file.fileno())
         return now.st_size, now.st_mtime_ns
 
+    @property
+    def is_the_file_at_its_path(self) -> bool:
+        """Return whether the path still names this file, and the file is as it was when it was opened."""
+        return (
+            self.path.exists()
+            and os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+            and self._stat() == self._version
+        )
+
     def __len__(self) -> int:
         return self.fingerprint.count
 

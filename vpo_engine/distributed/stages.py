@@ -23,14 +23,26 @@ class Position(NamedTuple):
 class Stages:
     """Tells which stage this process is in, as its main thread enters and leaves them.
 
-    A stage's time counts anew whenever a stage inside of it begins or ends, so it is time in which nothing was reached.
-    ``longest`` holds the longest such time of each stage so far; waiting for others does not count there.
+    A stage's time counts anew whenever a stage inside of it begins or ends, or ``reached`` is called, so it is time in
+    which nothing was reached. ``longest`` holds the longest such time of each stage so far; waiting for others does not
+    count there.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.now = Position(STARTING, 0, clock())
         self.longest: dict[str, float] = {}
+        self._reached_at = clock()
+
+    @property
+    def since(self) -> float:
+        """Return when something was reached last."""
+        return max(self.now.since, self._reached_at)
+
+    def reached(self) -> None:
+        """Mark progress inside of a stage. Any thread may call this."""
+        self._keep_longest()
+        self._reached_at = self._clock()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -57,7 +69,9 @@ class Stages:
         self.now = self.now._replace(step=step)
 
     def _change(self, stage: str, waiting: bool) -> None:
-        left, now = self.now, self._clock()
-        if not left.waiting:
-            self.longest[left.stage] = max(now - left.since, self.longest.get(left.stage, 0.0))
-        self.now = Position(stage, left.step, now, waiting)
+        self._keep_longest()
+        self.now = Position(stage, self.now.step, self._clock(), waiting)
+
+    def _keep_longest(self) -> None:
+        if not (now := self.now).waiting:
+            self.longest[now.stage] = max(self._clock() - self.since, self.longest.get(now.stage, 0.0))

@@ -25,6 +25,9 @@ EXIT_CODE = 124
 """The exit code of a process that the watchdog ends; timeout(1) has the same."""
 LEAST_MINUTES, TIMES_LONGEST = 30.0, 10.0
 """With stage_minutes=auto, a stage may take so many times its longest time so far, and at least so many minutes."""
+FIRST_MINUTES = 180.0
+"""With stage_minutes=auto, the minutes that a stage may take which has never reached anything. What may take long (a
+pass of the network, a batch of videos that is decoded or scored, a micro-batch) is far below on every GPU."""
 _GROUP_LIMIT = timedelta(hours=24)
 _PARTING = 5.0
 """Seconds to wait for the thread at the end; the store may be on a machine that is gone."""
@@ -54,8 +57,10 @@ class LimitRule:
             return None
         if isinstance(self._minutes, float):
             return 60 * self._minutes
-        longest = self._longest.get(stage) if self._minutes == "auto" else None
-        return None if longest is None else max(60 * LEAST_MINUTES, TIMES_LONGEST * longest)
+        if self._minutes is None:
+            return None
+        longest = self._longest.get(stage)
+        return 60 * FIRST_MINUTES if longest is None else max(60 * LEAST_MINUTES, TIMES_LONGEST * longest)
 
     def together(self) -> float:
         """Return the limit of silence, and of an operation in which every process waits and none works."""
@@ -116,7 +121,7 @@ class Watchdog:
             now.stage,
             now.step,
             now.waiting,
-            self._clock() - now.since,
+            self._clock() - self._stages.since,
             limit,
             os.getpid(),
             self._place,

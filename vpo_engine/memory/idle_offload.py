@@ -55,11 +55,16 @@ class Needs:
 def needs_of(config: Config) -> dict[PartName, Needs]:
     """Return the phases in which this configuration needs each part on the device."""
     memory, storage = config.memory, config.reference.storage
-    policy: set[Phase] = {"rollout", "evaluation", "update", "reward_gradient", "optimizer", "refresh"}
+    policy: set[Phase] = {"rollout", "evaluation", "update", "optimizer", "refresh"}
     policy_changes: set[Phase] = {"optimizer"}
     reference: set[Phase] = {"update", "refresh"}
     reference_changes: set[Phase] = {"refresh"}
     optimizer: set[Phase] = {"optimizer"}
+    vae: set[Phase] = {"decode"}
+    reward: set[Phase] = {"reward"}
+    if config.card.reward_gradient:
+        for part in (policy, reference, vae, reward):
+            part.add("reward_gradient")
     if config.rollout.source == "reference":
         reference.add("rollout")
     if storage == "exact8":
@@ -75,8 +80,8 @@ def needs_of(config: Config) -> dict[PartName, Needs]:
         "reference": Needs(frozenset(reference), frozenset(reference_changes)),
         "optimizer": Needs(frozenset(optimizer), frozenset(optimizer)),
         "ema": Needs(frozenset({"optimizer"}), frozenset({"optimizer"})),
-        "vae": Needs(frozenset({"decode", "reward_gradient"})),
-        "reward": Needs(frozenset({"reward", "reward_gradient"})),
+        "vae": Needs(frozenset(vae)),
+        "reward": Needs(frozenset(reward)),
         "judge": Needs(frozenset({"judge"})),
     }
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
+from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.memory.checkpointing import Activations, recomputed
 from vpo_engine.memory.rounding import is_kept_in_float32
 from vpo_engine.model_values import Network, SamplerSettings, TextEmbedding
@@ -35,7 +36,9 @@ from vpo_engine.models.diffusers_network import (
     prepare_network,
     set_activations,
 )
+from vpo_engine.models.diffusers_sequence import divide
 from vpo_engine.models.diffusers_text import NoText, encoder_loader, text_model
+from vpo_engine.models.gradient_check import check_division
 from vpo_engine.models.guidance import guided, guided_pass, texts_of_pass
 from vpo_engine.models.lora import has_adapter, load_adapter
 from vpo_engine.models.step_graph import Predict
@@ -67,7 +70,7 @@ class DiffusersModel(BaseModel):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        prepare_network(network, self.facts.text_layers)
+        self.prepare_network(network)
         super().__init__(network, None, text, device=device, dtype=dtype)
         self._compiled: CompiledBlocks | None = None
         # diffusers' own ``to`` warns of a type, whatever the module.
@@ -114,6 +117,11 @@ class DiffusersModel(BaseModel):
     @classmethod
     def check_configs(cls, setup: Setup) -> None:
         """Raise ValueError for folders of the right classes whose config files this family cannot run with."""
+
+    @classmethod
+    def prepare_network(cls, network: Any) -> None:
+        """Let a transformer as diffusers builds it take the engine's options."""
+        prepare_network(network, cls.facts.text_layers)
 
     @classmethod
     def rewrite(cls, prompt: str) -> str:
@@ -318,12 +326,13 @@ class DiffusersModel(BaseModel):
         def predict(latents: Tensor, t: Tensor) -> Tensor:
             samples = len(latents) // len(text)
             if not shared:
-                texts = texts_of_pass(text, self.null_text, guidance, samples, first)
+                texts = texts_of_pass(text, self.null_text, guidance, samples, first, settings.split)
                 texts = texts.to(latents.device, self._weights_dtype())
-                shared.append((texts, Loop(samples, settings.cache, run)))
+                shared.append((texts, Loop(samples, settings.cache, run, self.network.sequence)))
             [(texts, loop)] = shared
             assert loop.repeat == samples, "a sampling loop keeps its batch size"
-            return guided_pass(partial(self._branch, network, loop=loop), latents, t, texts, guidance, first)
+            branch = partial(self._branch, network, loop=loop)
+            return guided_pass(branch, latents, t, texts, guidance, first, settings.split)
 
         return predict
 
@@ -389,6 +398,10 @@ class DiffusersModel(BaseModel):
 
     def choose_backends(self, settings: ModelConfig) -> str:
         return str(self.network.choose_backends(settings.attention, dtype=self.dtype))
+
+    def share_sequence(self, group: SequenceGroup) -> None:
+        check_division(self, group)
+        divide(self.network, self.facts.tokens, group)
 
     def save_full_policy(self, folder: Path) -> None:
         """See ``BaseModel``. The folder is what diffusers' save_pretrained writes, in one file."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpo_engine.model_values import TextEmbedding
+from vpo_engine.model_values import SplitGuidance, TextEmbedding
 
 Branch = Callable[[Tensor, Tensor, TextEmbedding], Tensor]
 """A function of latents [B, C, T, H, W], t [B] and the text of B prompts that predicts [B, C, T, H, W]."""
@@ -43,10 +43,11 @@ def texts_of_pass(
     guidance: float,
     samples: int,
     negative_first: bool = False,
+    split: SplitGuidance | None = None,
 ) -> TextEmbedding:
     """Return the text of every row of a pass, for ``samples`` of each prompt; see ``guided``.
 
-    Of the two branches the one with fewer tokens gets masked padding.
+    Of the two branches the one with fewer tokens gets masked padding. split: return the text of this process's half.
     """
     repeated = text.repeat_interleave(samples)
     if guidance == 1.0:
@@ -54,7 +55,9 @@ def texts_of_pass(
     null = null_text(repeated)
     length = max(repeated.mask.shape[1], null.mask.shape[1])
     parts = [_padded(part, length) for part in (repeated, null)]
-    return TextEmbedding.cat(parts[::-1] if negative_first else parts)
+    if negative_first:
+        parts.reverse()
+    return TextEmbedding.cat(parts) if split is None else parts[split.half]
 
 
 def guided_pass(
@@ -64,12 +67,19 @@ def guided_pass(
     texts: TextEmbedding,
     guidance: float,
     negative_first: bool = False,
+    split: SplitGuidance | None = None,
 ) -> Tensor:
-    """Return the guided prediction of B samples, with the texts that ``texts_of_pass`` gives."""
+    """Return the guided prediction of B samples, with the texts that ``texts_of_pass`` gives.
+
+    split: this process computes one branch, and gets the other one from the process that shares the samples.
+    """
     if guidance == 1.0:
         return branch(latents, t, texts)
-    halves = branch(torch.cat([latents, latents]), torch.cat([t, t]), texts).chunk(2)
-    unprompted, prompted = halves if negative_first else halves[::-1]
+    if split is None:
+        whole = branch(torch.cat([latents, latents]), torch.cat([t, t]), texts)
+    else:
+        whole = split.exchange(branch(latents, t, texts))
+    unprompted, prompted = whole.chunk(2) if negative_first else whole.chunk(2)[::-1]
     return mixed(prompted, unprompted, guidance)
 
 

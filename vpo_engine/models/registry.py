@@ -193,6 +193,8 @@ def _asked(config: Config) -> dict[Option, tuple[Any, Any]]:
         "rollout.compile=blocks": (compiling if compiling == "blocks" else "none", "none"),
         "rollout.compile=graphs": (compiling if compiling == "graphs" else "none", "none"),
         "rollout.prune.frames": (rollout.preview_frames, None),
+        "distributed.sequence_parallel": (config.distributed.sequence_parallel, 1),
+        "processes.split_guidance": (config.processes.split_guidance, False),
     }
 
 

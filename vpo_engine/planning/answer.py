@@ -14,9 +14,13 @@ from vpo_engine.models.registry import model_family
 from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.fit import fitting_changes, most_frames
 from vpo_engine.planning.gpus import GIB, Gpu
+from vpo_engine.planning.links import Cluster
 from vpo_engine.planning.planner import granted, plan_run
 from vpo_engine.planning.presets import resolve_presets
 from vpo_engine.planning.report import as_json, whole
+from vpo_engine.planning.scaling_report import as_json as comparison_as_json
+from vpo_engine.planning.scaling_report import comparison
+from vpo_engine.planning.strategies import compare
 
 
 def print_plan(config: Config, gpu: Gpu | None, *, frames: bool, machine: bool) -> None:
@@ -43,6 +47,16 @@ def print_plan(config: Config, gpu: Gpu | None, *, frames: bool, machine: bool) 
         )
         for resolution, count in frames_that_fit(config, gpu):
             print(_clip_line(resolution, count, config.model.fps), flush=True)
+
+
+def print_comparison(config: Config, gpu: Gpu, cluster: Cluster, *, machine: bool) -> None:
+    """Print the ways to divide a run among the GPUs of ``cluster``, each a ``gpu``. machine: print JSON."""
+    config, presets = resolve_presets(config, lambda changed: plan_run(changed, gpu).fits)
+    rows, refused = compare(config, gpu, cluster)
+    if machine:
+        print(json.dumps(comparison_as_json(cluster, rows, refused) | {"gpu": gpu.name}, indent=1))
+        return
+    print(*filter(None, [presets, comparison(cluster, rows, refused)]), sep="\n", flush=True)
 
 
 def _clip_line(resolution: str, frames: int, fps: int) -> str:

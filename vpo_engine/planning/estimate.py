@@ -24,6 +24,12 @@ is an estimate for runs whose shapes do not change from step to step."""
 MATRIX_EFFICIENCY, TRAFFIC_EFFICIENCY = 0.75, 0.8
 """Estimated shares of the measured rate of matrix products, and of the bandwidth, that a whole network reaches."""
 
+BUCKET = 128 * 2**20
+"""Bytes of gradients that data parallelism averages at once (vpo_engine/distributed/processes.py)."""
+
+LIVE = 10**9
+"""Weights that ZeRO's stage 3 keeps whole at once: DeepSpeed's default of stage3_max_live_parameters."""
+
 COMPUTED = ("activations", "workspace")
 """Categories of memory that operators allocate."""
 
@@ -90,10 +96,7 @@ def estimate(
 ) -> Plan:
     """Return the plan of a traced step on ``gpu``; None is the CPU, which has no context of its own."""
     phases = tuple(_phase(config, trace, name, gpu, processes) for name in PHASES if name in trace.names)
-    notes = tuple(trace.notes)
-    if config.distributed.engine == "deepspeed":
-        notes += ("of DeepSpeed what ZeRO divides is planned, and not the buffers of its exchanges",)
-    return Plan(phases, limit, limited_by, gpu, notes)
+    return Plan(phases, limit, limited_by, gpu, tuple(trace.notes))
 
 
 def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None, processes: int) -> PhasePlan:
@@ -107,6 +110,8 @@ def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None, proc
     found = trace.peak(name, left_out)
     if config.distributed.engine == "deepspeed":
         found = _divided(config, found, name, gpu is not None, processes)
+    elif processes > 1 and name == "optimizer":
+        found = found | {"exchange": min(BUCKET, found.get("gradients", 0))}
     if name == "rollout" and config.rollout.overlap and gpu is not None:
         found = _with_scoring(found, trace, left_out)
     allowance = 0 if gpu is None else CONTEXT + int(FRAGMENTATION * sum(found.values()))
@@ -121,9 +126,15 @@ def _divided(config: Config, found: Peak, name: PhaseName, on_gpu: bool, process
     """Return a phase's peak in one of ``processes`` processes among which DeepSpeed's ZeRO divides a run.
 
     From stage 1 on there is a float32 copy of the trained weights beside float32 weights, divided as the moments are.
+    Gradients are exchanged through two buckets, gathered weights through one. With stage 3 a process keeps up to
+    stage3_max_live_parameters weights whole during the update, beside its part.
     """
     zero = resolve(config, processes)["zero_optimization"]
     offloads, found = zero["offload_optimizer"]["device"] == "cpu" and on_gpu, dict(found)
+    whole_weights = found.get("weights", 0)
+    if processes > 1 and name in ("update", "optimizer"):
+        buckets = 2 * zero["reduce_bucket_size"] if name == "update" else zero["allgather_bucket_size"]
+        found["exchange"] = min(4 * buckets, 2 * found.get("gradients", 0))
     if zero["stage"] >= 1 and "optimizer" in found:
         copies = (
             found.get("weights", 0) if config.memory.weights == "float32" and config.model.lora is None else 0
@@ -134,6 +145,10 @@ def _divided(config: Config, found: Peak, name: PhaseName, on_gpu: bool, process
     whole = name in ("rollout", "decode", "reward")
     if zero["stage"] == 3 and "weights" in found and not whole and config.model.lora is None:
         found["weights"] //= processes
+        if processes > 1 and name == "update":
+            width = 4 if config.memory.weights == "float32" else 2
+            live = zero.get("stage3_max_live_parameters", LIVE)
+            found["weights"] += min(whole_weights, width * live)
     return found
 
 

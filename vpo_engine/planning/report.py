@@ -21,7 +21,7 @@ _COLUMNS = {
     "reference": ("reference",),
     "VAE, reward": ("vae", "reward", "judge", "text encoder"),
     "activations": ("activations", "workspace"),
-    "other": ("other",),
+    "other": ("other", "exchange", "sampling copy"),
     "allowance": ("allowance",),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpo_engine.config import Config
+from vpo_engine.distributed.sequence import planned
 from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.offload import OffloadedInputs, PlainCopies
 from vpo_engine.memory.optimizer import PolicyOptimizer
@@ -117,14 +118,19 @@ class _Tracing:
 
     def __init__(self, config: Config, on_gpu: bool, processes: int, depth: int | None) -> None:
         self._config, self._on_gpu = config, on_gpu
-        team = config.processes.per_prompt
-        self._team = 1 if processes % team else team
-        self._pairs = max(1, config.pairs_per_step * self._team // processes)
+        team, sequence = config.processes.per_prompt, config.distributed.sequence_parallel
+        whole = processes % (team * sequence) == 0
+        self._team, self._sequence, self._sharers = (
+            (team, sequence, config.processes.sharers) if whole else (1, 1, 1)
+        )
+        self._pairs = max(1, config.pairs_per_step * self._team * self._sequence // processes)
         assumed = Assumed()
         blueprint = blueprint_of(config, assumed, depth)
         self._model = blueprint.model
         if config.model.lora is not None:
             prepare_policy(self._model.network, config, self._model.card, self._model.dtype)
+        if self._sequence > 1:
+            self._model.share_sequence(planned(self._sequence))
         network = build_reward_network(config, assumed)
         self._reward = None if network is None else PlannedVideoScore(network, config.reward)
         self._bare = bare_weights(config, assumed)
@@ -206,7 +212,7 @@ class _Tracing:
         self._method = None
         if config.card.reward_gradient:
             score = None if self._reward is None else partial(self._reward.score_frames, tracker)
-            self._method = planned_method(config, self._model, score)
+            self._method = planned_method(config, self._model, score, self._reference)
         self._optimizer = self._build_optimizer(trained)
         with tracker.making("optimizer"):
             self._optimizer.begin(config.optimizer.lr)
@@ -279,16 +285,19 @@ class _Tracing:
         network = self._reference if config.source == "reference" else self._model.network
         assert network is not None
         first, explored = config.first_pass, config.explore is not None
-        settings = SamplerSettings(config.steps, config.guidance, config.guidance_interval, config.cache)
+        split = _FirstHalf() if self._sharers < self._team else None
+        settings = SamplerSettings(
+            config.steps, config.guidance, config.guidance_interval, config.cache, split=split
+        )
         cheap = SamplerSettings(
-            first.steps or config.steps, config.guidance, first.guidance_interval, first.cache
+            first.steps or config.steps, config.guidance, first.guidance_interval, first.cache, split=split
         )
         parts = [(cheap, 0, None if explored else config.prune_step, config.candidates)]
         if config.keep is not None:
             parts.append((settings, 0 if explored else config.prune_step or 0, None, config.keep))
         self._tracker.answer = lambda: 0.0
         for settings, first_step, stop, candidates in parts:
-            everything = Batch(range(self._pairs), range(candidates // self._team))
+            everything = Batch(range(self._pairs), range(candidates // self._sharers))
             group = everything.split(config.batch_limit)[0]
             row_text = text[group.index[0]]
             state = self._reached(latents[: len(group)], settings.steps, first_step)
@@ -307,9 +316,10 @@ class _Tracing:
     def _score(self, latents: Tensor) -> None:
         """Decode and score one group. With rollout.prune.frames the reward's time is that of whole videos even so."""
         rollout = self._config.rollout
-        mine = len(latents) // self._team
+        sharers = self._sharers * self._sequence
+        mine = -(-len(latents) // sharers)
         rows = min(rollout.batch_limit or mine, mine)
-        finished = self._pairs * (rollout.keep or 0) // self._team
+        finished = -(-self._pairs * (rollout.keep or 0) // sharers)
         scored, whole = mine + finished, mine + finished
         if rollout.preview_frames is not None:
             whole, (length, _) = finished, self._model.prefix(rollout.preview_frames)
@@ -382,6 +392,15 @@ class _Tracing:
         every = config.refresh_every
         with self._phase("refresh", updates / every if every else 0.0):
             self._reference.refresh(self._model.network)
+
+
+class _FirstHalf:
+    """The process that computes the first half of guided passes, with a second half that takes no time."""
+
+    half = 0
+
+    def exchange(self, prediction: Tensor) -> Tensor:
+        return torch.cat([prediction, prediction])
 
 
 @contextmanager

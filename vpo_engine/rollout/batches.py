@@ -53,10 +53,14 @@ class Batches:
     call ``run`` at the same time.
     """
 
-    def __init__(self, size: int | None, say: Callable[[str], None] = print) -> None:
-        """Set the limit; None computes all candidates of a step at once. ``say`` is told when the size is halved."""
+    def __init__(self, size: int | None, say: Callable[[str], None] = print, *, halved: bool = True) -> None:
+        """Set the limit; None computes all candidates of a step at once. ``say`` is told when the size is halved.
+
+        ``halved``: whether a batch that does not fit is computed again in halves, which processes that compute it
+        together cannot do: the others do not know of it.
+        """
         self.size = size
-        self._say = say
+        self._say, self._may_halve = say, halved
         self._halved = False
         self._lock = threading.Lock()
 
@@ -86,9 +90,10 @@ class Batches:
                 del result
 
     def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
-        if self._halved or size == 1:
+        if self._halved or size == 1 or not self._may_halve:
             raise torch.OutOfMemoryError(
-                f"a batch of {size} candidates does not fit in the memory of the device either; set "
+                f"a batch of {size} candidates does not fit in the memory of the device"
+                f"{' either' if self._halved else ''}; set "
                 f"rollout.batch_size to {max(1, size // 2)}, or let "
                 f"the model share the device less (memory.offload_idle=true): {error}"
             ) from error

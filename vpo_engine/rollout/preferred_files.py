@@ -31,7 +31,8 @@ class FilePairs:
 
     def __init__(self, path: Path) -> None:
         """Read the file; for its errors see ``PreferenceFile``."""
-        self.rows = PreferenceFile(path)
+        self.rows: Sequence[PreferredFiles] = PreferenceFile(path)
+        self.path = path
         self._kept: dict[Path, Path] = {}
 
     def take(self, cursor: int, count: int) -> list[PromptItem]:
@@ -61,7 +62,7 @@ class FilePairs:
             missing = [path for path in videos if not self._kept[path].is_file()]
             if missing and processes.first:
                 say(
-                    f"encoding {len(missing)} of {len(videos)} videos of {self.rows.path}; they are kept in {folder}"
+                    f"encoding {len(missing)} of {len(videos)} videos of {self.path}; they are kept in {folder}"
                 )
             folder.mkdir(parents=True, exist_ok=True)
             for path in missing[processes.rank :: processes.count]:

@@ -58,23 +58,25 @@ class CandidateSampler:
         ``prepare``: is called before every rollout. ``start``: the model's method. ``denoise``: a ``Denoiser``.
         ``overlapped`` and ``score``: of a ``VideoScorer``. All may be wrapped, to be timed for example.
         ``extremes``: the selector's method.
-        ``team``: the processes that share the candidates of every prompt; each samples and scores an equal part.
+        ``team``: the processes that share the candidates of every prompt; each of its ``sharers`` samples and scores
+        an equal part.
         ``preview_latents``: the number of latent frames of a preview that are scored, the first ones; None: all.
         """
         self._config, self._seed, self._shape = config, seed, tuple(latent_shape)
         self._prepare, self._start, self._denoise = prepare, start, denoise
         self._overlapped, self._score = overlapped, score
         self._extremes, self._team = extremes, team
-        first = config.first_pass
+        first, split = config.first_pass, team.couple
         cheap = SamplerSettings(
             first.steps or config.steps,
             config.guidance,
             first.guidance_interval,
             first.cache,
-            compile=config.compile,
+            config.compile,
+            split,
         )
         exact = SamplerSettings(
-            config.steps, config.guidance, config.guidance_interval, config.cache, compile=config.compile
+            config.steps, config.guidance, config.guidance_interval, config.cache, config.compile, split
         )
         if config.explore is not None:
             self._first, self._second = Pass(networks[0], cheap), Pass(networks[1], exact)
@@ -130,10 +132,11 @@ class CandidateSampler:
         self, run: Pass, state: SamplerState, prompts: Sequence[Prompt]
     ) -> tuple[SamplerState, Scores]:
         """Let each process of the team run an equal part of the candidates [P, N, ...]; return what all have made."""
-        mine = as_slice(self._team.rank_range(state.latents.shape[1]))
+        sharers = self._team.sharers
+        mine = as_slice(sharers.rank_range(state.latents.shape[1]))
         made, scores = self._run(run, state.map(lambda tensor: tensor[:, mine]), prompts)
-        return made.map(lambda tensor: self._team.gather(tensor, 1)), {
-            name: self._team.gather(value, 1) for name, value in scores.items()
+        return made.map(lambda tensor: sharers.gather(tensor, 1)), {
+            name: sharers.gather(value, 1) for name, value in scores.items()
         }
 
     def _run(self, run: Pass, state: SamplerState, prompts: Sequence[Prompt]) -> tuple[SamplerState, Scores]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from vpo_engine.config import MemoryConfig, ModelConfig
+from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.base import BaseModel
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout, write_public_index
@@ -94,6 +95,8 @@ class OpenSora(BaseModel):
                 "rollout.compile=blocks",
                 "rollout.compile=graphs",
                 "method=reward_gradient",
+                "distributed.sequence_parallel",
+                "processes.split_guidance",
             }
         ),
     )
@@ -239,13 +242,22 @@ class OpenSora(BaseModel):
         run = None
         if settings.compile == "blocks":
             run = self._compiled = self._compiled or CompiledBlocks(self.device)
-        captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, guidance)
-        reuse = Reuse(settings.cache, run)
+        split = settings.split
+        captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, guidance, split)
+        reuse = Reuse(settings.cache, run, self.network.sequence)
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
             with self._autocast():
                 velocity = velocity_of(
-                    network, z, self._rounded(t), captions, text.mask, guidance, reuse=reuse, **self._size()
+                    network,
+                    z,
+                    self._rounded(t),
+                    captions,
+                    text.mask,
+                    guidance,
+                    split,
+                    reuse=reuse,
+                    **self._size(),
                 )
             return velocity.float()
 
@@ -285,6 +297,14 @@ class OpenSora(BaseModel):
             memory.activation_checkpointing, memory.offload_activations, memory.mlp_chunks
         )
         self.decode_frames, self.decode_strip_height = memory.decode_frames, memory.decode_strip_height
+
+    def share_sequence(self, group: SequenceGroup) -> None:
+        _, frames, rows, columns = self.latent_shape
+        _, patch_rows, patch_columns = self.network.settings.patch_size
+        group.check(
+            latent_frames=frames, patches_of_a_frame=-(-rows // patch_rows) * -(-columns // patch_columns)
+        )
+        self.network.sequence = group
 
     def choose_backends(self, settings: ModelConfig) -> str:
         return str(self.network.choose_backends(settings.attention, settings.fused_ops, dtype=self.dtype))

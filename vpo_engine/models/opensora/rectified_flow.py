@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vpo_engine.model_values import SplitGuidance
 from vpo_engine.models.guidance import mixed
 from vpo_engine.models.solvers import EulerFlow
 
@@ -126,13 +127,18 @@ def null_captions(text: Tensor, null_embedding: Tensor) -> Tensor:
     return null_embedding[:length].to(text.dtype).expand_as(text)
 
 
-def caption_states(text: Tensor, null_embedding: Tensor, guidance: float) -> Tensor:
+def caption_states(
+    text: Tensor, null_embedding: Tensor, guidance: float, split: SplitGuidance | None = None
+) -> Tensor:
     """Return the network's y of a guided prediction, [P or 2 P, 1, L, D].
 
-    It holds text [P, L, D] and, unless guidance is 1, as many null captions after it; see ``null_captions``.
+    It holds text [P, L, D] and, unless guidance is 1, as many null captions after it; see ``null_captions``. split: one
+    of the two only, of the half that this process computes.
     """
     if guidance == 1.0:
         return text[:, None]
+    if split is not None:
+        return (null_captions(text, null_embedding) if split.half else text)[:, None]
     return torch.cat([text, null_captions(text, null_embedding)])[:, None]
 
 
@@ -164,12 +170,16 @@ def velocity_of(
     captions: Tensor,
     text_mask: Tensor | None,
     guidance: float,
+    split: SplitGuidance | None = None,
     **named: Any,
 ) -> Tensor:
     """Return the ``guided_velocity`` from ``caption_states``, which a sampling loop makes once."""
     channels = z.shape[1]
     if guidance == 1.0:
         return network(z, t, captions, text_mask, **named)[:, :channels]
-    out = network(torch.cat([z, z]), torch.cat([t, t]), captions, text_mask, **named)
-    prompted, unprompted = out[:, :channels].chunk(2)
+    if split is None:
+        whole = network(torch.cat([z, z]), torch.cat([t, t]), captions, text_mask, **named)[:, :channels]
+    else:
+        whole = split.exchange(network(z, t, captions, text_mask, **named)[:, :channels])
+    prompted, unprompted = whole.chunk(2)
     return mixed(prompted, unprompted, guidance)

@@ -1,0 +1,234 @@
+"""The comparison of ways to divide a run among GPUs: memory, bytes, times, refusals, and what is recommended."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from vpo_engine import plan
+from vpo_engine.config_file import load_config
+from vpo_engine.distributed.traffic import Transfer
+from vpo_engine.planning import strategies
+from vpo_engine.planning.estimate import PhasePlan, Plan
+from vpo_engine.planning.gpus import GIB, GPUS
+from vpo_engine.planning.links import EFFICIENCY, Cluster, make_cluster
+from vpo_engine.planning.scaling_report import comparison, started
+from vpo_engine.planning.strategies import Refused, Row, Strategy, compare, divided, recommended
+
+A100 = GPUS["a100-80g"]
+
+
+def cluster(gpus: int, nodes: int = 1) -> Cluster:
+    return make_cluster(gpus, nodes, "a100-80g", None, None)
+
+
+def row(
+    name: str, gib: float, seconds: float | None, engine: str = "data_parallel", limit: float = 80.0
+) -> Row:
+    phase = PhasePlan("update", {"weights": int(gib * GIB)}, 0, 0.0, seconds)
+    config = load_config(None, [f"distributed.engine={engine}"])
+    planned = Plan((phase,), int(limit * GIB), "a test", A100, ())
+    return Row(Strategy(name, {}), config, 8, planned, (), {})
+
+
+class TestRecommendation:
+    def test_the_fastest_of_those_that_fit_is_taken(self) -> None:
+        rows = [row("whole", 90, 1.0), row("zero", 40, 3.0, "deepspeed"), row("other", 60, 2.0, "deepspeed")]
+        chosen, why = recommended(rows)
+        assert chosen is rows[2]
+        assert why == "it fits and is the fastest; where every process holds everything, nothing fits"
+
+    def test_of_equally_fast_ones_the_simplest_is_taken(self) -> None:
+        rows = [row("whole", 60, 1.015), row("zero", 40, 1.0, "deepspeed")]
+        chosen, why = recommended(rows)
+        assert chosen is rows[0]
+        assert "none is faster by more than 2%" in why
+        assert recommended([row("whole", 60, 1.03), rows[1]])[0] is rows[1]
+
+    def test_where_nothing_fits_the_one_that_takes_least_is_named(self) -> None:
+        chosen, why = recommended([row("whole", 90, 1.0), row("zero", 85, 3.0)])
+        assert chosen is None
+        assert "the least memory takes zero (85.0 GiB in update)" in why
+
+    def test_without_rates_the_simplest_that_fits_is_taken(self) -> None:
+        rows = [row("whole", 90, None), row("zero", 40, None)]
+        assert recommended(rows)[0] is rows[1]
+
+
+@pytest.fixture(scope="module")
+def sprites() -> list[Row]:
+    """Every strategy of the sprites world, with four candidates, on four GPUs."""
+    config = load_config(None, ["rollout.guidance=4", "rollout.batch_size=1", "processes.per_prompt=2"])
+    rows, refused = compare(config, A100, cluster(4))
+    assert [one.strategy.name for one in refused] == [
+        "data parallel, candidates over 4, guidance over 2",
+        "data parallel, own prompts, a GPU for the reward",
+    ][1:]
+    return rows
+
+
+def of(rows: list[Row], name: str) -> Row:
+    return next(row for row in rows if row.strategy.name == name)
+
+
+def category(row: Row, name: str, phase: str = "update") -> int:
+    return next(one for one in row.plan.phases if one.name == phase).bytes.get(name, 0)
+
+
+@pytest.mark.long
+class TestComparison:
+    def test_each_stage_divides_what_it_says(self, sprites: list[Row]) -> None:
+        whole = of(sprites, "data parallel, own prompts")
+        zero = [of(sprites, f"ZeRO {stage}, own prompts") for stage in (1, 2, 3)]
+        weights, optimizer = category(whole, "weights"), category(whole, "optimizer")
+        for one in zero:  # moments, and the float32 copy of float32 weights
+            assert category(one, "optimizer") == (optimizer + weights) // 4
+        gradients = category(whole, "gradients")
+        assert [category(one, "gradients") for one in zero] == [gradients, gradients // 4, gradients // 4]
+        assert category(zero[2], "weights") == weights // 4 + weights, "up to 1e9 weights are whole at once"
+        assert category(zero[2], "weights", "rollout") == weights
+        offload = of(sprites, "ZeRO 2 with offload, own prompts")
+        assert category(offload, "optimizer") == 0
+        assert offload.waits["host"] > 0
+
+    def test_processes_that_share_candidates_compute_as_much_and_send_more(self, sprites: list[Row]) -> None:
+        whole, team = (of(sprites, f"data parallel, {name}") for name in ("own prompts", "candidates over 2"))
+        assert team.computing == pytest.approx(whole.computing, rel=0.05)
+        assert team.sent > whole.sent
+        assert {transfer.purpose for transfer in team.sends} == {"gradients", "candidates"}
+        assert whole.seconds == pytest.approx((whole.computing or 0) + sum(whole.waits.values()))
+
+    def test_the_optimizer_of_a_divided_run_steps_its_part(self, sprites: list[Row]) -> None:
+        whole, zero = (of(sprites, name) for name in ("data parallel, own prompts", "ZeRO 2, own prompts"))
+        phase = next(one for one in whole.plan.phases if one.name == "optimizer")
+        assert whole.computing is not None
+        assert zero.computing == pytest.approx(whole.computing - 0.75 * (phase.seconds or 0), rel=1e-6)
+
+
+class TestStrategies:
+    def test_the_simplest_is_first_and_zero_comes_with_the_smallest_teams_that_work(self) -> None:
+        config = load_config(None, ["pairs_per_step=8", "rollout.guidance=4"])
+        names = [one.name for one in strategies.strategies(config, 16)]
+        assert names[:4] == [
+            "data parallel, own prompts",
+            "data parallel, candidates over 2",
+            "data parallel, candidates over 4",
+            "data parallel, candidates over 4, guidance over 2",
+        ]
+        assert "ZeRO 2, candidates over 2" in names
+
+    def test_guidance_is_split_where_candidates_are_too_few_for_all_gpus(self) -> None:
+        config = load_config(None, ["pairs_per_step=8", "rollout.guidance=4"])
+        found = {}
+        for one in strategies.strategies(config, 64):
+            try:
+                found[one.name] = divided(config, one.settings, 64)
+            except ValueError as error:
+                found[one.name] = str(error)
+        assert (
+            "pairs_per_step=8 cannot be shared equally by 64 processes" in found["data parallel, own prompts"]
+        )
+        split = found["data parallel, candidates over 4, guidance over 2"]
+        assert (split.processes.per_prompt, split.processes.split_guidance) == (8, True)
+        zero = found["ZeRO 1, candidates over 4, guidance over 2"]
+        assert (zero.processes.per_prompt, zero.distributed.zero_stage) == (8, 1)
+
+    def test_without_guidance_there_is_nothing_to_split(self) -> None:
+        names = [one.name for one in strategies.strategies(load_config(None), 64)]
+        assert not [name for name in names if "guidance" in name]
+
+    def test_settings_of_the_configuration_that_divide_it_give_way(self) -> None:
+        config = load_config(None, ["distributed.engine=deepspeed", "distributed.zero_stage=3"])
+        changed = divided(config, {}, 2)
+        assert (changed.distributed.engine, changed.distributed.zero_stage) == ("data_parallel", None)
+
+    def test_what_a_setting_excludes_is_left_out_with_the_reason(self) -> None:
+        config = load_config(None, ["memory.offload_idle=true"])
+        with pytest.raises(
+            ValueError, match=r"^distributed.engine=deepspeed excludes memory.offload_idle=true: "
+        ):
+            divided(config, {"distributed.engine": "deepspeed"}, 2)
+        with pytest.raises(ValueError, match=r"the reward model would have the only GPU"):
+            divided(config, {"processes.reward": True}, 1)
+
+
+class TestLinks:
+    def test_a_group_within_a_machine_uses_its_links_and_others_the_slowest(self) -> None:
+        machines = make_cluster(8, 2, "a100-80g", "nvlink3", "1x-hdr")
+        assert machines.rate(2) == machines.rate(8) == EFFICIENCY * 300e9
+        assert machines.rate(16) == EFFICIENCY * 25e9
+        assert machines.rate(3) == EFFICIENCY * 25e9, "some group of three is on both machines"
+        assert machines.seconds(Transfer("gradients", 20e9, 16)) == pytest.approx(1.0)
+
+    def test_machines_have_the_links_that_are_usual_for_their_gpus(self) -> None:
+        usual = [make_cluster(8, 2, name, None, None) for name in ("a100-80g", "h200", "rtx4090")]
+        assert [(one.within.name, one.between.name) for one in usual] == [
+            ("nvlink3", "8x-hdr"),
+            ("nvlink4", "8x-ndr"),
+            ("pcie4", "100gbe"),
+        ]
+
+    def test_the_process_of_the_reward_model_receives_all_videos(self) -> None:
+        machines = cluster(4)
+        assert machines.seconds(Transfer("videos", 1e9, 4)) == pytest.approx(3.0)
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("words", "text"),
+        [
+            (["--gpus", "0"], "--gpus 0 must be at least 1"),
+            (["--gpus", "8", "--nodes", "0"], "--nodes 0 must be at least 1"),
+            (["--nodes", "2"], "--nodes 2 describes several GPUs; give the GPUs of each machine as --gpus"),
+            (["--gpus", "8", "--link", "nvlink9"], "--link nvlink9 is not known; did you mean nvlink"),
+            (
+                ["--gpus", "8", "--network", "modem"],
+                "--network modem is not known; it must be one of: 8x-hdr",
+            ),
+        ],
+    )
+    def test_what_makes_no_sense_is_one_line(
+        self, words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert plan.main(words) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert text in line
+
+    def test_a_strategy_that_does_not_fit_is_marked_and_the_command_is_given(self) -> None:
+        machines = cluster(8, 2)
+        rows = [row("whole", 90, 1.0), replace(row("zero", 40, 3.0, "deepspeed"))]
+        settings = {"distributed.engine": "deepspeed", "distributed.offload_optimizer": True}
+        rows[1] = replace(rows[1], strategy=Strategy("zero", settings))
+        refused = [Refused(Strategy(name, {}), "because") for name in ("one", "two")]
+        said = comparison(machines, rows, refused)
+        lines = said.splitlines()
+        assert lines[0] == "16 GPUs (2 machines of 8; nvlink3 within, 8x-hdr between them)"
+        assert "NO" in next(line for line in lines if line.startswith("whole"))
+        assert "yes" in next(line for line in lines if line.startswith("zero"))
+        assert "left out: one; two: because" in lines
+        assert "a model, not a measurement" in said
+        assert started(rows[1], machines) == (
+            "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-id=mine --rdzv-endpoint=FIRST_MACHINE:29500 "
+            "--nproc-per-node=8 -m vpo_engine.train CONFIG distributed.engine=deepspeed "
+            "distributed.offload_optimizer=true"
+        )
+
+    @pytest.mark.long
+    def test_the_command_compares_for_people_and_for_machines(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["--gpus", "2", "--gpu", "a100-80g", "rollout.batch_size=1"]
+        assert plan.main([*words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["recommended"] == "data parallel, own prompts"
+        assert found["gpu"] == "a100-80g"
+        names = [one["name"] for one in found["strategies"]]
+        assert names[0] == "data parallel, own prompts"
+        assert all(one["fits"] for one in found["strategies"])
+        assert plan.main(words) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("2 GPUs (one machine of 2; nvlink3 within)\n")
+        assert all(name in said for name in names)
+        assert "recommended: data parallel, own prompts: " in said

@@ -1,0 +1,101 @@
+"""What a configured run exchanges in a step, for the formulas of ``distributed/traffic.py``; no weights are needed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vpo_engine.config import Config
+from vpo_engine.distributed.deepspeed_settings import resolve
+from vpo_engine.distributed.traffic import Division, Exchanged
+from vpo_engine.models.policy import prepare_policy
+from vpo_engine.planning.parts import Assumed, blueprint_of
+from vpo_engine.protocols import SamplerSettings
+from vpo_engine.rewards.registry import reward_card
+from vpo_engine.video_model import VideoModel, repeating_blocks
+
+PERSISTENT = 100_000
+"""Elements below which stage 3 keeps a parameter whole: DeepSpeed's default of stage3_param_persistence_threshold."""
+
+
+def exchanged(config: Config) -> Exchanged:
+    """Return the sizes of what a step exchanges. Raise ValueError for a family that cannot be planned."""
+    model = blueprint_of(config, Assumed()).model
+    if config.model.lora is not None:
+        prepare_policy(model.network, config, model.card, model.dtype)
+    trained = {id(p): p.numel() for p in model.network.parameters() if p.requires_grad}
+    blocks = repeating_blocks(model.network).values()
+    in_blocks = {id(p) for block in blocks for p in block.parameters() if p.requires_grad}
+    again = config.memory.activation_checkpointing != "none"
+    weights = config.optimizer_memory.weights
+    rollout, updates = config.rollout, config.objective.updates_per_rollout
+    every = config.reference.refresh_every
+    smallest = _persistent(config)
+    return Exchanged(
+        trained=sum(trained.values()),
+        weight_bytes=4 if weights == "float32" else 2,
+        whole=sum(numel for numel in trained.values() if numel < smallest),
+        recomputed=sum(trained[key] for key in in_blocks) / sum(trained.values()) if again else 0.0,
+        states=3 if weights == "fp32_master" else 2,
+        updates=updates,
+        refreshes=updates / every if every else 0.0,
+        sequential=config.memory.sequential,
+        latents=4 * math.prod(model.latent_shape),
+        video=3 * math.prod(model.video_size or (0,)),
+        tensors=2 + _memory(model, rollout.steps),
+        scores=4 * len(reward_card(config.reward.kind).dimensions),
+        sampled=0 if rollout.source == "dataset" else rollout.candidates + (rollout.keep or 0),
+        guided=_guided(config, model),
+    )
+
+
+def division(config: Config, processes: int) -> Division:
+    """Return how the work of a step is divided among the processes that train."""
+    team, draws = config.processes.per_prompt, config.objective.timesteps_per_pair
+    prompts = max(1, config.pairs_per_step * team // processes)
+    samples = -(-prompts * draws // team)
+    deepspeed = config.distributed.engine == "deepspeed"
+    return Division(
+        ranks=processes,
+        stage=resolve(config, processes)["zero_optimization"]["stage"] if deepspeed else None,
+        team=team,
+        split=config.processes.split_guidance,
+        prompts=prompts,
+        micro_batches=-(-samples // (config.objective.micro_batch_size or samples)),
+        reward=config.processes.reward,
+    )
+
+
+def _persistent(config: Config) -> int:
+    if config.distributed.engine != "deepspeed":
+        return PERSISTENT
+    given = resolve(config, 1)["zero_optimization"]
+    return int(given.get("stage3_param_persistence_threshold", PERSISTENT))
+
+
+def _memory(model: VideoModel, steps: int) -> int:
+    """Return how many tensors a solver remembers after its last step."""
+    solver, memory, latents = model.solver(steps), tuple[torch.Tensor, ...](), torch.zeros(1)
+    for step in range(steps):
+        latents, memory = solver.advance(step, latents, latents, memory)
+    return len(memory)
+
+
+def _guided(config: Config, model: VideoModel) -> int:
+    """Return how many guided predictions the candidates of a prompt take, in all passes of sampling."""
+    rollout, first = config.rollout, config.rollout.first_pass
+    if rollout.source == "dataset" or rollout.guidance == 1.0:
+        return 0
+    cheap = SamplerSettings(first.steps or rollout.steps, rollout.guidance, first.guidance_interval)
+    exact = SamplerSettings(rollout.steps, rollout.guidance, rollout.guidance_interval)
+    stop = cheap.steps if rollout.prune is None else rollout.prune_step
+    passes = [(cheap, 0, stop, rollout.candidates)]
+    if rollout.keep is not None:
+        start = rollout.prune_step if rollout.prune is not None else 0
+        passes.append((exact, start, exact.steps, rollout.keep))
+    return sum(
+        candidates * settings.guided_at(model.solver(settings.steps).noise_level(step))
+        for settings, start, stop, candidates in passes
+        for step in range(start, stop)
+    )
