@@ -342,11 +342,6 @@ class VideoModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents [B, C, T, H, W] into videos, uint8 [B, F, height, width, 3], without gradients."""
 
-    def encode(self, videos: Tensor) -> Tensor:
-        """Turn videos, uint8 [B, F, height, width, 3] of the size that ``decode`` makes, into latents [B, C, T, H, W],
-        float32, the mean of what the VAE makes of them, without gradients. Raise ValueError if the family does not."""
-        raise ValueError(f"{self.card.name} does not encode videos; give their latents")
-
     def decode_pixels(self, latents: Tensor, frames: Sequence[int] | None = None) -> Tensor:
         """Turn latents [B, C, T, H, W] into pixels, float32 [B, F, 3, height, width] in 0..1, with gradients.
 
