@@ -22,6 +22,8 @@ def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> 
     the run is compared with it.
     """
     config = algorithm.config
+    if algorithm.average is not None:
+        algorithm.average.collect()
     return {
         "tensors": {
             "reference": algorithm.reference.state_dict(),
@@ -57,7 +59,7 @@ def restore(
     algorithm.refreshed_at = state["refreshed_at"]
     if algorithm.average is not None:
         assert average is not None
-        with algorithm.average.in_place():
+        with algorithm.average.loaded():
             algorithm.model.load_policy(average)
         algorithm.average.updates = algorithm.optimizer_steps
     return state["step"], dict(tensors["baseline"])
