@@ -16,7 +16,8 @@ from vpo_engine.memory.ema import effective_decay
 class Divided(Protocol):
     """What the average needs of an optimizer that divides the weights."""
 
-    parameters: Sequence[nn.Parameter]
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]: ...
 
     @property
     def is_first(self) -> bool:
