@@ -3,6 +3,7 @@
 from mutations import (
     adapters,
     flow,
+    methods,
     models,
     parts,
     prompts,
@@ -30,4 +31,5 @@ MUTATIONS = [
     *adapters.MUTATIONS,
     *flow.MUTATIONS,
     *survival.MUTATIONS,
+    *methods.MUTATIONS,
 ]

@@ -52,7 +52,7 @@ class CandidateSampler:
         extremes: Extremes,
         team: Processes,
         preview_latents: int | None = None,
-        share: Callable[[Processes], AbstractContextManager[None]] = nullcontext,
+        share: Callable[[Processes], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """``networks``: the networks that predict in the first pass, and in the second if there is one.
 
