@@ -52,9 +52,9 @@ MUTATIONS = [
     ("those that wait are blamed", WATCHDOG, "if not now.waiting:", "if True:", WATCHED),
     (
         "auto limits the first time",
-        WATCHDOG,
-        "None if longest is None else",
-        "1.0 if longest is None else",
+        "vpo_engine/distributed/watchdog.py",
+        "60 * FIRST_MINUTES if longest is None",
+        "60.0 if longest is None",
         WATCHED,
     ),
     (
@@ -65,7 +65,13 @@ MUTATIONS = [
         WATCHED,
     ),
     ("the start has a limit", WATCHDOG, "if stage == STARTING:", "if False:", WATCHED),
-    ("waiting counts as work", STAGES, "if not left.waiting:", "if True:", WATCHED),
+    (
+        "waiting counts as work",
+        "vpo_engine/distributed/stages.py",
+        "if not (now := self.now).waiting:",
+        "now = self.now\n        if True:",
+        WATCHED,
+    ),
     ("the dead are missed at once", BOARD, "now - since > _NOTICE", "True", WATCHED),
     ("who took leave is missed", BOARD, 'self._get(f"{_LEFT} {rank}") is None', "True", WATCHED),
     ("the word of a dead process counts", MEETING, "words[rank] == own", "True", MEETINGS),
