@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from vpo_engine.memory.rounding import hold_in_bfloat16
 
 ODD = "  A  caf&amp;eacute; <3,\n by the  “sea” â€” at night "
-"""A prompt with white space, an HTML entity escaped twice, and a dash in the wrong encoding. Beside a "<" ftfy leaves the
-entity to others."""
+"""A prompt with white space, an HTML entity escaped twice, and a dash in the wrong encoding. ftfy leaves the entity to
+others, because there is a "<"."""
 
 
 @pytest.fixture(scope="module")
