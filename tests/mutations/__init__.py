@@ -2,6 +2,7 @@
 
 from mutations import (
     adapters,
+    evaluation,
     flow,
     models,
     parts,
@@ -30,4 +31,5 @@ MUTATIONS = [
     *adapters.MUTATIONS,
     *flow.MUTATIONS,
     *survival.MUTATIONS,
+    *evaluation.MUTATIONS,
 ]
