@@ -96,12 +96,6 @@ MUTATIONS = [
         READ,
     ),
     (
-        "the prompt is no part of a record's key",
-        RECORDS,
-        'key = (row["sha256"], row["metric"], record.prompt)',
-        ("tests/evaluation/test_partial.py",),
-    ),
-    (
         "other noise for the baseline",
         GENERATE,
         "starting_noise(model, seed, number,",
