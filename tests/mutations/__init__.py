@@ -4,6 +4,7 @@ from mutations import (
     adapters,
     evaluation,
     flow,
+    methods,
     models,
     parts,
     prompts,
@@ -32,4 +33,5 @@ MUTATIONS = [
     *flow.MUTATIONS,
     *survival.MUTATIONS,
     *evaluation.MUTATIONS,
+    *methods.MUTATIONS,
 ]
