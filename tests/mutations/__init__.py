@@ -2,6 +2,7 @@
 
 from mutations import (
     adapters,
+    evaluation,
     flow,
     methods,
     models,
@@ -31,5 +32,6 @@ MUTATIONS = [
     *adapters.MUTATIONS,
     *flow.MUTATIONS,
     *survival.MUTATIONS,
+    *evaluation.MUTATIONS,
     *methods.MUTATIONS,
 ]
