@@ -3,6 +3,7 @@
 from mutations import (
     adapters,
     flow,
+    gradients,
     models,
     parts,
     prompts,
@@ -29,5 +30,6 @@ MUTATIONS = [
     *starting.MUTATIONS,
     *adapters.MUTATIONS,
     *flow.MUTATIONS,
+    *gradients.MUTATIONS,
     *survival.MUTATIONS,
 ]
