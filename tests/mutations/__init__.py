@@ -4,6 +4,7 @@ from mutations import (
     adapters,
     flow,
     gradients,
+    methods,
     models,
     parts,
     prompts,
@@ -32,4 +33,5 @@ MUTATIONS = [
     *flow.MUTATIONS,
     *gradients.MUTATIONS,
     *survival.MUTATIONS,
+    *methods.MUTATIONS,
 ]

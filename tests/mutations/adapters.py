@@ -7,6 +7,7 @@ EMA = "vpo_engine/memory/ema.py"
 OPTIMIZER = "vpo_engine/memory/optimizer.py"
 NETWORK = "vpo_engine/reference/network.py"
 ALGORITHM = "vpo_engine/online_vpo.py"
+METHOD = "vpo_engine/method.py"
 STATE = "vpo_engine/run_state.py"
 TRAINER = "vpo_engine/trainer.py"
 CONFIG = "vpo_engine/config/run.py"
@@ -120,7 +121,7 @@ MUTATIONS = [
     ),
     (
         "the average is never updated",
-        ALGORITHM,
+        METHOD,
         "self.average.update()",
         "pass",
         EMA_RUNS,

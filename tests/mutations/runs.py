@@ -3,6 +3,7 @@
 from mutations.tests_of import DISK, EVALUATION, FAULTS, REPLAY, RESUME, TWO
 
 TRAINER = "vpo_engine/trainer.py"
+STEP = "vpo_engine/online_vpo.py"
 HELD_OUT = "vpo_engine/metrics/held_out.py"
 GUARDS = "vpo_engine/rewards/guards.py"
 COMBINE = "vpo_engine/rewards/combine.py"
@@ -151,14 +152,14 @@ MUTATIONS = [
     ("every member of a team records", TRAINER, "if not self._processes.team.first:", "if False:", TWO),
     (
         "steps without pairs never forgotten",
-        TRAINER,
-        'self._steps_without_pairs = 0 if result.metrics["pairs"] else self._steps_without_pairs + 1',
-        'self._steps_without_pairs += not result.metrics["pairs"]',
+        STEP,
+        'self._steps_without_pairs = 0 if metrics["pairs"] else self._steps_without_pairs + 1',
+        'self._steps_without_pairs += not metrics["pairs"]',
         FAULTS,
     ),
     (
         "one step without pairs too many",
-        TRAINER,
+        STEP,
         "self._steps_without_pairs >= _MOST_STEPS_WITHOUT_PAIRS",
         "self._steps_without_pairs > _MOST_STEPS_WITHOUT_PAIRS",
         FAULTS,

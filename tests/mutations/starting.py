@@ -10,6 +10,7 @@ YAML = "vpo_engine/config/yaml_values.py"
 CONFIG_FILE = "vpo_engine/config_file.py"
 EVALUATE = "vpo_engine/evaluate.py"
 STEP = "vpo_engine/online_vpo.py"
+METHOD = "vpo_engine/method.py"
 
 STOPS = ("tests/wiring/test_stopping.py",)
 STARTS = ("tests/runs/test_start.py",)
@@ -68,8 +69,8 @@ MUTATIONS = [
     ),
     (
         "a loss that is not finite is stepped by",
-        STEP,
-        'if not math.isfinite(metrics["loss"]):',
+        METHOD,
+        "if not math.isfinite(loss):",
         "if False:",
         (*STOPS, "tests/test_online_vpo.py"),
     ),

@@ -10,6 +10,7 @@ import gradient_toy
 import pytest
 import torch
 from gradient_toy import GradientReward, pixel_scores, pixels_of
+from safetensors.torch import save_file
 from toy import SHAPE, ToyNetwork, caption_of, sampling_times, velocity
 
 from vpo_engine import train as entry
@@ -21,11 +22,33 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.seeding import generator, normal
 
 REFL = ("method=refl", "refl.steps=5", "refl.last_steps=3", "refl.margin=3", "refl.scale=0.1")
-METHODS = {"refl": REFL}
+VIDEOS = "videos.csv"
+METHODS = {
+    "refl": REFL,
+    "vader": ("method=vader", "vader.steps=4", "vader.last_steps=2", "vader.guidance=1.5"),
+    "vader, random": ("method=vader", "vader.steps=4", "vader.random_steps=true"),
+    "instructvideo": ("method=instructvideo", "instructvideo.steps=5", "prompts.train=null"),
+    "t2v_turbo": ("method=t2v_turbo", "t2v_turbo.steps=8", "prompts.train=null"),
+}
+"""The methods with settings that make a run short; the last two start from given videos."""
 
 
 def make_config(folder: Path, *settings: str) -> Config:
-    return engine.make_config(folder, *gradient_toy.SETTINGS, *settings)
+    """The configuration of a run in ``folder``/run; methods that start from videos have three, as latents."""
+    method = settings[0].partition("=")[2]
+    given: tuple[str, ...] = ()
+    if method in ("instructvideo", "t2v_turbo"):
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = ["winner,loser,prompt"]
+        for number, prompt in enumerate(engine.PROMPTS[:3]):
+            names = [f"{number}_{kind}.safetensors" for kind in (0, 1)]
+            for kind, name in enumerate(names):
+                random = torch.Generator().manual_seed(2 * number + kind)
+                save_file({"latents": torch.randn(*SHAPE, generator=random)}, folder / name)
+            rows.append(f"{names[0]},{names[1]},{prompt}")
+        (folder / VIDEOS).write_text("\n".join(rows) + "\n")
+        given = (f"{method}.videos={folder / VIDEOS}",)
+    return engine.make_config(folder, *gradient_toy.SETTINGS, *settings, *given)
 
 
 def train(config: Config) -> engine.Recording:
@@ -85,7 +108,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, method: str) -> 
         assert saved.keys() == expected.keys()
         assert all(torch.equal(value, saved[name]) for name, value in expected.items())
         assert engine.metrics_of(again) == engine.metrics_of(run)
-    assert not (run / "checkpoints/step_00000005/reference.safetensors").exists()
+    reference = (run / "checkpoints/step_00000005/reference.safetensors").exists()
+    assert reference == load_config(run / "config.yaml").card.reference
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,7 +154,10 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path: Path, method: str) -> N
         (["refl.steps=3"], "refl has the settings of method=refl, but method=online_vpo runs"),
         (["method=vader", "refl.steps=3"], "refl has the settings of method=refl, but method=vader runs"),
         (["method=ppo"], "method=ppo must be one of online_vpo, offline_dpo, refl"),
-        (["method=refl", "reward.kind=brisque"], "reward.kind=brisque has none; set another reward.kind"),
+        (
+            ["method=refl", "reward.kind=videoscore2", "reward.path=.", "guards.reward=null"],
+            "reward.kind=videoscore2",
+        ),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_at_the_start(
