@@ -19,7 +19,7 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.seeding import generator, normal
+from vpo_engine.seeding import integer, normal
 
 REFL = ("method=refl", "refl.steps=5", "refl.last_steps=3", "refl.margin=3", "refl.scale=0.1")
 VIDEOS = "videos.csv"
@@ -68,7 +68,7 @@ def test_a_step_of_refl_is_the_formula(tmp_path: Path, guidance: float) -> None:
     model.prepare([prompt.text for prompt in prompts])
     captions = caption_of(model.embed([prompt.text for prompt in prompts]))
     x = torch.cat([normal((1, *SHAPE), config.seed, "rollout", place) for place in range(4)])
-    late = 2 + int(torch.randint(3, (), generator=generator(config.seed, "refl", 0)))
+    late = 2 + integer(3, config.seed, "refl", 0)
     times = sampling_times(5)
     for step in range(late):
         x = x + velocity(network, x, torch.full((4,), times[step]), captions, guidance).detach() / 5
