@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import engine
@@ -11,6 +12,8 @@ import pytest
 import torch
 from checks import CASES, check_lines, check_metrics, check_policies, check_rows, expected_of
 from process_group import run_in_group
+
+from vpo_engine.distributed.stopping import StopPoints
 
 
 def in_two(folder: Path) -> None:
@@ -69,6 +72,47 @@ def check_evaluation(case: str, size: int, run: Path, alone: Path) -> None:
     shown, expected = engine.held_out_gallery(run), engine.held_out_gallery(alone / "run")
     assert shown.prompts == expected.prompts
     assert (shown.before.int() - expected.before.int()).abs().max() <= 1
+
+
+def stopped(folder: Path, call: int) -> None:
+    """Train as a team of two. Before check number ``call`` of rank 1 it gets SIGTERM; note its checks from then on."""
+    check, rank, asked, later = StopPoints.check, os.environ["RANK"], [], []
+
+    def counted(points: StopPoints) -> None:
+        asked.append(points)
+        if len(asked) == call and rank == "1":
+            signal.raise_signal(signal.SIGTERM)
+        if len(asked) >= call:
+            later.append(points)
+        check(points)
+
+    StopPoints.check = counted  # type: ignore[method-assign]
+    config = engine.make_config(folder, *CASES[TEAM], "processes.per_prompt=2")
+    engine.train(config, exit_code=143 if call else 0)
+    (folder / f"checks of {rank}").write_text(f"{len(asked)} {len(later)}")
+
+
+TEAM = "draws split over a team"
+
+
+@pytest.mark.long
+def test_a_team_is_stopped_in_the_middle_of_a_rollout_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Who is asked leaves its share at once, and the other one when its own is done; then both give the step up."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run_in_group(tmp_path, 2, stopped, whole, 0)
+    asked, _ = map(int, (whole / "checks of 1").read_text().split())
+    run_in_group(tmp_path, 2, stopped, again, asked // 2)
+    (_, later), (all_of_0, _) = (map(int, (again / f"checks of {rank}").read_text().split()) for rank in "10")
+    assert later == 1, "the share was left where the signal came"
+    assert asked // 2 <= all_of_0 < asked // 2 + asked / 8, "the other one did not begin what would come next"
+    steps = [row["step"] for row in engine.metrics_of(again / "run")]
+    assert steps == list(range(1, len(steps) + 1))
+    run_in_group(tmp_path, 2, stopped, again, 0)
+    expected = engine.saved_tensors(whole / "run", 5)
+    found = engine.saved_tensors(again / "run", 5)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert engine.metrics_of(again / "run") == engine.metrics_of(whole / "run")
 
 
 def fingerprint(row: engine.Row | oracle.LossRow) -> tuple[float, ...]:

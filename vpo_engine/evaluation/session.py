@@ -61,7 +61,11 @@ class Plan:
 
     @property
     def videos(self) -> list[tuple[int, str, int]]:
-        return self.suite.videos(list(self.choice.cards))
+        return self.suite.videos(list(self.choice.cards.values()))
+
+    def covers(self, metric: str, prompt: str, index: int) -> bool:
+        """Return whether a metric looks at a video."""
+        return self.suite.covers(self.choice.cards[metric], prompt, index)
 
     def identity(self) -> dict[str, Any]:
         """Return what results in one folder must have in common.
@@ -130,7 +134,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any] | None:
             check_same_shape(*sides)
     metrics = measure(
         share,
-        lambda name, video: plan.suite.covers(name, *video.key),
+        lambda name, video: plan.covers(name, *video.key),
         plan.choice,
         records,
         processes.device,
@@ -146,7 +150,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any] | None:
         plan.choice,
         metrics,
         records,
-        plan.suite.covers,
+        plan.covers,
         _settings(plan, sides),
         plan.out.root,
     )

@@ -37,7 +37,7 @@ def exchanged(config: Config) -> Exchanged:
         weight_bytes=4 if weights == "float32" else 2,
         whole=sum(numel for numel in trained.values() if numel < smallest),
         recomputed=sum(trained[key] for key in in_blocks) / sum(trained.values()) if again else 0.0,
-        states=3 if weights == "fp32_master" else 2,
+        states=2 + (weights == "fp32_master") + (config.ema.decay is not None),
         updates=updates,
         refreshes=updates / every if every else 0.0,
         sequential=config.memory.sequential,
