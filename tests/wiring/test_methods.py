@@ -150,14 +150,12 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path: Path, method: str) -> N
             ["method=refl", "distributed.engine=deepspeed"],
             "method=refl excludes distributed.engine=deepspeed",
         ),
+        (["method=refl", "distributed.sequence_parallel=2"], "excludes distributed.sequence_parallel=2"),
         (["method=refl", "memory.step_in_backward=true"], "memory.step_in_backward=true has no meaning"),
         (["refl.steps=3"], "refl has the settings of method=refl, but method=online_vpo runs"),
         (["method=vader", "refl.steps=3"], "refl has the settings of method=refl, but method=vader runs"),
         (["method=ppo"], "method=ppo must be one of online_vpo, offline_dpo, refl"),
         (
-            ["method=refl", "reward.kind=videoscore2", "reward.path=.", "guards.reward=null"],
-            "reward.kind=videoscore2",
-        ),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_at_the_start(
@@ -181,6 +179,13 @@ def test_settings_of_the_file_that_a_method_does_not_use_are_left_out_and_said(
     own.write_text("method: refl\nreference:\n  refresh_every: 10\n")
     with pytest.raises(ValueError, match=r"reference.refresh_every=10 has no meaning .*own.yaml:3"):
         load_config(own)
+
+
+def test_a_reward_without_gradients_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path, *REFL, "reward.kind=toy:ToyReward")
+    with pytest.raises(ValueError, match=r"method=refl follows .* but reward.kind=toy:ToyReward has none; set"):
+        train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_family_without_gradients_is_refused(tmp_path: Path) -> None:
