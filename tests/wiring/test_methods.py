@@ -155,7 +155,6 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path: Path, method: str) -> N
         (["refl.steps=3"], "refl has the settings of method=refl, but method=online_vpo runs"),
         (["method=vader", "refl.steps=3"], "refl has the settings of method=refl, but method=vader runs"),
         (["method=ppo"], "method=ppo must be one of online_vpo, offline_dpo, refl"),
-        (
     ],
 )
 def test_what_a_method_cannot_do_is_refused_at_the_start(
@@ -183,7 +182,9 @@ def test_settings_of_the_file_that_a_method_does_not_use_are_left_out_and_said(
 
 def test_a_reward_without_gradients_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path, *REFL, "reward.kind=toy:ToyReward")
-    with pytest.raises(ValueError, match=r"method=refl follows .* but reward.kind=toy:ToyReward has none; set"):
+    with pytest.raises(
+        ValueError, match=r"method=refl follows .* but reward.kind=toy:ToyReward has none; set"
+    ):
         train(config)
     assert not (tmp_path / "run").exists()
 
