@@ -71,10 +71,15 @@ class Budget:
             ),
         )
 
-    def timed(self, evaluations: int, length: int = 1) -> Row:
-        """Return a row of the method alone, ``length`` times as long in seconds, with this many evaluations."""
+    def timed(self, evaluations: int, length: int = 1, lr: str | None = None) -> Row:
+        """Return a row of the method alone, ``length`` times as long in seconds, with this many evaluations.
+
+        lr: the learning rate, where it is not that of all runs.
+        """
         whole, quick = (self._evaluated(steps * length, evaluations) for steps in self.seconds)
-        return Row(self.title, whole, budget="equal seconds", quick=(*quick, *_EVALUATION))
+        more = () if lr is None else (f"optimizer.lr={lr}",)
+        label = self.title if lr is None else f"{self.title}, lr {lr}"
+        return Row(label, (*whole, *more), budget="equal seconds", quick=(*quick, *_EVALUATION, *more))
 
     def _evaluated(self, steps: int, evaluations: int) -> tuple[str, ...]:
         every = max(1, steps // evaluations)
