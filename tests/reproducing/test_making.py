@@ -169,6 +169,8 @@ def test_a_page_gets_its_tables_between_markers_that_are_checked_first(tmp_path:
     assert text.startswith("words\n")
     assert text.endswith("more words\n")
     assert "| N = 2 |" in text
+    assert "(miniature_table5a.png)" in text
+    assert (tmp_path / "miniature_table5a.png").stat().st_size > 5000
 
 
 def test_ctrl_c_writes_what_is_finished_and_says_how_to_go_on(
