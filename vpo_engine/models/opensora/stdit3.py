@@ -166,7 +166,7 @@ class STDiT3(nn.Module):
         dtype, shared = self.dtype, self.sequence
         frames, rows, columns = x.shape[2:]
         patch_rows, patch_columns = self.settings.patch_size[1:]
-        x = F.pad(x.to(dtype), (0, -columns % patch_columns, 0, -rows % patch_rows))
+        x = F.pad(shared.enter(x).to(dtype), (0, -columns % patch_columns, 0, -rows % patch_rows))
         grid = (x.shape[-2] // patch_rows, x.shape[-1] // patch_columns)
 
         timestep = timestep.to(dtype)
