@@ -95,9 +95,13 @@ def test_units_hold_slices_and_teams_have_units(monkeypatch: pytest.MonkeyPatch)
     assert [one.units.rank for one in processes] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [[*one.team_range(4, "pairs_per_step")] for one in processes] == [[0, 1]] * 4 + [[2, 3]] * 4
     assert [one.first_of_team for one in processes] == [True, False, False, False] * 2
-    with pytest.raises(ValueError, match=r"sequence_parallel=3 does not divide the 8 .*; start a multiple of 3"):
+    with pytest.raises(
+        ValueError, match=r"sequence_parallel=3 does not divide the 8 .*; start a multiple of 3"
+    ):
         Processes(0, 8, CPU).in_teams(1, 3)
-    with pytest.raises(ValueError, match=r"parallel=2 times processes.per_prompt=8 .* their product is a divisor"):
+    with pytest.raises(
+        ValueError, match=r"parallel=2 times processes.per_prompt=8 .* their product is a divisor"
+    ):
         Processes(0, 8, CPU).in_teams(8, 2)
 
 
@@ -116,7 +120,8 @@ def test_slices_are_as_equal_as_can_be_and_cover_all(total: int, count: int) -> 
 
 def test_more_processes_than_slices_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"sequence_parallel=8 divides the latent frames of a video .* there are 5; set it to 5"
+        ValueError,
+        match=r"sequence_parallel=8 divides the latent frames of a video .* there are 5; set it to 5",
     ):
         planned(8).check(latent_frames=5, patches=64)
 
