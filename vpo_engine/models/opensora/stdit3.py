@@ -4,8 +4,8 @@ Behaviour follows opensora/models/stdit/stdit3.py of hpcaitech/Open-Sora, tag v1
 samples, T x H x W latent frames, rows and columns, S patches of a frame, C hidden channels, L text tokens, D
 text channels.
 
-Where processes hold slices of a video (``STDiT3.sequence``), each has some of the T frames in blocks over space and some
-of the S patches in blocks over time. They exchange tokens between blocks, and not within (DSP, arXiv 2403.10266).
+Where processes hold slices of a video (``STDiT3.sequence``), each has some of the T frames in blocks over space, and
+some of the S patches in blocks over time. They exchange tokens between blocks, and not within (DSP, arXiv 2403.10266).
 """
 
 from __future__ import annotations
