@@ -94,7 +94,8 @@ class RewardGradientMethod(Method):
             chosen = prompts[start : start + size]
             share = len(chosen) / len(prompts)
             loss, scores = self.learn_from(chosen)
-            self.optimizer.backward(loss * share)
+            # Processes that hold slices of a video have parts of its gradient, and the mean over all processes counts.
+            self.optimizer.backward(loss * share * self.processes.sequence.count)
             found = {"loss": loss, **{f"reward/{name}": value.mean() for name, value in scores.items()}}
             found["reward/selected"] = combine(scores, self.config.reward.dimensions).mean()
             for name, value in found.items():
