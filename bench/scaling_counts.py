@@ -18,7 +18,8 @@ from vpo_engine.distributed.counting import CollectiveBytes
 from vpo_engine.distributed.couples import Couple
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.traffic import checkpoint_transfers, step_transfers
-from vpo_engine.online_vpo import OnlineVPO, embed_prompts
+from vpo_engine.method import embed_prompts
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.exchanged import division, exchanged
 from vpo_engine.reference.store import build_reference
 from vpo_engine.run_state import capture

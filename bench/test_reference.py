@@ -21,9 +21,10 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer
+from vpo_engine.method import embed_prompts
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.objectives.dpo import MicroBatch
-from vpo_engine.online_vpo import OnlineVPO, embed_prompts
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import Network, ReferenceStore, TextEmbedding
 from vpo_engine.reference.store import Storage, build_reference
 

@@ -15,8 +15,9 @@ from rows import quantiles
 from vpo_engine.build import build_model, build_prompts, build_reward
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.method import Step, embed_prompts
 from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
-from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
 
 ROUNDS = 3

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import sys
 import time
-from collections.abc import Callable
-from multiprocessing import forkserver, get_context
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing import connection, forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 PRELOADED = [
     "pytest",
@@ -61,8 +62,15 @@ def _member(
     sys.exit(function(*arguments))
 
 
+LAST_WORDS = 20.0
+"""Seconds that the other processes of a group have to end by themselves when one has ended wrongly."""
+
+
 class Group:
     """Processes that call ``function(*arguments)``, started in a group as torchrun starts them, or one alone.
+
+    Their store is here, as it is in torchrun's agent: it listens at a port that the system chose for it, so that no
+    other group can take the port between the choice and the use.
 
     folder: where each process's output is kept. threads: of torch, in each process.
     """
@@ -70,9 +78,15 @@ class Group:
     def __init__(
         self, folder: Path, count: int, function: Callable[..., int | None], *arguments: Any, threads: int = 1
     ) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self._store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=30)
+        )
+        shared = {
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
         self._outputs = [folder / f"output_{rank}.txt" for rank in range(count)]
         self.processes = [
             fork_server().Process(
@@ -91,21 +105,31 @@ class Group:
         for process in self.processes:
             process.start()
 
-    def wait(self, expected: int = 0, seconds: float = 300) -> str:
-        """Wait until every process has ended, check its exit code, and return what they printed, rank by rank."""
+    def wait(self, expected: int | Sequence[int] = 0, seconds: float = 900) -> str:
+        """Wait until every process has ended, check its exit code, and return what they printed, rank by rank.
+
+        expected: the exit code of all, or of each. When one ends with another code, the others would wait for it in
+        vain: they get ``LAST_WORDS`` seconds, not ``seconds``.
+        """
+        expected = [expected] * len(self.processes) if isinstance(expected, int) else list(expected)
+        running = dict(zip(self.processes, expected, strict=True))
         deadline = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+        while running and (left := deadline - time.monotonic()) > 0:
+            ended = connection.wait([process.sentinel for process in running], left)
+            for process in [each for each in running if each.sentinel in ended]:
+                process.join()
+                if process.exitcode != running.pop(process):
+                    deadline = min(deadline, time.monotonic() + LAST_WORDS)
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()
         printed = self.printed()
-        assert codes == [expected] * len(codes), f"exit codes {codes} (None: did not end)\n{printed}"
+        assert codes == expected, f"exit codes {codes} (None: did not end)\n{printed}"
         return printed
 
     def printed(self) -> str:
         """Return what the processes have printed until now, rank by rank."""
-        return "".join(path.read_text() for path in self._outputs if path.exists())
+        return "".join(path.read_text(errors="replace") for path in self._outputs if path.exists())
 
 
 def run_in_group(

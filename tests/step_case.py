@@ -11,7 +11,8 @@ from candidates import Judge, stacked
 from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
-from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
+from vpo_engine.method import Step, embed_prompts
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.values import Candidate, Choice, Pair, Prompt
 from vpo_engine.video_model import VideoModel

@@ -22,12 +22,13 @@ from vpo_engine.build import build_model, build_reward
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.method import embed_prompts
 from vpo_engine.metrics.throughput import count_row_flops
 from vpo_engine.models.opensora.geometry import pixel_size
 from vpo_engine.models.opensora.model import Geometry, OpenSora
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.stdit3 import STDiT3
-from vpo_engine.online_vpo import OnlineVPO, embed_prompts
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.estimate import TRAFFIC_EFFICIENCY
 from vpo_engine.planning.gpus import GPUS
 from vpo_engine.protocols import TextEmbedding

@@ -16,7 +16,8 @@ from vpo_engine.build import build_model, build_reward
 from vpo_engine.config import Config, OptimizerConfig
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import learning_rate
-from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.method import Step
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
 from vpo_engine.run_state import capture, restore
 from vpo_engine.selection import select_pairs

@@ -3,14 +3,12 @@ training from it."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from process_group import run_in_group
 from safetensors.torch import load_file
 from step_case import candidates_of, sample_candidates, step_on
 from torch import Tensor
@@ -21,7 +19,8 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.data.preference_dataset import StoredPair, read_dataset
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.method import Step
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rollout.preference_dataset import StoredPairs
@@ -270,9 +269,17 @@ def test_training_from_the_dataset_repeats_the_run_bit_for_bit(
 ) -> None:
     """Same pairs, draws and weights: the same losses, and the same policy, without a single candidate sampled."""
     run = tmp_path / "offline"
-    offline = [setting for setting in DATASET if not setting.startswith(("pairs.dataset", "pairs.resample"))]
-    source = ["rollout.source=dataset", f"rollout.dataset={written}"]
-    assert entry.main([*smallest, *offline, *source, f"run_dir={run}"]) == 0
+    unused = (
+        "pairs.dataset",
+        "pairs.resample",
+        "rollout.candidates",
+        "reference.refresh_every",
+        "prompts.train",
+    )
+    online = [*smallest, *DATASET]
+    offline = [setting for setting in online if not setting.startswith(unused)]
+    source = ["method=offline_dpo", f"offline_dpo.dataset={written}"]
+    assert entry.main([*offline, *source, f"run_dir={run}"]) == 0
     numbers = (
         "loss",
         "margin",
@@ -293,11 +300,7 @@ def test_training_from_the_dataset_repeats_the_run_bit_for_bit(
 def test_two_processes_write_and_weigh_as_one(written: Path, smallest: list[str], tmp_path: Path) -> None:
     """Each its own file; read as one preference dataset, with weights whose mean is 1 over both."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "vpo_engine.train"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29541"}
-    arguments = [*command, *smallest, *DATASET, f"run_dir={run}"]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_in_group(tmp_path, 2, entry.main, [*smallest, *DATASET, f"run_dir={run}"])
     assert sorted(path.name for path in (run / "preference_dataset").glob("*.jsonl")) == [
         "pairs_0000.jsonl",
         "pairs_0001.jsonl",
@@ -370,15 +373,15 @@ def test_stored_pairs_go_round_and_know_a_wider_min_gap(written: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["rollout.source=dataset"], "source=dataset and dataset=null do not go together"),
-        (["rollout.dataset=runs/a"], "source=policy and dataset=runs/a do not go together"),
+        (["rollout.source=dataset"], "argument rollout.source=dataset is now method=offline_dpo"),
         (
-            ["rollout.source=dataset", "rollout.dataset=absent"],
-            "rollout.dataset=absent: there is no such folder",
+            ["method=offline_dpo", "offline_dpo.dataset=absent"],
+            "offline_dpo.dataset=absent: there is no such folder",
         ),
         (
-            ["rollout.source=dataset", "rollout.dataset=runs/a", "pairs.resample=1"],
-            "rollout.source=dataset takes its pairs as they were stored; leave out pairs.resample=1",
+            ["method=offline_dpo", "offline_dpo.dataset=runs/a", "pairs.resample=1"],
+            "pairs.resample=1 has no meaning for method=offline_dpo (offline Diffusion-DPO); leave it out, or give "
+            "pairs.resample=0",
         ),
         (["reward.min_gap=0.5"], "unknown key reward.min_gap; did you mean pairs.min_gap?"),
         (["reward.dimensions={visual_quality: 0}"], "dimensions.visual_quality=0 is no weight"),

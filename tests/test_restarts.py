@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,7 +95,7 @@ def test_a_run_that_fails_in_the_same_way_again_says_so(smallest: list[str], tmp
 
 FAKES = {
     "scontrol": 'echo "scontrol $*" >> "$LOG"; [ "$1" != show ] || printf "node1\\nnode2\\n"',
-    "srun": """echo "srun $*" >> "$LOG"; trap "echo told >> $LOG; exit 1" TERM
+    "srun": """trap "echo told >> $LOG; exit 1" TERM; echo "srun $*" >> "$LOG"
 for i in $(seq $WAIT); do sleep 0.05; done""",
 }
 
@@ -120,8 +121,15 @@ def log_of(folder: Path) -> str:
     return (folder / "log").read_text() if (folder / "log").exists() else ""
 
 
+def has_a_trap(pid: int) -> bool:
+    """Return whether a process catches SIGTERM."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
 def test_the_slurm_script_starts_torchrun_on_every_machine(tmp_path: Path) -> None:
-    assert slurm(tmp_path, 1).wait(20) == 0
+    assert slurm(tmp_path, 1).wait(120) == 0
     shown, started = (tmp_path / "log").read_text().splitlines()
     assert shown == "scontrol show hostnames node[1-2]"
     assert started == (
@@ -132,11 +140,9 @@ def test_the_slurm_script_starts_torchrun_on_every_machine(tmp_path: Path) -> No
 
 
 def test_the_slurm_script_goes_back_into_the_queue_after_the_run_has_saved(tmp_path: Path) -> None:
-    job = slurm(tmp_path, 400)
-    until = time.monotonic() + 20
-    while time.monotonic() < until and "srun" not in log_of(tmp_path):
+    job = slurm(tmp_path, 4000)
+    while job.poll() is None and not ("srun" in log_of(tmp_path) and has_a_trap(job.pid)):
         time.sleep(0.02)
-    time.sleep(0.2)
     job.terminate()
-    assert job.wait(20) == 0
+    assert job.wait(120) == 0
     assert (tmp_path / "log").read_text().splitlines()[2:] == ["told", "scontrol requeue 17"]

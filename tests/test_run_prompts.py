@@ -300,10 +300,11 @@ def test_a_preference_dataset_that_grew_is_noticed(small: Make, tmp_path: Path) 
     rows = source / "preference_dataset/pairs_0000.jsonl"
     whole = rows.read_bytes()
     rows.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
-    offline = ["rollout.source=dataset", f"rollout.dataset={source}", "evaluation.every=null"]
+    own = ("rollout.candidates=4", "reference.refresh_every=200", "prompts.train=null")  # as if not given
+    offline = ["method=offline_dpo", f"offline_dpo.dataset={source}", "evaluation.every=null", *own]
     assert train(small(*offline, "steps=1")) == 0
     rows.write_bytes(whole)
-    message = r"rollout\.dataset had 3 entries .*, and has 4 now \(the first 3 are the same"
+    message = r"offline_dpo\.dataset had 3 entries .*, and has 4 now \(the first 3 are the same"
     with pytest.raises(ValueError, match=message):
         train(small(*offline, "steps=2", "checkpoint.resume=true"))
 

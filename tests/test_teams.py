@@ -83,7 +83,7 @@ def steps(case: str, processes: Processes) -> list[dict[str, object]]:
                 "metrics": {name: value for name, value in step.metrics.items() if "memory/" not in name},
                 "pairs": torch.tensor([winners, losers, [not choice.tied for choice in step.choices]]),
                 "candidates": candidates_of(step),
-                "rows": step.rows,
+                "rows": step.work.sampled,
                 "gradient": gradients[-1],
             }
         )
@@ -184,7 +184,7 @@ def test_teams_are_neighbouring_ranks_with_a_group_and_prompts_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of six processes in teams of two each team has its own group, and members have the same prompts."""
-    monkeypatch.setattr("torch.distributed.new_group", lambda ranks: list(ranks))
+    monkeypatch.setattr("torch.distributed.new_group", lambda ranks, timeout: list(ranks))
     here = torch.device("cpu")
     processes = [Processes(rank, 6, here).in_teams(2) for rank in range(6)]
     assert [one.team.group for one in processes] == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]

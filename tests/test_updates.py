@@ -15,7 +15,8 @@ from vpo_engine.build import build_held_out, build_model, build_reward
 from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.method import Step
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
 from vpo_engine.run_state import capture, restore
 from vpo_engine.runs.start import check_same_run

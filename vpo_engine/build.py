@@ -24,6 +24,7 @@ from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.memory.idle_offload import IdleOffload, module_tensors
 from vpo_engine.memory.quantised_base import HeldBase
 from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
@@ -56,7 +57,7 @@ def build_prompts(config: Config, say: Callable[[str], None] | None = None) -> t
     if "held_out" in files:
         held_out = PromptList((), files["held_out"], count)
     notes += check_prompts(config, held_out)
-    if files and config.rollout.dataset is None:
+    if files and config.card.prompts:
         rows = _rows_of(config, train)
         notes += check_prompts(config, train, rows)
         notes += describe_repeats("prompts.train", train, rows)
@@ -96,7 +97,7 @@ def check_scored(
     _ask_size(reward, model, who, change)
     _ask_preview_size(config, model, reward, who)
     _ask(reward, held_out, range(len(held_out)), who, change)
-    if config.rollout.dataset is None:
+    if config.card.prompts:
         _ask(reward, train, _rows_of(config, train), who, change)
 
 
@@ -154,6 +155,8 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
     model.use_memory(config.memory)
     said = [model.choose_backends(settings)]
     said.append(prepare_policy(network, config, model.card, dtype, processes.device))
+    if processes.sequence.count > 1:
+        model.share_sequence(SequenceGroup(processes.sequence))
     if processes.first:
         for line in filter(None, said):
             say(line)
@@ -192,6 +195,11 @@ def check_reward(config: Config) -> None:
         raise ValueError(
             f"reward.kind={settings.kind} writes its scores in words, too slow and too coarse to train on: it is for "
             "python -m vpo_engine.rank; set another reward.kind"
+        )
+    if config.card.reward_gradient and not card.differentiable:
+        raise ValueError(
+            f"method={config.method} follows the gradient of the reward, but reward.kind={settings.kind} has none; set "
+            "another reward.kind (the column gradient of python -m vpo_engine.rank --list), or method=online_vpo"
         )
     check_dimensions(settings.dimensions, tuple(card.dimensions))
     held_out = config.guards.reward

@@ -25,6 +25,7 @@ COMMANDS = {
     "check-model": Command("vpo_engine.check_model", "prove by numbers that a model's folder is understood"),
     "rank": Command("vpo_engine.rank", "score video files with a reward model"),
     "evaluate": Command("vpo_engine.evaluate", "compare finished runs on held-out videos"),
+    "reproduce": Command("vpo_engine.reproduce", "make the paper's tables and figures in miniature"),
     "plan": Command("vpo_engine.plan", "say what memory and time a run will take"),
     "report": Command("vpo_engine.runs.report", "write the report of a run again, finished or not"),
     "push": Command("vpo_engine.push", "publish the policy of a finished run on the Hugging Face Hub"),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from vpo_engine.cli import COMMANDS
 from vpo_engine.config_file import shipped_configurations
+from vpo_engine.reproducing.tables import TABLES
 from vpo_engine.settings import groups
 
 _CONFIGURED = ("train", "plan")
@@ -23,6 +24,9 @@ _OPTIONS = {
     "check-model": "--kind --frames --size",
 }
 """The options of commands that work on folders."""
+
+_REPRODUCE = ("all", "--list", "--quick", "--seeds", "--jobs", "--out", "--steps", "--old", "--write")
+"""What ``reproduce`` takes beside the names of tables."""
 
 _BASH = """# Completion of vpo for bash; use it by: source <(vpo completion bash)
 _vpo() {{
@@ -38,6 +42,7 @@ _vpo() {{
       case ${{COMPREPLY[*]}} in *=) compopt -o nospace 2>/dev/null ;; esac ;;
     settings) COMPREPLY=($(compgen -W "{sections}" -- "$word")) ;;
     completion) COMPREPLY=($(compgen -W "bash zsh" -- "$word")) ;;
+    reproduce) COMPREPLY=($(compgen -W "{tables}" -- "$word")) ;;
 {bash_options}
   esac
 }}
@@ -57,6 +62,7 @@ _vpo() {{
     {configured}) compadd -- {configurations}; compadd -S = -- {settings}; _files ;;
     settings) compadd -- {sections} ;;
     completion) compadd -- bash zsh ;;
+    reproduce) compadd -- {tables} ;;
 {zsh_options}
     *) _files ;;
   esac
@@ -77,6 +83,7 @@ def script(shell: str) -> str:
         configurations=" ".join(shipped_configurations()),
         settings=" ".join(keys),
         sections=" ".join(group.key for group in found if group.key),
+        tables=" ".join([*TABLES, *_REPRODUCE]),
         bash_options="\n".join(
             f'    {name}) case $word in -*) COMPREPLY=($(compgen -W "{words}" -- "$word")) ;; esac ;;'
             for name, words in _OPTIONS.items()

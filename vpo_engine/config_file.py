@@ -11,15 +11,24 @@ from pydantic import ValidationError
 
 from vpo_engine.config import Config
 from vpo_engine.config.errors import ARGUMENT, explain, nearest
+from vpo_engine.config.methods import GIVEN, METHODS, card_of, drop_settings
 from vpo_engine.config.renamed import find_renamed
 from vpo_engine.config.yaml_values import Settings, read_override, read_settings
 
 SPRITES = "sprites.yaml"
 _FOLDERS = (
     ("model.policy", "folder or weights file"),
-    *((key, "folder") for key in ("model.vae", "model.text_encoder", "rollout.dataset")),
+    *((key, "folder") for key in ("model.vae", "model.text_encoder", "offline_dpo.dataset")),
 )
-_FILES = tuple((key, "file") for key in ("prompts.train", "prompts.held_out", "distributed.deepspeed_config"))
+_FILES = tuple(
+    (key, "file")
+    for key in (
+        "prompts.train",
+        "prompts.held_out",
+        "distributed.deepspeed_config",
+        "offline_dpo.file",
+    )
+)
 """Settings that name what must be there when a run begins. Rewards say themselves what they read."""
 _SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 """Folders of the shipped configurations: inside an installed package, or beside it in a checkout."""
@@ -42,10 +51,12 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
     settings = read_settings(text, source, Config)
     given = [(*read_override(override, Config), override) for override in overrides]
     _refuse_old_names(settings, given)
+    method = settings.values.get("method")
     for keys, value, override in given:
         _apply(settings, keys, value, override)
+    left_out = _leave_out_unused(settings) if settings.values.get("method") != method else []
     try:
-        return Config.model_validate(settings.values)
+        return Config.model_validate(settings.values).with_left_out(left_out)
     except ValidationError as error:
         raise ValueError(explain(error, Config, settings.origins)) from None
 
@@ -128,6 +139,24 @@ def _apply(settings: Settings, keys: Sequence[str], value: Any, override: str) -
     for name in [name for name in settings.origins if name.startswith(f"{key}.")]:
         del settings.origins[name]
     settings.origins[key] = ARGUMENT
+
+
+def _leave_out_unused(settings: Settings) -> list[str]:
+    """Take out what the file says of settings that the method, which an argument names, does not use; return their
+    keys. Arguments stay, and are refused."""
+    method = settings.values["method"]
+    if method not in METHODS:
+        return []
+    section = settings.values.get(method)
+
+    def is_argument(key: str) -> bool:
+        return any(
+            place == ARGUMENT for name, place in settings.origins.items() if f"{name}.".startswith(f"{key}.")
+        )
+
+    given = section if isinstance(section, dict) else {}
+    source = next((name for name in GIVEN if given.get(name) is not None), None)
+    return drop_settings(settings.values, card_of(method, source).unused, is_argument)
 
 
 def _refuse_old_names(settings: Settings, given: Sequence[tuple[list[str], Any, str]]) -> None:

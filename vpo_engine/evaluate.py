@@ -1,116 +1,103 @@
-"""Compare finished runs by their measures on held-out videos.
+"""Measure and compare policies by videos: sampled from them, or in folders. Or compare what finished runs measured.
 
     python -m vpo_engine.evaluate RUN [RUN ...]
+    python -m vpo_engine.evaluate WHAT [--baseline [OTHER]] [--metrics NAME,...] [--prompts FILE|vbench] [OPTIONS]
+    python -m vpo_engine.evaluate --study FOLDER [--votes FILE ...]
+    python -m vpo_engine.evaluate --list
 
-One run: a table of every measure of the base and of the final policy, with the change and its 95 % bounds.
-Several runs: a table of the changes. Runs with the same name in their configuration are seeds of one setting and share
-a column, so they must have the same settings but for the seed; each other name, for example online and offline, has its
-own column.
+RUN [RUN ...] alone, without an option: nothing is sampled. One finished run: a table of every measure of the base and
+of the final policy, with the change and its 95 % bounds. Several: a table of the changes. Runs with the same name in
+their configuration are seeds of one setting and share a column, so they must have the same settings but for the seed.
+
+WHAT with an option, or what is no run: a run, a checkpoint, a YAML configuration, an export, a model as its project
+publishes it, an adapter with --base, or a folder of videos named PROMPT-NUMBER.mp4, as VBench has them. Videos are
+sampled from a policy with the settings of its run (words key.path=value change them), measured, and written with
+results.json, evaluation.html and, of VBench's dimensions, vbench/ to the --out folder. --baseline compares with another
+policy on the same prompts and noise; without OTHER it is the one that the run started from. The same command goes on
+where it was stopped. Several devices share the videos: --device cuda:0,cuda:1, or torchrun. The exit code is 1 if the
+results are partial, because a video or a metric failed; what could be measured is written all the same.
+
+--study FOLDER writes a page for people who vote on pairs, of the videos of a comparison (its --out folder); with
+--votes FILE ... it reads their votes. docs/evaluation.md describes all of this.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from vpo_engine.command import report_errors
-from vpo_engine.config import Config
-from vpo_engine.config_file import load_config
-from vpo_engine.metrics.summary import format_seeds, format_summary, summarise_seeds
-from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.start import differences, show_value
 
-_WITHOUT_EFFECT = (
-    "seed",
-    "run_dir",
-    "log",
-    "checkpoint",
-    "processes",
-    "rollout.batch_size",
-    "prompts.cache",
-    "model.device",
-)
-"""Settings, and sections of them, in which seeds of one setting may differ: results do not depend on them, but for
-rounding and the seed."""
+_INTERRUPTED = "stopped; the same command goes on from here"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    given = parser.parse_intermixed_args(words)
+    overrides = [word for word in given.what if "=" in word and not Path(word).exists()]
+    paths = [Path(word) for word in given.what if word not in overrides]
+    return report_errors(lambda: _run(parser, given, paths, overrides, words), _INTERRUPTED)
+
+
+def _run(
+    parser: argparse.ArgumentParser,
+    given: argparse.Namespace,
+    paths: Sequence[Path],
+    overrides: Sequence[str],
+    words: Sequence[str],
+) -> int:
+    from vpo_engine.evaluation import commands
+
+    if given.list:
+        return commands.list_metrics()
+    if given.study is not None or given.votes:
+        if given.study is None or paths:
+            parser.error("give --study FOLDER, the folder of a comparison, and no WHAT")
+        return commands.study(given.study, given.votes, given.seed, given.pairs)
+    if not paths:
+        parser.error("give a run, a policy or a folder of videos before the options")
+    options = commands.options_of(given, paths[0], overrides)
+    if commands.compares_finished_runs(paths, options):
+        return commands.compare_finished_runs(paths)
+    if len(paths) > 1:
+        parser.error(
+            f"give one WHAT with options, got {len(paths)}; the second of two is --baseline {paths[1]}"
+        )
+    return commands.evaluate(options, words)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vpo_engine.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
-    given = parser.parse_args(arguments)
-
-    return report_errors(lambda: print(compare(given.runs)))
-
-
-def compare(roots: Sequence[Path]) -> str:
-    """Return the table of one run, or of several runs grouped by the name in their configuration.
-
-    ValueError for a run that has not finished, and for runs of one name that are not seeds of one setting.
-    """
-    groups: dict[str, list[_Run]] = defaultdict(list)
-    for root in roots:
-        run = RunDirectory.open(root)
-        if not run.summary.is_file():
-            raise ValueError(
-                f"{root} has no {run.summary.name}, so the run has not finished; let it go on to its end first"
-            )
-        found = _Run(root, load_config(run.config), _read_summary(run.summary))
-        groups[found.config.name].append(found)
-    if len(roots) == 1:
-        return format_summary(next(iter(groups.values()))[0].summary)
-    for runs in groups.values():
-        _check_seeds(runs)
-    return format_seeds(
-        {name: summarise_seeds([run.summary for run in runs]) for name, runs in groups.items()}
+    add = parser.add_argument
+    add("what", nargs="*", metavar="RUN | WHAT | key.path=value", help="see above")
+    add("--baseline", nargs="?", const="base", metavar="OTHER", help="what to compare with, see above")
+    add("--base", type=Path, metavar="FOLDER", help="the model that an adapter was trained on")
+    add("--metrics", default="", metavar="NAME,...", help="default: those without weights; --list prints all")
+    add("--weights", action="append", default=[], metavar="NAME=PATH", help="local weights of a metric")
+    add("--reference", type=Path, metavar="PATH", help="other videos, or statistics, for distances (FVD)")
+    add("--prompts", metavar="FILE|vbench", help="default: the run's held-out prompts; of a folder, its own")
+    add("--samples", type=int, metavar="N", help="videos for each prompt")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the noise; of a study, of sides (%(default)s)",
     )
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(summary["measures"], dict):
-            raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged; resume the run, which writes it again at its end") from error
-    return dict(summary)
-
-
-class _Run(NamedTuple):
-    root: Path
-    config: Config
-    summary: dict[str, Any]
-
-
-def _check_seeds(runs: Sequence[_Run]) -> None:
-    """Raise ValueError unless the runs differ in their seed, and in nothing else that changes results."""
-    first = runs[0]
-    for number, run in enumerate(runs[1:], start=1):
-        different = [
-            f"{key}: {show_value(before)} -> {show_value(now)}"
-            for key, before, now in differences(first.config, run.config)
-            if key not in _WITHOUT_EFFECT and key.partition(".")[0] not in _WITHOUT_EFFECT
-        ]
-        if different:
-            raise ValueError(
-                f"{first.root} and {run.root} are both called {run.config.name!r}, which makes them seeds of one "
-                f"setting, but their settings differ ({'; '.join(different)}); compare runs of the same settings, or "
-                "give one of them another name in its config.yaml"
-            )
-        for other in runs[:number]:
-            if other.config.seed == run.config.seed:
-                raise ValueError(
-                    f"{other.root} and {run.root} are both {run.config.name!r} with seed={run.config.seed}, so they "
-                    "are one result and not two; leave one of them out"
-                )
+    add("--out", type=Path, metavar="FOLDER", help="default: evaluations/NAME")
+    add("--device", "--devices", default="", metavar="NAME[,NAME]", help="such as cuda:0,cuda:1, or cpu")
+    add("--study", type=Path, metavar="FOLDER", help="write a study of the comparison in FOLDER")
+    add("--pairs", type=int, metavar="N", help="pairs of the study (default: one for each prompt)")
+    add("--votes", nargs="+", type=Path, default=[], metavar="FILE", help="read the votes of a study")
+    add("--list", action="store_true", help="print all metrics, and stop")
+    return parser
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ __all__ = [
     "ReferenceStore",
     "Replayed",
     "Reward",
+    "RewardWithGradients",
     "SamplerSettings",
     "SamplerState",
     "TextEmbedding",
@@ -54,6 +55,15 @@ class Reward(Protocol):
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score uint8 videos [B, F, H, W, 3] for their B prompts: {dimension: float32 [B]}, higher is better."""
+        ...
+
+
+@runtime_checkable
+class RewardWithGradients(Reward, Protocol):
+    """A reward whose scores have gradients with respect to the pixels."""
+
+    def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Score float videos [B, F, 3, H, W] in 0..1 for their B prompts: {dimension: float32 [B]}, with gradients."""
         ...
 
 

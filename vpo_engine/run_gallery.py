@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vpo_engine.config import Config
+from vpo_engine.method import Step
 from vpo_engine.metrics.held_out import HeldOut
-from vpo_engine.online_vpo import Step
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, write_held_out, write_pairs
 from vpo_engine.values import Candidate

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from vpo_engine.memory.host_copy import HostCopies
-from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.method import Method
 from vpo_engine.video_model import VideoModel
 
 
-def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> dict[str, Any]:
+def capture(algorithm: Method, step: int, baseline: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the ``tensors`` and the ``state`` of a checkpoint after ``step`` steps.
 
     Every process must call this; what the first one gets is complete. Random numbers need no state beside the seed and
@@ -24,16 +24,17 @@ def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> 
     config = algorithm.config
     if algorithm.average is not None:
         algorithm.average.collect()
+    reference = algorithm.reference
     return {
         "tensors": {
-            "reference": algorithm.reference.state_dict(),
+            **({} if reference is None else {"reference": reference.state_dict()}),
             "optimizer": algorithm.optimizer.state_dict(),
             "baseline": dict(baseline),
         },
         "state": {
             "step": step,
             "optimizer_steps": algorithm.optimizer_steps,
-            "refreshed_at": algorithm.refreshed_at,
+            **algorithm.state(),
             "prompt_cursor": step * config.pairs_per_step,
             "seed": config.seed,
         },
@@ -41,7 +42,7 @@ def capture(algorithm: OnlineVPO, step: int, baseline: Mapping[str, Tensor]) -> 
 
 
 def restore(
-    algorithm: OnlineVPO,
+    algorithm: Method,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     policy: Path,
@@ -54,9 +55,10 @@ def restore(
     """
     with algorithm.optimizer.whole(changed=True):
         algorithm.model.load_policy(policy)
-    algorithm.reference.load_state_dict(dict(tensors["reference"]))
+    if algorithm.reference is not None:
+        algorithm.reference.load_state_dict(dict(tensors["reference"]))
     algorithm.optimizer.load_state_dict(dict(tensors["optimizer"]))
-    algorithm.refreshed_at = state["refreshed_at"]
+    algorithm.load_state(state)
     if algorithm.average is not None:
         assert average is not None
         with algorithm.average.loaded():
@@ -74,7 +76,7 @@ def policy_writer(model: VideoModel, copies: HostCopies | None) -> Callable[[Pat
     return twin.save_policy
 
 
-def average_writer(algorithm: OnlineVPO, copies: HostCopies | None) -> Callable[[Path], None] | None:
+def average_writer(algorithm: Method, copies: HostCopies | None) -> Callable[[Path], None] | None:
     """Return what writes the moving average, in float32 and in the policy's own layout; None where there is none.
 
     It writes the average as it is now, from ``copies`` of it; without them, as it is when it is called.

@@ -172,7 +172,9 @@ def sample(
     for note in check_prompts(source.config, prompts):
         print(note, file=sys.stderr)
     record = PromptRecord(out)
-    names = [[_name(number, prompt, copy) for copy in range(count)] for number, prompt in enumerate(prompts)]
+    names = [
+        [file_name(number, prompt, copy) for copy in range(count)] for number, prompt in enumerate(prompts)
+    ]
     model = load_source(source)
     model.prepare(prompts)
     record.begin([name for copies in names for name in copies])
@@ -198,19 +200,26 @@ def sample_frames(
     model: as ``load_source`` loads ``source``, with these prompts prepared. The noise of a video depends on the seed,
     the number of its prompt and its own number, see ``starting_noise``.
     """
+    for number, prompt in enumerate(prompts):
+        yield frames_of(model, source, prompt, starting_noise(model, seed, number, count))
+
+
+def frames_of(model: VideoModel, source: PolicySource, prompt: str, noise: Tensor) -> Tensor:
+    """Return the videos that a prompt gets from noise [count, C, T, H, W]: uint8 [count, F, height, width, 3]."""
     import torch
 
     settings = source.config.rollout
-    for number, prompt in enumerate(prompts):
-        with torch.no_grad():
-            noise = starting_noise(model, seed, number, count).to(model.device)
-            text = model.embed([prompt]).repeat_interleave(count)
-            with model.idle_offload.phase("evaluation"):
-                latents = model.sample(
-                    model.network, noise, text, steps=settings.steps, guidance=settings.guidance
-                )
-            videos = model.decode(latents).cpu()
-        yield videos
+    with torch.no_grad():
+        text = model.embed([prompt]).repeat_interleave(len(noise))
+        with model.idle_offload.phase("evaluation"):
+            latents = model.sample(
+                model.network,
+                noise.to(model.device),
+                text,
+                steps=settings.steps,
+                guidance=settings.guidance,
+            )
+        return model.decode(latents).cpu()
 
 
 def starting_noise(model: VideoModel, seed: int, number: int, count: int) -> Tensor:
@@ -318,7 +327,7 @@ def _prompts(texts: Sequence[str], file: Path | None, column: str | None) -> lis
     return PromptList(given, PromptFile(file, column, choose="set --column"))
 
 
-def _name(number: int, prompt: str, copy: int) -> str:
+def file_name(number: int, prompt: str, copy: int) -> str:
     """Return the name of a video's file: number, words of the prompt, copy.
 
     Where the words are not the whole prompt, a few digits of its hash make the name another one than that of other

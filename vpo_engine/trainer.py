@@ -1,4 +1,4 @@
-"""The loop of a run around Algorithm 1: evaluation, log, gallery, checkpoints, and the report at the end."""
+"""The loop of a run around its method: evaluation, log, gallery, checkpoints, and the report at the end."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.data.preference_dataset import truncate_dataset
-from vpo_engine.data.prompts import PromptStream
+from vpo_engine.data.prompts import Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StepAbandonedError
 from vpo_engine.errors import NotFiniteError
+from vpo_engine.method import Method, Step, embed_prompts
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.metrics.reward_monitor import Alarm, RewardMonitor, describe_shuffle
 from vpo_engine.metrics.summary import format_summary, summarise
 from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
 from vpo_engine.metrics.time_account import sum_rows
-from vpo_engine.online_vpo import OnlineVPO, Step, embed_prompts
 from vpo_engine.rewards.registry import reward_card
-from vpo_engine.rollout.preference_dataset import PairRecorder, StoredPairs
+from vpo_engine.rollout.preference_dataset import PairRecorder
 from vpo_engine.run_gallery import keep_held_out, keep_pairs, shown_clips
 from vpo_engine.run_state import average_writer, capture, policy_writer, restore
 from vpo_engine.runs.alarms import write_alarms
@@ -42,8 +42,6 @@ from vpo_engine.runs.signals import StopRequest, exit_code
 
 _MEASURED_PROMPTS = 16
 """Held-out prompts whose mean length is taken for that of all prompts; embeddings are large, so these are few."""
-_MOST_STEPS_WITHOUT_PAIRS = 20
-"""After so many steps in a row without a single pair the run stops: a constant reward teaches nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,8 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        algorithm: OnlineVPO,
-        stream: PromptStream | StoredPairs,
+        algorithm: Method,
+        stream: Stream,
         held_out: HeldOut,
         run: RunDirectory,
         processes: Processes,
@@ -88,7 +86,6 @@ class Trainer:
         self._stage_seconds: dict[str, float] = {}
         self._taken_at = time.perf_counter()
         self._baseline: dict[str, Tensor] = {}
-        self._steps_without_pairs = 0
         samples = config.evaluation.samples_per_prompt
         samples = min(samples, config.evaluation.samples_between or samples)
         self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts))
@@ -139,6 +136,7 @@ class Trainer:
                 f"held-out videos are sampled by the policy's moving average (ema.decay={self._config.ema.decay:g})"
             )
         self._raise_alarms([])
+        self._algorithm.prepare(self._run.preference_dataset, self._progress.note)
         if start == 0:
             self._evaluate_baseline()
             return
@@ -182,9 +180,12 @@ class Trainer:
         if self._processes.first:
             truncate_dataset(self._run.preference_dataset, start)
         self._processes.wait()
-        if not self._processes.team.first:
+        if not self._processes.first_of_team:
             return None
-        return PairRecorder(self._config, self._run.preference_dataset, self._processes.rank)
+        config, rank = self._config, self._processes.rank
+        return PairRecorder(
+            config.seed, self._run.preference_dataset, rank, config.pairs.dataset == "latents"
+        )
 
     def _encode_text(self) -> None:
         """Encode all prompts of the run, also those of steps already done, since equal batches give equal bits."""
@@ -201,7 +202,7 @@ class Trainer:
             flops = count_row_flops(model, model.embed(self._held_out.prompts[:_MEASURED_PROMPTS]))
         ceiling = matrix_rate(self._processes.device, getattr(torch, self._config.model.dtype))
         self._taken_at += time.perf_counter() - start
-        return Throughput(self._config, flops, ceiling)
+        return Throughput(flops, ceiling)
 
     def _train_step(self, step: int) -> None:
         self._processes.stages.begin_step(step)
@@ -214,7 +215,6 @@ class Trainer:
         self._progress.stage("training")
         result = self._algorithm.step(prompts)
         self._stage_seconds |= result.seconds
-        self._check_pairs(result, step)
         if self._processes.first:
             keep_pairs(self._config, self._algorithm.model, self._run, step, result)
         if self._recorder is not None:
@@ -230,9 +230,8 @@ class Trainer:
         metrics = dict(result.metrics)
         seconds = self._take_seconds()
         metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
-        metrics |= self._throughput.rates(seconds)
-        trained = len(result.pairs) / self._processes.team.count
-        metrics |= self._throughput.utilisation(result.seconds, result.rows, trained)
+        metrics |= self._throughput.rates(seconds, result.work)
+        metrics |= self._throughput.utilisation(result.seconds, result.work)
         metrics["speed/ceiling"] = self._throughput.ceiling
         self._log.write(step, "train", metrics)
         self._progress.step(step, metrics)
@@ -258,15 +257,6 @@ class Trainer:
         for stage, value in seconds.items():
             self._seconds[stage] += value
         return seconds
-
-    def _check_pairs(self, result: Step, step: int) -> None:
-        self._steps_without_pairs = 0 if result.metrics["pairs"] else self._steps_without_pairs + 1
-        if self._steps_without_pairs >= _MOST_STEPS_WITHOUT_PAIRS:
-            raise ValueError(
-                f"every pair of the last {_MOST_STEPS_WITHOUT_PAIRS} steps (to step {step}) was a tie at "
-                f"pairs.min_gap={self._config.pairs.min_gap}: the reward does not tell the candidates "
-                "apart. Lower it, choose other reward.dimensions, or raise rollout.candidates"
-            )
 
     def _evaluate_baseline(self) -> None:
         with self._stage("evaluate"):

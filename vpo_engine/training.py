@@ -21,21 +21,19 @@ from vpo_engine.command import same_in_all_processes
 from vpo_engine.config import Config
 from vpo_engine.config_file import parse_config
 from vpo_engine.data.prompt_record import Texts, check_record, write_record
-from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.watchdog import group_limit
 from vpo_engine.ending import Ending
 from vpo_engine.memory.host_allocator import return_freed_memory
 from vpo_engine.memory.idle_offload import IdleOffload
+from vpo_engine.methods import method_class
 from vpo_engine.models.registry import check_model
-from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.parts import configurations_are_here
 from vpo_engine.planning.planner import available_memory, check_fits
 from vpo_engine.protocols import Reward
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.served import find_reward, serve
-from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.runs.attempts import begin_attempt
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.lock import RunLock
@@ -48,11 +46,13 @@ from vpo_engine.video_model import VideoModel
 
 def run_training(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); return the exit code."""
-    own = config.processes
-    limit = group_limit(config.distributed.stage_minutes)
-    processes = Processes.start(config.model.device, own.per_prompt, own.reward, limit)
+    own, divided = config.processes, config.distributed
+    limit = group_limit(divided.stage_minutes)
+    processes = Processes.start(
+        config.model.device, own.per_prompt, own.reward, limit, divided.sequence_parallel
+    )
     if own.split_guidance and not processes.is_reward_process:
-        processes = processes.in_couples()
+        processes = processes.in_couples(limit)
     ending = Ending(processes)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)
@@ -66,10 +66,9 @@ def run_training(config: Config) -> int:
         with same_in_all_processes():
             check_model(config)
             check_reward(config)
-            dataset = config.rollout.dataset
-            stored = None if dataset is None else StoredPairs(dataset, config.pairs.min_gap)
+            method = method_class(config.method)
             prompts, held_out_prompts = build_prompts(config, print if processes.first else None)
-        texts: Texts = {"prompts.train": prompts} if stored is None else {"rollout.dataset": stored.texts()}
+            stream, texts = method.open_stream(config, prompts)
         texts = {**texts, "prompts.held_out": held_out_prompts}
         config = _as_before(config, processes, texts)
         if configurations_are_here(config):  # else building the model says which is missing
@@ -88,10 +87,13 @@ def run_training(config: Config) -> int:
         run, checkpoint = _open_run(config, processes, at_end, texts)
         ending.run = run
         with model.idle_offload.phase("refresh"):
-            reference = build_reference(config.reference.storage, model.network)
-            algorithm = OnlineVPO(config, model, reward, reference, processes, model.idle_offload, stored)
+            reference = (
+                build_reference(config.reference.storage, model.network, config.reference.refresh_share)
+                if config.card.reference
+                else None
+            )
+            algorithm = method(config, model, reward, reference, processes, model.idle_offload, stream)
         _keep_settings(algorithm.optimizer.settings, run, processes)
-        stream = PromptStream(prompts, config.seed) if stored is None else stored
         trainer = Trainer(
             config,
             algorithm,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
+from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.memory.idle_offload import IdleOffload, PartName
 from vpo_engine.memory.quantised_base import HeldBase
 from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerState, TextEmbedding
@@ -41,6 +42,8 @@ Option = Literal[
     "rollout.compile=blocks",
     "rollout.compile=graphs",
     "rollout.prune.frames",
+    "method=reward_gradient",
+    "distributed.sequence_parallel",
     "processes.split_guidance",
 ]
 """Settings that need the help of the model. ``registry.check_model`` refuses those that a family does not support."""
@@ -304,6 +307,16 @@ class VideoModel(ABC):
     def start(self, noise: Tensor) -> SamplerState:
         """Return the state before the first step, from noise [B, C, T, H, W]."""
 
+    def start_from(self, latents: Tensor, noise: Tensor, steps: int, step: int) -> SamplerState:
+        """Return the state before ``step`` of a loop of ``steps`` steps that begins with noised clean latents.
+
+        latents, noise: [B, C, T, H, W]. The latents are noised to the level that the loop has before this step. A
+        solver of several steps remembers nothing there, as at the beginning of a whole loop.
+        """
+        raise ValueError(
+            f"{self.card.name} has no start_from, so its sampling cannot begin with a given video"
+        )
+
     @abstractmethod
     def denoise(
         self,
@@ -328,6 +341,35 @@ class VideoModel(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents [B, C, T, H, W] into videos, uint8 [B, F, height, width, 3], without gradients."""
+
+    def encode(self, videos: Tensor) -> Tensor:
+        """Turn videos, uint8 [B, F, height, width, 3] of the size that ``decode`` makes, into latents [B, C, T, H, W],
+        float32, the mean of what the VAE makes of them, without gradients. Raise ValueError if the family does not."""
+        raise ValueError(f"{self.card.name} does not encode videos; give their latents")
+
+    def decode_pixels(self, latents: Tensor, frames: Sequence[int] | None = None) -> Tensor:
+        """Turn latents [B, C, T, H, W] into pixels, float32 [B, F, 3, height, width] in 0..1, with gradients.
+
+        The layout is that of a reward's ``score_pixels``. frames: the numbers of the frames that are wanted, in the
+        order of the result; None: all. Nothing is decoded that they do not depend on. What the decoder gives beyond
+        0..1 is clamped and passes no gradient, as in the public code of ReFL, VADER and InstructVideo. The decoder's
+        activations are computed again in the backward pass, tile by tile.
+
+        The caller keeps the VAE on the device until the backward pass is over (phase "reward_gradient" of the offload
+        of idle parts). Only families that support "method=reward_gradient" are asked; others raise ValueError.
+        """
+        raise ValueError(
+            f"{self.card.name} does not decode with gradients; define decode_pixels in its family and add "
+            '"method=reward_gradient" to what its card supports, or train it with method=online_vpo'
+        )
+
+    @classmethod
+    def real_video(cls, prompt: str, generator: torch.Generator) -> Tensor | None:
+        """Return a video of a prompt that no model made, uint8 [F, height, width, 3], if the family can draw one.
+
+        Only worlds whose videos are drawn by code can; by default there is none.
+        """
+        return None
 
     def prefix(self, frames: int) -> tuple[int, int]:
         """Return (latent frames, frames) of the shortest beginning of a video that has at least ``frames`` frames and
@@ -359,6 +401,15 @@ class VideoModel(ABC):
     @abstractmethod
     def choose_backends(self, settings: ModelConfig) -> str:
         """Choose the implementations of attention and fused ops; return a line for the user, "" for no choice."""
+
+    def share_sequence(self, group: SequenceGroup) -> None:
+        """Let the network compute on slices of videos, which the processes of ``group`` hold, from now on.
+
+        Each of them gives ``predict`` the same whole latents, and gets the whole prediction; parameters get the
+        gradients of this process's slice. Copies of the network do the same. Only families that support
+        distributed.sequence_parallel are asked. Raise ValueError if there are more processes than slices.
+        """
+        raise AssertionError(f"{self.card.name} does not support distributed.sequence_parallel")
 
     @abstractmethod
     def stay_by(self, idle_offload: IdleOffload) -> None:

@@ -60,9 +60,6 @@ def test_an_error_of_the_json_file_is_said_once(tmp_path: Path) -> None:
         f"run_dir={tmp_path / 'run'}",
     ]
     group = Group(tmp_path, 2, refuse, arguments)
-    for process in group.processes:
-        process.join(60)
-    assert [process.exitcode for process in group.processes] == [1, 0]
-    printed = "".join((tmp_path / f"output_{rank}.txt").read_text() for rank in range(2))
+    printed = group.wait(expected=[1, 0])
     assert printed.count("gradient_clipping=3.0, but this run has 1.0") == 1
     assert "Traceback" not in printed

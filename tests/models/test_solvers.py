@@ -81,6 +81,26 @@ def test_unipc_does_each_step_of_diffusers(
     assert all(time == int(time) for time in solver.times)  # the network is told whole times, cut off
 
 
+@pytest.mark.parametrize(("steps", "first"), [(8, 0), (8, 3), (8, 6), (8, 7), (20, 8)])
+def test_unipc_that_begins_in_the_middle_does_each_step_of_diffusers(steps: int, first: int) -> None:
+    """As after ``set_begin_index``: the first step remembers nothing, so it and its correction are of order 1."""
+    solver = flow_solver(flow_scheduler(UNIPC, "a file", 3.0), steps, 1)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(first)
+    found, expected, memory = [start(torch.float64)], [start(torch.float64)], ()
+    for step in range(first, steps):
+        time = scheduler.timesteps[step]
+        prediction = predict(expected[-1], float(time))
+        expected.append(scheduler.step(prediction, time, expected[-1], return_dict=False)[0])
+        prediction = predict(found[-1], solver.times[step])
+        latents, memory = solver.advance(step, found[-1], prediction, memory)
+        found.append(latents)
+    assert_equal(found, expected, 1e-12)
+
+
 @pytest.mark.parametrize("steps", [1, 4, 30])
 def test_euler_with_a_static_shift_does_each_step_of_diffusers(steps: int) -> None:
     """The scheduler starts from levels that are shifted already, and shifts them again: its last time is 8.9, not 1."""

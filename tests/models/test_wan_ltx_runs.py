@@ -45,13 +45,12 @@ def overrides(folders: dict[str, Path], kind: str, run: Path, *more: str) -> lis
     return [
         f"model.kind={kind}",
         f"model.policy={folders[kind]}",
-        "model.height=96",
-        "model.width=192",
+        "model.height=32",
+        "model.width=64",
         "model.num_frames=9",
         f"prompts.train={root / 'train.txt'}",
         f"prompts.held_out={root / 'held_out.txt'}",
-        "reward.kind=builtin",
-        "reward.dimensions=[temporal_consistency]",
+        "reward.kind=tiny_reward:Brightness",
         "steps=3",
         "pairs_per_step=1",
         "rollout.candidates=2",
@@ -91,8 +90,7 @@ CASES = {
 def test_right_after_a_refresh_the_margin_is_exactly_zero(
     folders: dict[str, Path], tmp_path: Path, kind: str, case: str
 ) -> None:
-    small = ("model.height=32", "model.width=64")
-    config = load_config(None, overrides(folders, kind, tmp_path / "run", *small, *CASES[case]))
+    config = load_config(None, overrides(folders, kind, tmp_path / "run", *CASES[case]))
     model = build_model(config, Processes.start("cpu"), lambda text: None)
     reference = build_reference(config.reference.storage, model.network)
     move(model.network)

@@ -26,8 +26,8 @@ MUTATIONS = [
     (
         "flow: UniPC ends in order 2",
         SOLVERS,
-        "return 2 if 0 < step < len(self.times) - 1 else 1",
-        "return 2 if 0 < step else 1",
+        "if memory and step < len(self.times) - 1:",
+        "if memory:",
         TESTS_SOLVERS,
     ),
     (

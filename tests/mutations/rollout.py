@@ -54,8 +54,8 @@ MUTATIONS = [
     (
         "one noise for all prompts",
         SAMPLER,
-        '"rollout", prompt.position, *which',
-        '"rollout", prompts[0].position, *which',
+        "self._noise(prompt, attempt) for prompt in prompts",
+        "self._noise(prompts[0], attempt) for prompt in prompts",
         RANDOMNESS,
     ),
     (

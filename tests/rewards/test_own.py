@@ -53,6 +53,45 @@ class Mine:
 """
 
 
+GRADIENTS = """
+class Mine:
+    dimensions = ("one",)
+
+    def score(self, videos, prompts):
+        return {"one": videos.float().mean((1, 2, 3, 4))}
+
+    def score_pixels(self, videos, prompts):
+        return {"one": RETURNED}
+"""
+
+
+def test_a_reward_with_score_pixels_is_differentiable(write: Callable[[str], str]) -> None:
+    kind = f"{write(GRADIENTS.replace('RETURNED', 'videos.square().mean((1, 2, 3, 4))'))}:Mine"
+    assert reward_card(kind).differentiable
+    reward: Any = build_reward(kind)
+    pixels = torch.full((2, 3, 3, 8, 8), 0.5, requires_grad=True)
+    scores = reward.score_pixels(pixels, PROMPTS)
+    scores["one"].sum().backward()
+    assert scores["one"].tolist() == [0.25, 0.25]
+    assert pixels.grad is not None
+    assert bool((pixels.grad == 2 * 0.5 / (3 * 3 * 64)).all())
+    with pytest.raises(ValueError, match=r"expected \[B, F, 3, H, W\]"):
+        reward.score_pixels(VIDEOS / 255, PROMPTS)
+
+
+@pytest.mark.parametrize("returned", ["videos.mean()", "videos.mean((1, 2, 3, 4)) / 0"])
+def test_its_wrong_scores_of_pixels_stop_the_run(write: Callable[[str], str], returned: str) -> None:
+    reward: Any = build_reward(f"{write(GRADIENTS.replace('RETURNED', returned))}:Mine")
+    with pytest.raises(ValueError, match=r"expected a (tensor of shape|finite number)"):
+        reward.score_pixels(torch.ones(2, 3, 3, 8, 8), PROMPTS)
+
+
+def test_a_reward_without_score_pixels_is_not_differentiable(write: Callable[[str], str]) -> None:
+    kind = f"{write(scoring('{}'))}:Mine"
+    assert not reward_card(kind).differentiable
+    assert not hasattr(build_reward(kind), "score_pixels")
+
+
 @pytest.mark.long
 def test_the_example_trains_the_sprites_world(smallest: list[str], tmp_path: Path) -> None:
     """As a user runs it, from the repository's root, with another reward of their own that is held out."""

@@ -42,11 +42,11 @@ def test_a_run_whose_reward_hangs_stops_with_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
-    limit = ["reward.kind=process_rewards:SpritesThatHang", "reward.process=true", "reward.time_limit=1.5"]
+    limit = ["reward.kind=process_rewards:SpritesThatHang", "reward.process=true", "reward.time_limit=3.5"]
     assert entry.main([*smallest, *BRIEF, *limit, f"run_dir={run}"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
-        "error: reward 'process_rewards:SpritesThatHang' took longer than its time limit of 1.5 s while it scored "
+        "error: reward 'process_rewards:SpritesThatHang' took longer than its time limit of 3.5 s while it scored "
     )
     assert not (run / "summary.json").exists()
 

@@ -27,6 +27,13 @@ class Clock:
         return self.now
 
 
+def wait_until(holds):
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+
+
 class RunningClock:
     """A clock that goes on by a second each time it is looked at."""
 
@@ -42,7 +49,7 @@ def test_something_is_shown_at_once_and_while_nothing_happens():
     with Progress(48, stream=stream, plain_interval=0.02, clock=RunningClock()) as progress:
         assert stream.getvalue() == "step 0/48: starting for 1 s\n"
         progress.stage("rollout")
-        time.sleep(0.2)
+        wait_until(lambda: stream.getvalue().count("rollout") >= 2)
     lines = stream.getvalue().splitlines()
     assert len(lines) >= 4
     assert re.fullmatch(r"step 0/48: rollout for \d+ s", lines[2])
@@ -54,6 +61,7 @@ def test_no_line_is_printed_twice_in_a_row():
     with Progress(48, stream=stream, plain_interval=0.01, clock=clock) as progress:
         time.sleep(0.1)
         progress.stage("rollout")
+        wait_until(lambda: "rollout" in stream.getvalue())
         time.sleep(0.1)
     assert stream.getvalue().splitlines() == [
         "step 0/48: starting for 0 s",

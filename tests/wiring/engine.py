@@ -74,6 +74,14 @@ SETTINGS = (
     "checkpoint.keep=50",
     "model.device=cpu",
 )
+OFFLINE = (
+    "method=offline_dpo",
+    "prompts.train=null",
+    "rollout.candidates=4",
+    "pairs.dataset=none",
+    "reference.refresh_every=200",
+)
+"""What makes SETTINGS those of stored pairs: the method, and the defaults of all that it does not use."""
 
 
 @dataclass
@@ -155,7 +163,8 @@ def _recorded_loss(recording: Recording, loss: Callable[..., Any], sequential: b
 def _note(
     recording: Recording, tensors: tuple[Tensor, ...], options: dict[str, Any], calls: list[dict[str, Any]]
 ) -> None:
-    clean, noise = tensors[4:6], options["target_noise"]
+    clean = tensors[4:6] or (options["target_winner"], options["target_loser"])
+    noise = options["target_noise"]
     count = len(noise)
     assert {call["who"] for call in calls} == {"policy", "reference"}
     members: dict[str, list[tuple[Tensor, float, Tensor]]] = {"policy": [], "reference": []}

@@ -71,7 +71,7 @@ def attempt(folder: Path, settings: tuple[str, ...], place: str | None, call: in
 def run_once(folder: Path, settings: tuple[str, ...], place: str | None = None, call: int = 0) -> int | None:
     process = fork_server().Process(target=attempt, args=(folder, settings, place, call), daemon=True)
     process.start()
-    process.join(60)
+    process.join(600)
     return process.exitcode
 
 

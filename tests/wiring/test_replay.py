@@ -116,11 +116,10 @@ def test_stored_pairs_are_trained_on_as_the_run_that_made_them_did(tmp_path: Pat
     first = engine.make_config(tmp_path / "online", *CASES[case])
     online = engine.train(first)
     stored = [
-        f"rollout.dataset={tmp_path / 'online' / 'run'}",
-        "rollout.source=dataset",
-        "pairs.dataset=none",
+        *engine.OFFLINE,
+        f"offline_dpo.dataset={tmp_path / 'online' / 'run'}",
     ]
-    second = engine.make_config(tmp_path / "offline", *CASES[case], *stored)
+    second = engine.make_config(tmp_path / "offline", *CASES[case], *stored, "offline_dpo.refresh_every=3")
     offline = engine.train(second)
     assert len(online.rows) == len(offline.rows)
     for one, other in zip(online.rows, offline.rows, strict=True):
@@ -154,9 +153,8 @@ def test_stored_pairs_are_ties_up_to_a_wider_min_gap_and_go_round(tmp_path: Path
     gaps = sorted(line.gap for line in lines if line.kept)
     min_gap = gaps[len(gaps) // 2 - 1]
     settings = [
-        f"rollout.dataset={tmp_path / 'online' / 'run'}",
-        "rollout.source=dataset",
-        "pairs.dataset=none",
+        *engine.OFFLINE,
+        f"offline_dpo.dataset={tmp_path / 'online' / 'run'}",
     ]
     config = engine.make_config(
         tmp_path / "offline", *settings, "steps=3", f"pairs.min_gap={min_gap!r}", "pairs.gap_power=1"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from test_resume import assert_same
 
 from vpo_engine.distributed.stopping import StopPoints
-from vpo_engine.online_vpo import OnlineVPO, Step
+from vpo_engine.method import Step
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.runs.log import RunLog
 from vpo_engine.values import Prompt
 
@@ -72,7 +72,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def die() -> None:
@@ -158,7 +158,7 @@ def test_a_signal_is_followed_at_the_next_look_and_not_at_the_end_of_the_step(
 def test_ctrl_c_has_its_own_exit_code_and_a_second_one_stops_at_once(
     tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at(StopPoints, "check", 40, lambda: os.kill(os.getpid(), signal.SIGINT))
+    at(StopPoints, "check", 40, lambda: signal.raise_signal(signal.SIGINT))
     config = engine.make_config(tmp_path, *SETTINGS)
     engine.train(config, exit_code=130)
     monkeypatch.undo()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from vpo_engine.config.stage_limits import StageLimits
 
@@ -29,6 +29,12 @@ class DistributedConfig(StageLimits):
     deepspeed_config: Path | None = None
     """A JSON file of DeepSpeed's. "auto" stands for the value that the other settings give; a value that contradicts
     them is refused. What DeepSpeed gets in the end is written to deepspeed.json in the run directory."""
+
+    sequence_parallel: int = Field(1, ge=1)
+    """Number of neighbouring processes that compute one video together: each holds a slice of its tokens, and so a part
+    of the activations, in rollouts and in the update. They work on the same prompts. 1: each process computes whole
+    videos. It must divide the number of training processes, together with processes.per_prompt, and be no larger than
+    the video has latent frames and patches of a frame, or the network attention heads (see docs/processes.md)."""
 
     @model_validator(mode="after")
     def _only_for_deepspeed(self) -> Self:

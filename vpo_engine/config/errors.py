@@ -85,22 +85,20 @@ def _explain_one(
         if isinstance(first["input"], dict):
             own = "" if message.startswith(f"{key}.") else f"{key}: "
             return own + message + _named_places(message, kind, origins, f"{key}.")
-        return f"{_place(key, origins)}{key}={_shown(first['input'])}: {message}"
+        return f"{_place(key, origins)}{key}={shown(first['input'])}: {message}"
     if first["type"] in ("model_type", "model_attributes_type"):
-        given = (
-            f"{key} is empty" if first["input"] is None else f"{key}={_shown(first['input'])} is one value"
-        )
+        given = f"{key} is empty" if first["input"] is None else f"{key}={shown(first['input'])} is one value"
         return (
             f"{_place(key, origins)}{given}, but {key} is a group of settings; give them one by one, for example "
             f"{key}.{_first_key(kind, keys)}=..., or leave it out"
         )
-    return f"{_place(key, origins)}{key}={_shown(first['input'])} {message}"
+    return f"{_place(key, origins)}{key}={shown(first['input'])} {message}"
 
 
 def _missing(key: str, items: list[dict[str, Any]], origins: Mapping[str, str]) -> str:
     places = [item["loc"][-1] for item in items]
     if isinstance(places[-1], int):
-        found = f"{key}={_shown(items[0]['input'])}"
+        found = f"{key}={shown(items[0]['input'])}"
         return f"{_place(key, origins)}{found} must have {places[-1] + 1} values"
     return f"{_place(key.rpartition('.')[0], origins)}{key} is missing; give it a value"
 
@@ -151,7 +149,8 @@ def _named_places(message: str, kind: type[Section], origins: Mapping[str, str],
     return f" ({', '.join(f'{name}: {found[name]}' for name in leaves)})" if leaves else ""
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a setting's value as it is written in YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000, sort_keys=False)
     return str(value) if isinstance(value, str) else text.removesuffix("...\n").strip()
 

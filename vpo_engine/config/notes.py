@@ -14,7 +14,12 @@ def notes(config: Config) -> list[str]:
             f"optimizer.warmup_steps={warmup} is not below the {steps} optimizer steps of the run: the learning rate "
             f"reaches optimizer.lr at the last step"
         )
-    if config.reference.refresh_every == 1:
+    if config.left_out:
+        found.append(
+            f"method={config.method} ({config.card.title}) does not use these settings of the file, which are left "
+            f"out: {', '.join(config.left_out)}"
+        )
+    if config.reference.refresh_every == 1 and config.reference.refresh_share == 1:
         found.append(
             "reference.refresh_every=1 makes the reference the policy of every step: the margin is always 0, there is "
             "no margin accuracy to see, and nothing holds the policy near where it was; the paper has 200"

@@ -28,5 +28,4 @@ class PairsConfig(Section):
     all candidates of the prompt."""
     dataset: Literal["none", "scores", "latents"] = "none"
     """The part of every prompt's results that the run directory keeps, as a preference dataset. none: nothing. scores:
-    all scores and the chosen pair. latents: also the latents of the pair, on which rollout.source=dataset can train
-    again."""
+    all scores and the chosen pair. latents: also the latents of the pair, on which method=offline_dpo can train."""

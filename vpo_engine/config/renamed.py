@@ -12,7 +12,8 @@ KEYS = {
     "memory.offload": "memory.offload_activations",
     "memory.decode_rows": "memory.decode_strip_height",
     "rollout.rows": "rollout.batch_size",
-    "rollout.ledger": "rollout.dataset",
+    "rollout.ledger": "offline_dpo.dataset",
+    "rollout.dataset": "offline_dpo.dataset",
     "objective.rows": "objective.micro_batch_size",
     "objective.draws": "objective.timesteps_per_pair",
     "objective.updates": "objective.updates_per_rollout",
@@ -27,9 +28,13 @@ VALUES: dict[str, dict[str, str]] = {
     "memory.activation_checkpointing": {"nothing": "none"},
     "memory.weights": {"masters": "fp32_master", "stochastic": "stochastic_rounding"},
     "memory.offload_idle": {"all": "false", "phases": "true"},
-    "rollout.source": {"ledger": "dataset"},
 }
 """A map from new keys to their old values, each with the value that replaces it, as it is written in a file."""
+
+MOVED: dict[tuple[str, str], tuple[str, str]] = {
+    ("rollout.source", value): ("method", "offline_dpo") for value in ("dataset", "ledger")
+}
+"""A map from old keys with a value to the setting, key and value, that takes the place of both."""
 
 
 @dataclass(frozen=True)
@@ -59,5 +64,7 @@ def find_renamed(values: Mapping[str, Any], prefix: str = "") -> Iterator[Rename
         new_key = KEYS.get(key, key)
         replaced = VALUES.get(new_key, {})
         new_value = replaced.get(value, value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            new_key, new_value = MOVED.get((key, value), (new_key, new_value))
         if new_key != key or new_value != value:
             yield Rename(key, value, new_key, new_value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -58,13 +57,9 @@ class RolloutConfig(Section):
     """Number of sampling steps. Source: paper, section 4.1."""
     guidance: float = Field(7.0, ge=0)
     """Scale of classifier-free guidance; 1 turns guidance off. Source: the published Open-Sora 1.2 sampling default."""
-    source: Literal["policy", "reference", "dataset"] = "policy"
-    """The source of the pairs. policy: the current policy samples candidates (online). reference: the reference samples
-    them; if it is never refreshed, this is offline preference data. dataset: nothing is sampled, and pairs that another
-    run stored are used. Source: paper (policy)."""
-    dataset: Path | None = None
-    """Run directory, or its folder preference_dataset, whose pairs source=dataset trains on. They are taken in the
-    order in which they were made, again and again. That run must have had pairs.dataset=latents."""
+    source: Literal["policy", "reference"] = "policy"
+    """What samples the candidates. policy: the current policy (online). reference: the reference; if it is never
+    refreshed, the policy of the start. Source: paper (policy)."""
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
     """Largest number of candidates that go through the network and the decoder at once, as whole prompts or as even
     parts of one prompt; null: all candidates of a step. auto: as many as the plan says fit. If a resumed run has to be
@@ -133,15 +128,6 @@ class RolloutConfig(Section):
             return values
         guidance = values.get("guidance", cls.model_fields["guidance"].default)
         return {**rollout_preset(values.get("preset"), guidance), **values}
-
-    @model_validator(mode="after")
-    def _from_a_dataset(self) -> Self:
-        if (self.source == "dataset") != (self.dataset is not None):
-            raise ValueError(
-                f"source={self.source} and dataset={'null' if self.dataset is None else self.dataset} do not go "
-                "together: source=dataset trains on the pairs of the run directory that rollout.dataset names"
-            )
-        return self
 
     @model_validator(mode="after")
     def _compiled(self) -> Self:

@@ -1,75 +1,40 @@
-"""Settings of a run: prompts, evaluation, checkpoints, and all sections together."""
+"""All settings of a run together, and the rules among them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
+from vpo_engine.config.checkpoint import CheckpointConfig
 from vpo_engine.config.distributed import DistributedConfig
+from vpo_engine.config.errors import shown
+from vpo_engine.config.evaluation import EvaluationConfig
 from vpo_engine.config.guards import GuardsConfig
 from vpo_engine.config.log import LogConfig
 from vpo_engine.config.memory import MemoryConfig
+from vpo_engine.config.methods import (
+    SECTIONS,
+    InstructVideoConfig,
+    MethodCard,
+    MethodName,
+    OfflineDPOConfig,
+    ReflConfig,
+    T2VTurboConfig,
+    VaderConfig,
+    card_of,
+    unused_settings,
+)
 from vpo_engine.config.model import ModelConfig
 from vpo_engine.config.pairs import PairsConfig
 from vpo_engine.config.processes import ProcessesConfig
+from vpo_engine.config.prompts import PromptsConfig
 from vpo_engine.config.reward import RewardConfig
 from vpo_engine.config.rollout import RolloutConfig
 from vpo_engine.config.section import Section
 from vpo_engine.config.update import EmaConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
-
-
-class PromptsConfig(Section):
-    """The files that prompts come from. Without files, the sprites world has captions of its own."""
-
-    train: Path | None = None
-    """File of training prompts: .txt (a prompt per line), .csv, .tsv, .jsonl or .json (see docs/prompts.md); null: the
-    captions of the sprites world."""
-    held_out: Path | None = None
-    """File of held-out prompts, of the same kinds; null: the held-out captions of the sprites world."""
-    column: str | None = None
-    """Column of a .csv or .tsv file, or key of the objects in a .jsonl or .json file; null: the usual names are tried.
-    It is not used for a .txt file. If only one of the two files has it, the usual names are tried for the other."""
-    cache: Path | None = None
-    """Folder of text embeddings, which runs may share; null: the folder embeddings beside the run directory."""
-
-
-class EvaluationConfig(Section):
-    """Evaluation on held-out prompts: videos are sampled with fixed noise before, during and after training, and never
-    trained on."""
-
-    every: int | None = Field(200, ge=1)
-    """Optimizer steps between evaluations; null: only at the start and at the end."""
-    samples_per_prompt: int = Field(1, ge=1)
-    """Number of videos per held-out prompt."""
-    prompts: int | None = Field(None, ge=1)
-    """Number of held-out prompts that are used; null: all."""
-    samples_between: int | None = Field(None, ge=1)
-    """Number of videos per prompt in evaluations during training; null: as many as at the start and at the end."""
-    steps: int | None = Field(None, ge=1)
-    """Sampling steps of held-out videos; null: rollout.steps."""
-
-
-class CheckpointConfig(Section):
-    """Checkpoints, from which a run can be resumed."""
-
-    every: int | None = Field(100, ge=1)
-    """Steps between checkpoints; null: only at the end and on SIGTERM."""
-    keep: int = Field(2, ge=1)
-    """Number of checkpoints that are kept; older ones are removed."""
-    background: bool = False
-    """Copy the state to host memory and go on training while a thread writes the files. false: training waits until
-    they are written. true takes host memory of the size of a checkpoint, in the first process only, and pays where
-    checkpoints are frequent or their disk is slow. The files are the same."""
-    resume: Literal["auto"] | bool = "auto"
-    """Whether to go on with a run that is in the run directory already. auto: go on if it has the same settings and was
-    stopped before its last step, as a job that is started again does; a new run_dir begins at the first step. true:
-    there must be a run to go on with (without run_dir, the newest of this name under runs/). false: refuse a run
-    directory that is not empty."""
-    from_: int | Path | None = Field(None, alias="from")
-    """Checkpoint to go on from: its step, or its folder. Later checkpoints are removed when the next one is saved.
-    null: the newest complete one."""
 
 
 class Config(Section):
@@ -85,6 +50,9 @@ class Config(Section):
     """Number of prompts, and so of pairs, per step over all processes. Source: paper, section 4.1 (batch 8)."""
     run_dir: Path | None = None
     """Directory of the run; null: a new one under runs/ of the current directory."""
+    method: MethodName = "online_vpo"
+    """The training method (see docs/methods.md). Its own settings stand in the section of its name; sections of other
+    methods, and settings that the method does not use, are refused. Source: paper."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -101,6 +69,46 @@ class Config(Section):
     guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    offline_dpo: OfflineDPOConfig | None = None
+    """Settings of method=offline_dpo."""
+    refl: ReflConfig | None = None
+    """Settings of method=refl."""
+    vader: VaderConfig | None = None
+    """Settings of method=vader."""
+    instructvideo: InstructVideoConfig | None = None
+    """Settings of method=instructvideo."""
+    t2v_turbo: T2VTurboConfig | None = None
+    """Settings of method=t2v_turbo."""
+    _left_out: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def card(self) -> MethodCard:
+        """Return the facts about the method that runs."""
+        own = self.instructvideo or self.t2v_turbo
+        videos = None if own is None or own.videos is None else "videos"
+        return card_of(self.method, videos if self.offline_dpo is None else self.offline_dpo.given)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Return the settings of the file that the method, given as an argument, does not use."""
+        return self._left_out
+
+    def with_left_out(self, keys: Sequence[str]) -> Self:
+        """Keep what ``left_out`` returns."""
+        self._left_out = tuple(keys)
+        return self
+
+    @property
+    def trained_sampling(self) -> tuple[int, float]:
+        """Return the sampling steps and the guidance of the videos that are trained on."""
+        own = self.refl or self.vader or self.instructvideo
+        steps, guidance = (None, None) if own is None else (own.steps, own.guidance)
+        return steps or self.rollout.steps, self.rollout.guidance if guidance is None else guidance
+
+    @property
+    def refresh_every(self) -> int | None:
+        """Return K, the optimizer steps between refreshes of the reference; None: it is never refreshed."""
+        return self.reference.refresh_every if self.offline_dpo is None else self.offline_dpo.refresh_every
 
     @property
     def optimizer_steps(self) -> int:
@@ -119,29 +127,89 @@ class Config(Section):
         """Return the number of sampling steps of held-out videos."""
         return self.evaluation.steps or self.rollout.steps
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_section_of_method(cls, values: Any) -> Any:
+        """Give the method that runs its section, with defaults where none is given."""
+        method = values.get("method") if isinstance(values, dict) else None
+        if method in SECTIONS and values.get(method) is None:
+            return {**values, method: {}}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_method()
         self._check_run()
         self._check_memory()
         self._check_processes()
         self._check_distributed()
         return self
 
-    def _check_run(self) -> None:
-        train = self.prompts.train or self.rollout.dataset
-        if self.model.kind != "sprites" and (train is None or self.prompts.held_out is None):
+    def _check_method(self) -> None:
+        for name in SECTIONS:
+            if name != self.method and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} has the settings of method={name}, but method={self.method} runs; set method={name}, or "
+                    f"{name}=null"
+                )
+        found = list(unused_settings(self, self.card.unused))
+        if found:
+            given = ", ".join(f"{key}={shown(value)}" for key, value, _ in found)
+            defaults = " ".join(f"{key}={shown(default)}" for key, _, default in found)
             raise ValueError(
-                "prompts.train and prompts.held_out name files; only the sprites world has its own"
+                f"{given} {'has' if len(found) == 1 else 'have'} no meaning for method={self.method} "
+                f"({self.card.title}); leave it out, or give {defaults}"
+            )
+        if self.card.reward_gradient:
+            self._check_reward_gradient()
+        sampled = self.offline_dpo.pairs if self.offline_dpo is not None else None
+        if sampled is not None and sampled % self.pairs_per_step:
+            raise ValueError(
+                f"offline_dpo.pairs={sampled} is no multiple of pairs_per_step={self.pairs_per_step}, by which pairs "
+                "are sampled and trained on; make it one"
+            )
+        own, steps = self.refl or self.vader, self.trained_sampling[0]
+        if own is not None and own.last_steps > steps:
+            where = f"rollout.steps={steps}" if own.steps is None else f"{self.method}.steps={steps}"
+            raise ValueError(
+                f"{self.method}.last_steps={own.last_steps} are more than the {steps} sampling steps ({where}); lower "
+                f"it, or raise {where.partition('=')[0]}"
+            )
+
+    def _check_reward_gradient(self) -> None:
+        wrong = {
+            "processes.reward=true": (
+                self.processes.reward,
+                "the reward's gradient does not come from another process; set false",
+            ),
+            "reward.process=true": (
+                self.reward.process,
+                "the reward's gradient does not come from another process; set false",
+            ),
+            "distributed.engine=deepspeed": (
+                self.distributed.engine == "deepspeed",
+                "the decoder and the reward are in the graph, which ZeRO knows nothing of; set data_parallel",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(f"method={self.method} excludes {name}: {reason}")
+
+    def _check_run(self) -> None:
+        missing = [
+            name
+            for name in ("train", "held_out")
+            if getattr(self.prompts, name) is None and (name != "train" or self.card.prompts)
+        ]
+        if self.model.kind != "sprites" and missing:
+            raise ValueError(
+                f"{' and '.join(f'prompts.{name}' for name in missing)} must name a file; only the sprites world has "
+                "prompts of its own"
             )
         if self.reward.kind.startswith("sprites") and self.model.kind != "sprites":
             raise ValueError(
                 f"reward.kind {self.reward.kind} scores the sprites world only; set reward.kind=videoscore with its "
                 "reward.path, or reward.kind=builtin"
-            )
-        if self.rollout.source == "dataset" and (self.pairs.resample or self.pairs.dataset != "none"):
-            raise ValueError(
-                "rollout.source=dataset takes its pairs as they were stored; leave out "
-                f"pairs.resample={self.pairs.resample} and pairs.dataset={self.pairs.dataset}"
             )
         held_out = self.guards.reward
         if held_out is not None and (held_out.kind, held_out.path) == (self.reward.kind, self.reward.path):
@@ -192,7 +260,7 @@ class Config(Section):
                 "its teams are made of couples; set an even number",
             ),
             "rollout.guidance=1": (rollout.guidance == 1.0, "there is one branch only; set false"),
-            "rollout.source=dataset": (rollout.source == "dataset", "nothing is sampled; set false"),
+            f"method={self.method}": (not self.card.candidates, "it samples no candidates; set false"),
             f"rollout.cache={caches}": (
                 caches is not None,
                 "each process would decide by its own branch what a step computes; set null (also in rollout.explore)",
@@ -207,7 +275,9 @@ class Config(Section):
                 raise ValueError(f"processes.split_guidance=true excludes {name}: {reason}")
 
     def _check_distributed(self) -> None:
-        """Refuse what DeepSpeed excludes at any stage; see ``deepspeed_settings`` for the rest."""
+        """Refuse what sequence parallelism excludes, and DeepSpeed at any stage; see ``deepspeed_settings`` too."""
+        if self.distributed.sequence_parallel > 1:
+            self._check_sequence()
         if self.distributed.engine != "deepspeed":
             return
         memory = self.memory
@@ -231,14 +301,37 @@ class Config(Section):
             if given:
                 raise ValueError(f"distributed.engine=deepspeed excludes {name}: {reason}")
 
+    def _check_sequence(self) -> None:
+        wrong = {
+            "rollout.overlap=true": (
+                self.rollout.overlap,
+                "the processes that share a video share its decoding and scoring, too, when it is sampled; set false",
+            ),
+            "rollout.compile=graphs": (
+                self.rollout.compile == "graphs",
+                "the exchange between processes is not part of a CUDA graph; set blocks or none",
+            ),
+            "processes.split_guidance=true": (
+                self.processes.split_guidance,
+                "it gives each process one branch of guidance and this gives it a slice of both; set one of them",
+            ),
+        }
+        for name, (given, reason) in wrong.items():
+            if given:
+                raise ValueError(
+                    f"distributed.sequence_parallel={self.distributed.sequence_parallel} excludes {name}: {reason}"
+                )
+
     def _check_memory(self) -> None:
         storage, memory, lora = self.reference.storage, self.memory, self.model.lora
-        if storage == "exact8" and memory.weights == "float32":
+        if storage == "exact8" and memory.weights == "float32" and not memory.chooses("weights"):
             raise ValueError(
                 "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
                 "memory.weights=fp32_master or stochastic_rounding, or use reference.storage=int8"
             )
-        if (storage == "adapter") != (lora is not None):
+        if self.reference.refresh_share < 1:
+            self._check_soft_refresh()
+        if self.card.reference and (storage == "adapter") != (lora is not None):
             raise ValueError(
                 f"reference.storage={storage} and model.lora={'null' if lora is None else 'set'} do not go together: "
                 "an adapter's reference is its base and a frozen copy of the adapter (storage adapter), and full "
@@ -260,6 +353,15 @@ class Config(Section):
             )
         if memory.step_in_backward:
             self._check_step_in_backward()
+
+    def _check_soft_refresh(self) -> None:
+        storage, weights = self.reference.storage, self.optimizer_memory.weights
+        if storage not in ("copy", "adapter") or weights != "float32":
+            raise ValueError(
+                f"reference.refresh_share={self.reference.refresh_share:g} moves the reference by small steps, which "
+                f"reference.storage={storage} with memory.weights={weights} would round away; set "
+                "reference.storage=copy memory.weights=float32, or reference.refresh_share=1"
+            )
 
     def _check_base_bits(self) -> None:
         bits, rollout = self.memory.base_bits, self.rollout

@@ -27,6 +27,11 @@ class ObjectiveConfig(Section):
     """The space in which beta is the same at all times: the model's own prediction (as published flow trainers have
     it), the noise (epsilon) or the clean latents (x0). The last two weight beta by the square of the signal's or the
     noise's share at time t, which is a third on average over uniform t."""
+    noise: Literal["fresh", "trajectory"] = "fresh"
+    """The noise that is added to winner and loser. fresh: drawn anew at every timestep, the same for both. trajectory:
+    each member's own, from which its video was sampled, so that what is trained on lies near the paths of the sampler
+    (PNAPO, arXiv 2605.09433, and Diffusion-APO, arXiv 2605.07503); for methods that sample their pairs in every step.
+    Source: paper (fresh)."""
     winner_anchor: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Factor of the policy's error on the winner, which is added to the loss. It works against winners that get worse
     while margins grow."""
@@ -53,6 +58,9 @@ class ReferenceConfig(Section):
     refresh_every: int | None = Field(200, ge=1)
     """K: the reference becomes the policy after every so many optimizer steps; null: never. Source: paper, section
     4.1."""
+    refresh_share: float = Field(1.0, gt=0, le=1)
+    """Share of the way to the policy that a refresh moves the reference (the soft update of TR-DPO, arXiv 2404.09656);
+    1: all of it. Below 1 it needs reference.storage=copy of float32 weights, or adapter. Source: paper (1)."""
 
 
 class OptimizerConfig(Section):

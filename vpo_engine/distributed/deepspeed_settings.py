@@ -128,7 +128,8 @@ _SOURCES = {
 
 def _known(config: Config, processes: int, half: bool) -> Settings:
     """Return DeepSpeed's settings outside of ZeRO that the run's settings determine."""
-    each = max(1, config.pairs_per_step * config.processes.per_prompt // processes)
+    team = config.processes.per_prompt * config.distributed.sequence_parallel
+    each = max(1, config.pairs_per_step * team // processes)
     return {
         "train_batch_size": each * processes,
         "train_micro_batch_size_per_gpu": each,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vpo_engine.distributed.couples import Couple, Couples
 from vpo_engine.distributed.meeting import meet
-from vpo_engine.distributed.shares import uneven
+from vpo_engine.distributed.shares import check_teams, uneven
 from vpo_engine.distributed.stages import Stages
 from vpo_engine.errors import LostProcessError
 
@@ -36,6 +36,8 @@ class Processes:
     device: torch.device
     group: dist.ProcessGroup | None = None
     _team: Processes | None = None
+    _sequence: Processes | None = None
+    _units: Processes | None = None
     _pair: Processes | None = None
     store: dist.Store | None = None
     stages: Stages = field(default_factory=Stages)
@@ -46,13 +48,14 @@ class Processes:
         per_team: int = 1,
         reward_process: bool = False,
         limit: timedelta | None = None,
+        sequence: int = 1,
     ) -> Processes:
         """Join the process group that torchrun describes in the environment; without one, return a single process.
 
-        The backend is gloo on CPU and nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team: see
-        ``in_teams``. reward_process: the process with the last rank runs the reward model and is not in the group (see
-        ``is_reward_process``); ValueError if no other process is left. limit: the time that a process waits for the
-        others in a collective operation; None: torch's default.
+        The backend is gloo on CPU and nccl on CUDA. ``device`` is "auto", or what torch.device accepts. per_team and
+        sequence: see ``in_teams``. reward_process: the process with the last rank runs the reward model and is not in
+        the group (see ``is_reward_process``); ValueError if no other process is left. limit: the time that a process
+        waits for the others in a collective operation; None: torch's default.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
@@ -81,31 +84,41 @@ class Processes:
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             own = dist.PrefixStore("training", store)
             dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=limit)
-        return Processes(rank, count, chosen, store=store).in_teams(per_team)
+        return Processes(rank, count, chosen, store=store).in_teams(per_team, sequence, limit)
 
-    def in_teams(self, size: int) -> Processes:
-        """Divide the processes into teams of ``size`` neighbouring ranks; the members of a team share their prompts.
+    def in_teams(self, size: int, sequence: int = 1, limit: timedelta | None = None) -> Processes:
+        """Divide the processes into teams of ``size * sequence`` neighbouring ranks, whose members share their prompts.
 
-        Every process of the run must call this. Raise ValueError if ``size`` does not divide the number of processes.
+        A team divides its candidates among ``size`` units, of ``sequence`` neighbouring ranks each, which hold slices
+        of the same videos. Every process of the run must call this. Raise ValueError if the number of processes is not
+        a multiple of a team's.
         """
-        if self.count % size:
-            raise ValueError(
-                f"processes.per_prompt={size} does not divide the {self.count} processes that train; start a "
-                f"multiple of {size}, or set it to a divisor of {self.count}"
-            )
-        if size == 1:
-            return self
-        groups = [dist.new_group(range(first, first + size)) for first in range(0, self.count, size)]
-        team = Processes(self.rank % size, size, self.device, groups[self.rank // size], stages=self.stages)
-        return replace(self, _team=team)
+        check_teams(size, sequence, self.count)
+        members = size * sequence
+        made = self
+        if size > 1:
+            teams = range(0, self.count, members)
+            same = [range(at + slot, at + members, sequence) for at in teams for slot in range(sequence)]
+            made = replace(made, _team=self._among(same, limit))
+        if sequence > 1:
+            units = [range(at, at + sequence) for at in range(0, self.count, sequence)]
+            same = [range(slot, self.count, sequence) for slot in range(sequence)]
+            made = replace(made, _sequence=self._among(units, limit), _units=self._among(same, limit))
+        return made
 
-    def in_couples(self) -> Processes:
+    def _among(self, groups: Sequence[range], limit: timedelta | None) -> Processes:
+        """Return this process's place in its one of ``groups`` of ranks; together they have every rank once."""
+        made = [dist.new_group(ranks, timeout=limit) for ranks in groups]
+        number = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
+        mine = groups[number]
+        return Processes(mine.index(self.rank), len(mine), self.device, made[number], stages=self.stages)
+
+    def in_couples(self, limit: timedelta | None = None) -> Processes:
         """Let two neighbouring processes of a team share every candidate; see ``couples.py``.
 
         Every process of the run must call this, after ``in_teams`` of an even size.
         """
-        pairs = [dist.new_group([first, first + 1]) for first in range(0, self.count, 2)]
-        mine = Processes(self.rank % 2, 2, self.device, pairs[self.rank // 2], stages=self.stages)
+        mine = self._among([range(first, first + 2) for first in range(0, self.count, 2)], limit)
         return replace(self, _team=replace(self.team, _pair=mine))
 
     @property
@@ -119,8 +132,31 @@ class Processes:
 
     @property
     def team(self) -> Processes:
-        """Return this process's rank among those that share its prompts; without ``in_teams`` it is alone."""
+        """Return this process's rank among those that share its prompts; without ``in_teams`` it is alone.
+
+        With sequence parallelism these are the ones that hold the same slice in the units of its team.
+        """
         return self._team or Processes(0, 1, self.device)
+
+    @property
+    def sequence(self) -> Processes:
+        """Return this process's rank in its unit, the processes that hold slices of the same videos."""
+        return self._sequence or Processes(0, 1, self.device)
+
+    @property
+    def units(self) -> Processes:
+        """Return this process's rank among those of all units that hold the same slice; without slices, among all."""
+        return self._units or self
+
+    @property
+    def team_size(self) -> int:
+        """Return how many processes share this one's prompts, itself included."""
+        return self.team.count * self.sequence.count
+
+    @property
+    def first_of_team(self) -> bool:
+        """Return whether this process writes what its team has made."""
+        return self.team.first and self.sequence.first
 
     @property
     def sharers(self) -> Processes | Couples:
@@ -138,7 +174,7 @@ class Processes:
 
         ``what`` is the name of the setting that has the value ``total``, for the error.
         """
-        size = self.team.count
+        size = self.team_size
         teams = self.count // size
         if total % teams:
             raise uneven(what, total, teams, size)
@@ -180,6 +216,23 @@ class Processes:
         with self._together():
             dist.all_gather(parts, here, group=self.group)
         return torch.cat(parts, dim).to(values.device)
+
+    def exchange(
+        self, received: Tensor, sent: Tensor, received_counts: list[int], sent_counts: list[int]
+    ) -> None:
+        """Send a part of ``sent`` to each process in rank order, and fill ``received`` with what they send here.
+
+        Both are flat. The counts are numbers of elements, one for each process.
+        """
+        with self._together():
+            dist.all_to_all_single(received, sent, received_counts, sent_counts, group=self.group)
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Replace ``values`` by those of the process with rank 0, in place."""
+        if self.count > 1:
+            with self._together():
+                dist.broadcast(values, group_src=0, group=self.group)
+        return values
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each gradient by its mean over processes; a missing one counts as zero."""

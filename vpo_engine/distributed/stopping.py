@@ -52,10 +52,10 @@ class StopPoints:
         """Mark work that changes no weights. Every process must enter the same blocks in the same order.
 
         together: processes wait for each other inside of the block, so that none may leave it alone; then it is given
-        up at its end only.
+        up at its end only. Processes that hold slices of the same videos always do.
         """
         left = False
-        self._inside = not together
+        self._inside = not (together or self._processes.sequence.count > 1)
         try:
             yield
         except _LeaveError:

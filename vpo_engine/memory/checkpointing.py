@@ -102,6 +102,14 @@ def checkpointed(
     )
 
 
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Call ``function(*inputs)``, which draws no random numbers, and compute it again in the backward pass.
+
+    Nothing but the inputs is kept. Functions in it may be ``checkpointed`` themselves.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def in_parts(
     function: Callable[..., Tensor], x: Tensor, constants: tuple[Tensor, ...], *, dim: int, parts: int
 ) -> Tensor:

@@ -21,10 +21,21 @@ from vpo_engine.config import Config
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 PartName = Literal["policy", "reference", "optimizer", "ema", "vae", "reward", "judge"]
-Phase = Literal["rollout", "evaluation", "decode", "reward", "judge", "update", "optimizer", "refresh"]
+Phase = Literal[
+    "rollout",
+    "evaluation",
+    "decode",
+    "reward",
+    "judge",
+    "update",
+    "reward_gradient",
+    "optimizer",
+    "refresh",
+]
 """rollout: the model of rollout.source samples candidates; it needs the policy's embedding of the empty caption too.
 evaluation: the policy samples held-out videos. decode: the VAE decodes latents. reward: the reward model scores videos.
-judge: the held-out reward scores the videos of an evaluation. update: losses and gradients are computed. optimizer: the
+judge: the held-out reward scores the videos of an evaluation. update: losses and gradients are computed.
+reward_gradient: the policy samples, the VAE decodes and the reward model scores, with gradients. optimizer: the
 optimizer steps. refresh: the reference is built or refreshed."""
 
 SLAB_BYTES = 2**28
@@ -49,6 +60,11 @@ def needs_of(config: Config) -> dict[PartName, Needs]:
     reference: set[Phase] = {"update", "refresh"}
     reference_changes: set[Phase] = {"refresh"}
     optimizer: set[Phase] = {"optimizer"}
+    vae: set[Phase] = {"decode"}
+    reward: set[Phase] = {"reward"}
+    if config.card.reward_gradient:
+        for part in (policy, reference, vae, reward):
+            part.add("reward_gradient")
     if config.rollout.source == "reference":
         reference.add("rollout")
     if storage == "exact8":
@@ -64,8 +80,8 @@ def needs_of(config: Config) -> dict[PartName, Needs]:
         "reference": Needs(frozenset(reference), frozenset(reference_changes)),
         "optimizer": Needs(frozenset(optimizer), frozenset(optimizer)),
         "ema": Needs(frozenset({"optimizer"}), frozenset({"optimizer"})),
-        "vae": Needs(frozenset({"decode"})),
-        "reward": Needs(frozenset({"reward"})),
+        "vae": Needs(frozenset(vae)),
+        "reward": Needs(frozenset(reward)),
         "judge": Needs(frozenset({"judge"})),
     }
 

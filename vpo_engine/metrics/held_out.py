@@ -73,15 +73,17 @@ class HeldOut:
         ``appearance``, ``style/...``.
         """
         total = len(self.prompts) * samples_per_prompt
-        each = -(-total // self._processes.count)
-        first = self._processes.rank * each
+        units = self._processes.units
+        each = -(-total // units.count)
+        first = units.rank * each
         # The last processes may get clip numbers beyond the end: they repeat the last clip, which is cut off below.
         mine = [min(clip, total - 1) for clip in range(first, first + each)]
         with self.stopping.stoppable(), self.whole_policy():
             parts = [self._measure(self._sample(network, chunk), chunk) for chunk in self._chunks(mine)]
         names = list(parts[0])
         rows = torch.stack([torch.cat([part[name] for part in parts]) for name in names], dim=1)
-        rows = self._processes.gather(rows.to(self._processes.device))[:total].cpu()
+        rows = self._processes.sequence.broadcast(rows.to(self._processes.device))
+        rows = units.gather(rows)[:total].cpu()
         return dict(zip(names, rows.unbind(1), strict=True))
 
     def scores(self, videos: Tensor, clips: Sequence[int]) -> list[dict[str, float]]:

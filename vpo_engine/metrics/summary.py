@@ -225,7 +225,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         rows.append(
             (label, base, final, difference, _half_width(numbers), relative, change_text(name, numbers))
         )
-    lines = [*_wrapped(_heading(summary["clips"])), "", *_aligned(rows), ""]
+    lines = [*_wrapped(_heading(summary["clips"])), "", *aligned(rows), ""]
     if summary["timings"]:
         lines += [format_account(summary["timings"], WIDTH), ""]
     return "\n".join([*lines, *_wrapped(verdict(summary))])
@@ -273,7 +273,7 @@ def format_seeds(groups: Mapping[str, Mapping[str, Any]]) -> str:
         "Mean change over seeds ± its standard deviation; then the number of seeds that improved by their own 95 % "
         "bounds."
     )
-    return "\n".join([*_wrapped(note), "", *_aligned(rows)])
+    return "\n".join([*_wrapped(note), "", *aligned(rows)])
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:
@@ -337,8 +337,12 @@ def _mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _places(numbers: Mapping[str, Any], most: int) -> int:
-    """Return how many decimal places the width of the bounds justifies."""
-    width = 0.0 if numbers["low"] is None else numbers["high"] - numbers["low"]
+    return places_for(numbers["low"], numbers["high"], most)
+
+
+def places_for(low: float | None, high: float | None, most: int = 8) -> int:
+    """Return how many decimal places, at most ``most``, the width of the bounds justifies."""
+    width = 0.0 if low is None or high is None else high - low
     return min(most, max(3, 1 - math.floor(math.log10(width)))) if width > 0 else 3
 
 
@@ -384,7 +388,7 @@ def _over_seeds(name: str, numbers: Sequence[Mapping[str, Any]]) -> dict[str, An
     return result | {"improved": improved, "each": each}
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Align the first and last column to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from vpo_engine.config import Config
 from vpo_engine.memory.quantised_base import frozen_layers
 from vpo_engine.model_values import RowFlops
 from vpo_engine.protocols import Network, TextEmbedding
@@ -26,7 +26,7 @@ SMALLEST, LARGEST = 128, 8192
 """Sides of the matrices whose products are timed."""
 
 BETWEEN = ("evaluate", "checkpoint")
-"""Stages that do not belong to Algorithm 1."""
+"""Stages that do not belong to a step."""
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -168,39 +168,44 @@ def _product_seconds(a: Tensor) -> float:
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Work:
+    """The inputs (rows of batches) that a step sent through the network in this process, and its videos.
+
+    sampled: inputs of the sampling. compared, trained: inputs of the update without and with a backward pass. videos:
+    how many videos all processes together sampled.
+    """
+
+    sampled: float = 0
+    compared: float = 0
+    trained: float = 0
+    videos: int = 0
+
+
 class Throughput:
     """Turns the seconds of a step into the metrics ``speed/...`` of one process; see docs/architecture.md."""
 
-    def __init__(self, config: Config, flops: RowFlops, ceiling: float) -> None:
+    def __init__(self, flops: RowFlops, ceiling: float) -> None:
         """Keep the costs. ceiling: FLOP/s of the device, as ``matrix_rate`` gives it, in the network's arithmetic."""
-        self._config, self._flops, self.ceiling = config, flops, ceiling
+        self._flops, self.ceiling = flops, ceiling
 
-    def utilisation(self, seconds: Mapping[str, float], rows: int, pairs: float) -> dict[str, float]:
-        """Return the shares of the ceiling that rollout and update reach; an update without pairs is left out.
+    def utilisation(self, seconds: Mapping[str, float], work: Work) -> dict[str, float]:
+        """Return the shares of the ceiling that rollout and update reach; a stage without work is left out.
 
-        seconds: of the stages. rows: how many inputs the rollout sent through the network. pairs: the number that
-        this process trained on, a part of its team's. For each timestep of a pair, winner and loser go through the
-        reference, and through the policy and back.
+        seconds: of the stages.
         """
-        objective = self._config.objective
-        guided = objective.branch == "guided" and self._config.rollout.guidance != 1.0
-        trained = (
-            pairs * 2 * objective.timesteps_per_pair * objective.updates_per_rollout * (2 if guided else 1)
-        )
-        work = {
-            "rollout": rows * self._flops.forward,
-            "update": trained * (self._flops.forward + self._flops.training),
+        flops_of = {
+            "rollout": work.sampled * self._flops.forward,
+            "update": work.compared * self._flops.forward + work.trained * self._flops.training,
         }
         return {
             f"speed/{stage}_mfu": flops / (seconds[stage] * self.ceiling)
-            for stage, flops in work.items()
+            for stage, flops in flops_of.items()
             if flops
         }
 
-    def rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Return candidates per second of all processes, if any are sampled, and the share of time outside of stages.
-
-        Candidates that ``pairs.resample`` adds are not counted.
+    def rates(self, seconds: Mapping[str, float], work: Work) -> dict[str, float]:
+        """Return videos per second of all processes, if any are sampled, and the share of time outside of stages.
 
         seconds: of every stage since the last call, and of everything as "step".
         """
@@ -208,7 +213,6 @@ class Throughput:
         staged = sum(value for stage, value in seconds.items() if stage != "step")
         between = sum(seconds.get(stage, 0.0) for stage in BETWEEN)
         rates = {"speed/idle": max(0.0, 1 - staged / whole)}
-        if self._config.rollout.source != "dataset":
-            candidates = self._config.pairs_per_step * self._config.rollout.candidates
-            rates["speed/samples_per_second"] = candidates / (whole - between)
+        if work.videos:
+            rates["speed/samples_per_second"] = work.videos / (whole - between)
         return rates

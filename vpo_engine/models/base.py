@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
+from vpo_engine.errors import NotFiniteError
 from vpo_engine.memory.idle_offload import IdleOffload, PartName, module_tensors
 from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerState, TextEmbedding
 from vpo_engine.models.lora import has_adapter, load_adapter, save_adapter
@@ -51,6 +52,17 @@ class BaseModel(VideoModel):
     @abstractmethod
     def to_video(self, latents: Tensor) -> Tensor:
         """Turn latents [B, C, T, H, W] into videos, uint8 [B, F, height, width, 3]."""
+
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Turn pixels [B, 3, F, height, width] from -1 to 1 into latents [B, C, T, H, W], the mean of the posterior."""
+        raise ValueError(f"{self.card.name} does not encode videos; give their latents")
+
+    def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
+        """Turn latents [B, C, T, H, W] into pixels [B, f, 3, height, width] from -1 to 1, with gradients.
+
+        frames: as in ``VideoModel.decode_pixels``. The activations of the decoder should be checkpointed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} supports method=reward_gradient without to_pixels")
 
     @abstractmethod
     def save_full_policy(self, folder: Path) -> None:
@@ -119,6 +131,15 @@ class BaseModel(VideoModel):
         latents = noise if noise.dtype == torch.float64 else noise.float()
         return SamplerState(latents, latents)
 
+    def start_from(self, latents: Tensor, noise: Tensor, steps: int, step: int) -> SamplerState:
+        level = torch.full((len(latents),), self._time_before(steps, step), device=latents.device)
+        noised = self.add_noise(latents, noise, level)
+        return SamplerState(noised, noised, step)
+
+    def _time_before(self, steps: int, step: int) -> float:
+        """Return the time of the schedule at which latents are as noisy as before a step of ``steps``."""
+        return self.solver(steps).times[step]
+
     @torch.no_grad()
     def denoise(
         self,
@@ -163,6 +184,26 @@ class BaseModel(VideoModel):
     def decode(self, latents: Tensor) -> Tensor:
         with self.idle_offload.phase("decode"):
             return self.to_video(latents)
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor) -> Tensor:
+        """See ``VideoModel``. A family that supports it defines ``to_latents``. Videos are encoded one by one."""
+        with self.idle_offload.phase("decode"):
+            parts = [
+                self.to_latents(video.to(self.device).movedim(4, 1).float() / 127.5 - 1)
+                for video in videos.split(1)
+            ]
+        return torch.cat(parts).float()
+
+    def decode_pixels(self, latents: Tensor, frames: Sequence[int] | None = None) -> Tensor:
+        """See ``VideoModel``. A family that supports it defines ``to_pixels``."""
+        if "method=reward_gradient" not in self.card.supports:
+            return super().decode_pixels(latents, frames)
+        pixels = self.to_pixels(latents, frames)
+        if not bool(torch.isfinite(pixels).all()):
+            bad = int((~torch.isfinite(pixels)).sum())
+            raise NotFiniteError(f"the decoder makes {bad} of {pixels.numel()} pixels that are not finite")
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     # --- memory and files ----------------------------------------------------------------------------------
 

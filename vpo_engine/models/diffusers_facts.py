@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vpo_engine.models.diffusers_network import TextLayers
+from vpo_engine.models.diffusers_sequence import TokenInputs
 from vpo_engine.video_model import Option, Padding
 
 OPTIONS: frozenset[Option] = frozenset(
@@ -24,6 +25,8 @@ OPTIONS: frozenset[Option] = frozenset(
         "rollout.cache",
         "rollout.compile=blocks",
         "rollout.compile=graphs",
+        "method=reward_gradient",
+        "distributed.sequence_parallel",
         "processes.split_guidance",
     }
 )
@@ -41,6 +44,7 @@ class Parts:
     which the transformer takes the dimensions of latents [B, C, T, H, W]. text_layers: the layers that see only the
     text.
     padding: see ``TextRule``. encoder_mask: whether the text encoder is given the mask of a prompt's tokens.
+    tokens: the inputs of blocks that can be divided among processes; None: they cannot.
     negative_prompt: of guidance, unless model.negative_prompt is given. negative_first: the negative prompt is the
     first half of a guided batch.
     """
@@ -57,6 +61,7 @@ class Parts:
     encoder_mask: bool = False
     negative_prompt: str = ""
     negative_first: bool = True
+    tokens: TokenInputs | None = None
 
 
 @dataclass(frozen=True)

@@ -73,5 +73,9 @@ class FlowModel(DiffusersModel):
     def target_scales(self, t: Tensor) -> tuple[float, float]:
         return -1.0, 1.0
 
+    def _time_before(self, steps: int, step: int) -> float:
+        """See ``BaseModel``. Some solvers round the times that the network is told; the noise level is not rounded."""
+        return 1000 * self.solver(steps).noise_level(step)
+
     def solver(self, steps: int) -> FlowEuler | UniPC:
         return flow_solver(self._scheduler, steps, self.tokens, from_one=self.levels_from_one)

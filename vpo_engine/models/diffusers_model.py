@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
-from vpo_engine.memory.checkpointing import Activations
+from vpo_engine.distributed.sequence import SequenceGroup
+from vpo_engine.memory.checkpointing import Activations, recomputed
 from vpo_engine.memory.rounding import is_kept_in_float32
 from vpo_engine.model_values import Network, SamplerSettings, TextEmbedding
 from vpo_engine.models.base import BaseModel
@@ -35,7 +36,9 @@ from vpo_engine.models.diffusers_network import (
     prepare_network,
     set_activations,
 )
+from vpo_engine.models.diffusers_sequence import divide
 from vpo_engine.models.diffusers_text import NoText, encoder_loader, text_model
+from vpo_engine.models.gradient_check import check_division
 from vpo_engine.models.guidance import guided, guided_pass, texts_of_pass
 from vpo_engine.models.lora import has_adapter, load_adapter
 from vpo_engine.models.step_graph import Predict
@@ -67,7 +70,7 @@ class DiffusersModel(BaseModel):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        prepare_network(network, self.facts.text_layers)
+        self.prepare_network(network)
         super().__init__(network, None, text, device=device, dtype=dtype)
         self._compiled: CompiledBlocks | None = None
         # diffusers' own ``to`` warns of a type, whatever the module.
@@ -114,6 +117,11 @@ class DiffusersModel(BaseModel):
     @classmethod
     def check_configs(cls, setup: Setup) -> None:
         """Raise ValueError for folders of the right classes whose config files this family cannot run with."""
+
+    @classmethod
+    def prepare_network(cls, network: Any) -> None:
+        """Let a transformer as diffusers builds it take the engine's options."""
+        prepare_network(network, cls.facts.text_layers)
 
     @classmethod
     def rewrite(cls, prompt: str) -> str:
@@ -320,7 +328,7 @@ class DiffusersModel(BaseModel):
             if not shared:
                 texts = texts_of_pass(text, self.null_text, guidance, samples, first, settings.split)
                 texts = texts.to(latents.device, self._weights_dtype())
-                shared.append((texts, Loop(samples, settings.cache, run)))
+                shared.append((texts, Loop(samples, settings.cache, run, self.network.sequence)))
             [(texts, loop)] = shared
             assert loop.repeat == samples, "a sampling loop keeps its batch size"
             branch = partial(self._branch, network, loop=loop)
@@ -364,6 +372,24 @@ class DiffusersModel(BaseModel):
         shade = (frames / 2 + 0.5).clamp(0, 1).mul(255).round()
         return shade.to(torch.uint8).permute(0, 2, 3, 4, 1)
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """See ``BaseModel``. The inverse of ``denormalised``, whose scale is the same for all latents of a channel."""
+        raw = self.vae.encode(pixels.to(self.dtype)).latent_dist.mode().float()
+        shift = self.denormalised(torch.zeros_like(raw))
+        return (raw - shift) / (self.denormalised(torch.ones_like(raw)) - shift)
+
+    def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
+        """See ``BaseModel``. Samples are decoded one by one; where the VAE decodes a beginning on its own, no further
+        than the last frame that is wanted."""
+        if frames is not None and "rollout.prune.frames" in self.card.supports:
+            latents = latents[:, :, : self.prefix(max(frames) + 1)[0]]
+        if self.vae._supports_gradient_checkpointing and not self.vae.is_gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        videos = torch.cat(
+            [recomputed(self.pixels, sample.to(self.dtype)) for sample in self.denormalised(latents).split(1)]
+        ).transpose(1, 2)
+        return videos if frames is None else videos[:, torch.as_tensor(frames, device=videos.device)]
+
     def use_memory(self, memory: MemoryConfig) -> None:
         set_activations(
             self.network,
@@ -372,6 +398,10 @@ class DiffusersModel(BaseModel):
 
     def choose_backends(self, settings: ModelConfig) -> str:
         return str(self.network.choose_backends(settings.attention, dtype=self.dtype))
+
+    def share_sequence(self, group: SequenceGroup) -> None:
+        check_division(self, group)
+        divide(self.network, self.facts.tokens, group)
 
     def save_full_policy(self, folder: Path) -> None:
         """See ``BaseModel``. The folder is what diffusers' save_pretrained writes, in one file."""

@@ -18,11 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vpo_kernels.attention import AttentionName, BackendName, Choice, choose_attention
+from vpo_kernels.attention import AttentionName, BackendName, Choice, attention, choose_attention
 
+from vpo_engine.distributed.sequence import SequenceGroup, alone
 from vpo_engine.memory.checkpointing import Activations, checkpointed, in_separate_parts
 from vpo_engine.memory.offload import OffloadedInputs
+from vpo_engine.models.class_exchange import exchange
 from vpo_engine.models.compiling import check_compiler, compiled
+from vpo_engine.models.diffusers_sequence import Slices
 from vpo_engine.models.step_cache import BlockCache
 from vpo_engine.video_model import repeating_blocks
 
@@ -60,19 +63,30 @@ class Processor:
 
     backend: BackendName = "sdpa"
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention of q to k and v, [B, N, heads, channels]."""
+        return attention(q, k, v, self.backend)
+
 
 class Loop:
     """What the calls of one sampling loop share. It is an argument of each; the first call fills it.
 
     It serves one network with unchanged weights, one text and one batch, without gradients. ``repeat``: the number of
     samples of a prompt, which stand next to each other: results of text layers are computed once for each prompt.
-    cache: None, or the threshold of ``BlockCache``. run: computes a block in place of its forward.
+    cache: None, or the threshold of ``BlockCache``. run: computes a block in place of its forward. shared: the
+    processes that hold slices of the tokens, if there are any.
     """
 
-    def __init__(self, repeat: int, cache: float | None = None, run: RunBlock | None = None) -> None:
+    def __init__(
+        self,
+        repeat: int,
+        cache: float | None = None,
+        run: RunBlock | None = None,
+        shared: SequenceGroup | None = None,
+    ) -> None:
         self.filled = False
         self.repeat = repeat
-        self.blocks = None if cache is None else BlockCache(cache)
+        self.blocks = None if cache is None else BlockCache(cache, shared)
         self.run = run
         self._results: dict[tuple[int, str], Tensor] = {}
 
@@ -97,18 +111,19 @@ def prepare_network(network: Any, text_layers: Sequence[TextLayers]) -> None:
 
     blocks: list[Any] = [block for members in repeating_blocks(network).values() for block in members]
     for number, block in enumerate(blocks):
-        _exchange(block, _Block)
+        exchange(block, _Block)
         block.first, block.last = number == 0, number == len(blocks) - 1
     for name, module in network.named_modules():
         if isinstance(module, FeedForward):
-            _exchange(module, _FeedForward)
+            exchange(module, _FeedForward)
         for kind in text_layers:
             if f".{name}".endswith(f".{kind.owner}"):
-                _exchange(module, _TextOwner)
+                exchange(module, _TextOwner)
                 module.text_layers = kind
-    _exchange(network, _Transformer)
+    exchange(network, _Transformer)
     network.activations = Activations()
     network.offloaded = OffloadedInputs()
+    network.sequence = alone()
 
 
 def set_activations(network: Any, activations: Activations) -> None:
@@ -125,7 +140,7 @@ class CompiledBlocks:
     Modules in blocks that keep results of the text are not compiled: they look for what the loop has kept.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device, backend: str = "inductor") -> None:
+    def __init__(self, network: Any, device: torch.device, backend: str = "inductor") -> None:
         """Raise ValueError where torch.compile needs a C++ compiler and finds none."""
         if backend == "inductor":
             check_compiler(device)
@@ -134,7 +149,7 @@ class CompiledBlocks:
         for kind in kinds:
             if "forward" not in vars(kind):
                 kind.forward = torch.compiler.disable(kind.forward)  # type: ignore[method-assign]
-        self._forward = compiled(_forward, backend, whole=not kinds)
+        self._forward = compiled(_forward, backend, whole=not kinds and network.sequence.count == 1)
 
     def __call__(self, block: nn.Module, *inputs: Any) -> Outputs:
         """Compute the block's forward, up to rounding."""
@@ -151,18 +166,6 @@ def _forward(block: nn.Module, *inputs: Any) -> Outputs:
     return made
 
 
-def _exchange(module: Any, mixin: type) -> None:
-    kind: Any = type(module)
-    if not issubclass(kind, mixin):
-        module.__class__ = _mixed(mixin, kind)
-
-
-@functools.cache
-def _mixed(mixin: Any, kind: Any) -> type:
-    """Return the subclass of ``kind`` with what ``mixin`` overrides, under the same name."""
-    return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
-
-
 @functools.cache
 def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
@@ -175,11 +178,17 @@ class _Pass:
         self._activations: Activations = network.activations
         self._sender = network.offloaded.forward_pass()
         self.loop = loop
+        group = network.sequence
+        self.slices = Slices(group, network.token_inputs) if group.count > 1 else None
         self._after_first: Outputs | None = None
         self._rest: Tensor | None = None
 
     def block(self, block: nn.Module, call: Callable[..., Outputs], inputs: tuple[Any, ...]) -> Outputs:
         """Run a block, or take what it would add from the cache of the loop. The tokens are the first input."""
+        if self.slices is not None:
+            kind: Any = type(block)
+            names = list(_signature(kind).parameters)[1:]
+            inputs = self.slices.of(names, inputs, first=bool(block.first))
         cache = None if self.loop is None else self.loop.blocks
         if cache is None:
             return self._compute(block, call, inputs)
@@ -202,6 +211,8 @@ class _Pass:
             return self.loop.run(block, *inputs)
         settings = self._activations
         sending = settings.offload and torch.is_grad_enabled()
+        if self.slices is not None:  # the backward pass may compute the block again, outside of this call
+            call = self.slices.running()(call)
         with self._sender.sending(inputs[0]) if sending else nullcontext():
             made: Outputs = checkpointed(call, *inputs, checkpointing=settings.checkpointing)  # type: ignore[arg-type]
         return made
@@ -219,9 +230,11 @@ class _Transformer(nn.Module):
     """A transformer whose forward pass takes a ``Loop``."""
 
     def forward(self, *args: Any, loop: Loop | None = None, **kwargs: Any) -> Any:
-        token = _running.set(_Pass(self, loop))
+        this = _Pass(self, loop)
+        token = _running.set(this)
         try:
-            out = super().forward(*args, **kwargs)
+            with nullcontext() if this.slices is None else this.slices.running():
+                out = super().forward(*args, **kwargs)
         finally:
             _running.reset(token)
         if loop is not None:

@@ -13,6 +13,7 @@ from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_facts import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
+from vpo_engine.models.diffusers_sequence import TokenInputs
 from vpo_engine.video_model import ModelCard, SizeRule
 
 DECODE_TIME, DECODE_NOISE = 0.05, 0.025
@@ -70,6 +71,7 @@ class LTXVideo(FlowModel):
         published=PUBLISHED,
         size=(512, 704),
         text_layers=(TextLayers("attn2", CROSS_ATTENTION_LAYERS),),
+        tokens=TokenInputs(("hidden_states",), ("image_rotary_emb",)),
         padding="masked",
     )
     levels_from_one = True

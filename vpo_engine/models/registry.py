@@ -81,11 +81,27 @@ def check_model(config: Config) -> None:
                 f"{name}={_shown(value)} is not supported by model.kind={settings.kind} ({family.card.name}); set "
                 f"{name}={_shown(neutral)}"
             )
+    if config.card.reward_gradient:
+        _check_reward_gradient(config, family.card)
     frames = config.rollout.preview_frames
     if frames is not None and frames > settings.num_frames:
         raise ValueError(
             f"rollout.prune.frames={frames} is more than a video has with model.num_frames={settings.num_frames}; "
             "lower it, or set rollout.prune.frames=null"
+        )
+
+
+def _check_reward_gradient(config: Config, card: ModelCard) -> None:
+    if "method=reward_gradient" not in card.supports:
+        raise ValueError(
+            f"method={config.method} sends the gradient of the reward through the decoder, which "
+            f"model.kind={config.model.kind} ({card.name}) does not support; set method=online_vpo"
+        )
+    guidance = config.trained_sampling[1]
+    if guidance != 1.0 and "rollout.guidance" not in card.supports:
+        raise ValueError(
+            f"{config.method}.guidance={guidance:g} is not supported by model.kind={config.model.kind} ({card.name}); "
+            f"set {config.method}.guidance=1"
         )
 
 
@@ -177,6 +193,7 @@ def _asked(config: Config) -> dict[Option, tuple[Any, Any]]:
         "rollout.compile=blocks": (compiling if compiling == "blocks" else "none", "none"),
         "rollout.compile=graphs": (compiling if compiling == "graphs" else "none", "none"),
         "rollout.prune.frames": (rollout.preview_frames, None),
+        "distributed.sequence_parallel": (config.distributed.sequence_parallel, 1),
         "processes.split_guidance": (config.processes.split_guidance, False),
     }
 

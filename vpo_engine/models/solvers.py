@@ -75,9 +75,9 @@ class UniPC:
     """UniPC (arXiv 2302.04867) of order 2 with B2(h) on clean latents, for a network that predicts noise minus latents.
 
     times, levels: as in ``FlowEuler``; the last level is 0. A step first corrects the latents that the step before
-    gave, then predicts the next ones. The first and the last prediction are of order 1. What is remembered is the
-    corrected latents of the step, the clean latents that its prediction points to and, from the second step on, the
-    clean latents of the step before.
+    gave, then predicts the next ones. The first and the last prediction are of order 1; the first is that of the step
+    before which nothing is remembered, wherever a loop begins. What is remembered is the corrected latents of the step,
+    the clean latents that its prediction points to and, from the second step on, the clean latents of the step before.
     """
 
     times: Sequence[float]
@@ -95,11 +95,11 @@ class UniPC:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Correct ``latents`` by what the prediction says of them, and go on to the next noise level."""
         clean = self.preview(step, latents, latents, prediction)
-        if step:
+        if memory:
             latents = self._corrected(step, clean, *memory)
         numbers = self._numbers[step]
         after = latents * numbers.keep - clean * numbers.pull
-        if self._order(step) == 2:
+        if memory and step < len(self.times) - 1:
             after = after - (memory[1] - clean) / numbers.ratio * 0.5 * numbers.pull
         return after, (latents, clean, *memory[1:2])
 
@@ -112,13 +112,12 @@ class UniPC:
     ) -> Tensor:
         """Repeat the step before ``step``, now that it is known which clean latents its end points to."""
         numbers = self._numbers[step - 1]
-        change = (clean - last_clean) * numbers.weights[-1]
-        if self._order(step - 1) == 2:
+        if earlier_clean:
+            change = (clean - last_clean) * numbers.weights[-1]
             change = (earlier_clean[0] - last_clean) / numbers.ratio * numbers.weights[0] + change
+        else:
+            change = (clean - last_clean) * _FIRST_ORDER
         return last * numbers.keep - last_clean * numbers.pull - change * numbers.pull
-
-    def _order(self, step: int) -> int:
-        return 2 if 0 < step < len(self.times) - 1 else 1
 
     @cached_property
     def _numbers(self) -> list[_StepNumbers]:
@@ -126,10 +125,14 @@ class UniPC:
             _step_numbers(
                 self.levels[step + 1],
                 self.levels[step],
-                self.levels[step - 1] if self._order(step) == 2 else None,
+                self.levels[step - 1] if 0 < step < len(self.times) - 1 else None,
             )
             for step in range(len(self.times))
         ]
+
+
+_FIRST_ORDER = 0.5
+"""The weight of the corrector's only difference at order 1."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,8 @@ class _StepNumbers:
 
     The step gives keep * latents - pull * (clean + weighted differences from clean), where ``clean`` is what level s
     points to. ratio: the distance of the level before from s, in units of the step, on the scale of log signal-to-noise
-    ratios. weights: those of the corrector's differences: of the level before (order 2 only), and of level t.
+    ratios. weights: those of the corrector's differences: of the level before (order 2 only), and of level t. A step of
+    order 2 that begins a loop is one of order 1, which uses neither.
     """
 
     keep: float
@@ -156,7 +160,7 @@ def _step_numbers(end: float, start: float, before: float | None) -> _StepNumber
     level, first = torch.tensor(end), torch.tensor(start)
     h = _log_snr(level) - _log_snr(first)
     phi1 = torch.expm1(-h)
-    ratio, weights = torch.ones(()), torch.full((1,), 0.5)
+    ratio, weights = torch.ones(()), torch.full((1,), _FIRST_ORDER)
     if before is not None:
         ratio = (_log_snr(torch.tensor(before)) - _log_snr(first)) / h
         phi2 = phi1 / -h - 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from vpo_engine.distributed.sequence import SequenceGroup, alone
 
 
 class BlockCache:
@@ -11,11 +14,12 @@ class BlockCache:
     What all blocks but the first add to the tokens is taken from the last step that computed it, as long as the first
     block adds nearly what it added then. Near means that the mean absolute change is below ``threshold`` times the mean
     absolute value, in every sample of the batch. So samples depend on their batch, and the host waits for the device
-    once a step. computed, reused: how many calls there were of either kind.
+    once a step. computed, reused: how many calls there were of either kind. shared: the processes that hold slices of
+    the tokens; they decide by the means over all tokens, and so alike.
     """
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    def __init__(self, threshold: float, shared: SequenceGroup | None = None) -> None:
+        self.threshold, self._shared = threshold, shared or alone()
         self.computed = self.reused = 0
         self._first: Tensor | None = None
         self._rest: Tensor | None = None
@@ -35,5 +39,8 @@ class BlockCache:
 
     def _near(self, first: Tensor) -> bool:
         assert self._first is not None
-        change = (first - self._first).flatten(1).float().abs().mean(1)
-        return bool((change < self.threshold * self._first.flatten(1).float().abs().mean(1)).all())
+        sizes = [values.flatten(1).float().abs().mean(1) for values in (first - self._first, self._first)]
+        change, before = sizes
+        if self._shared.count > 1:
+            change, before = self._shared.sum(torch.stack(sizes) * first[0].numel())
+        return bool((change < self.threshold * before).all())

@@ -14,7 +14,7 @@ from vpo_kernels import PairedDPOLoss, error_weight, paired_dpo_loss, sequential
 from vpo_engine.config import ObjectiveConfig
 from vpo_engine.protocols import Network, ReferenceStore, TextEmbedding
 from vpo_engine.seeding import generator, normal
-from vpo_engine.values import Pair
+from vpo_engine.values import Candidate, Pair
 from vpo_engine.video_model import VideoModel
 
 
@@ -23,7 +23,8 @@ class MicroBatch:
     """A micro-batch that goes through the networks at once: B pairs, each with a timestep and noise.
 
     winner, loser: clean latents [B, C, T, H, W]. text: the embeddings of the pairs' prompts. times: [B]. noise:
-    [B, C, T, H, W], the same for winner and loser. weight: float32 [B], the weights of the pairs' losses; None: 1.
+    [B, C, T, H, W], of winner and loser alike; loser_noise: of the losers where they have their own. weight: float32
+    [B], the weights of the pairs' losses; None: 1.
     """
 
     winner: Tensor
@@ -32,17 +33,20 @@ class MicroBatch:
     times: Tensor
     noise: Tensor
     weight: Tensor | None
+    loser_noise: Tensor | None = None
 
 
 class DPO:
     """The paired loss against the reference, at ``draws`` timesteps per pair with a sigmoid each.
 
-    Winner and loser of a pair share timestep and noise. Policy and reference see the same micro-batches in the same
+    Winner and loser of a pair share timestep and noise, unless objective.noise=trajectory gives each the noise that its
+    video was sampled from. Policy and reference see the same micro-batches in the same
     order in the same autocast state; neither is in a state with dropout.
 
     sequential: winner and loser go through the networks one after the other, so that one member's graph exists at
     a time; the policy's forward pass of the winner is made twice. Same gradient and metrics but for rounding.
     backward: is called with every loss, a scalar, in place of its backward pass.
+    sampled_from: returns the noise [C, T, H, W] that a candidate was sampled from, for objective.noise=trajectory.
     """
 
     METRICS = ("loss", "margin", "implicit_accuracy", "winner_error_change", "loser_error_change")
@@ -56,7 +60,10 @@ class DPO:
         sequential: bool = False,
         before_micro_batch: Callable[[], None] = lambda: None,
         backward: Callable[[Tensor], None] = Tensor.backward,
+        sampled_from: Callable[[Candidate], Tensor] | None = None,
     ) -> None:
+        assert config.noise == "fresh" or sampled_from is not None
+        self._sampled_from = sampled_from if config.noise == "trajectory" else None
         self._model = model
         self._config = config
         self._guidance = guidance if config.branch == "guided" else 1.0
@@ -119,12 +126,9 @@ class DPO:
 
     def micro_batch(self, pairs: Sequence[Pair], update: int, samples: range, times: Tensor) -> MicroBatch:
         """Return these samples of the pairs at their ``times``, on the device of the latents."""
-        draws, shape = self._config.timesteps_per_pair, self._model.latent_shape
-        noise = [
-            normal((draws, *shape), self._seed, "noise", pairs[number].prompt.position, *_later(update))[part]
-            for number, part in _by_pair(samples, draws).items()
-        ]
+        draws = self._config.timesteps_per_pair
         chosen = [pairs[sample // draws] for sample in samples]
+        noise, loser_noise = self._noise(pairs, update, samples, chosen)
         device = chosen[0].winner.latents.device
         weights = torch.tensor([pair.weight for pair in chosen])
         return MicroBatch(
@@ -132,13 +136,30 @@ class DPO:
             loser=torch.stack([pair.loser.latents for pair in chosen]),
             text=TextEmbedding.cat([pair.prompt.embedding for pair in chosen]),
             times=times.to(device),
-            noise=torch.cat(noise).to(device),
+            noise=noise.to(device),
             weight=None if bool((weights == 1).all()) else weights.to(device),
+            loser_noise=None if loser_noise is None else loser_noise.to(device),
         )
+
+    def _noise(
+        self, pairs: Sequence[Pair], update: int, samples: range, chosen: Sequence[Pair]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the noise of these samples, and that of their losers if it is another. ``chosen``: their pairs."""
+        own = self._sampled_from
+        if own is not None:
+            return torch.stack([own(pair.winner) for pair in chosen]), torch.stack(
+                [own(pair.loser) for pair in chosen]
+            )
+        draws, shape = self._config.timesteps_per_pair, self._model.latent_shape
+        drawn = [
+            normal((draws, *shape), self._seed, "noise", pairs[number].prompt.position, *_later(update))[part]
+            for number, part in _by_pair(samples, draws).items()
+        ]
+        return torch.cat(drawn), None
 
     def _jointly(self, batch: MicroBatch, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
         """Add ``scale`` times the loss's gradient, winners and losers in one batch."""
-        inputs = torch.cat([self._noised(batch, batch.winner), self._noised(batch, batch.loser)])
+        inputs = torch.cat(self._noised(batch))
         times, text = batch.times.repeat(2), TextEmbedding.cat([batch.text, batch.text])
 
         def predict(network: Network) -> tuple[Tensor, ...]:
@@ -147,13 +168,7 @@ class DPO:
         reference_winner, reference_loser = predict(reference)
         winner, loser = predict(self._model.network)
         out = paired_dpo_loss(
-            winner,
-            loser,
-            reference_winner,
-            reference_loser,
-            batch.winner,
-            batch.loser,
-            **self._options(batch),
+            winner, loser, reference_winner, reference_loser, **self._targets(batch), **self._options(batch)
         )
         self._add_gradient(out.loss * scale)
         return PairedDPOLoss(*(value.detach() for value in out))
@@ -161,32 +176,47 @@ class DPO:
     def _one_by_one(self, batch: MicroBatch, reference: ReferenceStore, scale: float) -> PairedDPOLoss:
         """Do what ``_jointly`` does, with one member of the pairs at a time."""
 
-        def predict(network: Network, latents: Tensor) -> Tensor:
-            inputs = self._noised(batch, latents)
+        def predict(network: Network, inputs: Tensor) -> Tensor:
             return self._model.predict(network, inputs, batch.times, batch.text, self._guidance)
 
+        winner, loser = self._noised(batch)
         return sequential_backward(
-            partial(predict, self._model.network, batch.winner),
-            partial(predict, self._model.network, batch.loser),
-            predict(reference, batch.winner),
-            predict(reference, batch.loser),
-            batch.winner,
-            batch.loser,
+            partial(predict, self._model.network, winner),
+            partial(predict, self._model.network, loser),
+            predict(reference, winner),
+            predict(reference, loser),
             scale=scale,
             backward=self._add_gradient,
+            **self._targets(batch),
             **self._options(batch),
         )
 
-    def _noised(self, batch: MicroBatch, latents: Tensor) -> Tensor:
-        return self._model.add_noise(latents, batch.noise, batch.times)
+    def _noised(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return the noised latents of winners and losers."""
+        loser_noise = batch.noise if batch.loser_noise is None else batch.loser_noise
+        return (
+            self._model.add_noise(batch.winner, batch.noise, batch.times),
+            self._model.add_noise(batch.loser, loser_noise, batch.times),
+        )
+
+    def _targets(self, batch: MicroBatch) -> dict[str, Any]:
+        """Return the targets for ``paired_dpo_loss``: clean latents with the noise that they share, or whole targets."""
+        scales = self._model.target_scales(batch.times)
+        if batch.loser_noise is None:
+            return {
+                "target_winner": batch.winner,
+                "target_loser": batch.loser,
+                "target_noise": batch.noise,
+                "target_scales": scales,
+            }
+        members = {"winner": (batch.winner, batch.noise), "loser": (batch.loser, batch.loser_noise)}
+        return {f"target_{name}": _combined(scales, *tensors) for name, tensors in members.items()}
 
     def _options(self, batch: MicroBatch) -> dict[str, Any]:
-        """Return the options of ``paired_dpo_loss``; its targets are given as clean latents and noise."""
+        """Return the options of ``paired_dpo_loss``."""
         return {
             "beta": self._beta(batch.times),
             "pair_weight": batch.weight,
-            "target_noise": batch.noise,
-            "target_scales": self._model.target_scales(batch.times),
             "winner_anchor": self._config.winner_anchor,
             "loser_scaling": self._config.loser_scaling,
         }
@@ -204,6 +234,16 @@ def _by_pair(samples: range, draws: int) -> dict[int, slice]:
         number: slice(max(samples.start - number * draws, 0), min(samples.stop - number * draws, draws))
         for number in numbers
     }
+
+
+def _combined(scales: Sequence[float | Tensor], latents: Tensor, noise: Tensor) -> Tensor:
+    """Return scales[0] * latents + scales[1] * noise, in float32 or better; a scale is a number, or [B]."""
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    clean, noisy = (
+        scale.to(dtype).view(-1, *[1] * (latents.dim() - 1)) if isinstance(scale, Tensor) else scale
+        for scale in scales
+    )
+    return clean * latents.to(dtype) + noisy * noise.to(dtype)
 
 
 def _later(update: int) -> tuple[int, ...]:

@@ -104,7 +104,8 @@ def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None, proc
     if config.memory.offload_idle and gpu is not None:
         needs = needs_of(config)
         staying = {"reward"} if config.reward.process else set()
-        absent |= {part for part in _PARTS if name not in needs[part].phases} - staying
+        phase = "reward_gradient" if config.card.reward_gradient and name in ("rollout", "update") else name
+        absent |= {part for part in _PARTS if phase not in needs[part].phases} - staying
     left_out = frozenset("weights" if part == "policy" else part for part in absent)
     found = trace.peak(name, left_out)
     if config.distributed.engine == "deepspeed":

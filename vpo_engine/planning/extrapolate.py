@@ -58,7 +58,8 @@ class Extrapolated:
         if name in self.deeper.names:
             high = self.deeper.peak(name, absent)
         else:
-            before, after = (trace.peak("rollout", absent) for trace in (self.shallow, self.deeper))
+            common: PhaseName = "rollout" if "rollout" in self.deeper.names else "update"
+            before, after = (trace.peak(common, absent) for trace in (self.shallow, self.deeper))
             high = low | {
                 part: low[part] + after.get(part, 0) - before.get(part, 0) for part in _ALWAYS if part in low
             }

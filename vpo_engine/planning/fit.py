@@ -114,7 +114,7 @@ def with_granted_batch_size(config: Config, planner: Planner, processes: int = 1
     That is all candidates of a process's step, or else the most whole prompts, or even parts of one, with which
     sampling and decoding fit. It is 1 if not even one fits.
     """
-    if config.rollout.batch_size != "auto":
+    if config.rollout.batch_size != "auto" or not config.card.candidates:
         return config
     team = config.processes.per_prompt
     each = max(1, config.rollout.candidates // config.processes.sharers)

@@ -189,3 +189,10 @@ def materialise(module: nn.Module, dtype: torch.dtype | None = None, device: tor
                     parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
                 held[name] = made[id(tensor)]
+
+
+def release(module: nn.Module) -> None:
+    """Release the tensors of a module."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            held.clear()

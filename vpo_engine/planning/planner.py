@@ -23,7 +23,7 @@ def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
 
     Its limit is memory.limit_gib, else the GPU's capacity or the memory that this machine has available.
     """
-    if config.rollout.batch_size == "auto":
+    if config.rollout.batch_size == "auto" and config.card.candidates:
         config = granted(config, gpu, processes)
         plan = plan_run(config, gpu, processes)
         note = f"rollout.batch_size=auto grants {config.rollout.batch_size or 'all'} candidates at once"

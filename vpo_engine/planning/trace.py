@@ -11,6 +11,7 @@ import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpo_engine.config import Config
+from vpo_engine.distributed.sequence import planned
 from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.offload import OffloadedInputs, PlainCopies
 from vpo_engine.memory.optimizer import PolicyOptimizer
@@ -32,12 +34,15 @@ from vpo_engine.planning.parts import (
     build_reward_network,
     materialise,
     materialise_model,
+    release,
 )
 from vpo_engine.planning.repeats import repeated, repeated_steps
+from vpo_engine.planning.reward_gradient import LeftOutSampling, planned_method
 from vpo_engine.planning.tracker import Peak, Phase, Tracker
-from vpo_engine.protocols import SamplerSettings, SamplerState, TextEmbedding
-from vpo_engine.reference.store import build_reference
-from vpo_engine.rewards.videoscore import VideoScoreNetwork, frame_indices
+from vpo_engine.planning.videoscore import PlannedVideoScore
+from vpo_engine.protocols import SamplerSettings, SamplerState, TextEmbedding, at_hand
+from vpo_engine.reference.store import HeldReference, build_reference
+from vpo_engine.reward_gradient_method import RewardGradientMethod
 from vpo_engine.rollout.batches import Batch
 from vpo_engine.rollout.quantised_copy import SamplingCopy
 from vpo_engine.values import Candidate, Pair, Prompt
@@ -48,12 +53,6 @@ PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 
 TEXT_BATCH = 16
 """Prompts that the text encoder takes at once (vpo_engine/data/text_source.py)."""
-
-QUESTION_TOKENS, TOKENS_AROUND_A_FRAME = 400, 3
-"""Tokens of VideoScore's question with a long caption, and tokens around each frame: its boundaries and a space."""
-
-SHORTEST, LONGEST = 378, 980
-"""Edges to which VideoScore's preprocessor_config.json resizes frames."""
 
 
 @dataclass
@@ -119,15 +118,22 @@ class _Tracing:
 
     def __init__(self, config: Config, on_gpu: bool, processes: int, depth: int | None) -> None:
         self._config, self._on_gpu = config, on_gpu
-        team = config.processes.per_prompt
-        self._team, self._sharers = (1, 1) if processes % team else (team, config.processes.sharers)
-        self._pairs = max(1, config.pairs_per_step * self._team // processes)
+        team, sequence = config.processes.per_prompt, config.distributed.sequence_parallel
+        whole = processes % (team * sequence) == 0
+        self._team, self._sequence, self._sharers = (
+            (team, sequence, config.processes.sharers) if whole else (1, 1, 1)
+        )
+        self._pairs = max(1, config.pairs_per_step * self._team * self._sequence // processes)
         assumed = Assumed()
         blueprint = blueprint_of(config, assumed, depth)
         self._model = blueprint.model
         if config.model.lora is not None:
             prepare_policy(self._model.network, config, self._model.card, self._model.dtype)
-        self._reward, self._bare = build_reward_network(config, assumed), bare_weights(config, assumed)
+        if self._sequence > 1:
+            self._model.share_sequence(planned(self._sequence))
+        network = build_reward_network(config, assumed)
+        self._reward = None if network is None else PlannedVideoScore(network, config.reward)
+        self._bare = bare_weights(config, assumed)
         self._text_encoder = None if blueprint.text_encoder is None else blueprint.text_encoder()
         self._tracker = Tracker(scratch=on_gpu)
         self._trace = Trace(self._tracker, notes=assumed.notes, depth=blueprint.depth)
@@ -141,15 +147,19 @@ class _Tracing:
             repeated_steps(self._tracker),
         ):
             self._build()
-            networks = (self._model.network, self._reference.network)
+            networks = [self._model.network, *([self._reference.network] if self._reference else [])]
             with repeated(self._tracker, networks, *self._groups(networks)):
                 if not network_only:
                     self._text()
                 latents, text = self._candidates()
-                self._rollout(latents, text)
-                if not network_only:
-                    self._score(latents)
-                self._update(latents, text)
+                if self._config.card.candidates:
+                    self._rollout(latents, text)
+                    if not network_only:
+                        self._score(latents)
+                if self._method is None:
+                    self._update(latents, text)
+                else:
+                    self._follow_gradient(self._method, text)
         return self._trace
 
     def _groups(self, networks: Iterable[nn.Module]) -> list[Iterable[nn.Module]]:
@@ -158,7 +168,7 @@ class _Tracing:
         for network in (*networks, *([] if self._text_encoder is None else [self._text_encoder])):
             groups += repeating_blocks(network).values()
         if self._reward is not None:
-            trunk = self._reward.model
+            trunk = self._reward.network.model
             groups += [trunk.vision_model.encoder.layers, trunk.text_model.layers]
         return groups
 
@@ -183,13 +193,15 @@ class _Tracing:
             copies = OffloadedInputs(lambda tensor: HostCopies(tensor.device, tracker))
             network.offloaded = copies  # type: ignore[assignment]
         if self._reward is not None:
-            self._build_reward(self._reward)
+            self._reward.build(tracker, self._on_gpu)
         self._held = []
         for part, size in self._bare.items():
             with tracker.making(part):
                 self._held.append(torch.zeros(size, dtype=torch.uint8))
-        with tracker.making("reference"):
-            self._reference = build_reference(config.reference.storage, network)
+        self._reference: HeldReference | None = None
+        if config.card.reference:
+            with tracker.making("reference"):
+                self._reference = build_reference(config.reference.storage, network)
         bits = config.rollout.first_pass.weights
         if bits != "policy":
             with tracker.making("sampling copy"):
@@ -197,13 +209,11 @@ class _Tracing:
         trained = [p for p in network.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
-        self._optimizer = PolicyOptimizer(
-            trained,
-            config.optimizer,
-            config.optimizer_memory,
-            seed=config.seed,
-            preserve_reference=self._reference.preserve,
-        )
+        self._method = None
+        if config.card.reward_gradient:
+            score = None if self._reward is None else partial(self._reward.score_frames, tracker)
+            self._method = planned_method(config, self._model, score)
+        self._optimizer = self._build_optimizer(trained)
         with tracker.making("optimizer"):
             self._optimizer.begin(config.optimizer.lr)
             zeros = [torch.zeros_like(parameter) for parameter in trained]
@@ -218,6 +228,16 @@ class _Tracing:
         self._average = self._build_average(trained)
         self._trained = trained
 
+    def _build_optimizer(self, trained: list[nn.Parameter]) -> PolicyOptimizer:
+        if self._method is not None:
+            assert isinstance(self._method.optimizer, PolicyOptimizer)
+            return self._method.optimizer
+        config = self._config
+        preserve = at_hand if self._reference is None else self._reference.preserve
+        return PolicyOptimizer(
+            trained, config.optimizer, config.optimizer_memory, seed=config.seed, preserve_reference=preserve
+        )
+
     def _build_average(self, trained: list[nn.Parameter]) -> PolicyAverage | None:
         settings = self._config.ema
         if settings.decay is None:
@@ -228,16 +248,6 @@ class _Tracing:
             return None
         with self._tracker.making("ema"):
             return PolicyAverage(trained, self._optimizer.precise_weights, settings)
-
-    def _build_reward(self, network: VideoScoreNetwork) -> None:
-        with self._tracker.making("reward"):
-            materialise(network.model, torch.bfloat16 if self._on_gpu else torch.float32)
-            materialise(network)
-        bits = self._config.reward.bits
-        if bits < 16:
-            for module in network.model.modules():
-                if isinstance(module, nn.Linear):
-                    self._tracker.resize(module.weight, module.weight.numel() * bits // 8)
 
     def _label_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -263,7 +273,7 @@ class _Tracing:
                 materialise(encoder, self._model.dtype)
             ids = torch.zeros(TEXT_BATCH, self._model.text_rule.max_tokens, dtype=torch.int64)
             encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
-            _empty(encoder)
+            release(encoder)
 
     def _rollout(self, latents: Tensor, text: TextEmbedding) -> None:
         """Send one group of candidates through the sampling loop; with rollout.prune in two parts, with explore twice.
@@ -272,7 +282,8 @@ class _Tracing:
         never applied, because nobody knows beforehand how often it will.
         """
         config = self._config.rollout
-        network = self._model.network if config.source == "policy" else self._reference
+        network = self._reference if config.source == "reference" else self._model.network
+        assert network is not None
         first, explored = config.first_pass, config.explore is not None
         split = _FirstHalf() if self._sharers < self._team else None
         settings = SamplerSettings(
@@ -305,9 +316,10 @@ class _Tracing:
     def _score(self, latents: Tensor) -> None:
         """Decode and score one group. With rollout.prune.frames the reward's time is that of whole videos even so."""
         rollout = self._config.rollout
-        mine = len(latents) // self._sharers
+        sharers = self._sharers * self._sequence
+        mine = -(-len(latents) // sharers)
         rows = min(rollout.batch_limit or mine, mine)
-        finished = self._pairs * (rollout.keep or 0) // self._sharers
+        finished = -(-self._pairs * (rollout.keep or 0) // sharers)
         scored, whole = mine + finished, mine + finished
         if rollout.preview_frames is not None:
             whole, (length, _) = finished, self._model.prefix(rollout.preview_frames)
@@ -320,18 +332,40 @@ class _Tracing:
                 with self._phase("reward", 0.0):
                     pass
             return
-        settings, network = self._config.reward, self._reward
-        at_once = min(settings.batch_size or 4, rows)
-        most = settings.max_frames or (48 if settings.kind == "videoscore_v1_1" else 16)
-        frames = len(frame_indices(video.shape[1], most))
-        height, width = _processed(*video.shape[2:4])
-        slots = network.model.config.perceiver_config.resampler_n_latents
-        tokens = QUESTION_TOKENS + frames * (slots + TOKENS_AROUND_A_FRAME)
-        self._tracker.answer = lambda: at_once * frames * slots
+        at_once = min(self._config.reward.batch_size or 4, rows)
         with self._phase("reward", scored / at_once), torch.no_grad():
-            ids = torch.zeros(at_once, tokens, dtype=torch.int64)
-            network(ids, torch.full((at_once,), tokens), torch.empty(at_once, frames, 3, height, width))
-        self._tracker.answer = lambda: 1.0
+            self._reward.read(self._tracker, self._reward.processed(at_once, *video.shape[1:4]))
+
+    def _follow_gradient(self, method: RewardGradientMethod, text: TextEmbedding) -> None:
+        """Make the step of a method that follows the reward's gradient, one micro-batch of it.
+
+        What it samples without gradients is a phase of its own.
+        """
+        rows = min(self._config.objective.micro_batch_size or self._pairs, self._pairs)
+        prompts = [Prompt("", text[row : row + 1], row) for row in range(rows)]
+        method._sample = sampling = LeftOutSampling()
+        self._optimizer.begin(self._config.optimizer.lr)
+        self._hold_gradients(rows < self._pairs)
+        with self._phase("update", self._pairs / rows):
+            method._add_gradients(prompts)
+        for state, of_prompts, stop in sampling.parts:
+            self._tracker.answer = lambda: 0.0
+            with self._phase("rollout", self._pairs / rows):
+                self._model.denoise(self._model.network, state, of_prompts, method.sampling, stop)
+            self._tracker.answer = lambda: 1.0
+        self._step(1)
+
+    def _hold_gradients(self, earlier: bool) -> None:
+        """Hold gradients of ``earlier`` micro-batches, to which the one that counts adds."""
+        for parameter in self._trained if earlier else ():
+            parameter.grad = torch.zeros_like(parameter)
+            self._label_gradient(parameter)
+
+    def _step(self, updates: int) -> None:
+        with self._phase("optimizer", updates):
+            self._optimizer.step()
+            if self._average is not None:
+                self._average.update()
 
     def _update(self, latents: Tensor, text: TextEmbedding) -> None:
         config, draws = self._config, self._config.objective.timesteps_per_pair
@@ -343,23 +377,19 @@ class _Tracing:
             config.rollout.guidance,
             config.seed,
             config.memory.sequential,
+            sampled_from=lambda candidate: candidate.latents,
         )
         self._optimizer.begin(config.optimizer.lr)
-        if rows < total:  # the pass that counts adds to the gradients of those before it
-            for parameter in self._trained:
-                parameter.grad = torch.zeros_like(parameter)
-                self._label_gradient(parameter)
+        self._hold_gradients(rows < total)
         pairs = [
             _pair(latents[row // draws], text[row // draws : row // draws + 1], row) for row in range(rows)
         ]
+        assert self._reference is not None
         updates = config.objective.updates_per_rollout
         with self._phase("update", updates * total / rows):
             objective.backward(pairs, self._reference)
-        with self._phase("optimizer", updates):
-            self._optimizer.step()
-            if self._average is not None:
-                self._average.update()
-        every = config.reference.refresh_every
+        self._step(updates)
+        every = config.refresh_every
         with self._phase("refresh", updates / every if every else 0.0):
             self._reference.refresh(self._model.network)
 
@@ -388,16 +418,3 @@ def without_collections() -> Iterator[None]:
 def _pair(latents: Tensor, embedding: TextEmbedding, position: int) -> Pair:
     prompt = Prompt("", embedding, position)
     return Pair(Candidate(prompt, 0, latents, {}), Candidate(prompt, 1, latents, {}))
-
-
-def _empty(module: nn.Module) -> None:
-    """Release the tensors of a module."""
-    for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            held.clear()
-
-
-def _processed(height: int, width: int) -> tuple[int, int]:
-    from vpo_engine.rewards.videoscore import FrameProcessor
-
-    return FrameProcessor(SHORTEST, LONGEST).output_size(height, width)

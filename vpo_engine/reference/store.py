@@ -20,9 +20,10 @@ _SIGNS = {".codes": "int8", ".difference": "exact8", ".bfloat16": "exact8", ".lo
 """Parts of names from which the storage of a saved reference is recognised."""
 
 
-def build_reference(storage: Storage, policy: nn.Module) -> HeldReference:
+def build_reference(storage: Storage, policy: nn.Module, refresh_share: float = 1.0) -> HeldReference:
     """Build a reference that equals ``policy`` now, up to the rounding of the storage.
 
+    refresh_share: see ``ReferenceConfig``; below 1 for copy and adapter only.
     Parameters that are not trained are shared with the policy. copy and adapter copy the others; the other storages
     encode the matrices of the transformer blocks (see ``weights``) and copy the rest.
     Raise ValueError for a policy that the storage does not fit.
@@ -38,7 +39,7 @@ def build_reference(storage: Storage, policy: nn.Module) -> HeldReference:
         "exact8": ExactWeight,
     }
     if storage not in encodings:
-        return HeldReference(storage, policy, {})
+        return HeldReference(storage, policy, {}, refresh_share)
     layers = block_matrices(policy)
     if not layers:
         raise ValueError(
@@ -59,8 +60,15 @@ class HeldReference:
     inputs give bitwise equal predictions right after a refresh.
     """
 
-    def __init__(self, storage: Storage, policy: nn.Module, held: Mapping[str, HeldWeight]) -> None:
-        self._storage, self._policy = storage, policy
+    def __init__(
+        self,
+        storage: Storage,
+        policy: nn.Module,
+        held: Mapping[str, HeldWeight],
+        refresh_share: float = 1.0,
+    ) -> None:
+        assert refresh_share == 1 or not held, "encoded weights do not move by a share of the way"
+        self._storage, self._policy, self._share = storage, policy, refresh_share
         self._network = ReferenceNetwork(policy, held)
         self._copied = self._network.copied()
         self._held = {f"{name}.weight": weight for name, weight in held.items()}
@@ -113,7 +121,8 @@ class HeldReference:
 
     @torch.no_grad()
     def refresh(self, policy: nn.Module, gathered: Gathered = at_hand) -> None:
-        """Set the reference to the policy, in place; it must be the policy that the reference was built for.
+        """Set the reference to the policy, or move it by ``refresh_share`` of the way, in place. It must be the policy
+        that the reference was built for.
 
         ``gathered`` brings the weights of one block after the other here, from other processes that hold parts.
         """
@@ -127,6 +136,8 @@ class HeldReference:
                 for name in stored:
                     if name in self._held:
                         self._held[name].refresh()
+                    elif self._share < 1 and source[name].is_floating_point():
+                        self._copied[name].lerp_(source[name], self._share)
                     else:
                         self._copied[name].copy_(source[name])
 

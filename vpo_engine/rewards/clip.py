@@ -104,10 +104,11 @@ class ImagePreprocessor:
     def pixels(self, images: Tensor) -> Tensor:
         """Turn float images [B, 3, H, W] in 0..1 into float32 [B, 3, N, N] on their device, with gradients.
 
+        float64 stays float64.
         PIL and its rounding to bytes are left out also where the convention has them, and nothing is clamped.
         """
         size = self._resized(images.shape[2], images.shape[3])
-        images = images.float()
+        images = images if images.dtype == torch.float64 else images.float()
         if size != tuple(images.shape[2:]):
             images = F.interpolate(
                 images,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.frames import check_videos
+from vpo_engine.rewards.frames import check_video_pixels, check_videos
 from vpo_engine.rewards.kinds import ENTRY_POINTS
 from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.videos import FileReward, Videos, whole
@@ -73,7 +73,8 @@ def _check_class(kind: str, found: Any) -> None:
 
 
 def own_card(kind: str) -> RewardCard:
-    """Return what is known of a reward of the user's own: its dimensions, and whether it reads the prompt."""
+    """Return what is known of a reward of the user's own: its dimensions, whether it reads the prompt, and whether it
+    has ``score_pixels``, which passes gradients to pixels."""
     found = own_class(kind)
     return RewardCard(
         name=kind,
@@ -81,7 +82,7 @@ def own_card(kind: str) -> RewardCard:
         frames="its own choice",
         resolution="its own choice",
         reads_prompt=bool(getattr(found, "reads_prompt", True)),
-        differentiable=False,
+        differentiable=callable(getattr(found, "score_pixels", None)),
         parameters=0,
         licence="its author's",
         source=f"{found.__module__}:{found.__qualname__}",
@@ -114,7 +115,9 @@ def build_own(kind: str, given: Mapping[str, Any]) -> FileReward:
     """Make the reward with those of ``given`` (path, device, dtype, fps and settings) that its class takes."""
     found = own_class(kind)
     taken = inspect.signature(found).parameters
-    return _Checked(kind, found(**{name: value for name, value in given.items() if name in taken}))
+    reward = found(**{name: value for name, value in given.items() if name in taken})
+    with_gradients = callable(getattr(reward, "score_pixels", None))
+    return _CheckedGradients(kind, reward) if with_gradients else _Checked(kind, reward)
 
 
 class _Checked:
@@ -144,17 +147,20 @@ class _Checked:
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the reward's scores, float32 [B]. ValueError for anything but a finite number for each video."""
         check_videos(videos, prompts)
-        scores = self._reward.score(whole(videos), prompts)
+        return self._checked(self._reward.score(whole(videos), prompts), prompts)
+
+    def _checked(self, scores: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the reward made of videos with these prompts, float32 [B]; raise ValueError as ``score`` does."""
         if not isinstance(scores, Mapping) or set(scores) != set(self.dimensions):
             returned = sorted(scores) if isinstance(scores, Mapping) else type(scores).__name__
             raise ValueError(
                 f"reward {self._kind!r} returned {returned}, expected a tensor for each of {', '.join(self.dimensions)}"
             )
         for name, values in scores.items():
-            if not isinstance(values, Tensor) or tuple(values.shape) != (len(videos),):
+            if not isinstance(values, Tensor) or tuple(values.shape) != (len(prompts),):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(
-                    f"reward {self._kind!r} returned {got} for {name}, expected a tensor of shape ({len(videos)},): "
+                    f"reward {self._kind!r} returned {got} for {name}, expected a tensor of shape ({len(prompts)},): "
                     "one number for each video"
                 )
             if bool((~values.isfinite()).any()):
@@ -164,3 +170,13 @@ class _Checked:
                     "expected a finite number"
                 )
         return {name: scores[name].float() for name in self.dimensions}
+
+
+class _CheckedGradients(_Checked):
+    """A reward of the user's own that has ``score_pixels``."""
+
+    def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the reward's scores of float videos [B, F, 3, H, W] in 0..1, with gradients; errors as ``score``'s."""
+        check_video_pixels(videos, prompts)
+        reward: Any = self._reward
+        return self._checked(reward.score_pixels(videos, prompts), prompts)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vpo_engine.data.sprites.world import FRAMES, SIZE, Attributes, parse_caption
 from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.frames import check_video_pixels
 from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.sprites_networks import BUILD_COMMAND, Reading, load_network
 from vpo_engine.rewards.videos import Videos, whole
@@ -39,7 +40,7 @@ CARD = RewardCard(
     frames=f"{FRAMES}, all",
     resolution=f"{SIZE} x {SIZE}; video files of enlarged clips are averaged down to it",
     reads_prompt=True,
-    differentiable=False,
+    differentiable=True,
     parameters=254_210,
     licence="the engine's own",
     source="vpo_engine/data/sprites/weights",
@@ -74,13 +75,17 @@ def _check(videos: Videos, prompts: Sequence[str]) -> None:
     """Raise ValueError unless ``videos`` are clips of the sprites world with a prompt each."""
     if videos.dtype != torch.uint8:
         raise ValueError(f"videos are {videos.dtype}, expected torch.uint8 levels 0..255")
+    _check_size(videos)
+    if len(prompts) != videos.shape[0]:
+        raise ValueError(f"{len(prompts)} prompts for {videos.shape[0]} videos; give one caption a video")
+
+
+def _check_size(videos: Videos) -> None:
     if videos.ndim != 5 or tuple(videos.shape[1:]) != (FRAMES, SIZE, SIZE, 3) or not videos.shape[0]:
         raise ValueError(
             f"videos have shape {tuple(videos.shape)}, expected [B, {FRAMES}, {SIZE}, {SIZE}, 3], B >= 1: "
             "this reward scores clips of the sprites world only"
         )
-    if len(prompts) != videos.shape[0]:
-        raise ValueError(f"{len(prompts)} prompts for {videos.shape[0]} videos; give one caption a video")
 
 
 class _SpritesScorer:
@@ -111,13 +116,27 @@ class _SpritesScorer:
         a score that is not finite.
         """
         _check(videos, prompts)
+        return {name: values.cpu() for name, values in self._scores(videos, prompts).items()}
+
+    def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Score float videos [B, 17, 3, 32, 32] in 0..1: {dimension: [B] in 1..4} on their device, with gradients.
+
+        Of pixels that are whole 255ths the scores are those of ``score`` but for rounding. Nothing is rounded to bytes
+        and nothing is clamped. Raise ValueError as ``score`` does.
+        """
+        check_video_pixels(videos, prompts)
+        _check_size(videos.movedim(2, 4))
+        return self._scores(videos.movedim(2, 4) * 255, prompts)
+
+    def _scores(self, levels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Score levels 0..255 of clips, [B, 17, 32, 32, 3]: {dimension: [B]} on the network's device."""
         attributes = Attributes.of(prompts)
         device = next(self.network.parameters()).device
         parts = []
         for start in range(0, len(prompts), CHUNK):
             rows = slice(start, start + CHUNK)
-            reading = self.network(videos[rows].to(device))
-            parts.append(torch.stack([*score_reading(reading, attributes[rows].to(device)).values()]).cpu())
+            reading = self.network(levels[rows].to(device))
+            parts.append(torch.stack([*score_reading(reading, attributes[rows].to(device)).values()]))
         scores = dict(zip(DIMENSIONS, torch.cat(parts, dim=1).unbind(0), strict=True))
         for name, values in scores.items():
             if not bool(values.isfinite().all()):
@@ -166,6 +185,13 @@ class SpritesOfFiles(SpritesReward):
             squares = clips.unflatten(3, (SIZE, -1)).unflatten(2, (SIZE, -1))  # [B, F, SIZE, n, SIZE, n, 3]
             clips = squares.float().mean(dim=(3, 5)).round().to(clips.dtype)
         return super().score(clips, prompts)
+
+    def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Score as ``SpritesReward.score_pixels`` does, also videos [B, 17, 3, 32 n, 32 n] for a whole number n."""
+        check_video_pixels(videos, prompts)
+        if _of_squares(videos.movedim(2, 4).shape) and videos.shape[3] > SIZE:
+            videos = videos.unflatten(4, (SIZE, -1)).unflatten(3, (SIZE, -1)).mean(dim=(4, 6))
+        return super().score_pixels(videos, prompts)
 
 
 def _of_squares(shape: torch.Size) -> bool:

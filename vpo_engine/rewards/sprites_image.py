@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vpo_engine.data.sprites.world import SIZE, Attributes, parse_caption
 from vpo_engine.rewards.card import RewardCard
-from vpo_engine.rewards.frames import check_finite, check_images
+from vpo_engine.rewards.frames import check_finite, check_image_pixels, check_images
 from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.sprites_networks import load_network
 
@@ -29,7 +29,7 @@ CARD = RewardCard(
     frames="one at a time",
     resolution=f"{SIZE} x {SIZE}; video files of enlarged clips are averaged down to it",
     reads_prompt=True,
-    differentiable=False,
+    differentiable=True,
     parameters=101_724,
     licence="the engine's own",
     source="vpo_engine/data/sprites/weights",
@@ -72,12 +72,26 @@ class SpritesImage:
         """
         check_images(images, prompts)
         _check_size(*images.shape[1:3])
+        return self._scores(images, prompts).cpu()
+
+    def score_image_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score float images [n, 3, 32 k, 32 k] in 0..1 with n captions: [n] in 1..4 on their device, with gradients.
+
+        Of pixels that are whole 255ths the scores are those of ``score_images`` but for rounding: nothing is rounded to
+        bytes, and nothing is clamped. Raise ValueError as ``score_images`` does.
+        """
+        check_image_pixels(images, prompts)
+        _check_size(*images.shape[2:])
+        return self._scores(images.movedim(1, 3) * 255, prompts)
+
+    def _scores(self, levels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score levels 0..255 of images, [n, 32 k, 32 k, 3]; return [n] on the network's device."""
         device = next(self.network.parameters()).device
         attributes = Attributes.of(prompts).to(device)
-        defects, colour, shape = self.network(_small(images.to(device)))
+        defects, colour, shape = self.network(_small(levels.to(device)))
         blur, invalid = defects.sigmoid().unbind(1)
         match = (_probability(colour, attributes.colour) + _probability(shape, attributes.shape)) / 2
-        scores = (1 + 3 * (1 - invalid) * ((1 - blur) + match) / 2).cpu()
+        scores = 1 + 3 * (1 - invalid) * ((1 - blur) + match) / 2
         check_finite(scores, prompts, CARD.name)
         return scores
 
@@ -91,10 +105,12 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _small(images: Tensor) -> Tensor:
-    """Reduce [n, 32 k, 32 k, 3] to [n, 32, 32, 3], by means of squares."""
+    """Reduce [n, 32 k, 32 k, 3] to [n, 32, 32, 3], by means of squares; those of bytes are rounded to bytes."""
     if images.shape[1] == SIZE:
         return images
     squares = images.unflatten(2, (SIZE, -1)).unflatten(1, (SIZE, -1))
+    if images.is_floating_point():
+        return squares.mean(dim=(2, 4))
     return squares.float().mean(dim=(2, 4)).round().to(images.dtype)
 
 

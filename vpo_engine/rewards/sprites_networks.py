@@ -45,10 +45,13 @@ def _grid(side: int) -> Tensor:
 
 
 def _pixels(videos: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn uint8 [B, F, H, W, 3] into frames less their own mean, [B * F, 3, H, W], and the means, [B * F, 3]."""
-    frames = videos.flatten(0, 1).permute(0, 3, 1, 2).float().div_(64)
+    """Turn levels 0..255 [B, F, H, W, 3] into frames less their own mean, [B * F, 3, H, W], and the means, [B * F, 3].
+
+    Levels are uint8, or floats that may have gradients.
+    """
+    frames = videos.flatten(0, 1).permute(0, 3, 1, 2) / 64
     mean = frames.mean(dim=(2, 3))
-    return frames.sub_(mean[:, :, None, None]), mean - 1
+    return frames - mean[:, :, None, None], mean - 1
 
 
 def _peak(maps: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ class RewardNetwork(_Frames):
         self.register_buffer("grid", _grid(SIZE // 2), persistent=False)
 
     def forward(self, videos: Tensor) -> Reading:
-        """Return what is seen in videos, uint8 [B, F, H, W, 3]."""
+        """Return what is seen in videos of levels 0..255, [B, F, H, W, 3], uint8 or floats."""
         count = videos.shape[0]
         frames, level = _pixels(videos)
         share, *seen = self.look(frames)
@@ -153,7 +156,7 @@ class JudgeNetwork(nn.Module):
         self.register_buffer("grid", _grid(SIZE // 2), persistent=False)
 
     def forward(self, videos: Tensor) -> Reading:
-        """Return what is seen in videos, uint8 [B, F, H, W, 3]."""
+        """Return what is seen in videos of levels 0..255, [B, F, H, W, 3], uint8 or floats."""
         count = videos.shape[0]
         frames, level = _pixels(videos)
         features = self.features(frames)  # [B F, 20, 16, 16]
@@ -189,7 +192,7 @@ class FrameNetwork(_Frames):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits of frames, uint8 [n, H, W, 3]: defects [n, 2], colour [n, 5] and shape [n, 3]."""
+        """Return logits of frames of levels 0..255, [n, H, W, 3]: defects [n, 2], colour [n, 5] and shape [n, 3]."""
         frames, level = _pixels(images.unsqueeze(1))
         _, there, layout, edges = self.look(frames)
         seen = torch.cat((level, there, edges, layout), dim=1)

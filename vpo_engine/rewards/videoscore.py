@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from vpo_engine.rewards.frames import (
     check_prompt,
     check_prompts,
     check_special_tokens,
+    check_video_pixels,
     check_videos,
 )
 from vpo_engine.rewards.loading import read_config, read_json, read_tokenizer, special_tokens
@@ -143,6 +145,17 @@ class FrameProcessor:
         pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
         return pixels.float().div_(255).sub_(0.5).div_(0.5)
 
+    def pixels(self, frames: Tensor) -> Tensor:
+        """Turn float frames [f, 3, H, W] in 0..1 into [f, 3, h, w] in -1..1 on their device, with gradients.
+
+        PIL's rounding to bytes after each of its two passes is left out: of frames of bytes the result differs from
+        ``__call__`` by no more than a level, 2 / 255, because the weights of a bilinear resize add up to 1.
+        """
+        size = self.output_size(frames.shape[2], frames.shape[3])
+        if size != tuple(frames.shape[2:]):
+            frames = F.interpolate(frames, size, mode="bilinear", antialias=True, align_corners=False)
+        return (frames - 0.5) / 0.5
+
 
 class VideoScoreNetwork(nn.Module):
     """``Idefics2Model`` and the head; the state dict has the published key names.
@@ -180,7 +193,7 @@ class VideoScoreNetwork(nn.Module):
 
 
 class VideoScore:
-    """VideoScore as a ``Reward``. Its weights take no gradient; ``logits`` passes one to the pixels."""
+    """VideoScore as a ``Reward``. Its weights take no gradient; ``score_pixels`` passes one to the pixels."""
 
     dimensions = DIMENSIONS
 
@@ -253,6 +266,20 @@ class VideoScore:
             self.logits(self._pixels(videos[rows, indices]), prompts[rows]).cpu()
             for rows in batches(len(prompts), self.batch_size)
         ]
+        return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
+
+    def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Score float videos [B, F, 3, H, W] in 0..1.
+
+        Return {dimension: float32 [B]} on the network's device, with gradients. The scores are near those of ``score``,
+        which rounds to bytes after resizing. Raise ValueError as ``score`` does.
+        """
+        check_video_pixels(videos, prompts)
+        check_moving(videos.shape[1], NAME)
+        check_prompts(prompts, NAME)
+        frames = videos[:, frame_indices(videos.shape[1], self.max_frames)]
+        pixels = self.processor.pixels(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        parts = [self.logits(pixels[rows], prompts[rows]) for rows in batches(len(prompts), self.batch_size)]
         return by_dimension(torch.cat(parts), DIMENSIONS, prompts, NAME)
 
     def preprocess(self, videos: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The block of a ViT as ImageReward's BLIP and V-JEPA have it, under the key names that both publish."""
+"""The block of a ViT as ImageReward's BLIP, V-JEPA, DINO and VideoMAE have it, under their published key names."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -29,10 +29,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP with residuals, [B, N, dim] to the same shape."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int | None = None) -> None:
+        """``hidden``: the width of the MLP, four times ``dim`` by default."""
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, heads), Mlp(dim)
+        self.attn, self.mlp = Attention(dim, heads), Mlp(dim, 4 * dim if hidden is None else hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))

@@ -115,9 +115,18 @@ class CandidateSampler:
 
     def _begun(self, prompts: Sequence[Prompt], attempt: int) -> SamplerState:
         """Return all candidates before the first step, [P, N, ...], on the host."""
-        shape, which = (self._config.candidates, *self._shape), [attempt] if attempt else []
-        noise = [normal(shape, self._seed, "rollout", prompt.position, *which) for prompt in prompts]
+        noise = [self._noise(prompt, attempt) for prompt in prompts]
         return self._start(torch.cat(noise)).map(lambda tensor: tensor.unflatten(0, (len(prompts), -1)))
+
+    def _noise(self, prompt: Prompt, attempt: int) -> Tensor:
+        """Return the noise of a prompt's candidates, float32 [N, C, T, H, W]."""
+        shape, which = (self._config.candidates, *self._shape), [attempt] if attempt else []
+        return normal(shape, self._seed, "rollout", prompt.position, *which)
+
+    def sampled_from(self, candidate: Candidate) -> Tensor:
+        """Return the noise that a candidate was sampled from, float32 [C, T, H, W], on the host."""
+        attempt, place = divmod(candidate.number, self._config.candidates)
+        return self._noise(candidate.prompt, attempt)[place]
 
     def _shared(
         self, run: Pass, state: SamplerState, prompts: Sequence[Prompt]

@@ -258,7 +258,8 @@ def _numbers(metrics: Mapping[str, float]) -> list[str]:
     if "reward/selected" in metrics:
         parts.append(f"reward {metrics['reward/selected']:.3f}")
     if "loss" in metrics:
+        parts.append(f"loss {metrics['loss']:.3f}")
+    if "margin" in metrics:
         accuracy = metrics.get("implicit_accuracy")
-        shown = "n/a" if accuracy is None else f"{100 * accuracy:.0f} %"
-        parts += [f"loss {metrics['loss']:.3f}", f"margin accuracy {shown}"]
+        parts.append(f"margin accuracy {'n/a' if accuracy is None else f'{100 * accuracy:.0f} %'}")
     return parts

@@ -5,8 +5,6 @@ python -m vpo_engine.runs.report RUN_DIRECTORY
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import shlex
 import sys
@@ -25,7 +23,7 @@ from vpo_engine.runs.log import read_metrics
 from vpo_engine.runs.readable import readable
 from vpo_engine.runs.report_clips import held_out_section, pairs_section
 from vpo_engine.runs.report_curves import DIMENSIONS, chart_section
-from vpo_engine.runs.report_html import command
+from vpo_engine.runs.report_html import command, page
 from vpo_engine.runs.report_numbers import Summary, summary_section, tiles
 from vpo_engine.runs.report_rows import MetricRows
 from vpo_engine.runs.report_time import time_section
@@ -55,7 +53,8 @@ def write_report(run: RunDirectory) -> Path:
         _config_section(run),
     ]
     unfinished = run.report.with_name(f".{run.report.name}.tmp")
-    unfinished.write_text(_page(run.name, "\n".join(sections)), encoding="utf-8")
+    script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
+    unfinished.write_text(page(run.name, "\n".join(sections), "", script), encoding="utf-8")
     return unfinished.replace(run.report)
 
 
@@ -70,21 +69,6 @@ def main(arguments: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from error
     print(path)
-
-
-def _page(title: str, body: str) -> str:
-    """Return the whole page. Its security policy allows the page's own script and inline images, and nothing else."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>\n{style}</style></head>\n"
-        f"<body><main>\n{body}\n</main><script>{script}</script></body></html>\n"
-    )
 
 
 def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, rows: MetricRows) -> str:

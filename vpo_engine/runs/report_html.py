@@ -1,9 +1,38 @@
-"""Pieces of HTML that the report's sections share."""
+"""Pieces of HTML that the report's sections, and other pages in its look, share."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+
+
+def page(title: str, body: str, style: str, script: str, videos: str = "'none'") -> str:
+    """Return a whole page in the look of the report, which loads nothing from elsewhere.
+
+    style: what is added to the report's own. Its security policy allows the page's own script and inline images, and
+    videos from the source ``videos``, and nothing else.
+    """
+    common = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            "img-src data:",
+            f"media-src {videos}",
+            "style-src 'unsafe-inline'",
+            f"script-src 'sha256-{digest}'",
+        ]
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>\n{common}{style}</style></head>\n"
+        f"<body><main>\n{body}\n</main><script>{script}</script></body></html>\n"
+    )
 
 
 def missing(title: str, text: str) -> str:

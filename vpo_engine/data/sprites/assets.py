@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vpo_engine.config import ModelConfig
 from vpo_engine.data.embeddings import EmbeddingCache
-from vpo_engine.data.sprites.world import FRAMES, SIZE
+from vpo_engine.data.sprites.world import FRAMES, SIZE, Attributes, render
 from vpo_engine.data.text_source import TextSource
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.opensora.checkpoint import load_config, load_strict, save_pretrained_layout
@@ -96,6 +96,11 @@ class Sprites(OpenSora):
             dtype=getattr(torch, settings.dtype),
             depth=depth,
         )
+
+    @classmethod
+    def real_video(cls, prompt: str, generator: torch.Generator) -> Tensor:
+        """See ``VideoModel``. The world's clips are drawn by code, clean ones without any damage."""
+        return render(Attributes.of([prompt]), generator)[0]
 
     def save_full_policy(self, folder: Path) -> None:
         """See ``BaseModel``. No public code reads a policy of this size, so it gets no index for one."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vpo_kernels.attention import attention
 
 from vpo_engine.models.diffusers_network import Processor
 
@@ -31,7 +30,7 @@ class JointAttention(Processor):
         del tokens
         q, k, v = (part.unflatten(-1, (attn.heads, -1)) for part in (q, k, v))
         q, k = attn.norm_q(q), attn.norm_k(k)
-        out = attention(q, k, v, self.backend).flatten(2)
+        out = self.attend(q, k, v).flatten(2)
         del q, k, v
         out = attn.to_out[0](out)
         return out[:, length:], out[:, :length]

@@ -14,6 +14,7 @@ from vpo_engine.models.cogvideox.schedule import DDIM, Schedule
 from vpo_engine.models.diffusers_facts import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_model import DiffusersModel
 from vpo_engine.models.diffusers_network import TextLayers
+from vpo_engine.models.diffusers_sequence import TokenInputs
 from vpo_engine.video_model import ModelCard, SizeRule, TextSource
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -55,6 +56,7 @@ class CogVideoX(DiffusersModel):
         size=(480, 720),
         layout=(0, 2, 1, 3, 4),
         text_layers=(TextLayers("patch_embed", (("text_proj", None),)),),
+        tokens=TokenInputs(("hidden_states", "encoder_hidden_states")),
     )
 
     def __init__(
@@ -68,11 +70,14 @@ class CogVideoX(DiffusersModel):
         dtype: torch.dtype,
     ) -> None:
         self.schedule = Schedule(setup.scheduler)
-        embedder: Any = network.patch_embed
-        embedder.pos_embedding = embedder.pos_embedding.float()
-        for block in network.transformer_blocks:  # type: ignore[union-attr]
-            block.attn1.set_processor(JointAttention())
         super().__init__(network, vae, text, setup, device=device, dtype=dtype)
+
+    @classmethod
+    def prepare_network(cls, network: Any) -> None:
+        network.patch_embed.pos_embedding = network.patch_embed.pos_embedding.float()
+        for block in network.transformer_blocks:
+            block.attn1.set_processor(JointAttention())
+        super().prepare_network(network)
 
     @classmethod
     def text_size(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from vpo_engine.config import MemoryConfig, ModelConfig
+from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.base import BaseModel
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout, write_public_index
@@ -32,6 +33,7 @@ from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.stdit3_config import STDiT3Config
 from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt, without_scores
 from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.models.opensora.vae_gradient import decode_with_gradients
 from vpo_engine.models.solvers import EulerFlow
 from vpo_engine.models.step_graph import Predict
 from vpo_engine.protocols import Network, SamplerSettings, TextEmbedding
@@ -92,6 +94,8 @@ class OpenSora(BaseModel):
                 "rollout.cache",
                 "rollout.compile=blocks",
                 "rollout.compile=graphs",
+                "method=reward_gradient",
+                "distributed.sequence_parallel",
                 "processes.split_guidance",
             }
         ),
@@ -240,7 +244,7 @@ class OpenSora(BaseModel):
             run = self._compiled = self._compiled or CompiledBlocks(self.device)
         split = settings.split
         captions = caption_states(text.embeddings, self.network.y_embedder.y_embedding, guidance, split)
-        reuse = Reuse(settings.cache, run)
+        reuse = Reuse(settings.cache, run, self.network.sequence)
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
             with self._autocast():
@@ -276,6 +280,12 @@ class OpenSora(BaseModel):
     def to_video(self, latents: Tensor) -> Tensor:
         return self.vae.decode_uint8(latents, self.num_frames, self.decode_frames, self.decode_strip_height)
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels, sample=False)
+
+    def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
+        return decode_with_gradients(self.vae, latents, self.num_frames, frames, self.decode_frames)
+
     @property
     def decoders(self) -> Sequence[nn.Module]:
         """Return the modules that decode a micro-batch of frames, whole or in strips, and a chunk of latents."""
@@ -287,6 +297,14 @@ class OpenSora(BaseModel):
             memory.activation_checkpointing, memory.offload_activations, memory.mlp_chunks
         )
         self.decode_frames, self.decode_strip_height = memory.decode_frames, memory.decode_strip_height
+
+    def share_sequence(self, group: SequenceGroup) -> None:
+        _, frames, rows, columns = self.latent_shape
+        _, patch_rows, patch_columns = self.network.settings.patch_size
+        group.check(
+            latent_frames=frames, patches_of_a_frame=-(-rows // patch_rows) * -(-columns // patch_columns)
+        )
+        self.network.sequence = group
 
     def choose_backends(self, settings: ModelConfig) -> str:
         return str(self.network.choose_backends(settings.attention, settings.fused_ops, dtype=self.dtype))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from vpo_kernels.attention import TextPlan
 
+from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.models.opensora.blocks import KeysValues
 from vpo_engine.models.step_cache import BlockCache
 
@@ -16,12 +17,13 @@ from vpo_engine.models.step_cache import BlockCache
 class Constants:
     """The parts of a prediction that depend neither on the noisy latents nor on the time.
 
-    texts: packed text, [tokens, C] or keys and values, for each block in the order in which they run. plan: how it is
-    divided. rope: tables of the temporal attention. rate: embedded frame rate, [B, C].
+    texts: packed text, [tokens, C] or keys and values, for each block in the order in which they run. plans: how it is
+    divided, for blocks over space and for blocks over time. rope: tables of the temporal attention. rate: embedded
+    frame rate, [B, C].
     """
 
     texts: Sequence[Tensor | KeysValues]
-    plan: TextPlan
+    plans: tuple[TextPlan, TextPlan]
     rope: tuple[Tensor, Tensor]
     rate: Tensor
 
@@ -33,11 +35,17 @@ class Reuse:
     holds 2 C numbers for each text token and block. Each sampling loop makes its own.
 
     cache: None, or the relative change below which ``blocks`` lets a step take over what the last blocks added.
-    run: computes a block in place of its forward, of the same arguments; None: that.
+    run: computes a block in place of its forward, of the same arguments; None: that. shared: the processes that hold
+    slices of the video, if there are any.
     """
 
-    def __init__(self, cache: float | None = None, run: Callable[..., Tensor] | None = None) -> None:
-        self.blocks = None if cache is None else BlockCache(cache)
+    def __init__(
+        self,
+        cache: float | None = None,
+        run: Callable[..., Tensor] | None = None,
+        shared: SequenceGroup | None = None,
+    ) -> None:
+        self.blocks = None if cache is None else BlockCache(cache, shared)
         self.run = run
         self._owner: object = None
         self._text: Tensor | None = None

@@ -3,6 +3,10 @@
 Behaviour follows opensora/models/stdit/stdit3.py of hpcaitech/Open-Sora, tag v1.2.0. Shape letters: B
 samples, T x H x W latent frames, rows and columns, S patches of a frame, C hidden channels, L text tokens, D
 text channels.
+
+Where several processes hold slices of a video (``STDiT3.sequence``), each has some of the T frames in blocks over
+space, and some of the S patches in blocks over time: there is one exchange between two blocks, and none within a block
+(DSP, arXiv 2403.10266).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from vpo_kernels.attention import (
 from vpo_kernels.fused_ops import BackendName as FusedOpsBackend
 from vpo_kernels.fused_ops import uses_triton
 
+from vpo_engine.distributed.sequence import alone
 from vpo_engine.memory.checkpointing import Activations, checkpointed
 from vpo_engine.memory.offload import ForwardPass, OffloadedInputs
 from vpo_engine.models.opensora.blocks import Backed, Backends, Block, FinalLayer, KeysValues, rotary_tables
@@ -48,7 +53,8 @@ class STDiT3(nn.Module):
 
     Dropout of any kind is absent in every mode, so train() and eval() compute the same function.
     ``activations``: what blocks keep for the backward pass. Parts of the MLP may round otherwise; no other setting
-    changes a bit of the prediction. ``offloaded``: how inputs of blocks go to the host.
+    changes a bit of the prediction. ``offloaded``: how inputs of blocks go to the host. ``sequence``: the processes
+    that hold slices of the videos; each gives the network whole latents, and gets the whole prediction.
     """
 
     def __init__(self, config: STDiT3Config) -> None:
@@ -56,6 +62,7 @@ class STDiT3(nn.Module):
         self.settings = config
         self.activations = Activations()
         self.offloaded = OffloadedInputs()
+        self.sequence = alone()
         channels, patch = config.hidden_size, config.patch_size
         self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
         head_channels = channels // config.num_heads
@@ -156,26 +163,28 @@ class STDiT3(nn.Module):
             )
         if force_drop_ids is not None:
             y = self._with_null_captions(y, force_drop_ids)
-        dtype = self.dtype
-        rows, columns = x.shape[-2:]
+        dtype, shared = self.dtype, self.sequence
+        frames, rows, columns = x.shape[2:]
         patch_rows, patch_columns = self.settings.patch_size[1:]
         x = F.pad(x.to(dtype), (0, -columns % patch_columns, 0, -rows % patch_rows))
         grid = (x.shape[-2] // patch_rows, x.shape[-1] // patch_columns)
 
         timestep = timestep.to(dtype)
-        tokens = self.x_embedder(x)
+        tokens = self.x_embedder(shared.own(x, dim=2))
         tokens = tokens + self._position(grid, _number(height), _number(width), tokens)
         if reuse is None:
-            constants = self._constants(tokens, timestep, y, mask, fps, project=False)
+            constants = self._constants(tokens, frames, timestep, y, mask, fps, project=False)
         else:
             assert not torch.is_grad_enabled(), "what sampling steps share has no gradient"
             constants = reuse.constants(
-                self, y, len(x), lambda: self._constants(tokens, timestep, y, mask, fps, project=True)
+                self, y, len(x), lambda: self._constants(tokens, frames, timestep, y, mask, fps, project=True)
             )
         time, time_blocks, clean_time = self._embed_time(timestep, constants.rate, x_mask)
-        tokens = self._run_blocks(tokens, constants, time_blocks, reuse)
-        patches = self.final_layer(tokens, time, clean_time, x_mask)
-        out = self._unpatchify(patches, grid)[..., :rows, :columns]
+        tokens = self._run_blocks(tokens, frames, constants, time_blocks, reuse)
+        patches = self.final_layer(
+            tokens, time, clean_time, None if x_mask is None else shared.own(x_mask, 1)
+        )
+        out = self._unpatchify(shared.gather(patches, 1, frames), grid)[..., :rows, :columns]
         return out if out.dtype == torch.float64 else out.float()
 
     def _with_null_captions(self, y: Tensor, drop_ids: Tensor) -> Tensor:
@@ -211,6 +220,7 @@ class STDiT3(nn.Module):
     def _constants(
         self,
         tokens: Tensor,
+        frames: int,
         timestep: Tensor,
         y: Tensor,
         mask: Tensor | None,
@@ -218,20 +228,24 @@ class STDiT3(nn.Module):
         *,
         project: bool,
     ) -> Constants:
-        """Compute what the steps of a sampling loop share.
+        """Compute what the steps of a sampling loop share, for tokens [B, T, S, C] that are of all ``frames`` or fewer.
 
         project: compute keys and values of all blocks now; else each block does when it runs.
         """
-        places, plan = self._text(y, mask, tokens)
+        patches = self.sequence.sizes(tokens.shape[2])[self.sequence.rank]
+        places, over_space = self._text(y, mask, tokens, tokens.shape[1] * tokens.shape[2])
+        _, over_time = (
+            (None, over_space) if self.sequence.count == 1 else self._text(y, mask, tokens, frames * patches)
+        )
         y = y.to(timestep.dtype).flatten(0, 2)
         text = self.y_embedder(y if places is None else y.index_select(0, places))
         blocks = [block for pair in self._pairs() for block in pair]
         texts: Sequence[Tensor | KeysValues] = [text] * len(blocks)
         if project:
             texts = [block.cross_attn.project_text(text) for block in blocks]
-        rope = rotary_tables(self.rope["freqs"], tokens.shape[1], tokens.dtype)
+        rope = rotary_tables(self.rope["freqs"], frames, tokens.dtype)
         rate = self.fps_embedder(_per_sample(fps, timestep), timestep.dtype)
-        return Constants(texts, plan, rope, rate)
+        return Constants(texts, (over_space, over_time), rope, rate)
 
     def _embed_time(
         self, timestep: Tensor, rate: Tensor, x_mask: Tensor | None
@@ -249,20 +263,29 @@ class STDiT3(nn.Module):
         """Return pairs of a spatial and a temporal block, in the order in which they run."""
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
 
-    def _run_blocks(self, tokens: Tensor, constants: Constants, time: Tensor, reuse: Reuse | None) -> Tensor:
-        """Send tokens [B, T, S, C] through all blocks, or only through the first pair where the cache has the rest."""
+    def _run_blocks(
+        self, tokens: Tensor, frames: int, constants: Constants, time: Tensor, reuse: Reuse | None
+    ) -> Tensor:
+        """Send tokens [B, T, S, C] through all blocks, or only through the first pair where the cache has the rest.
+
+        They are of all ``frames``, or of this process's; time is [B, 1, 6, C], or of all frames.
+        """
         cache, apart = (None, None) if reuse is None else (reuse.blocks, reuse.run)
-        sender = self.offloaded.forward_pass()
+        sender, shared = self.offloaded.forward_pass(), self.sequence
         texts = iter(constants.texts)
+        by_frame, by_patch = shared.sizes(frames), shared.sizes(tokens.shape[2])
+        times = (time if time.shape[1] == 1 else shared.own(time, 1), time)
+
+        def call(block: Block, tokens: Tensor) -> Tensor:
+            others = (next(texts), constants.plans[block.temporal], times[block.temporal], constants.rope)
+            if apart is None:
+                return self._run(block, sender, tokens, *others)
+            return apart(block, tokens, *others)
 
         def run(tokens: Tensor, pairs: Sequence[tuple[Block, Block]]) -> Tensor:
-            for pair in pairs:
-                for block in pair:
-                    others = (next(texts), constants.plan, time, constants.rope)
-                    if apart is None:
-                        tokens = self._run(block, sender, tokens, *others)
-                    else:
-                        tokens = apart(block, tokens, *others)
+            for spatial, temporal in pairs:
+                tokens = shared.switch(call(spatial, tokens), 2, 1, by_patch, by_frame)
+                tokens = shared.switch(call(temporal, tokens), 1, 2, by_frame, by_patch)
             return tokens
 
         pairs = self._pairs()
@@ -276,14 +299,17 @@ class STDiT3(nn.Module):
         cache.keep(tokens - after_first)
         return tokens
 
-    def _text(self, y: Tensor, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor | None, TextPlan]:
-        """Return where in [B * L] the tokens that count are (None: all count), and the attention's plan.
+    def _text(
+        self, y: Tensor, mask: Tensor | None, tokens: Tensor, each: int
+    ) -> tuple[Tensor | None, TextPlan]:
+        """Return where in [B * L] the tokens that count are (None: all count), and the attention's plan, for samples of
+        ``each`` tokens like ``tokens`` [B, ...].
 
         The cache goes by the mask's values, so that a prepared text is laid out, and sent to the device, once
         for all blocks, sampling steps and networks. A mask of FakeTensorMode has no values: all tokens count.
         """
         counts = None if mask is None or isinstance(mask, FakeTensor) else _checked_mask(mask, y)
-        queries, dtype = tokens.shape[:3].numel() // y.shape[0], attention_dtype(tokens)
+        queries, dtype = len(tokens) * each // y.shape[0], attention_dtype(tokens)
         values = None if counts is None else counts.numpy().tobytes()
         key = (values, y.shape, queries, dtype, y.device, self._backends.attention)
         if key not in self._texts:

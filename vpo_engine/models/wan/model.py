@@ -16,6 +16,7 @@ from vpo_engine.config import ModelConfig
 from vpo_engine.models.diffusers_facts import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_flow import FlowModel
 from vpo_engine.models.diffusers_network import CROSS_ATTENTION_LAYERS, TextLayers
+from vpo_engine.models.diffusers_sequence import TokenInputs
 from vpo_engine.models.wan import names
 from vpo_engine.models.wan.published import PUBLISHED
 from vpo_engine.video_model import ModelCard, SizeRule
@@ -56,6 +57,7 @@ class Wan(FlowModel):
             TextLayers("condition_embedder", (("text_embedder", None),)),
             TextLayers("attn2", CROSS_ATTENTION_LAYERS),
         ),
+        tokens=TokenInputs(("hidden_states",), ("rotary_emb",)),
         padding="zeros",
         encoder_mask=True,
     )

@@ -1,0 +1,70 @@
+"""What is measured of a policy's clips, and a table of real runs from one end to the other."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cells import TINY
+
+from vpo_engine.reproducing.cells import RUN, Record
+from vpo_engine.reproducing.making import Asked, grid_of, make
+from vpo_engine.reproducing.measuring import frechet, frechet_by_clip
+from vpo_engine.reproducing.reading import read_run
+from vpo_engine.reproducing.runner import CELLS
+from vpo_engine.runs.directory import RunDirectory
+
+
+def test_the_frechet_distance_is_the_closed_form_of_gaussians() -> None:
+    random = torch.Generator().manual_seed(0)
+    first = torch.randn(4000, 3, generator=random, dtype=torch.float64)
+    second = 2 * torch.randn(4000, 3, generator=random, dtype=torch.float64) + torch.tensor([3.0, 0.0, 0.0])
+    # |mean difference|^2 + sum of (1 - 2)^2 over three axes
+    assert frechet(first, second) == pytest.approx(9 + 3, rel=0.06)
+    assert frechet(first, first) == pytest.approx(0, abs=1e-6)
+    rotated = torch.linalg.qr(torch.randn(3, 3, generator=random, dtype=torch.float64))[0]
+    assert frechet(first @ rotated, second @ rotated) == pytest.approx(frechet(first, second), rel=1e-6)
+
+
+def test_its_values_by_clip_have_less_of_the_bias_of_few_clips() -> None:
+    random = torch.Generator().manual_seed(1)
+    real = torch.randn(5000, 4, generator=random, dtype=torch.float64)
+    few = [torch.randn(40, 4, generator=random, dtype=torch.float64) for _ in range(8)]
+    plain = sum(frechet(clips, real) for clips in few) / 8
+    corrected = [frechet_by_clip(clips, real) for clips in few]
+    assert all(len(values) == 40 for values in corrected)
+    assert plain > 0.1  # the true distance is nearly 0
+    assert abs(float(torch.stack(corrected).mean())) < plain / 4
+
+
+@pytest.mark.long
+def test_a_tiny_table_of_real_runs(tmp_path: Path) -> None:
+    """Two steps of tiny runs: measured on the run's own clips, written, kept, and the same when asked for again."""
+    asked = Asked(["table4d"], tmp_path, 2, seeds=1, settings=TINY)
+    said: list[str] = []
+    assert make(asked, said.append) == 0
+    text = (tmp_path / "table4d.md").read_text()
+    assert "Partial" not in text
+    for (label, seed), cell in grid_of(asked)["table4d"].items():
+        folder = tmp_path / CELLS / cell.name
+        ran = read_run(folder)
+        assert ran.training_seconds > 0
+        assert (ran.videos, seed) == (2 * 2 * 2, 0)
+        summary = json.loads(RunDirectory.open(folder / RUN).summary.read_text())["measures"]
+        for name in ("judge/visual_quality", "pixels/flicker", "reward/temporal_consistency"):
+            mean = sum(ran.clips[name]) / len(ran.clips[name])
+            assert mean == pytest.approx(summary[name]["after"], rel=1e-4), (label, name)
+    base = next((tmp_path / CELLS).glob("base-*"))
+    clips = json.loads((base / "result.json").read_text())["clips"]
+    assert len(clips["judge/mean"]) == 4
+    assert sum(clips["pixels/flicker"]) / 4 == pytest.approx(summary["pixels/flicker"]["before"], rel=1e-4)
+    record = Record.read(folder)
+    assert record is not None
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / CELLS).glob("*/result.json")}
+    assert make(asked, said.append) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / CELLS).glob("*/result.json")} == before
+    with (tmp_path / "table4d.csv").open(newline="") as file:
+        assert {row["row"] for row in csv.DictReader(file)} == {"base policy", "offline DPO", "OnlineVPO"}

@@ -1,0 +1,164 @@
+"""Methods that follow the reward's gradient, through train(): against plain formulas, resumed, and in parts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import engine
+import gradient_toy
+import pytest
+import torch
+from gradient_toy import GradientReward, pixel_scores, pixels_of
+from toy import SHAPE, ToyNetwork, caption_of, sampling_times, velocity
+
+from vpo_engine import train as entry
+from vpo_engine.build import build_model
+from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
+from vpo_engine.data.prompts import PromptStream
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.seeding import generator, normal
+
+REFL = ("method=refl", "refl.steps=5", "refl.last_steps=3", "refl.margin=3", "refl.scale=0.1")
+METHODS = {"refl": REFL}
+
+
+def make_config(folder: Path, *settings: str) -> Config:
+    return engine.make_config(folder, *gradient_toy.SETTINGS, *settings)
+
+
+def train(config: Config) -> engine.Recording:
+    return engine.train(config, GradientReward())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_step_of_refl_is_the_formula(tmp_path: Path, guidance: float) -> None:
+    """One Euler loop without gradient to the drawn step, x0 = x_t + t v, and the mean of relu(margin - reward)."""
+    gradient_toy.check_formulas()
+    config = make_config(tmp_path, *REFL, "steps=1", f"refl.guidance={guidance}")
+    train(config)
+    [row] = engine.metrics_of(tmp_path / "run")
+
+    network, prompts = ToyNetwork(), PromptStream(engine.PROMPTS, config.seed).take(0, 4)
+    model = build_model(config, Processes.start("cpu"))
+    model.prepare([prompt.text for prompt in prompts])
+    captions = caption_of(model.embed([prompt.text for prompt in prompts]))
+    x = torch.cat([normal((1, *SHAPE), config.seed, "rollout", place) for place in range(4)])
+    late = 2 + int(torch.randint(3, (), generator=generator(config.seed, "refl", 0)))
+    times = sampling_times(5)
+    for step in range(late):
+        x = x + velocity(network, x, torch.full((4,), times[step]), captions, guidance).detach() / 5
+    t = times[late]
+    clean = x + t / 1000 * velocity(network, x, torch.full((4,), t), captions, guidance)
+    scores = torch.stack(
+        [
+            pixel_scores(*each)
+            for each in zip(pixels_of(clean), (prompt.text for prompt in prompts), strict=True)
+        ]
+    )
+    rewards = (scores[:, 0] + 3 * scores[:, 2]) / 4
+    losses = 0.1 * torch.relu(3 - rewards)
+    assert 0 < int((losses > 0).sum()) < 4, "some are beyond the margin, and some are not"
+    losses.mean().backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]).norm()
+
+    assert row["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert row["reward/selected"] == pytest.approx(float(rewards.mean()), rel=1e-5)
+    assert row["reward/temporal_consistency"] == pytest.approx(float(scores[:, 1].mean()), rel=1e-5)
+    assert "pairs" not in row
+    assert "reference_age" not in row
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, method: str) -> None:
+    settings = (*METHODS[method], "steps=5", "ema.decay=0.5")
+    train(make_config(tmp_path, *settings))
+    run, again = tmp_path / "run", tmp_path / "again"
+    for step in (1, 3):
+        shutil.rmtree(again, ignore_errors=True)
+        shutil.copytree(run, again)
+        engine.forget_after(again, step)
+        train(make_config(tmp_path, *settings, f"run_dir={again}", "checkpoint.resume=true"))
+        saved, expected = engine.saved_tensors(again, 5), engine.saved_tensors(run, 5)
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(value, saved[name]) for name, value in expected.items())
+        assert engine.metrics_of(again) == engine.metrics_of(run)
+    assert not (run / "checkpoints/step_00000005/reference.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_add_up_to_the_same_step(tmp_path: Path, method: str) -> None:
+    rows = []
+    for size in ("null", "1", "3"):
+        config = make_config(
+            tmp_path / size, *METHODS[method], "steps=2", f"objective.micro_batch_size={size}"
+        )
+        train(config)
+        rows.append(engine.metrics_of(tmp_path / size / "run"))
+    for whole, *others in zip(*rows, strict=True):
+        for other in others:
+            assert other.pop("kind") == whole["kind"]
+            assert other == pytest.approx({name: whole[name] for name in other}, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            ["method=refl", "refl.last_steps=41"],
+            "refl.last_steps=41 are more than the 40 sampling steps (refl.st",
+        ),
+        (
+            ["method=refl", "refl.steps=null", "refl.last_steps=13"],
+            "refl.last_steps=13 are more than the 12 sampling steps (rollout.steps=12",
+        ),
+        (
+            ["method=refl", "reference.storage=int8"],
+            "reference.storage=int8 has no meaning for method=refl (ReFL)",
+        ),
+        (["method=refl", "rollout.candidates=3"], "rollout.candidates=3 has no meaning for method=refl"),
+        (["method=refl", "processes.per_prompt=2"], "processes.per_prompt=2 has no meaning for method=refl"),
+        (["method=refl", "processes.reward=true"], "method=refl excludes processes.reward=true"),
+        (["method=refl", "reward.process=true"], "method=refl excludes reward.process=true"),
+        (
+            ["method=refl", "distributed.engine=deepspeed"],
+            "method=refl excludes distributed.engine=deepspeed",
+        ),
+        (["method=refl", "memory.step_in_backward=true"], "memory.step_in_backward=true has no meaning"),
+        (["refl.steps=3"], "refl has the settings of method=refl, but method=online_vpo runs"),
+        (["method=vader", "refl.steps=3"], "refl has the settings of method=refl, but method=vader runs"),
+        (["method=ppo"], "method=ppo must be one of online_vpo, offline_dpo, refl"),
+        (["method=refl", "reward.kind=brisque"], "reward.kind=brisque has none; set another reward.kind"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused_at_the_start(
+    settings: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry.main([*settings, f"run_dir={tmp_path / 'run'}"]) == 1
+    said = capsys.readouterr().err
+    assert text in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_the_file_that_a_method_does_not_use_are_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the shipped file, beta and K; the same in a file that names the method itself is refused, by its line."""
+    config = load_config(None, ["method=refl"])
+    assert config.objective.beta == 500
+    assert {"objective.beta", "reference.refresh_every", "rollout.candidates"} <= set(config.left_out)
+    own = tmp_path / "own.yaml"
+    own.write_text("method: refl\nreference:\n  refresh_every: 10\n")
+    with pytest.raises(ValueError, match=r"reference.refresh_every=10 has no meaning .*own.yaml:3"):
+        load_config(own)
+
+
+def test_a_family_without_gradients_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path, *REFL, "model.kind=engine:RecordingModel")
+    with pytest.raises(
+        ValueError, match=r"method=refl sends the gradient .* \(toy\) does not support; set method"
+    ):
+        train(config)

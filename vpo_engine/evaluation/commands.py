@@ -1,0 +1,116 @@
+"""What ``python -m vpo_engine.evaluate`` does with its words."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vpo_engine.evaluation.folders import holds_videos
+from vpo_engine.evaluation.session import Options, plan_evaluation, run_evaluation, start_processes
+from vpo_engine.runs.directory import CONFIG_NAME
+
+
+def options_of(given: argparse.Namespace, target: Path, overrides: Sequence[str]) -> Options:
+    """Return the options of an evaluation."""
+    return Options(
+        target=target,
+        baseline=given.baseline,
+        base=given.base,
+        overrides=tuple(overrides),
+        metrics=_names(given.metrics),
+        weights=tuple(given.weights),
+        reference=given.reference,
+        prompts=given.prompts,
+        samples=given.samples,
+        seed=given.seed,
+        out=given.out,
+        devices=_names(given.device),
+    )
+
+
+def compares_finished_runs(paths: Sequence[Path], options: Options) -> bool:
+    """Return whether runs were given and no option: then what they measured themselves is compared."""
+    if options != Options(target=options.target, overrides=options.overrides, devices=options.devices):
+        return False
+    if len(paths) > 1:
+        return not options.overrides
+    path = paths[0]
+    policy = (path / "policy").is_dir() or path.is_file() or holds_videos(path)
+    run = (path / CONFIG_NAME).is_file() or not path.exists() or not any(path.glob("*.json"))
+    return run and not policy and not options.overrides
+
+
+def compare_finished_runs(paths: Sequence[Path]) -> int:
+    """Print the table of finished runs."""
+    from vpo_engine.evaluation.finished_runs import compare
+
+    print(compare(paths))
+    if len(paths) == 1:
+        print(
+            f"\nThese are the run's own numbers. To sample and measure anew: vpo evaluate {paths[0]} --baseline",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def evaluate(options: Options, words: Sequence[str]) -> int:
+    """Evaluate, and print the table. Return 1 if the results are partial."""
+    plan = plan_evaluation(options)
+    code = start_processes(options.devices, words)
+    if code is not None:
+        return code
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"{len(plan.videos)} videos of {len(plan.suite.prompts)} prompts, metrics {', '.join(plan.choice.cards)}; "
+            f"everything is written to {plan.out.root}",
+            file=sys.stderr,
+        )
+    results = run_evaluation(plan)
+    if results is None:
+        return 0
+    from vpo_engine.evaluation.table import format_results
+
+    print(format_results(results))
+    print(f"\n{plan.out.page} shows the videos side by side; the numbers are in {plan.out.results}")
+    return int(results["partial"])
+
+
+def list_metrics() -> int:
+    """Print a line for every metric."""
+    from vpo_engine.evaluation.chosen_metrics import HEADINGS, OF_THE_ENGINE
+    from vpo_engine.metrics.registry import metric_card, metric_names
+
+    cards = [metric_card(name) for name in metric_names()] + list(OF_THE_ENGINE.values())
+    width = max(len(card.name) for card in cards)
+    for group, title in HEADINGS.items():
+        own = [card for card in cards if card.group == group]
+        lines = [
+            f"  {card.name:<{width}}  {'download' if card.needs else 'included'}  {card.measures}"
+            for card in own
+        ]
+        print("\n".join([f"{title}:", *lines]) if own else "", end="\n" if own else "")
+    return 0
+
+
+def study(folder: Path, votes: Sequence[Path], seed: int, pairs: int | None) -> int:
+    """Write a study of a comparison, or read its votes."""
+    if votes:
+        from vpo_engine.evaluation.votes import report_votes
+
+        print(report_votes(folder, votes))
+        return 0
+    from vpo_engine.evaluation.study import write_study
+
+    page = write_study(folder, seed, pairs)
+    print(
+        f"{page} is the study: send its folder {page.parent} to the people who vote. Each saves a file of votes; read "
+        f"them by: python -m vpo_engine.evaluate --study {folder} --votes FILE ..."
+    )
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

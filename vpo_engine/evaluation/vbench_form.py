@@ -1,0 +1,46 @@
+"""Write results in the form of VBench's own result files, which its leaderboard script reads.
+
+A file holds {dimension: [score, [{"video_path": .., "video_results": ..}, ..]]}; scripts/cal_final_score.py takes it in
+a zip archive (Vchitect/VBench at 45e79ec1). Only VBench's own dimensions stand there, never a stand-in.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vpo_engine.evaluation.output import write_text
+
+
+def vbench_results(results: Mapping[str, Any], role: str) -> dict[str, Any]:
+    """Return the scores of an arm in VBench's form; {} if none of its dimensions was measured."""
+    found = {}
+    for name, entry in results["measures"].items():
+        number = entry.get(role)
+        if entry["group"] != "vbench" or number is None or number["value"] is None:
+            continue
+        rows = [
+            {"video_path": row[role]["file"], "video_results": row[role]["values"][name]}
+            for row in results["videos"]
+            if role in row and name in row[role]["values"]
+        ]
+        found[name] = [number["value"], rows]
+    return found
+
+
+def write_vbench_results(folder: Path, results: Mapping[str, Any]) -> list[Path]:
+    """Write ARM_eval_results.json and ARM.zip for each arm with a dimension of VBench; return the archives."""
+    archives = []
+    for role in results["arms"]:
+        content = vbench_results(results, role)
+        if content:
+            folder.mkdir(exist_ok=True)
+            file = folder / f"{role}_eval_results.json"
+            write_text(file, json.dumps(content, indent=4, ensure_ascii=False))
+            archives.append(folder / f"{role}.zip")
+            with zipfile.ZipFile(archives[-1], "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.write(file, file.name)
+    return archives

@@ -1,0 +1,1 @@
+"""Networks that metrics look through, read from their published checkpoints."""

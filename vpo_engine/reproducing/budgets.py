@@ -1,0 +1,99 @@
+"""How long each method trains: with as many videos scored, or as many processor seconds, as OnlineVPO's run.
+
+OnlineVPO's run has 40 steps of 16 prompts with 4 candidates, 2560 videos. A baseline scores one video of each prompt,
+so its run of as many videos has 160 steps. How many steps take as many processor seconds was measured; see
+``SECONDS_OF_A_STEP``. The tables print what each run really took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vpo_engine.reproducing.spec import Row
+
+BRIEF = (
+    "steps=10",
+    "rollout.preset=fast",
+    "objective.timesteps_per_pair=1",
+    "objective.updates_per_rollout=4",
+    "evaluation.samples_per_prompt=4",
+)
+"""The quick form of a run: the fast mode of docs/rollout.md, with as many optimizer steps as the whole form."""
+LENGTH = 3
+"""How many times as long as usual the runs of ``overoptimisation`` are."""
+LONG = (f"steps={LENGTH * 40}", f"optimizer.warmup_steps={LENGTH * 5}", "evaluation.every=10")
+QUICK_LONG = (*BRIEF, f"steps={LENGTH * 5}", f"optimizer.warmup_steps={LENGTH * 3}", "evaluation.every=5")
+"""OnlineVPO at three times its usual length, and the quick form of it, which is half as long."""
+_EVALUATION = ("evaluation.samples_per_prompt=4",)
+_VIDEOS, _QUICK_VIDEOS = 40 * 64, 10 * 64
+_PAIRS = 16
+_ONLINE_SECONDS, _QUICK_SECONDS = 8.9, 7.0
+"""Processor seconds of a step of OnlineVPO, and of its quick form."""
+SECONDS_OF_A_STEP = {"refl": 3.2, "vader": 3.0, "instructvideo": 3.0, "t2v_turbo": 3.0}
+"""Processor seconds of a step of each method, with 16 videos."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A method with two lengths of its run, each for the whole and for the quick form.
+
+    settings: of the method. videos, seconds: steps that score as many videos, and that take as many processor seconds.
+    """
+
+    title: str
+    settings: tuple[str, ...]
+    videos: tuple[int, int]
+    seconds: tuple[int, int]
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Return the labels of the method's two rows."""
+        return f"{self.title}, equal samples", f"{self.title}, equal seconds"
+
+    def rows(self, paper: Mapping[str, float]) -> tuple[Row, Row]:
+        """Return the method's two rows, with the paper's numbers beside the second."""
+        samples, seconds = self.labels
+        return (
+            Row(
+                samples,
+                self._of(self.videos[0]),
+                paper,
+                "equal samples",
+                (*self._of(self.videos[1]), *_EVALUATION),
+            ),
+            Row(
+                seconds,
+                self._of(self.seconds[0]),
+                paper,
+                "equal seconds",
+                (*self._of(self.seconds[1]), *_EVALUATION),
+            ),
+        )
+
+    def timed(self, evaluations: int, length: int = 1) -> Row:
+        """Return a row of the method alone, ``length`` times as long in seconds, with this many evaluations."""
+        whole, quick = (self._evaluated(steps * length, evaluations) for steps in self.seconds)
+        return Row(self.title, whole, budget="equal seconds", quick=(*quick, *_EVALUATION))
+
+    def _evaluated(self, steps: int, evaluations: int) -> tuple[str, ...]:
+        every = max(1, steps // evaluations)
+        return *self._of(every * evaluations), f"evaluation.every={every}"
+
+    def _of(self, steps: int) -> tuple[str, ...]:
+        return *self.settings, f"steps={steps}", f"optimizer.warmup_steps={steps // 8}"
+
+
+def _budget(method: str, title: str, settings: tuple[str, ...]) -> Budget:
+    each = SECONDS_OF_A_STEP[method]
+    return Budget(
+        title,
+        (f"method={method}", *settings),
+        (_VIDEOS // _PAIRS, _QUICK_VIDEOS // _PAIRS),
+        (round(40 * _ONLINE_SECONDS / each), round(10 * _QUICK_SECONDS / each)),
+    )
+
+
+REFL = _budget("refl", "ReFL", ("refl.steps=12", "refl.last_steps=3", "refl.margin=null"))
+VADER = _budget("vader", "VADER", ("vader.steps=12", "vader.guidance=1.0"))
+INSTRUCT = _budget("instructvideo", "InstructVideo", ("instructvideo.steps=12", "instructvideo.guidance=1.0"))
