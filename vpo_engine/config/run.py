@@ -242,7 +242,7 @@ class Config(Section):
                 "its teams are made of couples; set an even number",
             ),
             "rollout.guidance=1": (rollout.guidance == 1.0, "there is one branch only; set false"),
-            f"method={self.method}": (not self.card.candidates, "no candidates are sampled; set false"),
+            f"method={self.method}": (not self.card.candidates, "it samples no candidates; set false"),
             f"rollout.cache={caches}": (
                 caches is not None,
                 "each process would decide by its own branch what a step computes; set null (also in rollout.explore)",
