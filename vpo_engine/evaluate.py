@@ -13,9 +13,9 @@ WHAT with an option, or what is no run: a run, a checkpoint, a YAML configuratio
 publishes it, an adapter with --base, or a folder of videos named PROMPT-NUMBER.mp4, as VBench has them. Videos are
 sampled from a policy with the settings of its run (words key.path=value change them), measured, and written with
 results.json, evaluation.html and, for VBench's dimensions, vbench/ to the --out folder. --baseline compares with
-another policy on the same prompts and noise; without OTHER it is the one that the run started from. The same command goes on
-where it was stopped. Several devices share the videos: --device cuda:0,cuda:1, or torchrun. The exit code is 1 if the
-results are partial, because a video or a metric failed; what could be measured is written all the same.
+another policy on the same prompts and noise; without OTHER it is the one that the run started from. The same command
+goes on where it was stopped. Several devices share the videos: --device cuda:0,cuda:1, or torchrun. The exit code is 1
+if the results are partial, because a video or a metric failed; what could be measured is written all the same.
 
 --study FOLDER writes a page for people who vote on pairs, of the videos of a comparison (its --out folder); with
 --votes FILE ... it reads their votes. docs/evaluation.md describes all of this.
