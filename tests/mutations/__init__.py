@@ -2,7 +2,9 @@
 
 from mutations import (
     adapters,
+    evaluation,
     flow,
+    gradients,
     methods,
     models,
     parts,
@@ -30,6 +32,8 @@ MUTATIONS = [
     *starting.MUTATIONS,
     *adapters.MUTATIONS,
     *flow.MUTATIONS,
+    *gradients.MUTATIONS,
     *survival.MUTATIONS,
+    *evaluation.MUTATIONS,
     *methods.MUTATIONS,
 ]

@@ -8,7 +8,7 @@ LOCK = "vpo_engine/runs/lock.py"
 SIGNALS = "vpo_engine/runs/signals.py"
 YAML = "vpo_engine/config/yaml_values.py"
 CONFIG_FILE = "vpo_engine/config_file.py"
-EVALUATE = "vpo_engine/evaluate.py"
+EVALUATE = "vpo_engine/evaluation/finished_runs.py"
 STEP = "vpo_engine/online_vpo.py"
 METHOD = "vpo_engine/method.py"
 

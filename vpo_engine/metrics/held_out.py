@@ -61,7 +61,7 @@ class HeldOut:
         self._idle_offload = idle_offload or IdleOffload.disabled()
         self.prompts = list(prompts)
         self.kept: list[Tensor] = []
-        """Videos of the last evaluation, uint8 [F, H, W, 3]: the first four of this process, clips 0 to 3 of the first."""
+        """The first videos of the last evaluation on this process, at most four, uint8 [F, H, W, 3]."""
         self.stopping = StopPoints(processes)
         self.whole_policy: Callable[[], AbstractContextManager[None]] = nullcontext
 

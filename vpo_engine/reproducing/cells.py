@@ -96,7 +96,16 @@ class Record:
     def of(cls, cell: Cell) -> Record:
         """Return the record of a cell that has just begun."""
         settings = list(cell.settings)
-        return cls(cell.kind, cell.source, settings, cell.seed, cell.resolved(), code_version(), commit())
+        return cls(
+            cell.kind,
+            cell.source,
+            settings,
+            cell.seed,
+            cell.resolved(),
+            code_version(),
+            commit(),
+            machine_name(),
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
