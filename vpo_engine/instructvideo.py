@@ -39,6 +39,7 @@ from vpo_engine.rollout.reward_gradient import (
 from vpo_engine.rollout.scored_frames import check_enough, check_single_frames, frames_of_step
 from vpo_engine.seeding import generator
 from vpo_engine.values import Prompt, stacked_embeddings
+from vpo_engine.video_model import VideoModel
 
 
 class InstructVideo(RewardGradientMethod):
@@ -55,7 +56,6 @@ class InstructVideo(RewardGradientMethod):
         else:
             self.first = first_below_noise(self.model, self.own.strength, steps)
         self.segments = frames_of_step(config.reward.kind, self.own.segments, default=4)
-        check_enough("instructvideo.segments", self.segments, self.model)
         self._encode = self.timer.timed("encode", self._clean_latents)
 
     @classmethod
@@ -63,12 +63,18 @@ class InstructVideo(RewardGradientMethod):
         own = config.instructvideo
         assert own is not None
         for name in ("segments", "attenuation"):
-            check_single_frames(f"instructvideo.{name}", getattr(own, name), config.reward.kind)
+            check_single_frames(f"instructvideo.{name}", getattr(own, name), config.reward)
         family = model_family(config.model.kind)
         return open_given_videos("instructvideo.videos", own.videos, prompts, config.seed, family)
 
     def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
         self.stream.prepare(self.model, folder.parent.parent / "encoded_videos", self.processes, say)
+
+    @classmethod
+    def check(cls, config: Config, model: VideoModel) -> None:
+        assert config.instructvideo is not None
+        count = frames_of_step(config.reward.kind, config.instructvideo.segments, default=4)
+        check_enough("instructvideo.segments", count, model)
 
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
         text, last = stacked_embeddings(prompts), self.sampling.steps - 1

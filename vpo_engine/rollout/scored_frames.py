@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vpo_engine.config.reward import RewardConfig
 from vpo_engine.rewards.frames import counted_frames
 from vpo_engine.rewards.registry import scores_single_frames
 from vpo_engine.seeding import generator
@@ -18,12 +19,27 @@ def frames_of_step(reward: str, wanted: int | None, default: int) -> int | None:
     return (wanted or default) if scores_single_frames(reward) else None
 
 
-def check_single_frames(setting: str, value: object, reward: str) -> None:
-    """Raise ValueError for a setting of single frames with a reward that scores whole videos."""
-    if value is not None and not scores_single_frames(reward):
+def check_single_frames(setting: str, value: object, reward: RewardConfig) -> None:
+    """Raise ValueError for a setting of single frames with a reward that scores whole videos, and for a reward that
+    would choose frames of its own among those that the method chooses."""
+    if value is not None and not scores_single_frames(reward.kind):
         raise ValueError(
-            f"{setting}={value} chooses frames, but reward.kind={reward} scores whole videos; leave it out, or set a "
-            "reward of single frames (its card says so: python -m vpo_engine.rank --list NAME)"
+            f"{setting}={value} chooses frames, but reward.kind={reward.kind} scores whole videos; leave it out, or "
+            "set a reward of single frames (its card says so: python -m vpo_engine.rank --list NAME)"
+        )
+    if reward.frame_reduce == "segments" and scores_single_frames(reward.kind):
+        raise ValueError(
+            f"reward.frame_reduce=segments chooses frames of whole videos, but {setting.partition('.')[0]} scores a "
+            "few frames that it chooses itself; set reward.frame_reduce=mean or min"
+        )
+
+
+def check_same_sort(setting: str, second: str, first: str) -> None:
+    """Raise ValueError if one of two rewards scores single frames, and the other one videos."""
+    if scores_single_frames(second) != scores_single_frames(first):
+        raise ValueError(
+            f"{setting}.kind={second} and reward.kind={first} score single frames and whole videos, and cannot share "
+            "what is decoded; give two of one sort"
         )
 
 
