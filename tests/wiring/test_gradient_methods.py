@@ -20,7 +20,7 @@ from vpo_engine.config import Config
 from vpo_engine.data.preference_dataset import read_dataset
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.seeding import generator, normal
+from vpo_engine.seeding import generator, integer, normal
 
 METHODS = {
     "vader": ("method=vader", "vader.steps=5", "vader.last_steps=3", "vader.guidance=2"),
@@ -100,7 +100,7 @@ def test_vader_draws_k_anew_in_every_step(tmp_path: Path) -> None:
     config = make_config(tmp_path, *METHODS["vader, random"], "steps=3")
     recording = train(config)
     sampled = [stop.stop for _, settings, stop, _ in recording.sampled if settings.steps == 5]
-    drawn = [int(torch.randint(1, 6, (), generator=generator(config.seed, "vader", step))) for step in range(3)]
+    drawn = [1 + integer(5, config.seed, "vader", step) for step in range(3)]
     assert sampled == [5 - count for count in drawn]
     assert len(set(drawn)) > 1
 
