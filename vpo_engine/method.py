@@ -20,10 +20,9 @@ from vpo_engine.data.prompts import Prompts, PromptStream, Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.errors import NotFiniteError
-from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.idle_offload import IdleOffload
-from vpo_engine.memory.make_optimizer import make_optimizer
-from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
+from vpo_engine.memory.make_optimizer import Average, make_optimizer
+from vpo_engine.memory.optimizer import learning_rate
 from vpo_engine.metrics.stage_timer import StageTimer
 from vpo_engine.metrics.throughput import Work
 from vpo_engine.protocols import ReferenceStore, Reward, at_hand
@@ -163,14 +162,11 @@ class Method(ABC):
         metrics = {**metrics, **own, "optimizer_steps": self.optimizer_steps, **peaks}
         return Step(metrics, choices, pairs, seconds, work)
 
-    def _build_average(self) -> PolicyAverage | None:
+    def _build_average(self) -> Average | None:
         settings = self.config.ema
         if settings.decay is None:
             return None
-        assert isinstance(self.optimizer, PolicyOptimizer), (
-            "distributed.engine=deepspeed with ema.decay is refused"
-        )
-        average = PolicyAverage(self.parameters, self.optimizer.precise_weights, settings)
+        average = self.optimizer.average(settings)
         if not settings.on_host:
             self.idle_offload.register("ema", average.tensors)
         return average

@@ -41,7 +41,7 @@ from vpo_engine.rollout.scored_frames import (
     random_frames,
 )
 from vpo_engine.rollout.second_reward import SecondReward, check_second
-from vpo_engine.seeding import generator
+from vpo_engine.seeding import integer
 from vpo_engine.values import Prompt, stacked_embeddings
 from vpo_engine.video_model import VideoModel
 
@@ -105,14 +105,7 @@ class T2VTurbo(RewardGradientMethod):
 
     def _times(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Return a random time t of the teacher's steps for each prompt, and the time after its step, each [B]."""
-        drawn = [
-            int(
-                torch.randint(
-                    self.own.steps, (), generator=generator(self.config.seed, "time", each.position)
-                )
-            )
-            for each in prompts
-        ]
+        drawn = [integer(self.own.steps, self.config.seed, "time", each.position) for each in prompts]
         times, places = self.times.to(self.processes.device), torch.tensor(drawn)
         return times[places], times[places + 1]
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vpo_engine.config import Config
@@ -35,8 +34,8 @@ from vpo_engine.rollout.scored_frames import (
     random_frames,
 )
 from vpo_engine.rollout.second_reward import SecondReward, check_second
-from vpo_engine.seeding import generator
-from vpo_engine.values import Prompt
+from vpo_engine.seeding import integer
+from vpo_engine.values import Prompt, check_latents
 from vpo_engine.video_model import VideoModel
 
 
@@ -70,6 +69,15 @@ class VADER(RewardGradientMethod):
         count = frames_of_step(config.reward.kind, config.vader.frames, default=1)
         check_enough("vader.frames", count, model)
 
+    @classmethod
+    def costliest(cls, config: Config) -> Config:
+        """See ``RewardGradientMethod``. K may be drawn as large as all steps."""
+        assert config.vader is not None
+        most = {"random_steps": False, "last_steps": config.trained_sampling[0]}
+        return config.model_copy(
+            update={"vader": config.vader.model_copy(update=most if config.vader.random_steps else {})}
+        )
+
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
         number = self._step_number(prompts)
         first = self.sampling.steps - self._last_steps(number)
@@ -77,7 +85,7 @@ class VADER(RewardGradientMethod):
         latents = denoise_with_gradients(self.model, self.model.network, state, text, self.sampling).latents
         self._count_trained(len(prompts), range(first, self.sampling.steps))
         frames = random_frames(self.frames, self.model, self.config.seed, "vader", number)
-        pixels = self.model.decode_pixels(latents, frames)
+        pixels = self.model.decode_pixels(check_latents(latents), frames)
         rewards, scores = self._scored(pixels, prompts)
         if self.second is None or self.own.second is None:
             return self.goal.loss(rewards), scores
@@ -89,5 +97,4 @@ class VADER(RewardGradientMethod):
         """Return K of a step, which is the same for all of its videos."""
         if not self.own.random_steps:
             return self.own.last_steps
-        random = generator(self.config.seed, "vader", number)
-        return int(torch.randint(1, self.sampling.steps + 1, (), generator=random))
+        return 1 + integer(self.sampling.steps, self.config.seed, "vader", number)

@@ -2,6 +2,7 @@
 
 from mutations import (
     adapters,
+    evaluation,
     flow,
     gradients,
     methods,
@@ -33,5 +34,6 @@ MUTATIONS = [
     *flow.MUTATIONS,
     *gradients.MUTATIONS,
     *survival.MUTATIONS,
+    *evaluation.MUTATIONS,
     *methods.MUTATIONS,
 ]

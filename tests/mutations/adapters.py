@@ -119,13 +119,7 @@ MUTATIONS = [
         "finally:\n            pass",
         TESTS_EMA,
     ),
-    (
-        "the average is never updated",
-        METHOD,
-        "self.average.update()",
-        "pass",
-        EMA_RUNS,
-    ),
+    ("the average is never updated", "vpo_engine/method.py", "self.average.update()", "pass", EMA_RUNS),
     (
         "evaluations in between see the policy",
         TRAINER,
@@ -150,7 +144,7 @@ MUTATIONS = [
     (
         "a resumed run averages from its policy",
         STATE,
-        "with algorithm.average.in_place(): algorithm.model.load_policy(average)",
+        "with algorithm.average.loaded(): algorithm.model.load_policy(average)",
         "pass",
         EMA_RESUMED,
     ),

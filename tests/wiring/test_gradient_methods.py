@@ -19,7 +19,7 @@ from vpo_engine.config import Config
 from vpo_engine.data.preference_dataset import read_dataset
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.seeding import generator, normal
+from vpo_engine.seeding import generator, integer, normal
 
 METHODS = {
     "vader": ("method=vader", "vader.steps=5", "vader.last_steps=3", "vader.guidance=2"),
@@ -104,9 +104,7 @@ def test_vader_draws_k_anew_in_every_step(tmp_path: Path) -> None:
     config = make_config(tmp_path, *METHODS["vader, random"], "steps=3")
     recording = train(config)
     sampled = [stop.stop for _, settings, stop, _ in recording.sampled if settings.steps == 5]
-    drawn = [
-        int(torch.randint(1, 6, (), generator=generator(config.seed, "vader", step))) for step in range(3)
-    ]
+    drawn = [1 + integer(5, config.seed, "vader", step) for step in range(3)]
     assert sampled == [5 - count for count in drawn]
     assert len(set(drawn)) > 1
 
@@ -169,9 +167,7 @@ def test_a_step_of_t2v_turbo_is_the_formula(tmp_path: Path) -> None:
     train(config)
     [row] = engine.metrics_of(tmp_path / "run")
     first = First(config)
-    drawn = [
-        int(torch.randint(6, (), generator=generator(config.seed, "time", place))) for place in range(BATCH)
-    ]
+    drawn = [integer(6, config.seed, "time", place) for place in range(BATCH)]
     times = torch.tensor([*sampling_times(6), 0.0])
     t, before = times[drawn], times[[place + 1 for place in drawn]]
 

@@ -19,7 +19,7 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.seeding import generator, normal
+from vpo_engine.seeding import integer, normal
 
 REFL = ("method=refl", "refl.steps=5", "refl.last_steps=3", "refl.margin=3", "refl.scale=0.1")
 VIDEOS = "videos.csv"
@@ -68,7 +68,7 @@ def test_a_step_of_refl_is_the_formula(tmp_path: Path, guidance: float) -> None:
     model.prepare([prompt.text for prompt in prompts])
     captions = caption_of(model.embed([prompt.text for prompt in prompts]))
     x = torch.cat([normal((1, *SHAPE), config.seed, "rollout", place) for place in range(4)])
-    late = 2 + int(torch.randint(3, (), generator=generator(config.seed, "refl", 0)))
+    late = 2 + integer(3, config.seed, "refl", 0)
     times = sampling_times(5)
     for step in range(late):
         x = x + velocity(network, x, torch.full((4,), times[step]), captions, guidance).detach() / 5
@@ -150,14 +150,11 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path: Path, method: str) -> N
             ["method=refl", "distributed.engine=deepspeed"],
             "method=refl excludes distributed.engine=deepspeed",
         ),
+        (["method=refl", "distributed.sequence_parallel=2"], "excludes distributed.sequence_parallel=2"),
         (["method=refl", "memory.step_in_backward=true"], "memory.step_in_backward=true has no meaning"),
         (["refl.steps=3"], "refl has the settings of method=refl, but method=online_vpo runs"),
         (["method=vader", "refl.steps=3"], "refl has the settings of method=refl, but method=vader runs"),
         (["method=ppo"], "method=ppo must be one of online_vpo, offline_dpo, refl"),
-        (
-            ["method=refl", "reward.kind=videoscore2", "reward.path=.", "guards.reward=null"],
-            "reward.kind=videoscore2",
-        ),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_at_the_start(
@@ -181,6 +178,15 @@ def test_settings_of_the_file_that_a_method_does_not_use_are_left_out_and_said(
     own.write_text("method: refl\nreference:\n  refresh_every: 10\n")
     with pytest.raises(ValueError, match=r"reference.refresh_every=10 has no meaning .*own.yaml:3"):
         load_config(own)
+
+
+def test_a_reward_without_gradients_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path, *REFL, "reward.kind=toy:ToyReward")
+    with pytest.raises(
+        ValueError, match=r"method=refl follows .* but reward.kind=toy:ToyReward has none; set"
+    ):
+        train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_family_without_gradients_is_refused(tmp_path: Path) -> None:

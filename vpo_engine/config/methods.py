@@ -308,6 +308,29 @@ def unused_settings(config: Section, names: Sequence[str]) -> Iterator[tuple[str
             yield name, value, default
 
 
+def refuse_beside_gradients(config: Any) -> None:
+    """Raise ValueError for settings of a run that the gradient of the reward cannot pass, or that were not made for it.
+
+    config: all settings of the run.
+    """
+    elsewhere = "the gradient of the reward does not come from another process; set false"
+    wrong = {
+        "processes.reward=true": (config.processes.reward, elsewhere),
+        "reward.process=true": (config.reward.process, elsewhere),
+        "distributed.engine=deepspeed": (
+            config.distributed.engine == "deepspeed",
+            "the decoder and the reward are in the graph, which ZeRO knows nothing of; set data_parallel",
+        ),
+        f"distributed.sequence_parallel={config.distributed.sequence_parallel}": (
+            config.distributed.sequence_parallel > 1,
+            "the gradient of a slice of the tokens does not go on through earlier steps; set 1",
+        ),
+    }
+    for name, (given, reason) in wrong.items():
+        if given:
+            raise ValueError(f"method={config.method} excludes {name}: {reason}")
+
+
 def drop_settings(values: dict[str, Any], names: Sequence[str], kept: Callable[[str], bool]) -> list[str]:
     """Take settings, or all of those in sections, out of nested ``values``; return the keys of those that were there.
 

@@ -59,12 +59,10 @@ def planned_method(
 ) -> RewardGradientMethod:
     """Return the configured method on a model without values; it has the optimizer, and no moving average."""
     alone = Processes(0, 1, torch.device("cpu"))
-    without_average = config.model_copy(update={"ema": type(config.ema)()})
-    method = method_class(config.method)(
-        without_average, model, PlannedReward(config, score_frames), reference, alone, None, PlannedVideos()
-    )
-    assert isinstance(method, RewardGradientMethod)
-    return method
+    found = method_class(config.method)
+    assert issubclass(found, RewardGradientMethod)
+    planned = found.costliest(config).model_copy(update={"ema": type(config.ema)()})
+    return found(planned, model, PlannedReward(config, score_frames), reference, alone, None, PlannedVideos())
 
 
 class LeftOutSampling:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import random
 
 from vpo_engine.config.reward import RewardConfig
 from vpo_engine.rewards.frames import counted_frames
 from vpo_engine.rewards.registry import scores_single_frames
-from vpo_engine.seeding import generator
+from vpo_engine.seeding import integer
 from vpo_engine.video_model import VideoModel
 
 
@@ -55,5 +55,11 @@ def random_frames(count: int | None, model: VideoModel, seed: int, *key: str | i
     """Draw ``count`` different frames of the model's videos, in order; None: all."""
     if count is None or model.video_size is None:
         return None
-    drawn = torch.randperm(model.video_size[0], generator=generator(seed, *key, "frames"))
-    return sorted(drawn[:count].tolist())
+    drawn = random.Random(integer(2**62, seed, *key, "frames"))
+    return sorted(drawn.sample(range(model.video_size[0]), count))
+
+
+def frame_of_each_segment(segments: int, num_frames: int, seed: int, *key: str | int) -> list[int]:
+    """Draw one frame of each of ``segments`` runs of ``num_frames // segments`` frames; see ``segment_frames``."""
+    span = num_frames // segments
+    return [span * part + integer(span, seed, *key, part) for part in range(segments)]
