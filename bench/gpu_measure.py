@@ -301,13 +301,16 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def measure_memory(method: str, add_row: AddRow) -> list[str]:
     """Compare the measured peak of an update and an optimizer step at 720p x 68 with the plan's."""
-    from figure7 import config_of, measured, planned
+    from update_memory import METHODS, config_of, measured, planned
+
+    if method not in METHODS:
+        raise SystemExit(f"error: --method {method} is not one of {', '.join(METHODS)}")
 
     config = config_of(method, "720p", 68)
     start = time.perf_counter()
-    peak = measured(method, config)
+    peak = measured(config)
     seconds = time.perf_counter() - start
-    expected = max(planned(method, config))
+    expected = max(planned(config))
     numbers = {"planned_bytes": expected, "measured_bytes": float(peak), "seconds": seconds}
     add_row("gpu_memory", {"method": method, "size": "720p x 68"}, numbers)
     off = peak / expected - 1
@@ -362,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("measure", choices=[*MEASURES, "memory", "rule"])
     parser.add_argument("--rows", type=Path, metavar="FOLDER", help="write each row to FOLDER/TOPIC.jsonl")
     parser.add_argument(
-        "--method", default="OnlineVPO, recommended", help="memory: a method of bench/figure7.py"
+        "--method", default="OnlineVPO, recommended", help="memory: a line of bench/update_memory.py"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny network, which a CPU computes in a moment"

@@ -18,7 +18,8 @@ from vpo_engine.distributed.counting import CollectiveBytes
 from vpo_engine.distributed.couples import Couple
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.traffic import checkpoint_transfers, step_transfers
-from vpo_engine.online_vpo import OnlineVPO, embed_prompts
+from vpo_engine.method import embed_prompts
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.exchanged import division, exchanged
 from vpo_engine.reference.store import build_reference
 from vpo_engine.run_state import capture
@@ -50,6 +51,13 @@ def zero(stage: int) -> tuple[str, ...]:
     return ("distributed.engine=deepspeed", f"distributed.zero_stage={stage}")
 
 
+AS_LARGE = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}
+"""Settings with which stage 3 treats the sprites world like a model of more than 1e9 weights: it divides all of them,
+and keeps none that will be needed again."""
 TEAM = ("processes.per_prompt=2",)
 SPLIT = ("processes.split_guidance=true",)
 CASES: dict[str, tuple[str, ...]] = {
@@ -95,12 +103,11 @@ class Brightness:
 
 
 def configured(case: str, processes: int, folder: Path) -> Config:
-    """Return a case's configuration with a prompt for each process; stage 3 divides small weights, too."""
+    """Return a case's configuration with a prompt for each process."""
     settings = [*ALL, *CASES[case], f"pairs_per_step={processes}"]
     if "distributed.zero_stage=3" in settings:
         file = folder / f"divide_all_{os.getpid()}.json"  # of this process, so that none reads half a file
-        values = {"zero_optimization": {"stage": "auto", "stage3_param_persistence_threshold": 0}}
-        file.write_text(json.dumps(values), encoding="utf-8")
+        file.write_text(json.dumps({"zero_optimization": {"stage": "auto", **AS_LARGE}}), encoding="utf-8")
         settings.append(f"distributed.deepspeed_config={file}")
     return load_config(None, settings)
 

@@ -102,6 +102,42 @@ def test_what_the_configuration_tells_is_said_before_torch_is_imported(tmp_path:
     assert done.stderr.count("error: ") == 3
 
 
+def test_a_bad_row_at_the_end_of_a_large_file_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    """The file has 20 MB. A run that finds no mistake reads it once."""
+    prompts = tmp_path / "train.csv"
+    prompts.write_text("caption\n" + f"{'a red circle moves left ' * 40}\n" * 20_000 + '""\n')
+    words = [f"prompts.train={prompts}", "prompts.column=caption", f"run_dir={tmp_path / 'run'}"]
+    code = f"import sys; from vpo_engine import train; print(train.main({words!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 False\n"
+    assert f"error: {prompts}, line 20002: " in done.stderr
+
+
+def test_prompt_files_are_read_once_unless_they_change(tmp_path: Path) -> None:
+    from vpo_engine.config import PromptsConfig
+    from vpo_engine.data.prompt_settings import check_prompt_files, open_prompt_files
+
+    path = tmp_path / "train.txt"
+    settings = PromptsConfig(train=path)
+
+    def read() -> list[str]:
+        return list(open_prompt_files(settings)[0]["train"])
+
+    path.write_text("one\ntwo\n")
+    check_prompt_files(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vpo_engine.data.prompt_settings.PromptFile", None)
+        assert read() == ["one", "two"]
+    assert read() == ["one", "two"]
+    check_prompt_files(settings)
+    path.write_text("three\n")
+    assert read() == ["three"]
+    check_prompt_files(settings)
+    (tmp_path / "other").write_text("seven\n")
+    (tmp_path / "other").replace(path)
+    assert read() == ["seven"]
+
+
 def test_under_torchrun_one_process_speaks_and_its_word_is_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

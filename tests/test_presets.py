@@ -117,6 +117,22 @@ def test_balanced_leaves_out_what_another_setting_excludes() -> None:
     assert said.endswith("; but offload_idle=false")
 
 
+@pytest.mark.parametrize("number", [0, 3, len(MEMORY_STEPS) - 1])
+def test_balanced_begins_with_weights_that_the_reference_takes(number: int) -> None:
+    """An exact reference in 8 bits excludes the float32 weights of the first steps: lean's take their place."""
+    config = load_config("opensora_v1_2_720p.yaml", ["memory.preset=balanced"])
+    found, said = resolve_presets(
+        config, lambda changed: changed.memory.weights == "fp32_master", lambda _: str(number)
+    )
+    assert (found.reference.storage, found.memory.weights) == ("exact8", "fp32_master")
+    assert found.memory.activation_checkpointing == ("none" if number == 0 else "block")
+    assert said.endswith("; but weights=fp32_master") == (number < len(MEMORY_STEPS) - 1)
+    with pytest.raises(
+        ValueError, match=r"exact8 keeps differences from bfloat16 weights, but memory.weights=float32"
+    ):
+        load_config("opensora_v1_2_720p.yaml", ["memory.preset=balanced", "memory.weights=float32"])
+
+
 def test_a_resolved_run_is_read_back_as_it_was(tmp_path: Path) -> None:
     config = load_config(None, ["memory.preset=balanced", "rollout.preset=fast"])
     found, _ = resolve_presets(config, lambda changed: changed.memory.sequential)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from vpo_engine.config import Config
 from vpo_engine.config.errors import ARGUMENT, explain, nearest
-from vpo_engine.config.methods import GIVEN_PAIRS, METHODS, card_of, drop_settings
+from vpo_engine.config.methods import GIVEN, METHODS, card_of, drop_settings
 from vpo_engine.config.renamed import find_renamed
 from vpo_engine.config.yaml_values import Settings, read_override, read_settings
 
@@ -20,7 +20,15 @@ _FOLDERS = (
     ("model.policy", "folder or weights file"),
     *((key, "folder") for key in ("model.vae", "model.text_encoder", "offline_dpo.dataset")),
 )
-_FILES = tuple((key, "file") for key in ("prompts.train", "prompts.held_out", "distributed.deepspeed_config"))
+_FILES = tuple(
+    (key, "file")
+    for key in (
+        "prompts.train",
+        "prompts.held_out",
+        "distributed.deepspeed_config",
+        "offline_dpo.file",
+    )
+)
 """Settings that name what must be there when a run begins. Rewards say themselves what they read."""
 _SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 """Folders of the shipped configurations: inside an installed package, or beside it in a checkout."""
@@ -136,17 +144,19 @@ def _apply(settings: Settings, keys: Sequence[str], value: Any, override: str) -
 def _leave_out_unused(settings: Settings) -> list[str]:
     """Take out what the file says of settings that the method, which an argument names, does not use; return their
     keys. Arguments stay, and are refused."""
-    method, offline = settings.values["method"], settings.values.get("offline_dpo")
+    method = settings.values["method"]
     if method not in METHODS:
         return []
+    section = settings.values.get(method)
 
     def is_argument(key: str) -> bool:
         return any(
             place == ARGUMENT for name, place in settings.origins.items() if f"{name}.".startswith(f"{key}.")
         )
 
-    given = isinstance(offline, dict) and any(offline.get(name) for name in GIVEN_PAIRS)
-    return drop_settings(settings.values, card_of(method, given).unused, is_argument)
+    given = section if isinstance(section, dict) else {}
+    source = next((name for name in GIVEN if given.get(name) is not None), None)
+    return drop_settings(settings.values, card_of(method, source).unused, is_argument)
 
 
 def _refuse_old_names(settings: Settings, given: Sequence[tuple[list[str], Any, str]]) -> None:

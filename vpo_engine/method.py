@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from vpo_engine.config import Config
 from vpo_engine.data.prompt_record import Texts
-from vpo_engine.data.prompts import PromptItem, Prompts, PromptStream
+from vpo_engine.data.prompts import Prompts, PromptStream, Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.errors import NotFiniteError
-from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.idle_offload import IdleOffload
-from vpo_engine.memory.make_optimizer import make_optimizer
-from vpo_engine.memory.optimizer import PolicyOptimizer, learning_rate
+from vpo_engine.memory.make_optimizer import Average, make_optimizer
+from vpo_engine.memory.optimizer import learning_rate
 from vpo_engine.metrics.stage_timer import StageTimer
 from vpo_engine.metrics.throughput import Work
 from vpo_engine.protocols import ReferenceStore, Reward, at_hand
@@ -45,14 +44,6 @@ class Step:
     pairs: Sequence[Pair] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
-
-
-class Stream(Protocol):
-    """An endless stream of prompts, which is a function of the position alone."""
-
-    def take(self, cursor: int, count: int) -> list[PromptItem]:
-        """Return the prompts at ``cursor, ..., cursor + count - 1``."""
-        ...
 
 
 class Method(ABC):
@@ -105,9 +96,11 @@ class Method(ABC):
         If the run is asked to stop before weights have changed, raise StepAbandonedError.
         """
 
-    def prepare(self, folder: Path) -> None:
-        """Do what comes before the first step of this process, also of a resumed run. Prompts can be embedded already.
-        ``folder``: where the run keeps its preference dataset. By default there is nothing to do."""
+    def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Do what comes before the first step of this process, also of a resumed run; by default, nothing.
+
+        The prompts of the run can be embedded. folder: where the run keeps its preference dataset.
+        """
         return
 
     # --- for checkpoints and evaluations ---------------------------------------------------------------------
@@ -163,14 +156,11 @@ class Method(ABC):
         metrics = {**metrics, **own, "optimizer_steps": self.optimizer_steps, **peaks}
         return Step(metrics, choices, pairs, seconds, work)
 
-    def _build_average(self) -> PolicyAverage | None:
+    def _build_average(self) -> Average | None:
         settings = self.config.ema
         if settings.decay is None:
             return None
-        assert isinstance(self.optimizer, PolicyOptimizer), (
-            "distributed.engine=deepspeed with ema.decay is refused"
-        )
-        average = PolicyAverage(self.parameters, self.optimizer.precise_weights, settings)
+        average = self.optimizer.average(settings)
         if not settings.on_host:
             self.idle_offload.register("ema", average.tensors)
         return average

@@ -1,37 +1,82 @@
 """Offline Diffusion-DPO (arXiv 2311.12908): the update of OnlineVPO, on pairs that are there before the first step.
 
+once: read the pairs of a run or of a file                      rollout/preference_dataset.py, preferred_files.py
+      or sample N videos per prompt from the policy of the start, and choose as OnlineVPO does
 for each step:
-    take the next pairs of winner and loser                     rollout/preference_dataset.py
+    take the next pairs of winner and loser, again and again
     one Diffusion-DPO update on their latents                   objectives/dpo.py
 
-The reference is the policy that the run starts from, and stays so.
+The reference is the policy that the run starts from, and stays so, unless offline_dpo.refresh_every is set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from vpo_engine.config import Config
+from vpo_engine.data.preference_file import RowTexts
 from vpo_engine.data.prompt_record import Texts
-from vpo_engine.data.prompts import Prompts
-from vpo_engine.method import Stream
+from vpo_engine.data.prompts import Prompts, Stream
+from vpo_engine.method import embed_prompts
 from vpo_engine.online_vpo import OnlineVPO
-from vpo_engine.rollout.preference_dataset import StoredPairs
+from vpo_engine.rollout.preference_dataset import PairRecorder, SampledPairs, StoredPairs
+from vpo_engine.rollout.preferred_files import FilePairs
 from vpo_engine.values import Choice, Prompt
 
 
 class OfflineDPO(OnlineVPO):
-    """OnlineVPO's update on stored pairs; no step samples a video."""
+    """OnlineVPO's update on pairs that no step samples."""
 
-    stream: StoredPairs
+    stream: StoredPairs | FilePairs | SampledPairs
 
     @classmethod
     def open_stream(cls, config: Config, prompts: Prompts) -> tuple[Stream, Texts]:
         settings = config.offline_dpo
         assert settings is not None
-        assert settings.dataset is not None
-        stored = StoredPairs(settings.dataset, config.pairs.min_gap)
-        return stored, {"offline_dpo.dataset": stored.texts()}
+        if settings.dataset is not None:
+            stored = StoredPairs(settings.dataset, config.pairs.min_gap)
+            return stored, {"offline_dpo.dataset": stored.texts()}
+        if settings.file is not None:
+            pairs = FilePairs(settings.file)
+            return pairs, {"offline_dpo.file": RowTexts(pairs.rows)}
+        stream, texts = super().open_stream(config, prompts)
+        return SampledPairs(stream, settings.pairs or config.steps * config.pairs_per_step), texts
+
+    def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Encode the videos of a preference file, or sample the pairs that the run's directory does not have yet."""
+        with self.timer("pairs"):
+            if isinstance(self.stream, FilePairs):
+                settings, beside = self.config.offline_dpo, folder.parent.parent
+                assert settings is not None
+                cache = settings.cache or beside / "encoded_videos"
+                self.stream.encode(self.model, cache, self.processes, say)
+            elif isinstance(self.stream, SampledPairs):
+                self._sample_pairs(self.stream, folder, say)
+
+    def _sample_pairs(self, stream: SampledPairs, folder: Path, say: Callable[[str], None]) -> None:
+        """Let the policy of the start sample, step by step as in OnlineVPO, what is not in ``folder`` yet."""
+        size, recorder = self.config.pairs_per_step, None
+        done = stream.find(folder, size, started=self.optimizer_steps > 0, processes=self.processes)
+        if self.processes.team.first:
+            recorder = PairRecorder(self.config.seed, folder, self.processes.rank, with_latents=True)
+        if done * size < len(stream):
+            say(
+                f"sampling {len(stream)} pairs from the policy of the start, {done * size} of which are there"
+            )
+            self.model.prepare([item.text for item in stream.take(0, len(stream))])
+        mine = self.processes.team_range(size, "pairs_per_step")
+        for step in range(done, len(stream) // size):
+            positions = range(step * size + mine.start, step * size + mine.stop)
+            texts = [item.text for item in stream.take(positions.start, len(positions))]
+            prompts = embed_prompts(self.model, texts, positions)
+            with self.stopping.stoppable(together=self.processes.team.count > 1), self.optimizer.whole():
+                choices = super()._choose(prompts)
+            pairs = self.selector.pairs(choices)
+            if recorder is not None:
+                recorder.record(step + 1, choices, pairs)
+        self.processes.wait()
+        stream.read(folder, self.config.pairs.min_gap)
 
     def _choose(self, prompts: Sequence[Prompt]) -> list[Choice]:
         return self.stream.choices(prompts, self.model.latent_shape, self.processes.device)

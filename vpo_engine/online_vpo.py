@@ -16,9 +16,10 @@ from contextlib import nullcontext
 import torch
 
 from vpo_engine.config import Config
+from vpo_engine.data.prompts import Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.idle_offload import IdleOffload
-from vpo_engine.method import Method, Step, Stream, Work
+from vpo_engine.method import Method, Step, Work
 from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.objectives.dpo import DPO
 from vpo_engine.protocols import Network, ReferenceStore, Reward
@@ -230,4 +231,5 @@ class OnlineVPO(Method):
             self.selector.extremes,
             self.processes.team,
             None if config.preview_frames is None else model.prefix(config.preview_frames)[0],
+            share=self.stopping.share,
         )

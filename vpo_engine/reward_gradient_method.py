@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vpo_engine.config import Config
+from vpo_engine.data.prompts import Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.idle_offload import IdleOffload
-from vpo_engine.method import Method, Step, Stream
+from vpo_engine.method import Method, Step
 from vpo_engine.metrics.throughput import CountedRows, Work
 from vpo_engine.protocols import (
     ReferenceStore,
@@ -23,7 +24,7 @@ from vpo_engine.protocols import (
 )
 from vpo_engine.rewards.combine import combine
 from vpo_engine.seeding import normal
-from vpo_engine.values import Prompt, stacked_embeddings
+from vpo_engine.values import Prompt, check_latents, stacked_embeddings
 from vpo_engine.video_model import VideoModel
 
 
@@ -62,6 +63,12 @@ class RewardGradientMethod(Method):
 
         Scores: {dimension: [B]}, of the reward, for the log.
         """
+
+    @classmethod
+    def costliest(cls, config: Config) -> Config:
+        """Return the configuration with which every step takes as much memory as the largest one of ``config``, for the
+        planner; by default, all steps are alike."""
+        return config
 
     def step(self, prompts: Sequence[Prompt]) -> Step:
         metrics = self._update_policy(prompts)
@@ -121,7 +128,7 @@ class RewardGradientMethod(Method):
         self, latents: Tensor, prompts: Sequence[Prompt], frames: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the rewards [B] of clean latents, and their scores, with gradients; ``frames``: of those frames."""
-        pixels = self.model.decode_pixels(latents, frames)
+        pixels = self.model.decode_pixels(check_latents(latents), frames)
         scores = self.reward.score_pixels(pixels, [prompt.text for prompt in prompts])
         return combine(scores, self.config.reward.dimensions), scores
 

@@ -22,6 +22,8 @@ def capture(algorithm: Method, step: int, baseline: Mapping[str, Tensor]) -> dic
     the run is compared with it.
     """
     config = algorithm.config
+    if algorithm.average is not None:
+        algorithm.average.collect()
     reference = algorithm.reference
     return {
         "tensors": {
@@ -59,7 +61,7 @@ def restore(
     algorithm.load_state(state)
     if algorithm.average is not None:
         assert average is not None
-        with algorithm.average.in_place():
+        with algorithm.average.loaded():
             algorithm.model.load_policy(average)
         algorithm.average.updates = algorithm.optimizer_steps
     return state["step"], dict(tensors["baseline"])

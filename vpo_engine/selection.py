@@ -81,7 +81,8 @@ class Selector:
         scores = _stacked([[one.scores for one in choice.candidates[:count]] for choice in choices])
         tied = torch.tensor([choice.tied for choice in choices])
         means = {f"reward/{name}": value.mean() for name, value in scores.items()}
-        means["reward/selected"] = combine(scores, config.reward.dimensions).mean()
+        if scores:  # pairs that people gave have none
+            means["reward/selected"] = combine(scores, config.reward.dimensions).mean()
         if self._floor is not None and config.card.candidates:
             means["guards/still"] = self._floor.still(scores).float().mean()
         means["reward/gap"] = torch.tensor([choice.gap for choice in choices]).mean()

@@ -69,10 +69,10 @@ def train(config: Config) -> int:
     """
     require_files(config)
     if config.prompts.train is not None or config.prompts.held_out is not None:
-        from vpo_engine.data.prompt_settings import check_small_prompt_files
+        from vpo_engine.data.prompt_settings import check_prompt_files
 
         with same_in_all_processes():
-            check_small_prompt_files(config.prompts)
+            check_prompt_files(config.prompts)
     with same_in_all_processes():
         check_shares(config, processes_that_train(config))
         check_deepspeed(config, processes_that_train(config))

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.data.preference_dataset import truncate_dataset
+from vpo_engine.data.prompts import Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StepAbandonedError
 from vpo_engine.errors import NotFiniteError
-from vpo_engine.method import Method, Step, Stream, embed_prompts
+from vpo_engine.method import Method, Step, embed_prompts
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.metrics.reward_monitor import Alarm, RewardMonitor, describe_shuffle
 from vpo_engine.metrics.summary import format_summary, summarise
@@ -135,7 +136,7 @@ class Trainer:
                 f"held-out videos are sampled by the policy's moving average (ema.decay={self._config.ema.decay:g})"
             )
         self._raise_alarms([])
-        self._algorithm.prepare(self._run.preference_dataset)
+        self._algorithm.prepare(self._run.preference_dataset, self._progress.note)
         if start == 0:
             self._evaluate_baseline()
             return
@@ -181,7 +182,10 @@ class Trainer:
         self._processes.wait()
         if not self._processes.first_of_team:
             return None
-        return PairRecorder(self._config, self._run.preference_dataset, self._processes.rank)
+        config, rank = self._config, self._processes.rank
+        return PairRecorder(
+            config.seed, self._run.preference_dataset, rank, config.pairs.dataset == "latents"
+        )
 
     def _encode_text(self) -> None:
         """Encode all prompts of the run, also those of steps already done, since equal batches give equal bits."""
@@ -316,6 +320,7 @@ class Trainer:
         if self._algorithm.average is not None:  # these numbers are the average's
             numbers = {**numbers, "ema/decay": self._algorithm.average.decay}
         self._log.write(step, "eval", means | numbers | dict(more or {}))
+        self._log.show_samples(step, self._held_out.prompts, self._held_out.kept, self._algorithm.model.fps)
         self._raise_alarms(alarms)
 
     def _sample_shown(self) -> Tensor:

@@ -52,7 +52,7 @@ def run_training(config: Config) -> int:
         config.model.device, own.per_prompt, own.reward, limit, divided.sequence_parallel
     )
     if own.split_guidance and not processes.is_reward_process:
-        processes = processes.in_couples()
+        processes = processes.in_couples(limit)
     ending = Ending(processes)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)

@@ -1,45 +1,78 @@
 """VADER (arXiv 2407.08737): reward gradients through the last sampling steps, for any sampler of the engine.
 
 for each step:
-    sample a video per prompt up to the last K steps, without gradient      reward_gradient_method.py
-    make the last K steps with gradient, from one to the next               rollout/reward_gradient.py
-    decode a random frame, or all for a reward of motion, and score it      reward_gradient_method.py
-    loss = scale * mean|goal - reward|, or a mix of two such losses         objectives/reward_losses.py
+    sample a video per prompt up to the last K steps, without gradient    reward_gradient_method.py
+    make the last K steps with gradient, one after the other              rollout/reward_gradient.py
+    decode a random frame (all for a reward of videos), and score it      reward_gradient_method.py
+    loss = scale * mean|reward - goal|                                    objectives/reward_losses.py
 
-The latents are not detached between the K steps: this is truncated backpropagation through time, with guidance, and
-each step is checkpointed. The public code has K = 1, and for some experiments K = 15 of 30, or random. Its goals are 10
-for the LAION aesthetic predictor, 1 for HPSv2 and 100 for PickScore; its mix is (1.5 aesthetic loss + HPS loss) / 2.
+Latents are not detached between the K steps: this is truncated backpropagation through time, with guidance, and every
+step is checkpointed. The public code has K = 1, or 15 of 30, or a random K. Its goals are 10 for the LAION aesthetic
+predictor, 1 for HPSv2 and 100 for PickScore.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from vpo_engine.config import Config
+from vpo_engine.data.prompt_record import Texts
+from vpo_engine.data.prompts import Prompts
+from vpo_engine.method import Stream
+from vpo_engine.objectives.reward_losses import vader_goal
 from vpo_engine.reward_gradient_method import RewardGradientMethod
 from vpo_engine.rollout.reward_gradient import denoise_with_gradients
-from vpo_engine.seeding import generator
+from vpo_engine.rollout.scored_frames import (
+    check_enough,
+    check_single_frames,
+    frames_of_step,
+    random_frames,
+)
+from vpo_engine.seeding import integer
 from vpo_engine.values import Prompt
 
 
 class VADER(RewardGradientMethod):
     """The last K steps of sampling, and the gradient of the reward of the video that they end in."""
 
+    def __init__(self, config: Config, *parts: Any) -> None:
+        super().__init__(config, *parts)
+        assert config.vader is not None
+        self.own, kind = config.vader, config.reward.kind
+        self.goal = vader_goal(kind, self.own.goal, self.own.scale)
+        self.frames = frames_of_step(kind, self.own.frames, default=1)
+        check_enough("vader.frames", self.frames, self.model)
+
+    @classmethod
+    def open_stream(cls, config: Config, prompts: Prompts) -> tuple[Stream, Texts]:
+        assert config.vader is not None
+        check_single_frames("vader.frames", config.vader.frames, config.reward.kind)
+        return super().open_stream(config, prompts)
+
+    @classmethod
+    def costliest(cls, config: Config) -> Config:
+        """See ``RewardGradientMethod``. K may be drawn as large as all steps."""
+        assert config.vader is not None
+        most = {"random_steps": False, "last_steps": config.trained_sampling[0]}
+        return config.model_copy(
+            update={"vader": config.vader.model_copy(update=most if config.vader.random_steps else {})}
+        )
+
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        first = self.sampling.steps - self._last_steps(prompts)
+        number = self._step_number(prompts)
+        first = self.sampling.steps - self._last_steps(number)
         state, text = self._sampled(prompts, first)
         latents = denoise_with_gradients(self.model, self.model.network, state, text, self.sampling).latents
         self._count_trained(len(prompts), range(first, self.sampling.steps))
-        rewards, scores = self._rewards(latents, prompts, self._random_frames(prompts))
+        frames = random_frames(self.frames, self.model, self.config.seed, "vader", number)
+        rewards, scores = self._rewards(latents, prompts, frames)
         return self.goal.loss(rewards), scores
 
-    def _last_steps(self, prompts: Sequence[Prompt]) -> int:
-        """Return K, which is the same for all videos of a step."""
-        own = self.config.vader
-        assert own is not None
-        if not own.random_steps:
-            return own.last_steps
-        random = generator(self.config.seed, "vader", self._step_number(prompts))
-        return int(torch.randint(1, self.sampling.steps + 1, (), generator=random))
+    def _last_steps(self, number: int) -> int:
+        """Return K of a step, which is the same for all of its videos."""
+        if not self.own.random_steps:
+            return self.own.last_steps
+        return 1 + integer(self.sampling.steps, self.config.seed, "vader", number)

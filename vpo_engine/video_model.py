@@ -342,6 +342,14 @@ class VideoModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents [B, C, T, H, W] into videos, uint8 [B, F, height, width, 3], without gradients."""
 
+    def encode(self, videos: Tensor) -> Tensor:
+        """Turn videos of the model's size, uint8 [B, F, height, width, 3], into clean latents, float32 [B, C, T, H, W].
+
+        No gradients, no random numbers: where the VAE gives a distribution, its most likely latents. ValueError for
+        families that do not encode, and for videos of another size.
+        """
+        raise ValueError(f"{self.card.name} does not encode videos; give their latents")
+
     def decode_pixels(self, latents: Tensor, frames: Sequence[int] | None = None) -> Tensor:
         """Turn latents [B, C, T, H, W] into pixels, float32 [B, F, 3, height, width] in 0..1, with gradients.
 
@@ -357,14 +365,6 @@ class VideoModel(ABC):
             f"{self.card.name} does not decode with gradients; define decode_pixels in its family and add "
             '"method=reward_gradient" to what its card supports, or train it with method=online_vpo'
         )
-
-    def encode(self, videos: Tensor) -> Tensor:
-        """Turn videos of the model's size, uint8 [B, F, height, width, 3], into clean latents, float32 [B, C, T, H, W].
-
-        No gradients, no random numbers: where the VAE gives a distribution, its most likely latents. ValueError for
-        families that do not encode, and for videos of another size.
-        """
-        raise ValueError(f"{self.card.name} does not encode videos; define encode in its family")
 
     @classmethod
     def real_video(cls, prompt: str, generator: torch.Generator) -> Tensor | None:

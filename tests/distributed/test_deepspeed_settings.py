@@ -196,7 +196,6 @@ def test_a_file_that_makes_no_sense_is_refused(
             ["distributed.zero_stage=0", "memory.weights=fp32_master", "model.dtype=bfloat16"],
             r"stage 0 adds up the gradients of bfloat16 weights in bfloat16",
         ),
-        (["ema.decay=0.99"], r"set ema.decay=null, or distributed.engine=data_parallel"),
         (
             ["memory.weights=fp32_master", "model.dtype=float32"],
             r"set model.dtype=bfloat16, or memory.weights=float32",

@@ -89,7 +89,7 @@ def test_two_couples_train_as_one_process_does(more: tuple[str, ...], tmp_path: 
 
 
 def test_couples_are_neighbours_and_the_first_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.distributed.new_group", lambda ranks: list(ranks))
+    monkeypatch.setattr("torch.distributed.new_group", lambda ranks, timeout: list(ranks))
     here = torch.device("cpu")
     members = [Processes(rank, 8, here).in_teams(4).in_couples().team for rank in range(8)]
     assert [member.couple.pair.group for member in members if member.couple] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,10 @@ def cases(folder: Path) -> dict[str, Case]:
     for name, division in {"0": zero(0), "1": zero(1), "2": zero(2), "3": three}.items():
         found |= {
             f"{name} full": ((), division),
-            f"{name} full sequential": (SEQUENTIAL, division),
-            f"{name} adapter": (LORA, division),
+            f"{name} full sequential": ((*SEQUENTIAL, *UNCLIPPED), division),
+            f"{name} adapter": ((*LORA, *CLIPPED), division),
             f"{name} adapter sequential": ((*LORA, *SEQUENTIAL), division),
             f"{name} micro-batches": ((*SEQUENTIAL, *MICRO), division),
-            f"{name} clipped": (CLIPPED, division),
-            f"{name} unclipped": (UNCLIPPED, division),
         }
     return found | {
         "1 offload": ((), (*zero(1), offload)),
@@ -76,19 +75,21 @@ def in_group(folder: Path, names: Sequence[str]) -> None:
     processes.stop()
 
 
+@functools.cache
+def run_alone(settings: tuple[str, ...]) -> dict[str, Any]:
+    return zero_runs.run(settings, Processes.start("cpu"))
+
+
 def check_against_one_process(folder: Path, count: int, names: Sequence[str]) -> None:
     run_in_group(folder, count, in_group, folder, names)
-    alone: dict[tuple[str, ...], dict[str, Any]] = {}
     for name in names:
         settings, _ = cases(folder)[name]
-        if settings not in alone:
-            shared = zero_runs.THREE if count == 3 else ()
-            alone[settings] = zero_runs.run((*settings, *shared), Processes.start("cpu"))
+        alone = run_alone((*settings, *(zero_runs.THREE if count == 3 else ())))
         first, *others = [
             torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(count)
         ]
         storage = next((each.partition("=")[2] for each in settings if "storage" in each), "copy")
-        assert_same_training(alone[settings], first, BOUND, name, storage)
+        assert_same_training(alone, first, BOUND, name, storage)
         for other in others:
             assert torch.equal(first["after"], other["after"]), name
             assert torch.equal(first["reference"], other["reference"]), name
@@ -101,14 +102,15 @@ def check_against_one_process(folder: Path, count: int, names: Sequence[str]) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
-def test_two_processes_train_what_one_does(tmp_path: Path, stage: str) -> None:
-    names = [name for name in cases(tmp_path) if name.startswith(stage)]
+@pytest.mark.parametrize("stages", ["012", "3"])
+def test_two_processes_train_what_one_does(tmp_path: Path, stages: str) -> None:
+    names = [name for name in cases(tmp_path) if name[0] in stages]
     check_against_one_process(tmp_path, 2, names)
 
 
 @pytest.mark.long
 def test_a_process_without_a_pair_takes_part(tmp_path: Path) -> None:
+    """In stage 3 it makes passes that must add nothing; those of a tie add nothing anyway if pairs weigh their gap."""
     check_against_one_process(
         tmp_path, 3, ["0 full", "1 full sequential", "2 micro-batches", "3 full", "3 micro-batches"]
     )
@@ -116,13 +118,13 @@ def test_a_process_without_a_pair_takes_part(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_one_process_trains_the_same_with_and_without_deepspeed(tmp_path: Path) -> None:
-    names = ["0 full", "1 clipped", "2 micro-batches", "3 adapter sequential"]
+    names = ["0 full", "1 adapter", "2 micro-batches", "3 adapter sequential"]
     check_against_one_process(tmp_path, 1, names)
 
 
-ALIKE = ("pairs_per_step=6", "optimizer.eps=1e-2", "optimizer.lr=1e-3", "optimizer.clip=1")
+ALIKE = ("pairs_per_step=6", "optimizer.eps=1e-3", "optimizer.lr=1e-3", "optimizer.clip=0.1")
 """Moments that matter: a step moves a weight by lr g / (|g| + eps), and so rounding of the clipped gradients, at most
-1e-6 of 1, by at most 1e-7."""
+1e-6 of 0.1, by at most 1e-7."""
 
 
 def go_on(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from step_case import step_on
-from test_teams import PROMPTS, Brightness
+from test_teams import PROMPTS, TIE
 from torch import Tensor
 
 from vpo_engine.build import build_model
@@ -30,22 +30,24 @@ SETTINGS = (
     "rollout.candidates=2",
     "rollout.steps=1",
     "objective.timesteps_per_pair=1",
+    "objective.beta=50",
     "optimizer.eps=1",
-    "optimizer.lr=0.1",
-    "optimizer.clip=1",
+    "optimizer.lr=1",
+    "optimizer.clip=0.1",
     "optimizer.warmup_steps=0",
     "reference.refresh_every=2",
 )
-"""The second of four prompts is a tie: of two processes one has a pair and the other two."""
+"""The second of four prompts is a tie: of two processes one has a pair and the other two. Float32 rounds errors of
+about 1, and so margins, beta / 2 times as large, by some 1e-6."""
 THREE = ("pairs_per_step=3",)
 """For three processes, of which one has no pair."""
 LORA = ("model.lora.rank=4", "model.lora.alpha=8", "reference.storage=adapter")
 SEQUENTIAL = ("memory.sequential=true",)
 MICRO = ("objective.micro_batch_size=1", "objective.timesteps_per_pair=2", "pairs.gap_power=1")
 HALF = ("model.dtype=bfloat16", "memory.weights=fp32_master")
-CLIPPED = ("optimizer.clip=0.5",)
-UNCLIPPED = ("optimizer.clip=null", "optimizer.lr=1e-3")
-"""Gradients have norms of about 2 with an adapter and 40 without, so that a limit of 1, 0.5 or none tells."""
+CLIPPED = ("optimizer.clip=0.05",)
+UNCLIPPED = ("optimizer.clip=null", "optimizer.lr=1e-2")
+"""Gradients have norms of about 0.2 with an adapter and 4 without, so that a limit of 0.1, 0.05 or none tells."""
 
 
 def zero(stage: int, *more: str) -> tuple[str, ...]:
@@ -68,9 +70,37 @@ def divided_fully(folder: Path) -> str:
 def make(settings: Sequence[str], processes: Processes) -> OnlineVPO:
     config = load_config(None, [*SETTINGS, *settings])
     model = build_model(config, processes, lambda _: None)
+    show_latents(model)
     model.prepare(PROMPTS)
     reference = build_reference(config.reference.storage, model.network)
-    return OnlineVPO(config, model, Brightness(), reference, processes)
+    return OnlineVPO(config, model, FirstNumber(), reference, processes)
+
+
+def show_latents(model: Any) -> None:
+    """Let videos show the first number of their latents in place of what the decoder makes of them.
+
+    The decoder takes as long as all else, and nobody divides it. The pixel's colours are digits, of 2^-20 at the end.
+    """
+
+    def show(latents: Tensor) -> Tensor:
+        number = ((latents[:, 0, 0, 0, 0].double().clamp(-7.9, 7.9) + 8) * 2**20).long()
+        digits = torch.stack([number >> 16, number >> 8 & 255, number & 255], dim=1)
+        return digits[:, None, None, None].to(torch.uint8)
+
+    model.to_video = show
+
+
+class FirstNumber:
+    """Scores by what ``show_latents`` shows, which rounding hardly changes; it cannot tell candidates of TIE apart."""
+
+    dimensions = ("temporal_consistency",)
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        scores = (
+            videos[:, 0, 0, 0].double() @ torch.tensor([2.0**16, 2.0**8, 1.0], dtype=torch.double) / 2**20
+        )
+        ties = torch.tensor([prompt == TIE for prompt in prompts])
+        return {"temporal_consistency": scores.masked_fill(ties, 1.0).float()}
 
 
 def make_steps(algorithm: OnlineVPO, numbers: Sequence[int]) -> list[dict[str, float]]:
@@ -144,9 +174,9 @@ def assert_same_training(
 ) -> None:
     """Assert that two runs made the same weights, references and optimizer states.
 
-    bound: of absolute differences. A step moves a weight by at most 0.1 of its gradient, clipped to a norm of 1, and
-    float32 sums in another order round by some 1e-6 of that. Moments are of gradients of up to 10 without a limit.
-    margins: of the differences of margins and losses.
+    bound: of absolute differences. A step moves a weight by at most its gradient, clipped to a norm of 0.1, and
+    float32 sums in another order round by some 1e-6 of that. Moments are of gradients with a norm of up to 4 without
+    one. margins: of the differences of margins and losses.
     """
     moved = float((one["after"] - one["before"]).abs().max())
     assert moved > 1e3 * bound, (case, moved)
@@ -165,7 +195,7 @@ def assert_same_training(
             assert near, (case, name, value, theirs)
     assert other["state"].keys() == one["state"].keys(), case
     for name, value in one["state"].items():
-        limit = 10 * bound * max(1.0, float(value.abs().max())) if value.is_floating_point() else 0
+        limit = 4 * bound * max(1.0, float(value.abs().max())) if value.is_floating_point() else 0
         if name.endswith(MASTER):
             limit = bound
         torch.testing.assert_close(

@@ -160,8 +160,8 @@ def test_a_folder_of_videos_is_a_reference_and_its_sums_can_be_kept(tmp_path: Pa
     for n in range(3):
         write_mp4(folder / f"{n}.mp4", smooth_video(40 + n, 16, 32, 32), fps=8, min_side=32)
     of_folder = metric(tmp_path / "real")
-    assert of_folder.reference().count == 3
-    of_folder.reference().write(tmp_path / "kept.npz")
+    assert of_folder.reference.count == 3
+    of_folder.reference.write(tmp_path / "kept.npz")
     of_file = metric(tmp_path / "kept.npz")
     found = records(of_folder, 4)
     assert distance(of_folder, found).value == distance(of_file, found).value
@@ -169,10 +169,10 @@ def test_a_folder_of_videos_is_a_reference_and_its_sums_can_be_kept(tmp_path: Pa
     assert digests[0] == digests[1]
     (folder / "2.mp4").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"2.mp4' is not a readable video file"):
-        distance(metric(tmp_path / "real"), found)
+        metric(tmp_path / "real")
     write_mp4(folder / "2.mp4", smooth_video(1, 3, 32, 32), fps=8)
     with pytest.raises(ValueError, match=r"reference video .*2.mp4': fvd_videomae needs at least 16 frames"):
-        distance(metric(tmp_path / "real"), found)
+        metric(tmp_path / "real")
 
 
 def test_references_that_cannot_be_used_are_told_at_the_start(tmp_path: Path, npz: Path) -> None:
@@ -207,4 +207,4 @@ def test_a_pickle_is_refused_and_the_command_that_converts_it_works(tmp_path: Pa
         metric(path)
     command = str(refused.value).split('python -c "')[1].rstrip('"')
     exec(command, {})
-    assert metric(tmp_path / "cd.npz").reference().count == 50
+    assert metric(tmp_path / "cd.npz").reference.count == 50

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from vpo_engine.metrics.video_metric import (
     unreadable_record,
 )
 
-FLICKER = "vbench_temporal_flickering"
+FLICKER = "temporal_flickering"
 
 
 def noise(frames: int = 5, height: int = 12, width: int = 16, seed: int = 0) -> Tensor:
@@ -55,7 +56,7 @@ def test_a_video_that_fails_is_named_and_the_others_are_kept() -> None:
     short = record(metric, noise(frames=1), "short.mp4")
     broken = unreadable_record("broken.mp4", "a dog", ValueError("'broken.mp4' is not a readable video file"))
     assert short.error.startswith(
-        "vbench_temporal_flickering needs at least 2 frames, the video has 1; give longer videos"
+        "temporal_flickering needs at least 2 frames, the video has 1; give longer videos"
     )
     summary = number(metric, good, short, broken)
     assert summary.value == good.values[""]
@@ -108,7 +109,7 @@ def test_videos_of_different_kinds_are_named(other: tuple[int, int, int], fps: f
 
 
 PROVENANCE = Provenance(
-    metric="vbench_subject_consistency",
+    metric="subject_consistency",
     version="1",
     backbone="DINO ViT-B/16",
     weights={"dino_vitbase16_pretrain.pth": "a" * 64},
@@ -127,7 +128,7 @@ PROVENANCE = Provenance(
     [
         (
             {"metric": "proxy_feature_consistency_pixels"},
-            "metric is vbench_subject_consistency and proxy_feature",
+            "metric is subject_consistency and proxy_feature",
         ),
         ({"version": "2"}, "version is 1 and 2"),
         ({"backbone": "none"}, "backbone is DINO ViT-B/16 and none"),
@@ -164,16 +165,25 @@ def test_every_metric_has_a_card_and_its_name_tells_its_group() -> None:
         assert card.name == name
         assert card.title
         assert card.measures.endswith(".")
-        assert (card.group == "vbench") == name.startswith("vbench_")
+        assert (card.group == "vbench") == bool(card.dimension)
         assert (card.group == "proxy") == name.startswith("proxy_")
         assert (card.group == "reward") == name.startswith("reward:")
     for entry in METRICS.values():
         assert entry.card.licence or not entry.card.needs
 
 
+def test_the_page_names_every_metric_with_its_weights_and_licence() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for name, entry in METRICS.items():
+        card = entry.card
+        assert f"`{name}`" in page
+        for told in (*card.needs, card.licence.partition(":")[0], card.install):
+            assert told in page
+
+
 def test_an_unknown_metric_is_told_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match="did you mean 'vbench_temporal_flickering'"):
-        build_metric("vbench_temporal_flikering")
+    with pytest.raises(ValueError, match="did you mean 'temporal_flickering'"):
+        build_metric("temporal_flikering")
 
 
 def test_a_reward_as_a_metric_gives_the_rewards_scores() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vpo_engine.metrics.networks.checkpoints import find_checkpoint, read_state
 from vpo_engine.metrics.networks.clip_vision import clip_from_folder, clip_from_weights
 from vpo_engine.metrics.networks.i3d import I3d
 from vpo_engine.metrics.networks.vision_transformer import DinoNetwork, VideoMaeNetwork, sinusoid_table
-from vpo_engine.metrics.registry import metric_card
+from vpo_engine.metrics.registry import build_metric, metric_card
 from vpo_engine.metrics.vbench.dimensions import BackgroundConsistency, DynamicDegree, SubjectConsistency
 from vpo_engine.metrics.vbench.pixels import clip_pixels, dino_pixels
 
@@ -84,7 +85,7 @@ def test_dino_and_subject_consistency() -> None:
     video = smooth_video(3016, 5, 72, 128, dx=6, dy=3)
     features = network(dino_pixels(video))
     torch.testing.assert_close(features, torch.tensor(case["cls_features"]), rtol=0, atol=case["tol"])
-    metric = SubjectConsistency(metric_card("vbench_subject_consistency"), network, device=CPU)
+    metric = SubjectConsistency(metric_card("subject_consistency"), network, device=CPU)
     assert metric.measure(video, "", 8.0).values[""] == pytest.approx(case["score"], abs=1e-5)
 
 
@@ -96,7 +97,7 @@ def test_clip_and_background_consistency() -> None:
     features = network(clip_pixels(video)).image_embeds
     torch.testing.assert_close(features, torch.tensor(case["features"]), rtol=0, atol=case["tol"])
     metric = BackgroundConsistency(
-        metric_card("vbench_background_consistency"),
+        metric_card("background_consistency"),
         lambda found: network(found).image_embeds,
         device=CPU,
     )
@@ -144,7 +145,7 @@ def test_raft_and_dynamic_degree(flow_network: raft.Raft) -> None:
         seen.append(raft.frame_flow(flow_network, before, after))
         return seen[-1]
 
-    metric = DynamicDegree(metric_card("vbench_dynamic_degree"), flow)
+    metric = DynamicDegree(metric_card("dynamic_degree"), flow)
     found = metric.measure(video, "", 8.0)
     assert found.values == {"": float(case["dynamic"])}
     count = case["params"]["count_num"]
@@ -153,7 +154,7 @@ def test_raft_and_dynamic_degree(flow_network: raft.Raft) -> None:
 
 
 def test_raft_sees_a_shift_at_its_least_size_and_nothing_is_nan(flow_network: raft.Raft) -> None:
-    assert metric_card("vbench_dynamic_degree").least_side == raft.LEAST_SIDE
+    assert metric_card("dynamic_degree").least_side == raft.LEAST_SIDE
     video = smooth_video(1, 2, raft.LEAST_SIDE, raft.LEAST_SIDE)
     assert bool(raft.frame_flow(flow_network, video[0], video[1]).isfinite().all())
 
@@ -167,6 +168,27 @@ def test_i3d_pads_as_tensorflow_does() -> None:
     assert found.shape == (1, 400)
     expected = [0.050084, 0.017116, -0.089261, -0.137437, -0.003284]
     assert found[0, ::80].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.skipif(find_spec("vbench") is None, reason="vbench is not installed")
+def test_amt_of_vbench_and_motion_smoothness(tmp_path: Path) -> None:
+    case = FORWARD["amt_s"]
+    weights = recipe_weights(MANIFESTS["amt_s"]["keys"], case["seed"], case["gain"])
+    torch.save({"state_dict": weights}, tmp_path / "amt-s.pth")
+    metric = build_metric("motion_smoothness", weights=tmp_path)
+    found = metric.measure(smooth_video(3011, 7, 128, 176), "", 8.0)
+    assert found.values[""] == pytest.approx(case["motion_smoothness"], rel=case["rtol"])
+
+
+@pytest.mark.skipif(find_spec("pyiqa") is None, reason="pyiqa is not installed")
+def test_musiq_of_pyiqa_and_imaging_quality(tmp_path: Path) -> None:
+    case = FORWARD["musiq"]
+    weights = recipe_weights(MANIFESTS["musiq_spaq"]["keys"], case["seed"])
+    torch.save(weights, tmp_path / "musiq_spaq_ckpt-358bb6af.pth")
+    metric = build_metric("imaging_quality", weights=tmp_path)
+    found = metric.measure(smooth_video(3026, 2, 90, 160), "", 8.0)
+    assert found.details["raw"] == pytest.approx(case["video_result"], rel=case["rtol"])
+    assert found.values[""] == pytest.approx(case["dataset_score"], rel=case["rtol"])
 
 
 def meta(name: str) -> dict[str, Tensor]:
@@ -246,12 +268,12 @@ def test_a_card_names_the_files_that_are_looked_for() -> None:
     from vpo_engine.metrics.networks import borrowed, clip_vision, i3d, vision_transformer
 
     names = {
-        "vbench_subject_consistency": vision_transformer.DINO_FILE,
-        "vbench_background_consistency": clip_vision.B32_FILE,
-        "vbench_aesthetic_quality": clip_vision.L14_FILE,
-        "vbench_dynamic_degree": raft.FILE,
-        "vbench_motion_smoothness": borrowed.AMT_FILE,
-        "vbench_imaging_quality": borrowed.MUSIQ_FILE,
+        "subject_consistency": vision_transformer.DINO_FILE,
+        "background_consistency": clip_vision.B32_FILE,
+        "aesthetic_quality": clip_vision.L14_FILE,
+        "dynamic_degree": raft.FILE,
+        "motion_smoothness": borrowed.AMT_FILE,
+        "imaging_quality": borrowed.MUSIQ_FILE,
         "fvd_videomae": vision_transformer.VIDEOMAE_FILE,
         "fvd_i3d": i3d.FILE,
     }

@@ -163,7 +163,8 @@ def _recorded_loss(recording: Recording, loss: Callable[..., Any], sequential: b
 def _note(
     recording: Recording, tensors: tuple[Tensor, ...], options: dict[str, Any], calls: list[dict[str, Any]]
 ) -> None:
-    clean, noise = tensors[4:6], options["target_noise"]
+    clean = tensors[4:6] or (options["target_winner"], options["target_loser"])
+    noise = options["target_noise"]
     count = len(noise)
     assert {call["who"] for call in calls} == {"policy", "reference"}
     members: dict[str, list[tuple[Tensor, float, Tensor]]] = {"policy": [], "reference": []}

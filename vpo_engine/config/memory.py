@@ -65,3 +65,7 @@ class MemoryConfig(Section):
     def _with_preset(cls, values: Any) -> Any:
         name = values.get("preset") if isinstance(values, dict) else None
         return {**MEMORY_PRESETS.get(name, {}), **values} if isinstance(name, str) else values
+
+    def chooses(self, name: str) -> bool:
+        """Return whether the value of a setting is still to be chosen by preset=balanced."""
+        return self.preset == "balanced" and name not in self.model_fields_set

@@ -25,6 +25,7 @@ from vpo_engine.config.methods import (
     T2VTurboConfig,
     VaderConfig,
     card_of,
+    refuse_beside_gradients,
     unused_settings,
 )
 from vpo_engine.config.model import ModelConfig
@@ -84,7 +85,9 @@ class Config(Section):
     @property
     def card(self) -> MethodCard:
         """Return the facts about the method that runs."""
-        return card_of(self.method, self.offline_dpo is not None and self.offline_dpo.given)
+        own = self.instructvideo or self.t2v_turbo
+        videos = None if own is None or own.videos is None else "videos"
+        return card_of(self.method, videos if self.offline_dpo is None else self.offline_dpo.given)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -159,7 +162,13 @@ class Config(Section):
                 f"({self.card.title}); leave it out, or give {defaults}"
             )
         if self.card.reward_gradient:
-            self._check_reward_gradient()
+            refuse_beside_gradients(self)
+        sampled = self.offline_dpo.pairs if self.offline_dpo is not None else None
+        if sampled is not None and sampled % self.pairs_per_step:
+            raise ValueError(
+                f"offline_dpo.pairs={sampled} is no multiple of pairs_per_step={self.pairs_per_step}, by which pairs "
+                "are sampled and trained on; make it one"
+            )
         own, steps = self.refl or self.vader, self.trained_sampling[0]
         if own is not None and own.last_steps > steps:
             where = f"rollout.steps={steps}" if own.steps is None else f"{self.method}.steps={steps}"
@@ -167,25 +176,6 @@ class Config(Section):
                 f"{self.method}.last_steps={own.last_steps} are more than the {steps} sampling steps ({where}); lower "
                 f"it, or raise {where.partition('=')[0]}"
             )
-
-    def _check_reward_gradient(self) -> None:
-        wrong = {
-            "processes.reward=true": (
-                self.processes.reward,
-                "the reward's gradient does not come from another process; set false",
-            ),
-            "reward.process=true": (
-                self.reward.process,
-                "the reward's gradient does not come from another process; set false",
-            ),
-            "distributed.engine=deepspeed": (
-                self.distributed.engine == "deepspeed",
-                "the decoder and the reward are in the graph, which ZeRO knows nothing of; set data_parallel",
-            ),
-        }
-        for name, (given, reason) in wrong.items():
-            if given:
-                raise ValueError(f"method={self.method} excludes {name}: {reason}")
 
     def _check_run(self) -> None:
         missing = [
@@ -252,7 +242,7 @@ class Config(Section):
                 "its teams are made of couples; set an even number",
             ),
             "rollout.guidance=1": (rollout.guidance == 1.0, "there is one branch only; set false"),
-            "rollout.source=dataset": (rollout.source == "dataset", "nothing is sampled; set false"),
+            f"method={self.method}": (not self.card.candidates, "it samples no candidates; set false"),
             f"rollout.cache={caches}": (
                 caches is not None,
                 "each process would decide by its own branch what a step computes; set null (also in rollout.explore)",
@@ -316,7 +306,7 @@ class Config(Section):
 
     def _check_memory(self) -> None:
         storage, memory, lora = self.reference.storage, self.memory, self.model.lora
-        if storage == "exact8" and memory.weights == "float32":
+        if storage == "exact8" and memory.weights == "float32" and not memory.chooses("weights"):
             raise ValueError(
                 "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
                 "memory.weights=fp32_master or stochastic_rounding, or use reference.storage=int8"

@@ -5,11 +5,30 @@ from __future__ import annotations
 from vpo_engine.config import PromptsConfig
 from vpo_engine.data.prompts import ColumnError, PromptFile
 
-_SMALL = 16 * 2**20
-"""Bytes up to which a file is read twice, the first time before torch is imported."""
+Opened = tuple[dict[str, PromptFile], list[str]]
+"""Prompt files by the name of their setting, and notes about them."""
+_checked: dict[str, Opened] = {}
+"""What ``check_prompt_files`` has opened and nobody has taken yet, by the settings."""
 
 
-def open_prompt_files(settings: PromptsConfig) -> tuple[dict[str, PromptFile], list[str]]:
+def check_prompt_files(settings: PromptsConfig) -> None:
+    """Raise ValueError for a bad row of the prompt files that are set.
+
+    The next ``open_prompt_files`` of the same settings takes the files over, so that even large ones are read once,
+    and before torch is imported.
+    """
+    _checked[repr(settings)] = _open(settings)
+
+
+def open_prompt_files(settings: PromptsConfig) -> Opened:
+    """Open the prompt files that are set, and return what is to be said about them. ValueError for a bad row."""
+    found = _checked.pop(repr(settings), None)
+    if found is not None and all(file.is_the_file_at_its_path for file in found[0].values()):
+        return found
+    return _open(settings)
+
+
+def _open(settings: PromptsConfig) -> Opened:
     """Open the prompt files that are set, and say where prompts.column is not used.
 
     The column must be in one of the files. In the other one, if it has no such column, the usual names are tried.
@@ -34,10 +53,3 @@ def open_prompt_files(settings: PromptsConfig) -> tuple[dict[str, PromptFile], l
     if column is not None and given and not tables:
         notes.append(f"note: prompts.column={column} is not used: .txt files have no columns")
     return files, notes
-
-
-def check_small_prompt_files(settings: PromptsConfig) -> None:
-    """Raise ValueError for a bad row of prompt files that take no time to read."""
-    paths = [path for path in (settings.train, settings.held_out) if path is not None]
-    if paths and sum(path.stat().st_size for path in paths) <= _SMALL:
-        open_prompt_files(settings)

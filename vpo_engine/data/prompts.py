@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -169,6 +169,15 @@ class PromptFile:
         now = os.fstat(self._file.fileno())
         return now.st_size, now.st_mtime_ns
 
+    @property
+    def is_the_file_at_its_path(self) -> bool:
+        """Return whether the path still names this file, and the file is as it was when it was opened."""
+        return (
+            self.path.exists()
+            and os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+            and self._stat() == self._version
+        )
+
     def __len__(self) -> int:
         return self.fingerprint.count
 
@@ -194,6 +203,14 @@ class PromptItem:
 
     index: int
     text: str
+
+
+class Stream(Protocol):
+    """An endless stream of prompts, which is a function of the position alone."""
+
+    def take(self, cursor: int, count: int) -> list[PromptItem]:
+        """Return the prompts at ``cursor, ..., cursor + count - 1``."""
+        ...
 
 
 class PromptStream:

@@ -240,11 +240,6 @@ def _check_stage(config: Config, stage: int, half: bool) -> None:
             "memory.weights=fp32_master with model.dtype=float32 holds bfloat16 values in float32 weights, of which "
             "DeepSpeed knows nothing; set model.dtype=bfloat16, or memory.weights=float32"
         )
-    if config.ema.decay is not None:
-        raise ValueError(
-            f"ema.decay={config.ema.decay:g} averages whole weights after every step, which DeepSpeed divides among "
-            "processes; set ema.decay=null, or distributed.engine=data_parallel"
-        )
     if half and stage == 0:
         raise ValueError(
             "ZeRO stage 0 adds up the gradients of bfloat16 weights in bfloat16, which loses small ones "

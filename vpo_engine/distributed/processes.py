@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vpo_engine.distributed.couples import Couple, Couples
 from vpo_engine.distributed.meeting import meet
-from vpo_engine.distributed.shares import uneven
+from vpo_engine.distributed.shares import check_teams, uneven
 from vpo_engine.distributed.stages import Stages
 from vpo_engine.errors import LostProcessError
 
@@ -93,15 +93,8 @@ class Processes:
         of the same videos. Every process of the run must call this. Raise ValueError if the number of processes is not
         a multiple of a team's.
         """
+        check_teams(size, sequence, self.count)
         members = size * sequence
-        if self.count % members:
-            parts = {"distributed.sequence_parallel": sequence, "processes.per_prompt": size}
-            named = " times ".join(f"{name}={number}" for name, number in parts.items() if number > 1)
-            raise ValueError(
-                f"{named} does not divide the {self.count} processes that train; start a multiple of {members}, or "
-                f"set {'them so that their product is' if size > 1 and sequence > 1 else 'it to'} a divisor of "
-                f"{self.count}"
-            )
         made = self
         if size > 1:
             teams = range(0, self.count, members)
@@ -120,13 +113,12 @@ class Processes:
         mine = groups[number]
         return Processes(mine.index(self.rank), len(mine), self.device, made[number], stages=self.stages)
 
-    def in_couples(self) -> Processes:
+    def in_couples(self, limit: timedelta | None = None) -> Processes:
         """Let two neighbouring processes of a team share every candidate; see ``couples.py``.
 
         Every process of the run must call this, after ``in_teams`` of an even size.
         """
-        pairs = [dist.new_group([first, first + 1]) for first in range(0, self.count, 2)]
-        mine = Processes(self.rank % 2, 2, self.device, pairs[self.rank // 2], stages=self.stages)
+        mine = self._among([range(first, first + 2) for first in range(0, self.count, 2)], limit)
         return replace(self, _team=replace(self.team, _pair=mine))
 
     @property

@@ -7,14 +7,24 @@ from vpo_engine.config import Config
 
 def check_shares(config: Config, processes: int) -> None:
     """Raise ValueError unless ``processes`` processes that train form whole teams with equally many prompts."""
-    size = config.processes.per_prompt
-    if processes % size:
-        raise ValueError(
-            f"processes.per_prompt={size} does not divide the {processes} processes that train; start a multiple of "
-            f"{size}, or set it to a divisor of {processes}"
-        )
-    if config.pairs_per_step % (processes // size):
-        raise uneven("pairs_per_step", config.pairs_per_step, processes // size, size)
+    size, sequence = config.processes.per_prompt, config.distributed.sequence_parallel
+    check_teams(size, sequence, processes)
+    teams = processes // (size * sequence)
+    if config.pairs_per_step % teams:
+        raise uneven("pairs_per_step", config.pairs_per_step, teams, size * sequence)
+
+
+def check_teams(size: int, sequence: int, processes: int) -> None:
+    """Raise ValueError unless ``processes`` is a multiple of a team: ``size`` units of ``sequence`` processes each."""
+    members = size * sequence
+    if processes % members == 0:
+        return
+    parts = {"distributed.sequence_parallel": sequence, "processes.per_prompt": size}
+    named = " times ".join(f"{name}={number}" for name, number in parts.items() if number > 1)
+    raise ValueError(
+        f"{named} does not divide the {processes} processes that train; start a multiple of {members}, or set "
+        f"{'them so that their product is' if size > 1 and sequence > 1 else 'it to'} a divisor of {processes}"
+    )
 
 
 def uneven(what: str, total: int, teams: int, size: int) -> ValueError:

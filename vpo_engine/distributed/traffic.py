@@ -33,8 +33,9 @@ class Exchanged:
 
     trained: number of trained weights. weight_bytes: of a trained weight as it computes, and of its gradient. whole:
     trained weights in small parameters, which stage 3 does not divide. recomputed: share of the trained weights in
-    blocks whose activations are computed again. states: float32 numbers that the optimizer keeps for a weight.
-    updates: optimizer steps of a step. refreshes: of the reference, in a step. sequential: memory.sequential.
+    blocks whose activations are computed again. states: float32 numbers that are kept for a weight: moments,
+    master, average. updates: optimizer steps of a step. refreshes: of the reference, in a step. sequential:
+    memory.sequential.
     latents: bytes of a candidate's latents. video: of its video. tensors: how many tensors of the size of latents a
     sampling state has. scores: bytes
     of a candidate's scores. sampled: candidates of a prompt, over all passes of sampling. guided: predictions with

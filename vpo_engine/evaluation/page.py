@@ -11,7 +11,7 @@ from typing import Any
 from vpo_engine.evaluation.chosen_metrics import HEADINGS
 from vpo_engine.evaluation.output import write_text
 from vpo_engine.evaluation.results import all_measures
-from vpo_engine.evaluation.table import heading, number_cells, title
+from vpo_engine.evaluation.table import failures, heading, number_cells, title
 from vpo_engine.runs.frame_sheets import make_frame_sheet
 from vpo_engine.runs.report_html import cells, page, table
 from vpo_engine.runs.video import read_video
@@ -65,13 +65,10 @@ def _problems(results: Mapping[str, Any]) -> str:
     ]
     for role, problems in results["problems"].items():
         lines += [f"{role}: <b>{escape(name)}</b> {escape(why)}" for name, why in problems.items()]
-    for name, entry in all_measures(results).items():
-        for role, failed in entry["failed"].items():
-            lines += [
-                f"{role}, {escape(name)}: <b>{escape(file)}</b>: {escape(why)}"
-                for file, why in failed.items()
-                if file not in results["problems"][role]
-            ]
+    for (name, role), failed in failures(results).items():
+        lines += [
+            f"{role}, {escape(name)}: <b>{escape(file)}</b>: {escape(why)}" for file, why in failed.items()
+        ]
     if not lines:
         return ""
     rows = "".join(f"<li>{line}</li>" for line in lines)

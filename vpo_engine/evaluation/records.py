@@ -7,7 +7,7 @@ Rows of metrics also name the metric's digest (``metric_key``) and the prompt. A
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ class Facts:
         return self.frames, self.height, self.width, self.fps
 
 
+FACTS, METRIC = "facts", "metric"
+"""The kinds of rows."""
+
+
 class Records:
     """The rows of an evaluation. Each process writes a file of its own, and reads all of them."""
 
@@ -47,12 +51,15 @@ class Records:
         self.unloaded: dict[str, str] = {}
         """Metrics that could not be loaded, and why."""
 
-    def read(self, failures: bool = False) -> None:
-        """Read what all processes have written. ``failures``: also what failed; otherwise it is tried again."""
+    def read(self, failures: Collection[str] = ()) -> None:
+        """Read what all processes have written. ``failures``: kinds of rows, of which also what failed is kept.
+
+        Files that could not be read, and videos on which a metric failed, are tried again in every start.
+        """
         for file in sorted(self._folder.glob("process_*.jsonl")):
             whole = file.read_bytes().rpartition(b"\n")[0]
             for row in _rows(file, whole):
-                self._keep(row, failures)
+                self._keep(row, row["kind"] in failures)
 
     def begin(self) -> None:
         """Make the folder, and remove a row of this process that was cut off."""
@@ -70,10 +77,10 @@ class Records:
         return self._found.get(key) or self._failed.get(key)
 
     def add_facts(self, facts: Facts) -> None:
-        self._append({"kind": "facts", **asdict(facts)})
+        self._append({"kind": FACTS, **asdict(facts)})
 
     def add_record(self, sha256: str, metric: str, record: Record) -> None:
-        self._append({"kind": "metric", "sha256": sha256, "metric": metric, "record": record.to_fields()})
+        self._append({"kind": METRIC, "sha256": sha256, "metric": metric, "record": record.to_fields()})
 
     def _append(self, row: dict[str, Any]) -> None:
         with self._file.open("a", encoding="utf-8", newline="\n") as file:
@@ -81,7 +88,7 @@ class Records:
         self._keep(row, failures=True)
 
     def _keep(self, row: dict[str, Any], failures: bool) -> None:
-        if row["kind"] == "facts":
+        if row["kind"] == FACTS:
             facts = Facts(**{key: value for key, value in row.items() if key != "kind"})
             if not facts.error:
                 self._facts[facts.sha256] = facts
@@ -101,7 +108,7 @@ def _rows(file: Path, content: bytes) -> Iterable[dict[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line)
-                assert row["kind"] in ("facts", "metric")
+                assert row["kind"] in (FACTS, METRIC)
             except (ValueError, KeyError, TypeError, AssertionError) as error:
                 raise ValueError(
                     f"{file}, line {number} is damaged ({error!r}); remove the file, and its videos are measured again"

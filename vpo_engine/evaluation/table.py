@@ -60,13 +60,22 @@ def problem_lines(results: Mapping[str, Any]) -> list[str]:
         if absent:
             lines.append(f"{len(absent)} videos of the {role} are missing, such as {absent[0]!r}")
         lines += _some(role, {name: why for name, why in problems.items() if why != "is missing"})
-    for name, entry in all_measures(results).items():
-        for role, failed in entry["failed"].items():
-            own = {file: why for file, why in failed.items() if file not in results["problems"][role]}
-            lines += _some(f"{role}, {name}", own)
+    for (name, role), failed in failures(results).items():
+        lines += _some(f"{role}, {name}", failed)
     if results["partial"]:
         lines.insert(0, "PARTIAL: these numbers leave something out.")
     return [line for text in lines for line in _wrapped(f"- {text}" if text != lines[0] else text)]
+
+
+def failures(results: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, str]]:
+    """Return {(metric, arm): {file: reason}} of videos on which one metric failed, and others did not."""
+    found = {}
+    for entry in all_measures(results).values():
+        for role, failed in entry["failed"].items():
+            own = {file: why for file, why in failed.items() if file not in results["problems"][role]}
+            if own:
+                found[entry["metric"], role] = own
+    return found
 
 
 def _some(where: str, problems: Mapping[str, str]) -> list[str]:

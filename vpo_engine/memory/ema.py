@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,9 @@ class PolicyAverage:
         finally:
             self._write(trained)
 
+    def collect(self) -> None:
+        """Do nothing: the average is here."""
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the parameters be the float32 averages themselves, to save the policy's files from them or load them."""
@@ -79,6 +82,10 @@ class PolicyAverage:
         finally:
             for parameter, data in zip(self._parameters, trained, strict=True):
                 parameter.data = data
+
+    def loaded(self) -> AbstractContextManager[None]:
+        """Return ``in_place``, to load the average's files."""
+        return self.in_place()
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:

@@ -8,9 +8,32 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from vpo_engine.config import Config
+from vpo_engine.config import Config, EmaConfig
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import PolicyOptimizer, PreserveReference
+
+
+class Average(Protocol):
+    """The moving average of the policy; see ``PolicyAverage``. All processes must make the same calls."""
+
+    updates: int
+
+    @property
+    def decay(self) -> float: ...
+
+    def update(self) -> None: ...
+
+    def tensors(self) -> list[Tensor]: ...
+
+    def evaluated(self) -> AbstractContextManager[None]: ...
+
+    def collect(self) -> None:
+        """Bring the average to the first process, which may then enter ``in_place`` until the next update."""
+        ...
+
+    def in_place(self) -> AbstractContextManager[None]: ...
+
+    def loaded(self) -> AbstractContextManager[None]: ...
 
 
 class Optimizer(Protocol):
@@ -46,6 +69,10 @@ class Optimizer(Protocol):
 
     def tensors(self) -> list[Tensor]:
         """Return the optimizer's own tensors that may be moved to the host while they are not needed."""
+        ...
+
+    def average(self, settings: EmaConfig) -> Average:
+        """Return the moving average of the weights that the optimizer steps; it begins with what they are now."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:

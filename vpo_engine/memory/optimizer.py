@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vpo_engine.config import MemoryConfig, OptimizerConfig
+from vpo_engine.config import EmaConfig, MemoryConfig, OptimizerConfig
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.errors import NotFiniteError
+from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.optimizer_state import MASTER, STEP, STEPS, StateFormat
 from vpo_engine.memory.rounding import (
     is_kept_in_float32,
@@ -145,6 +146,10 @@ class PolicyOptimizer:
         The moments and fp32 master weights there are; before the first step there are no moments.
         """
         return [*self._moment_tensors(), *self._fp32_masters()]
+
+    def average(self, settings: EmaConfig) -> PolicyAverage:
+        """Return the moving average of the weights."""
+        return PolicyAverage(self._parameters, self.precise_weights, settings)
 
     def precise_weights(self) -> Sequence[Tensor]:
         """Return the most precise value there is of each parameter: its fp32 master weight, or the parameter itself."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vpo_engine.config import Config
+from vpo_engine.config import Config, EmaConfig
 from vpo_engine.distributed.deepspeed_settings import INSTALL, resolve
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.errors import NotFiniteError
@@ -25,6 +25,7 @@ from vpo_engine.memory.moments import make_moments
 from vpo_engine.memory.optimizer import PreserveReference
 from vpo_engine.memory.optimizer_state import MASTER, STEP, STEPS, StateFormat
 from vpo_engine.memory.rounding import take_unrounded
+from vpo_engine.memory.zero_average import DividedAverage
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class ZeroOptimizer:
     ) -> None:
         self.steps = 0
         self._processes, self._preserve_reference = processes, preserve_reference
-        self._parameters = [p for p in network.parameters() if p.requires_grad]
-        kinds = {parameter.dtype for parameter in self._parameters}
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        kinds = {parameter.dtype for parameter in self.parameters}
         if len(kinds) > 1:
             names = ", ".join(sorted(str(kind) for kind in kinds))
             raise ValueError(
@@ -69,13 +70,13 @@ class ZeroOptimizer:
         given = resolve(config, processes.count, half)
         self.settings: dict[str, Any] | None = given
         self._stage = int(given["zero_optimization"]["stage"])
-        self._shapes = [tuple(p.shape) for p in self._parameters]
+        self._shapes = [tuple(p.shape) for p in self.parameters]
         self._masters = config.optimizer_memory.weights == "fp32_master" and half
         weights = "fp32_master" if self._masters else "float32"
         self._format = StateFormat(weights, config.optimizer_memory.optimizer_bits, self._shapes)
         offloads = given["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
         self._moments = make_moments(config.optimizer, config.optimizer_memory.optimizer_bits, offloads)
-        unrounded = [take_unrounded(p) for p in self._parameters] if self._masters else []
+        unrounded = [take_unrounded(p) for p in self.parameters] if self._masters else []
         self._engine = self._start(network)
         self._gathered = False
         for number in range(len(unrounded)):
@@ -104,9 +105,9 @@ class ZeroOptimizer:
         engine, norm = self._engine, 0.0
         if self._stage == 0:
             engine.buffered_allreduce_fallback()
-            norm = float(_norm_of(self._parameters))
+            norm = float(_norm_of(self.parameters))
             self._check(norm)
-        with self._preserve_reference(self._parameters if self._stage < 3 else []):
+        with self._preserve_reference(self.parameters if self._stage < 3 else []):
             engine.step()
         if self._stage > 0:
             norm = float(engine.get_global_grad_norm())
@@ -136,10 +137,10 @@ class ZeroOptimizer:
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
         try:
-            with self.gathered(self._parameters, changed):
+            with self.gathered(self.parameters, changed):
                 yield
         finally:
             offload._register_deepspeed_module(offload.module)
@@ -170,17 +171,16 @@ class ZeroOptimizer:
         state = self._format.header(self.steps)
         moments = self._read_moments()
         step = max((int(self._library.state[flat][STEP]) for flat in moments), default=0)
-        for number in range(len(self._parameters)):
+        read = {name: [moments[flat][name] for flat in moments] for name in self._moments.names}
+        for number in range(len(self.parameters)):
             entry = {}
             if step:
-                values = {name: self._whole_of(number, moments, name) for name in self._moments.names}
+                values = {name: self.joined(number, read[name]) for name in self._moments.names}
                 entry = {STEP: torch.tensor(float(step)), **self._moments.pack(values)}
                 if self._moments.names[0] == "state1":
                     entry[STEP] = torch.tensor(step)
             if self._masters:
-                entry[MASTER] = self._whole_of(
-                    number, {flat: {MASTER: flat} for flat in self._flats()}, MASTER
-                )
+                entry[MASTER] = self.joined(number, self.shards())
             if self._processes.first:
                 state |= {f"{number}.{name}": value.cpu() for name, value in entry.items()}
         return state
@@ -200,9 +200,9 @@ class ZeroOptimizer:
             )
         self.steps = int(state[STEPS])
         with self.whole():
-            for number, parameter in enumerate(self._parameters):
+            for number, parameter in enumerate(self.parameters):
                 self._set(number, entries[number][MASTER] if self._masters else parameter)
-        for flat in self._flats():
+        for flat in self.shards():
             if not steps:
                 self._library.state.pop(flat, None)
                 continue
@@ -229,14 +229,16 @@ class ZeroOptimizer:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if self._stage == 3:
             _keep_frozen_whole(network)
-        module = _Trained(self._parameters, network if self._stage == 3 else None)
-        optimizer = self._moments.optimizer(self._parameters)
+        module = _Trained(self.parameters, network if self._stage == 3 else None)
+        optimizer = self._moments.optimizer(self.parameters)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.settings)
         self._zero = engine.optimizer
         self._library = optimizer if self._stage == 0 else engine.optimizer.optimizer
         if self._stage == 0:
             engine.enable_backward_allreduce = False  # ``step`` has averaged them already
-        self._pieces = [self._piece(engine, parameter) for parameter in self._parameters]
+        self._pieces = [self._piece(engine, parameter) for parameter in self.parameters]
+        flats = {id(piece.flat): piece.flat for piece in self._pieces if piece is not None}
+        self._shards, self._places = list(flats.values()), {key: place for place, key in enumerate(flats)}
         return engine
 
     def _piece(self, engine: Any, parameter: nn.Parameter) -> _Piece | None:
@@ -256,26 +258,41 @@ class ZeroOptimizer:
         own, theirs = mapping.hp_fragment_address, mapping.lp_fragment_address
         return _Piece(flat, own.start, theirs.start, own.numel)
 
-    def _flats(self) -> list[Tensor]:
-        """Return the flat tensors that this process steps, each once."""
-        found: list[Tensor] = []
-        for piece in self._pieces:
-            if piece is not None and all(piece.flat is not flat for flat in found):
-                found.append(piece.flat)
-        return found
+    def shards(self) -> list[Tensor]:
+        """Return the flat float32 tensors that this process steps, each once."""
+        return self._shards
 
     def _read_moments(self) -> dict[Tensor, dict[str, Tensor]]:
         """Return the float32 moments of every flat tensor that has been stepped."""
-        states = {flat: self._library.state.get(flat) for flat in self._flats()}
+        states = {flat: self._library.state.get(flat) for flat in self.shards()}
         return {flat: self._moments.read(state) for flat, state in states.items() if state}
 
-    def _whole_of(self, number: int, source: dict[Tensor, dict[str, Tensor]], name: str) -> Tensor:
-        """Return a whole float32 tensor of the shape of a parameter, joined from the parts of all processes."""
+    def joined(self, number: int, values: Sequence[Tensor]) -> Tensor:
+        """Return a whole float32 tensor of the shape of a parameter, from the ``values`` of all processes, which are
+        shaped like their ``shards``. All processes must call this."""
         shape, piece = self._shapes[number], self._pieces[number]
         whole = torch.zeros(math.prod(shape), device=self._processes.device)
         if piece is not None:
-            whole[piece.start : piece.start + piece.size] = piece.of(source[piece.flat][name]).to(whole)
+            own = piece.of(values[self._place_of(piece.flat)])
+            whole[piece.start : piece.start + piece.size] = own.to(whole)
         return (whole if self._stage == 0 else self._processes.sum(whole)).view(shape)
+
+    def take(self, number: int, whole: Tensor, values: Sequence[Tensor]) -> None:
+        """Copy this process's part of a parameter's ``whole`` tensor into ``values``, shaped like its ``shards``."""
+        piece = self._pieces[number]
+        if piece is not None:
+            self._copy(piece, whole, values[self._place_of(piece.flat)])
+
+    @property
+    def is_first(self) -> bool:
+        return self._processes.first
+
+    def average(self, settings: EmaConfig) -> DividedAverage:
+        """Return the moving average of the weights, divided as they are."""
+        return DividedAverage(self, settings)
+
+    def _place_of(self, flat: Tensor) -> int:
+        return self._places[id(flat)]
 
     @torch.no_grad()
     def _set(self, number: int, value: Tensor) -> None:

@@ -9,8 +9,6 @@ from vpo_engine.metrics.metric_card import MetricCard
 
 PROXY = "proxy_"
 """What the names of stand-ins begin with."""
-VBENCH = "vbench_"
-"""What the names of VBench's dimensions begin with."""
 AMT_INSTALL = "pip install --no-deps vbench==0.1.5"
 MUSIQ_INSTALL = (
     "pip install --no-deps pyiqa==0.1.16 && pip install torchvision opencv-python-headless scipy requests"
@@ -35,8 +33,9 @@ class Entry:
 
 def _vbench(name: str, maker: str, title: str, measures: str, **facts: Any) -> Entry:
     card = MetricCard(
-        name=VBENCH + name,
+        name=name,
         group="vbench",
+        dimension=name.removesuffix("_filtered"),
         title=title,
         measures=measures,
         **{"unit": "share", "least_frames": 2, **facts},
@@ -158,7 +157,7 @@ _DISTANCES = (
         "OpenGVLab/VideoMAEv2",
         "code MIT; for the weights see their page",
     ),
-    _fvd("i3d", "I3D", "i3d_pretrained_400.pt", "songweige/TATS", "MIT (TATS); weights of I3D Apache-2.0"),
+    _fvd("i3d", "I3D", "i3d_pretrained_400.pt", "songweige/TATS", "I3D Apache-2.0; for TATS see its page"),
 )
 _DYNAMICS = (
     Entry(
@@ -193,6 +192,12 @@ _DYNAMICS = (
     ),
 )
 _PROXIES = (
+    _proxy(
+        "flicker",
+        "FlickerProxy",
+        "Steadiness",
+        "How little neighbouring frames differ, 1 is no change; motion lowers it too.",
+    ),
     _proxy(
         "motion_smoothness_blend",
         "SmoothnessProxy",

@@ -52,12 +52,13 @@ class Fvd(VideoMetric):
     ) -> None:
         """``width``: the channels of a feature. ``reference``: a folder of videos, or an .npz file of their sums.
 
-        Raise ValueError, with what to do, for a reference that is neither, or has fewer than two videos.
+        The videos are measured at once. Raise ValueError, with what to do, for a reference that is neither, has fewer
+        than two videos, or a video that cannot be read or is too short.
         """
         super().__init__(card, backbone=backbone, weights=weights)
         self._features, self._width, self._path = features, width, reference
-        self._files = reference_files(reference) if reference.is_dir() else []
-        self._reference = None if self._files else self._read(reference)
+        self.reference = self._measured(reference) if reference.is_dir() else self._read(reference)
+        self._digest = _digest(self.reference)
 
     @classmethod
     def make(cls, card: MetricCard, weights: Path, device: torch.device, *, reference: Path) -> Fvd:
@@ -71,8 +72,8 @@ class Fvd(VideoMetric):
         return {
             "clip": f"first {FRAMES} frames",
             "resolution": f"shorter side {RESOLUTION}, centre crop",
-            "reference": f"{self._path.name}, {self.reference().count} videos",
-            "reference SHA-256": self._digest(),
+            "reference": f"{self._path.name}, {self.reference.count} videos",
+            "reference SHA-256": self._digest,
         }
 
     def refuse_count(self, count: int) -> str | None:
@@ -80,20 +81,15 @@ class Fvd(VideoMetric):
             return f"{self.card.name} needs at least 2 videos, there are {count}; give more, or leave this metric out"
         return None
 
-    def reference(self) -> FeatureSums:
-        """Return the sums of the reference's features; those of a folder are measured at the first call.
-
-        Raise ValueError, naming the file, for a video that cannot be read or is too short.
-        """
-        if self._reference is None:
-            sums = FeatureSums.empty(self._width)
-            for path in self._files:
-                file = VideoFile.open(path)
-                if reason := self.refuse_size(*file.shape[1:4]):
-                    raise ValueError(f"reference video '{path}': {reason}")
-                sums.add(self._feature(file[:, :][0])[None])
-            self._reference = sums
-        return self._reference
+    def _measured(self, folder: Path) -> FeatureSums:
+        """Return the sums of the features of a folder's videos."""
+        sums = FeatureSums.empty(self._width)
+        for path in reference_files(folder):
+            file = VideoFile.open(path)
+            if reason := self.refuse_size(*file.shape[1:4]):
+                raise ValueError(f"reference video '{path}': {reason}")
+            sums.add(self._feature(file[:, :][0])[None])
+        return sums
 
     @torch.inference_mode()
     def _feature(self, video: Tensor) -> np.ndarray:
@@ -113,10 +109,9 @@ class Fvd(VideoMetric):
         if reason := self.refuse_count(count):
             return None, {}, [reason]
         rows = [np.frombuffer(base64.b64decode(each.details["feature"]), dtype="<f4") for each in records]
-        reference = self.reference()
-        distance = frechet_distance(reference, FeatureSums.of(np.stack(rows)))
-        counts = {"videos": float(count), "reference videos": float(reference.count)}
-        return distance, counts, _count_notes(count, reference.count, self._width + 1)
+        distance = frechet_distance(self.reference, FeatureSums.of(np.stack(rows)))
+        counts = {"videos": float(count), "reference videos": float(self.reference.count)}
+        return distance, counts, _count_notes(count, self.reference.count, self._width + 1)
 
     def _read(self, path: Path) -> FeatureSums:
         if not path.exists():
@@ -133,13 +128,13 @@ class Fvd(VideoMetric):
             raise ValueError(f"{path} is made of {sums.count} videos, expected at least 2; make it of more")
         return sums
 
-    def _digest(self) -> str:
-        """Return the SHA-256 of the reference's sums."""
-        sums = self.reference()
-        digest = hashlib.sha256(str(sums.count).encode())
-        for array in (sums.total, sums.products):
-            digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
-        return digest.hexdigest()
+
+def _digest(sums: FeatureSums) -> str:
+    """Return the SHA-256 of sums."""
+    digest = hashlib.sha256(str(sums.count).encode())
+    for array in (sums.total, sums.products):
+        digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
+    return digest.hexdigest()
 
 
 def reference_files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ class Provenance:
     metric: its name, with the output behind a slash if it has several. version: of the metric's arithmetic. backbone:
     the network, or "none". weights: {file name: SHA-256}. frames, fps, resolution: the distinct values of the videos
     that were measured, in order; a resolution is "HEIGHTxWIDTH". prompts: SHA-256 of the prompts of all videos, in any
-    order. count: how many videos the number is made of. aggregation: how one number is made of theirs. settings: what
+    order. count: how many videos were measured. aggregation: how one number is made of theirs. settings: what
     else was chosen, by name.
     """
 

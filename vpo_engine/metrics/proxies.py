@@ -28,6 +28,13 @@ class _Proxy(VideoMetric):
         return cls(card)
 
 
+class FlickerProxy(_Proxy):
+    """How little neighbouring frames differ, of all videos: VBench's arithmetic without its choice of still scenes."""
+
+    def _measure(self, video: Tensor, prompt: str, fps: float) -> Measurement:
+        return Measurement({"": arithmetic.flicker_score(video)})
+
+
 class SmoothnessProxy(_Proxy):
     """Motion smoothness with the mean of two neighbours in place of the network's interpolation."""
 

@@ -55,7 +55,7 @@ def build_metric(
     """
     import torch
 
-    weights = None if weights is None else Path(weights)
+    weights = None if weights is None else Path(weights).expanduser()
     device = torch.device(device)
     if name.startswith(REWARD):
         from vpo_engine.metrics.rewards import RewardMetric
@@ -64,7 +64,7 @@ def build_metric(
     entry = _entry(name)
     check_metric(name, weights, reference)
     maker = getattr(importlib.import_module(f"vpo_engine.metrics.{entry.module}"), entry.maker)
-    options = {"reference": Path(reference)} if reference is not None else {}
+    options = {"reference": Path(reference).expanduser()} if reference is not None else {}
     metric: VideoMetric = maker.make(entry.card, weights, device, **options)
     return metric
 

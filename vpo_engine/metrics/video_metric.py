@@ -169,15 +169,15 @@ class VideoMetric(ABC):
         failed = {record.video: record.error for record in records if record.error}
         if failed:
             notes = [*notes, f"{len(failed)} of {len(records)} videos failed: {_some(list(failed))}"]
-        if not used:
+        if not good:
             notes = [*notes, "no video could be measured, so there is no number"]
         if self.card.missing:
             notes = [*notes, f"partial: {self.card.missing}"]
-        notes = [*left_out, *_mixed(used), *notes]
+        notes = [*left_out, *_mixed(good), *notes]
         return Summary(
             name=output_name(self.card.name, output),
             value=value,
-            provenance=self._provenance(output, records, used),
+            provenance=self._provenance(output, records, good),
             failed=failed,
             notes=tuple(notes),
             partial=bool(failed) or bool(self.card.missing) or value is None,
@@ -194,17 +194,17 @@ class VideoMetric(ABC):
         """Make one number of at least one record; return it with further numbers and notes."""
         return mean([record.values[output] for record in records]), {}, []
 
-    def _provenance(self, output: str, records: Sequence[Record], used: Sequence[Record]) -> Provenance:
+    def _provenance(self, output: str, records: Sequence[Record], good: Sequence[Record]) -> Provenance:
         return Provenance(
             metric=output_name(self.card.name, output),
             version=self.card.version,
             backbone=self.backbone,
             weights=self.weights,
-            frames=tuple(sorted({record.frames for record in used})),
-            fps=tuple(sorted({record.fps for record in used})),
-            resolution=tuple(sorted({f"{record.height}x{record.width}" for record in used})),
+            frames=tuple(sorted({record.frames for record in good})),
+            fps=tuple(sorted({record.fps for record in good})),
+            resolution=tuple(sorted({f"{record.height}x{record.width}" for record in good})),
             prompts=hash_prompts(record.prompt for record in records),
-            count=len(used),
+            count=len(good),
             aggregation=self.aggregation,
             settings=self.settings,
         )

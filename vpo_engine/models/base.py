@@ -53,16 +53,16 @@ class BaseModel(VideoModel):
     def to_video(self, latents: Tensor) -> Tensor:
         """Turn latents [B, C, T, H, W] into videos, uint8 [B, F, height, width, 3]."""
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Turn pixels [B, 3, F, height, width] from -1 to 1 into latents [B, C, T, H, W], the mean of the posterior."""
+        raise ValueError(f"{self.card.name} does not encode videos; give their latents")
+
     def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
         """Turn latents [B, C, T, H, W] into pixels [B, f, 3, height, width] from -1 to 1, with gradients.
 
         frames: as in ``VideoModel.decode_pixels``. The activations of the decoder should be checkpointed.
         """
         raise NotImplementedError(f"{type(self).__name__} supports method=reward_gradient without to_pixels")
-
-    def to_latents(self, pixels: Tensor) -> Tensor:
-        """Turn pixels [B, 3, F, height, width] from -1 to 1 into clean latents [B, C, T, H, W], without gradients."""
-        raise ValueError(f"{self.card.name} does not encode videos; define to_latents in its family")
 
     @abstractmethod
     def save_full_policy(self, folder: Path) -> None:
@@ -187,15 +187,13 @@ class BaseModel(VideoModel):
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
-        if self.video_size is not None and tuple(videos.shape[1:]) != (*self.video_size, 3):
-            frames, height, width = self.video_size
-            raise ValueError(
-                f"videos have shape {tuple(videos.shape)}, but {self.card.name} encodes {frames} frames of {height} x "
-                f"{width} pixels here: [B, {frames}, {height}, {width}, 3]"
-            )
+        """See ``VideoModel``. A family that supports it defines ``to_latents``. Videos are encoded one by one."""
         with self.idle_offload.phase("decode"):
-            pixels = videos.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-            return self.to_latents(pixels).float()
+            parts = [
+                self.to_latents(video.to(self.device).movedim(4, 1).float() / 127.5 - 1)
+                for video in videos.split(1)
+            ]
+        return torch.cat(parts).float()
 
     def decode_pixels(self, latents: Tensor, frames: Sequence[int] | None = None) -> Tensor:
         """See ``VideoModel``. A family that supports it defines ``to_pixels``."""

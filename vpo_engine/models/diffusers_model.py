@@ -373,11 +373,10 @@ class DiffusersModel(BaseModel):
         return shade.to(torch.uint8).permute(0, 2, 3, 4, 1)
 
     def to_latents(self, pixels: Tensor) -> Tensor:
-        """See ``BaseModel``. Samples are encoded one by one."""
-        parts = [self.vae.encode(sample.to(self.dtype)).latent_dist.mode() for sample in pixels.split(1)]
-        latents = torch.cat(parts).float()
-        offset = self.denormalised(torch.zeros_like(latents))
-        return (latents - offset) / (self.denormalised(torch.ones_like(latents)) - offset)
+        """See ``BaseModel``. The inverse of ``denormalised``, whose scale is the same for all latents of a channel."""
+        raw = self.vae.encode(pixels.to(self.dtype)).latent_dist.mode().float()
+        shift = self.denormalised(torch.zeros_like(raw))
+        return (raw - shift) / (self.denormalised(torch.ones_like(raw)) - shift)
 
     def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
         """See ``BaseModel``. Samples are decoded one by one; where the VAE decodes a beginning on its own, no further

@@ -60,9 +60,7 @@ def boundary_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
     return SIGMA**2 / scaled, TIMESTEP_SCALE * t / scaled.sqrt()
 
 
-def consistency_output(
-    latents: Tensor, prediction: Tensor, t: Tensor, clean: Tensor, *, noise_at_zero: bool
-) -> Tensor:
+def consistency_output(latents: Tensor, t: Tensor, clean: Tensor, *, noise_at_zero: bool) -> Tensor:
     """Return f(x_t, t), the student's one-step answer; f(x_0, 0) = x_0.
 
     clean: that of ``split``. noise_at_zero: whether the schedule has noise at time 0. If it has none, as in rectified

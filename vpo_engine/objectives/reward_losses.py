@@ -7,7 +7,8 @@ utils/reward of ali-vilab/VGen (InstructVideo).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,15 @@ class Goal:
 
 AESTHETIC, HPS, PICKSCORE = Goal(10.0, 0.1), Goal(1.0), Goal(100.0, 0.01)
 """VADER's goals for the LAION aesthetic predictor, HPSv2 and PickScore."""
-VADER_GOALS = {"laion_aesthetic": AESTHETIC, "hpsv2": HPS, "hpsv2_1": HPS, "pickscore": PICKSCORE}
-"""VADER's goals by ``reward.kind``."""
+_VADER_GOALS = {"laion_aesthetic": AESTHETIC, "hpsv2": HPS, "hpsv2_1": HPS, "pickscore": PICKSCORE}
+
+
+def vader_goal(reward: str, value: float | Literal["auto"] | None, scale: float | None) -> Goal:
+    """Return the goal of VADER's loss for a kind of reward; see ``VaderConfig``."""
+    if value != "auto":
+        return Goal(value, 1.0 if scale is None else scale)
+    published = _VADER_GOALS.get(reward, Goal())
+    return published if scale is None else replace(published, scale=scale)
 
 
 def mixed(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -140,6 +140,7 @@ def _divided(config: Config, found: Peak, name: PhaseName, on_gpu: bool, process
             found.get("weights", 0) if config.memory.weights == "float32" and config.model.lora is None else 0
         )
         found["optimizer"] = 0 if offloads else (found["optimizer"] + copies) // processes
+        found["ema"] = found.get("ema", 0) // processes
     if zero["stage"] >= 2 and "gradients" in found:
         found["gradients"] //= processes
     whole = name in ("rollout", "decode", "reward")

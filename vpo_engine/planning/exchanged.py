@@ -30,14 +30,14 @@ def exchanged(config: Config) -> Exchanged:
     again = config.memory.activation_checkpointing != "none"
     weights = config.optimizer_memory.weights
     rollout, updates = config.rollout, config.objective.updates_per_rollout
-    every = config.reference.refresh_every
+    every, samples = config.refresh_every if config.card.reference else None, config.card.candidates
     smallest = _persistent(config)
     return Exchanged(
         trained=sum(trained.values()),
         weight_bytes=4 if weights == "float32" else 2,
         whole=sum(numel for numel in trained.values() if numel < smallest),
         recomputed=sum(trained[key] for key in in_blocks) / sum(trained.values()) if again else 0.0,
-        states=3 if weights == "fp32_master" else 2,
+        states=2 + (weights == "fp32_master") + (config.ema.decay is not None),
         updates=updates,
         refreshes=updates / every if every else 0.0,
         sequential=config.memory.sequential,
@@ -45,8 +45,8 @@ def exchanged(config: Config) -> Exchanged:
         video=3 * math.prod(model.video_size or (0,)),
         tensors=2 + _memory(model, rollout.steps),
         scores=4 * len(reward_card(config.reward.kind).dimensions),
-        sampled=0 if rollout.source == "dataset" else rollout.candidates + (rollout.keep or 0),
-        guided=_guided(config, model),
+        sampled=rollout.candidates + (rollout.keep or 0) if samples else 0,
+        guided=_guided(config, model) if samples else 0,
     )
 
 
@@ -85,7 +85,7 @@ def _memory(model: VideoModel, steps: int) -> int:
 def _guided(config: Config, model: VideoModel) -> int:
     """Return how many guided predictions the candidates of a prompt take, in all passes of sampling."""
     rollout, first = config.rollout, config.rollout.first_pass
-    if rollout.source == "dataset" or rollout.guidance == 1.0:
+    if rollout.guidance == 1.0:
         return 0
     cheap = SamplerSettings(first.steps or rollout.steps, rollout.guidance, first.guidance_interval)
     exact = SamplerSettings(rollout.steps, rollout.guidance, rollout.guidance_interval)

@@ -20,8 +20,8 @@ def resolve_presets(
     """Return the configuration with the values of its presets, and a line about each preset ("" without any).
 
     memory.preset=balanced becomes the first step from fast to lean with which the run ``fits``, else lean. Settings
-    that were given are never replaced, and values that another setting excludes are left out. ``agree`` returns the
-    first process's text in every process: all take the same step.
+    that were given are never replaced. A value that another setting excludes is replaced by lean's, or left out where
+    that is excluded, too. ``agree`` returns the first process's text in every process: all take the same step.
     """
     lines = []
     if (sampling := config.rollout.preset) is not None:
@@ -45,22 +45,26 @@ def _first_that_fits(config: Config, fits: Callable[[Config], bool]) -> int:
 
 
 def _with_memory(config: Config, values: dict[str, Any]) -> Config:
-    """Return the configuration with those of the values that were not given, that no other setting excludes, and that
-    the model's family has.
+    """Return the configuration with those of the values that were not given. In place of one that another setting
+    excludes, or that the model's family has not, lean's is taken if it is not excluded as well.
     """
-    given = config.memory.model_fields_set
+    given, lean = config.memory.model_fields_set, memory_step(_LAST)
     for name, value in values.items():
-        if name in given:
-            continue
-        sections = {section: getattr(config, section) for section in config.model_fields_set}
-        sections["memory"] = config.memory.model_copy(update={name: value})
-        try:
-            changed = Config.model_validate(sections)
-            check_model(changed)
-        except ValueError:
-            continue
-        config = changed
+        if name not in given:
+            config = _with_value(config, name, value) or _with_value(config, name, lean[name]) or config
     return config
+
+
+def _with_value(config: Config, name: str, value: Any) -> Config | None:
+    """Return the configuration with a value of memory; None if another setting or the model excludes it."""
+    sections = {section: getattr(config, section) for section in config.model_fields_set}
+    sections["memory"] = config.memory.model_copy(update={name: value})
+    try:
+        changed = Config.model_validate(sections)
+        check_model(changed)
+    except ValueError:
+        return None
+    return changed
 
 
 def _line(title: str, section: BaseModel, values: dict[str, Any]) -> str:

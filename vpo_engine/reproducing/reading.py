@@ -71,9 +71,10 @@ def read_run(folder: Path) -> Ran:
 
 
 def videos_scored(config: Config, rows: list[dict[str, Any]]) -> int:
-    """Return how many videos the reward scored in the steps that a run logged."""
+    """Return how many videos the reward scored for the steps that a run logged."""
     steps = sum(row["kind"] == "train" for row in rows)
-    return steps * config.pairs_per_step * config.rollout.candidates
+    of_prompt = 1 if config.card.reward_gradient else config.rollout.candidates
+    return steps * config.pairs_per_step * of_prompt
 
 
 def base_clips(folder: Path) -> Mapping[str, list[float]]:

@@ -45,6 +45,11 @@ def made_for_one_rate(name: str) -> bool:
     return is_own(name) and knows_frame_rate(name)
 
 
+def scores_single_frames(name: str) -> bool:
+    """Return whether the reward scores frames one by one, so that any of them are a video to it."""
+    return not is_own(name) and find_entry(name).images
+
+
 def check_reward(name: str, path: str | Path | None, settings: Mapping[str, Any] | None = None) -> None:
     """Raise what ``build_reward`` would raise before it reads a weight."""
     if is_own(name):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vpo_engine.config import Config
-from vpo_engine.data.preference_dataset import DatasetWriter, StoredPair, read_dataset
-from vpo_engine.data.prompts import PromptItem
+from vpo_engine.data.preference_dataset import DatasetWriter, StoredPair, read_dataset, truncate_dataset
+from vpo_engine.data.prompts import PromptItem, Stream
+from vpo_engine.distributed.processes import Processes
 from vpo_engine.values import Candidate, Choice, Pair, Prompt
 
 
 class PairRecorder:
     """Write the choices of a run's steps; the first process of every team has a recorder."""
 
-    def __init__(self, config: Config, folder: Path, rank: int) -> None:
-        """Write to ``folder``, where the run keeps its preference dataset."""
-        self._seed = config.seed
-        self._with_latents = config.pairs.dataset == "latents"
+    def __init__(self, seed: int, folder: Path, rank: int, with_latents: bool) -> None:
+        """Write to ``folder``, where the run keeps its preference dataset; of latents, those of pairs."""
+        self._seed, self._with_latents = seed, with_latents
         self._writer = DatasetWriter(folder, rank)
 
     def record(self, step: int, choices: Sequence[Choice], pairs: Sequence[Pair]) -> None:
@@ -129,6 +130,66 @@ class StoredPairs:
 
     def _is_tied(self, pair: StoredPair) -> bool:
         return not pair.kept or pair.gap <= self._min_gap
+
+
+class SampledPairs:
+    """The pairs that a run samples before its first step and keeps, as an endless stream of prompts.
+
+    Place q of the stream is pair q modulo the number of pairs; pair q is of the prompt at place q of ``stream``.
+    """
+
+    def __init__(self, stream: Stream, count: int) -> None:
+        """``count``: how many pairs are sampled."""
+        self._stream, self._count = stream, count
+        self._stored: StoredPairs | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, cursor: int, count: int) -> list[PromptItem]:
+        """Return the prompts at ``cursor, ..., cursor + count - 1`` of the stream, as a ``PromptStream`` does."""
+        places = (position % len(self) for position in range(cursor, cursor + count))
+        return [self._stream.take(place, 1)[0] for place in places]
+
+    def find(self, folder: Path, size: int, started: bool, processes: Processes) -> int:
+        """Return how many steps of ``size`` pairs are in ``folder``, and remove what comes behind them.
+
+        Every process must call this. started: the policy has been trained already, so that what is not there cannot be
+        sampled any more; ValueError then, if there is nothing, or less than was asked for.
+        """
+        done = _complete_steps(folder, size)
+        processes.wait()
+        if started:
+            if not done:
+                raise ValueError(
+                    f"the pairs that this run has sampled are not in {folder} any more; put them back, or start "
+                    "another run"
+                )
+            self._count = done * size
+        elif processes.first and folder.is_dir():
+            truncate_dataset(folder, done)
+        processes.wait()
+        return done
+
+    def read(self, folder: Path, min_gap: float) -> None:
+        """Take the pairs from ``folder``, once they are all there; for errors see ``StoredPairs``."""
+        self._stored = StoredPairs(folder, min_gap)
+
+    def choices(
+        self, prompts: Sequence[Prompt], latent_shape: Sequence[int], device: torch.device
+    ) -> list[Choice]:
+        """Return the choices of prompts of this stream; see ``StoredPairs``."""
+        assert self._stored is not None, "the pairs have not been read"
+        return self._stored.choices(prompts, latent_shape, device)
+
+
+def _complete_steps(folder: Path, size: int) -> int:
+    """Return how many of the first steps have all of their ``size`` pairs in ``folder``."""
+    try:
+        counts = Counter(pair.step for pair in read_dataset(folder))
+    except FileNotFoundError:
+        return 0
+    return next(step for step in count(0) if counts[step + 1] < size)
 
 
 def _latents(stored: StoredPair, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ def _borrow(package: str, module: str, network: str, install: str) -> Any:
     with _without_its_init(package, list(found.submodule_search_locations)):
         try:
             return importlib.import_module(module)
-        except ImportError as error:
+        except Exception as error:  # the import of another package may raise anything
             raise ValueError(
                 f"{network} of the package {package} cannot be imported ({error}); install what it needs: {install}"
             ) from error

@@ -51,10 +51,18 @@ def frame_interval(fps: float) -> int:
 
 
 def flow_strength(flow: Tensor, share: float = TOP_OF_FLOW) -> float:
-    """Return the mean of the largest magnitudes of a flow [2, H, W], a ``share`` of all pixels."""
+    """Return the mean of the largest magnitudes of a flow [2, H, W], a ``share`` of all pixels.
+
+    Raise ValueError where it is not finite, which would pass for rest in every comparison.
+    """
     magnitudes = flow.float().square().sum(dim=0).sqrt().flatten()
     count = max(1, int(share * len(magnitudes)))
-    return float(magnitudes.topk(count).values.mean())
+    strength = float(magnitudes.topk(count).values.mean())
+    if not math.isfinite(strength):
+        raise ValueError(
+            "the optical flow is not finite; the network's weights are damaged: fetch them again"
+        )
+    return strength
 
 
 def motion_threshold(height: int, width: int) -> float:

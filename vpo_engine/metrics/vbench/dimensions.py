@@ -37,11 +37,6 @@ Features = Callable[[Tensor], Tensor]
 class VbenchDimension(VideoMetric):
     """The base of the dimensions."""
 
-    @property
-    def dimension(self) -> str:
-        """Return the dimension's name as VBench's files have it, for example ``subject_consistency``."""
-        return self.card.name.removeprefix("vbench_").removesuffix("_filtered")
-
     def video_result(self, record: Record) -> float | bool:
         """Return what VBench's own result file holds of a video under ``video_results``."""
         return record.values[""]

@@ -1,0 +1,175 @@
+"""Evaluating policies of the sprites world: the same noise for both, going on, several processes, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+from evaluation_case import results_of, run
+
+from vpo_engine import train
+
+PIXELS = "pixels:sprites"
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, whose policy differs a little from the one that it started from."""
+    root = tmp_path_factory.mktemp("runs") / "small"
+    words = [*SMALL, "steps=2", "evaluation.every=1", "optimizer.lr=1e-3", f"run_dir={root}"]
+    assert train.main(words) == 0
+    return root
+
+
+def test_a_run_against_its_start_on_the_same_noise(
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The videos are those of sample with the same seed, and are not sampled again by a second start."""
+    from vpo_engine import sample
+    from vpo_engine.runs.video import read_video
+
+    out = tmp_path / "out"
+    words = (
+        a_run,
+        "--baseline",
+        "--metrics",
+        f"{PIXELS},reward:sprites",
+        "--samples",
+        "2",
+        "--seed",
+        "4",
+        "--out",
+        out,
+    )
+    assert run(*words) == 0
+    results = results_of(out)
+    assert results["settings"]["same_noise"] is True
+    assert results["arms"]["baseline"]["label"] == "the policy that small started from"
+    assert [row["prompt"] for row in results["videos"][::2]] == _held_out(a_run)
+    assert "baseline" in capsys.readouterr().out
+    sampled = tmp_path / "sampled"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(_held_out(a_run)))
+    common = ["--prompts", str(prompts), "--count", "2", "--seed", "4", "--out"]
+    assert sample.main([str(a_run), *common, str(sampled / "policy")]) == 0
+    assert sample.main([str(a_run / "config.yaml"), *common, str(sampled / "baseline")]) == 0
+    for role in ("policy", "baseline"):
+        files = sorted(file for file in (sampled / role).glob("*.mp4"))
+        for row, file in zip(results["videos"], files, strict=True):
+            own, other = (read_video(path)[0].float() for path in (out / row[role]["file"], file))
+            assert (own - other).abs().mean() < 2, "the same noise gives the same video, but for rounding"
+    values = [
+        [row[role]["values"][f"{PIXELS}/sharpness"] for row in results["videos"]]
+        for role in ("policy", "baseline")
+    ]
+    assert values[0] != values[1]
+    times = {file: file.stat().st_mtime_ns for file in out.glob("videos/*/*.mp4")}
+    assert run(*words) == 0
+    assert {file: file.stat().st_mtime_ns for file in out.glob("videos/*/*.mp4")} == times
+    assert results_of(out) == results
+
+
+def test_a_missing_video_is_sampled_again_with_the_same_bits(a_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = (a_run, "--metrics", PIXELS, "--samples", "2", "--out", out)
+    assert run(*words) == 0
+    files = sorted(out.glob("videos/policy/*.mp4"))
+    before = {file: file.read_bytes() for file in files}
+    assert len(before) == 4
+    files[1].unlink()
+    (files[2].parent / f".{files[2].name}").write_bytes(b"half")
+    files[2].unlink()
+    assert run(*words) == 0
+    assert {file: file.read_bytes() for file in sorted(out.glob("videos/policy/*.mp4"))} == before
+    assert sorted(file.name for file in (out / "videos" / "policy").iterdir()) == [
+        file.name for file in files
+    ]
+    rows = [json.loads(line) for line in (out / "videos" / "prompts.jsonl").read_text().splitlines()]
+    assert {row["video"] for row in rows} == {f"policy/{file.name}" for file in files}
+
+
+@pytest.mark.long
+def test_two_processes_share_the_videos_and_give_the_numbers_of_one(a_run: Path, tmp_path: Path) -> None:
+    words = [str(a_run), "--baseline", "--metrics", f"{PIXELS},proxy_flicker", "--samples", "2", "--out"]
+    assert run(*words, tmp_path / "one") == 0
+    command = [
+        sys.executable,
+        "-m",
+        "vpo_engine.evaluate",
+        *words,
+        str(tmp_path / "two"),
+        "--device",
+        "cpu,cpu",
+    ]
+    subprocess.run(command, check=True, timeout=300)
+    assert len(list((tmp_path / "two" / "records").glob("process_*.jsonl"))) == 2
+    one, two = results_of(tmp_path / "one"), results_of(tmp_path / "two")
+    for name, entry in {**one["measures"], **one["proxies"]}.items():
+        other = {**two["measures"], **two["proxies"]}[name]
+        assert other["policy"]["value"] == pytest.approx(entry["policy"]["value"], rel=1e-3, abs=1e-3)
+        assert other["policy"]["provenance"]["count"] == 4
+
+
+def test_policies_that_are_sampled_otherwise_are_refused(
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        (a_run / "config.yaml").read_text().replace("steps: 2\n  guidance", "steps: 5\n  guidance")
+    )
+    assert run(a_run, "--baseline", other, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "rollout.steps is 2 and 5" in said
+    assert "Add rollout.steps=VALUE" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_seed_or_policy_does_not_go_into_the_same_folder(
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(a_run, "--metrics", PIXELS, "--samples", "1", "--out", out) == 0
+    assert run(a_run, "--metrics", PIXELS, "--samples", "1", "--seed", "1", "--out", out) == 1
+    assert "seed: 0 -> 1" in capsys.readouterr().err
+    assert run(a_run / "config.yaml", "--metrics", PIXELS, "--samples", "1", "--out", out) == 1
+    assert "policy.policy" in capsys.readouterr().err
+
+
+def test_a_finished_run_alone_still_gives_its_own_table(
+    a_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(a_run) == 0
+    said = capsys.readouterr()
+    assert "held-out clips, the same prompts and noise before and after" in said.out
+    assert "--baseline" in said.err
+
+
+def test_the_light_evaluations_of_a_run_are_in_tensorboard_with_the_reward_and_with_videos(
+    a_run: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(a_run / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("reward/selected")] == [1, 2]
+    assert [point.step for point in events.Scalars("held_out/reward/selected")] == [0, 1, 2]
+    samples = [name for name in events.Tags()["images"] if name.startswith("samples/")]
+    assert [name.partition(" ")[2] for name in samples] == _held_out(a_run)
+    for name in samples:
+        assert [image.step for image in events.Images(name)] == [0, 1, 2]
+    first, _, last = events.Images(samples[0])
+    assert first.encoded_image_string != last.encoded_image_string
+    assert (
+        "Held out" in (a_run / "report.html").read_text() or "held out" in (a_run / "report.html").read_text()
+    )
+
+
+def _held_out(root: Path) -> list[str]:
+    from vpo_engine.build import build_prompts
+    from vpo_engine.config_file import load_config
+
+    return list(build_prompts(load_config(root / "config.yaml"))[1])

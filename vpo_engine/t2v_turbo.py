@@ -1,0 +1,118 @@
+"""T2V-Turbo (arXiv 2405.18750): consistency distillation with rewards, for rectified flow and for v-prediction.
+
+for each step:
+    take a video for each prompt, encode it, and add noise at time t      rollout/given_videos.py
+    f = the student's clean latents at t, in one prediction               objectives/consistency.py
+    the teacher's guided step from t to the time t' before it             objectives/consistency.py
+    target = the student's clean latents there, without gradient
+    loss = pseudo-Huber(f, target) - weight * reward of decoded frames of f
+
+The student is the policy. The teacher is the policy that the run starts from: the frozen reference. t is one of the
+times of the teacher's 50 steps. For rectified flow f = x_t + t v, which is x_0 at t = 0; schedules with noise at t = 0
+get the published boundary scalings.
+
+The policy becomes another kind of sampler, for 4 to 8 steps without guidance: evaluate it so (evaluation.steps=8
+rollout.guidance=1), and compare it at the same few steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpo_engine.config import Config
+from vpo_engine.data.prompt_record import Texts
+from vpo_engine.data.prompts import Prompts
+from vpo_engine.memory.checkpointing import recomputed
+from vpo_engine.method import Stream
+from vpo_engine.models.registry import model_family
+from vpo_engine.objectives.consistency import consistency_output, pseudo_huber, split
+from vpo_engine.protocols import TextEmbedding
+from vpo_engine.reward_gradient_method import RewardGradientMethod
+from vpo_engine.rollout.given_videos import GivenVideos, open_given_videos
+from vpo_engine.rollout.scored_frames import (
+    check_enough,
+    check_single_frames,
+    frames_of_step,
+    random_frames,
+)
+from vpo_engine.seeding import generator
+from vpo_engine.values import Prompt, stacked_embeddings
+
+
+class T2VTurbo(RewardGradientMethod):
+    """A student that skips to the end of the teacher's way, and the gradient of the reward of where it arrives."""
+
+    stream: GivenVideos
+
+    def __init__(self, config: Config, *parts: Any) -> None:
+        super().__init__(config, *parts)
+        assert config.t2v_turbo is not None
+        self.own = config.t2v_turbo
+        self.frames = frames_of_step(config.reward.kind, self.own.frames, default=5)
+        check_enough("t2v_turbo.frames", self.frames, self.model)
+        solver = self.model.solver(self.own.steps)
+        self.times = torch.tensor([*solver.times, 0.0])
+        self._encode = self.timer.timed("encode", self._clean_latents)
+
+    @classmethod
+    def open_stream(cls, config: Config, prompts: Prompts) -> tuple[Stream, Texts]:
+        own = config.t2v_turbo
+        assert own is not None
+        check_single_frames("t2v_turbo.frames", own.frames, config.reward.kind)
+        family = model_family(config.model.kind)
+        return open_given_videos("t2v_turbo.videos", own.videos, prompts, config.seed, family)
+
+    def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.stream.prepare(self.model, folder.parent.parent / "encoded_videos", self.processes, say)
+
+    def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        text, (t, before) = stacked_embeddings(prompts), self._times(prompts)
+        noised = self.model.add_noise(self._encode(prompts), self._noise(prompts, "distil"), t)
+        answer = recomputed(self._answer, noised, t, text)
+        with torch.no_grad():
+            target = self._answer(self._teacher_step(noised, t, before, text), before, text)
+        self._trained_rows += len(prompts)
+        frames = random_frames(
+            self.frames, self.model, self.config.seed, "t2v_turbo", self._step_number(prompts)
+        )
+        rewards, scores = self._rewards(answer, prompts, frames)
+        distance = pseudo_huber(answer, target, self.own.huber)
+        return distance - self.own.reward_weight * rewards.mean(), scores
+
+    def _times(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Return a random time t of the teacher's steps for each prompt, and the time after its step, each [B]."""
+        drawn = [
+            int(
+                torch.randint(
+                    self.own.steps, (), generator=generator(self.config.seed, "time", each.position)
+                )
+            )
+            for each in prompts
+        ]
+        times, places = self.times.to(self.processes.device), torch.tensor(drawn)
+        return times[places], times[places + 1]
+
+    def _answer(self, latents: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """Return f(x_t, t), the clean latents [B, C, T, H, W] that the policy reaches in one step."""
+        model = self.model
+        prediction = model.predict(model.network, latents, t, text)
+        clean = split(latents, prediction, model.noising_scales(t), model.target_scales(t)).clean
+        _, added = model.noising_scales(torch.zeros_like(t))
+        return consistency_output(latents, t, clean, noise_at_zero=bool((added > 0).any()))
+
+    def _teacher_step(self, latents: Tensor, t: Tensor, before: Tensor, text: TextEmbedding) -> Tensor:
+        """Return the latents at the times ``before`` that the teacher's guided step leads to."""
+        model = self.model
+        assert self.reference is not None
+        prediction = model.predict(self.reference, latents, t, text, self.own.guidance + 1)
+        found = split(latents, prediction, model.noising_scales(t), model.target_scales(t))
+        return found.at(*model.noising_scales(before))
+
+    def _clean_latents(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Return the clean latents [B, C, T, H, W] of the videos of these prompts."""
+        return torch.stack([self.stream.latents(self.model, prompt) for prompt in prompts])
