@@ -1,12 +1,14 @@
 """Apply meaningful mistakes to copies of the tree, one at a time, and report which test notices each.
 
-    python tests/mutants.py [NAME ...] [--jobs 2] [--list]
+    python tests/mutants.py [NAME ...] [--piece 1/10] [--jobs 2] [--list]
 
-A NAME selects all mutations whose name contains it; without one all are tried. First the tests of the selected
-mutations run on the tree as it is, and must pass. Then each mutation is applied to a copy, its tests run, and a line
-says which test failed. The exit code is 1 if a mutation survives, which means that no test failed, or if one is stale:
-its old text must occur exactly once in its file (spaces, line breaks and a trailing comma aside). Nothing is tried
-before all selected mutations fit. The lists are in ``tests/mutations``.
+A NAME selects all mutations whose name contains it; without one all are tried. --piece 1/10 tries a tenth of them, and
+keeps those with the same tests together: all ten pieces, on one machine or on several, are the whole list.
+
+First the tests of the selected mutations run on the tree as it is, and must pass. Then each mutation is applied to a
+copy, its tests run, and a line says which test failed. The exit code is 1 if a mutation survives, which means that no
+test failed, or if one is stale: its old text must occur exactly once in its file (spaces, line breaks and a trailing
+comma aside). Nothing is tried before all selected mutations fit. The lists are in ``tests/mutations``.
 
 One process imports torch and whatever else comes from outside of the tree. It forks a child for each mutation, which
 then takes seconds.
@@ -37,7 +39,8 @@ STARTED = ("vpo_engine.train", "pytest", "torch.testing")
 """Modules whose imports from outside of the tree are made once, before the children are forked."""
 WHOLE = "(the tree as it is)"
 TIME_LIMIT = 180.0
-"""Seconds after which a mutation that hangs counts as noticed."""
+"""Seconds after which a mutation that hangs counts as noticed; more where the tests on the tree as it is took more than
+a third of that, as on a busy machine. The tree has so many seconds for each group of tests."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,8 @@ def start(mutation: Mutation, scratch: Path) -> Job:
     return Job(mutation, tree, pid, time.monotonic())
 
 
-def end(job: Job, in_time: bool) -> Result:
-    """Return the result of a child process that ended or was stopped."""
+def end(job: Job, in_time: bool, limit: float) -> Result:
+    """Return the result of a child process that ended or was stopped after ``limit`` seconds."""
     seconds = time.monotonic() - job.started
     output = job.tree / "output.txt"
     text = output.read_text(errors="replace") if output.exists() else ""
@@ -175,7 +178,7 @@ def end(job: Job, in_time: bool) -> Result:
     shutil.rmtree(job.tree, ignore_errors=True)
     name = job.mutation.name
     if not in_time:
-        return Result(name, "killed", f"the time limit of {TIME_LIMIT:g} s", seconds, text)
+        return Result(name, "killed", f"the time limit of {limit:.0f} s", seconds, text)
     if found is None:
         return Result(name, "killed", "the end of the process", seconds, text)
     if not found["own"]:
@@ -187,8 +190,8 @@ def end(job: Job, in_time: bool) -> Result:
     return Result(name, "ERROR", f"pytest ended with {found['code']}", seconds, text)
 
 
-def work(mutations: Sequence[Mutation], jobs: int) -> list[Result]:
-    """Run all mutations, ``jobs`` at a time, and print a line for each."""
+def work(mutations: Sequence[Mutation], jobs: int, limit: float) -> list[Result]:
+    """Run all mutations, ``jobs`` at a time and each for at most ``limit`` seconds, and print a line for each."""
     results, waiting, running = [], list(mutations), []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         while waiting or running:
@@ -196,14 +199,14 @@ def work(mutations: Sequence[Mutation], jobs: int) -> list[Result]:
                 running.append(start(waiting.pop(0), Path(folder)))
             for job in list(running):
                 ended = os.waitpid(job.pid, os.WNOHANG)[0] != 0
-                late = time.monotonic() - job.started > TIME_LIMIT
+                late = time.monotonic() - job.started > limit
                 if ended or late:
                     with suppress(ProcessLookupError, PermissionError):
                         os.killpg(job.pid, signal.SIGKILL)
                     if late and not ended:
                         os.waitpid(job.pid, 0)
                     running.remove(job)
-                    results.append(end(job, not late))
+                    results.append(end(job, not late, limit))
                     report(results[-1], f"{len(results)}/{len(mutations)}")
             time.sleep(0.02)
     return results
@@ -235,12 +238,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="MODULE",
         help="take the list MUTATIONS of this module, mutations.step for example; default: all",
     )
+    parser.add_argument(
+        "--piece", type=piece, default=(1, 1), metavar="K/N", help="try piece K of N pieces; default: 1/1"
+    )
     given = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT / "tests"))
     everything = [Mutation(*row) for row in importlib.import_module(given.source).MUTATIONS]
     chosen = [one for one in everything if not given.names or any(name in one.name for name in given.names)]
     if not chosen:
         parser.error(f"no mutation is named like {', '.join(given.names)}")
+    number, pieces = given.piece
+    chosen.sort(key=lambda one: one.tests)
+    chosen = chosen[len(chosen) * (number - 1) // pieces : len(chosen) * number // pieces]
     if len({one.name for one in everything}) < len(everything):
         parser.error("two mutations have the same name")
     stale = stale_ones(chosen)
@@ -254,18 +263,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     preload()
     tests = tuple(dict.fromkeys(test for one in chosen for test in one.tests))
-    (whole,) = work([Mutation(WHOLE, "", "", "", tests)], 1)
+    groups = len({one.tests for one in chosen})
+    (whole,) = work([Mutation(WHOLE, "", "", "", tests)], 1, groups * TIME_LIMIT)
     if whole.verdict != "SURVIVED":
         print(
             whole.output, f"The tests must pass before anything is changed, but {whole.by} failed.", sep="\n"
         )
         return 1
-    results = work(chosen, given.jobs)
+    results = work(chosen, given.jobs, max(TIME_LIMIT, 3 * whole.seconds))
     bad = [result for result in results if not result.killed]
     print(f"{len(results) - len(bad)} of {len(results)} mutations are killed")
     for result in bad:
         print(f"{result.verdict}: {result.name} {result.by}")
     return 1 if bad else 0
+
+
+def piece(text: str) -> tuple[int, int]:
+    """Return K and N of "K/N"."""
+    number, _, pieces = text.partition("/")
+    if not (number.isdecimal() and pieces.isdecimal() and 1 <= int(number) <= int(pieces)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no piece; give K/N with K from 1 to N, such as 1/10")
+    return int(number), int(pieces)
 
 
 def preload() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from conftest import SMALL
 from test_online_vpo import PROMPTS, ScriptedReward, make_algorithm, run_step
 from torch import Tensor, nn
 
@@ -15,6 +18,7 @@ from vpo_engine.method import embed_prompts
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import Network
 from vpo_engine.reference.store import build_reference
+from vpo_engine.train import train
 from vpo_engine.values import Candidate, Pair
 
 Make = Callable[..., Config]
@@ -111,3 +115,23 @@ def _error_change(algorithm: OnlineVPO, pair: Pair, side: str, time: Tensor) -> 
         return (prediction - (member.latents - noise)).double().square().mean()
 
     return error(model.network) - error(algorithm.reference)
+
+
+@pytest.mark.long
+def test_the_reference_of_a_run_is_moved_by_its_share(tmp_path: Path) -> None:
+    """After one step the policies are equal, and the soft reference lies half-way from the first to the refreshed."""
+    found = {}
+    for name, words in {
+        "never": ["reference.refresh_every=null"],
+        "soft": ["reference.refresh_every=1", "reference.refresh_share=0.5"],
+        "hard": ["reference.refresh_every=1"],
+    }.items():
+        run = [*SMALL, "steps=1", "evaluation.every=null", f"run_dir={tmp_path / name}", *words]
+        assert train(load_config(None, run)) == 0
+        saved = tmp_path / name / "checkpoints" / "step_00000001" / "reference.safetensors"
+        found[name] = safetensors.torch.load_file(saved)
+    moved = 0
+    for name, soft in found["soft"].items():
+        assert torch.allclose(soft, (found["never"][name] + found["hard"][name]) / 2, rtol=1e-6, atol=1e-8)
+        moved += not torch.equal(soft, found["never"][name])
+    assert moved > 10

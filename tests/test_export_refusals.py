@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from before_torch import call_each
 from export_case import Case, fails, make_case
 from safetensors.torch import load_file, save_file
 
@@ -102,25 +101,21 @@ class TestMismatch:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            (["FULL", "--out", "OCCUPIED"], "is not empty; give another folder, or delete this one"),
-            (["FULL", "--out", "FILE"], "is a file; give a folder"),
-            (["FULL", "--out", "FILE/out"], "is a file; give another folder"),
-            (["FULLY", "--out", "out"], "there is no run or checkpoint at FULLY"),
-            (["FULL", "--out", "out", "--step", "3"], "no complete checkpoint step_00000003; give one of its steps"),
-            (["STEP", "--out", "out", "--step", "3"], "--step 3 chooses among the checkpoints of a run"),
-            (["FULL", "--out", "out", "--merge"], "--merge merges an adapter, but"),
-            (["FULL", "--out", "out", "--format", "peft"], "--format peft is the dialect of an adapter, but the"),
-            (["LORA", "--out", "out", "--format", "peft", "--merge"], "but a merged export is a whole model"),
-            (["LORA", "--out", "out", "--base", "FULL"], "has no model_index.json; give the folder of a whole"),
-            (["ALTERED", "--out", "out"], "was altered after it was saved"),
-        ],
+    ARGUMENTS = (
+        (["FULL", "--out", "OCCUPIED"], "is not empty; give another folder, or delete this one"),
+        (["FULL", "--out", "FILE"], "is a file; give a folder"),
+        (["FULL", "--out", "FILE/out"], "is a file; give another folder"),
+        (["FULLY", "--out", "out"], "there is no run or checkpoint at FULLY"),
+        (["FULL", "--out", "out", "--step", "3"], "no complete checkpoint step_00000003; give one of its steps"),
+        (["STEP", "--out", "out", "--step", "3"], "--step 3 chooses among the checkpoints of a run"),
+        (["FULL", "--out", "out", "--merge"], "--merge merges an adapter, but"),
+        (["FULL", "--out", "out", "--format", "peft"], "--format peft is the dialect of an adapter, but the"),
+        (["LORA", "--out", "out", "--format", "peft", "--merge"], "but a merged export is a whole model"),
+        (["LORA", "--out", "out", "--base", "FULL"], "has no model_index.json; give the folder of a whole"),
+        (["ALTERED", "--out", "out"], "was altered after it was saved"),
     )  # fmt: skip
-    def test_what_the_arguments_tell_needs_no_torch(
-        self, wan: Case, tmp_path: Path, arguments: list[str], words: str
-    ) -> None:
+
+    def test_what_the_arguments_tell_needs_no_torch(self, wan: Case, tmp_path: Path) -> None:
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "a.txt").touch()
         (tmp_path / "file").touch()
@@ -136,17 +131,12 @@ class TestRefusals:
             "FILE/out": tmp_path / "file" / "out",
             "ALTERED": altered,
         }
-        given = [str(places.get(argument, argument)) for argument in arguments]
-        script = (
-            "import sys; from vpo_engine.export import main\n"
-            "print(main(sys.argv[1:])); print('torch' in sys.modules)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script, *given], capture_output=True, text=True, check=True, cwd=tmp_path
-        )
-        assert words in done.stderr
-        assert done.stdout == "1\nFalse\n"
-        assert "Traceback" not in done.stderr
+        calls = [[str(places.get(word, word)) for word in arguments] for arguments, _ in self.ARGUMENTS]
+        said = call_each("vpo_engine.export", calls, tmp_path)
+        for (arguments, words), found in zip(self.ARGUMENTS, said, strict=True):
+            assert (found.code, found.heavy) == (1, []), arguments
+            assert words in found.errors, arguments
+            assert "Traceback" not in found.errors, arguments
         assert not (tmp_path / "out").exists()
 
     def test_a_full_disk(

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from vpo_engine import train as entry
 
 SETTINGS = (
-    "steps=6",
-    "checkpoint.every=2",
-    "evaluation.every=3",
+    "steps=4",
+    "checkpoint.every=1",
+    "evaluation.every=2",
     "checkpoint.keep=9",
     "pairs.dataset=scores",
 )
@@ -31,7 +31,7 @@ def rows(run: Path) -> list[dict[str, object]]:
 
 
 def everything(run: Path) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints/step_00000006"
+    folder = run / "checkpoints/step_00000004"
     return {
         f"{path.name}/{name}": value
         for path in sorted(folder.rglob("*.safetensors"))

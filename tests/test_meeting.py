@@ -13,7 +13,7 @@ from vpo_engine.distributed.meeting import meet
 def all_meet(store: dist.Store, order: list[int]) -> list[dist.Store]:
     """Let the ranks come in an order; return their parts of the store, by rank."""
     with ThreadPoolExecutor(len(order)) as threads:
-        coming = {rank: threads.submit(meet, store, rank, len(order), 20.0) for rank in order}
+        coming = {rank: threads.submit(meet, store, rank, len(order), 300.0) for rank in order}
         return [coming[rank].result() for rank in sorted(order)]
 
 

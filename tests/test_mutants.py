@@ -31,6 +31,25 @@ def test_nothing_is_tried_while_a_mutation_is_stale(
     assert said.startswith(f"STALE {line}")
 
 
+def test_pieces_are_the_whole_list_and_keep_tests_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(f"number {row}", *FITS[1:4], (f"tests/{row % 3}.py",)) for row in range(11)]
+    monkeypatch.setitem(sys.modules, "a_list", SimpleNamespace(MUTATIONS=rows))
+    pieces = []
+    for number in range(1, 5):
+        assert mutants.main(["--from", "a_list", "--list", "--piece", f"{number}/4"]) == 0
+        pieces.append(capsys.readouterr().out.splitlines()[:-1])
+    assert [len(piece) for piece in pieces] == [2, 3, 3, 3]
+    names = [name for piece in pieces for name in piece]
+    assert sorted(names) == sorted(row[0] for row in rows)
+    assert [int(name.split()[1]) % 3 for name in names] == [0] * 4 + [1] * 4 + [2] * 3
+    for wrong in ("0/4", "5/4", "half"):
+        with pytest.raises(SystemExit):
+            mutants.main(["--from", "a_list", "--list", "--piece", wrong])
+        assert "is no piece; give K/N with K from 1 to N" in capsys.readouterr().err
+
+
 def test_line_breaks_and_a_trailing_comma_do_not_make_a_mutation_stale() -> None:
     mutation = mutants.Mutation("one", "some.py", "f(a, b)", "f(b, a)", ())
     assert mutants.mutated("y = f(\n    a,\n    b,\n)\n", mutation) == "y = f(b, a)\n"

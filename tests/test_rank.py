@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import video_cases
+from before_torch import call_each
 from rank_case import CAPTIONS, fails, read_csv, sprites
 from torch import Tensor
 from video_cases import moving
@@ -312,35 +311,29 @@ class TestFolders:
 
 
 class TestStart:
-    @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            (
-                ["VIDEOS", "--reward", "pikscore"],
-                "there is no reward 'pikscore'; did you mean 'pickscore'?",
-            ),
-            (["VIDEOS", "--reward", "PickScore"], "did you mean 'pickscore'?"),
-            (["absent", "--reward", "brisque"], "there is no folder of videos at absent; check the path"),
-            (
-                ["VIDEOS", "--reward", "brisque", "--preferences", "absent"],
-                "there is no file of preferences at absent",
-            ),
-            (["--list"], "what it judges"),
-        ],
+    ARGUMENTS = (
+        (
+            ["VIDEOS", "--reward", "pikscore"],
+            "there is no reward 'pikscore'; did you mean 'pickscore'?",
+        ),
+        (["VIDEOS", "--reward", "PickScore"], "did you mean 'pickscore'?"),
+        (["absent", "--reward", "brisque"], "there is no folder of videos at absent; check the path"),
+        (
+            ["VIDEOS", "--reward", "brisque", "--preferences", "absent"],
+            "there is no file of preferences at absent",
+        ),
+        (["--list"], "what it judges"),
     )
-    def test_what_the_arguments_tell_needs_no_torch(
-        self, folder: Path, arguments: list[str], words: str
-    ) -> None:
-        given = [str(folder) if argument == "VIDEOS" else argument for argument in arguments]
-        code = (
-            "import sys; from vpo_engine.rank import main; main(sys.argv[1:]); "
-            "print({'torch', 'av'} & set(sys.modules))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, *given], capture_output=True, text=True, check=True
-        )
-        assert words in done.stdout + done.stderr
-        assert done.stdout.endswith("set()\n")
+
+    def test_what_the_arguments_tell_needs_no_torch(self, folder: Path) -> None:
+        calls = [
+            [str(folder) if word == "VIDEOS" else word for word in arguments]
+            for arguments, _ in self.ARGUMENTS
+        ]
+        said = call_each("vpo_engine.rank", calls, folder, ("torch", "av"))
+        for (arguments, words), found in zip(self.ARGUMENTS, said, strict=True):
+            assert words in found.out + found.errors, arguments
+            assert found.heavy == [], arguments
 
 
 class FrameRate:

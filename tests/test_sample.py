@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from before_torch import call_each
 from video_cases import CASES
 
 from vpo_engine import rank, sample
@@ -186,53 +185,42 @@ class TestCheckpoints:
 
 
 class TestStart:
-    @pytest.mark.parametrize(
-        ("arguments", "code", "words"),
-        [
-            (
-                ["runs_nope"],
-                1,
-                "there is no run, checkpoint, model, adapter or YAML file at runs_nope; check the path",
-            ),
-            (["RUN1", "RUN2"], 2, "give one RUN, got 2: RUN1, RUN2; call sample for each of them"),
-            (["--count", "0"], 1, "--count 0 is too small; give at least 1 video for each prompt"),
-            (["--prompt", " "], 1, "--prompt number 1 is ' '; give it words, or leave it out"),
-            (["--prompts", "absent.txt"], 1, "absent.txt: there is no such prompt file; check the path"),
-            (["--column", "name"], 2, "--column names a column of --prompts FILE; give that too"),
-            (
-                ["--prompts", "TXT", "--column", "name"],
-                1,
-                "has no columns, as a .txt holds a prompt a line",
-            ),
-            (
-                ["--prompts", "CSV"],
-                1,
-                "set --column to one of its columns: 'id', 'name', 'prompt'",
-            ),
-            (
-                ["--prompts", "CSV", "--column", "nam"],
-                1,
-                "column 'nam' occurs 0 times, but must occur once; set --column to one of its columns: 'id', 'name'",
-            ),
-        ],
+    ARGUMENTS = (
+        (
+            ["runs_nope"],
+            1,
+            "there is no run, checkpoint, model, adapter or YAML file at runs_nope; check the path",
+        ),
+        (["RUN1", "RUN2"], 2, "give one RUN, got 2: RUN1, RUN2; call sample for each of them"),
+        (["--count", "0"], 1, "--count 0 is too small; give at least 1 video for each prompt"),
+        (["--prompt", " "], 1, "--prompt number 1 is ' '; give it words, or leave it out"),
+        (["--prompts", "absent.txt"], 1, "absent.txt: there is no such prompt file; check the path"),
+        (["--column", "name"], 2, "--column names a column of --prompts FILE; give that too"),
+        (
+            ["--prompts", "TXT", "--column", "name"],
+            1,
+            "has no columns, as a .txt holds a prompt a line",
+        ),
+        (
+            ["--prompts", "CSV"],
+            1,
+            "set --column to one of its columns: 'id', 'name', 'prompt'",
+        ),
+        (
+            ["--prompts", "CSV", "--column", "nam"],
+            1,
+            "column 'nam' occurs 0 times, but must occur once; set --column to one of its columns: 'id', 'name'",
+        ),
     )
-    def test_what_the_arguments_tell_needs_no_torch(
-        self, tmp_path: Path, arguments: list[str], code: int, words: str
-    ) -> None:
+
+    def test_what_the_arguments_tell_needs_no_torch(self, tmp_path: Path) -> None:
         files = {"TXT": CASES / "sampled_prompts.txt", "CSV": CASES / "two_columns.csv"}
-        given = [str(files.get(argument, argument)) for argument in arguments]
-        script = (
-            "import sys; from vpo_engine.sample import main\n"
-            "try: print(main(sys.argv[1:]))\n"
-            "except SystemExit as end: print(end.code)\n"
-            "print('torch' in sys.modules)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script, *given], capture_output=True, text=True, check=True, cwd=tmp_path
-        )
-        assert done.stdout == f"{code}\nFalse\n"
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
+        calls = [[str(files.get(word, word)) for word in arguments] for arguments, _, _ in self.ARGUMENTS]
+        said = call_each("vpo_engine.sample", calls, tmp_path)
+        for (arguments, code, words), found in zip(self.ARGUMENTS, said, strict=True):
+            assert (found.code, found.out, found.heavy) == (code, "", []), arguments
+            assert words in found.errors, arguments
+            assert "Traceback" not in found.errors, arguments
 
     def test_a_column_of_several(self, quick: str, tmp_path: Path) -> None:
         arguments = [quick, "--prompts", str(CASES / "two_columns.csv"), "--column", "prompt"]

@@ -24,7 +24,7 @@ COMMANDS = {
     "export": Command("vpo_engine.export", "write a run's policy as files that other programs load"),
     "check-model": Command("vpo_engine.check_model", "prove by numbers that a model's folder is understood"),
     "rank": Command("vpo_engine.rank", "score video files with a reward model"),
-    "evaluate": Command("vpo_engine.evaluate", "compare finished runs on held-out videos"),
+    "evaluate": Command("vpo_engine.evaluate", "measure and compare policies, videos or finished runs"),
     "reproduce": Command("vpo_engine.reproduce", "make the paper's tables and figures in miniature"),
     "plan": Command("vpo_engine.plan", "say what memory and time a run will take"),
     "report": Command("vpo_engine.runs.report", "write the report of a run again, finished or not"),

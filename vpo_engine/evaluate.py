@@ -12,10 +12,10 @@ their configuration are seeds of one setting and share a column, so they must ha
 WHAT with an option, or what is no run: a run, a checkpoint, a YAML configuration, an export, a model as its project
 publishes it, an adapter with --base, or a folder of videos named PROMPT-NUMBER.mp4, as VBench has them. Videos are
 sampled from a policy with the settings of its run (words key.path=value change them), measured, and written with
-results.json, evaluation.html and, of VBench's dimensions, vbench/ to the --out folder. --baseline compares with another
-policy on the same prompts and noise; without OTHER it is the one that the run started from. The same command goes on
-where it was stopped. Several devices share the videos: --device cuda:0,cuda:1, or torchrun. The exit code is 1 if the
-results are partial, because a video or a metric failed; what could be measured is written all the same.
+results.json, evaluation.html and, for VBench's dimensions, vbench/ to the --out folder. --baseline compares with
+another policy on the same prompts and noise; without OTHER it is the one that the run started from. The same command
+goes on where it was stopped. Several devices share the videos: --device cuda:0,cuda:1, or torchrun. The exit code is 1
+if the results are partial, because a video or a metric failed; what could be measured is written all the same.
 
 --study FOLDER writes a page for people who vote on pairs, of the videos of a comparison (its --out folder); with
 --votes FILE ... it reads their votes. docs/evaluation.md describes all of this.
@@ -30,8 +30,6 @@ from pathlib import Path
 
 from vpo_engine.command import report_errors
 
-_INTERRUPTED = "stopped; the same command goes on from here"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -39,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_intermixed_args(words)
     overrides = [word for word in given.what if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in given.what if word not in overrides]
-    return report_errors(lambda: _run(parser, given, paths, overrides, words), _INTERRUPTED)
+    return report_errors(
+        lambda: _run(parser, given, paths, overrides, words), "stopped; the same command goes on"
+    )
 
 
 def _run(

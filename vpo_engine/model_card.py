@@ -24,14 +24,14 @@ _SETTINGS = {
 }
 """{what the card calls a setting: its key}."""
 _SIZES = {"resolution": "model.resolution", "aspect": "model.aspect", "frames": "model.num_frames"}
-_PAPER = "https://arxiv.org/abs/2412.15159"
 
 
 def card(run: RunDirectory, config: Config, repo: str, step: int) -> str:
     """Return the card of the policy after ``step`` as Markdown; ``repo`` is the name it is published under."""
     summary = json.loads(run.summary.read_text(encoding="utf-8"))
     lora = config.model.lora is not None
-    tags = ["text-to-video", "preference-optimization", "dpo", *(["lora"] if lora else [])]
+    method = ["preference-optimization", "dpo"] if config.card.pairs else ["reward-gradient"]
+    tags = ["text-to-video", *method, *(["lora"] if lora else [])]
     head = ["---", "license: other  # fill in: the licence of the base model binds this one too"]
     head += ["pipeline_tag: text-to-video", "tags:", *(f"- {tag}" for tag in tags), "---"]
     what = "A LoRA adapter for" if lora else "A fine-tuned"
@@ -39,8 +39,7 @@ def card(run: RunDirectory, config: Config, repo: str, step: int) -> str:
         [
             *head,
             f"\n# {repo.partition('/')[2]}\n",
-            f"{what} text-to-video model, trained by online video preference optimization ([OnlineVPO]({_PAPER})) with "
-            "vpo-engine.\n",
+            f"{what} text-to-video model, trained by [{config.card.title}]({config.card.paper}) with vpo-engine.\n",
             "## Base model\n",
             f"{_base(config)}\n",
             "## Data\n",
@@ -55,7 +54,7 @@ def card(run: RunDirectory, config: Config, repo: str, step: int) -> str:
             "## Licence\n",
             "Fill in: the licence of the base model, and what it asks of models that are made from it.\n",
             "## Citation\n",
-            f"OnlineVPO: Align Video Diffusion Model with Online Video-Centric Preference Optimization, {_PAPER}\n",
+            f"{config.card.title}, {config.card.paper}\n",
         ]
     )
 
@@ -71,18 +70,15 @@ def _data(run: RunDirectory, config: Config, step: int) -> str:
     """Return how much the policy has seen; prompts themselves are not told."""
     pairs = sum(int(row.get("pairs", 0)) for row in read_metrics(run.metrics) if row["kind"] == "train")
     drawn = step * config.pairs_per_step
-    if config.rollout.source == "dataset":
-        return f"{drawn:,} pairs of a stored preference dataset, of which {pairs:,} were no ties."
     videos = drawn * config.rollout.candidates
-    return (
-        f"{drawn:,} prompts were drawn in {step:,} steps, and {videos:,} videos sampled for them by the policy itself; "
-        f"{pairs:,} pairs of best and worst were learned from, the others were ties."
-    )
+    return config.card.seen.format(steps=step, prompts=drawn, videos=videos, pairs=pairs)
 
 
 def _settings(config: Config) -> list[tuple[str, str]]:
     chosen = _SETTINGS if config.model.kind == "sprites" else _SIZES | _SETTINGS
-    found = {label: _value(config, key) for label, key in chosen.items()}
+    unused = config.card.unused
+    used = {label: key for label, key in chosen.items() if not {key, key.partition(".")[0]} & set(unused)}
+    found = {"method": config.card.title, **{label: _value(config, key) for label, key in used.items()}}
     rows = [(label, "none" if value is None else str(value)) for label, value in found.items()]
     if config.model.lora is not None:
         rows.append(("LoRA", f"rank {config.model.lora.rank}, scale {config.model.lora.scale:g}"))

@@ -231,4 +231,5 @@ class OnlineVPO(Method):
             self.selector.extremes,
             self.processes.team,
             None if config.preview_frames is None else model.prefix(config.preview_frames)[0],
+            share=self.stopping.share,
         )

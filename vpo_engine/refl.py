@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from vpo_engine.objectives.reward_losses import refl_loss
 from vpo_engine.reward_gradient_method import RewardGradientMethod
 from vpo_engine.rollout.reward_gradient import clean_prediction
-from vpo_engine.seeding import generator
+from vpo_engine.seeding import integer
 from vpo_engine.values import Prompt
 
 
@@ -40,6 +39,5 @@ class ReFL(RewardGradientMethod):
 
     def _late_step(self, prompts: Sequence[Prompt], last_steps: int) -> int:
         """Return m, which is the same for all videos of a step, counted from noise and from 0."""
-        random = generator(self.config.seed, "refl", self._step_number(prompts))
-        drawn = int(torch.randint(last_steps, (), generator=random))
+        drawn = integer(last_steps, self.config.seed, "refl", self._step_number(prompts))
         return self.sampling.steps - last_steps + drawn

@@ -105,7 +105,7 @@ def _positive(option: str, value: int) -> int:
 def _step_words(words: Sequence[str]) -> list[tuple[str, int]]:
     from vpo_engine.config.methods import METHODS
 
-    found = []
+    found: list[tuple[str, int]] = []
     for word in words:
         name, _, number = word.partition("=")
         if name not in METHODS or not number.isdigit() or int(number) < 1:

@@ -24,7 +24,7 @@ from vpo_engine.protocols import (
 )
 from vpo_engine.rewards.combine import combine
 from vpo_engine.seeding import normal
-from vpo_engine.values import Prompt, stacked_embeddings
+from vpo_engine.values import Prompt, check_latents, stacked_embeddings
 from vpo_engine.video_model import VideoModel
 
 
@@ -64,6 +64,12 @@ class RewardGradientMethod(Method):
         Scores: {dimension: [B]}, of the reward, for the log.
         """
 
+    @classmethod
+    def costliest(cls, config: Config) -> Config:
+        """Return the configuration with which every step takes as much memory as the largest one of ``config``, for the
+        planner; by default, all steps are alike."""
+        return config
+
     def step(self, prompts: Sequence[Prompt]) -> Step:
         metrics = self._update_policy(prompts)
         trained, self._trained_rows = self._trained_rows, 0
@@ -88,7 +94,8 @@ class RewardGradientMethod(Method):
             chosen = prompts[start : start + size]
             share = len(chosen) / len(prompts)
             loss, scores = self.learn_from(chosen)
-            self.optimizer.backward(loss * share)
+            # Processes that hold slices of a video have parts of its gradient, and the mean over all processes counts.
+            self.optimizer.backward(loss * share * self.processes.sequence.count)
             found = {"loss": loss, **{f"reward/{name}": value.mean() for name, value in scores.items()}}
             found["reward/selected"] = combine(scores, self.config.reward.dimensions).mean()
             for name, value in found.items():
@@ -121,7 +128,7 @@ class RewardGradientMethod(Method):
         self, latents: Tensor, prompts: Sequence[Prompt], frames: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the rewards [B] of clean latents, and their scores, with gradients; ``frames``: of those frames."""
-        pixels = self.model.decode_pixels(latents, frames)
+        pixels = self.model.decode_pixels(check_latents(latents), frames)
         scores = self.reward.score_pixels(pixels, [prompt.text for prompt in prompts])
         return combine(scores, self.config.reward.dimensions), scores
 

@@ -16,8 +16,19 @@ from torch import Tensor
 
 def generator(seed: int, *key: str | int) -> torch.Generator:
     """Return a CPU generator for this seed and key."""
+    return torch.Generator().manual_seed(_number(seed, *key) >> 1)
+
+
+def integer(count: int, seed: int, *key: str | int) -> int:
+    """Draw one of 0, ..., count - 1 for this seed and key, without a tensor."""
+    return (
+        _number(seed, *key) % count
+    )  # of 2^64 numbers, so the remainders of small counts are equally likely
+
+
+def _number(seed: int, *key: str | int) -> int:
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return int.from_bytes(digest[:8], "little")
 
 
 def normal(shape: Sequence[int], seed: int, *key: str | int) -> Tensor:

@@ -320,6 +320,7 @@ class Trainer:
         if self._algorithm.average is not None:  # these numbers are the average's
             numbers = {**numbers, "ema/decay": self._algorithm.average.decay}
         self._log.write(step, "eval", means | numbers | dict(more or {}))
+        self._log.show_samples(step, self._held_out.prompts, self._held_out.kept, self._algorithm.model.fps)
         self._raise_alarms(alarms)
 
     def _sample_shown(self) -> Tensor:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vpo_engine.config import Config
@@ -32,7 +31,7 @@ from vpo_engine.rollout.scored_frames import (
     frames_of_step,
     random_frames,
 )
-from vpo_engine.seeding import generator
+from vpo_engine.seeding import integer
 from vpo_engine.values import Prompt
 
 
@@ -53,6 +52,15 @@ class VADER(RewardGradientMethod):
         check_single_frames("vader.frames", config.vader.frames, config.reward.kind)
         return super().open_stream(config, prompts)
 
+    @classmethod
+    def costliest(cls, config: Config) -> Config:
+        """See ``RewardGradientMethod``. K may be drawn as large as all steps."""
+        assert config.vader is not None
+        most = {"random_steps": False, "last_steps": config.trained_sampling[0]}
+        return config.model_copy(
+            update={"vader": config.vader.model_copy(update=most if config.vader.random_steps else {})}
+        )
+
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
         number = self._step_number(prompts)
         first = self.sampling.steps - self._last_steps(number)
@@ -67,5 +75,4 @@ class VADER(RewardGradientMethod):
         """Return K of a step, which is the same for all of its videos."""
         if not self.own.random_steps:
             return self.own.last_steps
-        random = generator(self.config.seed, "vader", number)
-        return int(torch.randint(1, self.sampling.steps + 1, (), generator=random))
+        return 1 + integer(self.sampling.steps, self.config.seed, "vader", number)

@@ -343,8 +343,11 @@ class VideoModel(ABC):
         """Turn latents [B, C, T, H, W] into videos, uint8 [B, F, height, width, 3], without gradients."""
 
     def encode(self, videos: Tensor) -> Tensor:
-        """Turn videos, uint8 [B, F, height, width, 3] of the size that ``decode`` makes, into latents [B, C, T, H, W],
-        float32, the mean of what the VAE makes of them, without gradients. Raise ValueError if the family does not."""
+        """Turn videos of the model's size, uint8 [B, F, height, width, 3], into clean latents, float32 [B, C, T, H, W].
+
+        No gradients, no random numbers: where the VAE gives a distribution, its most likely latents. ValueError for
+        families that do not encode, and for videos of another size.
+        """
         raise ValueError(f"{self.card.name} does not encode videos; give their latents")
 
     def decode_pixels(self, latents: Tensor, frames: Sequence[int] | None = None) -> Tensor:

@@ -100,6 +100,12 @@ def check_family(kind: str, folder: Path, processes: Processes) -> None:
         everywhere = processes.sequence.gather(found[None])
         assert all(torch.equal(found, other) for other in everywhere), kind
     check_bytes(divided, processes)
+    latents = [torch.ones(1, *divided.latent_shape, requires_grad=True) for _ in range(2)]
+    for model, given in zip((whole, divided), latents, strict=True):
+        model.predict(
+            model.network, given, torch.tensor([500.0]), model.embed(PROMPTS[:1])
+        ).square().sum().backward()
+    assert relative(latents[1].grad, latents[0].grad) < GRADIENTS, kind
 
 
 def check_bytes(model: Any, processes: Processes) -> None:

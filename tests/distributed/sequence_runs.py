@@ -69,11 +69,16 @@ def inputs(x_mask: bool = False) -> dict[str, Any]:
 
 
 def prediction_and_gradients(made: STDiT3, given: dict[str, Any]) -> list[Tensor]:
+    """Return the prediction, the gradient of the latents, and those of the parameters."""
     made.zero_grad()
+    latents = given["x"].requires_grad_()
+    latents.grad = None
     prediction = made(**given)
     weights = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (prediction * weights).sum().backward()
-    return [prediction.detach(), *(p.grad.clone() for p in made.parameters() if p.grad is not None)]
+    assert latents.grad is not None
+    parts = [p.grad.clone() for p in made.parameters() if p.grad is not None]
+    return [prediction.detach(), latents.grad, *parts]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -98,12 +103,12 @@ def check_network(group: SequenceGroup) -> None:
         given = inputs(x_mask)
         expected = prediction_and_gradients(whole, given)
         divided.activations = activations
-        prediction, *own = prediction_and_gradients(divided, given)
-        found = [prediction, *(group.sum(gradient) for gradient in own)]
+        prediction, latents, *own = prediction_and_gradients(divided, given)
+        found = [prediction, latents, *(group.sum(gradient) for gradient in own)]
         assert len(found) == len(expected) > 40
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
             assert relative(one, other) < EXACT, (name, number)
-        assert relative(own[0], expected[1]) > 0.1, "a process has a part of the gradient"
+        assert relative(own[0], expected[2]) > 0.1, "a process has a part of the gradient"
     check_bytes(group)
     for threshold in (0.01, 10.0):
         check_cached(whole, divided, threshold)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 from evaluation_case import PROMPTS, clip, results_of, run, videos
 
+from vpo_engine.evaluation.chosen_metrics import OF_THE_ENGINE
 from vpo_engine.evaluation.folders import read_folder, video_name
 from vpo_engine.evaluation.suites import read_suite, vbench_suite
+from vpo_engine.metrics.registry import metric_card
 from vpo_engine.runs.video import write_mp4
 
 QUICK = "pixels,proxy_flicker"
@@ -98,13 +100,18 @@ def test_each_dimension_has_its_published_prompts_and_number_of_videos() -> None
         "aesthetic_quality": 93 * 5,
         "imaging_quality": 93 * 5,
     }
+    cards = {name: metric_card(name) for name in counts}
+    cards["temporal_flickering"] = metric_card("temporal_flickering_filtered")
     for name, count in counts.items():
-        planned = suite.videos([name])
+        planned = suite.videos([cards[name]])
         assert len(planned) == count
-        assert all(suite.covers(name, prompt, index) for _, prompt, index in planned)
-    assert len(suite.videos(list(counts))) == 3130
-    assert len(suite.videos(["subject_consistency", "pixels"])) == 326 * 5
-    assert len(vbench_suite(samples=2).videos(["temporal_flickering"])) == 150
+        assert all(suite.covers(cards[name], prompt, index) for _, prompt, index in planned)
+    assert len(suite.videos(list(cards.values()))) == 3130
+    assert len(suite.videos([cards["subject_consistency"], OF_THE_ENGINE["pixels"]])) == 326 * 5
+    assert len(suite.videos([metric_card("temporal_flickering")])) == 75 * 5, (
+        "without the filter, as VBench reads them"
+    )
+    assert len(vbench_suite(samples=2).videos([cards["temporal_flickering"]])) == 150
 
 
 def test_vbenchs_own_file_of_dimensions_is_read(tmp_path: Path) -> None:
@@ -118,8 +125,8 @@ def test_vbenchs_own_file_of_dimensions_is_read(tmp_path: Path) -> None:
     file.write_text(json.dumps(rows))
     suite = read_suite(str(file))
     assert suite.prompts == ("a cat, still", "a dog")
-    assert len(suite.videos(["temporal_flickering"])) == 25
-    assert [row[1:] for row in suite.videos(["motion_smoothness"])] == [
+    assert len(suite.videos([metric_card("temporal_flickering_filtered")])) == 25
+    assert [row[1:] for row in suite.videos([metric_card("motion_smoothness")])] == [
         ("a dog", index) for index in range(5)
     ]
 
@@ -304,32 +311,28 @@ def test_repeated_prompts_are_refused_with_both_places(
     assert f"prompts 2 and 5 are both {PROMPTS[1]!r}" in capsys.readouterr().err
 
 
-def test_vbenchs_leaderboard_script_reads_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The result in VBench's own form goes through a restatement of its script's reading: key[0] is the score."""
-    import zipfile
-
-    from vpo_engine.evaluation.vbench_form import write_vbench_results
-
-    number = {"value": 0.9, "notes": [], "partial": False, "others": {}, "provenance": {}}
-    row = {"prompt": "a", "index": 0}
-    values = {"subject_consistency": 0.9, "pixels/motion": 3.0, "proxy_flicker": 0.5}
-    results = {
-        "arms": {"policy": {}},
-        "measures": {
-            "subject_consistency": {"group": "vbench", "policy": number},
-            "imaging_quality": {"group": "vbench", "policy": None},
-            "pixels/motion": {"group": "pixels", "policy": number},
-        },
-        "proxies": {"proxy_flicker": {"group": "proxy", "policy": number}},
-        "videos": [{**row, "policy": {"file": "videos/policy/a-0.mp4", "sha256": "", "values": values}}],
-    }
-    archives = write_vbench_results(tmp_path / "vbench", results)
-    with zipfile.ZipFile(archives[0]) as archive:
-        content = json.loads(archive.read("policy_eval_results.json"))
-    assert {key.replace("_", " "): value[0] for key, value in content.items()} == {"subject consistency": 0.9}
-    assert content["subject_consistency"][1] == [
-        {"video_path": "videos/policy/a-0.mp4", "video_results": 0.9}
-    ]
+def test_vbenchs_leaderboard_script_reads_the_result(tmp_path: Path) -> None:
+    """The score of a dimension is the first entry, as scripts/cal_final_score.py takes it; stand-ins are not there."""
+    folder, out = videos(tmp_path / "clips", 150), tmp_path / "out"
+    prompts = tmp_path / "VBench_full_info.json"
+    rows = [{"prompt_en": prompt, "dimension": ["temporal_flickering"]} for prompt in PROMPTS[:2]]
+    rows += [{"prompt_en": prompt, "dimension": ["scene"]} for prompt in PROMPTS[2:]]
+    prompts.write_text(json.dumps(rows))
+    words = ("--metrics", "temporal_flickering,proxy_flicker,pixels", "--samples", "2", "--out", out)
+    assert run(folder, "--prompts", prompts, *words) == 0
+    with zipfile.ZipFile(out / "vbench" / "policy.zip") as archive:
+        archive.extractall(tmp_path / "mine")
+    content = json.loads((tmp_path / "mine" / "policy_eval_results.json").read_text())
+    upload = {key.replace("_", " "): value[0] for key, value in content.items()}
+    results = results_of(out)
+    assert upload == {"temporal flickering": results["measures"]["temporal_flickering"]["policy"]["value"]}
+    listed = content["temporal_flickering"][1]
+    assert len(listed) == 4, "the two prompts of this dimension alone"
+    assert sum(each["video_results"] for each in listed) / 4 == pytest.approx(
+        content["temporal_flickering"][0]
+    )
+    assert all(Path(each["video_path"]).is_file() for each in listed)
+    assert results["measures"]["pixels/motion"]["policy"]["provenance"]["count"] == 8
 
 
 def test_the_list_of_metrics_says_what_must_be_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,4 +352,3 @@ def test_the_help_is_there_without_torch() -> None:
         "assert code == 1; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    assert runpy.run_module("vpo_engine.evaluate", run_name="not_main")["main"]

@@ -20,7 +20,7 @@ PIXELS = "pixels:sprites"
 def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, whose policy differs a little from the one that it started from."""
     root = tmp_path_factory.mktemp("runs") / "small"
-    words = [*SMALL, "steps=2", "evaluation.every=null", "optimizer.lr=1e-3", f"run_dir={root}"]
+    words = [*SMALL, "steps=2", "evaluation.every=1", "optimizer.lr=1e-3", f"run_dir={root}"]
     assert train.main(words) == 0
     return root
 
@@ -146,6 +146,26 @@ def test_a_finished_run_alone_still_gives_its_own_table(
     said = capsys.readouterr()
     assert "held-out clips, the same prompts and noise before and after" in said.out
     assert "--baseline" in said.err
+
+
+def test_the_light_evaluations_of_a_run_are_in_tensorboard_with_the_reward_and_with_videos(
+    a_run: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(a_run / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("reward/selected")] == [1, 2]
+    assert [point.step for point in events.Scalars("held_out/reward/selected")] == [0, 1, 2]
+    samples = [name for name in events.Tags()["images"] if name.startswith("samples/")]
+    assert [name.partition(" ")[2] for name in samples] == _held_out(a_run)
+    for name in samples:
+        assert [image.step for image in events.Images(name)] == [0, 1, 2]
+    first, _, last = events.Images(samples[0])
+    assert first.encoded_image_string != last.encoded_image_string
+    assert (
+        "Held out" in (a_run / "report.html").read_text() or "held out" in (a_run / "report.html").read_text()
+    )
 
 
 def _held_out(root: Path) -> list[str]:

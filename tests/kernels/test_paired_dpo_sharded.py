@@ -1,6 +1,5 @@
 """The loss with sharded parameters: FSDP, and DeepSpeed ZeRO where it is installed. Two processes, gloo."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from process_group import run_in_group
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pair_tensors import random_tensors  # a spawned process has no conftest
+from pair_tensors import random_tensors  # a process of a group has no conftest
 from vpo_kernels import paired_dpo_loss
 
 WORLD = 2
@@ -38,10 +37,9 @@ def expected_gradients() -> list[Tensor]:
     return [parameter.grad for parameter in policy.parameters()]
 
 
-def run(rank: int, address: str, work: Callable[[slice], list[Tensor]]) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))  # DeepSpeed insists
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=WORLD)
+def run(work: Callable[[slice], list[Tensor]]) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     try:
         gradients = work(slice(2 * rank, 2 * rank + 2))
         for actual, expected in zip(gradients, expected_gradients(), strict=True):
@@ -76,10 +74,10 @@ def deepspeed_zero2(pairs: slice) -> list[Tensor]:
 
 @pytest.mark.long
 def test_under_fsdp(tmp_path: Path) -> None:
-    mp.spawn(run, args=(str(tmp_path / "rendezvous"), fsdp), nprocs=WORLD)
+    run_in_group(tmp_path, WORLD, run, fsdp)
 
 
 @pytest.mark.long
 def test_under_deepspeed_zero2(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    mp.spawn(run, args=(str(tmp_path / "rendezvous"), deepspeed_zero2), nprocs=WORLD)
+    run_in_group(tmp_path, WORLD, run, deepspeed_zero2)

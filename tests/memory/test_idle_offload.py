@@ -299,7 +299,8 @@ def test_what_each_part_needs(small: Make) -> None:
         small, "rollout.source=reference", "reference.storage=exact8", "memory.weights=fp32_master"
     )
     assert "optimizer" in exact["reference"].changed & exact["reference"].phases
-    followed = default_needs(small, "method=refl")
+    unused = ("rollout.candidates=4", "objective.timesteps_per_pair=1", "reference.refresh_every=200")
+    followed = default_needs(small, "method=refl", *unused)
     assert all("reward_gradient" in followed[name].phases for name in ("policy", "vae", "reward"))
     fused = default_needs(small, "memory.step_in_backward=true", "optimizer.clip=null")
     assert "update" in fused["optimizer"].phases & fused["policy"].changed

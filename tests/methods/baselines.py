@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vpo_engine.distributed.sequence import alone
 from vpo_engine.models.opensora.model import Geometry, OpenSora
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.vae import OpenSoraVAE
@@ -36,7 +37,7 @@ class ChannelNetwork(nn.Module):
         self.config = {"in_channels": len(base), "model_max_length": 1, "caption_channels": 1}
         self.y_embedder = nn.Module()
         self.y_embedder.register_buffer("y_embedding", torch.zeros(1, 1, dtype=torch.float64))
-        self.dtype = torch.float32
+        self.dtype, self.sequence = torch.float32, alone()
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor, mask: Tensor, **size: float) -> Tensor:
         wide = (1, -1, 1, 1, 1)

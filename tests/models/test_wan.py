@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from vpo_engine.memory.rounding import hold_in_bfloat16
 
-ODD = "  A  caf&amp;amp;eacute;,\n by the  “sea” â€” at night "
-"""A prompt with white space, HTML entities escaped twice, and a dash in the wrong encoding."""
+ODD = "  A  caf&amp;eacute; <3,\n by the  “sea” â€” at night "
+"""A prompt with white space, an HTML entity escaped twice, and a dash in the wrong encoding. ftfy leaves the entity to
+others, because there is a "<"."""
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_text_is_cleaned_cut_at_its_end_and_filled_with_zeros(folder: Path, tmp_
     assert text.embeddings.shape[1] == 512
     assert bool(text.mask.all())  # zeros are attended to
     assert bool((text.embeddings[0, 11:] == 0).all())
-    assert model.readable_part(None, ODD) == 'A café, by the "sea" — at night'
+    assert model.readable_part(None, ODD) == 'A café <3, by the "sea" — at night'
     held = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     assert held < 2 * expected[3].nbytes  # only valid rows lie on disk: a full prompt and some short ones
 

@@ -2,7 +2,10 @@
 
 from mutations import (
     adapters,
+    evaluation,
     flow,
+    gradients,
+    methods,
     models,
     parts,
     prompts,
@@ -29,5 +32,8 @@ MUTATIONS = [
     *starting.MUTATIONS,
     *adapters.MUTATIONS,
     *flow.MUTATIONS,
+    *gradients.MUTATIONS,
     *survival.MUTATIONS,
+    *evaluation.MUTATIONS,
+    *methods.MUTATIONS,
 ]

@@ -7,6 +7,7 @@ EMA = "vpo_engine/memory/ema.py"
 OPTIMIZER = "vpo_engine/memory/optimizer.py"
 NETWORK = "vpo_engine/reference/network.py"
 ALGORITHM = "vpo_engine/online_vpo.py"
+METHOD = "vpo_engine/method.py"
 STATE = "vpo_engine/run_state.py"
 TRAINER = "vpo_engine/trainer.py"
 CONFIG = "vpo_engine/config/run.py"
@@ -118,13 +119,7 @@ MUTATIONS = [
         "finally:\n            pass",
         TESTS_EMA,
     ),
-    (
-        "the average is never updated",
-        ALGORITHM,
-        "self.average.update()",
-        "pass",
-        EMA_RUNS,
-    ),
+    ("the average is never updated", "vpo_engine/method.py", "self.average.update()", "pass", EMA_RUNS),
     (
         "evaluations in between see the policy",
         TRAINER,
@@ -149,7 +144,7 @@ MUTATIONS = [
     (
         "a resumed run averages from its policy",
         STATE,
-        "with algorithm.average.in_place(): algorithm.model.load_policy(average)",
+        "with algorithm.average.loaded(): algorithm.model.load_policy(average)",
         "pass",
         EMA_RESUMED,
     ),

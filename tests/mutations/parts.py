@@ -71,7 +71,13 @@ MUTATIONS = [
         "waiting.append(batch)",
         BATCH_TESTS,
     ),
-    ("halved again and again", BATCHES, "if self._halved or size == 1:", "if size == 1:", BATCH_TESTS),
+    (
+        "halved again and again",
+        "vpo_engine/rollout/batches.py",
+        "if self._halved or size == 1 or",
+        "if size == 1 or",
+        BATCH_TESTS,
+    ),
     (
         "batches of one more than fits",
         BATCHES,

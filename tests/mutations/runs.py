@@ -3,6 +3,7 @@
 from mutations.tests_of import DISK, EVALUATION, FAULTS, REPLAY, RESUME, TWO
 
 TRAINER = "vpo_engine/trainer.py"
+STEP = "vpo_engine/online_vpo.py"
 HELD_OUT = "vpo_engine/metrics/held_out.py"
 GUARDS = "vpo_engine/rewards/guards.py"
 COMBINE = "vpo_engine/rewards/combine.py"
@@ -35,15 +36,15 @@ MUTATIONS = [
     ),
     (
         "the last clip counted again",
-        HELD_OUT,
-        "self._processes.device))[:total]",
-        "self._processes.device))",
+        "vpo_engine/metrics/held_out.py",
+        "units.gather(rows)[:total]",
+        "units.gather(rows)",
         TWO,
     ),
     (
         "every process measures the first clips",
-        HELD_OUT,
-        "first = self._processes.rank * each",
+        "vpo_engine/metrics/held_out.py",
+        "first = units.rank * each",
         "first = 0",
         TWO,
     ),
@@ -143,22 +144,28 @@ MUTATIONS = [
     ),
     (
         "pairs of one process alone recorded",
-        TRAINER,
-        "if not self._processes.team.first:",
+        "vpo_engine/trainer.py",
+        "if not self._processes.first_of_team:",
         "if not self._processes.first:",
         TWO,
     ),
-    ("every member of a team records", TRAINER, "if not self._processes.team.first:", "if False:", TWO),
+    (
+        "every member of a team records",
+        "vpo_engine/trainer.py",
+        "if not self._processes.first_of_team:",
+        "if False:",
+        TWO,
+    ),
     (
         "steps without pairs never forgotten",
-        TRAINER,
-        'self._steps_without_pairs = 0 if result.metrics["pairs"] else self._steps_without_pairs + 1',
-        'self._steps_without_pairs += not result.metrics["pairs"]',
+        "vpo_engine/online_vpo.py",
+        'self._steps_without_pairs = 0 if metrics["pairs"] else self._steps_without_pairs + 1',
+        'self._steps_without_pairs += not metrics["pairs"]',
         FAULTS,
     ),
     (
         "one step without pairs too many",
-        TRAINER,
+        "vpo_engine/online_vpo.py",
         "self._steps_without_pairs >= _MOST_STEPS_WITHOUT_PAIRS",
         "self._steps_without_pairs > _MOST_STEPS_WITHOUT_PAIRS",
         FAULTS,

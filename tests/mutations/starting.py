@@ -8,8 +8,9 @@ LOCK = "vpo_engine/runs/lock.py"
 SIGNALS = "vpo_engine/runs/signals.py"
 YAML = "vpo_engine/config/yaml_values.py"
 CONFIG_FILE = "vpo_engine/config_file.py"
-EVALUATE = "vpo_engine/evaluate.py"
+EVALUATE = "vpo_engine/evaluation/finished_runs.py"
 STEP = "vpo_engine/online_vpo.py"
+METHOD = "vpo_engine/method.py"
 
 STOPS = ("tests/wiring/test_stopping.py",)
 STARTS = ("tests/runs/test_start.py",)
@@ -68,8 +69,8 @@ MUTATIONS = [
     ),
     (
         "a loss that is not finite is stepped by",
-        STEP,
-        'if not math.isfinite(metrics["loss"]):',
+        "vpo_engine/method.py",
+        "if not math.isfinite(loss):",
         "if False:",
         (*STOPS, "tests/test_online_vpo.py"),
     ),
@@ -184,8 +185,20 @@ MUTATIONS = [
         ("tests/memory/test_policy_optimizer.py",),
     ),
     # Comparing.
-    ("runs of other settings are seeds", EVALUATE, "if different:", "if False:", COMPARES),
-    ("a seed counts twice", EVALUATE, "if other.config.seed == run.config.seed:", "if False:", COMPARES),
+    (
+        "runs of other settings are seeds",
+        "vpo_engine/evaluation/finished_runs.py",
+        "if different:",
+        "if False:",
+        COMPARES,
+    ),
+    (
+        "a seed counts twice",
+        "vpo_engine/evaluation/finished_runs.py",
+        "if other.config.seed == run.config.seed:",
+        "if False:",
+        COMPARES,
+    ),
     (
         "every process speaks",
         "vpo_engine/command.py",

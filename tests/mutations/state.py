@@ -8,6 +8,7 @@ WEIGHTS = "vpo_engine/reference/weights.py"
 EXACT = "vpo_engine/reference/exact.py"
 NETWORK = "vpo_engine/reference/network.py"
 STATE = "vpo_engine/run_state.py"
+METHOD = "vpo_engine/method.py"
 START = "vpo_engine/runs/start.py"
 CHECKPOINT = "vpo_engine/runs/checkpoint.py"
 LOG = "vpo_engine/runs/log.py"
@@ -58,23 +59,23 @@ MUTATIONS = [
     ),
     (
         "the last refresh forgotten",
-        STATE,
-        'algorithm.refreshed_at = state["refreshed_at"]',
-        "algorithm.refreshed_at = 0",
+        "vpo_engine/run_state.py",
+        "algorithm.load_state(state)",
+        'algorithm.load_state({**state, "refreshed_at": 0})',
         RESUME,
     ),
     (
         "the last refresh left as it was",
-        STATE,
-        'algorithm.refreshed_at = state["refreshed_at"]',
+        "vpo_engine/run_state.py",
+        "algorithm.load_state(state)",
         "pass",
         RESUME,
     ),
     (
         "a resume counts as a refresh",
-        STATE,
-        'algorithm.refreshed_at = state["refreshed_at"]',
-        'algorithm.refreshed_at = state["optimizer_steps"]',
+        "vpo_engine/run_state.py",
+        "algorithm.load_state(state)",
+        'algorithm.load_state({**state, "refreshed_at": state["optimizer_steps"]})',
         RESUME,
     ),
     (
@@ -100,9 +101,9 @@ MUTATIONS = [
     ),
     (
         "the policy saved as the reference",
-        STATE,
-        '"reference": algorithm.reference.state_dict()',
-        '"reference": algorithm.model.network.state_dict()',
+        "vpo_engine/run_state.py",
+        '{"reference": reference.state_dict()}',
+        '{"reference": algorithm.model.network.state_dict()}',
         REPLAY,
     ),
     (
@@ -340,8 +341,8 @@ MUTATIONS = [
     (
         "stored prompts one place on",
         STORED,
-        "range(cursor, cursor + count)",
-        "range(cursor + 1, cursor + count + 1)",
+        "PromptItem(place, self._pairs[place].prompt)",
+        "PromptItem(place, self._pairs[place - 1].prompt)",
         REPLAY,
     ),
     (

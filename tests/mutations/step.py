@@ -3,6 +3,7 @@
 from mutations.tests_of import BITS, DIVISIONS, LEARNING, REPLAY, RESUME, SAMPLERS, TWO, ZERO
 
 STEP = "vpo_engine/online_vpo.py"
+METHOD = "vpo_engine/method.py"
 SELECTION = "vpo_engine/selection.py"
 TRAINER = "vpo_engine/trainer.py"
 SETTINGS = "vpo_engine/distributed/deepspeed_settings.py"
@@ -48,21 +49,21 @@ MUTATIONS = [
     ),
     (
         "positions counted within the step",
-        STEP,
+        "vpo_engine/method.py",
         "Prompt(text, embedding[row : row + 1], position)",
         "Prompt(text, embedding[row : row + 1], row)",
         REPLAY,
     ),
     (
         "the text of the first prompt for all",
-        STEP,
+        "vpo_engine/method.py",
         "embedding[row : row + 1]",
         "embedding[:1]",
         REPLAY,
     ),
     (
         "the text of the next prompt",
-        STEP,
+        "vpo_engine/method.py",
         "embedding[row : row + 1]",
         "embedding[row - 1 : row or None]",
         REPLAY,
@@ -76,21 +77,21 @@ MUTATIONS = [
     ),
     (
         "learning rate one step ahead",
-        STEP,
+        "vpo_engine/method.py",
         "learning_rate(self.config.optimizer, self.optimizer_steps,",
         "learning_rate(self.config.optimizer, self.optimizer_steps + 1,",
         REPLAY,
     ),
     (
         "learning rate falls over the steps, not the updates",
-        STEP,
+        "vpo_engine/method.py",
         "self.optimizer_steps, self.config.optimizer_steps)",
         "self.optimizer_steps, self.config.steps)",
         REPLAY,
     ),
     (
         "learning rate constant",
-        STEP,
+        "vpo_engine/method.py",
         "self.optimizer.begin(rate)",
         "self.optimizer.begin(self.config.optimizer.lr)",
         REPLAY,
@@ -149,9 +150,9 @@ MUTATIONS = [
     ),
     (
         "candidates of later rounds left out",
-        STEP,
-        "choices = self._resample_ties(self.selector.choose(candidates))",
-        "choices = self.selector.choose(candidates)\n                self._resample_ties(choices)",
+        "vpo_engine/online_vpo.py",
+        "return self._resample_ties(self.selector.choose(candidates))",
+        "choices = self.selector.choose(candidates)\n        self._resample_ties(choices)\n        return choices",
         REPLAY,
     ),
     (
@@ -161,7 +162,13 @@ MUTATIONS = [
         "model.network",
         REPLAY,
     ),
-    ("gradients not averaged", STEP, "self.optimizer.average_gradients(self.processes)", "pass", TWO),
+    (
+        "gradients not averaged",
+        "vpo_engine/method.py",
+        "self.optimizer.average_gradients(self.processes)",
+        "pass",
+        TWO,
+    ),
     (
         "gradients not scaled for the processes",
         STEP,
@@ -171,8 +178,8 @@ MUTATIONS = [
     ),
     (
         "a team's pairs counted by each member",
-        STEP,
-        "device=here))) // team.count",
+        "vpo_engine/online_vpo.py",
+        "device=here))) // self.processes.team_size",
         "device=here)))",
         TWO,
     ),
@@ -337,9 +344,9 @@ MUTATIONS = [
     ),
     (
         "the age of the reference is the step of its refresh",
-        STEP,
-        '"reference_age": self.optimizer_steps - self.refreshed_at',
-        '"reference_age": self.refreshed_at',
+        "vpo_engine/online_vpo.py",
+        'metrics["reference_age"] = self.optimizer_steps - self.refreshed_at',
+        'metrics["reference_age"] = self.refreshed_at',
         REPLAY,
     ),
     ("passes that keep step add a gradient", STEP, "samples=range(1), processes=0", "samples=range(1)", ZERO),

@@ -8,6 +8,10 @@ SAVES = ("tests/runs/test_saving.py", "tests/wiring/test_background.py")
 WATCHED = ("tests/test_watchdog.py",)
 MEETINGS = ("tests/test_meeting.py",)
 LOCKS = ("tests/runs/test_lock.py",)
+STOPPING = "vpo_engine/distributed/stopping.py"
+TEAMS = (
+    "tests/wiring/test_two_processes.py::test_a_team_is_stopped_in_the_middle_of_a_rollout_and_goes_on_bit_for_bit",
+)
 STARTS = ("tests/runs/test_attempts.py",)
 
 MUTATIONS = [
@@ -48,9 +52,9 @@ MUTATIONS = [
     ("those that wait are blamed", WATCHDOG, "if not now.waiting:", "if True:", WATCHED),
     (
         "auto limits the first time",
-        WATCHDOG,
-        "None if longest is None else",
-        "1.0 if longest is None else",
+        "vpo_engine/distributed/watchdog.py",
+        "60 * FIRST_MINUTES if longest is None",
+        "60.0 if longest is None",
         WATCHED,
     ),
     (
@@ -61,7 +65,13 @@ MUTATIONS = [
         WATCHED,
     ),
     ("the start has a limit", WATCHDOG, "if stage == STARTING:", "if False:", WATCHED),
-    ("waiting counts as work", STAGES, "if not left.waiting:", "if True:", WATCHED),
+    (
+        "waiting counts as work",
+        "vpo_engine/distributed/stages.py",
+        "if not (now := self.now).waiting:",
+        "now = self.now\n        if True:",
+        WATCHED,
+    ),
     ("the dead are missed at once", BOARD, "now - since > _NOTICE", "True", WATCHED),
     ("who took leave is missed", BOARD, 'self._get(f"{_LEFT} {rank}") is None', "True", WATCHED),
     ("the word of a dead process counts", MEETING, "words[rank] == own", "True", MEETINGS),
@@ -76,5 +86,27 @@ MUTATIONS = [
         "and not was_cut_short(run)",
         "",
         ("tests/wiring/test_stopping.py",),
+    ),
+    (
+        "a team finishes its rollout before it stops",
+        STOPPING,
+        "left, self._inside = False, True",
+        "left = False",
+        TEAMS,
+    ),
+    ("one of a team leaves the others waiting", STOPPING, "if team.any(left):", "if left:", TEAMS),
+    (
+        "balanced computes in float32 beside an exact reference",
+        "vpo_engine/planning/presets.py",
+        "or _with_value(config, name, lean[name])",
+        "",
+        ("tests/test_presets.py",),
+    ),
+    (
+        "prompt files that were checked are not read again when they change",
+        "vpo_engine/data/prompt_settings.py",
+        "and all(file.is_the_file_at_its_path for file in found[0].values())",
+        "",
+        ("tests/test_command.py",),
     ),
 ]

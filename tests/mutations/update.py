@@ -11,16 +11,16 @@ FLOW = "vpo_engine/models/opensora/rectified_flow.py"
 MUTATIONS = [
     (
         "sign of the target",
-        DPO,
-        '"target_scales": self._model.target_scales(batch.times)',
-        '"target_scales": tuple(-scale for scale in self._model.target_scales(batch.times))',
+        "vpo_engine/objectives/dpo.py",
+        '"target_scales": scales',
+        '"target_scales": tuple(-scale for scale in scales)',
         REPLAY,
     ),
     (
         "another noise for the losers",
-        DPO,
-        "self._noised(batch, batch.loser)])",
-        "self._model.add_noise(batch.loser, batch.noise.flip(0), batch.times)])",
+        "vpo_engine/objectives/dpo.py",
+        "batch.noise if batch.loser_noise is None",
+        "batch.noise.flip(0) if batch.loser_noise is None",
         REPLAY,
     ),
     (
@@ -67,9 +67,9 @@ MUTATIONS = [
     ),
     (
         "clean latents exchanged in the loss",
-        DPO,
-        "reference_winner, reference_loser, batch.winner, batch.loser, **self._options(batch)",
-        "reference_winner, reference_loser, batch.loser, batch.winner, **self._options(batch)",
+        "vpo_engine/objectives/dpo.py",
+        '"target_winner": batch.winner,\n                "target_loser": batch.loser',
+        '"target_winner": batch.loser,\n                "target_loser": batch.winner',
         REPLAY,
     ),
     (
@@ -262,16 +262,16 @@ MUTATIONS = [
     ),
     (
         "winner and loser exchanged, one member at a time",
-        DPO,
-        "partial(predict, self._model.network, batch.winner), partial(predict, self._model.network, batch.loser)",
-        "partial(predict, self._model.network, batch.loser), partial(predict, self._model.network, batch.winner)",
+        "vpo_engine/objectives/dpo.py",
+        "partial(predict, self._model.network, winner),\n            partial(predict, self._model.network, loser)",
+        "partial(predict, self._model.network, loser),\n            partial(predict, self._model.network, winner)",
         REPLAY,
     ),
     (
         "the reference exchanged, one member at a time",
-        DPO,
-        "predict(reference, batch.winner), predict(reference, batch.loser)",
-        "predict(reference, batch.loser), predict(reference, batch.winner)",
+        "vpo_engine/objectives/dpo.py",
+        "predict(reference, winner),\n            predict(reference, loser)",
+        "predict(reference, loser),\n            predict(reference, winner)",
         REPLAY,
     ),
     ("the scale left out, one member at a time", DPO, "scale=scale,", "scale=1.0,", REPLAY),
@@ -365,9 +365,9 @@ MUTATIONS = [
     ),
     (
         "branches of guidance exchanged",
-        FLOW,
-        "prompted, unprompted = out[:, :channels].chunk(2)",
-        "unprompted, prompted = out[:, :channels].chunk(2)",
+        "vpo_engine/models/opensora/rectified_flow.py",
+        "prompted, unprompted = whole.chunk(2)",
+        "unprompted, prompted = whole.chunk(2)",
         OPENSORA,
     ),
     (

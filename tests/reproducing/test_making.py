@@ -147,13 +147,13 @@ def test_a_curve_that_falls_and_an_alarm_are_judged_by_seed(tmp_path: Path) -> N
     said = [line for line in text.splitlines() if line.startswith("| ") and line.endswith("** |")]
     verdicts = [line.split("|")[3].strip(" *") for line in said]
     # ReFL falls (agrees), OnlineVPO falls too (disagrees), and every guard noticed its collapse.
-    assert verdicts == ["agrees", "disagrees", "agrees", "agrees", "agrees"]
+    assert verdicts == ["agrees", "disagrees", *["agrees"] * 4]
     assert "highest 3.60 at step 1, 3.20 at step 2" in said[0]
     assert "collapsed, divergence at step 2" in said[2]
     fake.alarms = []
     other = tmp_path / "silent"
     run(asked(other, "overoptimisation", seeds=1), fake)
-    assert (other / "overoptimisation.md").read_text().count("collapsed, no alarm | **disagrees**") == 3
+    assert (other / "overoptimisation.md").read_text().count("collapsed, no alarm | **disagrees**") == 4
 
 
 def test_a_page_gets_its_tables_between_markers_that_are_checked_first(tmp_path: Path) -> None:
@@ -169,6 +169,8 @@ def test_a_page_gets_its_tables_between_markers_that_are_checked_first(tmp_path:
     assert text.startswith("words\n")
     assert text.endswith("more words\n")
     assert "| N = 2 |" in text
+    assert "(miniature_table5a.png)" in text
+    assert (tmp_path / "miniature_table5a.png").stat().st_size > 5000
 
 
 def test_ctrl_c_writes_what_is_finished_and_says_how_to_go_on(

@@ -33,9 +33,10 @@ ATOL = {
     "imagereward": 1e-6,
     "mps": 1e-4,
     "hpsv2": 1e-6,
-    "pickscore": 1e-5,
+    "pickscore": 1e-4,
 }
-"""By how much scores move with the batch: rounding, of values from 0.04 to 38; measured is under half of it."""
+"""By how much scores move with the batch: rounding, of values from 0.04 to 38. It differs between processors. mps and
+pickscore are a hundred times a cosine, of which ten units in the last place are 1e-4."""
 PROMPTS = ["w3 a cat", "w7 w9 the red dog", "w20"]
 """Different texts to every tiny tokenizer."""
 

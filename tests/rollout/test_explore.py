@@ -103,7 +103,7 @@ def test_pairs_are_scored_again_before_they_are_trained_on(small: Make) -> None:
     assert (latents[1] - every[1, [0, 1]]).abs().max() <= 2e-5
     assert [(pair.winner.number, pair.loser.number) for pair in result.pairs] == [(2, 1), (0, 1)]
     assert [pair.gap for pair in result.pairs] == [3.0, 1.0]
-    assert result.rows == 8 + 2 * 4
+    assert result.work.sampled == 8 + 2 * 4
 
 
 # --- Weights in 8 bits ---

@@ -124,6 +124,34 @@ def test_an_absent_file_has_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
+def test_videos_of_evaluations_can_be_followed_over_the_steps(run):
+    dark, light = (torch.full((3, 16, 16, 3), level, dtype=torch.uint8) for level in (10, 200))
+    with RunLog(run) as log:
+        log.show_samples(0, ["a ball", "a cube"], [dark, dark, dark], 8)
+        log.show_samples(20, ["a ball", "a cube"], [dark, dark, light], 8)
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    assert events.Tags()["images"] == ["samples/00 a ball", "samples/01 a cube", "samples/02 a ball"]
+    images = events.Images("samples/02 a ball")
+    assert [image.step for image in images] == [0, 20]
+    levels = [
+        Image.open(io.BytesIO(image.encoded_image_string)).convert("L").getpixel((5, 5)) for image in images
+    ]
+    assert levels == [10, 200]
+
+
+def test_rewards_share_a_chart_in_tensorboard(run):
+    with RunLog(run) as log:
+        log.write(1, "train", {"reward/selected": 1.0})
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    text = layout.tensor_proto.string_val[0].decode()
+    assert "^reward/selected$" in text
+    assert "^held_out/reward/selected$" in text
+    assert "^held_out/judge/selected$" in text
+
+
 def test_held_out_clips_move_in_tensorboard(run):
     before = torch.zeros(1, 4, 20, 30, 3, dtype=torch.uint8)
     before[0, 2, :, :10] = 255

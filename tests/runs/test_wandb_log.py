@@ -121,6 +121,19 @@ def test_held_out_clips_go_there_once_as_mp4(wandb, run):
     assert all(video[4:8] == b"ftyp" for video in row.values())
 
 
+def test_videos_of_an_evaluation_go_there_beside_the_held_out_clips_of_the_same_step(wandb, run):
+    write_clips(run)
+    video = torch.zeros(3, 16, 16, 3, dtype=torch.uint8)
+    for _ in range(2):
+        with RunLog(run, "dpo") as log:
+            log.show_samples(48, ["a ball"], [video], 8)
+            log.show_held_out(48)
+    samples, held_out = wandb.rows
+    assert list(samples) == ["step", "samples/00 a ball"]
+    assert samples["samples/00 a ball"][4:8] == b"ftyp"
+    assert len(held_out) == 3
+
+
 def test_an_error_is_told(wandb, run):
     with pytest.raises(RuntimeError, match="diverged"), RunLog(run, "dpo"):
         raise RuntimeError("diverged")

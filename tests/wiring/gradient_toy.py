@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from engine import RecordingModel
 from torch import Tensor
-from toy import ToyReward, numbers_of, scores_of
+from toy import SHAPE, ToyReward, numbers_of, scores_of
 
 UNUSED = (
     "rollout.candidates=4",
@@ -32,6 +32,18 @@ class GradientModel(RecordingModel):
 
     def to_pixels(self, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
         return 2 * pixels_of(latents if frames is None else latents[:, :, list(frames)]) - 1
+
+    @classmethod
+    def real_video(cls, prompt: str, generator: torch.Generator) -> Tensor:
+        return torch.randint(0, 256, (SHAPE[1], 4, 4, 3), generator=generator, dtype=torch.uint8)
+
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        return latents_of(pixels)
+
+
+def latents_of(pixels: Tensor) -> Tensor:
+    """Latents [B, 2, T, 2, 2] of pixels [B, 3, T, 4, 4]: means of squares of the first two colours."""
+    return 2 * pixels[:, :2].unflatten(4, (2, 2)).unflatten(3, (2, 2)).mean((4, 6))
 
 
 def pixels_of(latents: Tensor) -> Tensor:

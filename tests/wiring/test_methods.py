@@ -10,6 +10,7 @@ import gradient_toy
 import pytest
 import torch
 from gradient_toy import GradientReward, pixel_scores, pixels_of
+from safetensors.torch import save_file
 from toy import SHAPE, ToyNetwork, caption_of, sampling_times, velocity
 
 from vpo_engine import train as entry
@@ -18,14 +19,36 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.seeding import generator, normal
+from vpo_engine.seeding import integer, normal
 
 REFL = ("method=refl", "refl.steps=5", "refl.last_steps=3", "refl.margin=3", "refl.scale=0.1")
-METHODS = {"refl": REFL}
+VIDEOS = "videos.csv"
+METHODS = {
+    "refl": REFL,
+    "vader": ("method=vader", "vader.steps=4", "vader.last_steps=2", "vader.guidance=1.5"),
+    "vader, random": ("method=vader", "vader.steps=4", "vader.random_steps=true"),
+    "instructvideo": ("method=instructvideo", "instructvideo.steps=5", "prompts.train=null"),
+    "t2v_turbo": ("method=t2v_turbo", "t2v_turbo.steps=8", "prompts.train=null"),
+}
+"""The methods with settings that make a run short; the last two start from given videos."""
 
 
 def make_config(folder: Path, *settings: str) -> Config:
-    return engine.make_config(folder, *gradient_toy.SETTINGS, *settings)
+    """The configuration of a run in ``folder``/run; methods that start from videos have three, as latents."""
+    method = settings[0].partition("=")[2]
+    given: tuple[str, ...] = ()
+    if method in ("instructvideo", "t2v_turbo"):
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = ["winner,loser,prompt"]
+        for number, prompt in enumerate(engine.PROMPTS[:3]):
+            names = [f"{number}_{kind}.safetensors" for kind in (0, 1)]
+            for kind, name in enumerate(names):
+                random = torch.Generator().manual_seed(2 * number + kind)
+                save_file({"latents": torch.randn(*SHAPE, generator=random)}, folder / name)
+            rows.append(f"{names[0]},{names[1]},{prompt}")
+        (folder / VIDEOS).write_text("\n".join(rows) + "\n")
+        given = (f"{method}.videos={folder / VIDEOS}",)
+    return engine.make_config(folder, *gradient_toy.SETTINGS, *settings, *given)
 
 
 def train(config: Config) -> engine.Recording:
@@ -45,7 +68,7 @@ def test_a_step_of_refl_is_the_formula(tmp_path: Path, guidance: float) -> None:
     model.prepare([prompt.text for prompt in prompts])
     captions = caption_of(model.embed([prompt.text for prompt in prompts]))
     x = torch.cat([normal((1, *SHAPE), config.seed, "rollout", place) for place in range(4)])
-    late = 2 + int(torch.randint(3, (), generator=generator(config.seed, "refl", 0)))
+    late = 2 + integer(3, config.seed, "refl", 0)
     times = sampling_times(5)
     for step in range(late):
         x = x + velocity(network, x, torch.full((4,), times[step]), captions, guidance).detach() / 5
@@ -85,7 +108,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, method: str) -> 
         assert saved.keys() == expected.keys()
         assert all(torch.equal(value, saved[name]) for name, value in expected.items())
         assert engine.metrics_of(again) == engine.metrics_of(run)
-    assert not (run / "checkpoints/step_00000005/reference.safetensors").exists()
+    reference = (run / "checkpoints/step_00000005/reference.safetensors").exists()
+    assert reference == load_config(run / "config.yaml").card.reference
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,11 +150,11 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path: Path, method: str) -> N
             ["method=refl", "distributed.engine=deepspeed"],
             "method=refl excludes distributed.engine=deepspeed",
         ),
+        (["method=refl", "distributed.sequence_parallel=2"], "excludes distributed.sequence_parallel=2"),
         (["method=refl", "memory.step_in_backward=true"], "memory.step_in_backward=true has no meaning"),
         (["refl.steps=3"], "refl has the settings of method=refl, but method=online_vpo runs"),
         (["method=vader", "refl.steps=3"], "refl has the settings of method=refl, but method=vader runs"),
         (["method=ppo"], "method=ppo must be one of online_vpo, offline_dpo, refl"),
-        (["method=refl", "reward.kind=brisque"], "reward.kind=brisque has none; set another reward.kind"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_at_the_start(
@@ -154,6 +178,15 @@ def test_settings_of_the_file_that_a_method_does_not_use_are_left_out_and_said(
     own.write_text("method: refl\nreference:\n  refresh_every: 10\n")
     with pytest.raises(ValueError, match=r"reference.refresh_every=10 has no meaning .*own.yaml:3"):
         load_config(own)
+
+
+def test_a_reward_without_gradients_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path, *REFL, "reward.kind=toy:ToyReward")
+    with pytest.raises(
+        ValueError, match=r"method=refl follows .* but reward.kind=toy:ToyReward has none; set"
+    ):
+        train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_family_without_gradients_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def die() -> None:
     raise DeadError
 
 
-@pytest.mark.parametrize("part", range(12))
+@pytest.mark.parametrize("part", range(8))
 def test_a_signal_at_any_place_loses_nothing(
     whole: tuple[Path, int],
     part: int,
@@ -89,7 +89,7 @@ def test_a_signal_at_any_place_loses_nothing(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     folder, asked = whole
-    at(StopPoints, "check", 1 + part * (asked - 1) // 11, terminate)
+    at(StopPoints, "check", 1 + part * (asked - 1) // 7, terminate)
     config = engine.make_config(folder, *SETTINGS, f"run_dir={tmp_path / 'run'}")
     engine.train(config, exit_code=143)
     monkeypatch.undo()
@@ -120,7 +120,7 @@ def test_a_signal_between_two_steps_is_as_good(
     assert_same(folder / "run", tmp_path / "run", 4)
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", range(5))
 def test_a_run_that_dies_at_any_place_goes_on_by_the_same_command(
     whole: tuple[Path, int],
     part: int,
@@ -129,7 +129,7 @@ def test_a_run_that_dies_at_any_place_goes_on_by_the_same_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, asked = whole
-    at(StopPoints, "check", 1 + part * (asked - 1) // 7, die)
+    at(StopPoints, "check", 1 + part * (asked - 1) // 4, die)
     config = engine.make_config(folder, *SETTINGS, f"run_dir={tmp_path / 'run'}")
     with pytest.raises(DeadError):
         engine.train(config)

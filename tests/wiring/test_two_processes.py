@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import engine
 import oracle
@@ -11,6 +13,9 @@ import pytest
 import torch
 from checks import CASES, check_lines, check_metrics, check_policies, check_rows, expected_of
 from process_group import run_in_group
+
+from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.rollout.sampler import CandidateSampler
 
 
 def in_two(folder: Path) -> None:
@@ -69,6 +74,59 @@ def check_evaluation(case: str, size: int, run: Path, alone: Path) -> None:
     shown, expected = engine.held_out_gallery(run), engine.held_out_gallery(alone / "run")
     assert shown.prompts == expected.prompts
     assert (shown.before.int() - expected.before.int()).abs().max() <= 1
+
+
+def stopped(folder: Path, number: int) -> None:
+    """Train as a team of two. In pass ``number`` of its rollouts rank 1 gets SIGTERM, before its second check there.
+
+    Note how many passes each has begun, and how often it has looked for the signal from there on.
+    """
+    check, run, rank = StopPoints.check, CandidateSampler._run, os.environ["RANK"]
+    begun, inside, later = 0, 0, 0
+
+    def counted(points: StopPoints) -> None:
+        nonlocal inside, later
+        inside += begun == number
+        if inside == 2 and rank == "1" and not later:
+            signal.raise_signal(signal.SIGTERM)
+        later += inside >= 2
+        check(points)
+
+    def run_and_count(sampler: CandidateSampler, *given: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        return run(sampler, *given)
+
+    StopPoints.check, CandidateSampler._run = counted, run_and_count  # type: ignore[method-assign]
+    config = engine.make_config(folder, *CASES[TEAM], "processes.per_prompt=2")
+    engine.train(config, exit_code=143 if number else 0)
+    (folder / f"counts of {rank}").write_text(f"{begun} {later}")
+
+
+TEAM = "draws split over a team"
+
+
+@pytest.mark.long
+def test_a_team_is_stopped_in_the_middle_of_a_rollout_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Who is asked leaves its share at once, and the other one when its own is done; then both give the step up."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run_in_group(tmp_path, 2, stopped, whole, 0)
+    passes = int((whole / "counts of 1").read_text().split()[0])
+    assert passes >= 6, "two passes of a rollout, some of them for ties"
+    run_in_group(tmp_path, 2, stopped, again, passes // 2)
+    (other, looks), (asked, later) = (
+        map(int, (again / f"counts of {rank}").read_text().split()) for rank in range(2)
+    )
+    assert (asked, later) == (passes // 2, 1), "it left where the signal came"
+    assert other == passes // 2, "it did not begin what would come next"
+    assert looks > 1
+    steps = [row["step"] for row in engine.metrics_of(again / "run")]
+    assert steps == list(range(1, len(steps) + 1))
+    run_in_group(tmp_path, 2, stopped, again, 0)
+    expected, found = (engine.saved_tensors(folder / "run", 5) for folder in (whole, again))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert engine.metrics_of(again / "run") == engine.metrics_of(whole / "run")
 
 
 def fingerprint(row: engine.Row | oracle.LossRow) -> tuple[float, ...]:

@@ -25,7 +25,8 @@ class MethodCard:
     title: the name that people read. paper: the address of its paper. reference: it keeps a frozen reference. prompts:
     it takes its prompts from prompts.train. candidates: it samples several candidates of each prompt and scores them.
     pairs: it learns from winners and losers. reward_gradient: it needs the gradient of the reward, through the decoder.
-    unused: settings, or whole sections, that have no meaning for it.
+    seen: the sentence of a model card that says what was trained on, of the numbers {steps}, {prompts}, {videos} and
+    {pairs}. unused: settings, or whole sections, that have no meaning for it.
     """
 
     title: str
@@ -35,6 +36,10 @@ class MethodCard:
     candidates: bool = True
     pairs: bool = True
     reward_gradient: bool = False
+    seen: str = (
+        "{prompts:,} prompts were drawn in {steps:,} steps, and {videos:,} videos sampled for them by the policy "
+        "itself; {pairs:,} pairs of best and worst were learned from, the others were ties."
+    )
     unused: tuple[str, ...] = ()
 
 
@@ -64,10 +69,15 @@ STORED_PAIRS = MethodCard(
     paper=_DIFFUSION_DPO,
     prompts=False,
     candidates=False,
+    seen="{prompts:,} pairs of a stored preference dataset, of which {pairs:,} were no ties.",
     unused=(*_OF_CANDIDATES, "reference.refresh_every", "prompts.train", "objective.noise"),
 )
 """The card of offline Diffusion-DPO on the preference dataset of a run."""
-FILE_PAIRS = replace(STORED_PAIRS, unused=(*STORED_PAIRS.unused, "pairs.min_gap", "pairs.gap_power"))
+FILE_PAIRS = replace(
+    STORED_PAIRS,
+    seen="{prompts:,} pairs of a preference file.",
+    unused=(*STORED_PAIRS.unused, "pairs.min_gap", "pairs.gap_power"),
+)
 """The card of offline Diffusion-DPO on a preference file, whose pairs have no scores."""
 
 
@@ -79,6 +89,8 @@ def _by_reward_gradient(title: str, paper: str) -> MethodCard:
         candidates=False,
         pairs=False,
         reward_gradient=True,
+        seen="{prompts:,} prompts were drawn in {steps:,} steps, with a video each; the gradient of its reward was "
+        "followed.",
         unused=(*_OF_CANDIDATES, *_OF_PAIRS, "reference"),
     )
 
@@ -88,6 +100,7 @@ CARDS: dict[MethodName, MethodCard] = {
     "offline_dpo": MethodCard(
         title="offline Diffusion-DPO",
         paper=_DIFFUSION_DPO,
+        seen="{prompts:,} pairs of videos that the base policy had sampled, of which {pairs:,} were no ties.",
         unused=("rollout.source", "reference.refresh_every", "pairs.dataset", "objective.noise"),
     ),
     "refl": _by_reward_gradient("ReFL", "https://arxiv.org/abs/2304.05977"),
@@ -99,6 +112,8 @@ CARDS: dict[MethodName, MethodCard] = {
         candidates=False,
         pairs=False,
         reward_gradient=True,
+        seen="{prompts:,} given videos were learned from in {steps:,} steps, with the policy of the start as the teacher; "
+        "the gradient of a reward was followed.",
         unused=(*_OF_CANDIDATES, *_OF_PAIRS, "reference.refresh_every"),
     ),
 }
@@ -267,6 +282,29 @@ def unused_settings(config: Section, names: Sequence[str]) -> Iterator[tuple[str
             yield from unused_settings(config, [f"{name}.{key}" for key in type(default).model_fields])
         elif value != default and not (sections == ["memory"] and owner.preset is not None):
             yield name, value, default
+
+
+def refuse_beside_gradients(config: Any) -> None:
+    """Raise ValueError for settings of a run that the gradient of the reward cannot pass, or that were not made for it.
+
+    config: all settings of the run.
+    """
+    elsewhere = "the gradient of the reward does not come from another process; set false"
+    wrong = {
+        "processes.reward=true": (config.processes.reward, elsewhere),
+        "reward.process=true": (config.reward.process, elsewhere),
+        "distributed.engine=deepspeed": (
+            config.distributed.engine == "deepspeed",
+            "the decoder and the reward are in the graph, which ZeRO knows nothing of; set data_parallel",
+        ),
+        f"distributed.sequence_parallel={config.distributed.sequence_parallel}": (
+            config.distributed.sequence_parallel > 1,
+            "the gradient of a slice of the tokens does not go on through earlier steps; set 1",
+        ),
+    }
+    for name, (given, reason) in wrong.items():
+        if given:
+            raise ValueError(f"method={config.method} excludes {name}: {reason}")
 
 
 def drop_settings(values: dict[str, Any], names: Sequence[str], kept: Callable[[str], bool]) -> list[str]:

@@ -25,6 +25,7 @@ from vpo_engine.config.methods import (
     T2VTurboConfig,
     VaderConfig,
     card_of,
+    refuse_beside_gradients,
     unused_settings,
 )
 from vpo_engine.config.model import ModelConfig
@@ -161,7 +162,7 @@ class Config(Section):
                 f"({self.card.title}); leave it out, or give {defaults}"
             )
         if self.card.reward_gradient:
-            self._check_reward_gradient()
+            refuse_beside_gradients(self)
         sampled = self.offline_dpo.pairs if self.offline_dpo is not None else None
         if sampled is not None and sampled % self.pairs_per_step:
             raise ValueError(
@@ -175,25 +176,6 @@ class Config(Section):
                 f"{self.method}.last_steps={own.last_steps} are more than the {steps} sampling steps ({where}); lower "
                 f"it, or raise {where.partition('=')[0]}"
             )
-
-    def _check_reward_gradient(self) -> None:
-        wrong = {
-            "processes.reward=true": (
-                self.processes.reward,
-                "the reward's gradient does not come from another process; set false",
-            ),
-            "reward.process=true": (
-                self.reward.process,
-                "the reward's gradient does not come from another process; set false",
-            ),
-            "distributed.engine=deepspeed": (
-                self.distributed.engine == "deepspeed",
-                "the decoder and the reward are in the graph, which ZeRO knows nothing of; set data_parallel",
-            ),
-        }
-        for name, (given, reason) in wrong.items():
-            if given:
-                raise ValueError(f"method={self.method} excludes {name}: {reason}")
 
     def _check_run(self) -> None:
         missing = [

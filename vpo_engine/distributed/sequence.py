@@ -50,6 +50,14 @@ class SequenceGroup:
                     f"{self.count} processes, but there are {total}; set it to {total} or less"
                 )
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Return a whole tensor, of which each process takes slices. If it has a gradient, that is the sum of what all
+        processes have computed of it, in every process."""
+        if self.count == 1 or not x.requires_grad:
+            return x
+        entered: Tensor = _Enter.apply(x, self)
+        return entered
+
     def own(self, x: Tensor, dim: int) -> Tensor:
         """Return this process's slice of a whole tensor along ``dim``, a view."""
         if self.count == 1:
@@ -138,6 +146,19 @@ class _Switch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         split, joined, split_sizes, joined_sizes = ctx.how
         return ctx.group.exchange(grad, joined, split, joined_sizes, split_sizes), *[None] * 5
+
+
+class _Enter(torch.autograd.Function):
+    """``SequenceGroup.enter``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: SequenceGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.group.sum(grad.contiguous()), None
 
 
 class _Gather(torch.autograd.Function):

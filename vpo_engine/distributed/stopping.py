@@ -30,7 +30,7 @@ class StopPoints:
     def __init__(self, processes: Processes) -> None:
         self.requested: Callable[[], bool] = lambda: False
         self._processes = processes
-        self._inside = False
+        self._open = self._inside = False
 
     def check(self) -> None:
         """Leave the current block if this process is asked to stop. The watchdog learns that something was reached."""
@@ -52,15 +52,37 @@ class StopPoints:
         """Mark work that changes no weights. Every process must enter the same blocks in the same order.
 
         together: processes wait for each other inside of the block, so that none may leave it alone; then it is given
-        up at its end only. Processes that hold slices of the same videos always do.
+        up at its end, or where the work of a ``share`` ends. Processes that hold slices of the same videos always wait
+        for each other, and have no shares.
         """
         left = False
-        self._inside = not (together or self._processes.sequence.count > 1)
+        sliced = self._processes.sequence.count > 1
+        self._open, self._inside = not sliced, not (together or sliced)
+        try:
+            yield
+        except _LeaveError:
+            left = True
+        finally:
+            self._open = self._inside = False
+        if self._processes.any(left or self.requested()):
+            raise StepAbandonedError
+
+    @contextmanager
+    def share(self, team: Processes) -> Iterator[None]:
+        """Mark this process's share of work that a team does together, inside of a ``stoppable`` block.
+
+        In a share nobody waits for anybody, so that a process may leave it. At its end the team learns of it, and all
+        leave the block. Processes that share guided predictions do wait for each other, and go on to the end.
+        """
+        if team.count == 1 or team.couple is not None or not self._open:
+            yield
+            return
+        left, self._inside = False, True
         try:
             yield
         except _LeaveError:
             left = True
         finally:
             self._inside = False
-        if self._processes.any(left or self.requested()):
-            raise StepAbandonedError
+        if team.any(left):
+            raise _LeaveError

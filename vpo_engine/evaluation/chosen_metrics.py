@@ -124,12 +124,16 @@ def choose(names: Sequence[str], weights: Sequence[str], reference: Path | None,
 
 
 def default_metrics(sprites: bool) -> list[str]:
-    """Return the metrics that need no weights, for clips of the sprites world or for other videos."""
-    own = [f"{REWARD}sprites", JUDGE, SPRITES_PIXELS] if sprites else [PIXELS]
-    return [
-        *own,
-        *(name for name, entry in METRICS.items() if not entry.card.needs and not entry.card.install),
-    ]
+    """Return the metrics that need no weights: for clips of the sprites world its own, for other videos all."""
+    light = [name for name, entry in METRICS.items() if not entry.card.needs and entry.card.group != "fvd"]
+    if sprites:
+        return [
+            f"{REWARD}sprites",
+            JUDGE,
+            SPRITES_PIXELS,
+            *(n for n in light if METRICS[n].card.group == "proxy"),
+        ]
+    return [PIXELS, *light]
 
 
 def measure_of(card: MetricCard, output: str) -> Measure:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vpo_engine.command import is_first_process, same_in_all_processes
 from vpo_engine.evaluation.folders import holds_videos
 from vpo_engine.evaluation.session import Options, plan_evaluation, run_evaluation, start_processes
 from vpo_engine.runs.directory import CONFIG_NAME
@@ -58,11 +58,12 @@ def compare_finished_runs(paths: Sequence[Path]) -> int:
 
 def evaluate(options: Options, words: Sequence[str]) -> int:
     """Evaluate, and print the table. Return 1 if the results are partial."""
-    plan = plan_evaluation(options)
+    with same_in_all_processes():
+        plan = plan_evaluation(options)
     code = start_processes(options.devices, words)
     if code is not None:
         return code
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         print(
             f"{len(plan.videos)} videos of {len(plan.suite.prompts)} prompts, metrics {', '.join(plan.choice.cards)}; "
             f"everything is written to {plan.out.root}",

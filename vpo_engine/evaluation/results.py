@@ -12,6 +12,7 @@ from vpo_engine.evaluation.measuring import ArmVideos
 from vpo_engine.evaluation.paired import CONFIDENCE, RESAMPLES, Comparison, compare_pairs, correct
 from vpo_engine.evaluation.records import Records
 from vpo_engine.metrics.provenance import check_one_column
+from vpo_engine.metrics.vbench.dimensions import VbenchDimension
 from vpo_engine.metrics.video_metric import Record, Summary, VideoMetric, output_name
 
 VERSION = 1
@@ -118,6 +119,7 @@ def _of_metric(metric: VideoMetric, found: Sequence[Found]) -> dict[str, dict[st
             "metric": metric.card.name,
             "output": output,
             "group": metric.card.group,
+            "dimension": metric.card.dimension,
             "label": measure.label,
             "unit": measure.unit,
             "meaning": measure.meaning,
@@ -132,8 +134,20 @@ def _of_metric(metric: VideoMetric, found: Sequence[Found]) -> dict[str, dict[st
                 ]
                 for role, each in zip(roles, found, strict=True)
             },
+            "video_results": {
+                role: _video_results(metric, {key: each.good[key] for key in common})
+                for role, each in zip(roles, found, strict=True)
+            },
         }
     return entries
+
+
+def _video_results(metric: VideoMetric, records: Mapping[Key, Record]) -> list[list[Any]]:
+    """Return what VBench's own result file holds of each video that counts: rows of prompt, number and value."""
+    if not isinstance(metric, VbenchDimension):
+        return []
+    chosen = {id(record) for record in metric._chosen(list(records.values()))[0]}
+    return [[*key, metric.video_result(record)] for key, record in records.items() if id(record) in chosen]
 
 
 def _number(summary: Summary) -> dict[str, Any]:
@@ -178,10 +192,14 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Return a row for each prompt and number, with the files of the arms and their values."""
     by_arm: dict[str, dict[Key, dict[str, float]]] = {side.arm.role: {} for side in sides}
+    published: dict[str, dict[Key, dict[str, float]]] = {side.arm.role: {} for side in sides}
     for name, entry in measures.items():
         for role, values in entry.pop("values").items():
             for prompt, index, value in values:
                 by_arm[role].setdefault((prompt, index), {})[name] = value
+        for role, values in entry.pop("video_results").items():
+            for prompt, index, value in values:
+                published[role].setdefault((prompt, index), {})[name] = value
     rows = []
     for prompt, index in planned:
         row: dict[str, Any] = {"prompt": prompt, "index": index}
@@ -193,6 +211,8 @@ def _rows(
                     "sha256": side.hashes[prompt, index],
                     "values": by_arm[side.arm.role].get((prompt, index), {}),
                 }
+                if (prompt, index) in published[side.arm.role]:
+                    row[side.arm.role]["video_results"] = published[side.arm.role][prompt, index]
         rows.append(row)
     return rows
 
@@ -201,7 +221,7 @@ def _statistics_text(count: int) -> str:
     """Say how the bounds and p values were made, and what to make of several of them."""
     return (
         f"Bounds are {100 * CONFIDENCE:.0f} % bounds of a percentile bootstrap over prompts ({RESAMPLES} resamples), "
-        "widened for few prompts. The win rate counts ties as half. p is of the exact two-sided sign test over prompts. "
-        f"There are {count} measures, of which one in twenty would look clear by chance alone, so p is corrected for "
+        "widened for few prompts. The win rate counts ties as half. p: exact sign test over prompts, two-sided. "
+        f"There are {count} measures, of which one in twenty would look clear by chance, so p is corrected for "
         "their number by Holm's method, and the bounds are not."
     )

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vpo_engine.command import same_in_all_processes
+from vpo_engine.command import is_first_process, same_in_all_processes
 from vpo_engine.evaluation.arms import (
     BASE,
     Arm,
@@ -25,7 +25,12 @@ from vpo_engine.evaluation.folders import Video, read_folder, suite_of, write_pr
 from vpo_engine.evaluation.output import OutputFolder, default_folder
 from vpo_engine.evaluation.suites import Suite, given_suite, read_suite
 
-_DAY_LIMIT = timedelta(days=7)
+if TYPE_CHECKING:
+    from vpo_engine.distributed.processes import Processes
+    from vpo_engine.evaluation.measuring import ArmVideos
+    from vpo_engine.evaluation.records import Records
+
+_LONGEST_WAIT = timedelta(days=7)
 """How long processes wait for each other: videos of large models take hours, and shares are never quite equal."""
 
 
@@ -61,7 +66,11 @@ class Plan:
 
     @property
     def videos(self) -> list[tuple[int, str, int]]:
-        return self.suite.videos(list(self.choice.cards))
+        return self.suite.videos(list(self.choice.cards.values()))
+
+    def covers(self, metric: str, prompt: str, index: int) -> bool:
+        """Return whether a metric looks at a video."""
+        return self.suite.covers(self.choice.cards[metric], prompt, index)
 
     def identity(self) -> dict[str, Any]:
         """Return what results in one folder must have in common.
@@ -85,7 +94,8 @@ def plan_evaluation(options: Options) -> Plan:
     choice = choose(options.metrics, options.weights, options.reference, _sprites(arms, suite))
     out = OutputFolder(options.out or default_folder(arms))
     plan = Plan(arms, suite, choice, out, options.seed, _device(options.devices), folders)
-    out.check(plan.identity())
+    if is_first_process():  # the others may look while it makes the folder
+        out.check(plan.identity())
     return plan
 
 
@@ -95,42 +105,22 @@ def run_evaluation(plan: Plan) -> dict[str, Any] | None:
     What earlier starts have done is used: videos that are there, and records of videos with the same bytes.
     """
     from vpo_engine.distributed.processes import Processes
-    from vpo_engine.evaluation.generate import generate, planned_videos
-    from vpo_engine.evaluation.measuring import ArmVideos, check_same_shape, measure, scan, settle
+    from vpo_engine.evaluation.measuring import measure
     from vpo_engine.evaluation.records import FACTS, METRIC, Records
     from vpo_engine.evaluation.results import make_results
 
-    processes = Processes.start(plan.device, limit=_DAY_LIMIT)
+    processes = Processes.start(plan.device, limit=_LONGEST_WAIT)
     if processes.first:
         plan.out.begin(plan.identity())
-    planned = [(prompt, index) for _, prompt, index in plan.videos]
-    sides = []
-    for arm in plan.arms:
-        if arm.source is not None:
-            folder = plan.out.videos / arm.role
-            generate(arm, plan.videos, folder, processes, plan.seed)
-            videos = planned_videos(plan.videos, folder)
-        else:
-            videos = plan.folders[arm.role]
-        sides.append(ArmVideos(arm, {video.key: video for video in videos if video.key in set(planned)}))
+    sides = _videos_of_arms(plan, processes)
     processes.wait()
     records = Records(plan.out.records, processes.rank)
-    records.begin()
-    records.read()
-    share = [(side, video) for side in sides for video in side.videos.values()][
-        processes.rank :: processes.count
-    ]
-    scan([video for _, video in share], records, processes.first)
-    processes.wait()
-    records.read(failures=[FACTS])
-    with same_in_all_processes():
-        for side in sides:
-            settle(side, records)
-        if len(sides) > 1:
-            check_same_shape(*sides)
+    share = [(side, video) for side in sides for video in side.videos.values()]
+    share = share[processes.rank :: processes.count]
+    _look(sides, [video for _, video in share], records, processes)
     metrics = measure(
         share,
-        lambda name, video: plan.suite.covers(name, *video.key),
+        lambda name, video: plan.covers(name, *video.key),
         plan.choice,
         records,
         processes.device,
@@ -142,11 +132,11 @@ def run_evaluation(plan: Plan) -> dict[str, Any] | None:
     records.read(failures=[FACTS, METRIC])
     results = make_results(
         sides,
-        planned,
+        [(prompt, index) for _, prompt, index in plan.videos],
         plan.choice,
         metrics,
         records,
-        plan.suite.covers,
+        plan.covers,
         _settings(plan, sides),
         plan.out.root,
     )
@@ -154,7 +144,41 @@ def run_evaluation(plan: Plan) -> dict[str, Any] | None:
     return results
 
 
-def _write(plan: Plan, results: dict[str, Any], sides: Sequence[Any]) -> None:
+def _videos_of_arms(plan: Plan, processes: Processes) -> list[ArmVideos]:
+    """Sample the videos of policies, and return the planned videos of all arms, as far as they are there."""
+    from vpo_engine.evaluation.generate import generate, planned_videos
+    from vpo_engine.evaluation.measuring import ArmVideos
+
+    planned = {(prompt, index) for _, prompt, index in plan.videos}
+    sides = []
+    for arm in plan.arms:
+        videos = plan.folders.get(arm.role, [])
+        if arm.source is not None:
+            folder = plan.out.videos / arm.role
+            generate(arm, plan.videos, folder, processes, plan.seed)
+            videos = planned_videos(plan.videos, folder)
+        sides.append(ArmVideos(arm, {video.key: video for video in videos if video.key in planned}))
+    return sides
+
+
+def _look(sides: Sequence[ArmVideos], share: Sequence[Video], records: Records, processes: Processes) -> None:
+    """Find out which videos can be measured. Raise ValueError if the arms' videos are not of one size."""
+    from vpo_engine.evaluation.measuring import check_same_shape, scan, settle
+    from vpo_engine.evaluation.records import FACTS
+
+    records.begin()
+    records.read()
+    scan(share, records, processes.first)
+    processes.wait()
+    records.read(failures=[FACTS])
+    with same_in_all_processes():
+        for side in sides:
+            settle(side, records)
+        if len(sides) > 1:
+            check_same_shape(*sides)
+
+
+def _write(plan: Plan, results: dict[str, Any], sides: Sequence[ArmVideos]) -> None:
     from vpo_engine.evaluation.page import write_page
     from vpo_engine.evaluation.vbench_form import write_vbench_results
 
@@ -166,7 +190,8 @@ def _write(plan: Plan, results: dict[str, Any], sides: Sequence[Any]) -> None:
     write_page(plan.out.page, results)
 
 
-def _settings(plan: Plan, sides: Sequence[Any]) -> dict[str, Any]:
+def _settings(plan: Plan, sides: Sequence[ArmVideos]) -> dict[str, Any]:
+    assert sides[0].shape is not None
     frames, height, width, fps = sides[0].shape
     sampled = [settings_of(arm) for arm in plan.arms]
     return {

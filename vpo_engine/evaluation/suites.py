@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.data.prompts import PromptFile
+from vpo_engine.metrics.metric_card import MetricCard
 from vpo_engine.metrics.provenance import hash_prompts
 
 VBENCH = "vbench"
@@ -38,32 +39,35 @@ class Suite:
     samples: int | None = None
     given: tuple[tuple[str, int], ...] = ()
 
-    @property
-    def known_dimensions(self) -> frozenset[str]:
-        return frozenset().union(*self.dimensions.values())
-
-    def covers(self, metric: str, prompt: str, index: int) -> bool:
+    def covers(self, card: MetricCard, prompt: str, index: int) -> bool:
         """Return whether a metric looks at video ``index`` of a prompt."""
-        if metric not in self.known_dimensions:
+        if not self._has(card.dimension):
             return True
-        return metric in self.dimensions[prompt] and index < self._count_for(metric)
+        return card.dimension in self.dimensions[prompt] and (
+            bool(self.given) or index < self._count_for(card)
+        )
 
-    def videos(self, metrics: Collection[str]) -> list[tuple[int, str, int]]:
+    def videos(self, cards: Collection[MetricCard]) -> list[tuple[int, str, int]]:
         """Return the videos that the metrics look at: the prompt's number, the prompt, and the video's own number."""
         if self.given:
             numbers = {prompt: number for number, prompt in enumerate(self.prompts)}
             return [(numbers[prompt], prompt, index) for prompt, index in self.given]
-        dimensions = [name for name in metrics if name in self.known_dimensions]
-        everything = len(dimensions) < len(metrics) or not metrics
+        own = [card for card in cards if self._has(card.dimension)]
+        everything = len(own) < len(cards) or not cards
         found = []
         for number, prompt in enumerate(self.prompts):
-            counts = [self._count_for(name) for name in dimensions if name in self.dimensions[prompt]]
+            counts = [self._count_for(card) for card in own if card.dimension in self.dimensions[prompt]]
             count = max([*counts, *([self.samples or VIDEOS_PER_PROMPT] if everything else [])], default=0)
             found += [(number, prompt, index) for index in range(count)]
         return found
 
-    def _count_for(self, dimension: str) -> int:
-        return self.samples or _published()["videos_per_prompt"].get(dimension, VIDEOS_PER_PROMPT)
+    def _has(self, dimension: str) -> bool:
+        return bool(dimension) and any(dimension in names for names in self.dimensions.values())
+
+    def _count_for(self, card: MetricCard) -> int:
+        """Return the number of videos of a prompt: a filter of still videos chooses among all that VBench asks for."""
+        published = _published()["videos_per_prompt"] if card.name != card.dimension else {}
+        return self.samples or published.get(card.dimension, VIDEOS_PER_PROMPT)
 
     def to_json(self) -> dict[str, Any]:
         """Return what identifies the suite."""

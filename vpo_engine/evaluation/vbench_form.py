@@ -17,17 +17,19 @@ from vpo_engine.evaluation.output import write_text
 
 def vbench_results(results: Mapping[str, Any], role: str) -> dict[str, Any]:
     """Return the scores of an arm in VBench's form; {} if none of its dimensions was measured."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, entry in results["measures"].items():
-        number = entry.get(role)
-        if entry["group"] != "vbench" or number is None or number["value"] is None:
+        number, dimension = entry.get(role), entry.get("dimension", "")
+        if not dimension or number is None or number["value"] is None:
             continue
+        if dimension in found and name == dimension:
+            continue  # VBench filters videos for flickering, so the filtered number is the one that stands there
         rows = [
-            {"video_path": row[role]["file"], "video_results": row[role]["values"][name]}
+            {"video_path": row[role]["file"], "video_results": row[role]["video_results"][name]}
             for row in results["videos"]
-            if role in row and name in row[role]["values"]
+            if name in row.get(role, {}).get("video_results", {})
         ]
-        found[name] = [number["value"], rows]
+        found[dimension] = [number["value"], rows]
     return found
 
 

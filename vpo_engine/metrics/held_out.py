@@ -22,6 +22,8 @@ from vpo_engine.seeding import normal
 from vpo_engine.values import check_latents
 from vpo_engine.video_model import VideoModel
 
+_KEPT = 4
+"""Videos of an evaluation that are kept for the log."""
 PixelMeasures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 
 
@@ -58,6 +60,8 @@ class HeldOut:
         self._processes = processes
         self._idle_offload = idle_offload or IdleOffload.disabled()
         self.prompts = list(prompts)
+        self.kept: list[Tensor] = []
+        """The first videos of the last evaluation on this process, at most four, uint8 [F, H, W, 3]."""
         self.stopping = StopPoints(processes)
         self.whole_policy: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -78,8 +82,9 @@ class HeldOut:
         first = units.rank * each
         # The last processes may get clip numbers beyond the end: they repeat the last clip, which is cut off below.
         mine = [min(clip, total - 1) for clip in range(first, first + each)]
+        self.kept = []
         with self.stopping.stoppable(), self.whole_policy():
-            parts = [self._measure(self._sample(network, chunk), chunk) for chunk in self._chunks(mine)]
+            parts = [self._measure_sampled(network, chunk) for chunk in self._chunks(mine)]
         names = list(parts[0])
         rows = torch.stack([torch.cat([part[name] for part in parts]) for name in names], dim=1)
         rows = self._processes.sequence.broadcast(rows.to(self._processes.device))
@@ -129,6 +134,11 @@ class HeldOut:
                 guidance=rollout.guidance,
             )
         return self._model.decode(check_latents(latents))
+
+    def _measure_sampled(self, network: Network, clips: Sequence[int]) -> dict[str, Tensor]:
+        videos = self._sample(network, clips)
+        self.kept += videos[: _KEPT - len(self.kept)].cpu()
+        return self._measure(videos, clips)
 
     def _measure(self, videos: Tensor, clips: Sequence[int]) -> dict[str, Tensor]:
         captions = [self.caption(clip) for clip in clips]

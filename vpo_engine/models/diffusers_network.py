@@ -233,8 +233,11 @@ class _Transformer(nn.Module):
         this = _Pass(self, loop)
         token = _running.set(this)
         try:
-            with nullcontext() if this.slices is None else this.slices.running():
+            if this.slices is None:
                 out = super().forward(*args, **kwargs)
+            else:
+                with this.slices.running():
+                    out = super().forward(this.slices.group.enter(args[0]), *args[1:], **kwargs)
         finally:
             _running.reset(token)
         if loop is not None:

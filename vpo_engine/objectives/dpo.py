@@ -200,7 +200,7 @@ class DPO:
         )
 
     def _targets(self, batch: MicroBatch) -> dict[str, Any]:
-        """Return the targets for ``paired_dpo_loss``: clean latents with the noise that they share, or whole targets."""
+        """Return the targets of ``paired_dpo_loss``: clean latents and the noise that they share, or whole targets."""
         scales = self._model.target_scales(batch.times)
         if batch.loser_noise is None:
             return {

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from vpo_engine.config import Config
+from vpo_engine.data.prompts import PromptItem
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.methods import method_class
 from vpo_engine.model_values import SamplerState, TextEmbedding
+from vpo_engine.protocols import ReferenceStore
 from vpo_engine.reward_gradient_method import RewardGradientMethod
 from vpo_engine.rewards.registry import reward_card
+from vpo_engine.values import Prompt
 from vpo_engine.video_model import VideoModel
 
 ScoreFrames = Callable[[Tensor], Tensor]
@@ -38,17 +41,28 @@ class PlannedReward:
         return dict.fromkeys(self.dimensions, self._score(videos))
 
 
+class PlannedVideos:
+    """The given videos of a method that starts from some, without their values. Encoding them is not planned."""
+
+    def take(self, cursor: int, count: int) -> list[PromptItem]:
+        raise AssertionError("a plan has its own prompts")
+
+    def latents(self, model: VideoModel, prompt: Prompt) -> Tensor:
+        return torch.zeros(model.latent_shape)
+
+
 def planned_method(
-    config: Config, model: VideoModel, score_frames: ScoreFrames | None
+    config: Config,
+    model: VideoModel,
+    score_frames: ScoreFrames | None,
+    reference: ReferenceStore | None,
 ) -> RewardGradientMethod:
     """Return the configured method on a model without values; it has the optimizer, and no moving average."""
     alone = Processes(0, 1, torch.device("cpu"))
-    without_average = config.model_copy(update={"ema": type(config.ema)()})
-    method = method_class(config.method)(
-        without_average, model, PlannedReward(config, score_frames), None, alone
-    )
-    assert isinstance(method, RewardGradientMethod)
-    return method
+    found = method_class(config.method)
+    assert issubclass(found, RewardGradientMethod)
+    planned = found.costliest(config).model_copy(update={"ema": type(config.ema)()})
+    return found(planned, model, PlannedReward(config, score_frames), reference, alone, None, PlannedVideos())
 
 
 class LeftOutSampling:

@@ -212,7 +212,7 @@ class _Tracing:
         self._method = None
         if config.card.reward_gradient:
             score = None if self._reward is None else partial(self._reward.score_frames, tracker)
-            self._method = planned_method(config, self._model, score)
+            self._method = planned_method(config, self._model, score, self._reference)
         self._optimizer = self._build_optimizer(trained)
         with tracker.making("optimizer"):
             self._optimizer.begin(config.optimizer.lr)

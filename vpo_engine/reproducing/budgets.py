@@ -30,7 +30,7 @@ _VIDEOS, _QUICK_VIDEOS = 40 * 64, 10 * 64
 _PAIRS = 16
 _ONLINE_SECONDS, _QUICK_SECONDS = 8.9, 7.0
 """Processor seconds of a step of OnlineVPO, and of its quick form."""
-SECONDS_OF_A_STEP = {"refl": 3.2, "vader": 3.0, "instructvideo": 3.0, "t2v_turbo": 3.0}
+SECONDS_OF_A_STEP = {"refl": 3.2, "vader": 3.6, "instructvideo": 3.3}
 """Processor seconds of a step of each method, with 16 videos."""
 
 
@@ -71,10 +71,15 @@ class Budget:
             ),
         )
 
-    def timed(self, evaluations: int, length: int = 1) -> Row:
-        """Return a row of the method alone, ``length`` times as long in seconds, with this many evaluations."""
+    def timed(self, evaluations: int, length: int = 1, lr: str | None = None) -> Row:
+        """Return a row of the method alone, ``length`` times as long in seconds, with this many evaluations.
+
+        lr: the learning rate, where it is not that of all runs.
+        """
         whole, quick = (self._evaluated(steps * length, evaluations) for steps in self.seconds)
-        return Row(self.title, whole, budget="equal seconds", quick=(*quick, *_EVALUATION))
+        more = () if lr is None else (f"optimizer.lr={lr}",)
+        label = self.title if lr is None else f"{self.title}, lr {lr}"
+        return Row(label, (*whole, *more), budget="equal seconds", quick=(*quick, *_EVALUATION, *more))
 
     def _evaluated(self, steps: int, evaluations: int) -> tuple[str, ...]:
         every = max(1, steps // evaluations)

@@ -86,17 +86,26 @@ class Record:
     resolved: str
     code: str
     commit: str
+    machine: str
     finished: bool = False
     seconds: dict[str, list[float]] = field(default_factory=dict)
     attempts: int = 0
-    machine: str = field(default_factory=lambda: machine())
     made: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
     @classmethod
     def of(cls, cell: Cell) -> Record:
         """Return the record of a cell that has just begun."""
         settings = list(cell.settings)
-        return cls(cell.kind, cell.source, settings, cell.seed, cell.resolved(), code_version(), commit())
+        return cls(
+            cell.kind,
+            cell.source,
+            settings,
+            cell.seed,
+            cell.resolved(),
+            code_version(),
+            commit(),
+            machine_name(),
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
@@ -182,7 +191,7 @@ def _sources() -> Iterable[Path]:
 
 
 @cache
-def machine() -> str:
+def machine_name() -> str:
     """Return the name of the processor and the version of torch, without importing it."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,9 +177,19 @@ def write(
         )
         say(f"\n{TABLES[name].title}\n\n{text}\n")
         if asked.write is not None:
+            text += _beside(asked.write, asked.out / f"{name}{asked.suffix}.png", TABLES[name])
             page = asked.write.read_text(encoding="utf-8")
             asked.write.write_text(put_between(page, name, text), encoding="utf-8")
     say(f"tables, CSV files and pictures are in {asked.out}")
+
+
+def _beside(page: Path, picture: Path, table: Table) -> str:
+    """Copy a table's picture beside a page, if there is one, and return the Markdown that shows it."""
+    if not picture.is_file():
+        return ""
+    copied = page.with_name(f"miniature_{table.name}.png")
+    shutil.copyfile(picture, copied)
+    return f"\n\n![{table.title}]({copied.name})"
 
 
 def _written(asked: Asked, table: Table, cells: Mapping[tuple[str, int], Cell], found: Found) -> str:

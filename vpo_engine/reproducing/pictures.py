@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vpo_engine.reproducing.results import TableResult, column_title
 from vpo_engine.reproducing.spec import BASE, Column, Curve
@@ -46,7 +47,7 @@ def draw_changes(found: TableResult) -> Figure:
     )
     height = 0.36 * len(rows) + 1.1
     figure = Figure(
-        figsize=(2.3 * len(columns) + 2.6, height * (2 if with_paper else 1) + 0.5), layout="constrained"
+        figsize=(1.9 * len(columns) + 2.4, height * (2 if with_paper else 1) + 0.5), layout="constrained"
     )
     panels = figure.subplots(2 if with_paper else 1, len(columns), squeeze=False, sharey="row")
     for panel, column in zip(panels[0], columns, strict=True):
@@ -71,6 +72,7 @@ def draw_changes(found: TableResult) -> Figure:
         for panel in line:
             panel.tick_params(labelsize=8)
             panel.margins(x=0.15)
+            panel.xaxis.set_major_locator(MaxNLocator(4))
             panel.set_ylim(len(rows) - 0.5, -0.5)
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(axis="x", alpha=0.25)

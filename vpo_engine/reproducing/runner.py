@@ -206,7 +206,8 @@ class _Work:
 
     def wait(self) -> None:
         """Wait until the running command has ended, and record what it took."""
-        _, _, usage = os.wait4(self._process.pid, 0)
+        _, status, usage = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
         self._account(usage.ru_utime + usage.ru_stime)
 
     def _next(self) -> None:

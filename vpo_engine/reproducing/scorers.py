@@ -121,8 +121,9 @@ def _paper(label: str) -> str:
 
 
 def _percent(found: Estimate) -> str:
-    bounds = "" if found.low is None else f" [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-    return f"{100 * found.value:.1f}{bounds}"
+    if found.low is None or found.high is None:
+        return f"{100 * found.value:.1f}"
+    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def write_csv(path: Path, cells: Sequence[Cell], finished: Mapping[Cell, Path]) -> None:
@@ -136,10 +137,8 @@ def write_csv(path: Path, cells: Sequence[Cell], finished: Mapping[Cell, Path]) 
             for label, ranking in rankings(_read(cells, finished, variant)).items():
                 papers = PAPER[label][1:] if label in PAPER else ("",) * len(ranking.measures)
                 for (name, found), paper in zip(ranking.measures.items(), papers, strict=True):
-                    numbers = [
-                        "" if value is None else repr(100 * value)
-                        for value in (found.value, found.low, found.high, ranking.chance[name])
-                    ]
+                    bounds = (found.value, found.low, found.high, ranking.chance[name])
+                    numbers = ["" if value is None else repr(100 * value) for value in bounds]
                     writer.writerow(("table2", variant, label, name, ranking.prompts, *numbers, paper))
 
 

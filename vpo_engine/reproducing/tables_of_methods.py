@@ -182,14 +182,17 @@ FIGURE_5 = Table(
     curves=(_REWARD, _JUDGE_CURVE),
 )
 
+_COLLAPSING = REFL.timed(evaluations=12, length=LENGTH, lr="1e-3")
 OVEROPTIMISATION = Table(
     "overoptimisation",
     "Over-optimisation: three times the usual length",
     "Reward, judge and pixel measures of held-out clips while ReFL, VADER and OnlineVPO are trained for three times as "
-    "long as in the other tables. Dotted lines: alarms of the guards (docs/guards.md).",
+    "long as in the other tables; and ReFL with ten times the learning rate, which is made to collapse. Dotted lines: "
+    "alarms of the guards (docs/guards.md).",
     rows=(
         Row(ONLINE, LONG, quick=QUICK_LONG),
         REFL.timed(evaluations=12, length=LENGTH),
+        _COLLAPSING,
         VADER.timed(evaluations=12, length=LENGTH),
     ),
     columns=(Column("reward, mean", "reward/mean"), JUDGE, JITTER, MOTION),
@@ -198,7 +201,7 @@ OVEROPTIMISATION = Table(
         CurveClaim("OnlineVPO is not: the judge does not fall", _JUDGE_CURVE.key, ONLINE, falls=False),
         *(
             AlarmClaim(f"guards: {label} raises an alarm if it collapses, and only then", label)
-            for label in (ONLINE, "ReFL", "VADER")
+            for label in (ONLINE, "ReFL", _COLLAPSING.label, "VADER")
         ),
     ),
     settings=("evaluation.samples_between=4",),

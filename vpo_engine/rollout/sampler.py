@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class CandidateSampler:
         extremes: Extremes,
         team: Processes,
         preview_latents: int | None = None,
+        share: Callable[[Processes], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """``networks``: the networks that predict in the first pass, and in the second if there is one.
 
@@ -61,7 +62,9 @@ class CandidateSampler:
         ``team``: the processes that share the candidates of every prompt; each of its ``sharers`` samples and scores
         an equal part.
         ``preview_latents``: the number of latent frames of a preview that are scored, the first ones; None: all.
+        ``share``: surrounds what each process of the team does for itself.
         """
+        self._share = share
         self._config, self._seed, self._shape = config, seed, tuple(latent_shape)
         self._prepare, self._start, self._denoise = prepare, start, denoise
         self._overlapped, self._score = overlapped, score
@@ -134,7 +137,8 @@ class CandidateSampler:
         """Let each process of the team run an equal part of the candidates [P, N, ...]; return what all have made."""
         sharers = self._team.sharers
         mine = as_slice(sharers.rank_range(state.latents.shape[1]))
-        made, scores = self._run(run, state.map(lambda tensor: tensor[:, mine]), prompts)
+        with self._share(self._team):
+            made, scores = self._run(run, state.map(lambda tensor: tensor[:, mine]), prompts)
         return made.map(lambda tensor: sharers.gather(tensor, 1)), {
             name: sharers.gather(value, 1) for name, value in scores.items()
         }

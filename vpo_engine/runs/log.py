@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -20,11 +20,21 @@ from vpo_engine.runs.video import write_mp4
 from vpo_engine.runs.wandb_log import WandbLog
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["train", "eval"]
 Row = dict[str, int | float | str]
 
+_TOGETHER = {
+    "reward": {
+        "candidates, held-out videos, judge": [
+            "Multiline",
+            ["^reward/selected$", "^held_out/reward/selected$", "^held_out/judge/selected$"],
+        ]
+    }
+}
+"""Curves that TensorBoard shows in one chart, on its page of custom scalars."""
 _SHOWN_LETTERS = 60
 """Letters of a prompt in the name of its clip, of which wandb makes the name of a file."""
 
@@ -66,16 +76,30 @@ class RunLog:
             f"held_out_clips/{number:02d} {_plain(prompt)}": side_by_side(before, after)
             for number, (before, after, prompt) in enumerate(pairs)
         }
+        self._show(step, "videos", clips, gallery.fps)
+
+    def show_samples(self, step: int, prompts: Sequence[str], videos: Sequence[Tensor], fps: float) -> None:
+        """Write videos of an evaluation, uint8 [F, H, W, 3] each, under the step at which they were sampled.
+
+        They have the same names at every evaluation, so that each can be followed over the steps.
+        """
+        clips = {
+            f"samples/{number:02d} {_plain(prompts[number % len(prompts)])}": video
+            for number, video in enumerate(videos)
+        }
+        self._show(step, "samples", clips, fps)
+
+    def _show(self, step: int, what: str, clips: Mapping[str, Tensor], fps: float) -> None:
         board = self._tensorboard()
         for name, clip in clips.items():
-            add_animation(board, name, clip, gallery.fps, step)
+            add_animation(board, name, clip, fps, step)
         board.flush()
         if self._wandb is not None:
             with TemporaryDirectory() as folder:
                 files = {name: Path(folder) / f"{number:02d}.mp4" for number, name in enumerate(clips)}
                 for name, file in files.items():
-                    write_mp4(file, clips[name], gallery.fps)
-                self._wandb.write_videos(step, files)
+                    write_mp4(file, clips[name], fps)
+                self._wandb.write_videos(step, files, what)
 
     def resume(self, step: int, last: int) -> bool:
         """Delete the rows that a run of ``last`` steps, resumed after ``step``, will write again.
@@ -122,6 +146,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._purge_step)
+            self._board.add_custom_scalars(_TOGETHER)
         return self._board
 
 
@@ -136,6 +161,10 @@ class NullLog:
         return True
 
     def show_held_out(self, step: int) -> None: ...
+
+    def show_samples(
+        self, step: int, prompts: Sequence[str], videos: Sequence[Tensor], fps: float
+    ) -> None: ...
 
     def close(self) -> None: ...
 

@@ -35,12 +35,13 @@ def after_divergence(
 
     norm: the last gradient norm; None if there is none. last: the last complete checkpoint; None without one.
     """
+    paired = settings.card.pairs
+    beta = f", objective.beta={settings.objective.beta:g}" if paired else ""
     numbers = "" if norm is None else f", the last gradient norm was {norm:.3g}"
     saved = "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
     whole = last is not None and settings.model.lora is None
     start = f", for example from model.policy={last}/policy" if whole else ""
     return (
-        f"the policy has diverged in step {step}: {error}; optimizer.lr={settings.optimizer.lr:g}, "
-        f"objective.beta={settings.objective.beta:g}{numbers}; {saved}. Start a run with a lower optimizer.lr or "
-        f"objective.beta{start}"
+        f"the policy has diverged in step {step}: {error}; optimizer.lr={settings.optimizer.lr:g}{beta}{numbers}; "
+        f"{saved}. Start a run with a lower optimizer.lr{' or objective.beta' if paired else ''}{start}"
     )

@@ -259,7 +259,7 @@ def _numbers(metrics: Mapping[str, float]) -> list[str]:
         parts.append(f"reward {metrics['reward/selected']:.3f}")
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.3f}")
-    if "margin" in metrics:
+    if "margin" in metrics or "implicit_accuracy" in metrics:
         accuracy = metrics.get("implicit_accuracy")
         parts.append(f"margin accuracy {'n/a' if accuracy is None else f'{100 * accuracy:.0f} %'}")
     return parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from vpo_engine.metrics.measures import describe
 from vpo_engine.runs.charts import Chart, Point, Series, line_chart
@@ -89,14 +90,12 @@ def _outcome_charts(rows: MetricRows) -> list[Chart]:
 
 def _learning_charts(rows: MetricRows) -> list[Chart]:
     marks = rows.refreshes()
+    loss = Chart("Loss", [_train(rows, "loss", "loss", 1)])
+    if rows.points("train", "margin"):
+        note = "It is ln 2 right after a refresh, and falls as the policy learns."
+        loss = replace(loss, note=note, baseline=(math.log(2), "ln 2"), marks=marks)
     return [
-        Chart(
-            "Loss",
-            [_train(rows, "loss", "loss", 1)],
-            note="It is ln 2 right after a refresh, and falls as the policy learns.",
-            baseline=(math.log(2), "ln 2"),
-            marks=marks,
-        ),
+        loss,
         Chart("Margin", [_train(rows, "margin", "margin", 3)], baseline=(0.0, ""), marks=marks),
         Chart(
             "Implicit accuracy",

@@ -78,10 +78,13 @@ class WandbLog:
         """Send one row, unless an earlier start of the run has sent it."""
         self._send(f"{step} {kind}", {"step": step, **numbers})
 
-    def write_videos(self, step: int, videos: Mapping[str, Path]) -> None:
-        """Send video files, {name: file}, unless an earlier start of the run has sent those of this step."""
+    def write_videos(self, step: int, videos: Mapping[str, Path], what: str = "videos") -> None:
+        """Send video files, {name: file}, unless an earlier start of the run has sent those of this step.
+
+        what: tells the videos of a step from others of the same step.
+        """
         self._send(
-            f"{step} videos",
+            f"{step} {what}",
             {"step": step, **{name: self._wandb.Video(str(file)) for name, file in videos.items()}},
         )
 

@@ -39,6 +39,8 @@ def _halves(tensors: Sequence[Tensor]) -> WinnerLoser:
 
 def _pair_tensors(tensors: Sequence[Tensor]) -> PairTensors:
     """Return the six tensors of winners and losers of policy, reference and target, which follow one another."""
+    if len(tensors) == 6:
+        return PairTensors(*tensors)
     each = len(tensors) // 3
     parts = (_halves(tensors[start : start + each]) for start in range(0, 3 * each, each))
     return PairTensors(*(tensor for part in parts for tensor in part))
@@ -53,8 +55,24 @@ def _split(value: PerPair) -> tuple[float, Tensor | None]:
     return (1.0, value) if isinstance(value, Tensor) else (value, None)
 
 
-@operator("paired_dpo")
-def _paired_dpo(
+def _is_observed(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether more than the backend's own work depends on a call of an operator of torch.library.
+
+    Where all tensors are plain ones on the CPU, and no mode, function transform or profiler looks at operators, the
+    function behind the operator does the same, without the 20 microseconds that torch.library takes.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or any(each is not None and (type(each) not in _PLAIN or not each.is_cpu) for each in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _run_forward(
     tensors: Sequence[Tensor],
     noise: Tensor | None,
     mask: Tensor | None,
@@ -91,6 +109,9 @@ def _paired_dpo(
     return loss, per_pair, coefficient, slope
 
 
+_paired_dpo = operator("paired_dpo")(_run_forward)
+
+
 @torch.library.register_fake("vpo_kernels::paired_dpo")
 def _(tensors: Sequence[Tensor], noise: Tensor | None, *_: object) -> tuple[Tensor, ...]:
     like, dtype = tensors[0], arithmetic_dtype(*tensors, noise)
@@ -99,8 +120,7 @@ def _(tensors: Sequence[Tensor], noise: Tensor | None, *_: object) -> tuple[Tens
     return like.new_empty((), dtype=dtype), like.new_empty((PER_PAIR, pairs), dtype=dtype), *coefficients
 
 
-@operator("paired_dpo_gradient")
-def _gradient(
+def _run_gradient(
     policy: Sequence[Tensor],
     target: Sequence[Tensor],
     noise: Tensor | None,
@@ -136,6 +156,9 @@ def _gradient(
     if batch is not None:
         return batch, empty(0)
     return empty(0) if winner is None else winner, empty(0) if loser is None else loser
+
+
+_gradient = operator("paired_dpo_gradient")(_run_gradient)
 
 
 @torch.library.register_fake("vpo_kernels::paired_dpo_gradient")
@@ -203,8 +226,9 @@ def _policy_gradients(
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         gradients = _gradient(*inputs)
     else:
+        run = _gradient if _is_observed((*saved, *weighted)) else _run_gradient
         with torch._C._AutoDispatchBelowAutograd():
-            gradients = _gradient(*inputs)
+            gradients = run(*inputs)
     return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=False)]
 
 
@@ -255,8 +279,11 @@ def _compute(tensors: Sequence[Tensor], inputs: tuple[Any, ...], margin_graph: b
         loss, per_pair, *_ = _paired_dpo(list(tensors), *inputs)
         margin, *others = (per_pair if margin_graph else per_pair.detach()).unbind()
         return PairedDPOLoss(loss, margin, *(other.detach() for other in others))
+    noise, mask, _, x0_scale, _, noise_scale, _, beta, _, pair_weight, *_ = inputs
+    observed = _is_observed((*tensors, noise, mask, x0_scale, noise_scale, beta, pair_weight))
+    run = _paired_dpo if observed else _run_forward
     with torch._C._AutoDispatchBelowAutograd():
-        output = _paired_dpo(tensors, *inputs)
+        output = run(tensors, *inputs)
     loss, per_pair, *_ = output
     margin, *others = per_pair.unbind()
     if torch.is_grad_enabled() and any(prediction.requires_grad for prediction in policy):

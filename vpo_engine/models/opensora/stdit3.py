@@ -4,9 +4,8 @@ Behaviour follows opensora/models/stdit/stdit3.py of hpcaitech/Open-Sora, tag v1
 samples, T x H x W latent frames, rows and columns, S patches of a frame, C hidden channels, L text tokens, D
 text channels.
 
-Where several processes hold slices of a video (``STDiT3.sequence``), each has some of the T frames in blocks over
-space, and some of the S patches in blocks over time: there is one exchange between two blocks, and none within a block
-(DSP, arXiv 2403.10266).
+Where processes hold slices of a video (``STDiT3.sequence``), each has some of the T frames in blocks over space, and
+some of the S patches in blocks over time. They exchange tokens between blocks, and not within (DSP, arXiv 2403.10266).
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class STDiT3(nn.Module):
     Dropout of any kind is absent in every mode, so train() and eval() compute the same function.
     ``activations``: what blocks keep for the backward pass. Parts of the MLP may round otherwise; no other setting
     changes a bit of the prediction. ``offloaded``: how inputs of blocks go to the host. ``sequence``: the processes
-    that hold slices of the videos; each gives the network whole latents, and gets the whole prediction.
+    that hold slices of the videos; each gives whole latents, and gets the whole prediction.
     """
 
     def __init__(self, config: STDiT3Config) -> None:
@@ -166,7 +165,7 @@ class STDiT3(nn.Module):
         dtype, shared = self.dtype, self.sequence
         frames, rows, columns = x.shape[2:]
         patch_rows, patch_columns = self.settings.patch_size[1:]
-        x = F.pad(x.to(dtype), (0, -columns % patch_columns, 0, -rows % patch_rows))
+        x = F.pad(shared.enter(x).to(dtype), (0, -columns % patch_columns, 0, -rows % patch_rows))
         grid = (x.shape[-2] // patch_rows, x.shape[-1] // patch_columns)
 
         timestep = timestep.to(dtype)
@@ -234,9 +233,8 @@ class STDiT3(nn.Module):
         """
         patches = self.sequence.sizes(tokens.shape[2])[self.sequence.rank]
         places, over_space = self._text(y, mask, tokens, tokens.shape[1] * tokens.shape[2])
-        _, over_time = (
-            (None, over_space) if self.sequence.count == 1 else self._text(y, mask, tokens, frames * patches)
-        )
+        alike = self.sequence.count == 1
+        over_time = over_space if alike else self._text(y, mask, tokens, frames * patches)[1]
         y = y.to(timestep.dtype).flatten(0, 2)
         text = self.y_embedder(y if places is None else y.index_select(0, places))
         blocks = [block for pair in self._pairs() for block in pair]
@@ -260,7 +258,7 @@ class STDiT3(nn.Module):
         return time, blocks.unflatten(-1, (6, -1)), clean_time
 
     def _pairs(self) -> list[tuple[Block, Block]]:
-        """Return pairs of a spatial and a temporal block, in the order in which they run."""
+        """Return pairs of a spatial and a temporal block, in their order."""
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
 
     def _run_blocks(
@@ -272,8 +270,7 @@ class STDiT3(nn.Module):
         """
         cache, apart = (None, None) if reuse is None else (reuse.blocks, reuse.run)
         sender, shared = self.offloaded.forward_pass(), self.sequence
-        texts = iter(constants.texts)
-        by_frame, by_patch = shared.sizes(frames), shared.sizes(tokens.shape[2])
+        texts, by_frame, by_patch = iter(constants.texts), shared.sizes(frames), shared.sizes(tokens.shape[2])
         times = (time if time.shape[1] == 1 else shared.own(time, 1), time)
 
         def call(block: Block, tokens: Tensor) -> Tensor:

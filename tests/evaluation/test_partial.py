@@ -1,0 +1,37 @@
+"""Comparisons in which one side lacks a video: the pair is left out on both sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from evaluation_case import PROMPTS, results_of, run, videos
+
+
+def test_a_pair_counts_only_if_both_of_its_videos_can_be_measured(tmp_path: Path) -> None:
+    """Equal videos but for one damaged file differ by exactly nothing, though that file would change the mean."""
+    one, other = videos(tmp_path / "one", 150), videos(tmp_path / "other", 150)
+    damaged = other / f"{PROMPTS[2]}-1.mp4"
+    damaged.write_bytes(b"no video")
+    out = tmp_path / "out"
+    assert run(one, "--baseline", other, "--metrics", "pixels", "--out", out) == 1
+    results = results_of(out)
+    entry = results["measures"]["pixels/sharpness"]
+    assert entry["comparison"]["difference"] == 0
+    assert entry["comparison"]["pairs"] == 7
+    assert entry["policy"]["value"] == pytest.approx(entry["baseline"]["value"])
+    assert entry["policy"]["provenance"]["count"] == entry["baseline"]["provenance"]["count"] == 7
+    assert set(results["problems"]["baseline"]) == {damaged.name}
+    assert results["problems"]["policy"] == {}
+
+
+def test_two_prompts_of_the_same_bytes_have_records_of_their_own(tmp_path: Path) -> None:
+    """Records are kept by bytes and prompt: the displacement along the prompt depends on the prompt."""
+    folder = videos(tmp_path / "clips", 150, PROMPTS[:1], count=1)
+    content = (folder / f"{PROMPTS[0]}-0.mp4").read_bytes()
+    (folder / "a red circle moving right-0.mp4").write_bytes(content)
+    out = tmp_path / "out"
+    assert run(folder, "--metrics", "pixels:sprites", "--out", out) == 0
+    values = [row["policy"]["values"]["pixels:sprites/displacement"] for row in results_of(out)["videos"]]
+    assert values[0] == pytest.approx(-values[1])
+    assert values[0] != 0

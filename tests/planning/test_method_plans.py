@@ -1,0 +1,58 @@
+"""Plans of methods that follow the reward's gradient: the traced step is the real one, and what it holds."""
+
+from __future__ import annotations
+
+import pytest
+from real_trace import assert_traced_as_real
+
+from vpo_engine.config_file import load_config
+from vpo_engine.planning.gpus import GPUS
+from vpo_engine.planning.planner import plan_run
+from vpo_engine.planning.trace import Trace, trace_step
+
+REFL = ("method=refl", "refl.steps=2", "refl.last_steps=1")
+VADER = ("method=vader", "vader.steps=4", "vader.guidance=1")
+
+
+def traced(*settings: str) -> Trace:
+    return trace_step(load_config(None, settings), on_gpu=False)
+
+
+@pytest.mark.parametrize("settings", [REFL, (*VADER, "vader.last_steps=2")], ids=["refl", "vader"])
+def test_a_traced_step_holds_and_computes_what_a_real_one_does(settings: tuple[str, ...]) -> None:
+    assert_traced_as_real(load_config(None, [*settings, "pairs_per_step=2", "objective.micro_batch_size=1"]))
+
+
+def test_the_graph_of_the_decoder_and_the_reward_is_in_the_update() -> None:
+    """There is neither a reference nor a decoding of its own; what the update holds grows with the videos at once."""
+    one, four = (traced(*REFL, "pairs_per_step=4", f"objective.micro_batch_size={size}") for size in (1, 4))
+    assert one.names == four.names
+    assert set(one.names) == {"text", "rollout", "update", "optimizer"}
+    assert "reference" not in one.peak("update")
+    held = [trace.peak("update")["activations"] for trace in (one, four)]
+    assert 2 < held[1] / held[0] < 4.5
+    assert held[0] > 2 * one.peak("rollout")["activations"]
+
+
+def test_more_steps_with_a_graph_take_more_and_a_random_number_is_planned_as_all() -> None:
+    few, all_of_them, drawn = (
+        traced(*VADER, "pairs_per_step=1", setting)
+        for setting in ("vader.last_steps=1", "vader.last_steps=4", "vader.random_steps=true")
+    )
+    assert few.flops("update") < all_of_them.flops("update")
+    assert drawn.flops("update") == all_of_them.flops("update")
+    assert drawn.peak("update") == all_of_them.peak("update")
+
+
+def test_stored_pairs_are_planned_without_a_rollout() -> None:
+    plan = plan_run(load_config(None, ["method=offline_dpo", "offline_dpo.dataset=runs/a"]), GPUS["a100-80g"])
+    assert [phase.name for phase in plan.phases] == ["text", "update", "optimizer", "refresh"]
+
+
+def test_idle_parts_are_those_that_the_gradient_does_not_need() -> None:
+    """The VAE and the reward stay during the update; the optimizer waits on the host."""
+    config = load_config(None, [*REFL, "memory.offload_idle=true"])
+    phases = {phase.name: phase.bytes for phase in plan_run(config, GPUS["a100-80g"]).phases}
+    assert "vae" in phases["update"]
+    assert "optimizer" not in phases["update"]
+    assert "vae" not in phases["optimizer"]
