@@ -162,7 +162,7 @@ def test_a_step_of_instructvideo_is_the_formula(
 
 
 def test_a_step_of_t2v_turbo_is_the_formula(tmp_path: Path) -> None:
-    """Pseudo-Huber between two answers x + t v, one of them after the teacher's guided Euler step, less the reward."""
+    """Pseudo-Huber between two answers x + t v, one of them behind the teacher's guided step, minus the reward."""
     config = make_config(tmp_path, *METHODS["t2v_turbo"], "steps=1")
     train(config)
     [row] = engine.metrics_of(tmp_path / "run")
