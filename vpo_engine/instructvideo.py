@@ -4,7 +4,7 @@ for each step:
     take a video for each prompt, encode it, and add noise                rollout/given_videos.py
     sample from there (the last part of the steps), without gradient      reward_gradient_method.py
     make the last step with gradient                                      rollout/reward_gradient.py
-    decode a random frame of each of S segments, and score it             rewards/frames.py
+    decode a random frame of each of S segments, and score it             rollout/scored_frames.py
     reward = mean over segments of exp(-lambda |frame - F // 2|) * score
     loss = mean(1 - reward)                                               objectives/reward_losses.py
 
@@ -29,16 +29,21 @@ from vpo_engine.method import Stream
 from vpo_engine.models.registry import model_family
 from vpo_engine.objectives.reward_losses import segmental_loss
 from vpo_engine.reward_gradient_method import RewardGradientMethod
-from vpo_engine.rewards.frames import segment_frames, segment_weights
+from vpo_engine.rewards.frames import segment_weights
 from vpo_engine.rollout.given_videos import GivenVideos, open_given_videos
 from vpo_engine.rollout.reward_gradient import (
     denoise_with_gradients,
     first_below_noise,
     first_of_partial,
 )
-from vpo_engine.rollout.scored_frames import check_enough, check_single_frames, frames_of_step
-from vpo_engine.seeding import generator
+from vpo_engine.rollout.scored_frames import (
+    check_enough,
+    check_single_frames,
+    frame_of_each_segment,
+    frames_of_step,
+)
 from vpo_engine.values import Prompt, stacked_embeddings
+from vpo_engine.video_model import VideoModel
 
 
 class InstructVideo(RewardGradientMethod):
@@ -55,7 +60,6 @@ class InstructVideo(RewardGradientMethod):
         else:
             self.first = first_below_noise(self.model, self.own.strength, steps)
         self.segments = frames_of_step(config.reward.kind, self.own.segments, default=4)
-        check_enough("instructvideo.segments", self.segments, self.model)
         self._encode = self.timer.timed("encode", self._clean_latents)
 
     @classmethod
@@ -63,12 +67,18 @@ class InstructVideo(RewardGradientMethod):
         own = config.instructvideo
         assert own is not None
         for name in ("segments", "attenuation"):
-            check_single_frames(f"instructvideo.{name}", getattr(own, name), config.reward.kind)
+            check_single_frames(f"instructvideo.{name}", getattr(own, name), config.reward)
         family = model_family(config.model.kind)
         return open_given_videos("instructvideo.videos", own.videos, prompts, config.seed, family)
 
     def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
         self.stream.prepare(self.model, folder.parent.parent / "encoded_videos", self.processes, say)
+
+    @classmethod
+    def check(cls, config: Config, model: VideoModel) -> None:
+        assert config.instructvideo is not None
+        count = frames_of_step(config.reward.kind, config.instructvideo.segments, default=4)
+        check_enough("instructvideo.segments", count, model)
 
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
         text, last = stacked_embeddings(prompts), self.sampling.steps - 1
@@ -93,10 +103,11 @@ class InstructVideo(RewardGradientMethod):
         assert self.segments is not None
         assert self.model.video_size is not None
         frames = self.model.video_size[0]
-        random = generator(self.config.seed, "segments", prompt.position)
-        chosen = segment_frames(frames, self.segments, random)
-        images = self.model.decode_pixels(latents, chosen.tolist())[0]
+        chosen = frame_of_each_segment(
+            self.segments, frames, self.config.seed, "segments", prompt.position
+        )
+        images = self.model.decode_pixels(latents, chosen)[0]
         scores = self.reward.score_pixels(images.unsqueeze(1), [prompt.text] * self.segments)
         decay = 1.0 if self.own.attenuation is None else self.own.attenuation
         [values] = scores.values()
-        return values, segment_weights(chosen, frames, decay).to(values.device)
+        return values, segment_weights(torch.tensor(chosen), frames, decay).to(values.device)

@@ -89,6 +89,12 @@ class Method(ABC):
         of, by the setting that they come from. ``prompts``: those of prompts.train."""
         return PromptStream(prompts, config.seed), {"prompts.train": prompts}
 
+    @classmethod
+    def check(cls, config: Config, model: VideoModel) -> None:
+        """Raise ValueError for settings of the method that do not fit the model's videos, before the run's directory is
+        made. By default nothing is refused."""
+        return
+
     @abstractmethod
     def step(self, prompts: Sequence[Prompt]) -> Step:
         """Make one step on this team's prompts.

@@ -61,7 +61,7 @@ class RewardGradientMethod(Method):
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Make a video for each of these prompts; return the mean of its losses, with the graph, and its scores.
 
-        Scores: {dimension: [B]}, of the reward, for the log.
+        Scores: {dimension: [B]}, of the reward, for the log, and any others beside them.
         """
 
     @classmethod
@@ -97,7 +97,8 @@ class RewardGradientMethod(Method):
             # Processes that hold slices of a video have parts of its gradient, and the mean over all processes counts.
             self.optimizer.backward(loss * share * self.processes.sequence.count)
             found = {"loss": loss, **{f"reward/{name}": value.mean() for name, value in scores.items()}}
-            found["reward/selected"] = combine(scores, self.config.reward.dimensions).mean()
+            own = {name: scores[name] for name in self.reward.dimensions}
+            found["reward/selected"] = combine(own, self.config.reward.dimensions).mean()
             for name, value in found.items():
                 here = value.detach().to(self.processes.device, torch.float64)
                 means[name] = means.get(name, 0.0) + share * here
@@ -128,7 +129,10 @@ class RewardGradientMethod(Method):
         self, latents: Tensor, prompts: Sequence[Prompt], frames: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the rewards [B] of clean latents, and their scores, with gradients; ``frames``: of those frames."""
-        pixels = self.model.decode_pixels(check_latents(latents), frames)
+        return self._scored(self.model.decode_pixels(check_latents(latents), frames), prompts)
+
+    def _scored(self, pixels: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the rewards [B] of pixels [B, F, 3, height, width] in 0..1, and their scores, with gradients."""
         scores = self.reward.score_pixels(pixels, [prompt.text for prompt in prompts])
         return combine(scores, self.config.reward.dimensions), scores
 

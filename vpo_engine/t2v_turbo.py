@@ -5,7 +5,7 @@ for each step:
     f = the student's clean latents at t, in one prediction               objectives/consistency.py
     the teacher's guided step from t to the time t' before it             objectives/consistency.py
     target = the student's clean latents there, without gradient
-    loss = pseudo-Huber(f, target) - weight * reward of decoded frames of f
+    loss = pseudo-Huber(f, target) - weight * reward of decoded frames of f, or of two rewards
 
 The student is the policy. The teacher is the policy that the run starts from: the frozen reference. t is one of the
 times of the teacher's 50 steps. For rectified flow f = x_t + t v, which is x_0 at t = 0; schedules with noise at t = 0
@@ -40,8 +40,10 @@ from vpo_engine.rollout.scored_frames import (
     frames_of_step,
     random_frames,
 )
-from vpo_engine.seeding import generator
+from vpo_engine.rollout.second_reward import SecondReward, check_second
+from vpo_engine.seeding import integer
 from vpo_engine.values import Prompt, stacked_embeddings
+from vpo_engine.video_model import VideoModel
 
 
 class T2VTurbo(RewardGradientMethod):
@@ -54,7 +56,9 @@ class T2VTurbo(RewardGradientMethod):
         assert config.t2v_turbo is not None
         self.own = config.t2v_turbo
         self.frames = frames_of_step(config.reward.kind, self.own.frames, default=5)
-        check_enough("t2v_turbo.frames", self.frames, self.model)
+        self.second: SecondReward | None = None
+        if self.own.second is not None:
+            self.second_frames = frames_of_step(self.own.second.kind, None, default=5)
         solver = self.model.solver(self.own.steps)
         self.times = torch.tensor([*solver.times, 0.0])
         self._encode = self.timer.timed("encode", self._clean_latents)
@@ -63,12 +67,22 @@ class T2VTurbo(RewardGradientMethod):
     def open_stream(cls, config: Config, prompts: Prompts) -> tuple[Stream, Texts]:
         own = config.t2v_turbo
         assert own is not None
-        check_single_frames("t2v_turbo.frames", own.frames, config.reward.kind)
+        check_single_frames("t2v_turbo.frames", own.frames, config.reward)
+        if own.second is not None:
+            check_second("t2v_turbo.second", own.second)
         family = model_family(config.model.kind)
         return open_given_videos("t2v_turbo.videos", own.videos, prompts, config.seed, family)
 
     def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
         self.stream.prepare(self.model, folder.parent.parent / "encoded_videos", self.processes, say)
+        if self.own.second is not None:
+            self.second = SecondReward("t2v_turbo.second", self.own.second, self.model)
+
+    @classmethod
+    def check(cls, config: Config, model: VideoModel) -> None:
+        assert config.t2v_turbo is not None
+        count = frames_of_step(config.reward.kind, config.t2v_turbo.frames, default=5)
+        check_enough("t2v_turbo.frames", count, model)
 
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
         text, (t, before) = stacked_embeddings(prompts), self._times(prompts)
@@ -77,23 +91,21 @@ class T2VTurbo(RewardGradientMethod):
         with torch.no_grad():
             target = self._answer(self._teacher_step(noised, t, before, text), before, text)
         self._trained_rows += len(prompts)
-        frames = random_frames(
-            self.frames, self.model, self.config.seed, "t2v_turbo", self._step_number(prompts)
-        )
-        rewards, scores = self._rewards(answer, prompts, frames)
-        distance = pseudo_huber(answer, target, self.own.huber)
-        return distance - self.own.reward_weight * rewards.mean(), scores
+        rewards, scores = self._rewards(answer, prompts, self._frames(self.frames, prompts))
+        loss = pseudo_huber(answer, target, self.own.huber) - self.own.reward_weight * rewards.mean()
+        if self.second is None or self.own.second is None:
+            return loss, scores
+        pixels = self.model.decode_pixels(answer, self._frames(self.second_frames, prompts))
+        others = self.second(pixels, [prompt.text for prompt in prompts])
+        return loss - self.own.second.weight * others.mean(), {**scores, "second": others}
+
+    def _frames(self, count: int | None, prompts: Sequence[Prompt]) -> list[int] | None:
+        number = self._step_number(prompts)
+        return random_frames(count, self.model, self.config.seed, "t2v_turbo", number)
 
     def _times(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Return a random time t of the teacher's steps for each prompt, and the time after its step, each [B]."""
-        drawn = [
-            int(
-                torch.randint(
-                    self.own.steps, (), generator=generator(self.config.seed, "time", each.position)
-                )
-            )
-            for each in prompts
-        ]
+        drawn = [integer(self.own.steps, self.config.seed, "time", each.position) for each in prompts]
         times, places = self.times.to(self.processes.device), torch.tensor(drawn)
         return times[places], times[places + 1]
 

@@ -82,6 +82,7 @@ def run_training(config: Config) -> int:
         if served is not None:
             served.wait_until_loaded()
         check_scored(config, model, reward, prompts, held_out_prompts)
+        method.check(config, model)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         _check_room(config, model, processes)
         run, checkpoint = _open_run(config, processes, at_end, texts)

@@ -1,4 +1,4 @@
-"""Mistakes in methods that follow the gradient of a reward: sampling, decoding and rewards with gradients, the losses."""
+"""Mistakes in methods that follow the gradient of a reward: sampling, decoding, rewards and losses."""
 
 SAMPLING = "vpo_engine/rollout/reward_gradient.py"
 DECODING = "vpo_engine/models/opensora/vae_gradient.py"

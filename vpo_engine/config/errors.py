@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -151,8 +152,10 @@ def _named_places(message: str, kind: type[Section], origins: Mapping[str, str],
 
 def shown(value: object) -> str:
     """Return a setting's value as it is written in YAML."""
+    if isinstance(value, (str, Path)):
+        return str(value)
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000, sort_keys=False)
-    return str(value) if isinstance(value, str) else text.removesuffix("...\n").strip()
+    return text.removesuffix("...\n").strip()
 
 
 def _nearest_key(keys: tuple[str, ...], kind: type[Section]) -> str:

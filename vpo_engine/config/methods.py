@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from vpo_engine.config.reward import RewardKind
 from vpo_engine.config.section import Section
 
 MethodName = Literal["online_vpo", "offline_dpo", "refl", "vader", "instructvideo", "t2v_turbo"]
@@ -112,7 +113,7 @@ CARDS: dict[MethodName, MethodCard] = {
         candidates=False,
         pairs=False,
         reward_gradient=True,
-        seen="{prompts:,} given videos were learned from in {steps:,} steps, with the policy of the start as the teacher; "
+        seen="{prompts:,} given videos were learned from in {steps:,} steps, with the policy of the start as teacher; "
         "the gradient of a reward was followed.",
         unused=(*_OF_CANDIDATES, *_OF_PAIRS, "reference.refresh_every"),
     ),
@@ -137,6 +138,20 @@ class ReflConfig(Section):
     """Factor of the loss. Source: ImageReward."""
 
 
+class SecondRewardConfig(Section):
+    """A second reward model, whose gradient the policy follows together with that of reward.kind. It stays on the
+    policy's device, and does not count in evaluations and alarms."""
+
+    kind: RewardKind
+    """Name of the reward model, as for reward.kind; it must pass gradients."""
+    path: Path | None = None
+    """Folder of its checkpoint; null for reward models whose weights are in the package."""
+    dimensions: tuple[str, ...] = ("global",)
+    """Dimensions whose average counts; "global" alone means all of them."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Factor of its loss."""
+
+
 class VaderConfig(Section):
     """VADER (method=vader): the policy follows the gradient of the reward back through the last sampling steps. Source
     of all defaults: the public code of VADER for Open-Sora."""
@@ -157,6 +172,12 @@ class VaderConfig(Section):
     frames: int | None = Field(None, ge=1)
     """Number of random frames that are decoded and scored, the same for all videos of a step; null: 1 for rewards that
     score single frames, all for others, which take no other value. Source: VADER."""
+    second: SecondRewardConfig | None = None
+    """A second reward of the same sort (of single frames, or of videos), with a goal and a scale as goal=auto gives
+    them. The loss is (weight * loss of reward.kind + second.weight * loss of the second) / 2. null: none."""
+    weight: float = Field(1.5, gt=0, allow_inf_nan=False)
+    """Factor of the loss of reward.kind where there is a second reward. Source: VADER, with laion_aesthetic first and
+    hpsv2_1 second."""
 
 
 class InstructVideoConfig(Section):
@@ -208,6 +229,9 @@ class T2VTurboConfig(Section):
     frames: int | None = Field(None, ge=1)
     """Number of random frames that are decoded and scored; null: 5 for rewards that score single frames, all for
     others, which take no other value. Source: T2V-Turbo."""
+    second: SecondRewardConfig | None = None
+    """A second reward, of the same sort or of the other one; second.weight is its factor. null: none. Source:
+    T2V-Turbo has an image reward with factor 1 and a video reward with factor 2."""
 
 
 class OfflineDPOConfig(Section):
