@@ -268,7 +268,7 @@ def test_numbers_of_different_settings_never_stand_side_by_side(
     ("words", "part"),
     [
         (["--metrics", "pixls"], "there is no metric 'pixls'; did you mean 'pixels'"),
-        (["--metrics", "reward:videoscore"], "reward 'videoscore' needs a path"),
+        (["--metrics", "reward:videoscore"], "reward:videoscore needs a local path to its weights"),
         (
             ["--metrics", "reward:videoscore", "--weights", "reward:videoscore=/nowhere"],
             "there is nothing at /nowhere",
