@@ -103,9 +103,7 @@ class InstructVideo(RewardGradientMethod):
         assert self.segments is not None
         assert self.model.video_size is not None
         frames = self.model.video_size[0]
-        chosen = frame_of_each_segment(
-            self.segments, frames, self.config.seed, "segments", prompt.position
-        )
+        chosen = frame_of_each_segment(self.segments, frames, self.config.seed, "segments", prompt.position)
         images = self.model.decode_pixels(latents, chosen)[0]
         scores = self.reward.score_pixels(images.unsqueeze(1), [prompt.text] * self.segments)
         decay = 1.0 if self.own.attenuation is None else self.own.attenuation

@@ -67,7 +67,7 @@ def sprites() -> list[Row]:
     config = load_config(None, ["rollout.guidance=4", "rollout.batch_size=1", "processes.per_prompt=2"])
     rows, refused = compare(config, A100, cluster(4))
     assert [one.strategy.name for one in refused] == ["data parallel, own prompts, a GPU for the reward"]
-    assert "pairs_per_step=8 cannot be shared equally by 3 processes" in refused[0].reason
+    assert "pairs_per_step=16 cannot be shared equally by 3 processes" in refused[0].reason
     return rows
 
 

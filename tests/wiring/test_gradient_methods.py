@@ -162,7 +162,7 @@ def test_a_step_of_instructvideo_is_the_formula(
 
 
 def test_a_step_of_t2v_turbo_is_the_formula(tmp_path: Path) -> None:
-    """Pseudo-Huber between two answers x + t v, one of them after the teacher's guided Euler step, less the reward."""
+    """Pseudo-Huber between two answers x + t v, one of them behind the teacher's guided step, minus the reward."""
     config = make_config(tmp_path, *METHODS["t2v_turbo"], "steps=1")
     train(config)
     [row] = engine.metrics_of(tmp_path / "run")
@@ -285,5 +285,7 @@ def test_a_model_without_videos_of_its_own_needs_some(
 ) -> None:
     monkeypatch.delattr(gradient_toy.GradientModel, "real_video")
     config = make_config(tmp_path, *METHODS["instructvideo"])
-    with pytest.raises(ValueError, match=r"instructvideo\.videos is not set, and toy has no videos of its own"):
+    with pytest.raises(
+        ValueError, match=r"instructvideo\.videos is not set, and toy has no videos of its own"
+    ):
         entry.train(config)

@@ -113,8 +113,8 @@ CARDS: dict[MethodName, MethodCard] = {
         candidates=False,
         pairs=False,
         reward_gradient=True,
-        seen="{prompts:,} given videos were learned from in {steps:,} steps, with the policy of the start as teacher; "
-        "the gradient of a reward was followed.",
+        seen="{prompts:,} given videos were learned from in {steps:,} steps, with the policy of the start as the "
+        "teacher; the gradient of a reward was followed.",
         unused=(*_OF_CANDIDATES, *_OF_PAIRS, "reference.refresh_every"),
     ),
 }
