@@ -285,5 +285,7 @@ def test_a_model_without_videos_of_its_own_needs_some(
 ) -> None:
     monkeypatch.delattr(gradient_toy.GradientModel, "real_video")
     config = make_config(tmp_path, *METHODS["instructvideo"])
-    with pytest.raises(ValueError, match=r"instructvideo\.videos is not set, and toy has no videos of its own"):
+    with pytest.raises(
+        ValueError, match=r"instructvideo\.videos is not set, and toy has no videos of its own"
+    ):
         entry.train(config)
