@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from process_group import run_in_group
+from process_group import Group, run_in_group
 from safetensors.torch import load_file
 
 from vpo_engine import train
+from vpo_engine.online_vpo import OnlineVPO
 
 SETTINGS = ("checkpoint.every=2", "checkpoint.keep=9", "evaluation.every=null")
 WORKER = """
@@ -27,22 +29,20 @@ step, made, attempt = OnlineVPO.step, [], int(os.environ["TORCHELASTIC_RESTART_C
 
 def deadly(algorithm, *prompts):
     made.append(1)
-    if os.environ["RANK"] == "1" and len(made) == 2 and attempt < int(sys.argv[1]):
-        if sys.argv[2] == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise ValueError(f"broken at {os.getpid()}")
+    if os.environ["RANK"] == "1" and len(made) == 2 and attempt == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
     return step(algorithm, *prompts)
 
 OnlineVPO.step = deadly
-sys.exit(train.main(sys.argv[3:]))
+sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def torchrun(folder: Path, kills: int, how: str, arguments: list[str], restarts: int = 3) -> tuple[int, str]:
+def torchrun(folder: Path, arguments: list[str]) -> tuple[int, str]:
     worker = folder / "worker.py"
     worker.write_text(WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, f"--max-restarts={restarts}", str(worker), str(kills), how, *arguments]
+    command = [*launcher, "--max-restarts=3", str(worker), *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=folder)
     return ended.returncode, ended.stdout + ended.stderr
 
@@ -62,7 +62,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_by_itself(
 ) -> None:
     """Without run_dir: the restarted run finds its directory again. The first attempt dies in step 2."""
     arguments = [*smallest, *SETTINGS]
-    code, said = torchrun(tmp_path, 1, "kill", arguments)
+    code, said = torchrun(tmp_path, arguments)
     assert code == 0, said
     (run,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
     assert "rank 0 lost another process while it waited for all of them in " in said
@@ -77,11 +77,27 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_by_itself(
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
+def fail(arguments: list[str], restart: int) -> int:
+    """Train, as torchrun's attempt number ``restart``; rank 1 has the same error in step 2 of every attempt."""
+    step, made = OnlineVPO.step, []
+
+    def broken(algorithm: OnlineVPO, *prompts: Any) -> Any:
+        made.append(1)
+        if os.environ["RANK"] == "1" and len(made) == 2:
+            raise ValueError(f"broken at {os.getpid()}")
+        return step(algorithm, *prompts)
+
+    OnlineVPO.step = broken  # type: ignore[method-assign]
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restart)
+    return train.main(arguments)
+
+
 @pytest.mark.long
 def test_a_run_that_fails_in_the_same_way_again_says_so(smallest: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, said = torchrun(tmp_path, 9, "fail", [*smallest, *SETTINGS, f"run_dir={run}"], restarts=1)
-    assert code == 1
+    arguments = [*smallest, *SETTINGS, f"run_dir={run}"]
+    Group(tmp_path, 2, fail, arguments, 0).wait(expected=1)
+    said = Group(tmp_path, 2, fail, arguments, 1).wait(expected=1)
     assert (
         "note: the attempt before began after step 0 as well, and saved nothing; the last ended in step 2 by an error "
         "of rank 1: broken at "

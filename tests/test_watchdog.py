@@ -123,7 +123,7 @@ def test_a_hang_in_the_very_first_stage_has_a_limit(clock: Clock) -> None:
 
 
 def test_what_is_reached_inside_of_a_stage_counts(clock: Clock) -> None:
-    """A first rollout of many passes may take days; a pass that hangs has the limit of the passes before it."""
+    """A first rollout of many passes may take days; later a pass that hangs has the limit of the passes before it."""
     one = Member(clock, "auto")
     points = StopPoints(replace(Processes.start("cpu"), stages=one.stages))
     with one.stages("rollout"):
@@ -131,6 +131,11 @@ def test_what_is_reached_inside_of_a_stage_counts(clock: Clock) -> None:
             clock.now += 400
             points.check()
             assert one.watchdog.look() is None
+        clock.now += 180 * 60
+        assert one.watchdog.look() is None
+        points.check()
+    one.stages.longest["rollout"] = 400.0
+    with one.stages("rollout"):
         clock.now += 3999
         assert one.watchdog.look() is None
         clock.now += 2

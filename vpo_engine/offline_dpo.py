@@ -44,7 +44,7 @@ class OfflineDPO(OnlineVPO):
         return SampledPairs(stream, settings.pairs or config.steps * config.pairs_per_step), texts
 
     def prepare(self, folder: Path, say: Callable[[str], None]) -> None:
-        """Encode the videos of a preference file, or sample the pairs that the run's directory does not have yet."""
+        """Check stored pairs, encode the videos of a file, or sample what the run's directory does not have yet."""
         with self.timer("pairs"):
             if isinstance(self.stream, FilePairs):
                 settings, beside = self.config.offline_dpo, folder.parent.parent
@@ -53,6 +53,8 @@ class OfflineDPO(OnlineVPO):
                 self.stream.encode(self.model, cache, self.processes, say)
             elif isinstance(self.stream, SampledPairs):
                 self._sample_pairs(self.stream, folder, say)
+            else:
+                self.stream.check(self.model.latent_shape)
 
     def _sample_pairs(self, stream: SampledPairs, folder: Path, say: Callable[[str], None]) -> None:
         """Let the policy of the start sample, step by step as in OnlineVPO, what is not in ``folder`` yet."""

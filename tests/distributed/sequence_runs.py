@@ -166,6 +166,7 @@ CASES = FEW | {
     "adapter": LORA,
     "micro-batches": (*MICRO, "memory.activation_checkpointing=block", "memory.mlp_chunks=2"),
     "pruned": ("rollout.prune.after=0.5", "rollout.prune.keep=2"),
+    "explored": ("rollout.explore.steps=1", "rollout.explore.cache=0.2"),
     "in 8 bits": ("reference.storage=int8",),
     "in bfloat16": ("reference.storage=bf16",),
 }

@@ -13,6 +13,7 @@ import pytest
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.deepspeed_settings import check_deepspeed, resolve
+from vpo_engine.models.registry import check_model
 from vpo_engine.train import main
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "deepspeed_zero2.json"
@@ -261,3 +262,16 @@ def test_a_missing_deepspeed_is_one_line_with_the_remedy(
 def test_a_missing_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([DEEPSPEED, f"distributed.deepspeed_config={tmp_path / 'none.json'}"]) == 1
     assert "none.json: there is no such file; check the path" in capsys.readouterr().err
+
+
+def test_weights_of_two_types_are_refused_before_a_model_is_loaded() -> None:
+    """A family some of whose modules stay float32; an adapter is float32 throughout."""
+    settings = ["memory.weights=fp32_master", "reference.storage=bf16", "memory.offload_idle=false"]
+    config = load_config("wan2_1_1_3b.yaml", settings)
+    check_model(config)
+    divided = load_config("wan2_1_1_3b.yaml", [*settings, DEEPSPEED])
+    with pytest.raises(
+        ValueError, match=r"leaves some weights of model.kind=wan .* set memory.weights=float32, or"
+    ):
+        check_model(divided)
+    check_model(load_config("wan2_1_14b_lora.yaml", [DEEPSPEED, "memory.offload_idle=false"]))

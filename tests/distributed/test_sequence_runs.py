@@ -29,6 +29,7 @@ LINEAR = ("optimizer.eps=1", "optimizer.lr=0.1", "optimizer.clip=1")
 METHODS = {
     "online_vpo": ("rollout.guidance=2", "pairs.dataset=latents"),
     "refl": ("method=refl", "refl.steps=2", "refl.last_steps=2", "refl.margin=null", "refl.scale=1"),
+    "vader": ("method=vader", "vader.steps=2", "vader.last_steps=2", "vader.guidance=2"),
 }
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from process_group import run_in_group
 from scaling_counts import CASES, compared
 
+from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.traffic import step_transfers
+from vpo_engine.planning.exchanged import division, exchanged
+from vpo_engine.planning.parts import Assumed, blueprint_of
+from vpo_engine.rewards.wire import Wire
 
 LIMIT = 0.05
 SMALL = 100.0
@@ -63,3 +71,25 @@ def test_counted_bytes_are_within_five_percent_of_the_formulas(count: int, tmp_p
             for purpose, (counted, formula) in found.items():
                 allowed = LIMIT * formula + SMALL
                 assert abs(counted - formula) <= allowed, (case, count, rank, purpose, counted, formula)
+
+
+def test_videos_go_to_the_process_of_the_reward_model_in_8_bits() -> None:
+    """Counted are the bytes that come out of the socket, of the videos that a process of four has in a step."""
+    config = load_config(None, ["pairs_per_step=4", "rollout.candidates=4", "processes.reward=true"])
+    (sent,) = [
+        one for one in step_transfers(exchanged(config), division(config, 4)) if one.purpose == "videos"
+    ]
+    frames, height, width = blueprint_of(config, Assumed()).model.video_size or (0, 0, 0)
+    mine, theirs = socket.socketpair()
+
+    def count() -> int:
+        return sum(len(part) for part in iter(lambda: theirs.recv(2**16), b""))
+
+    with ThreadPoolExecutor(1) as thread:
+        counted = thread.submit(count)
+        wire = Wire(mine)
+        videos = torch.zeros(4, frames, height, width, 3, dtype=torch.uint8)
+        wire.send("score", {"prompts": ["a red circle moving left"] * 4}, {"videos": videos})
+        wire.close()
+        assert counted.result(30) == pytest.approx(sent.nbytes, rel=LIMIT)
+    assert sent.ranks == 5

@@ -34,9 +34,9 @@ def test_an_aligned_policy_against_its_start_agrees_with_an_independent_measurem
         )
         == 0
     )
-    began = time.monotonic()
+    began = time.process_time()
     assert run(root, "--baseline", "--samples", str(SAMPLES), "--out", out) == 0
-    assert time.monotonic() - began < 300
+    assert time.process_time() - began < 300, "seconds of processors, which two cores do in half of it"
     own = {
         "judge:sprites/visual_quality": lambda found: found["judge/visual_quality"],
         "judge:sprites/temporal_consistency": lambda found: found["judge/temporal_consistency"],

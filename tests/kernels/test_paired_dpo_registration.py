@@ -5,6 +5,7 @@ import torch
 from pair_tensors import Loss, random_tensors
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from vpo_kernels import paired_dpo_loss
 from vpo_kernels.paired_dpo import op
@@ -178,3 +179,38 @@ def test_the_operator_is_registered_for_every_device() -> None:
     assert op._paired_dpo is torch.ops.vpo_kernels.paired_dpo.default
     meta = [torch.empty(2, 3, device="meta") for _ in range(6)]
     assert paired_dpo_loss(*meta).margin.device.type == "meta"
+
+
+class Seen(TorchDispatchMode):
+    """Notes the names of the operators of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "vpo_kernels" in str(function):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_modes_and_profilers_see_operators_that_plain_calls_do_without(dpo_loss: Loss) -> None:
+    """The results are the same, bit for bit."""
+    tensors = random_tensors(3, 10)
+
+    def results() -> list[torch.Tensor]:
+        out = dpo_loss(*tensors, beta=20.0)
+        return [*out, *torch.autograd.grad(out.loss, tensors[:2])]
+
+    plain = results()
+    with Seen() as seen:
+        watched = results()
+    assert seen.names == ["vpo_kernels.paired_dpo.default", "vpo_kernels.paired_dpo_gradient.default"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        profiled = results()
+    assert {"vpo_kernels::paired_dpo", "vpo_kernels::paired_dpo_gradient"} <= {
+        e.name for e in profile.events()
+    }
+    for one, other, third in zip(plain, watched, profiled, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)

@@ -11,7 +11,7 @@ import torch
 from reference import recipe_weights, smooth_video
 from torch import Tensor, nn
 
-from vpo_engine.metrics.registry import METRICS, build_metric, metric_card
+from vpo_engine.metrics.registry import METRICS, build_metric, check_metric, metric_card
 from vpo_engine.metrics.vbench.dimensions import (
     AestheticQuality,
     DynamicDegree,
@@ -77,7 +77,9 @@ def test_subject_consistency_averages_over_frames_and_names_the_mean_over_videos
     expected = (19 * long.values[""] + short.values[""]) / 20
     assert summary.value == pytest.approx(expected, abs=1e-9)
     both = (long.values[""] + short.values[""]) / 2
-    assert summary.others == {"mean over videos": pytest.approx(both, abs=1e-9)}
+    assert summary.others["mean over videos"] == pytest.approx(both, abs=1e-9)
+    scaled = (expected - 0.1462) / (1 - 0.1462)
+    assert summary.others["on the leaderboard's scale"] == pytest.approx(scaled, abs=1e-9)
     assert summary.provenance.aggregation == "mean over frames"
 
 
@@ -230,7 +232,8 @@ def test_missing_weights_are_named_at_the_start(name: str, tmp_path: Path) -> No
         build_metric(name, **options)
     with pytest.raises(FileNotFoundError, match=f"no {card.needs[0]}"):
         build_metric(name, weights=tmp_path, **options)
-    (tmp_path / card.needs[0]).write_bytes(b"no weights")
+    for needed in card.needs:
+        (tmp_path / needed).write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"cannot be read|is not installed"):
         build_metric(name, weights=tmp_path, **options)
 
@@ -267,6 +270,25 @@ def test_a_network_of_another_size_is_no_vbench(tmp_path: Path) -> None:
         ValueError, match=r"of another size \(width 32, not 768\), so its numbers would not be VBench's"
     ):
         build_metric("subject_consistency", weights=tmp_path)
+
+
+def test_two_files_need_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "ViT-L-14.pt").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"no sa_0_4_vit_l_14_linear.pth in"):
+        check_metric("aesthetic_quality", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"is one file, .* are needed; give their folder"):
+        check_metric("aesthetic_quality", tmp_path / "ViT-L-14.pt")
+    (tmp_path / "sa_0_4_vit_l_14_linear.pth").write_bytes(b"x")
+    check_metric("aesthetic_quality", tmp_path)
+
+
+def test_a_folder_of_transformers_stands_for_an_archive_of_clip(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no ViT-B-32.pt or folder clip-vit-base-patch32 in"):
+        check_metric("background_consistency", tmp_path)
+    (tmp_path / "clip-vit-base-patch32").mkdir()
+    (tmp_path / "clip-vit-base-patch32" / "config.json").write_text("{}")
+    check_metric("background_consistency", tmp_path)
+    check_metric("background_consistency", tmp_path / "clip-vit-base-patch32")
 
 
 @pytest.mark.parametrize("name", ["motion_smoothness", "imaging_quality"])

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from vpo_engine.metrics.fvd import i3d_pixels, videomae_pixels
 from vpo_engine.metrics.metric_card import MetricCard
 from vpo_engine.metrics.networks import raft
-from vpo_engine.metrics.networks.checkpoints import find_checkpoint, read_state
+from vpo_engine.metrics.networks.checkpoints import read_state
 from vpo_engine.metrics.networks.clip_vision import clip_from_folder, clip_from_weights
 from vpo_engine.metrics.networks.i3d import I3d
 from vpo_engine.metrics.networks.vision_transformer import DinoNetwork, VideoMaeNetwork, sinusoid_table
 from vpo_engine.metrics.registry import build_metric, metric_card
 from vpo_engine.metrics.vbench.dimensions import BackgroundConsistency, DynamicDegree, SubjectConsistency
 from vpo_engine.metrics.vbench.pixels import clip_pixels, dino_pixels
+from vpo_engine.metrics.weight_paths import find_weights
 
 FORWARD, MANIFESTS = facts("model_forward"), facts("model_manifests")
 CPU = torch.device("cpu")
@@ -253,15 +254,15 @@ def test_files_are_found_side_by_side_in_vbenchs_cache_and_by_themselves(tmp_pat
     name = "raft-things.pth"
     inside = tmp_path / "raft_model" / "models" / name
     with pytest.raises(FileNotFoundError, match=r"no raft-things.pth in .*it holds nothing"):
-        find_checkpoint(tmp_path, [name], "RAFT")
+        find_weights(tmp_path, name)
     inside.parent.mkdir(parents=True)
     inside.write_bytes(b"x")
-    assert find_checkpoint(tmp_path, [name], "RAFT") == inside
+    assert find_weights(tmp_path, name) == inside
     (tmp_path / name).write_bytes(b"y")
-    assert find_checkpoint(tmp_path, [name], "RAFT") == tmp_path / name
-    assert find_checkpoint(inside, [name], "RAFT") == inside
+    assert find_weights(tmp_path, name) == tmp_path / name
+    assert find_weights(inside, name) == inside
     with pytest.raises(FileNotFoundError, match="there is nothing at"):
-        find_checkpoint(tmp_path / "absent", [name], "RAFT")
+        find_weights(tmp_path / "absent", name)
 
 
 def test_a_card_names_the_files_that_are_looked_for() -> None:

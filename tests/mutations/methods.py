@@ -30,8 +30,8 @@ MUTATIONS = [
     (
         "micro-batches all weigh as the whole",
         GRADIENT,
-        "self.optimizer.backward(loss * share * self",
-        "self.optimizer.backward(loss * self",
+        "self.optimizer.backward(loss * share * self.processes.sequence.count)",
+        "self.optimizer.backward(loss * self.processes.sequence.count)",
         FOLLOWED,
     ),
     (

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from vpo_engine import plan
 from vpo_engine.config_file import load_config
-from vpo_engine.distributed.traffic import Transfer
+from vpo_engine.distributed.sequence_traffic import sequence_traffic
+from vpo_engine.distributed.traffic import Division, Exchanged, Transfer, step_transfers
 from vpo_engine.planning import strategies
 from vpo_engine.planning.estimate import PhasePlan, Plan
 from vpo_engine.planning.gpus import GIB, GPUS
 from vpo_engine.planning.links import EFFICIENCY, Cluster, make_cluster
+from vpo_engine.planning.parts import Assumed, blueprint_of
 from vpo_engine.planning.scaling_report import comparison, started
+from vpo_engine.planning.sequence_bytes import sequence_bytes
 from vpo_engine.planning.strategies import Refused, Row, Strategy, compare, divided, recommended
 
 A100 = GPUS["a100-80g"]
@@ -62,10 +66,8 @@ def sprites() -> list[Row]:
     """Every strategy of the sprites world, with four candidates, on four GPUs."""
     config = load_config(None, ["rollout.guidance=4", "rollout.batch_size=1", "processes.per_prompt=2"])
     rows, refused = compare(config, A100, cluster(4))
-    assert [one.strategy.name for one in refused] == [
-        "data parallel, candidates over 4, guidance over 2",
-        "data parallel, own prompts, a GPU for the reward",
-    ][1:]
+    assert [one.strategy.name for one in refused] == ["data parallel, own prompts, a GPU for the reward"]
+    assert "pairs_per_step=16 cannot be shared equally by 3 processes" in refused[0].reason
     return rows
 
 
@@ -100,6 +102,16 @@ class TestComparison:
         assert {transfer.purpose for transfer in team.sends} == {"gradients", "candidates"}
         assert whole.seconds == pytest.approx((whole.computing or 0) + sum(whole.waits.values()))
 
+    def test_processes_that_share_videos_take_less_for_activations_and_exchange_them(
+        self, sprites: list[Row]
+    ) -> None:
+        whole, shared = (of(sprites, f"data parallel, {name}") for name in ("own prompts", "a video over 2"))
+        assert category(shared, "activations") < category(whole, "activations")
+        assert {transfer.purpose: transfer.ranks for transfer in shared.sends} == {
+            "gradients": 4,
+            "sequence": 2,
+        }
+
     def test_the_optimizer_of_a_divided_run_steps_its_part(self, sprites: list[Row]) -> None:
         whole, zero = (of(sprites, name) for name in ("data parallel, own prompts", "ZeRO 2, own prompts"))
         phase = next(one for one in whole.plan.phases if one.name == "optimizer")
@@ -111,11 +123,12 @@ class TestStrategies:
     def test_the_simplest_is_first_and_zero_comes_with_the_smallest_teams_that_work(self) -> None:
         config = load_config(None, ["pairs_per_step=8", "rollout.guidance=4"])
         names = [one.name for one in strategies.strategies(config, 16)]
-        assert names[:4] == [
+        assert names[:5] == [
             "data parallel, own prompts",
             "data parallel, candidates over 2",
             "data parallel, candidates over 4",
             "data parallel, candidates over 4, guidance over 2",
+            "data parallel, a video over 2",
         ]
         assert "ZeRO 2, candidates over 2" in names
 
@@ -152,6 +165,42 @@ class TestStrategies:
             divided(config, {"distributed.engine": "deepspeed"}, 2)
         with pytest.raises(ValueError, match=r"the reward model would have the only GPU"):
             divided(config, {"processes.reward": True}, 1)
+
+
+class TestSequence:
+    def test_bytes_of_a_pass_without_values_are_those_of_the_formulas(self) -> None:
+        """The slices of the sprites world's five latent frames are three and two: the first process sends of three."""
+        config = load_config(None, ["distributed.sequence_parallel=2", "model.dtype=float32"])
+        blueprint = blueprint_of(config, Assumed())
+        network, latents = blueprint.model.network, blueprint.model.latent_shape
+        forward, backward = sequence_bytes(config)
+        tokens = latents[1] * latents[2] * latents[3] // math.prod(network.settings.patch_size)
+        expected = sequence_traffic(
+            "axes",
+            processes=2,
+            blocks=2 * blueprint.depth,
+            tokens=tokens,
+            width=network.settings.hidden_size,
+            element_size=4,
+            output_tokens=tokens,
+            output_values=math.prod(network.settings.patch_size)
+            * network.settings.in_channels
+            * (1 + network.settings.pred_sigma),
+            output_size=4,
+        )
+        unequal = 1 / latents[1]  # halves of an odd number of frames differ by one
+        assert forward == pytest.approx(expected.forward, rel=unequal)
+        assert backward == pytest.approx(expected.backward, rel=unequal)
+
+    def test_a_pair_takes_its_passes(self) -> None:
+        step = Exchanged(trained=0, weight_bytes=4, forward=10.0, backward=20.0, predicted=6)
+        shared = Division(ranks=4, sequence=2, team=2, prompts=3, samples=5)
+        (transfer,) = step_transfers(replace(step, latents=0), replace(shared, team=1))
+        assert transfer == Transfer("sequence", 3 * 6 * 10 + 5 * (4 * 10 + 2 * 20), 2)
+        (transfer,) = step_transfers(replace(step, sequential=True), replace(shared, team=1))
+        assert transfer.nbytes == 3 * 6 * 10 + 5 * (5 * 10 + 2 * 20)
+        (transfer,) = step_transfers(step, shared)
+        assert transfer.nbytes == 3 * 6 / 2 * 10 + 5 * (4 * 10 + 2 * 20)
 
 
 class TestLinks:

@@ -146,7 +146,7 @@ def test_rewards_share_a_chart_in_tensorboard(run):
     events = EventAccumulator(str(run.tensorboard))
     events.Reload()
     (layout,) = events.Tensors("custom_scalars__config__")
-    text = layout.tensor_proto.string_val[0].decode()
+    text = layout.tensor_proto.string_val[0].decode(errors="replace")
     assert "^reward/selected$" in text
     assert "^held_out/reward/selected$" in text
     assert "^held_out/judge/selected$" in text

@@ -10,7 +10,7 @@ from pathlib import Path
 import engine
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from toy import SHAPE
 
 from vpo_engine import train as entry
@@ -133,6 +133,18 @@ def test_a_changed_pair_is_noticed_when_the_run_is_resumed(tmp_path: Path, prefe
     write_latents(tmp_path / "made/1_1.safetensors", 99)
     with pytest.raises(ValueError, match=r"offline_dpo\.file"):
         engine.train(from_file(tmp_path, preferences, "steps=4", "checkpoint.resume=true"))
+
+
+def test_a_dataset_of_another_geometry_is_refused_before_the_first_evaluation(tmp_path: Path) -> None:
+    engine.train(engine.make_config(tmp_path / "online", "steps=2"))
+    stored = tmp_path / "online/run/preference_dataset/latents/step_00000002_0000.safetensors"
+    pairs = load_file(stored)
+    save_file({name: value[..., :1].contiguous() for name, value in pairs.items()}, stored)
+    settings = (*engine.OFFLINE, f"offline_dpo.dataset={tmp_path / 'online/run'}")
+    message = r"holds latents \[2, 3, 2, 1\], but the model's are \[2, 3, 2, 2\]"
+    with pytest.raises(ValueError, match=message):
+        engine.train(engine.make_config(tmp_path / "offline", *settings))
+    assert not engine.metrics_of(tmp_path / "offline/run", "eval")
 
 
 # --- pairs of the policy of the start ---

@@ -86,7 +86,7 @@ def stopped(folder: Path, number: int) -> None:
 
     def counted(points: StopPoints) -> None:
         nonlocal inside, later
-        inside += begun == number
+        inside += 0 < begun == number
         if inside == 2 and rank == "1" and not later:
             signal.raise_signal(signal.SIGTERM)
         later += inside >= 2

@@ -16,5 +16,5 @@ class StageLimits(Section):
     """Minutes that one stage of a step may take in one process without reaching anything (stages are text, rollout,
     decode, reward, update, refresh, evaluate and checkpoint; a pass of the network, a batch of videos and a micro-batch
     are something). Then the run ends with exit code 124 and names rank, host, stage and step. auto: on GPUs ten times
-    the longest such time of the stage so far, at least 30 minutes, and 180 minutes before it has reached anything; no
-    limit on CPUs. null: no limits."""
+    the longest such time of the stage so far, at least 30 minutes, and at least 180 until it has ended for the first
+    time; no limit on CPUs. null: no limits."""

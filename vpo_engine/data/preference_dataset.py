@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,24 @@ class StoredPair:
                 f"the pair of step {self.step}, position {self.position} has no latents in the preference dataset; "
                 "pairs.dataset=latents stores those of all pairs that are not ties"
             )
+        with self._open() as file:
+            winner, loser = (file.get_slice(name)[self.row] for name in ("winner", "loser"))
+        return winner, loser
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """Return the shape (C, T, H, W) of the stored latents, which are not read; errors as in ``latents``."""
+        with self._open() as file:
+            return tuple(file.get_slice("winner").get_shape()[1:])
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
         try:
             with safe_open(self.latents_file, framework="pt") as file:
-                winner, loser = (file.get_slice(name)[self.row] for name in ("winner", "loser"))
+                yield file
         except (SafetensorError, FileNotFoundError, IndexError) as error:
             raise ValueError(
                 f"'{self.latents_file}' does not have pair {self.row}, although the preference dataset says so: {error}"
             ) from error
-        return winner, loser
 
 
 _FIELDS = tuple(field.name for field in fields(StoredPair) if field.name != "latents_file")

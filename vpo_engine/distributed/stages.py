@@ -25,13 +25,14 @@ class Stages:
 
     A stage's time counts anew whenever a stage inside of it begins or ends, or ``reached`` is called, so it is time in
     which nothing was reached. ``longest`` holds the longest such time of each stage so far; waiting for others does not
-    count there.
+    count there. ``ended``: stages that have ended at least once.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.now = Position(STARTING, 0, clock())
         self.longest: dict[str, float] = {}
+        self.ended: set[str] = set()
         self._reached_at = clock()
 
     @property
@@ -48,10 +49,13 @@ class Stages:
     def __call__(self, stage: str) -> Iterator[None]:
         """Mark a block of code as a stage."""
         before = self.now
+        if before.stage == BETWEEN:
+            self.ended.add(BETWEEN)
         self._change(stage, before.waiting)
         try:
             yield
         finally:
+            self.ended.add(stage)
             self._change(BETWEEN if before.stage == STARTING else before.stage, before.waiting)
 
     @contextmanager

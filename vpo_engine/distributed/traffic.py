@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Purpose = Literal[
-    "gradients", "weights", "rollout", "refresh", "candidates", "guidance", "videos", "checkpoint"
+    "gradients",
+    "weights",
+    "rollout",
+    "refresh",
+    "candidates",
+    "guidance",
+    "sequence",
+    "videos",
+    "checkpoint",
 ]
 
 
@@ -33,13 +41,13 @@ class Exchanged:
 
     trained: number of trained weights. weight_bytes: of a trained weight as it computes, and of its gradient. whole:
     trained weights in small parameters, which stage 3 does not divide. recomputed: share of the trained weights in
-    blocks whose activations are computed again. states: float32 numbers that are kept for a weight: moments,
-    master, average. updates: optimizer steps of a step. refreshes: of the reference, in a step. sequential:
-    memory.sequential.
-    latents: bytes of a candidate's latents. video: of its video. tensors: how many tensors of the size of latents a
-    sampling state has. scores: bytes
-    of a candidate's scores. sampled: candidates of a prompt, over all passes of sampling. guided: predictions with
-    guidance that they take together.
+    blocks whose activations are computed again. states: float32 numbers that are kept for a weight: moments, master,
+    average. updates: optimizer steps of a step. refreshes: of the reference, in a step. sequential: memory.sequential.
+
+    latents, scores, video: bytes of a candidate's. tensors: how many tensors of the size of latents a sampling state
+    has. sampled: candidates of a prompt, over all passes of sampling. guided: predictions with guidance that they take
+    together. predicted: predictions, a guided one being two. forward, backward: bytes that a process sends to those
+    that hold slices of the same video, for a sample that goes through the network.
     """
 
     trained: int
@@ -56,6 +64,9 @@ class Exchanged:
     scores: int = 0
     sampled: int = 0
     guided: int = 0
+    predicted: int = 0
+    forward: float = 0.0
+    backward: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,15 +74,18 @@ class Division:
     """How a step is divided among ``ranks`` processes.
 
     stage: of ZeRO; None: every process holds everything. team: processes with the same prompts. split: whether two of
-    them share a guided prediction. prompts: of a team. micro_batches: of a process in an optimizer step. reward:
-    whether one more process scores all videos.
+    them share a guided prediction. sequence: processes that hold slices of the same videos; team counts them as one.
+    prompts: of a team. samples, micro_batches: of a process in an optimizer step. reward: whether one more process
+    scores all videos.
     """
 
     ranks: int
     stage: int | None = None
     team: int = 1
     split: bool = False
+    sequence: int = 1
     prompts: int = 1
+    samples: int = 1
     micro_batches: int = 1
     reward: bool = False
 
@@ -105,8 +119,10 @@ def step_transfers(step: Exchanged, division: Division) -> list[Transfer]:
         if division.split:
             rows = division.prompts * step.guided / (division.team // 2)
             found.append(Transfer("guidance", gathered(2 * rows * step.latents, 2), 2))
+    if division.sequence > 1:
+        found.append(Transfer("sequence", _sequence(step, division), division.sequence))
     if division.reward:
-        sharers = division.team // 2 if division.split else division.team
+        sharers = (division.team // 2 if division.split else division.team) * division.sequence
         videos = division.prompts * step.sampled / sharers * step.video
         found.append(Transfer("videos", videos, ranks + 1))
     return [transfer for transfer in found if transfer.nbytes]
@@ -128,6 +144,14 @@ def _gradients(step: Exchanged, division: Division) -> float:
     if division.stage == 3:
         return passes * gathered(size, ranks)
     return (passes if division.stage == 2 else 1) * reduced(size, ranks)
+
+
+def _sequence(step: Exchanged, division: Division) -> float:
+    """Return what slices of videos take: predictions of rollouts, and those of winner and loser in the update, by the
+    reference and by the policy, which makes one more forward pass with sequential pairs."""
+    rollout = division.prompts * step.predicted / division.team * step.forward
+    pair = (5 if step.sequential else 4) * step.forward + 2 * step.backward
+    return rollout + step.updates * division.samples * pair
 
 
 def _weights(step: Exchanged, division: Division) -> float:

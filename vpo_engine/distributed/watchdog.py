@@ -26,8 +26,9 @@ EXIT_CODE = 124
 LEAST_MINUTES, TIMES_LONGEST = 30.0, 10.0
 """With stage_minutes=auto, a stage may take so many times its longest time so far, and at least so many minutes."""
 FIRST_MINUTES = 180.0
-"""With stage_minutes=auto, the minutes that a stage may take which has never reached anything. What may take long (a
-pass of the network, a batch of videos that is decoded or scored, a micro-batch) is far below on every GPU."""
+"""With stage_minutes=auto, the minutes that a stage may take at least until it has ended for the first time. What it
+reaches on the way (passes of the network, batches of videos that are decoded or scored, micro-batches) takes far less
+on every GPU, also where something is compiled or loaded first."""
 _GROUP_LIMIT = timedelta(hours=24)
 _PARTING = 5.0
 """Seconds to wait for the thread at the end; the store may be on a machine that is gone."""
@@ -48,8 +49,8 @@ def group_limit(minutes: StageMinutes) -> timedelta:
 class LimitRule:
     """The seconds that a stage may take; ``minutes`` is distributed.stage_minutes."""
 
-    def __init__(self, minutes: StageMinutes, longest: dict[str, float]) -> None:
-        self._minutes, self._longest = minutes, longest
+    def __init__(self, minutes: StageMinutes, stages: Stages) -> None:
+        self._minutes, self._stages = minutes, stages
 
     def of(self, stage: str) -> float | None:
         """Return the limit of a stage; None: it has none, as what comes before the first stage."""
@@ -59,8 +60,8 @@ class LimitRule:
             return 60 * self._minutes
         if self._minutes is None:
             return None
-        longest = self._longest.get(stage)
-        return 60 * FIRST_MINUTES if longest is None else max(60 * LEAST_MINUTES, TIMES_LONGEST * longest)
+        longest = TIMES_LONGEST * self._stages.longest.get(stage, 0.0)
+        return max(60 * (LEAST_MINUTES if stage in self._stages.ended else FIRST_MINUTES), longest)
 
     def together(self) -> float:
         """Return the limit of silence, and of an operation in which every process waits and none works."""
@@ -87,7 +88,7 @@ class Watchdog:
         """``store``: reaches all ``count`` processes; None if there is one."""
         self._stages, self._end, self._clock = stages, end, clock
         self._rank, self._count, self._host, self._place = rank, count, socket.gethostname(), place()
-        self._rule = LimitRule(minutes, stages.longest)
+        self._rule = LimitRule(minutes, stages)
         self._interval = 1.0 + count / 32  # with many processes the store would have much to do
         if isinstance(minutes, float):
             self._interval = min(self._interval, 60 * minutes / 10)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from vpo_engine.metrics.metric_card import MetricCard
 from vpo_engine.metrics.networks import raft
-from vpo_engine.metrics.networks.checkpoints import find_checkpoint, read_state
+from vpo_engine.metrics.networks.checkpoints import read_state
 from vpo_engine.metrics.provenance import hash_file
 from vpo_engine.metrics.video_metric import Measurement, VideoMetric, mean
+from vpo_engine.metrics.weight_paths import find_weights
 
 RATE, LONG_SIDE, BINS = 8.0, 512, 12
 GRADES = ("static", "low", "medium", "very_high", "high")
@@ -97,7 +98,7 @@ class FlowStrength(VideoMetric):
 
     @classmethod
     def make(cls, card: MetricCard, weights: Path, device: torch.device) -> FlowStrength:
-        path = find_checkpoint(weights, [raft.FILE], raft.NAME)
+        path = find_weights(weights, raft.FILE)
         network = raft.Raft.from_weights(read_state(path, raft.NAME), where=path, device=device)
         return cls(card, network, device=device, backbone=raft.NAME, weights={path.name: hash_file(path)})
 

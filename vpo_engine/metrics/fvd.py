@@ -21,9 +21,10 @@ from torch import Tensor
 
 from vpo_engine.metrics.frechet import FeatureSums, frechet_distance
 from vpo_engine.metrics.metric_card import MetricCard
-from vpo_engine.metrics.networks.checkpoints import find_checkpoint, read_state
+from vpo_engine.metrics.networks.checkpoints import read_state
 from vpo_engine.metrics.provenance import hash_file
 from vpo_engine.metrics.video_metric import Measurement, Record, VideoMetric
+from vpo_engine.metrics.weight_paths import find_weights
 from vpo_engine.runs.video_file import VideoFile
 
 FRAMES, RESOLUTION = 16, 256
@@ -186,7 +187,7 @@ def _squashed(images: Tensor) -> Tensor:
 def _videomae(weights: Path, device: torch.device) -> tuple[Features, int, str, Path]:
     from vpo_engine.metrics.networks import vision_transformer as vit
 
-    path = find_checkpoint(weights, [vit.VIDEOMAE_FILE], vit.VIDEOMAE)
+    path = find_weights(weights, vit.VIDEOMAE_FILE)
     state = read_state(path, vit.VIDEOMAE, ("model", "module"))
     network = vit.VideoMaeNetwork.from_weights(state, where=path, device=device)
     width = state["patch_embed.proj.weight"].shape[0]
@@ -196,7 +197,7 @@ def _videomae(weights: Path, device: torch.device) -> tuple[Features, int, str, 
 def _i3d(weights: Path, device: torch.device) -> tuple[Features, int, str, Path]:
     from vpo_engine.metrics.networks import i3d
 
-    path = find_checkpoint(weights, [i3d.FILE], i3d.NAME)
+    path = find_weights(weights, i3d.FILE)
     network = i3d.I3d.from_weights(read_state(path, i3d.NAME), where=path, device=device)
     return lambda clip: network(i3d_pixels(clip[None].to(device)))[0], i3d.LOGITS, i3d.NAME, path
 

@@ -137,7 +137,7 @@ class HeldOut:
 
     def _measure_sampled(self, network: Network, clips: Sequence[int]) -> dict[str, Tensor]:
         videos = self._sample(network, clips)
-        self.kept += videos[: _KEPT - len(self.kept)].cpu()
+        self.kept.extend(videos[: _KEPT - len(self.kept)].cpu().unbind(0))
         return self._measure(videos, clips)
 
     def _measure(self, videos: Tensor, clips: Sequence[int]) -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ class MetricCard:
     title: its name in plain words. measures: a sentence about what is measured. unit: "" for scores, which have none.
     better: +1 if more is better, -1 if less is, 0 if neither. version: changes whenever its numbers could. needs: the
     published names of its weight files; none for a metric without weights. source: where they are published. licence:
-    of weights and, where it differs, code. install: the command that installs a package that the metric needs and the
-    engine does not have. least_frames, least_side: the frames, and the pixels of the shorter side, that a video must
-    have. reads_prompt: whether the number depends on the prompt. missing: what the published metric has beyond this
-    one; its numbers are then marked as partial.
+    of weights and, where it differs, code. package: one that the metric needs and the engine does not, and install: the
+    command that installs it. least_frames, least_side: the frames, and the pixels of the shorter side, that a video
+    must have. reads_prompt: whether the number depends on the prompt. missing: what the published metric has beyond
+    this one; its numbers are then marked as partial.
     """
 
     name: str
@@ -36,6 +36,7 @@ class MetricCard:
     needs: tuple[str, ...] = ()
     source: str = ""
     licence: str = ""
+    package: str = ""
     install: str = ""
     least_frames: int = 1
     least_side: int = 1

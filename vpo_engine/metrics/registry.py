@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vpo_engine.metrics.catalogue import ENTRIES, Entry
 from vpo_engine.metrics.metric_card import MetricCard
+from vpo_engine.metrics.weight_paths import check_weights_found
 
 if TYPE_CHECKING:
     import torch
@@ -50,19 +52,19 @@ def build_metric(
     weights: a local folder with the files that the card names, in VBench's own cache layout or beside each other, or
     one such file; a reward's folder. reference: for a distance of two sets, the folder of videos or the .npz file of
     the other set. Nothing is downloaded. Raise ValueError for an unknown name, a path that is missing or not wanted,
-    and files of another network; FileNotFoundError for what is missing in the folder; ImportError, with the command
-    that installs it, for a package that the metric needs.
+    files of another network and, with the command that installs it, for a package that is missing; FileNotFoundError
+    for what is missing in the folder.
     """
     import torch
 
     weights = None if weights is None else Path(weights).expanduser()
     device = torch.device(device)
+    check_metric(name, weights, reference)
     if name.startswith(REWARD):
         from vpo_engine.metrics.rewards import RewardMetric
 
         return RewardMetric.of_kind(metric_card(name), name.removeprefix(REWARD), weights, device)
     entry = _entry(name)
-    check_metric(name, weights, reference)
     maker = getattr(importlib.import_module(f"vpo_engine.metrics.{entry.module}"), entry.maker)
     options = {"reference": Path(reference).expanduser()} if reference is not None else {}
     metric: VideoMetric = maker.make(entry.card, weights, device, **options)
@@ -70,18 +72,22 @@ def build_metric(
 
 
 def check_metric(name: str, weights: str | Path | None, reference: str | Path | None = None) -> None:
-    """Raise what can be known before a weight is read: an unknown name, a path that is missing or not wanted."""
-    if name.startswith(REWARD):
-        from vpo_engine.rewards.registry import check_reward
-
-        check_reward(name.removeprefix(REWARD), weights)
-        return
-    card = _entry(name).card
-    if card.needs and weights is None:
+    """Raise what can be known before a weight is read: an unknown name, a path, file or package that is missing, a path
+    that is not wanted."""
+    card = metric_card(name)
+    kind = name.removeprefix(REWARD)
+    if (
+        card.needs and weights is None and ":" not in kind
+    ):  # a reward of the user's own may do without its path
         raise ValueError(
             f"{name} needs a local path to {' and '.join(card.needs)}, published at {card.source}; give the folder "
             "that holds it, or leave this metric out"
         )
+    if card.group == "reward":
+        from vpo_engine.rewards.registry import check_reward
+
+        check_reward(kind, weights)
+        return
     if not card.needs and weights is not None:
         raise ValueError(f"{name} has no weights; leave out the path {weights}")
     if card.group == "fvd" and reference is None:
@@ -90,6 +96,13 @@ def check_metric(name: str, weights: str | Path | None, reference: str | Path | 
         )
     if card.group != "fvd" and reference is not None:
         raise ValueError(f"{name} compares with no reference; leave out {reference}")
+    if weights is not None:
+        check_weights_found(Path(weights).expanduser(), card.needs)
+    if card.package and find_spec(card.package) is None:
+        raise ValueError(
+            f"{name} needs the package {card.package}, which is not installed: {card.install} (its licence is "
+            f"{card.licence}); or leave this metric out"
+        )
 
 
 def _entry(name: str) -> Entry:

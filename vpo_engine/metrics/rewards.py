@@ -12,7 +12,8 @@ from torch import Tensor
 from vpo_engine.metrics.metric_card import MetricCard
 from vpo_engine.metrics.provenance import hash_file
 from vpo_engine.metrics.video_metric import Measurement, VideoMetric
-from vpo_engine.rewards.kinds import ENTRIES
+from vpo_engine.rewards.kinds import find_entry, is_own
+from vpo_engine.rewards.own import own_parameters
 from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.registry import build_reward, knows_frame_rate, made_for_one_rate, reward_card
 from vpo_engine.rewards.videos import FileReward
@@ -30,11 +31,16 @@ def card_of_reward(name: str, kind: str) -> MetricCard:
         group="reward",
         title=kind.replace("_", " "),
         measures=f"The score of the reward {kind}: {', '.join(card.dimensions)}.",
-        needs=() if kind in ENTRIES and ENTRIES[kind].shipped else (f"the files of {card.source}",),
+        needs=("its weights",) if _reads_a_folder(kind) else (),
         source=card.source,
         licence=card.licence,
         reads_prompt=card.reads_prompt,
     )
+
+
+def _reads_a_folder(kind: str) -> bool:
+    """Return whether the reward has its weights in a folder of the user's."""
+    return "path" in own_parameters(kind) if is_own(kind) else not find_entry(kind).shipped
 
 
 class RewardMetric(VideoMetric):

@@ -83,6 +83,13 @@ def check_model(config: Config) -> None:
             )
     if config.card.reward_gradient:
         _check_reward_gradient(config, family.card)
+    masters = config.optimizer_memory.weights == "fp32_master"
+    if config.distributed.engine == "deepspeed" and masters and family.card.float32_modules:
+        raise ValueError(
+            f"memory.weights=fp32_master leaves some weights of model.kind={settings.kind} ({family.card.name}) in "
+            "float32 beside bfloat16 ones, and DeepSpeed trains weights of one type; set memory.weights=float32, or "
+            "distributed.engine=data_parallel"
+        )
     frames = config.rollout.preview_frames
     if frames is not None and frames > settings.num_frames:
         raise ValueError(

@@ -11,6 +11,7 @@ from vpo_engine.distributed.deepspeed_settings import resolve
 from vpo_engine.distributed.traffic import Division, Exchanged
 from vpo_engine.models.policy import prepare_policy
 from vpo_engine.planning.parts import Assumed, blueprint_of
+from vpo_engine.planning.sequence_bytes import sequence_bytes
 from vpo_engine.protocols import SamplerSettings
 from vpo_engine.rewards.registry import reward_card
 from vpo_engine.video_model import VideoModel, repeating_blocks
@@ -32,6 +33,8 @@ def exchanged(config: Config) -> Exchanged:
     rollout, updates = config.rollout, config.objective.updates_per_rollout
     every, samples = config.refresh_every if config.card.reference else None, config.card.candidates
     smallest = _persistent(config)
+    guided, predicted = _predictions(config, model) if samples else (0, 0)
+    forward, backward = sequence_bytes(config) if config.distributed.sequence_parallel > 1 else (0.0, 0.0)
     return Exchanged(
         trained=sum(trained.values()),
         weight_bytes=4 if weights == "float32" else 2,
@@ -46,14 +49,18 @@ def exchanged(config: Config) -> Exchanged:
         tensors=2 + _memory(model, rollout.steps),
         scores=4 * len(reward_card(config.reward.kind).dimensions),
         sampled=rollout.candidates + (rollout.keep or 0) if samples else 0,
-        guided=_guided(config, model) if samples else 0,
+        guided=guided,
+        predicted=predicted,
+        forward=forward,
+        backward=backward,
     )
 
 
 def division(config: Config, processes: int) -> Division:
     """Return how the work of a step is divided among the processes that train."""
     team, draws = config.processes.per_prompt, config.objective.timesteps_per_pair
-    prompts = max(1, config.pairs_per_step * team // processes)
+    sequence = config.distributed.sequence_parallel
+    prompts = max(1, config.pairs_per_step * team * sequence // processes)
     samples = -(-prompts * draws // team)
     deepspeed = config.distributed.engine == "deepspeed"
     return Division(
@@ -61,7 +68,9 @@ def division(config: Config, processes: int) -> Division:
         stage=resolve(config, processes)["zero_optimization"]["stage"] if deepspeed else None,
         team=team,
         split=config.processes.split_guidance,
+        sequence=sequence,
         prompts=prompts,
+        samples=samples,
         micro_batches=-(-samples // (config.objective.micro_batch_size or samples)),
         reward=config.processes.reward,
     )
@@ -82,11 +91,10 @@ def _memory(model: VideoModel, steps: int) -> int:
     return len(memory)
 
 
-def _guided(config: Config, model: VideoModel) -> int:
-    """Return how many guided predictions the candidates of a prompt take, in all passes of sampling."""
+def _predictions(config: Config, model: VideoModel) -> tuple[int, int]:
+    """Return how many guided predictions the candidates of a prompt take, in all passes of sampling, and how many
+    predictions, of which a guided one has two."""
     rollout, first = config.rollout, config.rollout.first_pass
-    if rollout.guidance == 1.0:
-        return 0
     cheap = SamplerSettings(first.steps or rollout.steps, rollout.guidance, first.guidance_interval)
     exact = SamplerSettings(rollout.steps, rollout.guidance, rollout.guidance_interval)
     stop = cheap.steps if rollout.prune is None else rollout.prune_step
@@ -94,8 +102,10 @@ def _guided(config: Config, model: VideoModel) -> int:
     if rollout.keep is not None:
         start = rollout.prune_step if rollout.prune is not None else 0
         passes.append((exact, start, exact.steps, rollout.keep))
-    return sum(
+    guided = sum(
         candidates * settings.guided_at(model.solver(settings.steps).noise_level(step))
         for settings, start, stop, candidates in passes
         for step in range(start, stop)
+        if settings.guidance != 1.0
     )
+    return guided, guided + sum(candidates * (stop - start) for _, start, stop, candidates in passes)

@@ -116,7 +116,7 @@ def with_granted_batch_size(config: Config, planner: Planner, processes: int = 1
     """
     if config.rollout.batch_size != "auto" or not config.card.candidates:
         return config
-    team = config.processes.per_prompt
+    team = config.processes.per_prompt * config.distributed.sequence_parallel
     each = max(1, config.rollout.candidates // config.processes.sharers)
     prompts = max(1, config.pairs_per_step * team // processes)
     choices = [*_halvings(each)[:0:-1], *(each * number for number in reversed(_halvings(prompts)))]

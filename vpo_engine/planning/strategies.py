@@ -13,7 +13,7 @@ from vpo_engine.config.errors import explain
 from vpo_engine.distributed.deepspeed_settings import check_deepspeed
 from vpo_engine.distributed.shares import check_shares
 from vpo_engine.distributed.traffic import Division, Exchanged, Transfer, step_transfers
-from vpo_engine.models.registry import check_model
+from vpo_engine.models.registry import check_model, model_family
 from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.exchanged import division, exchanged
 from vpo_engine.planning.gpus import Gpu
@@ -37,6 +37,7 @@ _PLAIN: Settings = {
     "processes.per_prompt": 1,
     "processes.split_guidance": False,
     "processes.reward": False,
+    "distributed.sequence_parallel": 1,
 }
 """Plain data parallelism; the settings of other strategies are added to these."""
 
@@ -98,20 +99,21 @@ def compare(config: Config, gpu: Gpu, cluster: Cluster) -> tuple[list[Row], list
     """Plan a run on a cluster in every way that its settings allow. Times are those of steps without evaluation."""
     rows: list[Row] = []
     refused: list[Refused] = []
-    sizes: dict[bool, Exchanged] = {}
+    sizes: dict[tuple[bool, int], Exchanged] = {}
     for strategy in strategies(config, cluster.ranks):
         try:
             changed = divided(config, strategy.settings, cluster.ranks)
+            plan = plan_run(changed, gpu, cluster.ranks - changed.processes.reward)
         except ValueError as error:
             refused.append(Refused(strategy, str(error)))
             continue
+        kind = changed.distributed.engine == "deepspeed", changed.distributed.sequence_parallel
+        if kind not in sizes:
+            sizes[kind] = exchanged(changed)
         processes = cluster.ranks - changed.processes.reward
-        whole = changed.distributed.engine == "deepspeed"
-        sizes.setdefault(whole, exchanged(changed))
         shared = division(changed, processes)
-        plan = plan_run(changed, gpu, processes)
-        sends = step_transfers(sizes[whole], shared)
-        waits = _waits(changed, cluster, sizes[whole], shared, sends, rows)
+        sends = step_transfers(sizes[kind], shared)
+        waits = _waits(changed, cluster, sizes[kind], shared, sends, rows)
         rows.append(Row(strategy, changed, processes, plan, sends, waits))
     return rows, refused
 
@@ -122,13 +124,17 @@ def strategies(config: Config, ranks: int) -> Iterator[Strategy]:
     Candidates are shared where prompts are too few for all processes; ZeRO comes with the smallest teams that work.
     """
     shares: list[tuple[str, dict[str, Any]]] = [("own prompts", {})]
-    candidates = config.rollout.candidates
+    candidates = config.rollout.candidates if config.card.candidates else 1
     for size in range(2, candidates + 1):
         if candidates % size == 0 and ranks % size == 0:
             shares.append((f"candidates over {size}", {"processes.per_prompt": size}))
-    if config.rollout.guidance != 1.0 and ranks % (2 * candidates) == 0:
+    if candidates > 1 and config.rollout.guidance != 1.0 and ranks % (2 * candidates) == 0:
         split = {"processes.per_prompt": 2 * candidates, "processes.split_guidance": True}
         shares.append((f"candidates over {candidates}, guidance over 2", split))
+    if "distributed.sequence_parallel" in model_family(config.model.kind).card.supports:
+        for size in (2, 4, 8):
+            if ranks % size == 0:
+                shares.append((f"a video over {size}", {"distributed.sequence_parallel": size}))
     for name, settings in shares:
         yield Strategy(f"data parallel, {name}", settings)
     name, team = next(

@@ -95,6 +95,12 @@ class StoredPairs:
             for pair in self._pairs
         ]
 
+    def check(self, latent_shape: Sequence[int]) -> None:
+        """Raise ValueError unless the latents of all pairs are there and have this shape; they are not read."""
+        by_file = {pair.latents_file: pair for pair in self._pairs if not self._is_tied(pair)}
+        for pair in by_file.values():
+            _check_shape(pair.latent_shape(), tuple(latent_shape))
+
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1`` of the stream, as a ``PromptStream`` does."""
         places = (position % len(self) for position in range(cursor, cursor + count))
@@ -194,9 +200,13 @@ def _complete_steps(folder: Path, size: int) -> int:
 
 def _latents(stored: StoredPair, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     latents = stored.latents()
-    if tuple(latents[0].shape) != latent_shape:
-        raise ValueError(
-            f"the preference dataset holds latents {list(latents[0].shape)}, but the model's are {list(latent_shape)}; "
-            "train the model, resolution and num_frames that wrote it"
-        )
+    _check_shape(tuple(latents[0].shape), latent_shape)
     return latents
+
+
+def _check_shape(stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if stored != wanted:
+        raise ValueError(
+            f"the preference dataset holds latents {list(stored)}, but the model's are {list(wanted)}; train the "
+            "model, resolution and num_frames that wrote it"
+        )

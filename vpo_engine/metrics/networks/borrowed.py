@@ -31,7 +31,7 @@ _AMT_STRIDE = 16
 def load_amt(path: Path, device: torch.device) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
     """Return a function that makes the frame between two, uint8 [H, W, 3], and the network's name with its package.
 
-    Raise ValueError, with the command that installs it, without the package vbench, and for a file of another network.
+    Raise ValueError, with what it needs, if the package vbench cannot be used, and for a file of another network.
     """
     module = _borrow("vbench", "vbench.third_party.amt.networks.AMT-S", AMT, AMT_INSTALL)
     network = module.Model(corr_radius=3, corr_lvls=4, num_flows=3)
@@ -72,7 +72,7 @@ def frame_between(network: Any, device: torch.device) -> Callable[[Tensor, Tenso
 def load_musiq(path: Path, device: torch.device) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return a network that scores images [B, 3, H, W] in 0..1, and its name with its package.
 
-    Raise ValueError, with the command that installs it, without the package pyiqa, and for a file of another network.
+    Raise ValueError, with what it needs, if the package pyiqa cannot be used, and for a file of another network.
     """
     module = _borrow("pyiqa", "pyiqa.archs.musiq_arch", MUSIQ, MUSIQ_INSTALL)
     network = module.MUSIQ(pretrained=False)
@@ -82,14 +82,10 @@ def load_musiq(path: Path, device: torch.device) -> tuple[Callable[[Tensor], Ten
 
 
 def _borrow(package: str, module: str, network: str, install: str) -> Any:
-    """Import a module of an installed package. Raise ValueError, with the command that installs it, if that fails."""
+    """Import a module of an installed package. Raise ValueError, with what it needs, if that fails."""
     found = find_spec(package)
-    if found is None or found.submodule_search_locations is None:
-        raise ValueError(
-            f"{network} comes from the package {package}, which is not installed: {install} (not for commercial use, "
-            "by its licence); or leave this metric out"
-        )
-    with _without_its_init(package, list(found.submodule_search_locations)):
+    assert found is not None, "the registry checks that the package is installed"
+    with _without_its_init(package, list(found.submodule_search_locations or [])):
         try:
             return importlib.import_module(module)
         except Exception as error:  # the import of another package may raise anything

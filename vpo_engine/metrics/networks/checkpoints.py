@@ -1,7 +1,4 @@
-"""Find and read the published checkpoint files of the networks that metrics look through.
-
-A user's path is the file, a folder with files side by side, or VBench's own cache folder.
-"""
+"""Read the published checkpoint files of the networks that metrics look through."""
 
 from __future__ import annotations
 
@@ -14,38 +11,6 @@ import torch
 from torch import Tensor
 
 from vpo_engine.weights import read_file
-
-CACHE_FOLDERS = (
-    "",
-    "dino_model",
-    "clip_model",
-    "aesthetic_model/emb_reader",
-    "amt_model",
-    "raft_model/models",
-    "pyiqa_model",
-)
-"""The folders under VBENCH_CACHE_DIR (~/.cache/vbench) in which VBench keeps its files, and the folder itself."""
-_SHOWN = 6
-
-
-def find_checkpoint(path: Path, names: Sequence[str], network: str) -> Path:
-    """Return the checkpoint of a network: ``path`` if it is a file, or else the first of ``names`` under it.
-
-    Raise FileNotFoundError, naming the files that would do, where there is none.
-    """
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise FileNotFoundError(f"there is nothing at {path}; {network} needs {' or '.join(names)} there")
-    for name in names:
-        for folder in CACHE_FOLDERS:
-            if (path / folder / name).is_file():
-                return path / folder / name
-    there = sorted(each.name for each in path.iterdir())[:_SHOWN]
-    raise FileNotFoundError(
-        f"no {' or '.join(names)} in {path} or in the folders of VBench's cache below it; {network} is read from that "
-        f"file, put it there (it holds {', '.join(there) or 'nothing'})"
-    )
 
 
 def read_state(path: Path, network: str, wrappers: Sequence[str] = ()) -> dict[str, Tensor]:

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpo_engine.metrics.metric_card import MetricCard
-from vpo_engine.metrics.networks.checkpoints import find_checkpoint, read_state
+from vpo_engine.metrics.networks.checkpoints import read_state
 from vpo_engine.metrics.provenance import hash_file
 from vpo_engine.metrics.vbench import arithmetic, pixels
 from vpo_engine.metrics.video_metric import Measurement, Record, VideoMetric, mean
+from vpo_engine.metrics.weight_paths import find_weights
 from vpo_engine.rewards.frames import batches
 from vpo_engine.weights import load_strict
 
@@ -35,7 +36,18 @@ Features = Callable[[Tensor], Tensor]
 
 
 class VbenchDimension(VideoMetric):
-    """The base of the dimensions."""
+    """The base of the dimensions. Beside a number stands what the leaderboard makes of it."""
+
+    def _aggregate(
+        self, output: str, records: Sequence[Record]
+    ) -> tuple[float | None, dict[str, float], list[str]]:
+        value, others = self._combined([record.values[output] for record in records], records)
+        scaled = arithmetic.normalised(self.card.dimension.replace("_", " "), value)
+        return value, {**others, "on the leaderboard's scale": scaled}, []
+
+    def _combined(self, values: Sequence[float], records: Sequence[Record]) -> tuple[float, dict[str, float]]:
+        """Make one number of the values of the records; return it with further numbers, by name."""
+        return mean(values), {}
 
     def video_result(self, record: Record) -> float | bool:
         """Return what VBench's own result file holds of a video under ``video_results``."""
@@ -65,13 +77,10 @@ class _Consistency(VbenchDimension):
         ]
         return Measurement({"": mean(arithmetic.frame_consistency(torch.cat(parts)))})
 
-    def _aggregate(
-        self, output: str, records: Sequence[Record]
-    ) -> tuple[float | None, dict[str, float], list[str]]:
+    def _combined(self, values: Sequence[float], records: Sequence[Record]) -> tuple[float, dict[str, float]]:
         steps = [record.frames - 1 for record in records]
-        values = [record.values[output] for record in records]
         weighted = math.fsum(value * count for value, count in zip(values, steps, strict=True))
-        return weighted / sum(steps), {"mean over videos": mean(values)}, []
+        return weighted / sum(steps), {"mean over videos": mean(values)}
 
 
 class SubjectConsistency(_Consistency):
@@ -81,7 +90,7 @@ class SubjectConsistency(_Consistency):
     def make(cls, card: MetricCard, weights: Path, device: torch.device) -> SubjectConsistency:
         from vpo_engine.metrics.networks import vision_transformer as vit
 
-        path = find_checkpoint(weights, [vit.DINO_FILE], vit.DINO)
+        path = find_weights(weights, vit.DINO_FILE)
         state = read_state(path, vit.DINO)
         network = vit.DinoNetwork.from_weights(state, where=path, device=device)
         width, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -169,7 +178,7 @@ class MotionSmoothness(VbenchDimension):
     def make(cls, card: MetricCard, weights: Path, device: torch.device) -> MotionSmoothness:
         from vpo_engine.metrics.networks import borrowed
 
-        path = find_checkpoint(weights, [borrowed.AMT_FILE], borrowed.AMT)
+        path = find_weights(weights, borrowed.AMT_FILE)
         between, backbone = borrowed.load_amt(path, device)
         return cls(card, between, backbone=backbone, weights=_hashes(path))
 
@@ -229,7 +238,7 @@ class AestheticQuality(VbenchDimension):
     @classmethod
     def make(cls, card: MetricCard, weights: Path, device: torch.device) -> AestheticQuality:
         features, facts = _clip(weights, "ViT-L/14", device)
-        path = find_checkpoint(weights, [HEAD_FILE], "LAION's linear aesthetic head")
+        path = find_weights(weights, HEAD_FILE)
         facts["weights"] |= _hashes(path)
         facts["backbone"] += " and LAION's linear head"
         head = head_from_weights(read_state(path, "LAION's linear aesthetic head"), where=path)
@@ -271,7 +280,7 @@ class ImagingQuality(VbenchDimension):
     def make(cls, card: MetricCard, weights: Path, device: torch.device) -> ImagingQuality:
         from vpo_engine.metrics.networks import borrowed
 
-        path = find_checkpoint(weights, [borrowed.MUSIQ_FILE], borrowed.MUSIQ)
+        path = find_weights(weights, borrowed.MUSIQ_FILE)
         score, backbone = borrowed.load_musiq(path, device)
         return cls(card, score, device=device, backbone=backbone, weights=_hashes(path))
 
@@ -295,17 +304,15 @@ def _clip(weights: Path, size: str, device: torch.device) -> tuple[Features, dic
     from vpo_engine.metrics.networks import clip_vision
 
     name = f"CLIP {size}"
-    width, patch, archive, folder = {
-        "ViT-B/32": (768, 32, clip_vision.B32_FILE, "clip-vit-base-patch32"),
-        "ViT-L/14": (1024, 14, clip_vision.L14_FILE, "clip-vit-large-patch14"),
+    width, patch, archive = {
+        "ViT-B/32": (768, 32, clip_vision.B32_FILE),
+        "ViT-L/14": (1024, 14, clip_vision.L14_FILE),
     }[size]
-    places = [place for place in (weights, weights / folder) if (place / "config.json").is_file()]
-    if places:
-        path = places[0]
+    path = find_weights(weights, archive)
+    if path.is_dir():
         network = clip_vision.clip_from_folder(path, name=name, device=device)
         files = sorted([*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")])
     else:
-        path = find_checkpoint(weights, [archive], name)
         state = read_state(path, name)
         network = clip_vision.clip_from_weights(state, name=name, where=path, device=device)
         files = [path]
@@ -319,7 +326,7 @@ def _raft(weights: Path, device: torch.device) -> tuple[Callable[[Tensor, Tensor
     """Return RAFT's flow between two frames, and what is known of the network."""
     from vpo_engine.metrics.networks import raft
 
-    path = find_checkpoint(weights, [raft.FILE], raft.NAME)
+    path = find_weights(weights, raft.FILE)
     network = raft.Raft.from_weights(read_state(path, raft.NAME), where=path, device=device)
     facts = {"backbone": raft.NAME, "weights": _hashes(path)}
     return lambda before, after: raft.frame_flow(network, before, after), facts

@@ -1,6 +1,0 @@
-"""Make ``fake_cells`` importable."""
-
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parent))
