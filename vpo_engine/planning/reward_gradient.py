@@ -57,10 +57,14 @@ def planned_method(
     score_frames: ScoreFrames | None,
     reference: ReferenceStore | None,
 ) -> RewardGradientMethod:
-    """Return the configured method on a model without values; it has the optimizer, and no moving average."""
+    """Return the configured method on a model without values; it has the optimizer, and no moving average.
+
+    Raise ValueError for settings of the method that do not fit the model's videos.
+    """
     alone = Processes(0, 1, torch.device("cpu"))
     found = method_class(config.method)
     assert issubclass(found, RewardGradientMethod)
+    found.check(config, model)
     planned = found.costliest(config).model_copy(update={"ema": type(config.ema)()})
     return found(planned, model, PlannedReward(config, score_frames), reference, alone, None, PlannedVideos())
 
