@@ -26,27 +26,11 @@ from vpo_engine.train import train
 CPU = torch.device("cpu")
 LINEAR = ("optimizer.eps=1", "optimizer.lr=0.1", "optimizer.clip=1")
 """A step is nearly the learning rate times the gradient, so that rounding stays rounding."""
-METHODS = {
-    "online_vpo": ("rollout.guidance=2", "pairs.dataset=latents"),
-    "refl": ("method=refl", "refl.steps=2", "refl.last_steps=2", "refl.margin=null", "refl.scale=1"),
-    "vader": ("method=vader", "vader.steps=2", "vader.last_steps=2", "vader.guidance=2"),
-}
+RUN = ("steps=3", "rollout.guidance=2", "pairs.dataset=latents")
 
 
-def configs(smallest: Sequence[str], folder: Path, *more: str) -> list[Config]:
-    """Return a configuration for each method; settings that have no meaning for it are left out."""
-    of_pairs = ("rollout.candidates", "objective.", "reference.")
-    made = []
-    for method, own in METHODS.items():
-        words = [word for word in smallest if method == "online_vpo" or not word.startswith(of_pairs)]
-        made.append(
-            load_config(None, [*words, "steps=3", *LINEAR, *own, f"run_dir={folder / method}", *more])
-        )
-    return made
-
-
-def train_all(made: list[Config]) -> int:
-    return max(train(config) for config in made)
+def config_of(smallest: Sequence[str], folder: Path, *more: str) -> Config:
+    return load_config(None, [*smallest, *LINEAR, *RUN, f"run_dir={folder}", *more])
 
 
 def policy_of(folder: Path, step: int) -> torch.Tensor:
@@ -64,24 +48,21 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_two_processes_make_the_run_of_one(smallest: list[str], tmp_path: Path) -> None:
     """Held-out clips, the preference dataset and checkpoints, too; one process finishes what two have begun."""
     alone, two = tmp_path / "alone", tmp_path / "two"
-    run_in_group(tmp_path, 2, train_all, configs(smallest, two, "distributed.sequence_parallel=2"))
-    assert train_all(configs(smallest, alone)) == 0
-    for method in METHODS:
-        begun, expected, found = (
-            policy_of(folder / method, step) for folder, step in ((alone, 2), (alone, 3), (two, 3))
-        )
-        assert float((expected - begun).abs().max()) > 1e-4, method
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-        for one, other in zip(rows_of(two / method), rows_of(alone / method), strict=True):
-            assert one == pytest.approx(other, rel=1e-3, abs=1e-3), method
+    run_in_group(tmp_path, 2, train, config_of(smallest, two, "distributed.sequence_parallel=2"))
+    assert train(config_of(smallest, alone)) == 0
+    begun, expected, found = (policy_of(folder, step) for folder, step in ((alone, 2), (alone, 3), (two, 3)))
+    assert float((expected - begun).abs().max()) > 1e-4
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for one, other in zip(rows_of(two), rows_of(alone), strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-3)
     pairs = [
-        [(pair.step, pair.position, pair.winner, pair.loser) for pair in read_dataset(folder / "online_vpo")]
+        [(pair.step, pair.position, pair.winner, pair.loser) for pair in read_dataset(folder)]
         for folder in (alone, two)
     ]
     assert pairs[0] == pairs[1]
     assert len(pairs[0]) == 3 * 2
-    assert train_all(configs(smallest, two, "steps=4")) == 0
-    assert torch.isfinite(policy_of(two / "refl", 4)).all()
+    assert train(config_of(smallest, two, "steps=4")) == 0
+    assert torch.isfinite(policy_of(two, 4)).all()
 
 
 def test_units_hold_slices_and_teams_have_units(monkeypatch: pytest.MonkeyPatch) -> None:
