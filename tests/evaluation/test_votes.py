@@ -28,7 +28,7 @@ def folder(comparison: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(comparison, tmp_path / "evaluation"))
 
 
-def ballot(folder: Path, rater: str, choices: list[str], **changed: Any) -> Path:
+def ballot(folder: Path, name: str, choices: list[str], **changed: Any) -> Path:
     """Write a file of votes as the page saves it; ``choices`` are "policy", "baseline" or "tie", in the key's order."""
     key = json.loads((folder / "study_key.json").read_text())
     votes = []
@@ -37,8 +37,8 @@ def ballot(folder: Path, rater: str, choices: list[str], **changed: Any) -> Path
             choice if choice == "tie" else next(side for side in ("left", "right") if sides[side] == choice)
         )
         votes.append({"pair": pair, "choice": side, "seconds": 1.5})
-    content = {"study": key["study"], "rater": rater, "complete": True, "votes": votes} | changed
-    file = folder.parent / f"{rater or 'nobody'}.json"
+    content = {"study": key["study"], "rater": name, "complete": True, "votes": votes} | changed
+    file = folder.parent / f"{name}.json"
     file.write_text(json.dumps(content))
     return file
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def _found(side: ArmVideos, keys: Sequence[Key], metric: VideoMetric, records: R
         elif record.error:
             failed[video.name] = record.error
         else:
-            good[key] = record
+            good[key] = replace(record, video=video.name)  # it may be of another file with the same bytes
     return Found(good, failed)
 
 
