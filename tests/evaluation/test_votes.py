@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def folder(comparison: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(comparison, tmp_path / "evaluation"))
 
 
-def ballot(folder: Path, rater: str, choices: list[str], changed: Mapping[str, Any] | None = None) -> Path:
+def ballot(folder: Path, name: str, choices: list[str], **changed: Any) -> Path:
     """Write a file of votes as the page saves it; ``choices`` are "policy", "baseline" or "tie", in the key's order."""
     key = json.loads((folder / "study_key.json").read_text())
     votes = []
@@ -38,8 +37,8 @@ def ballot(folder: Path, rater: str, choices: list[str], changed: Mapping[str, A
             choice if choice == "tie" else next(side for side in ("left", "right") if sides[side] == choice)
         )
         votes.append({"pair": pair, "choice": side, "seconds": 1.5})
-    content = {"study": key["study"], "rater": rater, "complete": True, "votes": votes, **(changed or {})}
-    file = folder.parent / f"{rater or 'nobody'}.json"
+    content = {"study": key["study"], "rater": name, "complete": True, "votes": votes} | changed
+    file = folder.parent / f"{name}.json"
     file.write_text(json.dumps(content))
     return file
 
@@ -138,7 +137,7 @@ def test_votes_that_are_not_valid_are_refused_by_file(
     folder: Path, changed: dict[str, Any], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--study", folder) == 0
-    file = ballot(folder, "Ann", ["policy"], changed)
+    file = ballot(folder, "Ann", ["policy"], **changed)
     assert run("--study", folder, "--votes", file) == 1
     said = capsys.readouterr().err
     assert part in said

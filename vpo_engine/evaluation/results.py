@@ -96,7 +96,7 @@ def _found(side: ArmVideos, keys: Sequence[Key], metric: VideoMetric, records: R
         elif record.error:
             failed[video.name] = record.error
         else:
-            good[key] = replace(record, video=video.name)  # files with the same content share a record
+            good[key] = replace(record, video=video.name)  # it may be of another file with the same bytes
     return Found(good, failed)
 
 
