@@ -147,7 +147,8 @@ def test_a_run_that_an_earlier_runner_left_behind_is_not_touched(tmp_path: Path)
 
 
 _PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests may ignore Ctrl-C
 from pathlib import Path
 from fake_cells import FakeCells
 from vpo_engine.reproducing.cells import Cell
