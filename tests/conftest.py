@@ -20,25 +20,10 @@ sys.path.insert(
 )  # as pytest does for the benchmarks themselves
 
 import pytest
+from smallest_run import SMALL
 
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
-
-SMALL = (
-    "steps=4",
-    "pairs_per_step=2",
-    "rollout.candidates=2",
-    "rollout.steps=2",
-    "objective.timesteps_per_pair=2",
-    "optimizer.warmup_steps=0",
-    "reference.refresh_every=3",
-    "evaluation.prompts=2",
-    "evaluation.samples_per_prompt=1",
-    "evaluation.samples_between=1",
-    "evaluation.every=2",
-    "checkpoint.every=2",
-)
-
 
 LEFT_OUT = pytest.StashKey[int]()
 

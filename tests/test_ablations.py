@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL
+from smallest_run import SMALL
 from test_online_vpo import PROMPTS, ScriptedReward, make_algorithm, run_step
 from torch import Tensor, nn
 

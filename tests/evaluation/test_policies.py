@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
 from evaluation_case import results_of, run
+from smallest_run import SMALL
 
 from vpo_engine import train
 
