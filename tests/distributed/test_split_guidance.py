@@ -44,7 +44,7 @@ def steps(settings: Sequence[str], processes: Processes) -> list[dict[str, objec
             {
                 "pairs": torch.tensor([winners, losers]),
                 "candidates": test_teams.candidates_of(step),
-                "rows": step.rows,
+                "rows": step.work.sampled,
                 "weights": torch.cat([weight.detach().flatten() for weight in algorithm.parameters]),
             }
         )

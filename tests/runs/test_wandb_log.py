@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ class StandIn(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)  # other packages ask whether wandb is installed
         self.starts: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self.axes: list[tuple[str, str | None]] = []
