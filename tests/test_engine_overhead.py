@@ -166,7 +166,7 @@ class Hollow(nn.Module):
 
     def __init__(self, network: STDiT3, weights: int) -> None:
         super().__init__()
-        self.config, self.dtype = network.config, torch.float32
+        self.config, self.dtype, self.sequence = network.config, torch.float32, network.sequence
         self.weight = nn.Parameter(torch.zeros(weights))
         self.y_embedder = SimpleNamespace(y_embedding=torch.zeros(300, network.settings.caption_channels))
 
