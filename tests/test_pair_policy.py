@@ -278,7 +278,10 @@ def test_training_from_the_dataset_repeats_the_run_bit_for_bit(
     )
     online = [*smallest, *DATASET]
     offline = [setting for setting in online if not setting.startswith(unused)]
-    source = ["method=offline_dpo", f"offline_dpo.dataset={written}"]
+    every = [
+        setting.partition("=")[2] for setting in online if setting.startswith("reference.refresh_every")
+    ][-1]
+    source = ["method=offline_dpo", f"offline_dpo.dataset={written}", f"offline_dpo.refresh_every={every}"]
     assert entry.main([*offline, *source, f"run_dir={run}"]) == 0
     numbers = (
         "loss",
