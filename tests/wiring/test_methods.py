@@ -155,6 +155,55 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path: Path, method: str) -> N
         (["refl.steps=3"], "refl has the settings of method=refl, but method=online_vpo runs"),
         (["method=vader", "refl.steps=3"], "refl has the settings of method=refl, but method=vader runs"),
         (["method=ppo"], "method=ppo must be one of online_vpo, offline_dpo, refl"),
+        (["method=vader", "vader.last_steps=31"], "vader.last_steps=31 are more than the 30 sampling steps"),
+        (["method=vader", "reward.kind=unified_reward", "reward.path=."], "set another reward.kind"),
+        (
+            ["method=vader", "vader.frames=2"],
+            "vader.frames=2 chooses frames, but reward.kind=sprites scores whole vid",
+        ),
+        (
+            ["method=vader", "reward.kind=sprites_image", "reward.dimensions=image", "vader.frames=18"],
+            "vader.frames=18 is more than the 17 frames of the model's videos; lower it",
+        ),
+        (
+            ["method=instructvideo", "instructvideo.segments=3"],
+            "instructvideo.segments=3 chooses frames, but reward.kind=sprites scores whole videos; leave it out",
+        ),
+        (
+            ["method=instructvideo", "instructvideo.attenuation=1"],
+            "instructvideo.attenuation=1.0 chooses frames, but",
+        ),
+        (
+            ["method=instructvideo", "instructvideo.videos=/nowhere/at/all"],
+            "instructvideo.videos=/nowhere/at/all is not there; give a folder of videos, a file of pairs, or a run",
+        ),
+        (
+            ["method=t2v_turbo", "t2v_turbo.videos=.", "prompts.train=x.txt"],
+            "prompts.train=x.txt has no meaning for method=t2v_turbo",
+        ),
+        (["method=t2v_turbo", "t2v_turbo.frames=2"], "t2v_turbo.frames=2 chooses frames, but"),
+        (
+            [
+                "method=vader",
+                "reward.kind=sprites_image",
+                "reward.dimensions=image",
+                "reward.frame_reduce=segments",
+            ],
+            "reward.frame_reduce=segments chooses frames of whole videos, but vader scores a few frames",
+        ),
+        (
+            ["method=vader", "vader.second={kind: sprites_image}"],
+            "vader.second.kind=sprites_image and reward.kind=sprites score single frames and whole videos",
+        ),
+        (
+            ["method=t2v_turbo", "t2v_turbo.second={kind: sprites, dimensions: [image]}"],
+            "t2v_turbo.second: unknown reward dimension 'image'",
+        ),
+        (
+            ["method=t2v_turbo", "reference.refresh_every=3"],
+            "reference.refresh_every=3 has no meaning for method=t2v",
+        ),
+        (["method=instructvideo", "instructvideo.strength=1.5"], "instructvideo.strength"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_at_the_start(
