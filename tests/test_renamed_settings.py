@@ -45,6 +45,18 @@ def test_training_on_a_dataset_is_a_method_now() -> None:
             load_config(None, [f"rollout.source={value}"])
 
 
+def test_a_run_that_recorded_no_dataset_goes_on(tmp_path: Path) -> None:
+    config = load_config(None)
+    for key in ("dataset", "ledger"):
+        old = dump_config(config).replace("\nrollout:\n", f"\nrollout:\n  {key}: null\n")
+        assert f"  {key}: null" in old
+        (tmp_path / "config.yaml").write_text(old)
+        check_same_run(config, tmp_path / "config.yaml")
+        (tmp_path / "config.yaml").write_text(old.replace(f"  {key}: null\n", f"  {key}: runs/x\n"))
+        with pytest.raises(ValueError, match=f"rollout.{key} is now offline_dpo.dataset"):
+            load_config(tmp_path / "config.yaml")
+
+
 OLD = """name: earlier
 memory:
   recompute: nothing

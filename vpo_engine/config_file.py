@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from vpo_engine.config import Config
 from vpo_engine.config.errors import ARGUMENT, explain, nearest
 from vpo_engine.config.methods import GIVEN, METHODS, card_of, drop_settings
-from vpo_engine.config.renamed import find_renamed
+from vpo_engine.config.renamed import drop_empty, find_renamed
 from vpo_engine.config.yaml_values import Settings, read_override, read_settings
 
 SPRITES = "sprites.yaml"
@@ -49,6 +49,7 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Con
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of a YAML text with overrides; ``source`` is how errors call the text."""
     settings = read_settings(text, source, Config)
+    drop_empty(settings.values)
     given = [(*read_override(override, Config), override) for override in overrides]
     _refuse_old_names(settings, given)
     method = settings.values.get("method")

@@ -37,6 +37,18 @@ MOVED: dict[tuple[str, str], tuple[str, str]] = {
 """A map from old keys with a value to the setting, key and value, that takes the place of both."""
 
 
+_OF_A_METHOD = (("rollout", "dataset"), ("rollout", "ledger"))
+"""Old keys, by section, that are settings of a single method now."""
+
+
+def drop_empty(values: Mapping[str, Any]) -> None:
+    """Take out old keys of a single method whose value is null: every earlier run recorded so that it had none."""
+    for section, name in _OF_A_METHOD:
+        given = values.get(section)
+        if isinstance(given, dict) and given.get(name, "") is None:
+            del given[name]
+
+
 @dataclass(frozen=True)
 class Rename:
     """A setting in a user's configuration that has an old key, an old value, or both."""
