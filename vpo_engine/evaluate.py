@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("what", nargs="*", metavar="RUN | WHAT | key.path=value", help="see above")
-    add("--baseline", nargs="?", const="base", metavar="OTHER", help="what to compare with, see above")
+    add("--baseline", nargs="?", const=True, metavar="OTHER", help="what to compare with, see above")
     add("--base", type=Path, metavar="FOLDER", help="the model that an adapter was trained on")
     add("--metrics", default="", metavar="NAME,...", help="default: those without weights; --list prints all")
     add("--weights", action="append", default=[], metavar="NAME=PATH", help="local weights of a metric")

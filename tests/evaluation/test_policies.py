@@ -26,12 +26,17 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_against_its_start_on_the_same_noise(
-    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The videos are those of sample with the same seed, and are not sampled again by a second start."""
+    """The videos are those of sample with the same seed, and are not sampled again by a second start.
+
+    No folder of the current one is taken for the start, whatever its name.
+    """
     from vpo_engine import sample
     from vpo_engine.runs.video import read_video
 
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     words = (
         a_run,

@@ -16,8 +16,6 @@ from vpo_engine.policy_source import PolicySource, find_source, holds_adapter
 from vpo_engine.runs.directory import CONFIG_NAME
 from vpo_engine.sample import SampleOptions, with_options
 
-BASE = "base"
-"""The word for the policy that a run started from."""
 Role = Literal["policy", "baseline"]
 _NO_SAMPLING = ("policy", "vae", "text_encoder", "device", "lora", "attention", "fused_ops")
 """Settings of the model that do not say how videos are sampled."""
@@ -62,7 +60,8 @@ def starting_policy(arm: Arm, overrides: Sequence[str]) -> Arm:
     checkpoint = None if arm.source is None else arm.source.checkpoint
     if checkpoint is None:
         raise ValueError(
-            f"--baseline {BASE} is the policy that a run started from, but {arm.label} is no run; give the baseline "
+            "--baseline alone is the policy that a run started from, "
+            f"but {arm.label} is no run; give the baseline "
             "as a run, a checkpoint, a model, a YAML configuration or a folder of videos: --baseline OTHER"
         )
     root = checkpoint.resolve().parent.parent

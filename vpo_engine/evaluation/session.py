@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vpo_engine.command import is_first_process, same_in_all_processes
 from vpo_engine.evaluation.arms import (
-    BASE,
     Arm,
     check_alike,
     find_arm,
@@ -36,10 +35,13 @@ _LONGEST_WAIT = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Options:
-    """The words of the command line; see ``python -m vpo_engine.evaluate --help``."""
+    """The words of the command line; see ``python -m vpo_engine.evaluate --help``.
+
+    baseline: True stands for the policy that the run started from.
+    """
 
     target: Path
-    baseline: str | None = None
+    baseline: str | Literal[True] | None = None
     base: Path | None = None
     overrides: Sequence[str] = ()
     metrics: Sequence[str] = ()
@@ -211,7 +213,7 @@ def _arms(options: Options) -> list[Arm]:
     policy = find_arm("policy", options.target, options.base, options.overrides)
     if options.baseline is None:
         arms = [policy]
-    elif options.baseline == BASE and not Path(BASE).exists():
+    elif options.baseline is True:
         arms = [policy, starting_policy(policy, options.overrides)]
     else:
         arms = [policy, find_arm("baseline", Path(options.baseline), options.base, options.overrides)]
