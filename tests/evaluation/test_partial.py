@@ -12,7 +12,8 @@ from evaluation_case import PROMPTS, results_of, run, videos
 def test_a_pair_counts_only_if_both_of_its_videos_can_be_measured(tmp_path: Path) -> None:
     """Equal videos but for one damaged file differ by exactly nothing, though that file would change the mean."""
     one = videos(tmp_path / "one", 150)
-    other = Path(shutil.copytree(one, tmp_path / "other"))  # x264 does not repeat its bytes for frames so small
+    # A copy: x264 does not repeat its bytes for frames as small as these.
+    other = Path(shutil.copytree(one, tmp_path / "other"))
     damaged = other / f"{PROMPTS[2]}-1.mp4"
     damaged.write_bytes(b"no video")
     out = tmp_path / "out"
