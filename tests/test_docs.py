@@ -59,6 +59,15 @@ def test_the_reference_has_every_command_and_every_function_of_the_kernels() -> 
     assert sorted(named) == sorted(vpo_kernels.__all__)
 
 
+def test_parameters_in_a_docstring_become_a_list() -> None:
+    listed = pytest.importorskip("tools.docs_parameters").listed
+    text = "Compute the loss.\n\nbeta: half of it. mask, weight: see above;\nbeta_sum: none."
+    expected = (
+        "Compute the loss.\n\n- **beta**: half of it.\n\n- **mask, weight**: see above;\nbeta_sum: none."
+    )
+    assert listed(text, ["beta", "mask", "weight"]) == expected
+
+
 @pytest.mark.long
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     mkdocs = pytest.importorskip("mkdocs.config")
