@@ -41,7 +41,7 @@ class Cell:
     kind: Kind
     settings: tuple[str, ...]
     seed: int
-    source: str = "sprites.yaml"
+    source: str = "sprites_fast.yaml"
 
     def __post_init__(self) -> None:
         kept = tuple(f"{key}={value}" for key, value in sorted(self.values().items()))

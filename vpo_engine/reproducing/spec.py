@@ -81,7 +81,7 @@ class Curve:
 class Table:
     """A table or figure of the paper, on the sprites world.
 
-    settings: of all its rows, in addition to those of configs/sprites.yaml. quick: of its quick form, in addition.
+    settings: of all its rows, in addition to those of configs/sprites_fast.yaml. quick: of its quick form, in addition.
     kind: the work that makes it. curves: what is drawn against training; without them the picture shows the columns.
     about: what the table shows and how, in a sentence or two. cannot: what this world cannot show of it, and why.
     """
