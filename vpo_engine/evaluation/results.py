@@ -24,7 +24,7 @@ Covers = Callable[[str, str, int], bool]
 
 @dataclass(frozen=True)
 class Found:
-    """What a metric found in the videos of an arm: records of those that count, and {file: reason} of the others."""
+    """The findings of a metric in the videos of an arm: records that count, and {file: reason} of the others."""
 
     good: Mapping[Key, Record]
     failed: Mapping[str, str]

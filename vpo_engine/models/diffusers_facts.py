@@ -67,7 +67,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Setup:
-    """What one model is built by: the settings of its parts' files, and the size of its videos.
+    """The settings that one model is built by: those in its parts' files, and the size of its videos.
 
     flow_shift: model.flow_shift. negative_prompt: of guidance. fps: frames a second.
     """

@@ -1,4 +1,4 @@
-"""What stands in a traced step for things that need values, other processes or a garbage collector."""
+"""Stand-ins, in a traced step, for things that need values, other processes or the garbage collector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long each method trains: with as many videos scored, or as many processor seconds, as OnlineVPO's run.
+"""Lengths of each method's run: with as many videos scored, or as many processor seconds, as OnlineVPO's run.
 
 OnlineVPO's run is that of configs/sprites_fast.yaml: 14 steps of 16 prompts with 4 candidates, 896 videos, and 56
 optimizer steps. A baseline scores one video of each prompt, so its run of as many videos has 56 steps. How many steps

@@ -73,7 +73,7 @@ class Cell:
 
 @dataclass
 class Record:
-    """What is known of a cell that was begun; ``cell.json`` in its folder.
+    """The record of a cell that was begun; ``cell.json`` in its folder.
 
     code: the version of the code that made it, see ``code_version``. seconds: what each of its commands took in all
     attempts together, {command: [processor seconds, seconds by the clock]}.

@@ -1,4 +1,4 @@
-"""What a table is: rows of training runs, the measures that are shown, and what the paper says about them."""
+"""The description of a table: rows of training runs, measures, and what the paper says about them."""
 
 from __future__ import annotations
 
