@@ -6,8 +6,8 @@
         with clear_errors():
             read_prompts(folder / "prompts.txt")
 
-Examples are the same in every run; time decides only how many of them run. All tests of a file together take one second,
-30 seconds where long tests run (``-m long``), or what VPO_FUZZ_SECONDS says:
+Examples are the same in every run; time decides only how many of them run. All tests of a file together take one
+second, 30 seconds where long tests run (``-m long``), or what VPO_FUZZ_SECONDS says:
 
     VPO_FUZZ_SECONDS=600 pytest tests/fuzz/test_NAME.py
 
@@ -94,8 +94,8 @@ def fuzz(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
 def clear_errors(*others: type[Exception], naming: str = "") -> Iterator[None]:
     """Accept a ValueError, or one of ``others``, with a message of one paragraph that says what to do.
 
-    A subclass that Python or a library raises by itself, such as UnicodeDecodeError, is no clear error. ``naming``: what
-    the message must contain, such as the file's name.
+    A subclass that Python or a library raises by itself, such as UnicodeDecodeError, is no clear error. ``naming``:
+    what the message must contain, such as the file's name.
     """
     try:
         yield
@@ -195,11 +195,13 @@ def _memory_limit() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+_WRITES = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2}
+"""Audit events that change files, with how many of their arguments are paths."""
+_PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+
+
 class _Guard:
     """An audit hook, which Python cannot remove again: it looks at events only while ``folder`` is set."""
-
-    _WRITES = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2}
-    _PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
 
     def __init__(self) -> None:
         self.folder: str | None = None
@@ -226,10 +228,10 @@ class _Guard:
                 any(letter in mode for letter in "wax+") if mode else bool(flags & (os.O_WRONLY | os.O_RDWR))
             )
             return f"wrote {path!r}" if writes and self._outside(path) else None
-        if event in self._WRITES:
-            outside = [path for path in arguments[: self._WRITES[event]] if self._outside(path)]
+        if event in _WRITES:
+            outside = [path for path in arguments[: _WRITES[event]] if self._outside(path)]
             return f"{event} of {outside}" if outside else None
-        if event in self._PROCESSES:
+        if event in _PROCESSES:
             return f"started a process: {event} {arguments!r}"
         if event == "exec":
             file = getattr(arguments[0], "co_filename", "")
