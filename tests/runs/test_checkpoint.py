@@ -290,7 +290,7 @@ def test_one_altered_bit_is_found(tmp_path, name):
 def test_a_damaged_manifest(tmp_path, content):
     path = save(tmp_path, 24)
     (path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match=r"manifest\.json' is not"):
+    with pytest.raises(ValueError, match=r"manifest\.json' is not the manifest"):
         load_checkpoint(path)
     assert newest_complete(tmp_path) is None
 
