@@ -83,7 +83,7 @@ class StoredPair:
                 if len(shapes) > 1:
                     raise IndexError(f"its winners and losers have different shapes, {sorted(shapes)}")
                 yield file
-        except (SafetensorError, FileNotFoundError, IndexError) as error:
+        except (SafetensorError, FileNotFoundError, IndexError, OverflowError) as error:
             raise ValueError(
                 f"'{self.latents_file}' does not have pair {self.row}, although the preference dataset says so: {error}"
             ) from error
@@ -176,7 +176,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 return
             try:
                 values = json.loads(line)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise ValueError(
                     f"'{path}' line {number} is not JSON ({error}); remove or repair it"
                 ) from error
@@ -185,49 +185,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                     f"'{path}' line {number} is not a pair: it must be an object with {', '.join(_FIELDS)}; remove or "
                     "repair it"
                 )
-            wrong = _wrong_fields(values)
-            if wrong:
-                raise ValueError(
-                    f"'{path}' line {number} is not a pair: {', '.join(wrong)} cannot be so; remove or repair it"
-                )
             yield line, values
-
-
-def _wrong_fields(values: dict[str, Any]) -> list[str]:
-    """Return the names of the fields of a line whose values no pair has."""
-    candidates, scores = values["candidates"], values["scores"]
-    count = len(candidates) if _numbers(candidates, int) else 0
-    right = {
-        "step": _number(values["step"], int) and values["step"] >= 0,
-        "position": _number(values["position"], int) and values["position"] >= 0,
-        "prompt": isinstance(values["prompt"], str),
-        "seed": _number(values["seed"], int),
-        "candidates": count > 0,
-        "scores": isinstance(scores, dict) and all(_numbers(each, float, count) for each in scores.values()),
-        "selected": values["selected"] == [] or _numbers(values["selected"], float, count),
-        "winner": count > 0 and values["winner"] in candidates,
-        "loser": count > 0 and values["loser"] in candidates,
-        "gap": _number(values["gap"], float),
-        "kept": isinstance(values["kept"], bool),
-        "weight": _number(values["weight"], float),
-        "row": values["row"] is None or (_number(values["row"], int) and values["row"] >= 0),
-    }
-    return [name for name, holds in right.items() if not holds]
-
-
-def _number(value: object, kind: type) -> bool:
-    """Return whether a value of JSON is a number of this kind that fits 64 bits; whole numbers are floats, too."""
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
-        return False
-    return abs(value) < 2**63
-
-
-def _numbers(values: object, kind: type, count: int | None = None) -> bool:
-    return (
-        isinstance(values, list)
-        and (count is None or len(values) == count)
-        and all(_number(each, kind) for each in values)
-    )
 
 
 def _read(path: Path) -> Iterator[StoredPair]:
