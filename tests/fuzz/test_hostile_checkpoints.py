@@ -124,7 +124,7 @@ def test_manifests_that_lie(folder: Path, manifest: object) -> None:
     path = put(folder, saved() | {"manifest.json": json.dumps(manifest).encode()})
     complete_checkpoints(path.parent)
     newest_complete(path.parent)
-    with clear_errors(naming="manifest.json"):
+    with clear_errors(naming=path.name):
         load_checkpoint(path)
 
 

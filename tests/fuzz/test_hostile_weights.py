@@ -60,7 +60,6 @@ def read(path: Path) -> None:
         found = read_files([path])
         assert sum(each.untyped_storage().nbytes() for each in found.values()) <= 2 * size
         assert all(isinstance(key, str) for key in found)
-        [each.float().sum() for each in found.values() if each.numel() <= size]
 
 
 @fuzz(

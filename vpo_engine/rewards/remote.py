@@ -84,6 +84,11 @@ class RemoteReward:
         fields, doing = {"prompts": list(prompts)}, f"scored {len(videos)} videos"
         answer = self._ask("score", "scores", fields, {"videos": videos}, doing, self._time_limit)
         self.stopping = answer.field("stopping", bool)
+        if not all(isinstance(each, Tensor) for each in answer.tensors.values()):
+            raise RewardProcessError(
+                f"reward {self._name!r} sent something else than scores; let both sides run the same version of "
+                "vpo-engine"
+            )
         return answer.tensors
 
     def refusals(self, prompts: Sequence[str]) -> dict[int, str]:
@@ -92,7 +97,7 @@ class RemoteReward:
         answer = self._ask("refusals", "refused", {"prompts": list(prompts)}, {}, doing, None)
         try:
             return {int(row): str(reason) for row, reason in answer.field("refused", list)}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RewardProcessError(
                 f"reward {self._name!r} told of refused prompts without their numbers ({error}); let both sides run "
                 "the same version of vpo-engine"

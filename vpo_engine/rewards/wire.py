@@ -30,6 +30,8 @@ _LENGTHS = struct.Struct("!QQ")
 _LARGEST_HEADER = 64 << 20
 """Bytes of the largest header that is read; a prompt takes some hundred."""
 _PLAIN = (str, int, float, bool, type(None))
+_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "bool", "float16", "bfloat16", "float32", "float64")
+"""Types of tensors that are sent."""
 
 
 @dataclass(frozen=True)
@@ -227,9 +229,9 @@ def _file(fields: dict[str, Any]) -> Videos:
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")
+    if name not in _DTYPES:
+        raise ValueError(f"{name!r} is no dtype that is sent")
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

@@ -88,7 +88,7 @@ class VideoFile:
     def from_fields(cls, fields: dict[str, Any]) -> VideoFile:
         """Make the object of which ``to_fields`` gave the values, without decoding the file."""
         _, num_frames, height, width, _ = fields["shape"]
-        return cls(Path(fields["path"]), num_frames, height, width, fields["fps"])
+        return cls(Path(fields["path"]), num_frames, height, width, float(fields["fps"]))
 
     def to_fields(self) -> dict[str, Any]:
         """Return everything that another process needs, as plain values for JSON."""
