@@ -79,8 +79,11 @@ class StoredPair:
     def _open(self) -> Iterator[Any]:
         try:
             with safe_open(self.latents_file, framework="pt") as file:
+                shapes = {tuple(file.get_slice(name).get_shape()[1:]) for name in ("winner", "loser")}
+                if len(shapes) > 1:
+                    raise IndexError(f"its winners and losers have different shapes, {sorted(shapes)}")
                 yield file
-        except (SafetensorError, FileNotFoundError, IndexError) as error:
+        except (SafetensorError, FileNotFoundError, IndexError, OverflowError) as error:
             raise ValueError(
                 f"'{self.latents_file}' does not have pair {self.row}, although the preference dataset says so: {error}"
             ) from error
