@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from vpo_engine.config import Config
@@ -10,6 +9,7 @@ from vpo_engine.metrics.summary import change, number_texts, verdict
 from vpo_engine.models.registry import model_family
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.summary_file import read_summary
 
 _SETTINGS = {
     "candidates per prompt": "rollout.candidates",
@@ -28,7 +28,7 @@ _SIZES = {"resolution": "model.resolution", "aspect": "model.aspect", "frames": 
 
 def card(run: RunDirectory, config: Config, repo: str, step: int) -> str:
     """Return the card of the policy after ``step`` as Markdown; ``repo`` is the name it is published under."""
-    summary = json.loads(run.summary.read_text(encoding="utf-8"))
+    summary = read_summary(run.summary)
     lora = config.model.lora is not None
     method = ["preference-optimization", "dpo"] if config.card.pairs else ["reward-gradient"]
     tags = ["text-to-video", *method, *(["lora"] if lora else [])]

@@ -22,6 +22,7 @@ from vpo_engine.runs.checkpoint import (
     verify_checkpoint,
 )
 from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory
+from vpo_engine.texts import read_json
 
 RECORD = "vpo_export.json"
 """The file in an export that says what it was made of, and how the run sampled."""
@@ -242,7 +243,7 @@ def _record(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         _as_overrides(record["settings"])
         assert isinstance(record["kind"], str)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:

@@ -26,6 +26,7 @@ from vpo_engine.model_card import card
 from vpo_engine.models.registry import model_family
 from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.texts import read_json
 
 _ADAPTER = "adapter_config.json"
 
@@ -102,7 +103,7 @@ def write_folder(run: RunDirectory, repo: str, base: Path | None = None) -> Path
 
 def _hide_base(file: Path) -> None:
     """Replace the local path of an adapter's base by the name of its folder; the file must not change elsewhere."""
-    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields = read_json(file)
     base = fields.get("base_model_name_or_path")
     fields["base_model_name_or_path"] = Path(base).name if base else None
     file.unlink()

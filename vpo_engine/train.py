@@ -33,6 +33,7 @@ from vpo_engine.runs.lock import refuse_held
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
 from vpo_engine.runs.wandb_log import check_wandb
+from vpo_engine.texts import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,14 +82,14 @@ def train(config: Config) -> int:
         if start.root is not None:
             refuse_held(start.root)
         if start.finished:
-            print(
+            say(
                 f"the run at {start.root} is finished: step {config.steps} is its last; raise steps to go on with it"
             )
             return 0
         if config.log.wandb is not None:
             check_wandb(config.log.wandb)
         for note in notes(config):
-            print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr)
+            say(wrap_for(sys.stderr, f"note: {note}"), sys.stderr)
     from vpo_engine.training import run_training
 
     return run_training(config)

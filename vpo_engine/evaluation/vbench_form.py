@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vpo_engine.evaluation.output import write_text
+from vpo_engine.texts import write_text
 
 
 def vbench_results(results: Mapping[str, Any], role: str) -> dict[str, Any]:

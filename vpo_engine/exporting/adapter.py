@@ -14,7 +14,6 @@ tells (``VideoModel.original_name``). Adapters that are written here have their 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from vpo_engine.config import LoraConfig
 from vpo_engine.models.lora import CONFIG, WEIGHTS, adapter_parameters
+from vpo_engine.texts import parse_json, read_json, shortened
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """The name under which ``pipeline.load_lora_weights`` looks for an adapter in a folder."""
@@ -45,6 +45,9 @@ _ENDS = {
     ".alpha": "alpha",
 }
 _SHOWN = 3
+_LONGEST_PATTERN, _MOST_REPEATS = 400, 3
+_REPEATS, _OF_GROUPS = re.compile(r"[*+{]"), re.compile(r"\)[*+?{]")
+"""What makes a pattern of alpha_pattern slow to match: many repeats, and repeats of groups."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def read_adapter(file: Path, network: nn.Module, original_name: OriginalName, mo
         raise ValueError(_unbound_text(file, list(tensors), unbound, stems, model))
     if not found:
         raise ValueError(f"{file} holds no tensors, so there is no adapter in it; copy it again")
-    fields = _peft_fields(file) if peft_names else _diffusers_fields(metadata)
+    fields = _peft_fields(file) if peft_names else _diffusers_fields(file, metadata)
     return Adapter(
         {name: _layer(file, name, parts, fields, linear[name], model) for name, parts in found.items()}
     )
@@ -235,17 +238,41 @@ def _peft_fields(file: Path) -> dict[str, Any]:
             "whole folder of the adapter"
         )
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        fields = dict(read_json(path))
+        _check_fields(fields)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         raise ValueError(f"{path} is not the configuration of an adapter ({error}); copy it again") from error
+    return fields
 
 
-def _diffusers_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError, TypeError, AttributeError or re.error for fields of which no scale can be made."""
+    patterns = fields.get("alpha_pattern") or {}
+    for name, alpha in (*patterns.items(), ("lora_alpha", fields.get("lora_alpha", 1))):
+        if type(alpha) not in (int, float):
+            raise TypeError(f"{name} is {alpha!r}, not a number")
+    for pattern in patterns:
+        slow = len(_REPEATS.findall(pattern)) > _MOST_REPEATS or _OF_GROUPS.search(pattern)
+        if len(pattern) > _LONGEST_PATTERN or slow:
+            raise ValueError(
+                f"alpha_pattern has {shortened(repr(pattern), 80)}, which may take long to match; write names of layers"
+            )
+        re.compile(pattern)
+
+
+def _diffusers_fields(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return PEFT's fields of the entry that diffusers writes; they are those of the transformer."""
-    packed = json.loads(metadata[_METADATA]) if _METADATA in metadata else {}
-    return {
-        key.removeprefix(_DIFFUSERS): value for key, value in packed.items() if key.startswith(_DIFFUSERS)
-    }
+    try:
+        packed = parse_json(metadata[_METADATA]) if _METADATA in metadata else {}
+        fields = {
+            key.removeprefix(_DIFFUSERS): value for key, value in packed.items() if key.startswith(_DIFFUSERS)
+        }
+        _check_fields(fields)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise ValueError(
+            f"{file}: its entry {_METADATA} cannot be read ({error}); copy the file again"
+        ) from error
+    return fields
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

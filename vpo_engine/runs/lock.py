@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from vpo_engine.distributed.machine import is_running, place
+from vpo_engine.texts import read_json
 
 LOCK_NAME = "run.lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -115,7 +116,7 @@ def _is_earlier_attempt(holder: dict[str, Any]) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "lock")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
