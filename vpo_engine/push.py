@@ -26,7 +26,7 @@ from vpo_engine.model_card import card
 from vpo_engine.models.registry import model_family
 from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.texts import read_json
+from vpo_engine.texts import read_json, say
 
 _ADAPTER = "adapter_config.json"
 
@@ -69,10 +69,10 @@ def push(root: Path, repo: str, private: bool, dry_run: bool, base: Path | None 
         raise ValueError(f"{repo!r} cannot be the name of a repository; give USER/NAME")
     folder = write_folder(run, repo, base)
     if dry_run:
-        print((folder / "README.md").read_text(encoding="utf-8"))
-        print(f"nothing was sent; the folder that would be uploaded is {folder}")
+        say((folder / "README.md").read_text(encoding="utf-8"))
+        say(f"nothing was sent; the folder that would be uploaded is {folder}")
         return 0
-    print(f"published at {_upload(folder, repo, private)}")
+    say(f"published at {_upload(folder, repo, private)}")
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 import sys
 import unicodedata
@@ -24,6 +25,8 @@ _ACTING = ("Cc", "Cs", "Zl", "Zp")
 """Categories of characters that a terminal acts on, or cannot show."""
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Characters that turn the direction of writing, so that a line reads as what it is not."""
+_MARKS = re.compile(r"[\\`*\[\]<>#|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""Characters that mean something in Markdown; an underscore inside a word does not."""
 _DEEP = "lists and objects lie too deep inside one another"
 
 
@@ -162,6 +165,18 @@ def _escaped(character: str) -> str:
 def one_line(text: str) -> str:
     """Return a text as ``printable`` does, with escapes also for line breaks and tabs, so that it stays in its line."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def markdown(text: str) -> str:
+    """Return Markdown that shows a text as it is, in one line, also in the cell of a table."""
+    return _MARKS.sub(r"\\\g<0>", one_line(text))
+
+
+def code_span(text: str) -> str:
+    """Return Markdown that shows a text as code, whatever backticks it has."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence, blank = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{blank}{one_line(text)}{blank}{fence}"
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

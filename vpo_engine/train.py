@@ -75,6 +75,7 @@ def train(config: Config) -> int:
         with same_in_all_processes():
             check_prompt_files(config.prompts)
     with same_in_all_processes():
+        _check_given_videos(config)
         check_shares(config, processes_that_train(config))
         check_deepspeed(config, processes_that_train(config))
     if is_first_process():
@@ -93,6 +94,25 @@ def train(config: Config) -> int:
     from vpo_engine.training import run_training
 
     return run_training(config)
+
+
+def _check_given_videos(config: Config) -> None:
+    """Raise ValueError for a file of pairs of a method with a row that cannot be used, and for one that is not there."""
+    given = {name: getattr(getattr(config, name), "videos", None) for name in ("instructvideo", "t2v_turbo")}
+    pairs = None if config.offline_dpo is None else config.offline_dpo.file
+    for setting, path in {
+        "offline_dpo.file": pairs,
+        **{f"{name}.videos": path for name, path in given.items()},
+    }.items():
+        if path is None or path.is_dir():
+            continue
+        if not path.exists():
+            raise ValueError(
+                f"{setting}={path} is not there; give a folder of videos, a file of pairs, or a run"
+            )
+        from vpo_engine.data.preference_file import PreferenceFile
+
+        PreferenceFile(path)
 
 
 if __name__ == "__main__":
