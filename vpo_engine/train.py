@@ -98,12 +98,9 @@ def train(config: Config) -> int:
 
 def _check_given_videos(config: Config) -> None:
     """Raise ValueError for a file of pairs of a method with a row that cannot be used, and for one that is not there."""
-    given = {name: getattr(getattr(config, name), "videos", None) for name in ("instructvideo", "t2v_turbo")}
-    pairs = None if config.offline_dpo is None else config.offline_dpo.file
-    for setting, path in {
-        "offline_dpo.file": pairs,
-        **{f"{name}.videos": path for name, path in given.items()},
-    }.items():
+    for setting in ("offline_dpo.file", "instructvideo.videos", "t2v_turbo.videos"):
+        section, _, name = setting.partition(".")
+        path = getattr(getattr(config, section), name, None)
         if path is None or path.is_dir():
             continue
         if not path.exists():
