@@ -85,6 +85,8 @@ def write_folder(run: RunDirectory, repo: str, base: Path | None = None) -> Path
     if not run.summary.is_file() or newest is None:
         raise ValueError(f"{run.root} has not finished, so there is no result to publish; resume it first")
     folder = run.root / "hub"
+    if folder.is_symlink():  # nothing is written through a link
+        folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     policy, config = evaluated_policy(newest), load_config(run.config)
     if model_family(config.model.kind).card.pipelines:

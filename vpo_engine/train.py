@@ -97,7 +97,7 @@ def train(config: Config) -> int:
 
 
 def _check_given_videos(config: Config) -> None:
-    """Raise ValueError for a file of pairs of a method with a row that cannot be used, and for one that is not there."""
+    """Raise ValueError for a file of pairs that is not there, or has a row that cannot be used."""
     for setting in ("offline_dpo.file", "instructvideo.videos", "t2v_turbo.videos"):
         section, _, name = setting.partition(".")
         path = getattr(getattr(config, section), name, None)

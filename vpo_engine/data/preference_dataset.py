@@ -139,6 +139,7 @@ def truncate_dataset(folder: Path, step: int) -> None:
     """Delete the pairs of all steps after ``step``; the resumed run will write them again. Atomic for each file."""
     for path in sorted(folder.glob("pairs_*.jsonl")):
         unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.unlink(missing_ok=True)  # nothing is written through a link
         with unfinished.open("wb") as file:
             file.writelines(line for line, values in _lines(path) if values["step"] <= step)
             file.flush()

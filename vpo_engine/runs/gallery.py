@@ -115,6 +115,7 @@ def _write(path: Path, clips: dict[str, Tensor], details: dict[str, Any]) -> Non
     metadata = {_KEY: json.dumps(details, allow_nan=False)}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.unlink(missing_ok=True)  # nothing is written through a link
     unfinished.write_bytes(safetensors.torch.save(content, metadata))
     unfinished.replace(path)
 

@@ -118,6 +118,7 @@ class RunLog:
             rows = [row for row in rows if (row["step"], row["kind"]) != (last, "eval")]
         self._file.close()
         replacement = self._run.metrics.with_name(f".{self._run.metrics.name}.tmp")
+        replacement.unlink(missing_ok=True)  # nothing is written through a link
         with replacement.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
             file.flush()
