@@ -209,7 +209,7 @@ MUTATIONS = [
     (
         "torchrun is told nothing",
         "vpo_engine/command.py",
-        'tell_torchrun(printable(message))',
+        "tell_torchrun(printable(message))",
         "pass",
         COMMANDS,
     ),

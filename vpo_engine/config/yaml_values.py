@@ -30,9 +30,8 @@ _KNOWN_TAGS = {
     f"tag:yaml.org,2002:{name}"
     for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "map", "seq")
 }
-_LARGEST = 2**63 - 1
 _MOST_DIGITS = 300
-"""Digits of a number; what has more stays text, which no setting takes for a number."""
+"""Digits of a number; what has more stays text."""
 _MOST_VALUES = 20_000
 """Values of a configuration, counted as often as aliases repeat them."""
 _DEEP = "lists and groups lie too deep inside one another; no setting is like that"
@@ -151,12 +150,7 @@ class _Reader:
         if id(node) in self._open:
             raise ValueError(f"{self._place(node)}: {key} contains itself; write its value out")
         if isinstance(node, yaml.ScalarNode):
-            found = node.value if node.style else _plain(node.value, kind)
-            if isinstance(found, int) and abs(found) > _LARGEST:
-                raise ValueError(
-                    f"{self._place(node)}: {key}={found} does not fit in 64 bits; give a smaller number"
-                )
-            return found
+            return node.value if node.style else _plain(node.value, kind)
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
