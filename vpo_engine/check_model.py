@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors
 from vpo_engine.policy_source import folder_config, nearest
 from vpo_engine.sample import parse_size
 from vpo_engine.texts import refuse_undecodable, say
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch is imported when everything that the arguments alone 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.check_model",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

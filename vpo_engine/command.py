@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from vpo_engine.config import Config
 from vpo_engine.errors import CheckpointError, LostProcessError, RewardProcessError
@@ -32,6 +34,13 @@ _REMEDIES = {
     errno.ELOOP: "remove the links that lead to one another",
 }
 """What the user can do about an error of the file system."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a command's words; its errors, too, keep control characters off the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def is_first_process() -> bool:

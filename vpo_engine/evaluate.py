@@ -28,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpo_engine.command import report_errors, split_settings
+from vpo_engine.command import Parser, report_errors, split_settings
 from vpo_engine.texts import refuse_undecodable
 
 
@@ -64,7 +64,7 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, words: Sequ
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors
 from vpo_engine.exporting.folder import refuse_occupied
 from vpo_engine.exporting.options import DTYPES, FORMATS, ExportOptions
 from vpo_engine.policy_source import INDEX, PolicySource, nearest, run_source
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors
 from vpo_engine.data.clips import Clip, Preference, find_clips, read_preferences
 from vpo_engine.errors import RewardProcessError
 from vpo_engine.rewards.kinds import NAMES, find_entry, format_table, is_own
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.rank",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors
 from vpo_engine.config.errors import nearest
 from vpo_engine.reproducing.tables import TABLES
 from vpo_engine.texts import refuse_undecodable, say
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.reproduce",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpo_engine.command import report_errors, split_settings
+from vpo_engine.command import Parser, report_errors, split_settings
 from vpo_engine.data.clips import PromptRecord
 from vpo_engine.data.prompts import PromptFile, PromptList
 from vpo_engine.policy_source import PolicySource, find_source
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.sample",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

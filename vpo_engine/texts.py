@@ -19,8 +19,8 @@ MOST_BYTES = 256 << 20
 """Bytes of the largest file that is read as a whole, unless the caller knows better."""
 _MOST_DIGITS = 300
 """Digits of a whole number; with more of them it may be no float any more."""
-_SHOWN = 200
-"""Characters of a value that an error quotes."""
+_SHOWN = 300
+"""Characters of a value or of a path that an error quotes."""
 _ACTING = ("Cc", "Cs", "Zl", "Zp")
 """Categories of characters that a terminal acts on, or cannot show."""
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -35,19 +35,20 @@ def why_no_file(path: Path, what: str = "file") -> str | None:
 
     what: what errors call the file.
     """
+    shown = one_line(shortened(str(path)))
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            return f"there is no {what} {path}; check the path"
+            return f"there is no {what} {shown}; check the path"
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        return f"{shortened(str(path))} cannot be read ({reason}); check the path and its permissions"
+        return f"{shown} cannot be read ({reason}); check the path and its permissions"
     if stat.S_ISREG(mode):
         return None
     if stat.S_ISDIR(mode):
-        return f"{path} is a folder; give a {what}"
+        return f"{shown} is a folder; give a {what}"
     kind = "a pipe" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) else "no regular file"
-    return f"{path} is {kind}; write the content to a file first, and give that"
+    return f"{shown} is {kind}; write the content to a file first, and give that"
 
 
 def read_text(path: Path, what: str = "file", most: int = MOST_BYTES) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from vpo_engine import settings
 from vpo_engine.command import (
+    Parser,
     is_first_process,
     processes_that_train,
     report_errors,
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] in (["--help", "settings"], ["-h", "settings"]):
         return settings.main(words[2:])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="torchrun -m vpo_engine.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

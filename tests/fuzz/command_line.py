@@ -40,7 +40,7 @@ def call(main: Callable[[Sequence[str]], int | None], words: Sequence[str]) -> E
     for character in set(ended.out + ended.err) - {"\n", "\t", "\r"}:
         assert unicodedata.category(character) not in ("Cc", "Cs"), (hex(ord(character)), ended)
     if code == 1:
-        start = ended.err.rfind("error: ")
+        start = ended.err.find("error: ")
         message = ended.err[start:]
         assert start >= 0, ended
         assert 20 < len(message) < LONGEST_MESSAGE, ended

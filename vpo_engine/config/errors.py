@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from vpo_engine.config.section import Section
-from vpo_engine.texts import shortened
+from vpo_engine.texts import one_line, shortened
 
 ARGUMENT = "argument"
 """The origin of a setting that was given as an argument."""
@@ -78,7 +78,7 @@ def _explain_one(
 ) -> str:
     key, first = ".".join(keys), items[0]
     if first["type"] == "extra_forbidden":
-        return f"{_place(key, origins)}unknown key {key}{_nearest_key(keys, kind)}"
+        return f"{_place(key, origins)}unknown key {one_line(shortened(key))}{_nearest_key(keys, kind)}"
     message = " or ".join(dict.fromkeys(_constraint(item) for item in items))
     if not keys:
         return message + _named_places(message, kind, origins)
@@ -155,7 +155,7 @@ def _named_places(message: str, kind: type[Section], origins: Mapping[str, str],
 def shown(value: object) -> str:
     """Return a setting's value as it is written in YAML."""
     if isinstance(value, (str, Path)):
-        return shortened(str(value))
+        return one_line(shortened(str(value)))
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000, sort_keys=False)
     return shortened(text.removesuffix("...\n").strip())
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 
 from vpo_engine.config.section import Section
-from vpo_engine.texts import shortened
+from vpo_engine.texts import one_line, shortened
 
 MOST_BYTES = 1 << 17
 """Bytes of the largest configuration file; those of people have a few thousand."""
@@ -78,7 +78,7 @@ def read_override(override: str, kind: type[Section]) -> tuple[list[str], Any]:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"expected key.path=value, got {shortened(repr(override))}")
-    keys, said = key.split("."), shortened(override)
+    keys, said = key.split("."), one_line(shortened(override))
     if text[:1] not in tuple("[{\"'"):
         plain = yaml.ScalarNode("tag:yaml.org,2002:str", text.strip(), style=None)
         return keys, _Reader(f"argument {said}", lines=False).value(plain, _annotation(kind, keys), key)

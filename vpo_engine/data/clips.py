@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 
 from vpo_engine.data.prompt_lines import Lines
 from vpo_engine.data.prompts import PromptFile
-from vpo_engine.texts import parse_json, shortened, why_no_file, write_text
+from vpo_engine.texts import one_line, parse_json, shortened, why_no_file, write_text
 
 SUFFIXES = (
     ".mp4",
@@ -247,7 +247,9 @@ def _video_names(folder: Path) -> list[str]:
                 "--notest FOLDER does it for Western European names)"
             )
         if not os.path.exists(folder / name):
-            raise ValueError(f"{folder / name} is a link to a file that is not there; repair or remove it")
+            raise ValueError(
+                f"{one_line(str(folder / name))} is a link to a file that is not there; repair or remove it"
+            )
         if reason := why_no_file(folder / name, "video"):
             raise ValueError(f"{reason}; or take it out of {folder}")
     return seen

@@ -138,6 +138,11 @@ def _chosen(
                     f"the video {file} of the comparison is gone; start the evaluation again, which makes it anew"
                 )
         by_prompt.setdefault(row["prompt"], []).append(row)
+    if not rows:
+        raise ValueError(
+            f"{root} has no prompt with a video of both policies, so there is nothing to vote on; start the evaluation "
+            "again, which makes missing videos"
+        )
     for same in by_prompt.values():
         draw.shuffle(same)
     wanted = len(by_prompt) if count is None else count

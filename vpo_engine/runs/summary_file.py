@@ -34,6 +34,8 @@ def read_summary(path: Path) -> dict[str, Any]:
 def _check_measure(name: str, numbers: Mapping[str, Any]) -> None:
     for key in (*_NUMBERS, *(["relative"] if "relative" in numbers else [])):
         _check_number(f"{key} of {name}", numbers[key])
+    if "relative" in numbers and not numbers["before"] > 0:
+        raise ValueError(f"{name} is compared with a base of {numbers['before']}")
     if numbers["low"] is None and numbers["high"] is None:
         return
     for key in ("low", "high"):
