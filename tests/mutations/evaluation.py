@@ -91,8 +91,8 @@ MUTATIONS = [
     (
         "a row that was cut off stops the evaluation",
         RECORDS,
-        'read_text(file, "file of records", _MOST_BYTES).rpartition("\\n")[0]',
-        'read_text(file, "file of records", _MOST_BYTES)',
+        'file.read_bytes().rpartition(b"\\n")[0]',
+        "file.read_bytes()",
         READ,
     ),
     (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vpo_engine.metrics.video_metric import Record
-from vpo_engine.texts import parse_json, read_text, shortened
+from vpo_engine.texts import parse_json, shortened, why_no_file
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Facts:
 
 FACTS, METRIC = "facts", "metric"
 """The kinds of rows."""
-_MOST_BYTES = 1 << 32
 _TYPES = {
     **dict.fromkeys(("sha256", "video", "prompt", "error"), (str,)),
     **dict.fromkeys(("frames", "height", "width"), (int,)),
@@ -68,15 +67,17 @@ class Records:
         Files that could not be read, and videos on which a metric failed, are tried again in every start.
         """
         for file in sorted(self._folder.glob("process_*.jsonl")):
-            whole = read_text(file, "file of records", _MOST_BYTES).rpartition("\n")[0]
-            for number, line in enumerate(whole.split("\n"), start=1):
+            if reason := why_no_file(file):
+                raise ValueError(reason)
+            whole = file.read_bytes().rpartition(b"\n")[0]
+            for number, line in enumerate(whole.split(b"\n"), start=1):
                 if line.strip():
                     self._read_row(file, number, line, failures)
 
-    def _read_row(self, file: Path, number: int, line: str, failures: Collection[str]) -> None:
+    def _read_row(self, file: Path, number: int, line: bytes, failures: Collection[str]) -> None:
         """Keep what a line says. Raise ValueError, naming it, for one that was not written by an evaluation."""
         try:
-            row = parse_json(line)
+            row = parse_json(line.decode())
             assert row["kind"] in (FACTS, METRIC)
             self._keep(row, row["kind"] in failures)
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
