@@ -31,7 +31,7 @@ _REMEDIES = {
     errno.ENOSPC: "make room on the disk, or give a path on another one",
     errno.EDQUOT: "make room in the quota, or give a path on another disk",
     errno.ENAMETOOLONG: "give a shorter path",
-    errno.ELOOP: "remove the links that lead to one another",
+    errno.ELOOP: "remove the link, or those that lead to one another",
 }
 """What the user can do about an error of the file system."""
 

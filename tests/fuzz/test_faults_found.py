@@ -261,6 +261,8 @@ def test_nothing_is_written_through_links_of_a_run(tmp_path: Path) -> None:
     for name in (".report.html.tmp", "report.html"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
     assert call(lambda words: report.main(words), ["run"]).code == 0  # type: ignore[func-returns-value]
+    (tmp_path / "run" / "run.lock").symlink_to(tmp_path / "mine")
+    assert "run.lock" in call(train.main, ["run_dir=run", "checkpoint.resume=auto"]).err
     assert (tmp_path / "mine").read_text() == "kept"
     assert "<!doctype html>" in (tmp_path / "run" / "report.html").read_text()
 
