@@ -65,7 +65,7 @@ def split_words(words: Sequence[str], unknown: Sequence[str] = ()) -> tuple[str 
             f"{shortened(option)} is no option of this command; settings are given as key.path=value, for example "
             f"{shortened(name)}=... (--help settings lists all of them)"
         )
-    refuse_undecodable([*words])
+    refuse_undecodable(words)
     files = [word for word in words if "=" not in word or os.path.isfile(word)]
     if len(files) > 1:
         raise ValueError(
@@ -118,7 +118,7 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
     ValueError for a word that is not UTF-8.
     """
-    refuse_undecodable([*words])
+    refuse_undecodable(words)
     settings = [word for word in words if "=" in word and not os.path.exists(word)]
     return [word for word in words if word not in settings], settings
 

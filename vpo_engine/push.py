@@ -24,7 +24,7 @@ from vpo_engine.exporting.folder import link_or_copy
 from vpo_engine.exporting.options import ExportOptions
 from vpo_engine.model_card import card
 from vpo_engine.models.registry import model_family
-from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete
+from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete, verify_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.texts import read_json, say
 
@@ -84,6 +84,7 @@ def write_folder(run: RunDirectory, repo: str, base: Path | None = None) -> Path
     newest = newest_complete(run.checkpoints)
     if not run.summary.is_file() or newest is None:
         raise ValueError(f"{run.root} has not finished, so there is no result to publish; resume it first")
+    verify_checkpoint(newest)
     folder = run.root / "hub"
     if folder.is_symlink():  # nothing is written through a link
         folder.unlink()

@@ -12,6 +12,7 @@ import re
 import stat
 import sys
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -188,7 +189,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
     print(shown, file=stream, flush=True)
 
 
-def refuse_undecodable(words: list[str] | tuple[str, ...]) -> None:
+def refuse_undecodable(words: Sequence[str]) -> None:
     """Raise ValueError for a word of the command line that is not UTF-8: no file could name it later."""
     for word in words:
         if any("\ud800" <= character <= "\udfff" for character in word):

@@ -195,7 +195,7 @@ def _memory_limit() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-_WRITES = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2}
+_WRITES = {"os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "shutil.rmtree": 1}
 """Audit events that change files, with how many of their arguments are paths."""
 _PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
 
@@ -231,6 +231,10 @@ class _Guard:
         if event in _WRITES:
             outside = [path for path in arguments[: _WRITES[event]] if self._outside(path)]
             return f"{event} of {outside}" if outside else None
+        if (
+            event in ("os.remove", "os.rmdir") and arguments[1] == -1
+        ):  # else of a folder that is open, as rmtree does
+            return f"{event} of {arguments[0]!r}" if self._outside(arguments[0]) else None
         if event in _PROCESSES:
             return f"started a process: {event} {arguments!r}"
         if event == "exec":
@@ -242,11 +246,21 @@ class _Guard:
         if not isinstance(path, str | bytes | os.PathLike):
             return False
         real = os.path.realpath(os.fsdecode(path))
-        allowed = (str(self.folder), "/dev/null", "/proc/self/")
-        return not real.startswith(allowed) and "__pycache__" not in real
+        allowed = (f"{self.folder}{os.sep}", "/dev/null", "/proc/self/")
+        return real != self.folder and not real.startswith(allowed) and "__pycache__" not in real
 
 
 _guard = _Guard()
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    """Let a test itself, within an example, start a process or write elsewhere."""
+    folder, _guard.folder = _guard.folder, None
+    try:
+        yield
+    finally:
+        _guard.folder = folder
 
 
 @contextmanager

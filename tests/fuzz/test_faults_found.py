@@ -276,7 +276,7 @@ def test_patterns_of_an_adapter_that_would_hang(tmp_path: Path, pattern: str) ->
     tensors = {f"base_model.model.{'a' * 60}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha_pattern": {pattern: 2}}))
-    with pytest.raises(ValueError, match=r"adapter_config.json is not the configuration of an adapter"):
+    with pytest.raises(ValueError, match=r"alpha_pattern"):
         read_adapter(tmp_path / "adapter_model.safetensors", network, {}.get, "it")
 
 

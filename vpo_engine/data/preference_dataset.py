@@ -83,8 +83,11 @@ class StoredPair:
     def _open(self) -> Iterator[Any]:
         try:
             with safe_open(self.latents_file, framework="pt") as file:
+                shapes = {tuple(file.get_slice(name).get_shape()[1:]) for name in ("winner", "loser")}
+                if len(shapes) > 1:
+                    raise IndexError(f"its winners and losers have different shapes, {sorted(shapes)}")
                 yield file
-        except (SafetensorError, FileNotFoundError, IndexError) as error:
+        except (SafetensorError, FileNotFoundError, IndexError, OverflowError) as error:
             raise ValueError(
                 f"'{self.latents_file}' does not have pair {self.row}, although the preference dataset says so: {error}"
             ) from error
@@ -228,7 +231,9 @@ def _wrong_value(values: dict[str, Any]) -> tuple[str, Any] | None:
             return name, values[name]
     if any(type(number) is not int for number in lists[0]):
         return "candidates", lists[0]
-    for each in (lists[1], *scores.values()):
+    if any(type(number) not in (int, float) for number in lists[1]):
+        return "selected", lists[1]
+    for each in scores.values():
         if type(each) is not list or len(each) != len(lists[0]):
             return "scores", scores
         if any(type(number) not in (int, float) for number in each):

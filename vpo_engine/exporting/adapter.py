@@ -14,6 +14,7 @@ tells (``VideoModel.original_name``). Adapters that are written here have their 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -22,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vpo_engine.config import LoraConfig
+from vpo_engine.foreign_files import read_object
 from vpo_engine.models.lora import CONFIG, WEIGHTS, adapter_parameters
-from vpo_engine.texts import parse_json, read_json, shortened
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """The name under which ``pipeline.load_lora_weights`` looks for an adapter in a folder."""
@@ -45,9 +46,8 @@ _ENDS = {
     ".alpha": "alpha",
 }
 _SHOWN = 3
-_LONGEST_PATTERN, _MOST_REPEATS = 400, 3
-_REPEATS, _OF_GROUPS = re.compile(r"[*+{]"), re.compile(r"\)[*+?{]")
-"""What makes a pattern of alpha_pattern slow to match: many repeats, and repeats of groups."""
+_MOST_REPEATS = 3
+"""How many repetitions a pattern in an adapter's configuration may have."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,11 @@ def _layer(
         lacking = "lora_A (lora_down)" if "down" in missing else "lora_B (lora_up)"
         raise ValueError(f"{file}: {name} has no {lacking}, so the file is incomplete; copy it again")
     down, up = parts["down"].float(), parts["up"].float()
+    if down.ndim != 2 or up.ndim != 2:
+        raise ValueError(
+            f"{file}: the adapter of {name} has tensors of shapes {list(down.shape)} and {list(up.shape)}, expected "
+            "two matrices; copy it again"
+        )
     rank = down.shape[0]
     expected = ((rank, layer.in_features), (layer.out_features, rank))
     if (tuple(down.shape), tuple(up.shape)) != expected:
@@ -216,18 +221,50 @@ def _layer(
             f"and {list(up.shape)}, but the layer of this {model} maps {layer.in_features} to {layer.out_features}; "
             "give the base that the adapter was trained on"
         )
-    alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(fields, name, rank)
+    alpha = _number(file, name, parts["alpha"]) if "alpha" in parts else _alpha(file, fields, name, rank)
     scale = alpha / (math.sqrt(rank) if fields.get("use_rslora") and "alpha" not in parts else rank)
     if not (torch.isfinite(down).all() and torch.isfinite(up).all() and math.isfinite(scale)):
         raise ValueError(f"{file}: the adapter of {name} has values that are not finite; copy it again")
     return down, up * scale
 
 
-def _alpha(fields: Mapping[str, Any], name: str, rank: int) -> float:
-    """Return the alpha of a module by the fields of PEFT's LoraConfig; without them the scale is 1."""
-    patterns: Mapping[str, float] = fields.get("alpha_pattern") or {}
-    matched = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    return float(next(matched, fields.get("lora_alpha", rank)))
+def _alpha(file: Path, fields: Mapping[str, Any], name: str, rank: int) -> float:
+    """Return the alpha of a module by the fields of PEFT's LoraConfig; without them the scale is 1.
+
+    Raise ValueError for a pattern with more than _MOST_REPEATS repetitions, or with one of a group: to match such a
+    pattern can take for ever.
+    """
+    patterns = fields.get("alpha_pattern") or {}
+    found = fields.get("lora_alpha", rank)
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{file}: alpha_pattern is a {type(patterns).__name__}; copy the adapter again")
+    for pattern, value in patterns.items():
+        if len(re.findall(r"[*+{]", pattern)) > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
+            raise ValueError(
+                f"{file}: the pattern {pattern[:100]!r} of alpha_pattern repeats too much to be matched; write the "
+                "names of the modules in its place"
+            )
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", name)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{file}: {pattern[:100]!r} in alpha_pattern is no regular expression ({error}); copy the adapter again"
+            ) from error
+        if matches:
+            found = value
+            break
+    return _number(file, name, found)
+
+
+def _number(file: Path, name: str, value: object) -> float:
+    """Return a number or a tensor of one as a float."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63:
+        return float(value)
+    raise ValueError(
+        f"{file}: the alpha of {name} is {str(value)[:100]}, expected a number; copy the adapter again"
+    )
 
 
 def _peft_fields(file: Path) -> dict[str, Any]:
@@ -237,42 +274,22 @@ def _peft_fields(file: Path) -> dict[str, Any]:
             f"{file} has the names of PEFT, whose scale stands in {CONFIG}, and there is none beside it; give the "
             "whole folder of the adapter"
         )
-    try:
-        fields = dict(read_json(path))
-        _check_fields(fields)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise ValueError(f"{path} is not the configuration of an adapter ({error}); copy it again") from error
-    return fields
-
-
-def _check_fields(fields: Mapping[str, Any]) -> None:
-    """Raise ValueError, TypeError, AttributeError or re.error for fields of which no scale can be made."""
-    patterns = fields.get("alpha_pattern") or {}
-    for name, alpha in (*patterns.items(), ("lora_alpha", fields.get("lora_alpha", 1))):
-        if type(alpha) not in (int, float):
-            raise TypeError(f"{name} is {alpha!r}, not a number")
-    for pattern in patterns:
-        slow = len(_REPEATS.findall(pattern)) > _MOST_REPEATS or _OF_GROUPS.search(pattern)
-        if len(pattern) > _LONGEST_PATTERN or slow:
-            raise ValueError(
-                f"alpha_pattern has {shortened(repr(pattern), 80)}, which may take long to match; write names of layers"
-            )
-        re.compile(pattern)
+    return read_object(path, "copy the adapter again")
 
 
 def _diffusers_fields(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return PEFT's fields of the entry that diffusers writes; they are those of the transformer."""
     try:
-        packed = parse_json(metadata[_METADATA]) if _METADATA in metadata else {}
-        fields = {
-            key.removeprefix(_DIFFUSERS): value for key, value in packed.items() if key.startswith(_DIFFUSERS)
-        }
-        _check_fields(fields)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+        packed = json.loads(metadata[_METADATA]) if _METADATA in metadata else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{file}: its entry {_METADATA} cannot be read ({error}); copy the file again"
+            f"{file}: the entry {_METADATA} of its header is not JSON ({error}); copy it again"
         ) from error
-    return fields
+    if not isinstance(packed, dict):
+        raise ValueError(f"{file}: the entry {_METADATA} of its header is no object; copy it again")
+    return {
+        key.removeprefix(_DIFFUSERS): value for key, value in packed.items() if key.startswith(_DIFFUSERS)
+    }
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -281,7 +298,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as content:
             return {key: content.get_tensor(key) for key in content.keys()}, content.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except Exception as error:  # damaged headers raise more than SafetensorError
         size = file.stat().st_size
         raise ValueError(
             f"{file} is damaged, incomplete or no safetensors file ({size} bytes: {error}); copy it again"

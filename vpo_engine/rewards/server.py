@@ -24,6 +24,7 @@ from vpo_engine.errors import RewardProcessError
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.registry import RewardSpec
+from vpo_engine.rewards.videos import Videos
 from vpo_engine.rewards.wire import Message, Wire, describe_error, wait_for
 
 
@@ -57,13 +58,25 @@ def _answer(
     request: Message, reward: Reward, stopping: Callable[[], bool]
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return kind, fields and tensors of the answer to a request."""
-    fields = request.fields
     if request.kind == "refusals":
-        return "refused", {"refused": list(refusals(reward, fields["prompts"]).items())}, {}
+        return "refused", {"refused": list(refusals(reward, request.texts("prompts")).items())}, {}
     if request.kind == "size":
-        return "size", {"reason": size_refusal(reward, *fields["size"])}, {}
-    scores = reward.score(request.tensors["videos"], fields["prompts"])
+        size = request.field("size", list)
+        if len(size) != 3 or not all(isinstance(each, int) for each in size):
+            raise RewardProcessError(f"a size of videos must be three whole numbers, got {str(size)[:100]}")
+        return "size", {"reason": size_refusal(reward, *size)}, {}
+    videos, prompts = request.tensors.get("videos"), request.texts("prompts")
+    if request.kind != "score" or videos is None or _wrong_videos(videos, len(prompts)):
+        raise RewardProcessError(
+            f"a request {request.kind[:40]!r} is not one for the scores of {len(prompts)} videos; let both sides run "
+            "the same version of vpo-engine"
+        )
+    scores = reward.score(videos, prompts)
     return "scores", {"stopping": stopping()}, scores
+
+
+def _wrong_videos(videos: Videos, count: int) -> bool:
+    return videos.ndim != 5 or videos.dtype != torch.uint8 or len(videos) != count
 
 
 def _receive(member: Wire, name: str) -> Message:
@@ -100,10 +113,10 @@ def main(descriptor: int, parent: int) -> None:
 def _make(wire: Wire) -> Reward | None:
     """Make the reward and tell its dimensions, or else the error."""
     request = wire.receive()
-    torch.set_num_threads(request.fields["threads"])
-    torch.set_float32_matmul_precision(request.fields["matmul_precision"])
     try:
-        reward = RewardSpec.from_fields(request.fields["reward"]).build()
+        torch.set_num_threads(request.field("threads", int))
+        torch.set_float32_matmul_precision(request.field("matmul_precision", str))
+        reward = RewardSpec.from_fields(request.field("reward", dict)).build()
     except Exception as error:
         wire.send("error", describe_error(error))
         return None
