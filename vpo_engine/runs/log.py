@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Literal
 
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import read_held_out
+from vpo_engine.runs.log_rows import Row, parse_row
 from vpo_engine.runs.tensorboard_clips import add_animation, side_by_side
 from vpo_engine.runs.video import write_mp4
 from vpo_engine.runs.wandb_log import WandbLog
-from vpo_engine.texts import parse_json, read_text, shortened
+from vpo_engine.texts import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["train", "eval"]
-Row = dict[str, int | float | str]
 
 _TOGETHER = {
     "reward": {
@@ -39,8 +39,6 @@ _TOGETHER = {
 _SHOWN_LETTERS = 60
 """Letters of a prompt in the name of its clip, of which wandb makes the name of a file."""
 
-_LARGEST = 1e100
-"""No number of a run comes near it; larger ones are no float where charts divide them."""
 _MOST_BYTES = 1 << 32
 
 _logger = logging.getLogger(__name__)
@@ -187,30 +185,7 @@ def read_metrics(path: Path) -> list[Row]:
     lines = text.split("\n")
     if lines.pop():
         _logger.warning("'%s': the last line was not finished when the run stopped; it is left out", path)
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"'{path}' line {number} is not JSON ({error}); remove or repair it") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "kind" not in row:
-            raise ValueError(
-                f"'{path}' line {number} is not a row of metrics: it must be an object with an integer 'step' "
-                "and a 'kind'; remove or repair it"
-            )
-        wrong = [name for name, value in row.items() if not (name == "kind" or _is_number(value))]
-        if wrong or row["kind"] not in ("train", "eval"):
-            name = wrong[0] if wrong else "kind"
-            raise ValueError(
-                f"'{path}' line {number} has {shortened(f'{name}={row[name]!r}')}, which no run logs; remove or repair "
-                "it"
-            )
-        rows.append(row)
-    return rows
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[operator]
+    return [parse_row(line, f"'{path}' line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _plain(prompt: str) -> str:
