@@ -110,7 +110,7 @@ def default_folder(arms: Sequence[Arm]) -> Path:
 def _check_results(results: Mapping[str, Any]) -> None:
     """Raise ValueError, KeyError, TypeError or AttributeError unless results have what a study takes of them."""
     sizes = [results["settings"][name] for name in ("height", "width")]
-    labels = [arm["label"] for arm in results["arms"].values()]
+    labels = [results["arms"]["policy"]["label"], *(arm["label"] for arm in results["arms"].values())]
     texts = [row["prompt"] for row in results["videos"]]
     files = [row[role]["file"] for row in results["videos"] for role in results["arms"] if role in row]
     whole = [*sizes, *(row["index"] for row in results["videos"])]
