@@ -14,6 +14,7 @@ import heapq
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vpo_engine.texts import parse_json, shortened, why_no_file
+
+_LONGEST_LINE = 1 << 24
 _logger = logging.getLogger(__name__)
 
 
@@ -138,14 +142,21 @@ def truncate_dataset(folder: Path, step: int) -> None:
     """Delete the pairs of all steps after ``step``; the resumed run will write them again. Atomic for each file."""
     for path in sorted(folder.glob("pairs_*.jsonl")):
         unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.unlink(missing_ok=True)  # nothing is written through a link
         with unfinished.open("wb") as file:
             file.writelines(line for line, values in _lines(path) if values["step"] <= step)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     for latents in folder.glob("latents/*"):
-        if latents.name.startswith(".") or int(latents.name.split("_")[1]) > step:
+        if latents.name.startswith(".") or _step_of(latents) > step:
             latents.unlink()
+
+
+def _step_of(latents: Path) -> int:
+    """Return the step of a file of latents; 0 for another file, which is nobody's to remove."""
+    found = re.fullmatch(r"step_(\d+)_\d+\.safetensors", latents.name)
+    return 0 if found is None else int(found[1])
 
 
 def _folder_of(path: Path) -> Path:
@@ -167,15 +178,21 @@ def _line(pair: StoredPair) -> dict[str, Any]:
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield the complete lines of a file, each with its values."""
+    if reason := why_no_file(path):
+        raise ValueError(reason)
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
+            if len(line) > _LONGEST_LINE:
+                raise ValueError(
+                    f"'{path}' line {number} has more than {_LONGEST_LINE:,} bytes; remove or repair it"
+                )
             if not line.endswith(b"\n"):
                 _logger.warning(
                     "'%s': the last line was not finished when the run stopped; it is left out", path
                 )
                 return
             try:
-                values = json.loads(line)
+                values = parse_json(line.decode())
             except ValueError as error:
                 raise ValueError(
                     f"'{path}' line {number} is not JSON ({error}); remove or repair it"
@@ -185,11 +202,55 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                     f"'{path}' line {number} is not a pair: it must be an object with {', '.join(_FIELDS)}; remove or "
                     "repair it"
                 )
+            if wrong := _wrong_value(values):
+                raise ValueError(
+                    f"'{path}' line {number}: {wrong[0]} is {shortened(repr(wrong[1]))}, which no run writes; "
+                    "remove or repair the line"
+                )
             yield line, values
 
 
+def _wrong_value(values: dict[str, Any]) -> tuple[str, Any] | None:
+    """Return the name and the value of a field that has another type than ``DatasetWriter`` writes."""
+    lists, scores = (values["candidates"], values["selected"]), values["scores"]
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("step", "position", "seed", "winner", "loser"), (int,)),
+        **dict.fromkeys(("gap", "weight"), (int, float)),
+        "prompt": (str,),
+        "kept": (bool,),
+        "row": (int, type(None)),
+        "candidates": (list,),
+        "selected": (list,),
+        "scores": (dict,),
+    }
+    for name, types in kinds.items():
+        if type(values[name]) not in types:
+            return name, values[name]
+    for name in ("step", "position", "row"):
+        if (values[name] or 0) < 0:
+            return name, values[name]
+    if any(type(number) is not int for number in lists[0]):
+        return "candidates", lists[0]
+    if any(type(number) not in (int, float) for number in lists[1]):
+        return "selected", lists[1]
+    for each in scores.values():
+        if type(each) is not list or len(each) != len(lists[0]):
+            return "scores", scores
+        if any(type(number) not in (int, float) for number in each):
+            return "scores", scores
+    if not {values["winner"], values["loser"]} <= set(lists[0]):
+        return "winner or loser", [values["winner"], values["loser"]]
+    return None
+
+
 def _read(path: Path) -> Iterator[StoredPair]:
-    rank = int(path.stem.rpartition("_")[2])
+    number = path.stem.rpartition("_")[2]
+    if not (number.isascii() and number.isdigit()):
+        raise ValueError(
+            f"'{path}' is no file of a preference dataset, whose names are like {_pairs_file(path.parent, 0).name}; "
+            "take it out of the folder"
+        )
+    rank = int(number)
     for _, values in _lines(path):
         stored = None if values["row"] is None else _latents_file(path.parent, values["step"], rank)
         values["candidates"], values["selected"] = tuple(values["candidates"]), tuple(values["selected"])

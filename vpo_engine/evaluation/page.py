@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.evaluation.chosen_metrics import HEADINGS
-from vpo_engine.evaluation.output import write_text
 from vpo_engine.evaluation.results import all_measures
 from vpo_engine.evaluation.table import failures, heading, number_cells, quality_line, title
 from vpo_engine.runs.frame_sheets import make_frame_sheet
 from vpo_engine.runs.report_html import cells, page, table
 from vpo_engine.runs.video import read_video
+from vpo_engine.texts import write_text
 
 _MOST_CARDS = 120
 _BYTES = 24_000_000

@@ -16,8 +16,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from vpo_engine.evaluation.output import OutputFolder, write_text
+from vpo_engine.data.clips import SUFFIXES
+from vpo_engine.evaluation.output import OutputFolder
 from vpo_engine.runs.report_html import page
+from vpo_engine.texts import read_json, why_no_file, write_text
 
 SIDES = ("left", "right")
 TIE = "tie"
@@ -55,9 +57,12 @@ class StudyFiles:
                 f"python -m vpo_engine.evaluate --study {self.root}"
             )
         try:
-            key: dict[str, Any] = json.loads(self.key.read_text(encoding="utf-8"))
+            key: dict[str, Any] = read_json(self.key)
             assert isinstance(key["study"], str)
-            assert all(each["left"] in _ROLES for each in key["pairs"].values())
+            assert all(isinstance(key["arms"][role], str) for role in _ROLES)
+            for pair in key["pairs"].values():
+                assert {pair["left"], pair["right"]} == set(_ROLES)
+                assert isinstance(pair["prompt"], str)
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise ValueError(
                 f"{self.key} is damaged ({error!r}); restore it from a copy, since the votes cannot be read without it"
@@ -122,12 +127,22 @@ def _chosen(
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         for role in _ROLES:
-            if not (root / row[role]["file"]).is_file():
+            file = root / row[role]["file"]
+            if file.suffix.lower() not in SUFFIXES:
                 raise ValueError(
-                    f"the video {root / row[role]['file']} of the comparison is gone; start the evaluation again, "
-                    "which makes it anew"
+                    f"{file}, a video of the comparison, is none by its name; repair results.json, or start the "
+                    "evaluation again"
+                )
+            if why_no_file(file):
+                raise ValueError(
+                    f"the video {file} of the comparison is gone; start the evaluation again, which makes it anew"
                 )
         by_prompt.setdefault(row["prompt"], []).append(row)
+    if not rows:
+        raise ValueError(
+            f"{root} has no prompt with a video of both policies, so there is nothing to vote on; start the evaluation "
+            "again, which makes missing videos"
+        )
     for same in by_prompt.values():
         draw.shuffle(same)
     wanted = len(by_prompt) if count is None else count

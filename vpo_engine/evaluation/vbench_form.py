@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vpo_engine.evaluation.output import write_text
 from vpo_engine.metrics.vbench.arithmetic import RANGES, quality_score
+from vpo_engine.texts import write_text
 
 
 def dimension_measures(measures: Mapping[str, Any], role: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 from vpo_engine.metrics.measures import describe
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.readable import readable
+from vpo_engine.texts import parse_json, read_text, write_text
 
 _TITLES = {
     "prompt": "The reward does not read prompts",
@@ -20,9 +21,7 @@ _TITLES = {
 
 def write_alarms(run: RunDirectory, alarms: Sequence[Mapping[str, Any]]) -> None:
     """Write all alarms, each {"step": int, "kind": str, "text": str}; the file is replaced atomically."""
-    unfinished = run.alarms.with_name(f".{run.alarms.name}.tmp")
-    unfinished.write_text("".join(json.dumps(alarm) + "\n" for alarm in alarms), encoding="utf-8")
-    unfinished.replace(run.alarms)
+    write_text(run.alarms, "".join(json.dumps(alarm) + "\n" for alarm in alarms))
 
 
 def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
@@ -30,9 +29,18 @@ def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
     if not run.alarms.is_file():
         return None
     with readable(run.alarms, "remove it for a report without alarms"):
-        lines = run.alarms.read_text(encoding="utf-8").split("\n")
-        alarms = [json.loads(line) for line in lines if line]
-        return [{"step": int(each["step"]), "kind": each["kind"], "text": each["text"]} for each in alarms]
+        lines = read_text(run.alarms).split("\n")
+        alarms = [parse_json(line) for line in lines if line]
+        return [
+            {"step": int(each["step"]), "kind": _text(each["kind"]), "text": _text(each["text"])}
+            for each in alarms
+        ]
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Mapping[str, float]) -> str:

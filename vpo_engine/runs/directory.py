@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from vpo_engine.runs.lock import LOCK_NAME
+from vpo_engine.texts import write_text
 
 CONFIG_NAME = "config.yaml"
 """A folder is a run directory if it has this file."""
@@ -86,9 +87,7 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration; an earlier one is replaced atomically."""
-        unfinished = self.config.with_name(f".{CONFIG_NAME}.tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(self.config)
+        write_text(self.config, text)
 
     @property
     def preference_dataset(self) -> Path:

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Literal
 
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import read_held_out
+from vpo_engine.runs.log_rows import Row, parse_row
 from vpo_engine.runs.tensorboard_clips import add_animation, side_by_side
 from vpo_engine.runs.video import write_mp4
 from vpo_engine.runs.wandb_log import WandbLog
+from vpo_engine.texts import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["train", "eval"]
-Row = dict[str, int | float | str]
 
 _TOGETHER = {
     "reward": {
@@ -37,6 +38,8 @@ _TOGETHER = {
 """Curves that TensorBoard shows in one chart, on its page of custom scalars."""
 _SHOWN_LETTERS = 60
 """Letters of a prompt in the name of its clip, of which wandb makes the name of a file."""
+
+_MOST_BYTES = 1 << 32
 
 _logger = logging.getLogger(__name__)
 
@@ -113,6 +116,7 @@ class RunLog:
             rows = [row for row in rows if (row["step"], row["kind"]) != (last, "eval")]
         self._file.close()
         replacement = self._run.metrics.with_name(f".{self._run.metrics.name}.tmp")
+        replacement.unlink(missing_ok=True)  # nothing is written through a link
         with replacement.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
             file.flush()
@@ -177,23 +181,11 @@ def read_metrics(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, "log of metrics", _MOST_BYTES)
     lines = text.split("\n")
     if lines.pop():
         _logger.warning("'%s': the last line was not finished when the run stopped; it is left out", path)
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}' line {number} is not JSON ({error}); remove or repair it") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "kind" not in row:
-            raise ValueError(
-                f"'{path}' line {number} is not a row of metrics: it must be an object with an integer 'step' "
-                "and a 'kind'; remove or repair it"
-            )
-        rows.append(row)
-    return rows
+    return [parse_row(line, f"'{path}' line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _plain(prompt: str) -> str:

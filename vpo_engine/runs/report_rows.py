@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vpo_engine.runs.charts import Point
-from vpo_engine.runs.log import Row
+from vpo_engine.runs.log_rows import Row
 
 _MOST_MARKS = 40
 
