@@ -11,7 +11,7 @@ from vpo_engine.command import tell_torchrun
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.watchdog import EXIT_CODE, Watchdog
-from vpo_engine.errors import LostProcessError
+from vpo_engine.errors import DiskFullError, LostProcessError
 from vpo_engine.runs.attempts import end_attempt, fail_attempt
 from vpo_engine.runs.directory import RunDirectory
 
@@ -31,7 +31,11 @@ class Ending:
         except LostProcessError:
             raise
         except Exception as error:
-            self._note(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+            self._note(
+                str(error)
+                if isinstance(error, ValueError | DiskFullError)
+                else f"{type(error).__name__}: {error}"
+            )
             raise
         except KeyboardInterrupt:
             self.ended(finished=False)
@@ -56,5 +60,9 @@ class Ending:
         os._exit(EXIT_CODE)
 
     def _note(self, error: str) -> None:
-        if self.run is not None:
+        if self.run is None:
+            return
+        try:
             fail_attempt(self.run, self._processes.stages.now.step, self._processes.rank, error)
+        except DiskFullError as full:  # beside the error that ends the run, which is told by itself
+            os.write(sys.stderr.fileno(), f"the end of the run was not noted: {full}\n".encode())

@@ -20,6 +20,7 @@ from vpo_engine.data.prompts import Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StepAbandonedError
 from vpo_engine.errors import NotFiniteError
+from vpo_engine.full_disk import write_whole
 from vpo_engine.method import Method, Step, embed_prompts
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.metrics.reward_monitor import Alarm, RewardMonitor, describe_shuffle
@@ -33,7 +34,7 @@ from vpo_engine.run_state import average_writer, capture, policy_writer, restore
 from vpo_engine.runs.alarms import write_alarms
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.log import NullLog, RunLog, read_metrics
+from vpo_engine.runs.log import NullLog, RunLog, iterate_metrics
 from vpo_engine.runs.next_steps import after_divergence, closing_lines
 from vpo_engine.runs.progress import Progress
 from vpo_engine.runs.report import write_report
@@ -90,7 +91,7 @@ class Trainer:
         samples = min(samples, config.evaluation.samples_between or samples)
         self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts))
         self._alarmed = False
-        self._done = self._saved_at = 0
+        self._done = self._saved_at = self._resumed_at = 0
         self._evaluation_missing = False
         self._last_metrics: Mapping[str, float] = {}
 
@@ -189,7 +190,7 @@ class Trainer:
 
     def _encode_text(self) -> None:
         """Encode all prompts of the run, also those of steps already done, since equal batches give equal bits."""
-        count = self._config.steps * self._config.pairs_per_step
+        count = min(self._config.steps * self._config.pairs_per_step, len(self._stream))
         prompts = [item.text for item in self._stream.take(0, count)]
         self._algorithm.model.prepare([*prompts, *self._held_out.prompts])
 
@@ -258,6 +259,14 @@ class Trainer:
             self._seconds[stage] += value
         return seconds
 
+    def _timings(self) -> dict[str, float]:
+        """Return the seconds of each stage over the whole run, with those that the log has of earlier starts."""
+        if self._resumed_at and self._processes.first:  # the others write no summary
+            rows = iterate_metrics(self._run.metrics)
+            for stage, value in sum_rows(row for row in rows if int(row["step"]) <= self._resumed_at).items():
+                self._seconds[stage] += value
+        return dict(self._seconds)
+
     def _evaluate_baseline(self) -> None:
         with self._stage("evaluate"):
             self._progress.stage("evaluating the policy that the run starts from")
@@ -298,11 +307,9 @@ class Trainer:
         self._take_seconds()
         self._log_evaluation(step, final)
         self._saver.wait()
-        summary = summarise(
-            _logged(self._baseline), _logged(final), dict(self._seconds), self._config.ema.decay
-        )
+        summary = summarise(_logged(self._baseline), _logged(final), self._timings(), self._config.ema.decay)
         if self._processes.first:
-            self._run.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            write_whole(self._run.summary, json.dumps(summary, indent=1))
             before, model = self._baseline["clips"], self._algorithm.model
             keep_held_out(self._config, model, self._held_out, self._run, before, clips)
             self._progress.note(format_summary(summary))
@@ -351,10 +358,8 @@ class Trainer:
             self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy, checkpoint.average
         )
         self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
-        self._saved_at = step
+        self._saved_at = self._resumed_at = step
         evaluated = self._log.resume(step, total)
-        if self._processes.first:  # the others write no summary
-            self._seconds |= sum_rows(read_metrics(self._run.metrics))
         due = self._due(self._config.evaluation.every, step) and step < total
         self._evaluation_missing = self._processes.any(due and not evaluated)
         return step

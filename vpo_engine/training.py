@@ -24,6 +24,7 @@ from vpo_engine.data.prompt_record import Texts, check_record, write_record
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.watchdog import group_limit
 from vpo_engine.ending import Ending
+from vpo_engine.full_disk import write_whole
 from vpo_engine.memory.host_allocator import return_freed_memory
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.methods import method_class
@@ -123,7 +124,7 @@ def _check_room(config: Config, model: VideoModel, processes: Processes) -> None
 def _keep_settings(settings: dict[str, Any] | None, run: RunDirectory, processes: Processes) -> None:
     """Write what a library that divides the work was given into the run directory."""
     if processes.first and settings is not None:
-        (run.root / "deepspeed.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_whole(run.root / "deepspeed.json", json.dumps(settings, indent=1) + "\n")
 
 
 def _stopped_text(by: str, step: int, run: RunDirectory) -> str:

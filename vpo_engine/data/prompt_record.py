@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vpo_engine.data.fingerprint import Fingerprint, Prompts, fingerprint
+from vpo_engine.full_disk import write_whole
 
 NAME = "prompts.json"
 """The file of the run directory: {setting: {"count": int, "digest": SHA-256}}."""
@@ -18,10 +19,8 @@ Texts = Mapping[str, Prompts]
 
 def write_record(root: Path, texts: Texts) -> None:
     """Keep number and SHA-256 of the prompts in the run directory ``root``."""
-    unfinished = root / f".{NAME}.tmp"
     content = {name: asdict(fingerprint(each)) for name, each in texts.items()}
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(root / NAME)
+    write_whole(root / NAME, json.dumps(content, indent=1) + "\n")
 
 
 def check_record(root: Path, texts: Texts) -> str:

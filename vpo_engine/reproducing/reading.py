@@ -13,6 +13,7 @@ from vpo_engine.config_file import parse_config
 from vpo_engine.reproducing.cells import RUN, Cell, Record, read_result
 from vpo_engine.runs.alarms import read_alarms
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.log import read_metrics
 
 _OF_SAMPLING = (
     "evaluation.samples_per_prompt",
@@ -56,7 +57,7 @@ def read_run(folder: Path) -> Ran:
     assert record is not None, folder
     assert record.finished, folder
     run = RunDirectory.open(folder / RUN)
-    rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = read_metrics(run.metrics)
     timings = json.loads(run.summary.read_text(encoding="utf-8"))["timings"]
     stages = sum(value for name, value in timings.items() if name not in _NOT_TRAINING)
     processor, clock = record.took("train")

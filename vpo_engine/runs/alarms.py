@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.measures import describe
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.readable import readable
@@ -20,9 +21,7 @@ _TITLES = {
 
 def write_alarms(run: RunDirectory, alarms: Sequence[Mapping[str, Any]]) -> None:
     """Write all alarms, each {"step": int, "kind": str, "text": str}; the file is replaced atomically."""
-    unfinished = run.alarms.with_name(f".{run.alarms.name}.tmp")
-    unfinished.write_text("".join(json.dumps(alarm) + "\n" for alarm in alarms), encoding="utf-8")
-    unfinished.replace(run.alarms)
+    write_whole(run.alarms, "".join(json.dumps(alarm) + "\n" for alarm in alarms))
 
 
 def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:

@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vpo_engine.full_disk import write_whole
+
 Scores = list[dict[str, float]]
 
 _KEY = "gallery"
@@ -109,9 +111,7 @@ def _write(path: Path, clips: dict[str, Tensor], details: dict[str, Any]) -> Non
     content = {name: clip.detach().cpu().contiguous() for name, clip in clips.items()}
     metadata = {_KEY: json.dumps(details, allow_nan=False)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_bytes(safetensors.torch.save(content, metadata))
-    unfinished.replace(path)
+    write_whole(path, safetensors.torch.save(content, metadata))
 
 
 def _read(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import yaml
 
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.summary import headline, verdict
 from vpo_engine.runs.alarms import alarm_section, read_alarms
 from vpo_engine.runs.checkpoint import newest_complete
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.log import iterate_metrics
 from vpo_engine.runs.readable import readable
 from vpo_engine.runs.report_clips import held_out_section, pairs_section
 from vpo_engine.runs.report_curves import DIMENSIONS, chart_section
@@ -39,7 +40,7 @@ def write_report(run: RunDirectory) -> Path:
     """
     config = _read_config(run)
     summary = _read_summary(run)
-    rows = MetricRows(read_metrics(run.metrics))
+    rows = MetricRows(iterate_metrics(run.metrics))
     dimensions = _trained_dimensions(config)
     sections = [
         _header(run, config, summary, rows),
@@ -52,10 +53,9 @@ def write_report(run: RunDirectory) -> Path:
         _commands_section(run),
         _config_section(run),
     ]
-    unfinished = run.report.with_name(f".{run.report.name}.tmp")
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
-    unfinished.write_text(page(run.name, "\n".join(sections), "", script), encoding="utf-8")
-    return unfinished.replace(run.report)
+    write_whole(run.report, page(run.name, "\n".join(sections), "", script))
+    return run.report
 
 
 def main(arguments: Sequence[str]) -> None:
