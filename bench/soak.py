@@ -8,8 +8,8 @@ evaluations with a held-out reward and guards, a moving average, the preference 
 refreshes of the reference, checkpoints in the background, galleries, and the report at the end. The run is stopped by
 SIGTERM at half of its steps, and the same command goes on with it in a new process.
 
-Each start counts at every ``EVERY``-th step, between evaluations and checkpoints and after a collection of garbage, what
-it holds. ``judge`` draws a line through what a start held after its first ``WARM_UP`` steps. The exit code is 1 if
+Each start counts what it holds at every ``EVERY``-th step, between evaluations and checkpoints, after a collection
+of garbage. ``judge`` draws a line through what a start held after its first ``WARM_UP`` steps. The exit code is 1 if
 anything grows. --record adds the figures to ``bench/results/soak.jsonl``.
 """
 
@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def soak(folder: Path, steps: int, *overrides: str) -> list[list[Count]]:
-    """Make the whole run in ``folder``, stopped and gone on with at half of its steps; return the counts of each start."""
+    """Make the whole run in ``folder``, in two starts; return the counts of each."""
     from soak_model import write_inputs
 
     write_inputs(folder)
@@ -203,7 +204,7 @@ def growth(counts: Sequence[Count], name: str) -> float:
         return float(max(values[half:]) - max(values[:half]))
     if name in ("traffic", "processor"):
         parts = 4 if name == "traffic" else 10
-        spent = [later - sooner for sooner, later in zip(values, values[1:], strict=False)]
+        spent = [later - sooner for sooner, later in pairwise(values)]
         size = max(1, len(spent) // parts)
         return statistics.median(spent[-size:]) / statistics.median(spent[:size]) - 1
     return statistics.linear_regression([each.step for each in counts], values).slope
@@ -225,7 +226,7 @@ def judge(starts: Sequence[Sequence[Count]], steps: int) -> list[str]:
 
 
 def figures(starts: Sequence[Sequence[Count]], folder: Path) -> dict[str, float]:
-    """Return the numbers of the record: levels along the run, growth, time of a step, and the sizes of what it wrote."""
+    """Return the numbers of the record: levels along the run, growth, time of a step, and sizes of files."""
     together = [each for counts in starts for each in counts]
     found: dict[str, float] = {}
     for share, name in ((0.1, "tenth"), (0.5, "half"), (1.0, "end")):
@@ -238,9 +239,8 @@ def figures(starts: Sequence[Sequence[Count]], folder: Path) -> dict[str, float]
             found[f"start_{number}_{bound.name}_growth"] = growth(settled, bound.name)
         for clock in ("processor", "clock"):
             spent = [
-                (later_value - value) / (later.step - sooner.step)
-                for sooner, later in zip(settled, settled[1:], strict=False)
-                for value, later_value in [(getattr(sooner, clock), getattr(later, clock))]
+                (getattr(later, clock) - getattr(sooner, clock)) / (later.step - sooner.step)
+                for sooner, later in pairwise(settled)
             ]
             size = max(1, len(spent) // 10)
             found[f"start_{number}_first_decile_{clock}_seconds"] = statistics.median(spent[:size])
@@ -262,9 +262,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--child"]:
         return train(Path(words[1]), words[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000, help="steps of the run, at least 1000 (default: 10000)")
-    parser.add_argument("--folder", type=Path, help="a new folder for the run, which is kept; default: one that is not")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10_000, help="steps of the run, at least 1000 (default: 10000)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="a new folder for the run, which is kept; default: one that is not"
+    )
     parser.add_argument("--record", action="store_true", help="add the figures to bench/results")
     given = parser.parse_args(words)
     if given.steps < 1000:

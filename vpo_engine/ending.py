@@ -1,4 +1,4 @@
-"""How a run ends by an error: what is said, what is noted in its directory, and what torchrun is told."""
+"""How a run ends: its outcome, or by an error, what is said, noted in its directory and told to torchrun."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from vpo_engine.command import tell_torchrun
 from vpo_engine.config import Config
@@ -14,6 +15,20 @@ from vpo_engine.distributed.watchdog import EXIT_CODE, Watchdog
 from vpo_engine.errors import DiskFullError, LostProcessError
 from vpo_engine.runs.attempts import end_attempt, fail_attempt
 from vpo_engine.runs.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run.
+
+    steps: how many steps were made. summary: of the evaluation at the end; None if the run was stopped before.
+    stopped_by: what stopped it; a checkpoint holds the last step then, if there was one. exit_code: of the command.
+    """
+
+    steps: int
+    summary: dict[str, object] | None
+    stopped_by: str | None = None
+    exit_code: int = 0
 
 
 class Ending:

@@ -57,7 +57,11 @@ def write_by(path: Path, write: Callable[[Path], object]) -> None:
             raise
 
 
+def disk_of(path: Path) -> Path:
+    """Return the nearest folder of ``path`` that exists, which is on the disk that ``path`` is, or will be, on."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+
+
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the disk on which ``path`` is, or will be."""
-    place = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(disk_of(path)).free

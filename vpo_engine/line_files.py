@@ -38,23 +38,21 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = _open(path)
 
-    def append(self, lines: bytes) -> bool:
-        """Append whole lines. Return whether that filled the part, so that the next lines go into a new one."""
-        before = os.fstat(self._file.fileno()).st_size
+    def append(self, lines: bytes) -> None:
+        """Append whole lines."""
+        before = os.fstat(self._file).st_size
         with writing(self.path):
             try:
                 left = memoryview(lines)
                 while left:
-                    left = left[self._file.write(left) :]
+                    left = left[os.write(self._file, left) :]
             except BaseException:
-                os.ftruncate(self._file.fileno(), before)
+                os.ftruncate(self._file, before)
                 raise
-        if before + len(lines) < PART_BYTES:
-            return False
-        self._close_part()
-        return True
+        if before + len(lines) >= PART_BYTES:
+            self._close_part()
 
     def cut(self, keep: Callable[[Line], bool]) -> Line | None:
         """Cut the lines off the end that ``keep`` refuses, and return the last line that is left; None for none.
@@ -62,24 +60,30 @@ class LineFile:
         Lines are looked at from the newest part backwards, up to the first part with a line that is kept. A part is
         replaced atomically, or removed; an unfinished last line is removed.
         """
-        self._file.close()
+        os.close(self._file)
         try:
             return next((last for part in reversed(parts(self.path)) if (last := _cut(part, keep))), None)
         finally:
             for part in parts(self.path):
                 if part != self.path and not part.stat().st_size:
                     part.unlink()
-            self._file = self.path.open("ab", buffering=0)
+            self._file = _open(self.path)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
 
     def _close_part(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-        earlier = [_number(part, self.path) for part in parts(self.path)]
-        self.path.rename(self.path.with_suffix(f".{max(earlier) + 1:04d}{self.path.suffix}"))
-        self._file = self.path.open("ab", buffering=0)
+        os.fsync(self._file)
+        os.close(self._file)
+        newest = max(_number(part, self.path) for part in parts(self.path))
+        self.path.rename(self.path.with_suffix(f".{newest + 1:04d}{self.path.suffix}"))
+        self._file = _open(self.path)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
 
 def parts(path: Path) -> list[Path]:

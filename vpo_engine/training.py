@@ -21,6 +21,7 @@ from vpo_engine.command import same_in_all_processes
 from vpo_engine.config import Config
 from vpo_engine.config_file import parse_config
 from vpo_engine.data.prompt_record import Texts, check_record, write_record
+from vpo_engine.disk_plan import check_run_fits, describe
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.watchdog import group_limit
 from vpo_engine.ending import Ending
@@ -36,6 +37,7 @@ from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.served import find_reward, serve
 from vpo_engine.runs.attempts import begin_attempt
+from vpo_engine.runs.checkpoint import step_of
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.lock import RunLock
 from vpo_engine.runs.progress import wrap_for
@@ -85,7 +87,7 @@ def run_training(config: Config) -> int:
         check_scored(config, model, reward, prompts, held_out_prompts)
         method.check(config, model)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
-        _check_room(config, model, processes)
+        _check_room(config, model, processes, len(prompts))
         run, checkpoint = _open_run(config, processes, at_end, texts)
         ending.run = run
         with model.idle_offload.phase("refresh"):
@@ -114,11 +116,16 @@ def run_training(config: Config) -> int:
     return outcome.exit_code
 
 
-def _check_room(config: Config, model: VideoModel, processes: Processes) -> None:
-    """Raise ValueError, in the first process, if checkpoints do not fit on the disk or in host memory."""
+def _check_room(config: Config, model: VideoModel, processes: Processes, prompts: int) -> None:
+    """Say, in the first process, what room the run takes on its disk. Raise ValueError if it has not that much, or if
+    checkpoints do not fit in host memory."""
     if processes.first:
-        check_disk(config, model.network, config.run_dir or Path("runs"))
+        start = find_start(config)
+        root = start.root or Path("runs") / config.name
+        check_disk(config, model.network, root)
+        check_run_fits(config, model, root, step_of(start.checkpoint))
         check_host_memory(config, model.network, available_memory())
+        print(wrap_for(sys.stdout, describe(config, model, prompts)), flush=True)
 
 
 def _keep_settings(settings: dict[str, Any] | None, run: RunDirectory, processes: Processes) -> None:
@@ -193,7 +200,7 @@ def _open_run(
 
 def _say(start: Start, run: RunDirectory) -> None:
     """Say where the run begins, and whether it began there before."""
-    step = 0 if start.checkpoint is None else int(start.checkpoint.name.rpartition("_")[2])
+    step = step_of(start.checkpoint)
     if (note := begin_attempt(run, step)) is not None:
         print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
     if start.checkpoint is not None:

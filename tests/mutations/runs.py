@@ -244,9 +244,9 @@ MUTATIONS = [
     ),
     (
         "lines of the step before overwritten",
-        DATASET,
-        '.open("ab", buffering=0)',
-        '.open("wb", buffering=0)',
+        "vpo_engine/line_files.py",
+        "os.O_WRONLY | os.O_APPEND | os.O_CREAT",
+        "os.O_WRONLY | os.O_TRUNC | os.O_CREAT",
         REPLAY,
     ),
     ("latents of the first process for all", DATASET, 'values["step"], rank)', 'values["step"], 0)', TWO),

@@ -4,9 +4,11 @@
     RUN/preference_dataset/latents/step_00000012_0000.safetensors   `winner`, `loser` [p, C, T, H, W] of its pairs
 
 From 16 MiB on the lines of a process are in several parts: pairs_0000.0001.jsonl, then 0002, and pairs_0000.jsonl last
-(see ``line_files``). A line is an object with the fields of ``StoredPair``. `row` is the pair's position in its file of latents, null if
-its latents were not stored. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c)
-alone, so it can be sampled again with the policy of that step.
+(see ``line_files``).
+
+A line is an object with the fields of ``StoredPair``. `row` is the pair's position in its file of latents, null if its
+latents were not stored. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c) alone,
+so it can be sampled again with the policy of that step.
 """
 
 from __future__ import annotations
@@ -129,9 +131,14 @@ def read_dataset(path: str | Path) -> Iterator[StoredPair]:
 
 def truncate_dataset(folder: Path, step: int) -> None:
     """Delete the pairs of all steps after ``step``; the resumed run will write them again. Atomic for each file."""
+
+    def stays(line: Line) -> bool:
+        values = _values(line)
+        return values["step"] <= step
+
     for path in _pairs_files(folder):
         with closing(LineFile(path)) as file:
-            file.cut(lambda line: _values(line)["step"] <= step)
+            file.cut(stays)
     for latents in folder.glob("latents/*"):
         if latents.name.startswith(".") or int(latents.name.split("_")[1]) > step:
             latents.unlink()

@@ -53,6 +53,11 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path | None) -> int:
+    """Return the step of a checkpoint by its name; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("_")[2])
+
+
 def save_checkpoint(
     folder: Path,
     step: int,

@@ -6,14 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from vpo_engine import line_files
 from vpo_engine.full_disk import writing
-from vpo_engine.line_files import PART_BYTES, Line, LineFile, read_lines
+from vpo_engine.line_files import Line, LineFile, read_lines
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import read_held_out
 from vpo_engine.runs.tensorboard_clips import add_animation, animation, side_by_side
@@ -62,9 +62,12 @@ class RunLog:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         self._file.append(line)
         numbers = {name if "/" in name else f"{kind}/{name}": float(row[name]) for name in metrics}
-        with self._on_board(len(line)) as board:
+        with writing(self._run.tensorboard):
+            board = self._tensorboard()
             for name, number in numbers.items():
                 board.add_scalar(name, number, step)
+            board.flush()
+        self._board_bytes += len(line)
         if self._wandb is not None:
             self._wandb.write(step, kind, numbers)
 
@@ -91,9 +94,12 @@ class RunLog:
 
     def _show(self, step: int, what: str, clips: Mapping[str, Tensor], fps: float) -> None:
         images = {name: animation(clip, fps) for name, clip in clips.items()}
-        with self._on_board(sum(len(image.content) for image in images.values())) as board:
+        with writing(self._run.tensorboard):
+            board = self._tensorboard()
             for name, image in images.items():
                 add_animation(board, name, image, step)
+            board.flush()
+        self._board_bytes += sum(len(image.content) for image in images.values())
         if self._wandb is not None:
             with TemporaryDirectory() as folder:
                 files = {name: Path(folder) / f"{number:02d}.mp4" for number, name in enumerate(clips)}
@@ -139,24 +145,20 @@ class RunLog:
     ) -> None:
         self.close()
 
-    @contextmanager
-    def _on_board(self, size: int) -> Iterator[SummaryWriter]:
-        """Write about ``size`` bytes of events with TensorBoard's writer, which takes a new file when one is full.
+    def _tensorboard(self) -> SummaryWriter:
+        """Return the TensorBoard writer, a new one when the file of the last one is full.
 
-        The writer is made at the first row: importing it takes seconds, and ``resume`` must come before.
+        It is made at the first row: importing it takes seconds, and ``resume`` must come before.
         """
-        with writing(self._run.tensorboard):
-            if self._board is not None and self._board_bytes >= PART_BYTES:
-                self._board.close()
-                self._board, self._board_bytes, self._purge_step = None, 0, None
-            if self._board is None:
-                from torch.utils.tensorboard import SummaryWriter
+        if self._board is not None and self._board_bytes >= line_files.PART_BYTES:
+            self._board.close()
+            self._board, self._board_bytes, self._purge_step = None, 0, None
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._purge_step)
-                self._board.add_custom_scalars(_TOGETHER)
-            yield self._board
-            self._board.flush()
-            self._board_bytes += size
+            self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._purge_step)
+            self._board.add_custom_scalars(_TOGETHER)
+        return self._board
 
 
 class NullLog:
