@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vpo_engine.config import ModelConfig
 from vpo_engine.data.sprites.assets import (
-    FLOW,
     GEOMETRY,
     WEIGHTS,
     Sprites,
@@ -23,9 +22,11 @@ from vpo_engine.data.sprites.assets import (
 )
 from vpo_engine.data.sprites.world import all_captions
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
+from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.video_model import LoadContext
 
+_FLOW = RectifiedFlow(use_timestep_transform=False)  # the transform counts chunks of 17 frames
 _HELD_OUT = 2
 _NARROW = {"hidden_size": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 1.0}
 
@@ -40,7 +41,7 @@ class ShortSprites(Sprites):
         text = context.text_source(load_text_encoder, "short sprites")
         size = replace(GEOMETRY, height=16, width=16, num_frames=5)
         policy = load_policy(settings.policy)
-        return cls(policy, load_vae(), text, size, FLOW, device=context.device, dtype=context.dtype)
+        return cls(policy, load_vae(), text, size, _FLOW, device=context.device, dtype=context.dtype)
 
 
 class Brightness:

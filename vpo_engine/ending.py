@@ -1,4 +1,4 @@
-"""How a run ends: its outcome, or by an error, what is said, noted in its directory and told to torchrun."""
+"""The end of a run: its outcome, or, of an error, the message, the note in its directory and the answer to torchrun."""
 
 from __future__ import annotations
 
