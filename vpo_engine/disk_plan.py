@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ _SHOWN = 4
 class DiskPart:
     """A part of a run's files. grows: its bytes are of all steps; else they are there from early on.
 
-    remedy: the setting that makes it smaller.
+    remedy: what makes it smaller.
     """
 
     name: str
@@ -46,10 +45,13 @@ def disk_parts(config: Config, model: VideoModel) -> list[DiskPart]:
     one, keep = checkpoint_bytes(config, model.network), config.checkpoint.keep
     parts = [
         DiskPart(
-            f"checkpoints ({keep + 1} of {_gib(one)})", (keep + 1) * one, False, f"checkpoint.keep={keep}"
+            f"checkpoints ({keep + 1} of {_gib(one)})",
+            (keep + 1) * one,
+            False,
+            f"lower checkpoint.keep={keep}",
         ),
         *_dataset(config, model),
-        DiskPart("log", config.steps * _ROW_BYTES, True, f"steps={config.steps}"),
+        DiskPart("log", config.steps * _ROW_BYTES, True, f"lower steps={config.steps}"),
         *_videos(config, model),
     ]
     return sorted(parts, key=lambda part: -part.bytes)
@@ -87,33 +89,32 @@ def check_run_fits(config: Config, model: VideoModel, root: Path, done: int) -> 
 
     done: the steps that the run directory has already; what grows is counted for the others.
     """
-    here = bytes_of(root)
     left = (config.steps - done) / config.steps
     parts = [
         DiskPart(part.name, math.ceil(left * part.bytes), True, part.remedy) if part.grows else part
         for part in disk_parts(config, model)
     ]
     fixed = sum(part.bytes for part in parts if not part.grows)
-    more = sum(part.bytes for part in parts if part.grows) + max(0, fixed - _fixed_here(here)) + SPARE_BYTES
+    fixed_here = bytes_of(root / "checkpoints") + bytes_of(root / "gallery")
+    more = sum(part.bytes for part in parts if part.grows) + max(0, fixed - fixed_here) + SPARE_BYTES
     free, limit = free_bytes(root), config.disk.limit_gib
     if more > free:
-        _refuse(f"the disk of {root} has {_gib(free)} free", more, parts, "give a run_dir on another disk")
-    if limit is not None and sum(here.values()) + more > limit * _GIB:
-        used = sum(here.values())
+        remedy = "free some space, or give a run_dir on another disk"
+        _refuse(f"the disk of {root} has {_gib(free)} free", more, parts, remedy)
+    if limit is not None and (used := bytes_of(root)) + more > limit * _GIB:
         has = f", of which {_gib(used)} are taken" if used else ""
-        _refuse(f"disk.limit_gib={limit:g} allows {_gib(limit * _GIB)}{has}", more, parts, "raise the limit")
+        _refuse(
+            f"disk.limit_gib={limit:g} allows {_gib(limit * _GIB)}{has}", more, parts, "or raise the limit"
+        )
 
 
 def _refuse(room: str, more: int, parts: list[DiskPart], remedy: str) -> None:
     listed = ", ".join(f"{part.name} {_gib(part.bytes)}" for part in parts)
+    largest = max(parts, key=lambda part: part.bytes)
     raise ValueError(
-        f"{room}, but to its last step this run writes {_gib(more)} ({listed}, and {_gib(SPARE_BYTES)} to spare); most "
-        f"of it comes from {parts[0].remedy}. Lower that, free some space, or {remedy}"
+        f"{room}, but to its last step this run writes {_gib(more)} more ({listed}, and {_gib(SPARE_BYTES)} to spare); "
+        f"{largest.remedy}, {remedy}"
     )
-
-
-def _fixed_here(here: Mapping[str, int]) -> int:
-    return here.get("checkpoints", 0) + here.get("gallery", 0)
 
 
 def _dataset(config: Config, model: VideoModel) -> list[DiskPart]:
@@ -126,7 +127,8 @@ def _dataset(config: Config, model: VideoModel) -> list[DiskPart]:
     if kept == "latents":
         each += 2 * 4 * math.prod(model.latent_shape)
     size = config.steps * config.pairs_per_step * each
-    return [DiskPart("preference dataset", size, True, f"pairs.dataset={kept}")]
+    less = "scores" if kept == "latents" else "none"
+    return [DiskPart("preference dataset", size, True, f"set pairs.dataset={less}")]
 
 
 def _videos(config: Config, model: VideoModel) -> list[DiskPart]:
@@ -140,8 +142,8 @@ def _videos(config: Config, model: VideoModel) -> list[DiskPart]:
     clips = _SHOWN * evaluations * frames * math.ceil(height * scale) * math.ceil(width * scale)
     gallery = (2 * MOST_CLIPS + 2 * MOST_PAIRS * MOST_PAIR_FILES) * 3 * frames * height * width
     return [
-        DiskPart("clips in TensorBoard", clips, True, f"evaluation.every={every}"),
-        DiskPart("galleries", gallery, False, "the size of the videos"),
+        DiskPart("clips in TensorBoard", clips, True, f"raise evaluation.every={every}"),
+        DiskPart("galleries", gallery, False, "make smaller videos"),
     ]
 
 

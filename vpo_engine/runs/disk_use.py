@@ -14,11 +14,9 @@ _GIB = 2**30
 _LATENTS = Path("preference_dataset", "latents")
 
 
-def bytes_of(root: Path) -> dict[str, int]:
-    """Return the bytes of the files in a run directory by its entries; {} if it does not exist."""
-    if not root.is_dir():
-        return {}
-    return {entry.name: sum(_sizes(Path(entry.path))) for entry in os.scandir(root)}
+def bytes_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder; 0 for what does not exist."""
+    return sum(_sizes(path))
 
 
 class DiskWatch:
@@ -57,13 +55,13 @@ class DiskWatch:
     def _parts(self, step: int) -> dict[str, int]:
         """Return the bytes of the run directory by its entries, after ``step``."""
         if self._counted < 0:
-            self._latents = sum(_sizes(self._root / _LATENTS))
+            self._latents = bytes_of(self._root / _LATENTS)
         else:
             steps = range(self._counted + 1, step + 1)
             names = (
                 f"step_{one:08d}_{rank:04d}.safetensors" for one in steps for rank in range(self._writers)
             )
-            self._latents += sum(sum(_sizes(self._root / _LATENTS / name)) for name in names)
+            self._latents += sum(bytes_of(self._root / _LATENTS / name) for name in names)
         self._counted, found = step, {}
         for entry in os.scandir(self._root):
             path = Path(entry.path)
@@ -71,7 +69,7 @@ class DiskWatch:
                 lines = sum(each.stat().st_size for each in path.glob("*.jsonl"))
                 found[path.name] = self._latents + lines
             else:
-                found[path.name] = sum(_sizes(path))
+                found[path.name] = bytes_of(path)
         return found
 
 
