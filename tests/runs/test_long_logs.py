@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vpo_engine import line_files
@@ -19,6 +20,7 @@ from vpo_engine.data.preference_dataset import (
     read_dataset,
     truncate_dataset,
 )
+from vpo_engine.errors import DiskFullError
 from vpo_engine.line_files import LineFile, parts, read_lines
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import RunLog, iterate_metrics, read_metrics
@@ -94,6 +96,20 @@ def test_a_part_that_was_closed_just_before_a_kill(run: RunDirectory, small_part
     left = [row["step"] for row in read_metrics(run.metrics)]
     write(run, len(left), 12)
     assert [row["step"] for row in read_metrics(run.metrics)] == list(range(1, 13))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_row_that_does_not_fit_on_the_disk_is_named(run: RunDirectory, name: str) -> None:
+    with RunLog(run) as log:
+        log.write(1, "train", {"loss": 1.0})
+        with (
+            full_disk(name),
+            pytest.raises(DiskFullError, match=rf"full: could not write '.*{name}' \(\d+ bytes free"),
+        ):
+            log.write(2, "train", {"loss": 2.0})
+        before = [1] if name == "metrics.jsonl" else [1, 2]
+        assert [row["step"] for row in read_metrics(run.metrics)] == before
 
 
 def stored(step: int) -> StoredPair:

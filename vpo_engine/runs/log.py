@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -62,12 +63,9 @@ class RunLog:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         self._file.append(line)
         numbers = {name if "/" in name else f"{kind}/{name}": float(row[name]) for name in metrics}
-        with writing(self._run.tensorboard):
-            board = self._tensorboard()
+        with self._on_board(len(line)) as board:
             for name, number in numbers.items():
                 board.add_scalar(name, number, step)
-            board.flush()
-        self._board_bytes += len(line)
         if self._wandb is not None:
             self._wandb.write(step, kind, numbers)
 
@@ -94,12 +92,9 @@ class RunLog:
 
     def _show(self, step: int, what: str, clips: Mapping[str, Tensor], fps: float) -> None:
         images = {name: animation(clip, fps) for name, clip in clips.items()}
-        with writing(self._run.tensorboard):
-            board = self._tensorboard()
+        with self._on_board(sum(len(image.content) for image in images.values())) as board:
             for name, image in images.items():
                 add_animation(board, name, image, step)
-            board.flush()
-        self._board_bytes += sum(len(image.content) for image in images.values())
         if self._wandb is not None:
             with TemporaryDirectory() as folder:
                 files = {name: Path(folder) / f"{number:02d}.mp4" for number, name in enumerate(clips)}
@@ -130,9 +125,9 @@ class RunLog:
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
+            board, self._board = self._board, None
             with writing(self._run.tensorboard):
-                self._board.close()
-            self._board = None
+                board.close()
         if self._wandb is not None:
             self._wandb.close()
             self._wandb = None
@@ -144,6 +139,19 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @contextmanager
+    def _on_board(self, size: int) -> Iterator[SummaryWriter]:
+        """Give TensorBoard's writer, for about ``size`` bytes of events; they are with the system afterwards."""
+        with writing(self._run.tensorboard):
+            try:
+                board = self._tensorboard()
+                yield board
+                board.flush()
+            except OSError:
+                self._board = None  # its thread has ended, and closing it would raise the same error again
+                raise
+        self._board_bytes += size
 
     def _tensorboard(self) -> SummaryWriter:
         """Return the TensorBoard writer, a new one when the file of the last one is full.
