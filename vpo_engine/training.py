@@ -74,8 +74,10 @@ def run_training(config: Config) -> int:
             stream, texts = method.open_stream(config, prompts)
         texts = {**texts, "prompts.held_out": held_out_prompts}
         config = _as_before(config, processes, texts)
-        if configurations_are_here(config):  # else building the model says which is missing
-            config, plan = check_fits(config, processes.device, processes.count, processes.broadcast_text)
+        planned = configurations_are_here(config)  # else building the model says which is missing
+        if planned:
+            agree, number = processes.broadcast_text, len(prompts)
+            config, plan = check_fits(config, processes.device, processes.count, agree, number)
             if processes.first:
                 print(wrap_for(sys.stdout, str(plan)), flush=True)
         model = build_model(config, processes)
@@ -87,7 +89,8 @@ def run_training(config: Config) -> int:
         check_scored(config, model, reward, prompts, held_out_prompts)
         method.check(config, model)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
-        _check_room(config, model, processes, len(prompts))
+        if processes.first:
+            _check_room(config, model, None if planned else len(prompts))
         run, checkpoint = _open_run(config, processes, at_end, texts)
         ending.run = run
         with model.idle_offload.phase("refresh"):
@@ -116,16 +119,18 @@ def run_training(config: Config) -> int:
     return outcome.exit_code
 
 
-def _check_room(config: Config, model: VideoModel, processes: Processes, prompts: int) -> None:
-    """Say, in the first process, what room the run takes on its disk. Raise ValueError if it has not that much, or if
-    checkpoints do not fit in host memory."""
-    if processes.first:
-        start = find_start(config)
-        root = start.root or Path("runs") / config.name
-        check_disk(config, model.network, root)
-        check_run_fits(config, model, root, step_of(start.checkpoint))
-        check_host_memory(config, model.network, available_memory())
+def _check_room(config: Config, model: VideoModel, prompts: int | None) -> None:
+    """Raise ValueError if the run does not fit on its disk, or its checkpoints not in host memory.
+
+    prompts: the number of them, for a line about the disk; None if the plan has said it.
+    """
+    if prompts is not None:
         print(wrap_for(sys.stdout, describe(config, model, prompts)), flush=True)
+    start = find_start(config)
+    root = start.root or Path("runs") / config.name
+    check_disk(config, model.network, root)
+    check_run_fits(config, model, root, step_of(start.checkpoint))
+    check_host_memory(config, model.network, available_memory())
 
 
 def _keep_settings(settings: dict[str, Any] | None, run: RunDirectory, processes: Processes) -> None:

@@ -5,31 +5,25 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import TypeVar
 
 from vpo_engine.config import Config
-from vpo_engine.data.prompts import PromptFile
 from vpo_engine.disk_plan import as_json as disk_as_json
 from vpo_engine.disk_plan import describe
-from vpo_engine.models.policy import prepare_policy
 from vpo_engine.models.registry import model_family
+from vpo_engine.planning.disk import planned_disk
 from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.fit import fitting_changes, most_frames
 from vpo_engine.planning.gpus import GIB, Gpu
 from vpo_engine.planning.links import Cluster
-from vpo_engine.planning.parts import Assumed, blueprint_of
 from vpo_engine.planning.planner import granted, plan_run
 from vpo_engine.planning.presets import resolve_presets
 from vpo_engine.planning.report import as_json, whole
 from vpo_engine.planning.scaling_report import as_json as comparison_as_json
 from vpo_engine.planning.scaling_report import comparison
 from vpo_engine.planning.strategies import compare
-from vpo_engine.video_model import VideoModel
-
-Told = TypeVar("Told")
 
 
 def print_plan(config: Config, gpu: Gpu | None, *, frames: bool, machine: bool) -> None:
@@ -45,7 +39,7 @@ def print_plan(config: Config, gpu: Gpu | None, *, frames: bool, machine: bool) 
         found |= {"most_frames": dict(frames_that_fit(config, gpu))} if frames else {}
         print(json.dumps(found, indent=1))
         return
-    print(*filter(None, [presets, whole(plan), planned_disk(config, describe)]), sep="\n", flush=True)
+    print(*filter(None, [presets, planned_disk(config, describe), whole(plan)]), sep="\n", flush=True)
     if not plan.fits:
         print(*_remedies(config, gpu, plan), sep="\n", flush=True)
     if frames:
@@ -56,19 +50,6 @@ def print_plan(config: Config, gpu: Gpu | None, *, frames: bool, machine: bool) 
         )
         for resolution, count in frames_that_fit(config, gpu):
             print(_clip_line(resolution, count, config.model.fps), flush=True)
-
-
-def planned_disk(config: Config, tell: Callable[[Config, VideoModel, int], Told]) -> Told:
-    """Return what ``tell`` makes of the configured model without weights, and of the number of training prompts.
-
-    Prompts are counted if their file is here; else each position of the run has another one.
-    """
-    model = blueprint_of(config, Assumed()).model
-    prepare_policy(model.network, config, model.card, model.dtype)
-    file, prompts = config.prompts.train, config.steps * config.pairs_per_step
-    if file is not None and file.is_file():
-        prompts = len(PromptFile(file, config.prompts.column))
-    return tell(config, model, prompts)
 
 
 def print_comparison(config: Config, gpu: Gpu, cluster: Cluster, *, machine: bool) -> None:
