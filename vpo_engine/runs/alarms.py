@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.measures import describe
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.readable import readable
-from vpo_engine.texts import parse_json, read_text, write_text
+from vpo_engine.texts import parse_json, read_text
 
 _TITLES = {
     "prompt": "The reward does not read prompts",
@@ -21,7 +22,7 @@ _TITLES = {
 
 def write_alarms(run: RunDirectory, alarms: Sequence[Mapping[str, Any]]) -> None:
     """Write all alarms, each {"step": int, "kind": str, "text": str}; the file is replaced atomically."""
-    write_text(run.alarms, "".join(json.dumps(alarm) + "\n" for alarm in alarms))
+    write_whole(run.alarms, "".join(json.dumps(alarm) + "\n" for alarm in alarms))
 
 
 def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
