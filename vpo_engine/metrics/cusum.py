@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 FIRST = 4
@@ -64,42 +64,39 @@ class Cusum:
         self.total, self.since = float(state[0]), int(state[1])
 
 
-@dataclass
 class Normal:
-    """What is normal for a statistic: its mean over the first steps, with the standard error and the unit of changes.
+    """What is normal for a statistic: its mean over the first steps, the unit of its changes, and its standard error.
 
-    relative: changes are shares of the mean; otherwise they are in standard deviations of single videos.
+    mean, unit, error: known after ``FIRST`` steps. The unit is the standard deviation of single videos; with
+    ``relative`` it is the mean, so that changes are shares of it. It is 0 where the statistic says nothing. The error
+    is that of a single step.
     """
 
-    relative: bool = False
-    least_deviation: float = 0.0
-    seen: list[list[float]] = field(default_factory=list)
+    def __init__(self, relative: bool = False, least_deviation: float = 0.0) -> None:
+        self._relative, self._least_deviation = relative, least_deviation
+        self.seen: list[list[float]] = []
+        self.mean = self.unit = self.error = 0.0
 
     def learn(self, value: float, deviation: float, error: float) -> bool:
         """Take one of the first steps, and return True; False once they are all known."""
         if len(self.seen) >= FIRST:
             return False
-        self.seen.append([value, deviation, error])
+        self.load([*self.seen, [value, deviation, error]])
         return True
 
-    @property
-    def mean(self) -> float:
-        return math.fsum(value for value, _, _ in self.seen) / len(self.seen)
+    def load(self, seen: Sequence[Sequence[float]]) -> None:
+        """Take the value, deviation and error of each of the first steps so far, which ``seen`` holds."""
+        self.seen = [list(row) for row in seen]
+        if not seen:
+            return
+        values, deviations, errors = zip(*seen, strict=True)
+        self.mean, self.error = math.fsum(values) / len(seen), _root_mean_square(errors)
+        spread = max(_root_mean_square(deviations), self._least_deviation)
+        self.unit = abs(self.mean) if self._relative else spread
 
-    @property
-    def unit(self) -> float:
-        """Return the unit of changes; 0 where the statistic was 0 or the same for all videos."""
-        if self.relative:
-            return abs(self.mean)
-        return max(self._root_mean_square(1), self.least_deviation)
 
-    @property
-    def error(self) -> float:
-        """Return the standard error of one of the first steps."""
-        return self._root_mean_square(2)
-
-    def _root_mean_square(self, place: int) -> float:
-        return math.sqrt(math.fsum(row[place] ** 2 for row in self.seen) / len(self.seen))
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(value**2 for value in values) / len(values))
 
 
 class Drift:
@@ -122,7 +119,7 @@ class Drift:
             return 0.0
         change = self.change(value)
         levels = {
-            way: sum_((step), change if way == "+" else -change, noise, normal.error / normal.unit / math.sqrt(FIRST))
+            way: sum_(step, change if way == "+" else -change, noise, normal.error / normal.unit / math.sqrt(FIRST))
             for way, sum_ in self.sums.items()
         }
         self.way = max(levels, key=lambda way: levels[way])
@@ -145,6 +142,6 @@ class Drift:
         return {"normal": self.normal.seen, "sums": {way: each.state() for way, each in self.sums.items()}}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.normal.seen = [list(row) for row in state["normal"]]
+        self.normal.load(state["normal"])
         for way, each in self.sums.items():
             each.load(state["sums"][way])

@@ -99,7 +99,7 @@ class StepWatch:
             self._watch_looks(step, row),
         ]
         levels = {f"guards/level/{kind}": level for kind, level, _ in found if level is not None}
-        return levels, [alarm for _, level, alarm in found if level is not None and level >= 1 and alarm]
+        return levels, [alarm for _, _, alarm in found if alarm is not None]
 
     # --- one for each kind -------------------------------------------------------------------------------------
 
@@ -109,6 +109,8 @@ class StepWatch:
         share = row["saturated"]
         error = (SATURATED_TOLERATED * (1 - SATURATED_TOLERATED) / row["pairs"]) ** 0.5
         level = self._saturated(step, share, error)
+        if level < 1:
+            return "saturation", level, None
         text = (
             f"{share:.0%} of the pairs have next to no gradient (log-sigmoid saturated, weight below 0.05), mostly "
             f"above {SATURATED_TOLERATED:.0%} since step {self._saturated.since}: lower "
@@ -128,12 +130,14 @@ class StepWatch:
         if not error:
             return "shortcut", 0.0, None
         level = self._shortcut(step, both, error)
+        if level < 1:
+            return "shortcut", level, None
         text = (
             f"the policy gets worse at winners too: since the last refresh its error has risen by {winner / scale:.0%} "
             f"on winners and {loser / row['reference_loser_error']:.0%} on losers. The loss falls by spoiling losers "
-            f"more: lower optimizer.lr={self._config.optimizer.lr:g} or raise objective.beta="
-            f"{self._config.objective.beta:g}, which hold the policy nearer to the reference, or set "
-            "objective.loser_scaling=true, with which winners get no worse"
+            f"more: lower optimizer.lr={self._config.optimizer.lr:g}, refresh sooner (reference.refresh_every="
+            f"{self._config.reference.refresh_every}), or set objective.loser_scaling=1, which weakens a loser's "
+            "gradient where it would make the winner worse"
         )
         return "shortcut", level, Alarm(step, "shortcut", text, "winner_error_change", SHORTCUT_TOLERATED * scale)
 
@@ -141,7 +145,7 @@ class StepWatch:
         if "watch/motion" not in row:
             return "motion", None, None
         level = self._motion(step, row["watch/motion"], row["watch/sd/motion"], row["watch/se/motion"])
-        if not self._motion.normal.unit:
+        if level < 1:
             return "motion", level, None
         floor = 0.7 * self._motion.normal.mean
         text = (
@@ -191,6 +195,8 @@ class StepWatch:
         # Both would have to go wrong by chance. The smaller of two changes by chance lies half a standard error below 0,
         # which makes up for what the first steps leave uncertain.
         level = self._exploited(step, min(rise, fall), error)
+        if level < 1:
+            return "prompt_blind", level, None
         normal = self._scores[reading]
         text = (
             f"{blind}, which does not read the prompt, has risen by {rise:.1f} standard deviations of the first "
@@ -210,13 +216,14 @@ class StepWatch:
             return "style", None, None
         name = max(levels, key=lambda each: levels[each])
         drift = self._looks[name]
-        if not drift.normal.unit:
-            return "style", 0.0, None
+        if levels[name] < 1:
+            return "style", levels[name], None
         text = (
             f"candidates change their look: {name} is {drift.change(row[f'watch/{name}']):+.1f} standard deviations from "
             f"the first steps' candidates since about step {drift.since}. If the prompts do not ask for it, the reward "
-            "pays for a look: look at the clips, lower optimizer.lr or raise objective.beta, and weigh other "
-            f"dimensions more in reward.dimensions (tolerated: half of guards.style_bound)"
+            "pays for a look: look at the clips, lower optimizer.lr={self._config.optimizer.lr:g}, and give "
+            "other dimensions more weight in reward.dimensions; if they do, raise guards.style_bound="
+            f"{self._config.guards.style_bound:g}, half of which is tolerated"
         )
         return "style", levels[name], Alarm(step, "style", text, f"watch/{name}", drift.limit())
 
@@ -246,4 +253,6 @@ class StepWatch:
             if name in state["looks"]:
                 drift.load(state["looks"][name])
         self._exploited.load(state["exploited"])
-        self._scores = {name: Normal(seen=[list(row) for row in seen]) for name, seen in state["scores"].items()}
+        for name, seen in state["scores"].items():
+            self._scores[name] = Normal()
+            self._scores[name].load(seen)
