@@ -29,9 +29,9 @@ PLANTED = 9
 QUIET = ("evaluation.prompts=2", "evaluation.samples_per_prompt=1", "evaluation.every=null")
 SHORT = (
     "configs/sprites.yaml",
-    "steps=20",
+    "steps=18",
     "pairs_per_step=8",
-    "rollout.steps=8",
+    "rollout.steps=6",
     "objective.timesteps_per_pair=2",
     "optimizer.final_lr=1.0",
     "guards.motion_floor=1e-9",
