@@ -247,9 +247,17 @@ def test_an_alarm_of_a_step_reaches_terminal_log_and_report_and_stops_the_run(
     run = tmp_path / "run"
     rare = ("evaluation.every=null", "checkpoint.every=null", "guards.on_alarm=stop")
     assert entry.main([*smallest, *rare, f"run_dir={run}"]) == 1
-    assert "ALARM after step 2: 100% of the pairs have next to no gradient" in capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "ALARM after step 2: 100% of the pairs have next to no gradient"
+        in capsys.readouterr().err.replace("\n", " ")
+    )
     (alarm,) = (json.loads(line) for line in (run / "alarms.jsonl").read_text().splitlines())
-    assert (alarm["step"], alarm["kind"], alarm["metric"], alarm["limit"]) == (2, "saturation", "saturated", 0.25)
+    assert (alarm["step"], alarm["kind"], alarm["metric"], alarm["limit"]) == (
+        2,
+        "saturation",
+        "saturated",
+        0.25,
+    )
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["saturated"] for row in rows] == [1.0, 1.0]
     assert [row["guards/level/saturation"] for row in rows] == [0.5, 1.0]

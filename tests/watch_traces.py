@@ -29,9 +29,9 @@ PLANTED = 9
 QUIET = ("evaluation.prompts=2", "evaluation.samples_per_prompt=1", "evaluation.every=null")
 SHORT = (
     "configs/sprites.yaml",
-    "steps=18",
+    "steps=16",
     "pairs_per_step=8",
-    "rollout.steps=6",
+    "rollout.steps=5",
     "objective.timesteps_per_pair=2",
     "optimizer.final_lr=1.0",
     "guards.motion_floor=1e-9",
@@ -107,7 +107,11 @@ def run(name: str, folder: Path) -> None:
         rows = read_metrics(Path(made) / "run/metrics.jsonl")
     left_out = ("seconds/", "speed/", "reference/", "memory/", "held_out/")
     kept = [
-        {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items() if not key.startswith(left_out)}
+        {
+            key: float(f"{value:.5g}") if isinstance(value, float) else value
+            for key, value in row.items()
+            if not key.startswith(left_out)
+        }
         for row in rows
         if row["kind"] == "train" or row["step"] == 0
     ]

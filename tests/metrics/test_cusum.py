@@ -34,7 +34,9 @@ def test_ten_thousand_steps_without_a_change_raise_no_alarm() -> None:
 
 
 @pytest.mark.parametrize(("change", "within"), [(2.0, 16), (3.0, 8), (6.0, 4)])
-def test_a_change_beyond_the_tolerance_is_noticed_the_sooner_the_larger_it_is(change: float, within: int) -> None:
+def test_a_change_beyond_the_tolerance_is_noticed_the_sooner_the_larger_it_is(
+    change: float, within: int
+) -> None:
     assert max(steps_to_alarm(change, seed, 100) for seed in range(20)) <= within
 
 
@@ -65,7 +67,9 @@ def test_thresholds_grow_as_the_noise_does() -> None:
     assert limits == sorted(limits, reverse=True)
 
 
-@pytest.mark.parametrize(("ways", "sign", "raised"), [("+", 1, True), ("+", -1, False), ("-", -1, True), ("+-", -1, True)])
+@pytest.mark.parametrize(
+    ("ways", "sign", "raised"), [("+", 1, True), ("+", -1, False), ("-", -1, True), ("+-", -1, True)]
+)
 def test_a_drift_counts_from_the_first_steps_and_in_its_ways(ways: str, sign: int, raised: bool) -> None:
     drift = Drift(0.5, ways)
     levels = [drift(step, 60.0 + sign * max(0, step - 6) * 2.0, 10.0, 1.0) for step in range(1, 15)]

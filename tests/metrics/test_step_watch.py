@@ -27,7 +27,9 @@ def monitor_of(rows: Sequence[Row]) -> RewardMonitor:
     """Return the monitor of a run that begins with these rows; its check of prompts is in the first one."""
     config = load_config(None, [])
     monitor = RewardMonitor(config.guards, 2, StepWatch(config))
-    read = [(name, share) for row in rows[:1] for name, share in row.items() if name.startswith("guards/prompt/")]
+    read = [
+        (name, share) for row in rows[:1] for name, share in row.items() if name.startswith("guards/prompt/")
+    ]
     if read:
         monitor.prompts({name.rpartition("/")[2]: Shuffled(round(16 * share), 0, 16) for name, share in read})
     return monitor
@@ -53,17 +55,34 @@ class Synthetic:
         """Return the row of a step. ``changes``: what is added to its numbers."""
         pairs, age = 16, (step - 1) % 10
         row: Row = {"step": step, "kind": "train", "pairs": pairs}
-        looks = {"brightness": (60, 10), "contrast": (25, 10), "saturation": (13, 4), "sharpness": (5, 2), "motion": (1.3, 0.3)}
+        looks = {
+            "brightness": (60, 10),
+            "contrast": (25, 10),
+            "saturation": (13, 4),
+            "sharpness": (5, 2),
+            "motion": (1.3, 0.3),
+        }
         for name, (mean, deviation) in looks.items():
             error = deviation / math.sqrt(2 * pairs)
-            row |= {f"watch/{name}": self._about(mean, error), f"watch/sd/{name}": deviation, f"watch/se/{name}": error}
+            row |= {
+                f"watch/{name}": self._about(mean, error),
+                f"watch/sd/{name}": deviation,
+                f"watch/se/{name}": error,
+            }
         row |= {"watch/prompt_share": self._about(0.4, 0.06), "watch/se/prompt_share": 0.08}
         for name, mean in {"blind": 0.02, "reading": 0.11}.items():
-            row |= {f"reward/{name}": self._about(mean, 0.008), f"watch/sd/reward/{name}": 0.04, f"watch/se/reward/{name}": 0.008}
+            row |= {
+                f"reward/{name}": self._about(mean, 0.008),
+                f"watch/sd/reward/{name}": 0.04,
+                f"watch/se/reward/{name}": 0.008,
+            }
         scale = 0.15
         row["saturated"] = sum(self._random.random() < 0.01 * age for _ in range(pairs)) / pairs
         row |= {"reference_winner_error": scale, "reference_loser_error": scale}
-        row |= {"winner_error_change": self._about(0.0, 0.001) if age else 0.0, "watch/se/winner_error_change": 0.001 * (age > 0)}
+        row |= {
+            "winner_error_change": self._about(0.0, 0.001) if age else 0.0,
+            "watch/se/winner_error_change": 0.001 * (age > 0),
+        }
         row["loser_error_change"] = row["winner_error_change"] + 0.0003 * age
         for name, change in changes.items():
             row[name] += change
@@ -100,13 +119,20 @@ ONSET = 12
     ("kind", "says", "changes"),
     [
         ("prompt_blind", "more weight in reward.dimensions", UNIRL),
-        ("prompt_blind", "videos of different prompts have become alike", {"watch/prompt_share": towards(-0.4, 1)}),
+        (
+            "prompt_blind",
+            "videos of different prompts have become alike",
+            {"watch/prompt_share": towards(-0.4, 1)},
+        ),
         ("saturation", "lower objective.beta=250", {"saturated": lambda since: 0.45}),
         (
             "shortcut",
             "lower optimizer.lr=0.0001",
             # sprites, learning rate doubled: errors .15, winners +.017, losers +.047 when the reference was old
-            {"winner_error_change": lambda since: 0.0034 * since, "loser_error_change": lambda since: 0.0094 * since},
+            {
+                "winner_error_change": lambda since: 0.0034 * since,
+                "loser_error_change": lambda since: 0.0094 * since,
+            },
         ),
         ("motion", "set guards.motion_floor=", {"watch/motion": lambda since: -0.1 * min(since, 8)}),
         ("style", "saturation is +", {"watch/saturation": lambda since: 1.0 * since}),
@@ -130,8 +156,14 @@ def test_each_failure_raises_its_own_alarm_soon_and_no_other(
     [
         {"reward/blind": towards(0.33, 6)},  # what does not read the prompt rises, and nothing falls
         {"reward/blind": towards(0.33, 6), "reward/reading": towards(0.1, 6)},  # both rise
-        {"winner_error_change": lambda since: -0.01 * since, "loser_error_change": lambda since: 0.01 * since},
-        {"winner_error_change": lambda since: 0.01 * since, "loser_error_change": lambda since: -0.01 * since},
+        {
+            "winner_error_change": lambda since: -0.01 * since,
+            "loser_error_change": lambda since: 0.01 * since,
+        },
+        {
+            "winner_error_change": lambda since: 0.01 * since,
+            "loser_error_change": lambda since: -0.01 * since,
+        },
         {"watch/motion": lambda since: 0.1 * since},  # more motion
         {"watch/prompt_share": towards(0.4, 3)},  # prompts are told apart better
     ],

@@ -15,12 +15,18 @@ def test_an_alarm_of_the_watch_is_shown_with_its_curve_and_what_is_tolerated(tmp
     (tmp_path / "config.yaml").write_text("name: run\n", encoding="utf-8")
     run = RunDirectory.open(tmp_path)
     old = {"step": 2, "kind": "style", "text": "clips look different", "metric": "", "limit": None}
-    new = {"step": 6, "kind": "motion", "text": "set guards.motion_floor=0.9", "metric": "watch/motion", "limit": 1.2}
+    new = {
+        "step": 6,
+        "kind": "motion",
+        "text": "set guards.motion_floor=0.9",
+        "metric": "watch/motion",
+        "limit": 1.2,
+    }
     write_alarms(run, [old, new])
     alarms = read_alarms(run)
     assert alarms == [{key: old[key] for key in ("step", "kind", "text")}, new]
     page = alarm_section(alarms, {}, ROWS)
-    assert "<b class=\"worse\">The candidates move less</b>, step 6: set guards.motion_floor=0.9." in page
+    assert '<b class="worse">The candidates move less</b>, step 6: set guards.motion_floor=0.9.' in page
     assert page.count("<figure") == 1
     assert ">tolerated</text>" in page
     assert "<h3>Motion</h3>" in page

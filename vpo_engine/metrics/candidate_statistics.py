@@ -15,14 +15,14 @@ from torch.nn import functional
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.appearance import STATISTICS
 from vpo_engine.protocols import Reward
-from vpo_engine.rewards.frames import spread_frames
+from vpo_engine.rewards.builtin import motion, small_luminance
 from vpo_engine.rewards.combine import MOTION
-from vpo_engine.rewards.guards import motion
+from vpo_engine.rewards.frames import spread_frames
 from vpo_engine.values import Choice
 
 WATCHED = (*STATISTICS, "motion")
 """What is measured of every candidate's video."""
-_FRAMES = 4
+_FRAMES, _STEPS = 4, 2
 """Frames of a video whose look is measured, and steps from a frame to the next whose motion is."""
 _AT_ONCE = 2**20
 """About how many pixels are measured at a time."""
@@ -39,8 +39,9 @@ class WatchedReward:
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the reward's scores."""
+        scores = self.reward.score(videos, prompts)
         self._seen.append((video_statistics(videos), prompts))
-        return self.reward.score(videos, prompts)
+        return scores
 
     def take(self, processes: Processes) -> dict[str, float]:
         """Return ``Moments`` of all videos that all processes have scored since the last call; {} without any."""
@@ -54,19 +55,22 @@ def video_statistics(videos: Tensor) -> Tensor:
     """Measure uint8 videos [B, F, H, W, 3], H and W at least 3; return float32 [B, len(WATCHED)] on their device.
 
     The look is measured in levels 0..255 as ``appearance`` does, of four frames. The motion is that of
-    ``rewards.guards.motion``, per cent of the shorter side, at four places of the video; 0 for a single frame.
+    ``rewards.guards.motion``, per cent of the shorter side, at two places of the video; 0 for a single frame.
     """
     count = videos.shape[1]
     frames = videos[:, spread_frames(count, _FRAMES)]
     size = max(1, _AT_ONCE // frames[0, 0, ..., 0].numel())
     looks = torch.cat([_looks(part) for part in frames.flatten(0, 1).split(size)])
-    starts = spread_frames(count - 1, _FRAMES)
+    looks = looks.unflatten(0, frames.shape[:2]).mean(1)
+    starts = spread_frames(count - 1, _STEPS)
     if not starts:
-        moved = looks.new_zeros(len(videos), 1)
-    else:
-        steps = torch.stack([videos[:, starts], videos[:, [start + 1 for start in starts]]], dim=2)
-        moved = motion(steps).to(looks.device)
-    return torch.cat([looks.unflatten(0, frames.shape[:2]).mean(1), moved.mean(1, keepdim=True)], dim=1)
+        return torch.cat([looks, looks.new_zeros(len(videos), 1)], dim=1)
+    steps = torch.stack([videos[:, starts], videos[:, [start + 1 for start in starts]]], dim=2).flatten(0, 1)
+    luma = torch.cat(
+        [small_luminance(part.movedim(-1, 2).float() / 255) for part in steps.split(max(1, size // 2))]
+    )
+    moved = 100 * motion(luma) / min(luma.shape[3:])
+    return torch.cat([looks, moved.unflatten(0, (len(videos), -1)).mean(1, keepdim=True)], dim=1)
 
 
 def _looks(frames: Tensor) -> Tensor:
@@ -112,7 +116,9 @@ def _prompt_sums(choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:
         latents = torch.stack([one.latents for one in choice.candidates]).float()
         pooled = functional.adaptive_avg_pool3d(latents, _POOLED).flatten(1).double().cpu()
         count, mean = len(pooled), pooled.mean(0)
-        counts += torch.tensor([1, count, count**2, count * mean.square().sum(), (pooled - mean).square().sum()])
+        counts += torch.tensor(
+            [1, count, count**2, count * mean.square().sum(), (pooled - mean).square().sum()]
+        )
         total = total + pooled.sum(0)
     return counts, total
 
@@ -156,7 +162,9 @@ def moments(
     # A prompt whose videos are spread over a team is seen in parts, whose squares are that much too small.
     spread = torch.tensor([1.0, 1.0, 1.0, 1.0] if replicated else [1.0, 1.0, *[processes.team_size] * 2])
     share = processes.team_size if replicated else 1
-    sums = functional.pad(sums * spread.double()[:, None] / share, (0, 1), value=len(by_prompt) / processes.team_size)
+    sums = functional.pad(
+        sums * spread.double()[:, None] / share, (0, 1), value=len(by_prompt) / processes.team_size
+    )
     summed = processes.sum(sums.to(processes.device)).cpu()
     count, prompts = summed[0, -2:].tolist()
     if not count:
@@ -167,7 +175,9 @@ def moments(
         mean = total / count
         variance = max(squares / count - mean**2, 0.0)
         between = max(of_prompts - 2 * mean * weighted + mean**2 * float(summed[2, -2]), 0.0) / count**2
-        error = between * prompts / (prompts - 1) if prompts > 1 else variance  # one prompt says little about others
+        error = (
+            between * prompts / (prompts - 1) if prompts > 1 else variance
+        )  # one prompt says little about others
         found |= {f"watch/{name}": mean, f"watch/sd/{name}": math.sqrt(variance)}
         found[f"watch/se/{name}"] = math.sqrt(error)
     return found

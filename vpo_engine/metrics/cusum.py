@@ -102,7 +102,9 @@ def _root_mean_square(values: Sequence[float]) -> float:
 class Drift:
     """Watches how far a statistic has gone from where it began, upwards, downwards or both ways."""
 
-    def __init__(self, tolerance: float, ways: str, relative: bool = False, least_deviation: float = 0.0) -> None:
+    def __init__(
+        self, tolerance: float, ways: str, relative: bool = False, least_deviation: float = 0.0
+    ) -> None:
         """``ways``: "+", "-" or "+-". ``tolerance``: in the unit of ``Normal``."""
         self.normal = Normal(relative, least_deviation)
         self.sums = {way: Cusum(tolerance) for way in ways}
@@ -119,7 +121,9 @@ class Drift:
             return 0.0
         change = self.change(value)
         levels = {
-            way: sum_(step, change if way == "+" else -change, noise, normal.error / normal.unit / math.sqrt(FIRST))
+            way: sum_(
+                step, change if way == "+" else -change, noise, normal.error / normal.unit / math.sqrt(FIRST)
+            )
             for way, sum_ in self.sums.items()
         }
         self.way = max(levels, key=lambda way: levels[way])

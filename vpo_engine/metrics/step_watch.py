@@ -73,7 +73,9 @@ class StepWatch:
     def __init__(self, config: Config) -> None:
         self._config = config
         bound = config.guards.style_bound
-        self._looks = {} if bound is None else {name: Drift(bound / 2, "+-", False, LEAST_LOOK) for name in LOOKS}
+        self._looks = (
+            {} if bound is None else {name: Drift(bound / 2, "+-", False, LEAST_LOOK) for name in LOOKS}
+        )
         self._motion = Drift(MOTION_TOLERATED, "-", relative=True)
         self._share = Drift(SHARE_TOLERATED, "-", relative=True)
         self._scores: dict[str, Normal] = {}
@@ -133,13 +135,17 @@ class StepWatch:
         if level < 1:
             return "shortcut", level, None
         text = (
-            f"the policy gets worse at winners too: since the last refresh its error has risen by {winner / scale:.0%} "
-            f"on winners and {loser / row['reference_loser_error']:.0%} on losers. The loss falls by spoiling losers "
+            f"the policy gets worse at winners too: since the last refresh its error has risen by "
+            f"{winner / scale:.0%} on winners and {loser / row['reference_loser_error']:.0%} on losers. The loss falls by spoiling losers "
             f"more: lower optimizer.lr={self._config.optimizer.lr:g}, refresh sooner (reference.refresh_every="
             f"{self._config.reference.refresh_every}), or set objective.loser_scaling=1, which weakens a loser's "
             "gradient where it would make the winner worse"
         )
-        return "shortcut", level, Alarm(step, "shortcut", text, "winner_error_change", SHORTCUT_TOLERATED * scale)
+        return (
+            "shortcut",
+            level,
+            Alarm(step, "shortcut", text, "winner_error_change", SHORTCUT_TOLERATED * scale),
+        )
 
     def _watch_motion(self, step: int, row: Mapping[str, float]) -> _Found:
         if "watch/motion" not in row:
@@ -149,14 +155,14 @@ class StepWatch:
             return "motion", level, None
         floor = 0.7 * self._motion.normal.mean
         text = (
-            f"candidates move {-self._motion.change(row['watch/motion']):.0%} less than in the first steps, since about "
-            f"step {self._motion.since}: set guards.motion_floor={floor:.2g}, so that still videos never win, or give "
+            f"candidates move {-self._motion.change(row['watch/motion']):.0%} less than in the first steps, since "
+            f"about step {self._motion.since}: set guards.motion_floor={floor:.2g}, so that still videos never win, or give "
             "a dimension that wants motion more weight in reward.dimensions"
         )
         return "motion", level, Alarm(step, "motion", text, "watch/motion", self._motion.limit())
 
     def _watch_prompts(self, step: int, row: Mapping[str, float]) -> _Found:
-        """Watch whether prompts still decide what candidates are, and scores that do not read them against those that do."""
+        """Watch whether prompts still decide what candidates are, and scores that read them against those that do not."""
         share, scores = self._watch_share(step, row), self._watch_scores(step, row)
         found = [each for each in (share, scores) if each[1] is not None]
         return max(found, key=lambda each: each[1] or 0.0) if found else share
@@ -185,15 +191,17 @@ class StepWatch:
                 if not learning and normal.unit:
                     noise = max(error, normal.error) / normal.unit
                     sign = -1 if name in self._read else 1
-                    changes[name in self._read].append((sign * (value - normal.mean) / normal.unit, noise, name))
+                    changes[name in self._read].append(
+                        (sign * (value - normal.mean) / normal.unit, noise, name)
+                    )
         if not (changes[True] and changes[False]):
             return "prompt_blind", None, None
         (fall, fall_error, reading), (rise, rise_error, blind) = max(changes[True]), max(changes[False])
         error = max(fall_error, rise_error)
         if not error:
             return "prompt_blind", 0.0, None
-        # Both would have to go wrong by chance. The smaller of two changes by chance lies half a standard error below 0,
-        # which makes up for what the first steps leave uncertain.
+        # Both would have to go wrong by chance. The smaller of two changes by chance lies half a standard error
+        # below 0, which makes up for what the first steps leave uncertain.
         level = self._exploited(step, min(rise, fall), error)
         if level < 1:
             return "prompt_blind", level, None
@@ -219,9 +227,9 @@ class StepWatch:
         if levels[name] < 1:
             return "style", levels[name], None
         text = (
-            f"candidates change their look: {name} is {drift.change(row[f'watch/{name}']):+.1f} standard deviations from "
-            f"the first steps' candidates since about step {drift.since}. If the prompts do not ask for it, the reward "
-            "pays for a look: look at the clips, lower optimizer.lr={self._config.optimizer.lr:g}, and give "
+            f"candidates change their look: {name} is {drift.change(row[f'watch/{name}']):+.1f} standard deviations "
+            f"from the first steps' candidates since about step {drift.since}. If the prompts do not ask for it, "
+            f"the reward pays for a look: look at the clips, lower optimizer.lr={self._config.optimizer.lr:g}, and give "
             "other dimensions more weight in reward.dimensions; if they do, raise guards.style_bound="
             f"{self._config.guards.style_bound:g}, half of which is tolerated"
         )

@@ -266,7 +266,9 @@ def _sums(result: PairedDPOLoss, samples: int) -> dict[str, float]:
         "winner_error_change_squared": result.winner_error_change.square(),
     }
     # The numbers of a device are fetched together.
-    loss, *sums = torch.stack([result.loss.double(), *(value.sum().double() for value in values.values())]).tolist()
+    loss, *sums = torch.stack(
+        [result.loss.double(), *(value.sum().double() for value in values.values())]
+    ).tolist()
     return {"loss": loss * samples, **dict(zip(values, sums, strict=True))}
 
 
