@@ -136,8 +136,8 @@ class StepWatch:
             return "shortcut", level, None
         text = (
             f"the policy gets worse at winners too: since the last refresh its error has risen by "
-            f"{winner / scale:.0%} on winners and {loser / row['reference_loser_error']:.0%} on losers. The loss falls by spoiling losers "
-            f"more: lower optimizer.lr={self._config.optimizer.lr:g}, refresh sooner (reference.refresh_every="
+            f"{winner / scale:.0%} on winners and {loser / row['reference_loser_error']:.0%} on losers. The loss falls by "
+            f"spoiling losers more: lower optimizer.lr={self._config.optimizer.lr:g}, refresh sooner (reference.refresh_every="
             f"{self._config.reference.refresh_every}), or set objective.loser_scaling=1, which weakens a loser's "
             "gradient where it would make the winner worse"
         )
@@ -156,13 +156,13 @@ class StepWatch:
         floor = 0.7 * self._motion.normal.mean
         text = (
             f"candidates move {-self._motion.change(row['watch/motion']):.0%} less than in the first steps, since "
-            f"about step {self._motion.since}: set guards.motion_floor={floor:.2g}, so that still videos never win, or give "
-            "a dimension that wants motion more weight in reward.dimensions"
+            f"about step {self._motion.since}: set guards.motion_floor={floor:.2g}, so that still videos never win, or "
+            "give a dimension that wants motion more weight in reward.dimensions"
         )
         return "motion", level, Alarm(step, "motion", text, "watch/motion", self._motion.limit())
 
     def _watch_prompts(self, step: int, row: Mapping[str, float]) -> _Found:
-        """Watch whether prompts still decide what candidates are, and scores that read them against those that do not."""
+        """Watch whether prompts still decide what candidates are, and what scores that read them do."""
         share, scores = self._watch_share(step, row), self._watch_scores(step, row)
         found = [each for each in (share, scores) if each[1] is not None]
         return max(found, key=lambda each: each[1] or 0.0) if found else share
@@ -229,8 +229,8 @@ class StepWatch:
         text = (
             f"candidates change their look: {name} is {drift.change(row[f'watch/{name}']):+.1f} standard deviations "
             f"from the first steps' candidates since about step {drift.since}. If the prompts do not ask for it, "
-            f"the reward pays for a look: look at the clips, lower optimizer.lr={self._config.optimizer.lr:g}, and give "
-            "other dimensions more weight in reward.dimensions; if they do, raise guards.style_bound="
+            f"the reward pays for a look: look at the clips, lower optimizer.lr={self._config.optimizer.lr:g}, "
+            "and give other dimensions more weight in reward.dimensions; if they do, raise guards.style_bound="
             f"{self._config.guards.style_bound:g}, half of which is tolerated"
         )
         return "style", levels[name], Alarm(step, "style", text, f"watch/{name}", drift.limit())
