@@ -72,6 +72,8 @@ class StepWatch:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        every = config.reference.refresh_every
+        self._refreshes = f"reference.refresh_every={'null' if every is None else every}"
         bound = config.guards.style_bound
         self._looks = (
             {} if bound is None else {name: Drift(bound / 2, "+-", False, LEAST_LOOK) for name in LOOKS}
@@ -116,9 +118,8 @@ class StepWatch:
         text = (
             f"{share:.0%} of the pairs have next to no gradient (log-sigmoid saturated, weight below 0.05), mostly "
             f"above {SATURATED_TOLERATED:.0%} since step {self._saturated.since}: lower "
-            f"objective.beta={self._config.objective.beta:g}, or refresh sooner "
-            f"(reference.refresh_every={self._config.reference.refresh_every}), so that margins stay small enough to "
-            "learn from"
+            f"objective.beta={self._config.objective.beta:g}, or refresh sooner ({self._refreshes}), so that margins "
+            "stay small enough to learn from"
         )
         return "saturation", level, Alarm(step, "saturation", text, "saturated", SATURATED_TOLERATED)
 
@@ -135,17 +136,14 @@ class StepWatch:
         if level < 1:
             return "shortcut", level, None
         text = (
-            f"the policy gets worse at winners too: since the last refresh its error has risen by "
-            f"{winner / scale:.0%} on winners and {loser / row['reference_loser_error']:.0%} on losers. The loss falls by "
-            f"spoiling losers more: lower optimizer.lr={self._config.optimizer.lr:g}, refresh sooner (reference.refresh_every="
-            f"{self._config.reference.refresh_every}), or set objective.loser_scaling=1, which weakens a loser's "
-            "gradient where it would make the winner worse"
+            "the policy gets worse at winners too: since the last refresh its error has risen by "
+            f"{winner / scale:.0%} on winners and {loser / row['reference_loser_error']:.0%} on losers. The loss "
+            f"falls by spoiling losers more: lower optimizer.lr={self._config.optimizer.lr:g}, refresh sooner "
+            f"({self._refreshes}), or set objective.loser_scaling=1, which weakens a loser's gradient where it would "
+            "make the winner worse"
         )
-        return (
-            "shortcut",
-            level,
-            Alarm(step, "shortcut", text, "winner_error_change", SHORTCUT_TOLERATED * scale),
-        )
+        limit = SHORTCUT_TOLERATED * scale
+        return "shortcut", level, Alarm(step, "shortcut", text, "winner_error_change", limit)
 
     def _watch_motion(self, step: int, row: Mapping[str, float]) -> _Found:
         if "watch/motion" not in row:
