@@ -72,8 +72,8 @@ class StepWatch:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        every = config.reference.refresh_every
-        self._refreshes = f"reference.refresh_every={'null' if every is None else every}"
+        every, section = config.refresh_every, "reference" if config.offline_dpo is None else "offline_dpo"
+        self._refreshes = f"{section}.refresh_every={'null' if every is None else every}"
         bound = config.guards.style_bound
         self._looks = (
             {} if bound is None else {name: Drift(bound / 2, "+-", False, LEAST_LOOK) for name in LOOKS}
