@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.build import (
+    blind_reward_note,
     build_held_out,
     build_model,
     build_prompts,
@@ -70,6 +71,8 @@ def run_training(config: Config) -> int:
         with same_in_all_processes():
             check_model(config)
             check_reward(config)
+            if processes.first and (note := blind_reward_note(config)) is not None:
+                print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
             method = method_class(config.method)
             prompts, held_out_prompts = build_prompts(config, say if processes.first else None)
             stream, texts = method.open_stream(config, prompts)

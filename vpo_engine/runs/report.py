@@ -45,7 +45,7 @@ def write_report(run: RunDirectory) -> Path:
     dimensions = _trained_dimensions(config)
     sections = [
         _header(run, config, summary, rows),
-        alarm_section(read_alarms(run), rows.first("eval", "guards/prompt/")),
+        alarm_section(read_alarms(run), rows.first("eval", "guards/prompt/"), rows),
         held_out_section(run, dimensions),
         chart_section(rows),
         pairs_section(run, dimensions),
