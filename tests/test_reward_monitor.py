@@ -290,7 +290,7 @@ def test_a_motion_floor_keeps_still_videos_from_winning(small: Make, monkeypatch
 
 @pytest.mark.long
 def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
-    small: Make, monkeypatch: pytest.MonkeyPatch
+    small: Make, small_policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vpo_engine.rewards.sprites import SpritesReward
 
@@ -302,4 +302,4 @@ def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
     monkeypatch.setattr(SpritesReward, "score", constant)
     rare = ("evaluation.every=null", "checkpoint.every=null")
     with pytest.raises(ValueError, match=r"every pair of the last 20 steps .* was a tie"):
-        train(small("steps=30", "pairs_per_step=1", *rare))
+        train(small(small_policy, "steps=30", "pairs_per_step=1", *rare))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from power_cut import copy_cut
 from safetensors.torch import load_file
 
 from vpo_engine import sample
@@ -39,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps by the command of the page, in a process of its own that starts in the repository."""
     run = tmp_path_factory.mktemp("own") / "run"
     outcome = subprocess.run(
-        [sys.executable, "-m", "vpo_engine.train", *command(run, "steps=4")],
+        [sys.executable, "-m", "vpo_engine.train", *command(run, "steps=4", "model.device=cpu")],
         cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -75,7 +76,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     finished: Path, tmp_path: Path, in_the_repository: None
 ) -> None:
     run = tmp_path / "run"
-    assert entry.main(command(run, "steps=2", "model.device=cpu")) == 0
+    copy_cut(finished, run, 2)
     assert entry.main(command(run, "steps=4", "model.device=cpu", "checkpoint.resume=true")) == 0
     found, expected = load_file(policy(run, 4)), load_file(policy(finished, 4))
     assert all((found[name] == expected[name]).all() for name in expected)
