@@ -1,4 +1,4 @@
-"""How a run ends by an error: what is said, what is noted in its directory, and what torchrun is told."""
+"""The end of a run by an error: the message, the note in its directory, and the answer to torchrun."""
 
 from __future__ import annotations
 

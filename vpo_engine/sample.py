@@ -46,7 +46,7 @@ _WORDS_IN_NAME = 60
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What differs from the settings of the policy's source; None leaves a setting as it is there.
+    """Changes to the settings of the policy's source; None leaves a setting as it is there.
 
     size: height and width in pixels.
     """

@@ -194,7 +194,7 @@ def test_only_the_chunks_and_images_of_wanted_frames_are_decoded(
 
 
 def test_the_graph_keeps_no_activations_of_the_decoder(vae: OpenSoraVAE) -> None:
-    """What waits for the backward pass is what enters and leaves the chunks and the micro-batches."""
+    """Only the inputs and outputs of chunks and micro-batches wait for the backward pass."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether the prompts of a step can be shared by the processes; known before torch is loaded."""
+"""Checks of whether the processes can share the prompts of a step, made before torch is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``python -m vpo_engine.evaluate`` does with its words."""
+"""The work behind the words of ``python -m vpo_engine.evaluate``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has been found out about videos, in files that every process appends to: the state of an evaluation.
+"""The state of an evaluation: findings about videos, in files that every process appends to.
 
 A row is about the bytes of a video, by their SHA-256, so a renamed file keeps its results and a changed one loses them.
 Rows of metrics also name the metric's digest (``metric_key``) and the prompt. A row that was cut off is left out.
@@ -17,7 +17,7 @@ from vpo_engine.metrics.video_metric import Record
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a video file: its size and rate, or why it cannot be read (``error``)."""
+    """The size and rate of a video file, or the reason why it cannot be read (``error``)."""
 
     sha256: str
     frames: int = 0

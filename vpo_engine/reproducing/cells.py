@@ -41,7 +41,7 @@ class Cell:
     kind: Kind
     settings: tuple[str, ...]
     seed: int
-    source: str = "sprites.yaml"
+    source: str = "sprites_fast.yaml"
 
     def __post_init__(self) -> None:
         kept = tuple(f"{key}={value}" for key, value in sorted(self.values().items()))
@@ -73,7 +73,7 @@ class Cell:
 
 @dataclass
 class Record:
-    """What is known of a cell that was begun; ``cell.json`` in its folder.
+    """The record of a cell that was begun; ``cell.json`` in its folder.
 
     code: the version of the code that made it, see ``code_version``. seconds: what each of its commands took in all
     attempts together, {command: [processor seconds, seconds by the clock]}.

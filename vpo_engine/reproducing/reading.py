@@ -30,7 +30,7 @@ _NOT_TRAINING = ("text", "evaluate", "checkpoint", "step")
 
 @dataclass(frozen=True)
 class Ran:
-    """What a finished run took and said.
+    """The costs and the results of a finished run.
 
     training_seconds: processor seconds of its steps, without start, evaluations and checkpoints. videos: how many
     videos the reward scored in training. alarms: of the guards. curve: the rows that evaluations logged.
