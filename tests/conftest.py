@@ -85,6 +85,12 @@ def small_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs begin without a plan, which takes seconds for every new configuration."""
+    monkeypatch.setattr("vpo_engine.training.check_fits", lambda config, *_: (config, ""))
+
+
+@pytest.fixture
 def small(tmp_path: Path) -> Callable[..., Config]:
     """A sprites configuration of seconds, in its own run directory; arguments override settings."""
     measure_quickly()

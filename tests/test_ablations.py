@@ -117,6 +117,7 @@ def _error_change(algorithm: OnlineVPO, pair: Pair, side: str, time: Tensor) -> 
     return error(model.network) - error(algorithm.reference)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_the_reference_of_a_run_is_moved_by_its_share(small_policy: str, tmp_path: Path) -> None:
     """After one step the policies are equal, and the soft reference lies half-way from the first to the refreshed."""

@@ -49,6 +49,7 @@ def test_kill_9_and_sigterm_at_six_random_moments(
 ) -> None:
     """In two runs, of which one saves in the background; test_killed_anywhere.py kills at chosen places."""
     whole, settings = tmp_path / "whole", [*smallest, small_policy, *SETTINGS]
+    Group(tmp_path, 1, int).wait()  # the server has imported the engine
     began = time.monotonic()
     start(tmp_path, [*settings, f"run_dir={whole}"]).wait()
     seconds = time.monotonic() - began

@@ -83,6 +83,7 @@ def test_the_count_of_trained_parameters_is_that_of_any_base(small: Make) -> Non
     )
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     finished: tuple[Path, OpenSora], small: Make, tmp_path: Path

@@ -207,6 +207,7 @@ def exploited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out.HeldOut, "evaluate", changed)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_resumed(
     smallest: list[str], tmp_path: Path, exploited: None, capsys: pytest.CaptureFixture[str]
@@ -237,6 +238,7 @@ def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_r
     assert (run / "summary.json").is_file()
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_another_held_out_reward_takes_the_judges_place(small: Make, tmp_path: Path) -> None:
     config = small("steps=1", "evaluation.every=null", "guards.reward.kind=brisque")
@@ -288,6 +290,7 @@ def test_a_motion_floor_keeps_still_videos_from_winning(small: Make, monkeypatch
     assert "guards/still" not in free.metrics
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
     small: Make, small_policy: str, monkeypatch: pytest.MonkeyPatch

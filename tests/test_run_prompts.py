@@ -101,6 +101,7 @@ def test_a_caption_that_the_scorer_refuses_stops_the_run_at_its_start(
 
 
 @pytest.mark.usefixtures("nothing_sampled")
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_the_judge_and_rewards_of_ones_own_are_asked_too(
     small: Make, files: Callable[..., list[str]]
@@ -152,6 +153,7 @@ def test_the_usual_names_are_tried_where_only_the_other_file_has_the_column(
 
 
 @pytest.mark.usefixtures("nothing_sampled")
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_of_a_long_file_all_prompts_are_asked_that_the_run_takes(
     small: Make, files: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
@@ -254,6 +256,7 @@ def stopped(small: Make, small_policy: str, one_step: Path, tmp_path: Path) -> C
         ("held_out", HELD_OUT[:1], r"prompts\.held_out had 2 entries when the run started, and has 1 now"),
     ],
 )
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_other_prompts_are_refused_when_a_run_is_resumed(
     stopped: Callable[..., Config], tmp_path: Path, name: str, prompts: list[str], message: str
@@ -265,6 +268,7 @@ def test_other_prompts_are_refused_when_a_run_is_resumed(
         train(stopped())
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_run_without_a_record_is_resumed_with_a_note(
     stopped: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -299,6 +303,7 @@ def test_another_number_of_samples_cannot_be_compared(stopped: Callable[..., Con
         train(stopped("evaluation.samples_per_prompt=2"))
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_preference_dataset_that_grew_is_noticed(small: Make, small_policy: str, tmp_path: Path) -> None:
     source, brief = tmp_path / "source", (small_policy, "evaluation.every=null")

@@ -44,6 +44,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_two_processes_make_the_run_of_one(smallest: list[str], small_policy: str, tmp_path: Path) -> None:
     """Held-out clips, the preference dataset and checkpoints, too; one process finishes what two have begun."""

@@ -23,6 +23,7 @@ def policy_of(config: Config, step: int) -> dict[str, torch.Tensor]:
     return load_file(config.run_dir / "checkpoints" / f"step_{step:08d}" / "policy" / "model.safetensors")
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_run_begins_divided_and_is_finished_by_one_process(
     small: Callable[..., Config], small_policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -50,6 +50,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_trains_and_resumes_bit_for_bit(folder: Path, tmp_path: Path, mode: str) -> None:

@@ -71,6 +71,7 @@ def test_it_trains_and_starts_from_its_reference(finished: Path) -> None:
     assert all(row["speed/rollout_mfu"] > 0 for row in rows)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_resumed_run_is_the_uninterrupted_one(
     finished: Path, tmp_path: Path, in_the_repository: None
@@ -91,6 +92,7 @@ def test_its_videos_are_sampled_from_the_run(
     assert len(list(out.glob("*.mp4"))) == 1
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_an_adapter_goes_where_the_family_says(tmp_path: Path, in_the_repository: None) -> None:
     run, lora = tmp_path / "run", ("model.lora.rank=2", "reference.storage=adapter", "model.device=cpu")

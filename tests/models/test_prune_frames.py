@@ -190,6 +190,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return calls
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 @pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
 def test_previews_are_short_and_finished_candidates_whole(
@@ -205,6 +206,7 @@ def test_previews_are_short_and_finished_candidates_whole(
         assert set(line.candidates) == kept
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_run_with_short_previews_resumes_bit_for_bit(root: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"

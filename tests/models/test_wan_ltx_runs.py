@@ -132,6 +132,7 @@ def numbers(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "more"),

@@ -27,6 +27,7 @@ def numbers(run: Path) -> list[dict[str, object]]:
     return [{name: row[name] for name in row if not name.startswith(("seconds/", "speed/"))} for row in rows]
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_run_is_the_same_with_the_reward_in_another_process(
     smallest: list[str], small_policy: str, tmp_path: Path
@@ -38,6 +39,7 @@ def test_a_run_is_the_same_with_the_reward_in_another_process(
     assert numbers(tmp_path / "here") == numbers(tmp_path / "there")
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_run_whose_reward_hangs_stops_with_one_line(
     smallest: list[str],

@@ -170,6 +170,7 @@ def test_what_is_no_name_of_a_project_is_refused(name):
     assert load_config(None, ["log.wandb=team/video-dpo"]).log.wandb == "team/video-dpo"
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_run_sends_its_rows_and_its_clips_at_the_end(wandb, smallest, small_policy, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
