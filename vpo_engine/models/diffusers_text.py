@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vpo_engine.foreign_files import load_tokenizer
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_folder import CONFIG, Folder, load_text_encoder, read_config
+from vpo_engine.texts import say
 
 
 class FolderEncoder:
@@ -56,11 +57,10 @@ class FolderEncoder:
         if longest > self._max_tokens and not self._noted:
             self._noted = True
             start = prompts[lengths.index(longest)][:60]
-            print(
+            say(
                 f"note: of '{start}...' the model reads {self._max_tokens} of {longest} tokens; likewise of other long "
                 "prompts",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
 
