@@ -16,7 +16,7 @@ from vpo_engine.texts import Decoder, read_text
 LARGEST_JSON = 256 << 20
 """Bytes of the largest JSON file that is read. The index of a model of a million tensors has about 100 MB."""
 MOST_LAYERS = 4096
-LARGEST_NUMBER = 2**24
+LARGEST_NUMBER = 2**31
 _COUNTS_LAYERS = ("layers", "depth", "blocks")
 """Words in the names of settings that say how many layers a network has."""
 _LONGEST_NAME = 255
