@@ -212,6 +212,19 @@ def check_reward(config: Config) -> None:
         check_dimensions(held_out.dimensions, tuple(registry.reward_card(held_out.kind).dimensions))
 
 
+def blind_reward_note(config: Config) -> str | None:
+    """Return what the user should know where nothing in the run reads the prompt, by the cards of its rewards."""
+    held_out = config.guards.reward
+    kinds = [config.reward.kind, *([] if held_out is None else [held_out.kind])]
+    if any(registry.reward_card(kind).reads_prompt for kind in kinds):
+        return None
+    return (
+        f"reward.kind={config.reward.kind} does not read the prompt, so a policy can raise it by ignoring prompts, and "
+        "runs have collapsed to noise that way within 20 rollouts. Name a held-out reward that reads the prompt "
+        "(guards.reward.kind, for example clip), take another reward.kind, or watch the alarms (docs/guards.md)"
+    )
+
+
 def build_reward(config: Config, device: torch.device, idle_offload: IdleOffload | None = None) -> Reward:
     """Make the reward model, on reward.device or else ``device``, in a separate process if reward.process is set.
 

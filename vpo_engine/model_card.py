@@ -8,7 +8,7 @@ from vpo_engine.config import Config
 from vpo_engine.metrics.summary import change, number_texts, verdict
 from vpo_engine.models.registry import model_family
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.log import iterate_metrics
 from vpo_engine.runs.summary_file import read_summary
 from vpo_engine.texts import markdown
 
@@ -69,7 +69,7 @@ def _base(config: Config) -> str:
 
 def _data(run: RunDirectory, config: Config, step: int) -> str:
     """Return how much the policy has seen; prompts themselves are not told."""
-    pairs = sum(int(row.get("pairs", 0)) for row in read_metrics(run.metrics) if row["kind"] == "train")
+    pairs = sum(int(row.get("pairs", 0)) for row in iterate_metrics(run.metrics) if row["kind"] == "train")
     drawn = step * config.pairs_per_step
     videos = drawn * config.rollout.candidates
     return config.card.seen.format(steps=step, prompts=drawn, videos=videos, pairs=pairs)

@@ -1,4 +1,4 @@
-"""Read texts that somebody else may have written, write files safely, and print for a terminal.
+"""Read texts that somebody else may have written, and print for a terminal.
 
 Files are read only if they are regular files of a plausible size: a pipe would be waited for, a device never ends.
 """
@@ -131,18 +131,6 @@ def _no_number(text: str) -> float:
 _STRICT = Decoder(
     object_pairs_hook=unique_keys, parse_int=_whole, parse_float=_number, parse_constant=_no_number
 )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file under another name, and put it in its place when it is complete.
-
-    Nothing is written through a link that lies under either name.
-    """
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.unlink(missing_ok=True)
-    with unfinished.open("x", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-    unfinished.replace(path)
 
 
 def shortened(text: str, most: int = _SHOWN) -> str:

@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from fuzz_driver import clear_errors, flip, fuzz
+from fuzz_driver import clear_errors, flip, fuzz, trusted
 from hypothesis import strategies as st
 
 from vpo_engine.policy_source import folder_config
@@ -43,12 +43,15 @@ NAMES = st.sampled_from(
 @cache
 def saved() -> dict[str, bytes]:
     """Return the files of a small checkpoint, by name."""
+    with trusted():
+        return _saved(Path(mkdtemp()))
 
+
+def _saved(parent: Path) -> dict[str, bytes]:
     def write_policy(folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"weights")
         (folder / "config.json").write_text("{}")
 
-    parent = Path(mkdtemp())
     tensors = {"reference": {"w": torch.arange(8.0)}, "optimizer": {}}
     path = save_checkpoint(
         parent, 12, tensors=tensors, state={"step": 12, "cursor": [1]}, write_policy=write_policy, keep=1

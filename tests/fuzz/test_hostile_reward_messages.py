@@ -90,8 +90,10 @@ class Quality:
     dimensions = ("quality",)
 
     def score(self, videos: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-        if not isinstance(videos, Tensor):
-            raise ValueError(f"the video {str(videos.path)!r} is refused here; give tensors")
+        if not isinstance(videos, Tensor) or videos.ndim != 5 or len(videos) != len(prompts):
+            raise ValueError(
+                f"{type(videos).__name__} for {len(prompts)} prompts is refused here; give five dimensions"
+            )
         return {"quality": videos.float().flatten(1).mean(dim=1) + len(prompts)}
 
 

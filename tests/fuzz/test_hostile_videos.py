@@ -96,9 +96,12 @@ def decoder() -> Iterator[Decoder]:
 @cache
 def written(kind: str) -> bytes:
     codec, suffix, pixels = KINDS[kind]
-    folder = Path(mkdtemp())
-    content = write(folder / f"small{suffix}", moving(4, 32, 48), codec=codec, pix_fmt=pixels).read_bytes()
-    shutil.rmtree(folder)
+    with trusted():
+        folder = Path(mkdtemp())
+        content = write(
+            folder / f"small{suffix}", moving(4, 32, 48), codec=codec, pix_fmt=pixels
+        ).read_bytes()
+        shutil.rmtree(folder)
     return content
 
 

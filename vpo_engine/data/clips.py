@@ -28,7 +28,8 @@ from pathlib import Path, PurePosixPath
 
 from vpo_engine.data.prompt_lines import Lines
 from vpo_engine.data.prompts import PromptFile
-from vpo_engine.texts import one_line, parse_json, shortened, why_no_file, write_text
+from vpo_engine.full_disk import write_whole
+from vpo_engine.texts import one_line, parse_json, shortened, why_no_file
 
 SUFFIXES = (
     ".mp4",
@@ -156,7 +157,7 @@ class PromptRecord:
         replaced = set(names)
         with self._alone():
             rows = [line.rstrip() for name, line in self._read().items() if name not in replaced]
-            write_text(self.path, "".join(f"{row}\n" for row in rows))
+            write_whole(self.path, "".join(f"{row}\n" for row in rows))
 
     def add(self, name: str, prompt: str, write: Callable[[Path], None]) -> Path:
         """Let ``write`` make the video under another name, put it in its place, add its row, and return its path."""

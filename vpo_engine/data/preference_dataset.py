@@ -3,20 +3,21 @@
     RUN/preference_dataset/pairs_0000.jsonl                         a line for every prompt of every step, of process 0
     RUN/preference_dataset/latents/step_00000012_0000.safetensors   `winner`, `loser` [p, C, T, H, W] of its pairs
 
-A line is an object with the fields of ``StoredPair``. `row` is the pair's position in its file of latents, null if
-its latents were not stored. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c)
-alone, so it can be sampled again with the policy of that step.
+From 16 MiB on the lines of a process are in several parts: pairs_0000.0001.jsonl, then 0002, and pairs_0000.jsonl last
+(see ``line_files``).
+
+A line is an object with the fields of ``StoredPair``. `row` is the pair's position in its file of latents, null if its
+latents were not stored. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c) alone,
+so it can be sampled again with the policy of that step.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-import logging
-import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vpo_engine.texts import parse_json, shortened, why_no_file
-
-_LONGEST_LINE = 1 << 24
-_logger = logging.getLogger(__name__)
+from vpo_engine.full_disk import write_by
+from vpo_engine.line_files import Line, LineFile, read_lines
+from vpo_engine.texts import parse_json, shortened
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,12 @@ class DatasetWriter:
         if latents is not None and len(latents[0]):
             path = _latents_file(self._folder, step, self._rank)
             path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.tmp")
             winner, loser = (part.detach().cpu().contiguous() for part in latents)
-            save_file({"winner": winner, "loser": loser}, unfinished)
-            unfinished.replace(path)
+            write_by(path, lambda unfinished: save_file({"winner": winner, "loser": loser}, unfinished))
         lines = (json.dumps(_line(pair), ensure_ascii=False, allow_nan=False) + "\n" for pair in pairs)
-        data = memoryview("".join(lines).encode())
-        with _pairs_file(self._folder, self._rank).open("ab", buffering=0) as file:
-            while data:
-                data = data[file.write(data) :]
+        data = "".join(lines).encode()
+        with closing(LineFile(_pairs_file(self._folder, self._rank))) as file:
+            file.append(data)
 
 
 def read_dataset(path: str | Path) -> Iterator[StoredPair]:
@@ -129,8 +126,7 @@ def read_dataset(path: str | Path) -> Iterator[StoredPair]:
     interrupted, and it is left out, with a warning. Raise FileNotFoundError if there is no dataset; ValueError,
     naming file and line, for any other line that cannot be read.
     """
-    folder = _folder_of(Path(path))
-    files = sorted(folder.glob("pairs_*.jsonl"))
+    files = _pairs_files(_folder_of(Path(path)))
     if not files:
         raise FileNotFoundError(
             f"no preference dataset at {path}; a run writes one into its directory with pairs.dataset=scores or latents"
@@ -140,14 +136,14 @@ def read_dataset(path: str | Path) -> Iterator[StoredPair]:
 
 def truncate_dataset(folder: Path, step: int) -> None:
     """Delete the pairs of all steps after ``step``; the resumed run will write them again. Atomic for each file."""
-    for path in sorted(folder.glob("pairs_*.jsonl")):
-        unfinished = path.with_name(f".{path.name}.tmp")
-        unfinished.unlink(missing_ok=True)  # nothing is written through a link
-        with unfinished.open("wb") as file:
-            file.writelines(line for line, values in _lines(path) if values["step"] <= step)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+
+    def stays(line: Line) -> bool:
+        values = _values(line)
+        return values["step"] <= step
+
+    for path in _pairs_files(folder):
+        with closing(LineFile(path)) as file:
+            file.cut(stays)
     for latents in folder.glob("latents/*"):
         if latents.name.startswith(".") or _step_of(latents) > step:
             latents.unlink()
@@ -163,6 +159,11 @@ def _folder_of(path: Path) -> Path:
     return path / "preference_dataset" if (path / "preference_dataset").is_dir() else path
 
 
+def _pairs_files(folder: Path) -> list[Path]:
+    """Return the file of each process that wrote to the dataset; what is in its parts is not told apart."""
+    return sorted({folder / f"{path.name.partition('.')[0]}.jsonl" for path in folder.glob("pairs_*.jsonl")})
+
+
 def _pairs_file(folder: Path, rank: int) -> Path:
     return folder / f"pairs_{rank:04d}.jsonl"
 
@@ -176,38 +177,21 @@ def _line(pair: StoredPair) -> dict[str, Any]:
     return {name: values[name] for name in _FIELDS}
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the complete lines of a file, each with its values."""
-    if reason := why_no_file(path):
-        raise ValueError(reason)
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
-            if len(line) > _LONGEST_LINE:
-                raise ValueError(
-                    f"'{path}' line {number} has more than {_LONGEST_LINE:,} bytes; remove or repair it"
-                )
-            if not line.endswith(b"\n"):
-                _logger.warning(
-                    "'%s': the last line was not finished when the run stopped; it is left out", path
-                )
-                return
-            try:
-                values = parse_json(line.decode())
-            except ValueError as error:
-                raise ValueError(
-                    f"'{path}' line {number} is not JSON ({error}); remove or repair it"
-                ) from error
-            if not isinstance(values, dict) or set(values) != set(_FIELDS):
-                raise ValueError(
-                    f"'{path}' line {number} is not a pair: it must be an object with {', '.join(_FIELDS)}; remove or "
-                    "repair it"
-                )
-            if wrong := _wrong_value(values):
-                raise ValueError(
-                    f"'{path}' line {number}: {wrong[0]} is {shortened(repr(wrong[1]))}, which no run writes; "
-                    "remove or repair the line"
-                )
-            yield line, values
+def _values(line: Line) -> dict[str, Any]:
+    place = f"'{line.file}' line {line.number}"
+    try:
+        values = parse_json(line.content.decode())
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON ({error}); remove or repair it") from error
+    if not isinstance(values, dict) or set(values) != set(_FIELDS):
+        raise ValueError(
+            f"{place} is not a pair: it must be an object with {', '.join(_FIELDS)}; remove or repair it"
+        )
+    if wrong := _wrong_value(values):
+        raise ValueError(
+            f"{place}: {wrong[0]} is {shortened(repr(wrong[1]))}, which no run writes; remove or repair the line"
+        )
+    return values
 
 
 def _wrong_value(values: dict[str, Any]) -> tuple[str, Any] | None:
@@ -251,7 +235,7 @@ def _read(path: Path) -> Iterator[StoredPair]:
             "take it out of the folder"
         )
     rank = int(number)
-    for _, values in _lines(path):
+    for values in map(_values, read_lines(path)):
         stored = None if values["row"] is None else _latents_file(path.parent, values["step"], rank)
         values["candidates"], values["selected"] = tuple(values["candidates"]), tuple(values["selected"])
         values["scores"] = {name: tuple(each) for name, each in values["scores"].items()}

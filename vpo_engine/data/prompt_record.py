@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vpo_engine.data.fingerprint import Fingerprint, Prompts, fingerprint
-from vpo_engine.texts import read_json, write_text
+from vpo_engine.full_disk import write_whole
+from vpo_engine.texts import read_json
 
 NAME = "prompts.json"
 """The file of the run directory: {setting: {"count": int, "digest": SHA-256}}."""
@@ -20,7 +21,7 @@ Texts = Mapping[str, Prompts]
 def write_record(root: Path, texts: Texts) -> None:
     """Keep number and SHA-256 of the prompts in the run directory ``root``."""
     content = {name: asdict(fingerprint(each)) for name, each in texts.items()}
-    write_text(root / NAME, json.dumps(content, indent=1) + "\n")
+    write_whole(root / NAME, json.dumps(content, indent=1) + "\n")
 
 
 def check_record(root: Path, texts: Texts) -> str:

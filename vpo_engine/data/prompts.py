@@ -211,6 +211,10 @@ class PromptItem:
 class Stream(Protocol):
     """An endless stream of prompts, which is a function of the position alone."""
 
+    def __len__(self) -> int:
+        """Return the number of positions, from 0 on, in which every prompt of the stream occurs."""
+        ...
+
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1``."""
         ...
@@ -233,6 +237,9 @@ class PromptStream:
         self._prompts = prompts
         self._seed = seed
         self._half_bits = max(self._MIN_HALF_BITS, ((len(prompts) - 1).bit_length() + 1) // 2)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
 
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1``; the next cursor is ``cursor + count``."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from vpo_engine.data.clips import SUFFIXES, Clip, find_clips, prompt_of_name
 from vpo_engine.evaluation.suites import Suite
+from vpo_engine.full_disk import write_whole
 from vpo_engine.policy_source import RECORD, is_published
 from vpo_engine.runs.directory import CONFIG_NAME
 from vpo_engine.sample import file_name
-from vpo_engine.texts import write_text
 
 _MOST_BYTES = 240
 """Bytes of a name; file systems allow 255, and an unfinished file has a longer one."""
@@ -101,7 +101,7 @@ def write_prompts(folder: Path, videos: Sequence[Video]) -> None:
         )
         for video in videos
     ]
-    write_text(folder / "prompts.jsonl", "".join(f"{row}\n" for row in rows))
+    write_whole(folder / "prompts.jsonl", "".join(f"{row}\n" for row in rows))
 
 
 def _expected_names(clips: Sequence[Clip], suite: Suite) -> dict[str, str]:

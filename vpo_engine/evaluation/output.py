@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.evaluation.arms import Arm
-from vpo_engine.texts import read_json, write_text
+from vpo_engine.full_disk import write_whole
+from vpo_engine.texts import read_json
 
 _IDENTITY = "evaluation.json"
 
@@ -71,10 +72,10 @@ class OutputFolder:
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Make the folder, and record what it is of."""
         self.root.mkdir(parents=True, exist_ok=True)
-        write_text(self.root / _IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self.root / _IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        write_text(self.results, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_whole(self.results, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_results(self) -> dict[str, Any]:
         """Read ``results.json``. Raise ValueError where there is none, or none that can be read."""

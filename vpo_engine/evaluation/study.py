@@ -18,8 +18,9 @@ from typing import Any
 
 from vpo_engine.data.clips import SUFFIXES
 from vpo_engine.evaluation.output import OutputFolder
+from vpo_engine.full_disk import write_whole
 from vpo_engine.runs.report_html import page
-from vpo_engine.texts import read_json, why_no_file, write_text
+from vpo_engine.texts import read_json, why_no_file
 
 SIDES = ("left", "right")
 TIE = "tie"
@@ -115,8 +116,8 @@ def write_study(root: Path, seed: int, pairs: int | None) -> Path:
     study = f"{names.getrandbits(48):012x}"
     labels = {role: results["arms"][role]["label"] for role in _ROLES}
     content = {"study": study, "seed": seed, "arms": labels, "pairs": key}
-    write_text(files.key, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    write_text(files.page, _page(study, shown, results["settings"]))
+    write_whole(files.key, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(files.page, _page(study, shown, results["settings"]))
     return files.page
 
 

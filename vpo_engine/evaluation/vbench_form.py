@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.vbench.arithmetic import RANGES, quality_score
-from vpo_engine.texts import write_text
 
 
 def dimension_measures(measures: Mapping[str, Any], role: str) -> dict[str, str]:
@@ -63,7 +63,7 @@ def write_vbench_results(folder: Path, results: Mapping[str, Any]) -> list[Path]
         if content:
             folder.mkdir(exist_ok=True)
             file = folder / f"{role}_eval_results.json"
-            write_text(file, json.dumps(content, indent=4, ensure_ascii=False))
+            write_whole(file, json.dumps(content, indent=4, ensure_ascii=False))
             archives.append(folder / f"{role}.zip")
             with zipfile.ZipFile(archives[-1], "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.write(file, file.name)

@@ -12,8 +12,9 @@ from typing import Any
 
 from vpo_engine.evaluation.paired import krippendorff, wilson
 from vpo_engine.evaluation.study import SIDES, TIE, StudyFiles
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.summary import aligned
-from vpo_engine.texts import one_line, read_json, shortened, why_no_file, write_text
+from vpo_engine.texts import one_line, read_json, shortened, why_no_file
 
 POLICY, BASELINE = "policy", "baseline"
 _RATER = 60
@@ -86,7 +87,7 @@ def report_votes(root: Path, files: Sequence[Path]) -> str:
                     "leave one out, or, for two people of one name, change the rater's name in one file"
                 )
     results = tally(key, ballots)
-    write_text(paths.results, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_whole(paths.results, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     draw_votes(root / "study_results.png", results)
     return format_votes(results)
 

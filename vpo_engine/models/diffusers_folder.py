@@ -150,7 +150,8 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     for name, value in index.items():
         if not isinstance(value, list) or value == [None, None]:
             continue
-        if len(value) != 2 or value[0] not in _LIBRARIES or not str(value[1]).isidentifier():
+        known = len(value) == 2 and value[0] in _LIBRARIES and isinstance(value[1], str)
+        if not known or not value[1].isidentifier():
             raise ValueError(
                 f"{file} says that {name} is {value}, expected a class of {' or '.join(_LIBRARIES)}; no other code is "
                 "run because a file names it: fetch the folder of a published pipeline"

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import vpo_engine
 from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config, parse_config
+from vpo_engine.full_disk import write_whole
 from vpo_engine.runs.readable import readable
 from vpo_engine.runs.start import differences, show_value
-from vpo_engine.texts import read_json, shortened, write_text
+from vpo_engine.texts import read_json, shortened
 
 Kind = Literal["run", "base", "ranking", "memory"]
 RECORD, RESULT, RUN, LOG = "cell.json", "result.json", "run", "log.txt"
@@ -140,7 +141,7 @@ class Record:
     def write(self, folder: Path) -> None:
         """Write the record, replacing an earlier one at once."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECORD, json.dumps(asdict(self), indent=1))
+        write_whole(folder / RECORD, json.dumps(asdict(self), indent=1))
 
     def took(self, command: str) -> tuple[float, float]:
         """Return the processor seconds and the seconds by the clock that a command of the cell took."""

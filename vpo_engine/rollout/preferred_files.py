@@ -35,6 +35,9 @@ class FilePairs:
         self.path = path
         self._kept: dict[Path, Path] = {}
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1`` of the stream, as a ``PromptStream`` does."""
         places = (position % len(self.rows) for position in range(cursor, cursor + count))

@@ -10,10 +10,12 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from vpo_engine.line_files import LineFile
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.texts import parse_json, read_text
 
@@ -84,8 +86,8 @@ def _without_numbers(error: str) -> str:
 def _append(path: Path, line: Mapping[str, Any]) -> None:
     now = datetime.now().isoformat(sep=" ", timespec="seconds")
     cut = path.exists() and not path.read_bytes().endswith(b"\n")  # a process died while it wrote
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if cut else "") + json.dumps({"time": now, **line}) + "\n")
+    with closing(LineFile(path)) as file:
+        file.append((("\n" if cut else "") + json.dumps({"time": now, **line}) + "\n").encode())
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

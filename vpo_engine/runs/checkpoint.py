@@ -8,7 +8,6 @@ has no manifest.
 from __future__ import annotations
 
 import bisect
-import errno
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpo_engine.errors import CheckpointError
 from vpo_engine.foreign_files import file_inside, read_object
+from vpo_engine.full_disk import is_disk_full, tensor_writer_says
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,11 @@ class Checkpoint:
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the step of a checkpoint by its name; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("_")[2])
 
 
 def save_checkpoint(
@@ -100,9 +105,9 @@ def save_checkpoint(
         _put_in_place(unfinished, final)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if _disk_is_full(error):
+        if is_disk_full(error):
             raise CheckpointError(_disk_full_text(final, tensors)) from error
-        if isinstance(error, OSError) or _tensor_writer_says(error, "os error"):
+        if isinstance(error, OSError) or tensor_writer_says(error, "os error"):
             raise CheckpointError(
                 f"could not save checkpoint '{final}': {error}. Earlier checkpoints are untouched. Make its folder "
                 "writable and see that its disk works; the same command then goes on from the newest of them"
@@ -375,18 +380,6 @@ def _sha256_of(path: Path, size: int, changed: int) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(_tensor_writer_says(error, f"os error {number}") for number in full)
-
-
-def _tensor_writer_says(error: BaseException, text: str) -> bool:
-    """Return whether this is an error of the safetensors writer, which reports the system's errors as text only."""
-    return type(error).__name__ == "SafetensorError" and text in str(error)
 
 
 def _disk_full_text(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from vpo_engine.full_disk import write_whole
 from vpo_engine.runs.lock import LOCK_NAME
-from vpo_engine.texts import write_text
 
 CONFIG_NAME = "config.yaml"
 """A folder is a run directory if it has this file."""
@@ -87,7 +87,7 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration; an earlier one is replaced atomically."""
-        write_text(self.config, text)
+        write_whole(self.config, text)
 
     @property
     def preference_dataset(self) -> Path:

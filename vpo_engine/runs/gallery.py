@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vpo_engine.full_disk import write_whole
 from vpo_engine.texts import parse_json
 
 Scores = list[dict[str, float]]
@@ -114,10 +115,7 @@ def _write(path: Path, clips: dict[str, Tensor], details: dict[str, Any]) -> Non
     content = {name: clip.detach().cpu().contiguous() for name, clip in clips.items()}
     metadata = {_KEY: json.dumps(details, allow_nan=False)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.unlink(missing_ok=True)  # nothing is written through a link
-    unfinished.write_bytes(safetensors.torch.save(content, metadata))
-    unfinished.replace(path)
+    write_whole(path, safetensors.torch.save(content, metadata))
 
 
 def _read(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -158,5 +156,5 @@ def _check_types(details: dict[str, Any]) -> None:
 
 def _check_numbers(values: Iterable[object]) -> None:
     for value in values:
-        if type(value) not in (int, float) or not abs(value) <= _LARGEST:  # type: ignore[operator]
+        if isinstance(value, bool) or not (isinstance(value, int | float) and abs(value) <= _LARGEST):
             raise TypeError(f"{value!r} is no number of a run")

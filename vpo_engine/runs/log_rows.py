@@ -31,4 +31,4 @@ def parse_row(text: str, place: str) -> Row:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -14,11 +14,12 @@ from typing import Any
 
 from vpo_engine.config import Config
 from vpo_engine.config.yaml_values import MOST_BYTES, read_settings
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.summary import headline, verdict
 from vpo_engine.runs.alarms import alarm_section, read_alarms
 from vpo_engine.runs.checkpoint import newest_complete
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.log import iterate_metrics
 from vpo_engine.runs.readable import readable
 from vpo_engine.runs.report_clips import held_out_section, pairs_section
 from vpo_engine.runs.report_curves import DIMENSIONS, chart_section
@@ -27,7 +28,7 @@ from vpo_engine.runs.report_numbers import Summary, summary_section, tiles
 from vpo_engine.runs.report_rows import MetricRows
 from vpo_engine.runs.report_time import time_section
 from vpo_engine.runs.summary_file import read_summary
-from vpo_engine.texts import printable, read_text, say, shortened, write_text
+from vpo_engine.texts import printable, read_text, say, shortened
 
 USAGE = "usage: python -m vpo_engine.runs.report RUN_DIRECTORY"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -40,11 +41,11 @@ def write_report(run: RunDirectory) -> Path:
     """
     config = _read_config(run)
     summary = _read_summary(run)
-    rows = MetricRows(read_metrics(run.metrics))
+    rows = MetricRows(iterate_metrics(run.metrics))
     dimensions = _trained_dimensions(config)
     sections = [
         _header(run, config, summary, rows),
-        alarm_section(read_alarms(run), rows.first("eval", "guards/prompt/")),
+        alarm_section(read_alarms(run), rows.first("eval", "guards/prompt/"), rows),
         held_out_section(run, dimensions),
         chart_section(rows),
         pairs_section(run, dimensions),
@@ -54,7 +55,7 @@ def write_report(run: RunDirectory) -> Path:
         _config_section(run),
     ]
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
-    write_text(run.report, page(run.name, "\n".join(sections), "", script))
+    write_whole(run.report, page(run.name, "\n".join(sections), "", script))
     return run.report
 
 

@@ -36,7 +36,10 @@ def chart_section(rows: MetricRows) -> str:
         if drawn:
             body += f'<p class="topic">{title}</p><div class="charts">{drawn}</div>'
     marks = " Dotted vertical lines mark refreshes of the reference." if rows.refreshes() else ""
-    lead = f"The horizontal axis is the training step. Thin lines are single steps, thick ones running means.{marks}"
+    single = "single steps" if rows.share == 1 else f"means of {rows.share} steps"
+    lead = (
+        f"The horizontal axis is the training step. Thin lines are {single}, thick ones running means.{marks}"
+    )
     hint = (
         '<span class="scripted" hidden> To see the values of a step, point at it or touch it in a chart; on a '
         "keyboard, go to the chart with the tab key and along it with the arrow keys.</span>"

@@ -16,7 +16,17 @@ from vpo_engine.runs.checkpoint import checkpoint_name, complete_checkpoints, un
 from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory
 from vpo_engine.runs.lock import LOCK_NAME
 
-_FREE_TO_CHANGE = ("name", "run_dir", "steps", "evaluation", "checkpoint", "processes", "distributed", "log")
+_FREE_TO_CHANGE = (
+    "name",
+    "run_dir",
+    "steps",
+    "evaluation",
+    "disk",
+    "checkpoint",
+    "processes",
+    "distributed",
+    "log",
+)
 """Settings that may differ when a run is resumed."""
 
 

@@ -71,8 +71,8 @@ def _check(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, set[str]
         place = name.removeprefix(f"{root}code/").removesuffix(".py").replace("/", ".")
         text = archive.read(name).decode()
         starts = [*_CLASS.finditer(text)]
-        ends = [*(start.start() for start in starts[1:]), len(text)]
-        for start, end in zip(starts, ends, strict=True):
+        edges = [*(start.start() for start in starts), len(text)]
+        for start, end in zip(starts, edges[1:], strict=True):
             lists = _STATE.findall(text[start.end() : end])
             states[f"{place}.{start[1]}"] = {
                 word for each in lists for word in re.findall(r"\"(\w+)\"", each)
