@@ -139,6 +139,37 @@ def test_words_that_are_not_utf8_are_refused(main: Any, words: list[str]) -> Non
     assert "is not UTF-8; rename the file, or write the word in UTF-8" in ended.err
 
 
+WRONG_OPTIONS = [
+    (evaluate.main, "clips --device gpu", "--device gpu: must be auto, cpu, cuda, or cuda:N"),
+    (evaluate.main, "clips --device ,", "--device ',' names nothing"),
+    (evaluate.main, "clips --metrics ,", "--metrics ',' names nothing"),
+    (evaluate.main, "clips --samples 99999999", "--samples 99999999 must be from 1 to 10000"),
+    (evaluate.main, "clips --prompts vbensh", "--prompts vbensh is no file; did you mean vbench?"),
+    (evaluate.main, "clips --base clips --samples 1", "--base clips is for an adapter, but clips is none"),
+    (evaluate.main, "clips --weights clips", "--weights clips: none of the metrics"),
+    (plan.main, "--steps 10", "--steps is no option of this command; settings are given as key.path=value"),
+    (plan.main, "--gpus 99999999", "--gpus 99999999 must be at most 1024"),
+    (rank.main, "clips --reward builtin --time-limit -1", "--time-limit -1 is no time; give seconds above 0"),
+    (sample.main, "--count 1000000000", "--count 1000000000 must be from 1 to 10000"),
+    (sample.main, "--base clips --prompt x", "--base clips is for an adapter, but no RUN was given"),
+    (reproduce.main, f"table2 --seeds {'9' * 20}", "must be at most 1000"),
+    (check_model.main, "pairs.txt", "pairs.txt is a file; give the folder of a published model"),
+    (check_model.main, "clips --kind wann", "--kind wann: there is no such model family; did you mean wan?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"), WRONG_OPTIONS, ids=[words for _, words, _ in WRONG_OPTIONS]
+)
+def test_wrong_options(tmp_path: Path, main: Any, words: str, message: str) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a fox-0.mp4").touch()
+    (tmp_path / "pairs.txt").touch()
+    ended = call(main, words.split(" "))
+    assert ended.code == 1
+    assert message in ended.err
+
+
 WRONG_PROMPTS: dict[str, tuple[str, Make, str]] = {
     "a pipe": ("p.txt", os.mkfifo, "p.txt is a pipe; write the content to a file first"),
     "holes": ("p.json", holes, "the file has 68,719,476,736 bytes, and JSON is read as a whole"),
