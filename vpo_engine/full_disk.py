@@ -46,9 +46,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_by(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` write a file under another name, and rename it to ``path``; errors are as for ``write_whole``."""
+    """Let ``write`` write a file under another name, and rename it to ``path``; errors are as for ``write_whole``.
+
+    Nothing is written through a link that lies under either name.
+    """
     unfinished = path.with_name(f".{path.name}.tmp")
     with writing(path):
+        unfinished.unlink(missing_ok=True)
         try:
             write(unfinished)
             unfinished.replace(path)

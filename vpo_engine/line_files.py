@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vpo_engine.full_disk import write_by, writing
+from vpo_engine.texts import why_no_file
 
 PART_BYTES = 16 * 2**20
 """A part is closed when it has so many bytes."""
+_LONGEST_LINE = 2**24
+"""Bytes of the longest line that is read; no run writes a longer one."""
 
 _logger = logging.getLogger(__name__)
 
@@ -108,8 +111,14 @@ def _number(part: Path, path: Path) -> int:
 
 
 def _lines(part: Path) -> Iterator[Line]:
+    if reason := why_no_file(part):
+        raise ValueError(reason)
     with part.open("rb") as file:
-        for number, content in enumerate(file, start=1):
+        for number, content in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
+            if len(content) > _LONGEST_LINE:
+                raise ValueError(
+                    f"'{part}' line {number} has more than {_LONGEST_LINE:,} bytes; remove or repair it"
+                )
             if not content.endswith(b"\n"):
                 _logger.warning(
                     "'%s': the last line was not finished when the run stopped; it is left out", part

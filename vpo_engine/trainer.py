@@ -25,7 +25,8 @@ from vpo_engine.errors import NotFiniteError
 from vpo_engine.full_disk import write_whole
 from vpo_engine.method import Method, Step, embed_prompts
 from vpo_engine.metrics.held_out import HeldOut
-from vpo_engine.metrics.reward_monitor import Alarm, RewardMonitor, describe_shuffle
+from vpo_engine.metrics.reward_monitor import RewardMonitor, describe_shuffle
+from vpo_engine.metrics.step_watch import Alarm, StepWatch
 from vpo_engine.metrics.summary import format_summary, summarise
 from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
 from vpo_engine.metrics.time_account import sum_rows
@@ -82,7 +83,7 @@ class Trainer:
         samples = min(samples, config.evaluation.samples_between or samples)
         size = checkpoint_bytes(config, algorithm.model.network)
         self._disk = DiskWatch(run.root, size, config.disk.limit_gib, processes.count)
-        self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts))
+        self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts), StepWatch(config))
         self._alarmed = self._disk_is_full = False
         self._done = self._saved_at = self._resumed_at = 0
         self._evaluation_missing = False
@@ -237,9 +238,11 @@ class Trainer:
         metrics |= self._throughput.rates(seconds, result.work)
         metrics |= self._throughput.utilisation(result.seconds, result.work)
         metrics["speed/ceiling"] = self._throughput.ceiling
-        self._log.write(step, "train", metrics)
+        levels, alarms = self._monitor.step(step, result.metrics)
+        self._log.write(step, "train", metrics | levels)
         self._progress.step(step, metrics)
         self._last_metrics, self._done = metrics, step
+        self._raise_alarms(alarms)
 
     def _evaluate(self, step: int) -> None:
         """Evaluate the policy between the first and the last step."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.build import (
+    blind_reward_note,
     build_held_out,
     build_model,
     build_prompts,
@@ -43,6 +44,7 @@ from vpo_engine.runs.lock import RunLock
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.signals import exit_code
 from vpo_engine.runs.start import Start, find_start, resolved_as_before
+from vpo_engine.texts import say
 from vpo_engine.trainer import Trainer
 from vpo_engine.video_model import VideoModel
 
@@ -69,8 +71,10 @@ def run_training(config: Config) -> int:
         with same_in_all_processes():
             check_model(config)
             check_reward(config)
+            if processes.first and (note := blind_reward_note(config)) is not None:
+                print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
             method = method_class(config.method)
-            prompts, held_out_prompts = build_prompts(config, print if processes.first else None)
+            prompts, held_out_prompts = build_prompts(config, say if processes.first else None)
             stream, texts = method.open_stream(config, prompts)
         texts = {**texts, "prompts.held_out": held_out_prompts}
         config = _as_before(config, processes, texts)
@@ -79,7 +83,7 @@ def run_training(config: Config) -> int:
             agree, number = processes.broadcast_text, len(prompts)
             config, plan = check_fits(config, processes.device, processes.count, agree, number)
             if processes.first:
-                print(wrap_for(sys.stdout, str(plan)), flush=True)
+                say(wrap_for(sys.stdout, str(plan)))
         model = build_model(config, processes)
         tensors = [tensor for part in model.parts.values() for tensor in part.parameters()]
         return_freed_memory(processes.device, sum(t.numel() * t.element_size() for t in tensors))
@@ -115,7 +119,7 @@ def run_training(config: Config) -> int:
             outcome = trainer.run()
         ending.ended(finished=outcome.stopped_by is None)
     if outcome.stopped_by and processes.first:
-        print(_stopped_text(outcome.stopped_by, outcome.steps, run), flush=True)
+        say(_stopped_text(outcome.stopped_by, outcome.steps, run))
     return outcome.exit_code
 
 
@@ -171,7 +175,7 @@ def _as_before(config: Config, processes: Processes, texts: Texts) -> Config:
     if processes.first:
         start = find_start(config)
         if start.checkpoint is not None and (note := check_record(start.checkpoint.parent.parent, texts)):
-            print(note, flush=True)
+            say(note)
         if start.exists and start.root is not None:
             text = RunDirectory.open(start.root).config.read_text(encoding="utf-8")
     text = processes.broadcast_text(text)
@@ -207,10 +211,8 @@ def _say(start: Start, run: RunDirectory) -> None:
     """Say where the run begins, and whether it began there before."""
     step = step_of(start.checkpoint)
     if (note := begin_attempt(run, step)) is not None:
-        print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
+        say(wrap_for(sys.stderr, f"note: {note}"), sys.stderr)
     if start.checkpoint is not None:
-        print(f"going on from {start.checkpoint}", flush=True)
+        say(f"going on from {start.checkpoint}")
     elif start.exists:
-        print(
-            f"the run at {start.root} had saved no checkpoint; it begins again at the first step", flush=True
-        )
+        say(f"the run at {start.root} had saved no checkpoint; it begins again at the first step")

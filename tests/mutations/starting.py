@@ -169,7 +169,7 @@ MUTATIONS = [
         SETTINGS,
     ),
     ("an argument is blamed on the file", CONFIG_FILE, "settings.origins[key] = ARGUMENT", "pass", SETTINGS),
-    ("missing files are found later", CONFIG_FILE, "if not path.exists():", "if False:", COMMANDS),
+    ("missing files are found later", CONFIG_FILE, "if not os.path.exists(path):", "if False:", COMMANDS),
     (
         "the home folder is a folder called ~",
         "vpo_engine/config/section.py",
@@ -209,7 +209,7 @@ MUTATIONS = [
     (
         "torchrun is told nothing",
         "vpo_engine/command.py",
-        'tell_torchrun(f"error: {error}")',
+        "tell_torchrun(printable(message))",
         "pass",
         COMMANDS,
     ),

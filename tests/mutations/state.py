@@ -271,7 +271,13 @@ MUTATIONS = [
         'values["step"] < step',
         RESUME,
     ),
-    ("latents of the checkpoint's step cut, too", DATASET, "[1]) > step", "[1]) >= step", RESUME),
+    (
+        "latents of the checkpoint's step cut, too",
+        DATASET,
+        "_step_of(latents) > step",
+        "_step_of(latents) >= step",
+        RESUME,
+    ),
     (
         "lines before their latents",
         DATASET,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from vpo_engine.full_disk import write_by
 from vpo_engine.line_files import Line, LineFile, read_lines
+from vpo_engine.texts import parse_json, shortened
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,11 @@ class StoredPair:
     def _open(self) -> Iterator[Any]:
         try:
             with safe_open(self.latents_file, framework="pt") as file:
+                shapes = {tuple(file.get_slice(name).get_shape()[1:]) for name in ("winner", "loser")}
+                if len(shapes) > 1:
+                    raise IndexError(f"its winners and losers have different shapes, {sorted(shapes)}")
                 yield file
-        except (SafetensorError, FileNotFoundError, IndexError) as error:
+        except (SafetensorError, FileNotFoundError, IndexError, OverflowError) as error:
             raise ValueError(
                 f"'{self.latents_file}' does not have pair {self.row}, although the preference dataset says so: {error}"
             ) from error
@@ -140,8 +145,14 @@ def truncate_dataset(folder: Path, step: int) -> None:
         with closing(LineFile(path)) as file:
             file.cut(stays)
     for latents in folder.glob("latents/*"):
-        if latents.name.startswith(".") or int(latents.name.split("_")[1]) > step:
+        if latents.name.startswith(".") or _step_of(latents) > step:
             latents.unlink()
+
+
+def _step_of(latents: Path) -> int:
+    """Return the step of a file of latents; 0 for another file, which is nobody's to remove."""
+    found = re.fullmatch(r"step_(\d+)_\d+\.safetensors", latents.name)
+    return 0 if found is None else int(found[1])
 
 
 def _folder_of(path: Path) -> Path:
@@ -167,22 +178,63 @@ def _line(pair: StoredPair) -> dict[str, Any]:
 
 
 def _values(line: Line) -> dict[str, Any]:
+    place = f"'{line.file}' line {line.number}"
     try:
-        values = json.loads(line.content)
+        values = parse_json(line.content.decode())
     except ValueError as error:
-        raise ValueError(
-            f"'{line.file}' line {line.number} is not JSON ({error}); remove or repair it"
-        ) from error
+        raise ValueError(f"{place} is not JSON ({error}); remove or repair it") from error
     if not isinstance(values, dict) or set(values) != set(_FIELDS):
         raise ValueError(
-            f"'{line.file}' line {line.number} is not a pair: it must be an object with {', '.join(_FIELDS)}; remove "
-            "or repair it"
+            f"{place} is not a pair: it must be an object with {', '.join(_FIELDS)}; remove or repair it"
+        )
+    if wrong := _wrong_value(values):
+        raise ValueError(
+            f"{place}: {wrong[0]} is {shortened(repr(wrong[1]))}, which no run writes; remove or repair the line"
         )
     return values
 
 
+def _wrong_value(values: dict[str, Any]) -> tuple[str, Any] | None:
+    """Return the name and the value of a field that has another type than ``DatasetWriter`` writes."""
+    lists, scores = (values["candidates"], values["selected"]), values["scores"]
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("step", "position", "seed", "winner", "loser"), (int,)),
+        **dict.fromkeys(("gap", "weight"), (int, float)),
+        "prompt": (str,),
+        "kept": (bool,),
+        "row": (int, type(None)),
+        "candidates": (list,),
+        "selected": (list,),
+        "scores": (dict,),
+    }
+    for name, types in kinds.items():
+        if type(values[name]) not in types:
+            return name, values[name]
+    for name in ("step", "position", "row"):
+        if (values[name] or 0) < 0:
+            return name, values[name]
+    if any(type(number) is not int for number in lists[0]):
+        return "candidates", lists[0]
+    if any(type(number) not in (int, float) for number in lists[1]):
+        return "selected", lists[1]
+    for each in scores.values():
+        if type(each) is not list or len(each) != len(lists[0]):
+            return "scores", scores
+        if any(type(number) not in (int, float) for number in each):
+            return "scores", scores
+    if not {values["winner"], values["loser"]} <= set(lists[0]):
+        return "winner or loser", [values["winner"], values["loser"]]
+    return None
+
+
 def _read(path: Path) -> Iterator[StoredPair]:
-    rank = int(path.stem.rpartition("_")[2])
+    number = path.stem.rpartition("_")[2]
+    if not (number.isascii() and number.isdigit()):
+        raise ValueError(
+            f"'{path}' is no file of a preference dataset, whose names are like {_pairs_file(path.parent, 0).name}; "
+            "take it out of the folder"
+        )
+    rank = int(number)
     for values in map(_values, read_lines(path)):
         stored = None if values["row"] is None else _latents_file(path.parent, values["step"], rank)
         values["candidates"], values["selected"] = tuple(values["candidates"]), tuple(values["selected"])

@@ -17,6 +17,7 @@ from vpo_engine.full_disk import writing
 from vpo_engine.line_files import Line, LineFile, read_lines
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import read_held_out
+from vpo_engine.runs.log_rows import Row, parse_row
 from vpo_engine.runs.tensorboard_clips import add_animation, animation, side_by_side
 from vpo_engine.runs.video import write_mp4
 from vpo_engine.runs.wandb_log import WandbLog
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["train", "eval"]
-Row = dict[str, int | float | str]
 
 _TOGETHER = {
     "reward": {
@@ -203,18 +203,11 @@ def iterate_metrics(path: Path) -> Iterator[Row]:
 
 
 def _row_of(line: Line) -> Row:
+    place = f"'{line.file}' line {line.number}"
     try:
-        row = json.loads(line.content)
-    except ValueError as error:
-        raise ValueError(
-            f"'{line.file}' line {line.number} is not JSON ({error}); remove or repair it"
-        ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "kind" not in row:
-        raise ValueError(
-            f"'{line.file}' line {line.number} is not a row of metrics: it must be an object with an integer 'step' "
-            "and a 'kind'; remove or repair it"
-        )
-    return row
+        return parse_row(line.content.decode(), place)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 text ({error}); remove or repair it") from error
 
 
 def _plain(prompt: str) -> str:

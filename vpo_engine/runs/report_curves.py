@@ -19,6 +19,7 @@ DIMENSIONS = (
     "factual_consistency",
 )
 _MOST_SERIES = 6
+_LEAST_BASE = 1e-12
 
 
 def chart_section(rows: MetricRows) -> str:
@@ -163,11 +164,11 @@ def _train(rows: MetricRows, name: str, label: str, colour: int) -> Series:
 
 
 def _relative(rows: MetricRows, names: Sequence[str]) -> list[Series]:
-    """Return pixel measures relative to their first value, without those that start at zero."""
+    """Return pixel measures relative to their first value, without those that start at zero, or next to it."""
     series: list[Series] = []
     for name in names:
         points = rows.points("eval", f"held_out/pixels/{name}")
-        if points and points[0][1] > 0 and len(series) < _MOST_SERIES:
+        if points and points[0][1] > _LEAST_BASE and len(series) < _MOST_SERIES:
             first = points[0][1]
             shares = [(x, y / first) for x, y in points]
             series.append(Series(describe(f"pixels/{name}").label.lower(), shares, len(series) + 1))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from vpo_engine.metrics.time_account import sum_rows
 from vpo_engine.runs.charts import Point
-from vpo_engine.runs.log import Row
+from vpo_engine.runs.log_rows import Row
 
 MOST_POINTS = 1000
 """A longer series is thinned, so that the page stays small and quick however long the run was."""

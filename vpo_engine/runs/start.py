@@ -153,6 +153,11 @@ def _root(config: Config, asked: bool) -> Path | None:
     chosen = config.checkpoint.from_
     if isinstance(chosen, Path):
         own = chosen.resolve().parent.parent
+        if not (own / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"checkpoint.from={chosen} is no checkpoint of a run; give its step, or a folder "
+                "RUN_DIRECTORY/checkpoints/step_..."
+            )
         if config.run_dir is not None and config.run_dir.resolve() != own:
             raise ValueError(
                 f"checkpoint.from={chosen} is a checkpoint of the run {own}, but run_dir={config.run_dir}; a run "
