@@ -272,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=int, default=10_000, help="steps of the run, at least 1000 (default: 10000)"
     )
+    parser.add_argument("--model", choices=MODELS, default="sprites", help="default: sprites")
     parser.add_argument(
         "--folder", type=Path, help="a new folder for the run, which is kept; default: one that is not"
     )
