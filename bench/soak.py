@@ -3,7 +3,7 @@
     python bench/soak.py [--steps 10000] [--model sprites] [--folder FOLDER] [--record]
 
 The model is the sprites world at its smallest: a policy of one narrow block, clips of 5 frames of 16 x 16 pixels. With
---model own it is that of examples/own_model.py in videos of 2 frames, whose steps are a third as long. There are two
+--model own it is that of examples/own_model.py in videos of 3 frames, whose steps are a third as long. There are two
 candidates and two sampling steps. All else is switched on as in a real run: prompt files, text embeddings on disk,
 evaluations with a held-out reward and guards, a moving average, the preference dataset with latents, TensorBoard,
 refreshes of the reference, checkpoints in the background, galleries, and the report at the end. The run is stopped by

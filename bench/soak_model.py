@@ -46,7 +46,7 @@ class ShortSprites(Sprites):
 
 
 class Smallest(ToyModel):
-    """The model of examples/own_model.py in videos of 2 frames of 16 x 16 pixels; text embeddings are kept on disk."""
+    """The model of examples/own_model.py in videos of 3 frames of 16 x 16 pixels; text embeddings are kept on disk."""
 
     card = replace(ToyModel.card, name="smallest")
 
@@ -54,7 +54,7 @@ class Smallest(ToyModel):
     def load(cls, settings: ModelConfig, context: LoadContext) -> Self:
         torch.manual_seed(0)
         found = cls(ToyNetwork(), context.text_source(LetterEncoder, "letters of the soak"), context)
-        found.latent_shape = (CHANNELS, 2, 2, 2)
+        found.latent_shape = (CHANNELS, 3, 2, 2)
         return found
 
 
