@@ -207,6 +207,7 @@ def exploited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out.HeldOut, "evaluate", changed)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_resumed(
     smallest: list[str], tmp_path: Path, exploited: None, capsys: pytest.CaptureFixture[str]
@@ -237,6 +238,7 @@ def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_r
     assert (run / "summary.json").is_file()
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_an_alarm_of_a_step_reaches_terminal_log_and_report_and_stops_the_run(
     smallest: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -316,9 +318,10 @@ def test_a_motion_floor_keeps_still_videos_from_winning(small: Make, monkeypatch
     assert "guards/still" not in free.metrics
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
-    small: Make, monkeypatch: pytest.MonkeyPatch
+    small: Make, small_policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vpo_engine.rewards.sprites import SpritesReward
 
@@ -330,4 +333,4 @@ def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
     monkeypatch.setattr(SpritesReward, "score", constant)
     rare = ("evaluation.every=null", "checkpoint.every=null")
     with pytest.raises(ValueError, match=r"every pair of the last 20 steps .* was a tie"):
-        train(small("steps=30", "pairs_per_step=1", *rare))
+        train(small(small_policy, "steps=30", "pairs_per_step=1", *rare))

@@ -8,7 +8,9 @@ from __future__ import annotations
 try:
     import vpo_kernels._native as extension
 except ModuleNotFoundError as error:
-    raise ImportError("it was not built, for want of a C++ compiler or Python's headers") from error
+    raise ImportError(
+        "this installation is without it: it was built for every machine, or without a C++ compiler or Python's headers"
+    ) from error
 except ImportError as error:
     raise ImportError(f"its extension does not load: {error}") from error
 

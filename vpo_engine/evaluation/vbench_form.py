@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vpo_engine.evaluation.output import write_text
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.vbench.arithmetic import RANGES, quality_score
 
 
@@ -63,7 +63,7 @@ def write_vbench_results(folder: Path, results: Mapping[str, Any]) -> list[Path]
         if content:
             folder.mkdir(exist_ok=True)
             file = folder / f"{role}_eval_results.json"
-            write_text(file, json.dumps(content, indent=4, ensure_ascii=False))
+            write_whole(file, json.dumps(content, indent=4, ensure_ascii=False))
             archives.append(folder / f"{role}.zip")
             with zipfile.ZipFile(archives[-1], "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.write(file, file.name)

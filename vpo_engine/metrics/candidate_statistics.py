@@ -169,7 +169,7 @@ def moments(
     count, prompts = summed[0, -2:].tolist()
     if not count:
         return {}
-    found = {}
+    found: dict[str, float] = {}
     for column, name in enumerate(names):
         total, squares, of_prompts, weighted = summed[:, column].tolist()
         mean = total / count

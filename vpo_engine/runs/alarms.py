@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.measures import describe
 from vpo_engine.runs.charts import Chart, Series, line_chart
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.readable import readable
 from vpo_engine.runs.report_rows import MetricRows
+from vpo_engine.texts import parse_json, read_text
 
 _TITLES = {
     "prompt": "The reward does not read prompts",
@@ -30,9 +32,7 @@ def write_alarms(run: RunDirectory, alarms: Sequence[Mapping[str, Any]]) -> None
     An alarm of the watch has also "metric", the number of the log that raised it, and "limit", up to which it is
     tolerated; others have "" and null there.
     """
-    unfinished = run.alarms.with_name(f".{run.alarms.name}.tmp")
-    unfinished.write_text("".join(json.dumps(alarm) + "\n" for alarm in alarms), encoding="utf-8")
-    unfinished.replace(run.alarms)
+    write_whole(run.alarms, "".join(json.dumps(alarm) + "\n" for alarm in alarms))
 
 
 def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
@@ -40,15 +40,20 @@ def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
     if not run.alarms.is_file():
         return None
     with readable(run.alarms, "remove it for a report without alarms"):
-        lines = run.alarms.read_text(encoding="utf-8").split("\n")
-        alarms = [json.loads(line) for line in lines if line]
-        return [_read(each) for each in alarms]
+        lines = read_text(run.alarms).split("\n")
+        return [_read(parse_json(line)) for line in lines if line]
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _read(alarm: Mapping[str, Any]) -> dict[str, Any]:
-    found = {"step": int(alarm["step"]), "kind": alarm["kind"], "text": alarm["text"]}
+    found = {"step": int(alarm["step"]), "kind": _text(alarm["kind"]), "text": _text(alarm["text"])}
     if alarm.get("metric"):
-        found |= {"metric": str(alarm["metric"]), "limit": float(alarm["limit"])}
+        found |= {"metric": _text(alarm["metric"]), "limit": float(alarm["limit"])}
     return found
 
 

@@ -1,0 +1,140 @@
+"""What a release is made of: the files in its wheels, the list of shipped parameters, one version everywhere."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import vpo_engine
+from tools import sbom, wheels
+
+ROOT = Path(__file__).parents[1]
+ENGINE_METADATA = (
+    *("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE"),
+    "licenses/vpo_engine/rewards/builtin_data/LICENSES.txt",
+    "sboms/vpo-engine.cdx.json",
+)
+
+
+def wheel(folder: Path, name: str, files: set[str]) -> Path:
+    """Write a wheel of empty files."""
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        for each in sorted(files):
+            archive.writestr(each, "")
+    return folder / name
+
+
+def engine_wheel() -> set[str]:
+    return set(wheels.engine_files()) | {f"vpo_engine-1.dist-info/{each}" for each in ENGINE_METADATA}
+
+
+def kernels_wheel() -> set[str]:
+    return set(wheels.kernel_files()) | {f"vpo_kernels-1.dist-info/{each}" for each in ENGINE_METADATA[:6]}
+
+
+def test_wheels_hold_exactly_their_package(tmp_path: Path) -> None:
+    wheels.check_contents(wheel(tmp_path, "vpo_engine-1-py3-none-any.whl", engine_wheel()))
+    wheels.check_contents(wheel(tmp_path, "vpo_kernels-1-py3-none-any.whl", kernels_wheel()))
+    native = kernels_wheel() | {"vpo_kernels/_native.abi3.so"}
+    wheels.check_contents(wheel(tmp_path, "vpo_kernels-1-cp312-abi3-manylinux_2_28_x86_64.whl", native))
+    assert {"vpo_engine/configs/sprites.yaml", "vpo_engine/train.py"} <= engine_wheel()
+
+
+@pytest.mark.parametrize(
+    ("more", "less", "said"),
+    [
+        ("tests/test_cli.py", "", "should not hold"),
+        ("tools/wheels.py", "", "should not hold"),
+        ("vpo_kernels/__init__.py", "", "should not hold"),
+        ("vpo_engine/__pycache__/cli.cpython-311.pyc", "", "should not hold"),
+        ("", "vpo_engine/rewards/builtin_data/parameters.safetensors", "lacks"),
+        ("", "vpo_engine-1.dist-info/licenses/NOTICE", "lacks licenses/NOTICE"),
+        ("", "vpo_engine-1.dist-info/sboms/vpo-engine.cdx.json", "lacks sboms"),
+    ],
+)
+def test_a_file_too_many_or_too_few_in_a_wheel_is_named(
+    more: str, less: str, said: str, tmp_path: Path
+) -> None:
+    files = (engine_wheel() | {more} - {""}) - {less}
+    with pytest.raises(ValueError, match=said) as caught:
+        wheels.check_contents(wheel(tmp_path, "vpo_engine-1-py3-none-any.whl", files))
+    assert (more or Path(less).name) in str(caught.value)
+
+
+def test_a_wheel_for_one_platform_has_the_kernels_in_cpp_and_the_one_for_all_has_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds 0 C\+\+ extensions.*compiler"):
+        wheels.check_contents(wheel(tmp_path, "vpo_kernels-1-cp311-cp311-linux_x86_64.whl", kernels_wheel()))
+    stale = kernels_wheel() | {"vpo_kernels/_native.cpython-311-x86_64-linux-gnu.so"}
+    with pytest.raises(ValueError, match=r"holds 1 C\+\+ extensions"):
+        wheels.check_contents(wheel(tmp_path, "vpo_kernels-1-py3-none-any.whl", stale))
+
+
+def test_files_of_other_kinds_do_not_slip_into_a_package(tmp_path: Path) -> None:
+    (tmp_path / "__pycache__").mkdir()
+    for name in ("code.py", "_native.so", ".hidden", "__pycache__/code.pyc"):
+        (tmp_path / name).touch()
+    assert [file.name for file in wheels.package_files(tmp_path)] == ["code.py"]
+    (tmp_path / "code.py.orig").touch()
+    with pytest.raises(ValueError, match=r"code\.py\.orig would be in the wheel.*remove it"):
+        list(wheels.package_files(tmp_path))
+
+
+def test_the_list_of_shipped_parameters_agrees_with_the_files_and_with_notice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sbom.main([]) == 0, capsys.readouterr().err
+    others = {name for name in sbom.listed_files() if sbom.origin(name).sources}
+    assert others == {
+        "vpo_engine/rewards/builtin_data/parameters.safetensors",
+        "vpo_engine/evaluation/vbench_prompts.json",
+    }
+
+
+@pytest.mark.parametrize("case", ["new weights", "changed weights", "removed weights", "notice"])
+def test_the_list_notices(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = wheels.engine_files()
+    name = "vpo_engine/data/sprites/weights/reward.safetensors"
+    changed = tmp_path / "changed.safetensors"
+    content = bytearray(files[name].read_bytes())
+    content[-1] ^= 1
+    changed.write_bytes(content)
+    expected = name
+    if case == "new weights":
+        expected = "vpo_engine/data/sprites/weights/new.safetensors"
+        files[expected] = changed
+    elif case == "changed weights":
+        files[name] = changed
+    elif case == "removed weights":
+        del files[name]
+    else:
+        expected = "scikit-video"
+        for each in ("NOTICE", "pyproject.toml"):
+            text = (ROOT / each).read_text(encoding="utf-8")
+            (tmp_path / each).write_text(text.replace(expected, "another package"), encoding="utf-8")
+        monkeypatch.setattr(sbom, "ROOT", tmp_path)
+    monkeypatch.setattr(sbom, "engine_files", lambda: files)
+    assert sbom.main([]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert expected in said
+
+
+def test_one_version_everywhere() -> None:
+    projects = [
+        tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        for folder in ("", "kernels")
+    ]
+    (version,) = {project["version"] for project in projects}
+    assert vpo_engine.__version__ == version
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d[^\]]*)\]", changes, re.MULTILINE)
+    assert released[0] == version
