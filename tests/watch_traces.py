@@ -78,7 +78,8 @@ FAULTS: dict[str, tuple[Callable[[OnlineVPO], None], str]] = {
     # name: what is planted, and the statistic that the extra score "motion" holds
     "beta": (higher_beta(100), "motion"),
     "rate": (higher_rate(20), "motion"),
-    "shortcut": (all_of(higher_rate(4), higher_beta(0.1)), "motion"),
+    "bold": (all_of(higher_rate(4), higher_beta(0.1)), "motion"),
+    "offline": (higher_rate(4), "motion"),
     "still": (all_of(higher_rate(4), choose_by(lambda scores: -scores["motion"])), "motion"),
     "colour": (all_of(higher_rate(4), choose_by(lambda scores: scores["motion"])), "saturation"),
     "blind": (
@@ -86,6 +87,13 @@ FAULTS: dict[str, tuple[Callable[[OnlineVPO], None], str]] = {
         "motion",
     ),
 }
+
+
+OWN = {
+    "bold": ("reference.refresh_every=null",),
+    "offline": ("reference.refresh_every=null", "rollout.source=reference"),
+}
+"""Settings of single runs."""
 
 
 def run(name: str, folder: Path) -> None:
@@ -102,7 +110,7 @@ def run(name: str, folder: Path) -> None:
 
         OnlineVPO.step = planted  # type: ignore[method-assign]
     with TemporaryDirectory() as made:
-        own = ["reference.refresh_every=null"] if name == "shortcut" else []
+        own = OWN.get(name, ())
         assert main([*HONEST.get(name, SHORT), *own, f"run_dir={made}/run"]) == 0
         rows = read_metrics(Path(made) / "run/metrics.jsonl")
     left_out = ("seconds/", "speed/", "reference/", "memory/", "held_out/")

@@ -77,7 +77,7 @@ class Synthetic:
                 f"watch/se/reward/{name}": 0.008,
             }
         scale = 0.15
-        row["saturated"] = sum(self._random.random() < 0.01 * age for _ in range(pairs)) / pairs
+        row["sigmoid_saturation"] = max(0.0, self._about(0.05 * age, 0.08)) if age else 0.0
         row |= {"reference_winner_error": scale, "reference_loser_error": scale}
         row |= {
             "winner_error_change": self._about(0.0, 0.001) if age else 0.0,
@@ -111,7 +111,7 @@ def towards(change: float, steps: float) -> Callable[[int], float]:
 
 # UniRL issues 411 and 418 give the means, .02 to .35 for what does not see the prompt and .11 to .06 for what does, and
 # noise at rollout 20; the spread of single videos and the shape of the curves are ours.
-UNIRL = {"reward/blind": towards(0.33, 6), "reward/reading": towards(-0.05, 6)}
+UNIRL = {"reward/blind": towards(0.33, 4), "reward/reading": towards(-0.05, 4)}
 ONSET = 12
 
 
@@ -124,7 +124,7 @@ ONSET = 12
             "videos of different prompts have become alike",
             {"watch/prompt_share": towards(-0.4, 1)},
         ),
-        ("saturation", "lower objective.beta=250", {"saturated": lambda since: 0.45}),
+        ("saturation", "Lower objective.beta=250", {"sigmoid_saturation": lambda since: 0.9}),
         (
             "shortcut",
             "lower optimizer.lr=0.0001",
@@ -184,7 +184,7 @@ def test_honest_runs_of_ten_thousand_steps_raise_no_alarm(seed: int) -> None:
 
 def test_a_resumed_watch_goes_on_as_if_never_stopped() -> None:
     """The state goes through JSON, as a checkpoint's does."""
-    rows = synthetic(6, 20, **UNIRL, saturated=lambda since: 0.45)
+    rows = synthetic(6, 20, **UNIRL, sigmoid_saturation=lambda since: 0.9)
     whole = monitor_of(rows)
     expected = [whole.step(row["step"], row) for row in rows[1:]]
     assert {alarm.kind for _, alarms in expected for alarm in alarms} == {"prompt_blind", "saturation"}
@@ -200,7 +200,7 @@ def test_a_resumed_watch_goes_on_as_if_never_stopped() -> None:
 def test_a_checkpoint_from_before_the_watch_is_taken_up() -> None:
     monitor = monitor_of([])
     monitor.load({"observations": [], "alarms": [{"step": 3, "kind": "style", "text": "an old one"}]})
-    rows = synthetic(ONSET, ONSET + 8, saturated=lambda since: 0.45)
+    rows = synthetic(ONSET, ONSET + 8, sigmoid_saturation=lambda since: 0.9)
     assert [alarm.kind for row in rows[1:] for alarm in monitor.step(row["step"], row)[1]] == ["saturation"]
     assert monitor.alarms[0].text == "an old one"
 

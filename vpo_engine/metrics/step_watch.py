@@ -26,8 +26,11 @@ LOOKS = ("brightness", "contrast", "saturation", "sharpness")
 LEAST_LOOK = 0.5
 """Least standard deviation of a look that counts as one, in levels; rounding to bytes can cause as much."""
 
-SATURATED_TOLERATED = 0.25
-"""Tolerated share of samples whose gradient has next to no weight."""
+SATURATION_TOLERATED, SATURATION_EXPECTED = 0.75, 0.5
+"""Tolerated saturation of the log-sigmoid, and one that is normal before a refresh. 0.75 is that of margins of 2, where
+a pair's gradient has an eighth of the weight that it could have, or nearly all of it."""
+_SATURATION_DEVIATION = 0.43
+"""Largest standard deviation of numbers from 0 to 1 whose mean is 0.75."""
 SHORTCUT_TOLERATED = 0.05
 """Tolerated rise of the winners' error over the reference's between two refreshes, as a share of it."""
 MOTION_TOLERATED = 0.15
@@ -82,7 +85,7 @@ class StepWatch:
         self._share = Drift(SHARE_TOLERATED, "-", relative=True)
         self._scores: dict[str, Normal] = {}
         self._exploited = Cusum(SCORE_TOLERATED)
-        self._saturated = Cusum(SATURATED_TOLERATED, SATURATED_TOLERATED / 2)
+        self._saturation = Cusum(SATURATION_TOLERATED, SATURATION_EXPECTED)
         self._shortcut = Cusum(SHORTCUT_TOLERATED)
         self._read: frozenset[str] = frozenset()
 
@@ -108,20 +111,23 @@ class StepWatch:
     # --- one for each kind -------------------------------------------------------------------------------------
 
     def _watch_saturation(self, step: int, row: Mapping[str, float]) -> _Found:
-        if "saturated" not in row:
+        if "sigmoid_saturation" not in row:
             return "saturation", None, None
-        share = row["saturated"]
-        error = (SATURATED_TOLERATED * (1 - SATURATED_TOLERATED) / row["pairs"]) ** 0.5
-        level = self._saturated(step, share, error)
+        level = self._saturation(step, row["sigmoid_saturation"], _SATURATION_DEVIATION / row["pairs"] ** 0.5)
         if level < 1:
             return "saturation", level, None
         text = (
-            f"{share:.0%} of the pairs have next to no gradient (log-sigmoid saturated, weight below 0.05), mostly "
-            f"above {SATURATED_TOLERATED:.0%} since step {self._saturated.since}: lower "
-            f"objective.beta={self._config.objective.beta:g}, or refresh sooner ({self._refreshes}), so that margins "
-            "stay small enough to learn from"
+            f"the log-sigmoid is saturated (by {row['sigmoid_saturation']:.0%}, mostly above "
+            f"{SATURATION_TOLERATED:.0%} since step {self._saturation.since}): right pairs teach nothing more, and "
+            "wrong ones pull with full weight however wrong they are. Lower "
+            f"objective.beta={self._config.objective.beta:g}, lower optimizer.lr={self._config.optimizer.lr:g}, or "
+            f"refresh sooner ({self._refreshes}), so that margins stay small enough to learn from"
         )
-        return "saturation", level, Alarm(step, "saturation", text, "saturated", SATURATED_TOLERATED)
+        return (
+            "saturation",
+            level,
+            Alarm(step, "saturation", text, "sigmoid_saturation", SATURATION_TOLERATED),
+        )
 
     def _watch_shortcut(self, step: int, row: Mapping[str, float]) -> _Found:
         if "watch/se/winner_error_change" not in row or not row["reference_winner_error"]:
@@ -243,7 +249,7 @@ class StepWatch:
             "share": self._share.state(),
             "scores": {name: normal.seen for name, normal in self._scores.items()},
             "exploited": self._exploited.state(),
-            "saturated": self._saturated.state(),
+            "saturation": self._saturation.state(),
             "shortcut": self._shortcut.state(),
             "reads": sorted(self._read),
         }
@@ -253,7 +259,7 @@ class StepWatch:
         self._read = frozenset(state["reads"])
         self._motion.load(state["motion"])
         self._share.load(state["share"])
-        self._saturated.load(state["saturated"])
+        self._saturation.load(state["saturation"])
         self._shortcut.load(state["shortcut"])
         for name, drift in self._looks.items():
             if name in state["looks"]:
