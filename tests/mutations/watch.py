@@ -62,8 +62,20 @@ MUTATIONS = [
         'Drift(SHARE_TOLERATED, "+-",',
         REPLAYS,
     ),
-    ("looks change downwards unseen", WATCH, 'Drift(bound / 2, "+-",', 'Drift(bound / 2, "+",', REPLAYS),
-    ("looks change upwards unseen", WATCH, 'Drift(bound / 2, "+-",', 'Drift(bound / 2, "-",', REPLAYS),
+    (
+        "looks change downwards unseen",
+        WATCH,
+        'Drift(LOOK_TOLERATED * bound, "+-",',
+        'Drift(LOOK_TOLERATED * bound, "+",',
+        REPLAYS,
+    ),
+    (
+        "looks change upwards unseen",
+        WATCH,
+        'Drift(LOOK_TOLERATED * bound, "+-",',
+        'Drift(LOOK_TOLERATED * bound, "-",',
+        REPLAYS,
+    ),
     ("the sum of scores is not restored", WATCH, 'self._exploited.load(state["exploited"])', "", REPLAYS),
     (
         "the sum of saturation is not restored",

@@ -23,6 +23,8 @@ _READ_PROMPTS = (
 
 AlarmKind = Literal["prompt", "divergence", "style", "saturation", "shortcut", "motion", "prompt_blind"]
 LOOKS = ("brightness", "contrast", "saturation", "sharpness")
+LOOK_TOLERATED = 0.75
+"""Tolerated change of a look, as a share of guards.style_bound."""
 LEAST_LOOK = 0.5
 """Least standard deviation of a look that counts as one, in levels; rounding to bytes can cause as much."""
 
@@ -79,7 +81,9 @@ class StepWatch:
         self._refreshes = f"{section}.refresh_every={'null' if every is None else every}"
         bound = config.guards.style_bound
         self._looks = (
-            {} if bound is None else {name: Drift(bound / 2, "+-", False, LEAST_LOOK) for name in LOOKS}
+            {}
+            if bound is None
+            else {name: Drift(LOOK_TOLERATED * bound, "+-", False, LEAST_LOOK) for name in LOOKS}
         )
         self._motion = Drift(MOTION_TOLERATED, "-", relative=True)
         self._share = Drift(SHARE_TOLERATED, "-", relative=True)
@@ -235,7 +239,7 @@ class StepWatch:
             f"from the first steps' candidates since about step {drift.since}. If the prompts do not ask for it, "
             f"the reward pays for a look: look at the clips, lower optimizer.lr={self._config.optimizer.lr:g}, "
             "and give other dimensions more weight in reward.dimensions; if they do, raise guards.style_bound="
-            f"{self._config.guards.style_bound:g}, half of which is tolerated"
+            f"{self._config.guards.style_bound:g}, three quarters of which are tolerated"
         )
         return "style", levels[name], Alarm(step, "style", text, f"watch/{name}", drift.limit())
 
