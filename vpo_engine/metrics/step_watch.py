@@ -35,9 +35,10 @@ _SATURATION_DEVIATION = 0.43
 """Largest standard deviation of numbers from 0 to 1 whose mean is 0.75."""
 SHORTCUT_TOLERATED = 0.05
 """Tolerated rise of the winners' error over the reference's between two refreshes, as a share of it."""
-MOTION_TOLERATED = 0.15
-"""Tolerated fall of the candidates' mean motion, as a share of what it was: half of the fall that OnlineVPO's own table
-shows for a reward that favours still videos (dynamic degree 55.6 to 39.4)."""
+MOTION_TOLERATED = 0.25
+"""Tolerated fall of the candidates' mean motion, as a share of what it was. Honest runs of the sprites world, which
+remove jitter, lose 10 to 15 %; with a reward that favours still videos OnlineVPO's table shows 29 % (dynamic degree
+55.6 to 39.4)."""
 SHARE_TOLERATED = 0.3
 """Tolerated fall of the prompt's share of the candidates' variance, as a share of what it was."""
 SCORE_TOLERATED = 0.2
