@@ -149,8 +149,8 @@ RENDERED: dict[str, Callable[[int, torch.Generator], tuple[Tensor, list[str]]]] 
     "rendered_unread": lambda since, random: _rendered(random, unread=min(1.0, 0.12 * since)),
     "rendered_honest": lambda since, random: _rendered(random),
 }
-"""Candidates that code renders, with damage that grows with the steps since PLANTED, scored by the real reward. Training
-takes longer than a test's patience to make some failures; what it ends in is known."""
+"""Candidates that code renders, with damage that grows with the steps since PLANTED, scored by the real reward.
+Training takes too long to make some failures; what it ends in is known."""
 PROMPTS, EACH, RENDERED_STEPS = 16, 4, 20
 
 
