@@ -19,6 +19,17 @@ from vpo_engine.rewards.guards import Shuffled
 DATA = Path(__file__).parents[1] / "data/watch"
 SOON = 5
 """An alarm comes within so many rollouts of the onset."""
+HONEST = ["honest_1", "bold"]
+"""Recorded runs that go well: of the recipe, and with four times the rate and a tenth of beta from step 9 on."""
+WRONG: list[tuple[str, int, str, set[str]]] = [
+    # name, onset, the alarm, and others that are right too
+    (
+        "rate",
+        12,
+        "saturation",
+        set(),
+    ),  # twenty times the rate from step 9 on: the loss stays above 1 from step 12 on
+]
 Row = dict[str, Any]
 Alarms = list[Alarm]
 
@@ -170,6 +181,20 @@ def test_each_failure_raises_its_own_alarm_soon_and_no_other(
 )
 def test_what_is_no_failure_raises_no_alarm(changes: dict[str, Callable[[int], float]]) -> None:
     assert replay(synthetic(ONSET, 40, **changes)) == []
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_recorded_runs_that_go_well_raise_no_alarm(name: str) -> None:
+    assert replay(recorded(name)) == []
+
+
+@pytest.mark.parametrize(("name", "onset", "kind", "beside"), WRONG)
+def test_recorded_runs_that_go_wrong_raise_their_alarm_soon(
+    name: str, onset: int, kind: str, beside: set[str]
+) -> None:
+    alarms = replay(recorded(name))
+    assert onset <= first_of(alarms, kind).step <= onset + SOON
+    assert {alarm.kind for alarm in alarms} <= {kind, *beside}
 
 
 def test_an_honest_run_of_thousands_of_steps_raises_no_alarm() -> None:

@@ -31,8 +31,8 @@ LEAST_LOOK = 0.5
 SATURATION_TOLERATED, SATURATION_EXPECTED = 0.75, 0.5
 """Tolerated saturation of the log-sigmoid, and one that is normal before a refresh. 0.75 is that of margins of 2, where
 a pair's gradient has an eighth of the weight that it could have, or nearly all of it."""
-_SATURATION_DEVIATION = 0.43
-"""Largest standard deviation of numbers from 0 to 1 whose mean is 0.75."""
+_SATURATION_DEVIATION = 0.29
+"""Standard deviation of numbers that are spread evenly from 0 to 1, as the saturations of single pairs about are."""
 SHORTCUT_TOLERATED = 0.05
 """Tolerated rise of the winners' error over the reference's between two refreshes, as a share of it."""
 MOTION_TOLERATED = 0.25
