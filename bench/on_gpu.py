@@ -50,7 +50,7 @@ TAIL = 6000
 
 @dataclass
 class Result:
-    """What became of a check.
+    """The outcome of a check.
 
     code: exit code, negative for a signal; None if it did not end by itself. output: its last ``TAIL`` characters.
     rows: as ``rows.Row`` is written to a line of bench/results.

@@ -22,7 +22,7 @@ from vpo_engine.planning.extrapolate import DEEPER, SHALLOW
 from vpo_engine.planning.gpu_rules import as_on_gpu
 from vpo_engine.planning.parts import Assumed, blueprint_of, configured_depth, materialise_model
 from vpo_engine.planning.repeats import repeated_steps
-from vpo_engine.planning.trace import HostCopies, without_collections
+from vpo_engine.planning.stand_ins import HostCopies, without_collections
 from vpo_engine.planning.tracker import Tracker
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference

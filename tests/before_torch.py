@@ -25,7 +25,7 @@ print(json.dumps(said))
 
 
 class Said(NamedTuple):
-    """What a call returned and printed, and which heavy modules were there after it."""
+    """The result and the output of a call, and the heavy modules that were there after it."""
 
     code: Any
     out: str

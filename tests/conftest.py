@@ -20,6 +20,7 @@ sys.path.insert(
 )  # as pytest does for the benchmarks themselves
 
 import pytest
+from small_policy import write_small_policy
 from smallest_run import SMALL
 
 from vpo_engine.config import Config
@@ -75,6 +76,18 @@ def smallest() -> list[str]:
     """The overrides that make the sprites run one of seconds."""
     measure_quickly()
     return list(SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The setting that makes a run one of a policy with few, random weights, which takes a fraction of the time."""
+    return write_small_policy(tmp_path_factory.mktemp("small_policy") / "policy")
+
+
+@pytest.fixture
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs begin without a plan, which takes seconds for every new configuration."""
+    monkeypatch.setattr("vpo_engine.training.check_fits", lambda config, *_: (config, ""))
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +26,13 @@ def power_cut(after: int) -> Iterator[None]:
         patch.setattr(OnlineVPO, "step", dies)
         with pytest.raises(RuntimeError, match="power cut"):
             yield
+
+
+def copy_cut(run: Path, copy: Path, step: int) -> None:
+    """Copy a run as if it had died after the checkpoint of ``step``: with rows that it wrote later, and nothing that it
+    saved later."""
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+    (copy / "summary.json").unlink()

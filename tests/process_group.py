@@ -54,11 +54,15 @@ def _member(
     function: Callable[..., int | None],
     arguments: Any,
 ) -> None:
+    from vpo_engine import trainer, training  # which the server has imported
+
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(threads)
+    training.check_fits = lambda config, *_: (config, "")
+    trainer.matrix_rate = functools.partial(trainer.matrix_rate, seconds=0.03)
     sys.exit(function(*arguments))
 
 
@@ -68,6 +72,8 @@ LAST_WORDS = 20.0
 
 class Group:
     """Processes that call ``function(*arguments)``, started in a group as torchrun starts them, or one alone.
+
+    A run in them is not planned, and the device is measured for a moment only: both take seconds in each process.
 
     Their store is here, as it is in torchrun's agent: it listens at a port that the system chose for it, so that no
     other group can take the port between the choice and the use.

@@ -117,8 +117,9 @@ def _error_change(algorithm: OnlineVPO, pair: Pair, side: str, time: Tensor) -> 
     return error(model.network) - error(algorithm.reference)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
-def test_the_reference_of_a_run_is_moved_by_its_share(tmp_path: Path) -> None:
+def test_the_reference_of_a_run_is_moved_by_its_share(small_policy: str, tmp_path: Path) -> None:
     """After one step the policies are equal, and the soft reference lies half-way from the first to the refreshed."""
     found = {}
     for name, words in {
@@ -126,7 +127,8 @@ def test_the_reference_of_a_run_is_moved_by_its_share(tmp_path: Path) -> None:
         "soft": ["reference.refresh_every=1", "reference.refresh_share=0.5"],
         "hard": ["reference.refresh_every=1"],
     }.items():
-        run = [*SMALL, "steps=1", "evaluation.every=null", f"run_dir={tmp_path / name}", *words]
+        shared = [*SMALL, small_policy, "steps=1", "evaluation.every=null"]
+        run = [*shared, f"run_dir={tmp_path / name}", *words]
         assert train(load_config(None, run)) == 0
         saved = tmp_path / name / "checkpoints" / "step_00000001" / "reference.safetensors"
         found[name] = safetensors.torch.load_file(saved)

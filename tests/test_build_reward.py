@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vpo_engine import train as entry
-from vpo_engine.build import build_reward
+from vpo_engine.build import blind_reward_note, build_reward
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.rewards import registry
@@ -28,6 +28,17 @@ def test_sprites_and_builtin_come_with_the_package(small: Make) -> None:
     )
     assert isinstance(reward, Builtin)
     assert reward.frames == 3
+
+
+def test_a_run_in_which_nothing_reads_the_prompt_is_told_so(small: Make) -> None:
+    assert blind_reward_note(small()) is None
+    blind = "reward.kind=builtin", "reward.dimensions=global"
+    note = blind_reward_note(small(*blind))
+    assert note is not None
+    assert "reward.kind=builtin does not read the prompt" in note
+    assert "(guards.reward.kind, for example clip)" in note
+    assert blind_reward_note(small(*blind, "guards.reward.kind=brisque")) == note
+    assert blind_reward_note(small(*blind, "guards.reward.kind=sprites")) is None
 
 
 def test_everything_a_scorer_needs_reaches_it(

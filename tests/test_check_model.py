@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from tiny_pipelines import FOLDERS
 from torch import Tensor
 
 from vpo_engine import check_model
+from vpo_engine.model_checks import pipeline as pipeline_checks
+from vpo_engine.model_checks.record import Recording, Sampling
 from vpo_engine.model_checks.table import Row
 from vpo_engine.models.cogvideox.model import CogVideoX
 from vpo_engine.models.diffusers_model import DiffusersModel
@@ -131,6 +134,24 @@ MUTATIONS: list[tuple[str, str, dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def remembered() -> tuple[Callable[..., Any], Callable[..., Recording]]:
+    """Load the pipeline of a folder once, and let it sample the same once: neither depends on the description."""
+    run, kept = pipeline_checks.run_pipeline, dict[str, Recording]()
+
+    def run_once(pipeline: Any, settings: Sampling, **asked: Any) -> Recording:
+        if asked.get("oracle") is not None:
+            return run(pipeline, settings, **asked)
+        latents = asked.get("latents")
+        shown = None if latents is None else latents.numpy().tobytes()
+        key = repr((id(pipeline), replace(settings, more=settings.more()), {**asked, "latents": shown}))
+        if key not in kept:
+            kept[key] = run(pipeline, settings, **asked)
+        return kept[key]
+
+    return functools.cache(pipeline_checks._load), run_once
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "entry"),
     [(kind, change, entry) for kind, _, change, entry in MUTATIONS],
@@ -142,8 +163,11 @@ def test_each_wrong_entry_is_named(
     kind: str,
     change: dict[str, Any],
     entry: str,
+    remembered: tuple[Callable[..., Any], Callable[..., Recording]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name, function in zip(("_load", "run_pipeline"), remembered, strict=True):
+        monkeypatch.setattr(pipeline_checks, name, function)
     family = FAMILIES[kind]
     changed = dict(change)
     for name in ("facts", "card"):

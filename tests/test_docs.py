@@ -1,20 +1,25 @@
-"""The documents point to what exists: links of all pages, and the files that the tour of the code names."""
+"""The documents point to what exists: links of all pages, the files that the tour of the code names, and the site."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import vpo_kernels
+import yaml
+from doc_pages import PAGES, ROOT
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+from vpo_engine.cli import COMMANDS
+
+DOCS = ROOT / "docs"
 TOUR = ROOT / "docs" / "architecture.md"
 FOLDERS = [ROOT, ROOT / "vpo_engine", ROOT / "kernels", ROOT / "tests"]
 """The folders from which paths in the tables of the tour are written."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_relative_link_points_to_a_file(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     files = [target.partition("#")[0] for target in targets if "://" not in target]
@@ -36,6 +41,64 @@ def test_the_page_of_a_new_model_followed_word_by_word_gives_its_file() -> None:
     lines, own = ([line for line in text.splitlines() if line] for text in (written, file))
     assert lines == own
     assert len(file.splitlines()) < 150
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """The navigation names each page of docs/ once, and no other."""
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = sorted(_leaves(settings["nav"]))
+    assert listed == sorted(page.relative_to(DOCS).as_posix() for page in PAGES if page.is_relative_to(DOCS))
+
+
+def test_the_reference_has_every_command_and_every_function_of_the_kernels() -> None:
+    helps = re.findall(
+        r"^<!-- help: ([\w-]+) -->$", (DOCS / "reference/commands.md").read_text(), re.MULTILINE
+    )
+    named = re.findall(r"^::: vpo_kernels\.(\w+)$", (DOCS / "reference/kernels.md").read_text(), re.MULTILINE)
+    assert helps == ["vpo", *COMMANDS]
+    assert sorted(named) == sorted(vpo_kernels.__all__)
+
+
+def test_parameters_in_a_docstring_become_a_list() -> None:
+    listed = pytest.importorskip("tools.docs_parameters").listed
+    text = "Compute the loss.\n\nbeta: half of it. mask, weight: see above;\nbeta_sum: none."
+    expected = (
+        "Compute the loss.\n\n- **beta**: half of it.\n\n- **mask, weight**: see above;\nbeta_sum: none."
+    )
+    assert listed(text, ["beta", "mask", "weight"]) == expected
+
+
+@pytest.mark.long
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    mkdocs = pytest.importorskip("mkdocs.config")
+    build = pytest.importorskip("mkdocs.commands.build")
+    config = mkdocs.load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path))
+    config.plugins.on_startup(command="build", dirty=False)
+    build.build(config)
+    loaded = r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^\s>]*"
+    remote = {found for page in tmp_path.rglob("*.html") for found in re.findall(loaded, page.read_text())}
+    assert {found for found in remote if 'rel="canonical"' not in found} == set()
+    styles = {
+        found for sheet in tmp_path.rglob("*.css") for found in re.findall(r"url\(https?:", sheet.read_text())
+    }
+    assert styles == set()
+    commands = (tmp_path / "reference/commands.html").read_text()
+    assert "torchrun -m vpo_engine.train [CONFIG.yaml]" in commands
+    assert "<!-- help:" not in commands
+    assert "reference_winner" in (tmp_path / "reference/kernels.html").read_text()
+    assert (tmp_path / "source/vpo_engine/models/ltx.py.html").is_file()
+
+
+def _leaves(entries: object) -> Iterator[str]:
+    """Yield the pages of a navigation: a text is one, lists and mappings hold others."""
+    if isinstance(entries, str):
+        yield entries
+    elif isinstance(entries, dict):
+        for value in entries.values():
+            yield from _leaves(value)
+    elif isinstance(entries, list):
+        for entry in entries:
+            yield from _leaves(entry)
 
 
 def _files(code: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora_case import LORA, PROMPT, Make
-from power_cut import power_cut
+from power_cut import copy_cut
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,12 +30,15 @@ EMA = "ema.decay=0.15"
 
 @pytest.fixture(scope="module", params=["adapter", pytest.param("masters", marks=pytest.mark.long)])
 def runs(
-    request: pytest.FixtureRequest, smallest: list[str], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    smallest: list[str],
+    small_policy: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, Path, Path]:
     """A kind of training, with a run without an average and the same with one."""
-    folder = tmp_path_factory.mktemp("ema")
+    folder, shared = tmp_path_factory.mktemp("ema"), [*smallest, small_policy, *KINDS[request.param]]
     for name, settings in (("plain", ()), ("ema", (EMA,))):
-        assert entry.main([*smallest, *KINDS[request.param], *settings, f"run_dir={folder / name}"]) == 0
+        assert entry.main([*shared, *settings, f"run_dir={folder / name}"]) == 0
     return request.param, folder / "plain", folder / "ema"
 
 
@@ -87,10 +90,12 @@ def test_checkpoints_hold_the_average_in_the_policys_layout(runs: tuple[str, Pat
         assert {value.dtype for value in average.values()} == {torch.float32}
 
 
-def test_evaluations_are_those_of_the_average(runs: tuple[str, Path, Path], smallest: list[str]) -> None:
+def test_evaluations_are_those_of_the_average(
+    runs: tuple[str, Path, Path], smallest: list[str], small_policy: str
+) -> None:
     """A model that reads the folder of the average, and evaluates it anew."""
     kind, _, ema = runs
-    config = load_config(None, [*smallest, *KINDS[kind], EMA])
+    config = load_config(None, [*smallest, small_policy, *KINDS[kind], EMA])
     processes = Processes.start("cpu")
     model = build_model(config, processes, lambda _: None)
     reward = build_reward(config, processes.device)
@@ -131,23 +136,20 @@ def test_sample_shows_the_weights_that_were_evaluated(runs: tuple[str, Path, Pat
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    small: Make, tmp_path: Path, kind: str
+    runs: tuple[str, Path, Path], small: Make, small_policy: str, tmp_path: Path
 ) -> None:
-    settings = (*KINDS[kind], EMA)
-    assert entry.train(small(*settings, f"run_dir={tmp_path / 'whole'}")) == 0
-    with power_cut(after=3):
-        entry.train(small(*settings))
-    assert entry.train(small(*settings, "checkpoint.resume=true")) == 0
+    kind, _, whole = runs
+    copy_cut(whole, tmp_path / "run", 2)
+    assert entry.train(small(small_policy, *KINDS[kind], EMA, "checkpoint.resume=true")) == 0
     pattern = "checkpoints/step_00000004/**/*.safetensors"
-    one, other = files(tmp_path / "whole", pattern), files(tmp_path / "run", pattern)
+    one, other = files(whole, pattern), files(tmp_path / "run", pattern)
     assert any("/ema/" in name for name in one)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    found = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
+    found = [read_metrics(run / "metrics.jsonl") for run in (whole, tmp_path / "run")]
     assert [row.get("ema/decay") for row in found[0]] == [row.get("ema/decay") for row in found[1]]
-    assert rows(tmp_path / "whole", "eval") == rows(tmp_path / "run", "eval")
+    assert rows(whole, "eval") == rows(tmp_path / "run", "eval")
 
 
 @pytest.mark.long

@@ -104,7 +104,7 @@ def test_runs_that_cannot_be_read_are_named(a_run: Make, capsys: pytest.CaptureF
     one, two = a_run("one", "seed=1"), a_run("two", "seed=2", selected=0.1)
     assert "only some have: reward/text_alignment" in refused(capsys, one, two)
     (two / "summary.json").write_text('{"measures"')
-    assert f"{two / 'summary.json'} is damaged" in refused(capsys, one, two)
+    assert f"'{two / 'summary.json'}' is damaged" in refused(capsys, one, two)
     (two / "summary.json").unlink()
     assert f"{two} has no summary.json, so the run has not finished" in refused(capsys, one, two)
     assert "there is no run directory at" in refused(capsys, one.parent / "gone")

@@ -228,6 +228,12 @@ class TestFiles:
         assert "has no moving average" in fails(capsys, run, "--ema", "--out", tmp_path / "out")
         newest = run / "checkpoints" / "step_00000004"
         shutil.copytree(run / "checkpoints/step_00000002/policy", newest / "ema")
+        assert "was added after" in fails(capsys, run, "--out", tmp_path / "out")
+        manifest = json.loads((newest / "manifest.json").read_text())
+        earlier = json.loads((newest.with_name("step_00000002") / "manifest.json").read_text())["files"]
+        policy_files = {name: entry for name, entry in earlier.items() if name.startswith("policy/")}
+        manifest["files"] |= {name.replace("policy", "ema", 1): entry for name, entry in policy_files.items()}
+        (newest / "manifest.json").write_text(json.dumps(manifest))
         weights = Path("diffusion_pytorch_model.safetensors")
         average, policy = (load_file(newest / name / weights) for name in ("ema", "policy"))
         for options, expected in ((["--ema"], average), ([], policy)):

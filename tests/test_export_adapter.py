@@ -246,3 +246,21 @@ def test_files_that_are_not_there_or_not_whole(
         save_file({"a": torch.ones(1)}, tmp_path / name)
     with pytest.raises(ValueError, match="holds several adapters"):
         find_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("(a+)+b", "repeats too much to be matched"),
+        ("(.*.*.*.*)x", "repeats too much to be matched"),
+        ("(", "is no regular expression"),
+    ],
+)
+def test_patterns_that_would_be_matched_for_ever(
+    tmp_path: Path, layers: dict[str, tuple[Tensor, Tensor]], pattern: str, words: str
+) -> None:
+    write_peft(tmp_path, layers)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"alpha_pattern": {pattern: 8}}))
+    with pytest.raises(ValueError, match=words):
+        read(tmp_path)

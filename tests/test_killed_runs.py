@@ -44,18 +44,22 @@ def start(folder: Path, arguments: list[str]) -> Group:
 
 
 @pytest.mark.long
-def test_kill_9_and_sigterm_at_ten_random_moments(smallest: list[str], tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
+def test_kill_9_and_sigterm_at_six_random_moments(
+    smallest: list[str], small_policy: str, tmp_path: Path
+) -> None:
+    """In two runs, of which one saves in the background; test_killed_anywhere.py kills at chosen places."""
+    whole, settings = tmp_path / "whole", [*smallest, small_policy, *SETTINGS]
+    Group(tmp_path, 1, int).wait()  # the server has imported the engine
     began = time.monotonic()
-    start(tmp_path, [*smallest, *SETTINGS, f"run_dir={whole}"]).wait()
+    start(tmp_path, [*settings, f"run_dir={whole}"]).wait()
     seconds = time.monotonic() - began
     random.seed(0)
     killed = 0
     for number in range(2):
         run = tmp_path / f"run_{number}"
         background = "true" if number % 2 else "false"
-        arguments = [*smallest, *SETTINGS, f"run_dir={run}", f"checkpoint.background={background}"]
-        for _ in range(5):
+        arguments = [*settings, f"run_dir={run}", f"checkpoint.background={background}"]
+        for _ in range(3):
             process = start(tmp_path, arguments).processes[0]
             time.sleep(random.uniform(0.1, 0.7) * seconds)
             sent = signal.SIGKILL if killed % 2 == 0 else signal.SIGTERM

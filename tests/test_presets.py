@@ -144,11 +144,11 @@ def test_a_resolved_run_is_read_back_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_run_prints_and_saves_what_its_presets_set(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], smallest: list[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], smallest: list[str], small_policy: str
 ) -> None:
     run = tmp_path / "run"
     presets = ["memory.preset=balanced", "rollout.preset=fast", "checkpoint.every=null"]
-    assert train.main([*smallest, *presets, "steps=1", f"run_dir={run}"]) == 0
+    assert train.main([*smallest, small_policy, *presets, "steps=1", f"run_dir={run}"]) == 0
     out = capsys.readouterr().out
     assert "rollout.preset=fast sets cache=0.1\n" in out
     assert re.search(r"memory\.preset=balanced \(step \d of 6 from fast to lean\) sets weights=", out)

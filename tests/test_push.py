@@ -167,3 +167,18 @@ def test_only_a_finished_run_and_a_whole_name_are_taken(tmp_path, hub, capsys):
     assert push.main([str(run.root), "ann/x"]) == 1
     assert "has not finished, so there is no result to publish; resume it first" in capsys.readouterr().err
     assert hub.asked == []
+
+
+def test_what_was_changed_since_it_was_saved_is_not_published(tmp_path, hub, capsys):
+    run = finished(tmp_path / "run", [])
+    file = run.checkpoints / "step_00000003/policy/model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert push.main([str(run.root), "ann/x"]) == 1
+    error = capsys.readouterr().err
+    assert f"'{file}' was altered after it was saved: its SHA-256 is" in error
+    file.write_bytes(content)
+    (file.parent / "notes.txt").write_text("a secret")
+    assert push.main([str(run.root), "ann/x"]) == 1
+    assert "notes.txt' was added after the checkpoint was saved" in capsys.readouterr().err
+    assert hub.asked == []

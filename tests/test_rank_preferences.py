@@ -126,7 +126,9 @@ class TestPreferences:
 
     def test_text_that_is_not_utf8(self, shared: Path, tmp_path: Path) -> None:
         (tmp_path / "p.jsonl").write_bytes(b'\n{"prompt": "caf\xe9"}\n')
-        with pytest.raises(ValueError, match=r"p\.jsonl, line 2: not UTF-8 .*; save the file as UTF-8"):
+        with pytest.raises(
+            ValueError, match=r"p\.jsonl, line 2: byte .* is not UTF-8; save the file as UTF-8"
+        ):
             read_preferences(tmp_path / "p.jsonl", shared)
 
     def test_missing_file(self, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:

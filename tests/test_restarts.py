@@ -58,10 +58,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.long
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on_by_itself(
-    smallest: list[str], tmp_path: Path
+    smallest: list[str], small_policy: str, tmp_path: Path
 ) -> None:
     """Without run_dir: the restarted run finds its directory again. The first attempt dies in step 2."""
-    arguments = [*smallest, *SETTINGS]
+    arguments = [*smallest, small_policy, *SETTINGS]
     code, said = torchrun(tmp_path, arguments)
     assert code == 0, said
     (run,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
@@ -93,9 +93,11 @@ def fail(arguments: list[str], restart: int) -> int:
 
 
 @pytest.mark.long
-def test_a_run_that_fails_in_the_same_way_again_says_so(smallest: list[str], tmp_path: Path) -> None:
+def test_a_run_that_fails_in_the_same_way_again_says_so(
+    smallest: list[str], small_policy: str, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    arguments = [*smallest, *SETTINGS, f"run_dir={run}"]
+    arguments = [*smallest, small_policy, *SETTINGS, f"run_dir={run}"]
     Group(tmp_path, 2, fail, arguments, 0).wait(expected=1)
     said = Group(tmp_path, 2, fail, arguments, 1).wait(expected=1)
     assert (

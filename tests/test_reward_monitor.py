@@ -207,6 +207,7 @@ def exploited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out.HeldOut, "evaluate", changed)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_resumed(
     smallest: list[str], tmp_path: Path, exploited: None, capsys: pytest.CaptureFixture[str]
@@ -235,6 +236,35 @@ def test_alarms_reach_log_terminal_and_report_and_stop_a_run_that_goes_on_when_r
     assert "ALARM" not in capsys.readouterr().err
     assert [json.loads(line)["kind"] for line in (run / "alarms.jsonl").read_text().splitlines()] == kinds
     assert (run / "summary.json").is_file()
+
+
+@pytest.mark.usefixtures("unplanned")
+@pytest.mark.long
+def test_an_alarm_of_a_step_reaches_terminal_log_and_report_and_stops_the_run(
+    smallest: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first sample of the second step counts as saturated, and one step is enough."""
+    monkeypatch.setattr("vpo_engine.objectives.dpo.SATURATED", 2.0)
+    monkeypatch.setattr("vpo_engine.metrics.cusum.threshold", lambda clearance: 1e-3)
+    run = tmp_path / "run"
+    rare = ("evaluation.every=null", "checkpoint.every=null", "guards.on_alarm=stop")
+    assert entry.main([*smallest, *rare, f"run_dir={run}"]) == 1
+    assert (
+        "ALARM after step 2: 100% of the pairs have next to no gradient"
+        in capsys.readouterr().err.replace("\n", " ")
+    )
+    (alarm,) = (json.loads(line) for line in (run / "alarms.jsonl").read_text().splitlines())
+    assert (alarm["step"], alarm["kind"], alarm["metric"], alarm["limit"]) == (
+        2,
+        "saturation",
+        "saturated",
+        0.25,
+    )
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["saturated"] for row in rows] == [1.0, 1.0]
+    assert [row["guards/level/saturation"] for row in rows] == [0.5, 1.0]
+    assert "The log-sigmoid is saturated</b>, step 2" in (run / "report.html").read_text()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 @pytest.mark.long
@@ -288,9 +318,10 @@ def test_a_motion_floor_keeps_still_videos_from_winning(small: Make, monkeypatch
     assert "guards/still" not in free.metrics
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
-    small: Make, monkeypatch: pytest.MonkeyPatch
+    small: Make, small_policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vpo_engine.rewards.sprites import SpritesReward
 
@@ -302,4 +333,4 @@ def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
     monkeypatch.setattr(SpritesReward, "score", constant)
     rare = ("evaluation.every=null", "checkpoint.every=null")
     with pytest.raises(ValueError, match=r"every pair of the last 20 steps .* was a tie"):
-        train(small("steps=30", "pairs_per_step=1", *rare))
+        train(small(small_policy, "steps=30", "pairs_per_step=1", *rare))

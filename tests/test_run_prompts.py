@@ -101,6 +101,7 @@ def test_a_caption_that_the_scorer_refuses_stops_the_run_at_its_start(
 
 
 @pytest.mark.usefixtures("nothing_sampled")
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_the_judge_and_rewards_of_ones_own_are_asked_too(
     small: Make, files: Callable[..., list[str]]
@@ -152,6 +153,7 @@ def test_the_usual_names_are_tried_where_only_the_other_file_has_the_column(
 
 
 @pytest.mark.usefixtures("nothing_sampled")
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_of_a_long_file_all_prompts_are_asked_that_the_run_takes(
     small: Make, files: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
@@ -174,9 +176,13 @@ def test_of_a_long_file_all_prompts_are_asked_that_the_run_takes(
 
 @pytest.mark.long
 def test_one_held_out_clip_has_values_and_no_bounds(
-    small: Make, files: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Make,
+    small_policy: str,
+    files: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert train(small(*files(held_out=HELD_OUT[:1]), "steps=2")) == 0
+    assert train(small(small_policy, *files(held_out=HELD_OUT[:1]), "steps=2")) == 0
     shown = capsys.readouterr()
     said = "there is one held-out clip, so its changes will have no bounds"
     assert shown.out.index(said) < shown.out.index("plan: ")
@@ -207,24 +213,26 @@ def test_one_held_out_clip_has_values_and_no_bounds(
 
 
 @pytest.fixture(scope="module")
-def one_step(smallest: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_step(smallest: list[str], small_policy: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one step, with its prompt files."""
     root = tmp_path_factory.mktemp("one_step")
     named = [f"prompts.train={write(root / 'train.txt', TRAIN)}"]
     named += [f"prompts.held_out={write(root / 'held_out.txt', HELD_OUT)}", f"run_dir={root / 'run'}"]
-    assert train(load_config(None, [*smallest, *named, "evaluation.prompts=null", "steps=1"])) == 0
+    assert (
+        train(load_config(None, [*smallest, small_policy, *named, "evaluation.prompts=null", "steps=1"])) == 0
+    )
     return root
 
 
 @pytest.fixture
-def stopped(small: Make, one_step: Path, tmp_path: Path) -> Callable[..., Config]:
+def stopped(small: Make, small_policy: str, one_step: Path, tmp_path: Path) -> Callable[..., Config]:
     """A copy of that run, and the configuration that resumes it for another step."""
     shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     saved = tmp_path / "run/config.yaml"
     saved.write_text(saved.read_text().replace(str(one_step), str(tmp_path)))
     named = [f"prompts.{name}={tmp_path / name}.txt" for name in ("train", "held_out")]
     settings = ("evaluation.prompts=null", "steps=2", "evaluation.every=null", "checkpoint.resume=true")
-    return lambda *overrides: small(*named, *settings, *overrides)
+    return lambda *overrides: small(small_policy, *named, *settings, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +256,7 @@ def stopped(small: Make, one_step: Path, tmp_path: Path) -> Callable[..., Config
         ("held_out", HELD_OUT[:1], r"prompts\.held_out had 2 entries when the run started, and has 1 now"),
     ],
 )
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_other_prompts_are_refused_when_a_run_is_resumed(
     stopped: Callable[..., Config], tmp_path: Path, name: str, prompts: list[str], message: str
@@ -259,6 +268,7 @@ def test_other_prompts_are_refused_when_a_run_is_resumed(
         train(stopped())
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_run_without_a_record_is_resumed_with_a_note(
     stopped: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -293,15 +303,16 @@ def test_another_number_of_samples_cannot_be_compared(stopped: Callable[..., Con
         train(stopped("evaluation.samples_per_prompt=2"))
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
-def test_a_preference_dataset_that_grew_is_noticed(small: Make, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    assert train(small(f"run_dir={source}", "pairs.dataset=latents", "steps=2", "evaluation.every=null")) == 0
+def test_a_preference_dataset_that_grew_is_noticed(small: Make, small_policy: str, tmp_path: Path) -> None:
+    source, brief = tmp_path / "source", (small_policy, "evaluation.every=null")
+    assert train(small(f"run_dir={source}", "pairs.dataset=latents", "steps=2", *brief)) == 0
     rows = source / "preference_dataset/pairs_0000.jsonl"
     whole = rows.read_bytes()
     rows.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
     own = ("rollout.candidates=4", "reference.refresh_every=200", "prompts.train=null")  # as if not given
-    offline = ["method=offline_dpo", f"offline_dpo.dataset={source}", "evaluation.every=null", *own]
+    offline = ["method=offline_dpo", f"offline_dpo.dataset={source}", *brief, *own]
     assert train(small(*offline, "steps=1")) == 0
     rows.write_bytes(whole)
     message = r"offline_dpo\.dataset had 3 entries .*, and has 4 now \(the first 3 are the same"

@@ -1,4 +1,4 @@
-"""What ``python -m vpo_engine.sample`` samples from beside runs, the options that change it, and what it refuses."""
+"""Sources of ``python -m vpo_engine.sample`` beside runs, the options that change them, and refusals."""
 
 from __future__ import annotations
 

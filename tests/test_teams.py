@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from process_group import run_in_group
+from small_policy import shipped_policy_is_small
 from step_case import candidates_of, places_of, step_on
 from torch import Tensor
 
@@ -60,7 +61,8 @@ def settings(case: str) -> Config:
 def steps(case: str, processes: Processes) -> list[dict[str, object]]:
     """Return what the steps of a case made in this process, and the gradients that they used."""
     config = settings(case)
-    model = build_model(config, processes, lambda _: None)
+    with shipped_policy_is_small():
+        model = build_model(config, processes, lambda _: None)
     model.prepare(PROMPTS)
     algorithm = OnlineVPO(config, model, Brightness(), build_reference("copy", model.network), processes)
     gradients: list[Tensor] = []

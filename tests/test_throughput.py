@@ -187,11 +187,12 @@ def test_the_ceiling_is_measured_in_less_than_a_second_and_draws_no_global_numbe
     assert 0.5 < ratios[-1] < 4, ratios
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
-def test_a_run_logs_its_speed(small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_logs_its_speed(small, small_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a device of 1 PFLOP/s; the operations of each step are the same, and so are the products of share and time."""
     monkeypatch.setattr("vpo_engine.trainer.matrix_rate", lambda device, dtype: 1e15)
-    config = small("rollout.guidance=2.0", "steps=2")
+    config = small(small_policy, "rollout.guidance=2.0", "steps=2")
     assert config.run_dir is not None
     assert train(config) == 0
     rows = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row["kind"] == "train"]

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from power_cut import power_cut
-from process_group import Group, run_in_group
+from process_group import Group
 from safetensors.torch import load_file
 from scorer_that import train_with_a_scorer_that
 
@@ -271,10 +271,13 @@ def test_a_reward_of_nan_stops_the_run(
 
 
 @pytest.mark.long
-def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(smallest: list[str], tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(
+    smallest: list[str], small_policy: str, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     arguments = [
         *smallest,
+        small_policy,
         "steps=100000",
         "evaluation.every=null",
         "checkpoint.every=null",
@@ -297,8 +300,8 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(smallest: list[str]
     assert (run / "report.html").exists()
 
 
-def torchrun(folder: Path, arguments: list[str]) -> None:
-    """Train in two processes as the README does, which takes ten seconds more than a group."""
+def torchrun(arguments: list[str]) -> None:
+    """Train in two processes as the README does."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launcher, "-m", "vpo_engine.train", *arguments],
@@ -310,18 +313,11 @@ def torchrun(folder: Path, arguments: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def group_of_two(folder: Path, arguments: list[str]) -> None:
-    run_in_group(folder, 2, entry.main, arguments)
-
-
-@pytest.mark.parametrize("start", [group_of_two, torchrun])
 @pytest.mark.long
-def test_two_processes_train_as_one(
-    finished: Path, smallest: list[str], tmp_path: Path, start: Callable[[Path, list[str]], None]
-) -> None:
+def test_two_processes_train_as_one(finished: Path, smallest: list[str], tmp_path: Path) -> None:
     """Each takes its own prompts; log and policy agree with a single process up to rounding."""
     double = tmp_path / "double"
-    start(tmp_path, [*smallest, f"run_dir={double}"])
+    torchrun([*smallest, f"run_dir={double}"])
     first, second = numbers(finished), numbers(double)
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
@@ -357,14 +353,17 @@ def test_a_run_with_a_process_for_the_reward_goes_on_without_it_bit_for_bit(
 
 
 @pytest.mark.long
-def test_a_scorer_that_fails_ends_every_process_with_its_error(smallest: list[str], tmp_path: Path) -> None:
+def test_a_scorer_that_fails_ends_every_process_with_its_error(
+    smallest: list[str], small_policy: str, tmp_path: Path
+) -> None:
     """Of two that train one asks and one waits for the other; no time limit of the process group has to pass.
 
     There is no torchrun here to end the others when one has failed: each ends by itself.
     """
     run = tmp_path / "run"
     shares = ["rollout.candidates=4", "processes.per_prompt=2", "processes.reward=true"]
-    group = Group(tmp_path, 3, train_with_a_scorer_that, "fails", 3, [*smallest, *shares, f"run_dir={run}"])
+    arguments = [*smallest, small_policy, *shares, f"run_dir={run}"]
+    group = Group(tmp_path, 3, train_with_a_scorer_that, "fails", 3, arguments)
     output = group.wait(expected=1)
     assert output.count("error: the scorer broke down\n") == 3, output
     rows = read_metrics(run / "metrics.jsonl")

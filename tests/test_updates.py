@@ -82,17 +82,16 @@ def test_the_reference_is_refreshed_between_the_updates_of_a_step(small: Make) -
 
 
 @pytest.mark.long
-def test_the_learning_rate_falls_over_all_updates(small: Make) -> None:
-    algorithm = make(
-        small("objective.updates_per_rollout=3", "steps=2", "optimizer.lr=1e-4", "optimizer.final_lr=0.5")
-    )
+def test_the_learning_rate_falls_over_all_updates(small: Make, small_policy: str) -> None:
+    rates_of = ("objective.updates_per_rollout=3", "optimizer.lr=1e-4", "optimizer.final_lr=0.5")
+    algorithm = make(small(small_policy, "steps=2", *rates_of))
     rates = [step(algorithm, number).metrics["lr"] for number in range(2)]
     assert rates == [pytest.approx(0.8e-4), pytest.approx(0.5e-4)]
 
 
 @pytest.mark.long
-def test_runs_with_several_updates_resume_bit_for_bit(small: Make, tmp_path: Path) -> None:
-    config = small("objective.updates_per_rollout=2", "optimizer.lr=1e-4")
+def test_runs_with_several_updates_resume_bit_for_bit(small: Make, small_policy: str, tmp_path: Path) -> None:
+    config = small(small_policy, "objective.updates_per_rollout=2", "optimizer.lr=1e-4")
     whole, resumed = make(config), make(config)
     step(whole, 0)
     saved = copy.deepcopy(capture(whole, 1, {}))

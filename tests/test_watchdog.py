@@ -307,12 +307,13 @@ def hang(arguments: list[str], rank: str, how: str, mark: Path) -> int:
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["asleep", "frozen"])
 def test_a_rank_that_hangs_ends_the_run_within_its_limit(
-    how: str, smallest: list[str], tmp_path: Path, start: Callable[..., Group]
+    how: str, smallest: list[str], small_policy: str, tmp_path: Path, start: Callable[..., Group]
 ) -> None:
     run = tmp_path / "run"
     limit = 11.0 if how == "frozen" else 4.0
     settings = [
         *smallest,
+        small_policy,
         f"run_dir={run}",
         f"distributed.stage_minutes={limit / 60}",
         "evaluation.every=null",

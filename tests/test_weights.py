@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,45 @@ def test_weights_that_are_no_floats_keep_their_type() -> None:
         "table": torch.int64,
         "weight": torch.bfloat16,
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../out.safetensors",
+        "/etc/hostname",
+        "sub/../../out.safetensors",
+        "link.safetensors",
+        "..\\out",
+        "x" * 300,
+    ],
+)
+def test_an_index_that_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "out.safetensors")
+    (folder / "link.safetensors").symlink_to(tmp_path / "out.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match=r"index\.json names the file|is a symbolic link to .*, outside of"):
+        weight_files(folder)
+
+
+def test_a_zip_file_that_says_it_holds_more_than_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "scorer.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("scorer/data.pkl", bytes(1 << 22))
+    with pytest.raises(
+        ValueError, match=r"scorer\.pt has \d+ bytes and says that it holds 4194304, expected at most"
+    ):
+        read_file(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1.0, None, "x", torch.zeros(2, device="meta"), torch.eye(2).to_sparse(), {"weight": torch.zeros(1)}],
+)
+def test_only_plain_tensors_are_weights(tmp_path: Path, value: object) -> None:
+    torch.save({"fine": torch.zeros(1), "odd": value}, tmp_path / "scorer.pt")
+    with pytest.raises(ValueError, match=r"not a plain dictionary of tensors: odd is something else"):
+        read_files([tmp_path / "scorer.pt"])

@@ -38,6 +38,7 @@ from vpo_engine.rewards.frames import counted_frames
 from vpo_engine.rewards.process import start_reward
 from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.sprites import SpritesJudge
+from vpo_engine.runs.checkpoint import verify_if_of_checkpoint
 from vpo_engine.video_model import Encoder, LoadContext, VideoModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -143,10 +144,13 @@ def build_model(config: Config, processes: Processes, say: Callable[[str], None]
     """Load the model with its policy, and give it a fresh adapter under model.lora.
 
     The first process ``say``s which attention was chosen, and why, and how much of the policy an adapter trains.
-    Raise ValueError if the model cannot run so, or if the adapter's targets do not fit.
+    Raise ValueError if the model cannot run so, if the adapter's targets do not fit, or for weights of a checkpoint
+    that are not as they were saved.
     """
     check_model(config)
     settings = config.model
+    for path in filter(None, (settings.policy, settings.vae, settings.text_encoder)):
+        verify_if_of_checkpoint(path)
     dtype = DTYPES[settings.dtype]
     family = model_family(settings.kind)
     context = _load_context(config, processes, dtype, held_base(config, family.card, processes.device))
@@ -206,6 +210,19 @@ def check_reward(config: Config) -> None:
     if held_out is not None:
         registry.check_reward(held_out.kind, held_out.path)
         check_dimensions(held_out.dimensions, tuple(registry.reward_card(held_out.kind).dimensions))
+
+
+def blind_reward_note(config: Config) -> str | None:
+    """Return what the user should know where nothing in the run reads the prompt, by the cards of its rewards."""
+    held_out = config.guards.reward
+    kinds = [config.reward.kind, *([] if held_out is None else [held_out.kind])]
+    if any(registry.reward_card(kind).reads_prompt for kind in kinds):
+        return None
+    return (
+        f"reward.kind={config.reward.kind} does not read the prompt, so a policy can raise it by ignoring prompts, and "
+        "runs have collapsed to noise that way within 20 rollouts. Name a held-out reward that reads the prompt "
+        "(guards.reward.kind, for example clip), take another reward.kind, or watch the alarms (docs/guards.md)"
+    )
 
 
 def build_reward(config: Config, device: torch.device, idle_offload: IdleOffload | None = None) -> Reward:

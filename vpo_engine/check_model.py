@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors
 from vpo_engine.policy_source import folder_config, nearest
 from vpo_engine.sample import parse_size
+from vpo_engine.texts import refuse_undecodable, say
 
 if TYPE_CHECKING:  # torch is imported when everything that the arguments alone tell has been said
     from vpo_engine.config import Config
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # torch is imported when everything that the arguments alone 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.check_model",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,9 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--size", type=parse_size, metavar="HEIGHTxWIDTH", help="size in pixels, such as 480x832"
     )
-    given = parser.parse_intermixed_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = parser.parse_intermixed_args(words)
 
     def run() -> int:
+        refuse_undecodable(words)
         rows = check_model(given.folder, given.kind, given.frames, given.size, given.words)
         return _report(rows)
 
@@ -91,10 +94,10 @@ def _report(rows: Sequence[Row]) -> int:
     for row in rows:
         error = "" if row.error is None else f"{row.error:.1e}"
         limit = "" if row.limit is None else f"{row.limit:.0e}"
-        print(f"{row.name:<{width}}  {error:>8}  {limit:>6}  {row.verdict}")
+        say(f"{row.name:<{width}}  {error:>8}  {limit:>6}  {row.verdict}")
     wrong = [row for row in rows if row.ok is False]
     for row in wrong:
-        print(f"wrong: {row.entry}: {row.note}", file=sys.stderr)
+        say(f"wrong: {row.entry}: {row.note}", sys.stderr)
     if not wrong:
         print(f"the description fits: {sum(row.ok is True for row in rows)} entries were checked")
     return 1 if wrong else 0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from torch import nn
 
 from vpo_engine.config import Config
+from vpo_engine.full_disk import disk_of, free_bytes
+from vpo_engine.runs.disk_use import SPARE_BYTES
 
 _GIB = 2**30
-_SPARE = 64 * 2**20
-"""Bytes for the log, the galleries and the report."""
 
 
 def checkpoint_bytes(config: Config, network: nn.Module) -> int:
@@ -39,9 +38,9 @@ def check_disk(config: Config, network: nn.Module, root: Path) -> None:
     size = checkpoint_bytes(config, network)
     present = len(list((root / "checkpoints").glob("step_*"))) if root.exists() else 0
     number = max(1, config.checkpoint.keep + 1 - present)
-    place = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < number * size + _SPARE:
+    place = disk_of(root)
+    free = free_bytes(root)
+    if free < number * size + SPARE_BYTES:
         raise ValueError(
             f"the disk of {place} has {free / _GIB:.2f} GiB free, but this run needs {number * size / _GIB:.2f} GiB "
             f"there for {number} checkpoints of {size / _GIB:.2f} GiB (checkpoint.keep={config.checkpoint.keep}, and "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
 import os
 import sys
@@ -9,14 +11,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from vpo_engine.config import Config
 from vpo_engine.errors import CheckpointError, LostProcessError, RewardProcessError
+from vpo_engine.texts import printable, refuse_undecodable, say, shortened
 
 USER_ERRORS = (ValueError, OSError, CheckpointError, RewardProcessError, LostProcessError)
 """Errors that a command prints as one line."""
 INTERRUPTED = 130
 """The exit code of a program that SIGINT ended."""
+_REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path, of which a part is a file",
+    errno.EISDIR: "give a file",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.EROFS: "give a path on a disk that can be written",
+    errno.ENOSPC: "make room on the disk, or give a path on another one",
+    errno.EDQUOT: "make room in the quota, or give a path on another disk",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "remove the link, or those that lead to one another",
+}
+"""What the user can do about an error of the file system."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a command's words; its errors, too, keep control characters off the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def is_first_process() -> bool:
@@ -38,10 +62,11 @@ def split_words(words: Sequence[str], unknown: Sequence[str] = ()) -> tuple[str 
         option = unknown[0]
         name = option.lstrip("-").partition("=")[0].replace("-", "_")
         raise ValueError(
-            f"{option} is no option of this command; settings are given as key.path=value, for example {name}=... "
-            "(--help settings lists all of them)"
+            f"{shortened(option)} is no option of this command; settings are given as key.path=value, for example "
+            f"{shortened(name)}=... (--help settings lists all of them)"
         )
-    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    refuse_undecodable(words)
+    files = [word for word in words if "=" not in word or os.path.isfile(word)]
     if len(files) > 1:
         raise ValueError(
             f"{files[0]} and {files[1]} are both taken for configuration files; give one of them, and settings as "
@@ -71,12 +96,31 @@ def report_errors(
     try:
         return command() or 0
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        tell_torchrun(f"error: {error}")
+        message = f"error: {_explained(error)}"
+        say(message, sys.stderr)
+        tell_torchrun(printable(message))
         return 1
     except KeyboardInterrupt as error:
-        print(f"{interrupted}{f' ({error})' if str(error) else ''}", file=sys.stderr, flush=True)
+        say(f"{interrupted}{f' ({error})' if str(error) else ''}", sys.stderr)
         return INTERRUPTED
+
+
+def _explained(error: BaseException) -> str:
+    """Return the message of an error; of one that the file system reports, with the file and what can be done."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return str(error)
+    remedy = _REMEDIES.get(error.errno, "check the path and the disk")
+    return f"{shortened(os.fsdecode(error.filename))}: {error.strerror}; {remedy}"
+
+
+def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the paths and the settings (key.path=value) among words; what exists is a path.
+
+    ValueError for a word that is not UTF-8.
+    """
+    refuse_undecodable(words)
+    settings = [word for word in words if "=" in word and not os.path.exists(word)]
+    return [word for word in words if word not in settings], settings
 
 
 def tell_torchrun(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from vpo_engine.config import Config
 from vpo_engine.config.errors import ARGUMENT, explain, nearest
 from vpo_engine.config.methods import GIVEN, METHODS, card_of, drop_settings
 from vpo_engine.config.renamed import drop_empty, find_renamed
-from vpo_engine.config.yaml_values import Settings, read_override, read_settings
+from vpo_engine.config.yaml_values import MOST_BYTES, Settings, read_override, read_settings
+from vpo_engine.texts import read_text, shortened, why_no_file
 
 SPRITES = "sprites.yaml"
 _FOLDERS = (
@@ -72,10 +74,12 @@ def require_files(config: Config) -> None:
         path = getattr(owner, name, None)
         if path is None:
             continue
-        if not path.exists():
-            raise ValueError(f"{key}={path}: there is no such {kind}; check the path")
-        if kind in ("folder", "file") and path.is_dir() != (kind == "folder"):
+        if not os.path.exists(path):
+            raise ValueError(f"{key}={shortened(str(path))}: there is no such {kind}; check the path")
+        if kind in ("folder", "file") and os.path.isdir(path) != (kind == "folder"):
             raise ValueError(f"{key}={path} must be a {kind}; check the path")
+        if not os.path.isdir(path) and (reason := why_no_file(path, kind)):
+            raise ValueError(f"{key}: {reason}")
 
 
 def shipped_configurations() -> list[str]:
@@ -89,13 +93,15 @@ def dump_config(config: Config) -> str:
 
 
 def _find(source: Path) -> Path:
-    if source.is_file():
+    if os.path.isfile(source):
         return source
-    if source.is_dir():
+    if os.path.isdir(source):
         raise ValueError(_folder_text(source))
+    if os.path.lexists(source):
+        raise ValueError(why_no_file(source, "configuration file"))
     if source.name == str(source):
         return _shipped(source.name)
-    raise ValueError(f"there is no configuration file {source}; check the path")
+    raise ValueError(f"there is no configuration file {shortened(str(source))}; check the path")
 
 
 def _folder_text(folder: Path) -> str:
@@ -110,20 +116,17 @@ def _folder_text(folder: Path) -> str:
 def _shipped(name: str) -> Path:
     for folder in _SHIPPED:
         for candidate in (folder / name, folder / f"{name}.yaml"):
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return candidate
     known = shipped_configurations()
     hint = nearest(name.removesuffix(".yaml"), known) or "."
     raise ValueError(
-        f"there is no configuration file {name}{hint} Shipped ones: {', '.join(known) or 'none'}"
+        f"there is no configuration file {shortened(name)}{hint} Shipped ones: {', '.join(known) or 'none'}"
     )
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    return read_text(path, "configuration file", MOST_BYTES)
 
 
 def _apply(settings: Settings, keys: Sequence[str], value: Any, override: str) -> None:

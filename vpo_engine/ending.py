@@ -1,4 +1,4 @@
-"""How a run ends by an error: what is said, what is noted in its directory, and what torchrun is told."""
+"""The end of a run: its outcome, or, of an error, the message, the note in its directory and the answer to torchrun."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from vpo_engine.command import tell_torchrun
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.watchdog import EXIT_CODE, Watchdog
-from vpo_engine.errors import LostProcessError
+from vpo_engine.errors import DiskFullError, LostProcessError
 from vpo_engine.runs.attempts import end_attempt, fail_attempt
 from vpo_engine.runs.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run.
+
+    steps: how many steps were made. summary: of the evaluation at the end; None if the run was stopped before.
+    stopped_by: what stopped it; a checkpoint holds the last step then, if there was one. exit_code: of the command.
+    """
+
+    steps: int
+    summary: dict[str, object] | None
+    stopped_by: str | None = None
+    exit_code: int = 0
 
 
 class Ending:
@@ -31,7 +46,11 @@ class Ending:
         except LostProcessError:
             raise
         except Exception as error:
-            self._note(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+            self._note(
+                str(error)
+                if isinstance(error, ValueError | DiskFullError)
+                else f"{type(error).__name__}: {error}"
+            )
             raise
         except KeyboardInterrupt:
             self.ended(finished=False)
@@ -56,5 +75,9 @@ class Ending:
         os._exit(EXIT_CODE)
 
     def _note(self, error: str) -> None:
-        if self.run is not None:
+        if self.run is None:
+            return
+        try:
             fail_attempt(self.run, self._processes.stages.now.step, self._processes.rank, error)
+        except DiskFullError as full:  # beside the error that ends the run, which is told by itself
+            os.write(sys.stderr.fileno(), f"the end of the run was not noted: {full}\n".encode())

@@ -7,6 +7,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be saved. Earlier checkpoints are unchanged."""
 
 
+class DiskFullError(OSError):
+    """The disk is full for a file of the run. What was saved before is unchanged."""
+
+
 class NotFiniteError(ValueError):
     """A loss, a gradient or latents are not finite, and were not used."""
 

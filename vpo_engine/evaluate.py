@@ -28,29 +28,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors, split_settings
+from vpo_engine.texts import refuse_undecodable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     given = parser.parse_intermixed_args(words)
-    overrides = [word for word in given.what if "=" in word and not Path(word).exists()]
-    paths = [Path(word) for word in given.what if word not in overrides]
-    return report_errors(
-        lambda: _run(parser, given, paths, overrides, words), "stopped; the same command goes on"
-    )
+    return report_errors(lambda: _run(parser, given, words), "stopped; the same command goes on")
 
 
-def _run(
-    parser: argparse.ArgumentParser,
-    given: argparse.Namespace,
-    paths: Sequence[Path],
-    overrides: Sequence[str],
-    words: Sequence[str],
-) -> int:
+def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, words: Sequence[str]) -> int:
     from vpo_engine.evaluation import commands
 
+    refuse_undecodable(words)
+    found, overrides = split_settings(given.what)
+    paths = [Path(word) for word in found]
     if given.list:
         return commands.list_metrics()
     if given.study is not None or given.votes:
@@ -70,7 +64,7 @@ def _run(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

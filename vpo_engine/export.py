@@ -17,30 +17,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors
 from vpo_engine.exporting.folder import refuse_occupied
 from vpo_engine.exporting.options import DTYPES, FORMATS, ExportOptions
 from vpo_engine.policy_source import INDEX, PolicySource, nearest, run_source
+from vpo_engine.texts import refuse_undecodable, say
 
 if TYPE_CHECKING:  # torch is imported when everything that the arguments alone tell has been said
     from vpo_engine.exporting.write import Exported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = _parser().parse_args(words)
     options = ExportOptions(given.step, given.merge, given.format, given.ema, given.dtype, given.base)
 
     def run() -> None:
+        refuse_undecodable(words)
         done = export(given.run, given.out, options)
         for line in done.lines:
-            print(line)
-        print(f"done: {done.what} at {given.out}; use it: {done.use}")
+            say(line)
+        say(f"done: {done.what} at {given.out}; use it: {done.use}")
 
     return report_errors(run, "stopped; nothing was exported")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from vpo_engine.config import Config
 from vpo_engine.metrics.summary import change, number_texts, verdict
 from vpo_engine.models.registry import model_family
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.log import iterate_metrics
+from vpo_engine.runs.summary_file import read_summary
+from vpo_engine.texts import markdown
 
 _SETTINGS = {
     "candidates per prompt": "rollout.candidates",
@@ -28,7 +29,7 @@ _SIZES = {"resolution": "model.resolution", "aspect": "model.aspect", "frames": 
 
 def card(run: RunDirectory, config: Config, repo: str, step: int) -> str:
     """Return the card of the policy after ``step`` as Markdown; ``repo`` is the name it is published under."""
-    summary = json.loads(run.summary.read_text(encoding="utf-8"))
+    summary = read_summary(run.summary)
     lora = config.model.lora is not None
     method = ["preference-optimization", "dpo"] if config.card.pairs else ["reward-gradient"]
     tags = ["text-to-video", *method, *(["lora"] if lora else [])]
@@ -62,13 +63,13 @@ def card(run: RunDirectory, config: Config, repo: str, step: int) -> str:
 def _base(config: Config) -> str:
     """Return the name of the base model, never a local path."""
     if config.model.policy is not None:
-        return f"{config.model.policy.name} (family {config.model.kind})"
+        return f"{markdown(config.model.policy.name)} (family {config.model.kind})"
     return "the sprites policy that comes with vpo-engine, a miniature of Open-Sora 1.2 for tests"
 
 
 def _data(run: RunDirectory, config: Config, step: int) -> str:
     """Return how much the policy has seen; prompts themselves are not told."""
-    pairs = sum(int(row.get("pairs", 0)) for row in read_metrics(run.metrics) if row["kind"] == "train")
+    pairs = sum(int(row.get("pairs", 0)) for row in iterate_metrics(run.metrics) if row["kind"] == "train")
     drawn = step * config.pairs_per_step
     videos = drawn * config.rollout.candidates
     return config.card.seen.format(steps=step, prompts=drawn, videos=videos, pairs=pairs)
@@ -79,7 +80,7 @@ def _settings(config: Config) -> list[tuple[str, str]]:
     unused = config.card.unused
     used = {label: key for label, key in chosen.items() if not {key, key.partition(".")[0]} & set(unused)}
     found = {"method": config.card.title, **{label: _value(config, key) for label, key in used.items()}}
-    rows = [(label, "none" if value is None else str(value)) for label, value in found.items()]
+    rows = [(label, "none" if value is None else markdown(str(value))) for label, value in found.items()]
     if config.model.lora is not None:
         rows.append(("LoRA", f"rank {config.model.lora.rank}, scale {config.model.lora.scale:g}"))
     return rows
@@ -94,7 +95,8 @@ def _value(config: Config, key: str) -> Any:
 
 def _measures(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
-        (name, *number_texts(numbers), change(name, numbers)) for name, numbers in summary["measures"].items()
+        (markdown(name), *number_texts(numbers), change(name, numbers))
+        for name, numbers in summary["measures"].items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the loader of a model family is given: where the model goes, and how its text is encoded."""
+"""The context of a model family's loader: where the model goes, and how its text is encoded."""
 
 from __future__ import annotations
 

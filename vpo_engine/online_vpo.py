@@ -20,6 +20,7 @@ from vpo_engine.data.prompts import Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.method import Method, Step, Work
+from vpo_engine.metrics.candidate_statistics import WatchedReward, candidate_statistics
 from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.objectives.dpo import DPO
 from vpo_engine.protocols import Network, ReferenceStore, Reward
@@ -139,7 +140,7 @@ class OnlineVPO(Method):
         metrics: dict[str, float] = {"pairs": total, "lr": rate}
         if total:
             *totals, samples = self.processes.sum(sums).tolist()
-            metrics |= {name: value / samples for name, value in zip(DPO.METRICS, totals, strict=True)}
+            metrics |= DPO.means(totals, samples, total)
             if refreshed:
                 del metrics["implicit_accuracy"]
             metrics["grad_norm"] = self._end_update(metrics["loss"])
@@ -172,6 +173,8 @@ class OnlineVPO(Method):
 
     def _learned(self, choices: list[Choice], pairs: list[Pair], metrics: dict[str, float]) -> Step:
         metrics |= self.selector.metrics(choices)
+        if watched := self._watched.take(self.processes):  # videos were sampled in this step
+            metrics |= watched | candidate_statistics(choices, self.processes)
         metrics["reference_age"] = self.optimizer_steps - self.refreshed_at
         metrics |= {f"reference/{name}": value for name, value in self.reference.numbers().items()}
         objective, rollout = self.config.objective, self.config.rollout
@@ -204,7 +207,8 @@ class OnlineVPO(Method):
             CountedRows(first, check),
             CountedRows(exact if config.weights == "policy" else first, check),
         )
-        reward = self.reward if self.config.guards.motion_floor is None else WithMotion(self.reward)
+        self._watched = WatchedReward(self.reward)
+        reward = self._watched if self.config.guards.motion_floor is None else WithMotion(self._watched)
         scorer = VideoScorer(
             self.timer.timed(
                 "decode", self.stopping.before(lambda latents: model.decode(check_latents(latents)))

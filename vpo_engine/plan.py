@@ -14,14 +14,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vpo_engine.command import report_errors, split_words
+from vpo_engine.command import Parser, report_errors, split_words
 from vpo_engine.config_file import load_config
 from vpo_engine.planning.gpus import DEFAULT, GPUS, check_gpu_name, find_gpu
 from vpo_engine.planning.links import BETWEEN, WITHIN, Cluster, make_cluster
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

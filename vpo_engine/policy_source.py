@@ -14,12 +14,14 @@ from typing import Any
 
 from vpo_engine.config import Config, ModelConfig
 from vpo_engine.config_file import load_config, parse_config
+from vpo_engine.foreign_files import read_object
 from vpo_engine.runs.checkpoint import (
     checkpoint_name,
     complete_checkpoints,
     evaluated_policy,
     newest_complete,
     verify_checkpoint,
+    verify_if_of_checkpoint,
 )
 from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory
 
@@ -33,6 +35,8 @@ _ADAPTER_ENDING = ".safetensors"
 _PEFT_CONFIG = "adapter_config.json"
 _OF_THE_VIDEO = ("kind", "policy", "vae", "text_encoder", "device", "lora", "attention", "fused_ops")
 """Settings of the model that do not go into an export's record: its files, and the machine of the run."""
+_RECORDED = ("model.", "rollout.")
+"""How the settings in an export's record begin."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ def find_source(path: Path | None, base: Path | None, overrides: Sequence[str]) 
         raise ValueError(
             f"there is no run, checkpoint, model, adapter or YAML file at {path}; {nearest(path)}"
         )
+    for given in filter(None, (path, base)):
+        verify_if_of_checkpoint(given)
     if (
         path is not None
         and path.name == _POLICY
@@ -151,12 +157,23 @@ def folder_config(folder: Path, overrides: Sequence[str] = (), kind: str | None 
         kind = kind or _kind_of(folder)
         own = _as_overrides(dict(model_family(kind).card.native))
     else:
-        kind, own = kind or record["kind"], _recorded(folder)
+        kind, own = kind or _kind_of_record(folder, record), _recorded(folder)
     assert kind is not None
     neutral = [f"model.kind={kind}", f"model.policy={folder}", "reward.kind=builtin"]
     if kind != "sprites":  # a configuration names prompt files, which sampling does not read
         neutral += ["prompts.train=none", "prompts.held_out=none"]
     return parse_config("", str(folder), [*neutral, *own, *overrides])
+
+
+def _kind_of_record(folder: Path, record: dict[str, Any]) -> str:
+    """Return the family in an export's record. ValueError for a class, which only the user may name."""
+    kind: str = record["kind"]
+    if ":" in kind:
+        raise ValueError(
+            f"{folder / RECORD} names the class {kind}, and no code is run because a file names it; if you trust that "
+            f"class, name it yourself: model.kind={kind}"
+        )
+    return kind
 
 
 def _kind_of(folder: Path) -> str:
@@ -241,13 +258,19 @@ def _record(path: Path) -> dict[str, Any] | None:
     file = (path if path.is_dir() else path.parent) / RECORD
     if not file.is_file():
         return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        _as_overrides(record["settings"])
-        assert isinstance(record["kind"], str)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{file} is not the record of an export ({error!r}); export again") from error
-    return dict(record)
+    record = read_object(file, "export again")
+    kind, settings = record.get("kind"), record.get("settings")
+    if not isinstance(kind, str) or not isinstance(settings, dict):
+        raise ValueError(
+            f"{file} is not the record of an export: it must have 'kind' and 'settings'; export again"
+        )
+    own = [f"model.{name}" for name in _OF_THE_VIDEO]
+    for name in settings:
+        if not name.startswith(_RECORDED) or any(name == each or name.startswith(f"{each}.") for each in own):
+            raise ValueError(
+                f"{file} sets {name!r}, which the record of an export does not do; export again, or take it out"
+            )
+    return record
 
 
 def _recorded(path: Path) -> list[str]:

@@ -17,21 +17,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors
 from vpo_engine.config_file import load_config
 from vpo_engine.export import export
 from vpo_engine.exporting.folder import link_or_copy
 from vpo_engine.exporting.options import ExportOptions
 from vpo_engine.model_card import card
 from vpo_engine.models.registry import model_family
-from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete
+from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete, verify_checkpoint
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.texts import read_json, say
 
 _ADAPTER = "adapter_config.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vpo push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
@@ -68,10 +69,10 @@ def push(root: Path, repo: str, private: bool, dry_run: bool, base: Path | None 
         raise ValueError(f"{repo!r} cannot be the name of a repository; give USER/NAME")
     folder = write_folder(run, repo, base)
     if dry_run:
-        print((folder / "README.md").read_text(encoding="utf-8"))
-        print(f"nothing was sent; the folder that would be uploaded is {folder}")
+        say((folder / "README.md").read_text(encoding="utf-8"))
+        say(f"nothing was sent; the folder that would be uploaded is {folder}")
         return 0
-    print(f"published at {_upload(folder, repo, private)}")
+    say(f"published at {_upload(folder, repo, private)}")
     return 0
 
 
@@ -83,7 +84,10 @@ def write_folder(run: RunDirectory, repo: str, base: Path | None = None) -> Path
     newest = newest_complete(run.checkpoints)
     if not run.summary.is_file() or newest is None:
         raise ValueError(f"{run.root} has not finished, so there is no result to publish; resume it first")
+    verify_checkpoint(newest)
     folder = run.root / "hub"
+    if folder.is_symlink():  # nothing is written through a link
+        folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     policy, config = evaluated_policy(newest), load_config(run.config)
     if model_family(config.model.kind).card.pipelines:
@@ -102,7 +106,7 @@ def write_folder(run: RunDirectory, repo: str, base: Path | None = None) -> Path
 
 def _hide_base(file: Path) -> None:
     """Replace the local path of an adapter's base by the name of its folder; the file must not change elsewhere."""
-    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields = read_json(file)
     base = fields.get("base_model_name_or_path")
     fields["base_model_name_or_path"] = Path(base).name if base else None
     file.unlink()

@@ -24,10 +24,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors
 from vpo_engine.data.clips import Clip, Preference, find_clips, read_preferences
 from vpo_engine.errors import RewardProcessError
 from vpo_engine.rewards.kinds import NAMES, find_entry, format_table, is_own
+from vpo_engine.texts import refuse_undecodable, say
 
 if TYPE_CHECKING:  # torch is imported when everything that the arguments alone tell has been said
     from torch import Tensor
@@ -45,11 +46,13 @@ _TABLE = ""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
-    given = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = parser.parse_args(words)
     if given.list is None and (given.videos is None or given.reward is None):
         parser.error("give VIDEOS and --reward NAME, or --list")
 
     def run() -> None:
+        refuse_undecodable(words)
         if given.list is not None:
             print_rewards(given.list)
         else:
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.rank",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -129,10 +132,10 @@ def rank(
     out.mkdir(parents=True, exist_ok=True)
     report.write_scores_csv(out / "scores.csv", scores)
     if preferred is None:
-        print(report.format_scores(scores))
+        say(report.format_scores(scores))
         return
     rankings = rank_scores(scores, preferred)
-    print(report.format_ranking(rankings))
+    say(report.format_ranking(rankings))
     report.write_ranking_csv(out / "ranking.csv", rankings)
     title = f"{name} against people's preferences, {len(preferred)} prompts"
     report.draw_ranking(out / "ranking.png", rankings, title)
@@ -219,10 +222,10 @@ def _check_prompts(clips: Sequence[Clip], name: str) -> bool:
 def _say_which_are_of_names(clips: Sequence[Clip]) -> None:
     named = [clip for clip in clips if clip.named]
     if named:
-        print(
+        say(
             f"note: the prompts of {len(named)} of {len(clips)} videos are taken from their file names, such as "
             f"{named[0].prompt!r}; a prompts.jsonl or prompts.csv beside them is exact",
-            file=sys.stderr,
+            sys.stderr,
         )
 
 

@@ -17,20 +17,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors
 from vpo_engine.config.errors import nearest
 from vpo_engine.reproducing.tables import TABLES
+from vpo_engine.texts import refuse_undecodable, say
 
 ALL = "all"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_intermixed_args(arguments)
-    return report_errors(lambda: _reproduce(given), "stopped")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = _parser().parse_intermixed_args(words)
+
+    def run() -> int:
+        refuse_undecodable(words)
+        return _reproduce(given)
+
+    return report_errors(run, "stopped")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.reproduce",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,9 +88,9 @@ def _reproduce(given: argparse.Namespace) -> int:
     if given.list:
         from vpo_engine.reproducing.listing import listing
 
-        print(listing(asked))
+        say(listing(asked))
         return 0
-    return make(asked, lambda text: print(text, flush=True))
+    return make(asked, say)
 
 
 def _tables(words: Sequence[str], every: bool) -> list[str]:

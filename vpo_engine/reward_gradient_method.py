@@ -1,4 +1,4 @@
-"""What methods share that follow the gradient of the reward: sampling, decoding, rewards and the update around them."""
+"""The base of methods that follow the gradient of the reward: sampling, decoding, rewards and the update."""
 
 from __future__ import annotations
 

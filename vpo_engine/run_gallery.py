@@ -15,14 +15,16 @@ from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, write_held_out,
 from vpo_engine.values import Candidate
 from vpo_engine.video_model import VideoModel
 
-_CLIPS = 16
+MOST_CLIPS = 16
 _STEPS = 8
-_PAIRS = 4
+MOST_PAIRS = 4
+MOST_PAIR_FILES = 2 * _STEPS
+"""The first step and about eight others have a file of pairs, at most sixteen."""
 
 
 def shown_clips(config: Config, held_out: HeldOut) -> range:
     """Return the numbers of the held-out clips that the report shows."""
-    return range(min(_CLIPS, len(held_out.prompts) * config.evaluation.samples_per_prompt))
+    return range(min(MOST_CLIPS, len(held_out.prompts) * config.evaluation.samples_per_prompt))
 
 
 def keep_held_out(
@@ -47,7 +49,7 @@ def keep_pairs(config: Config, model: VideoModel, run: RunDirectory, step: int, 
     every = max(1, config.steps // _STEPS)
     if (step != 1 and step % every) or not result.pairs:
         return
-    shown = sorted(result.pairs, key=lambda pair: pair.gap, reverse=True)[:_PAIRS]
+    shown = sorted(result.pairs, key=lambda pair: pair.gap, reverse=True)[:MOST_PAIRS]
     winners, losers = [pair.winner for pair in shown], [pair.loser for pair in shown]
     gallery = PairGallery(
         winner=_decoded(model, winners),

@@ -29,10 +29,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpo_engine.command import report_errors
+from vpo_engine.command import Parser, report_errors, split_settings
 from vpo_engine.data.clips import PromptRecord
 from vpo_engine.data.prompts import PromptFile, PromptList
 from vpo_engine.policy_source import PolicySource, find_source
+from vpo_engine.texts import say
 
 if TYPE_CHECKING:  # torch is imported when everything that the arguments alone tell has been said
     from torch import Tensor, nn
@@ -46,7 +47,7 @@ _WORDS_IN_NAME = 60
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What differs from the settings of the policy's source; None leaves a setting as it is there.
+    """Changes to the settings of the policy's source; None leaves a setting as it is there.
 
     size: height and width in pixels.
     """
@@ -61,15 +62,16 @@ class SampleOptions:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_intermixed_args(arguments)
-    overrides = [word for word in given.run if "=" in word and not Path(word).exists()]
-    sources = [word for word in given.run if word not in overrides]
-    if len(sources) > 1:
-        parser.error(f"give one RUN, got {len(sources)}: {', '.join(sources)}; call sample for each of them")
     if given.column is not None and given.prompts is None:
         parser.error("--column names a column of --prompts FILE; give that too, or leave it out")
     options = SampleOptions(given.steps, given.guidance, given.negative_prompt, given.frames, given.size)
 
     def run() -> None:
+        sources, overrides = split_settings(given.run)
+        if len(sources) > 1:
+            parser.error(
+                f"give one RUN, got {len(sources)}: {', '.join(sources)}; call sample for each of them"
+            )
         prompts = _prompts(given.prompt, given.prompts, given.column)
         _check_counts(given.count, options)
         source = find_source(Path(sources[0]) if sources else None, given.base, overrides)
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vpo_engine.sample",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -170,7 +172,7 @@ def sample(
     from vpo_engine.runs.video import write_mp4
 
     for note in check_prompts(source.config, prompts):
-        print(note, file=sys.stderr)
+        say(note, sys.stderr)
     record = PromptRecord(out)
     names = [
         [file_name(number, prompt, copy) for copy in range(count)] for number, prompt in enumerate(prompts)
@@ -184,8 +186,8 @@ def sample(
     ):
         for name, video in zip(copies, videos, strict=True):
             files.append(record.add(name, prompt, partial(write_mp4, frames=video, fps=model.fps)))
-            print(files[-1], flush=True)
-    print(
+            say(str(files[-1]))
+    say(
         f"{len(files)} videos and their prompts ({record.path.name}) are in {out}; open {files[0]}, or score them: "
         f"python -m vpo_engine.rank {out} --reward builtin"
     )

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from vpo_engine import settings
 from vpo_engine.command import (
+    Parser,
     is_first_process,
     processes_that_train,
     report_errors,
@@ -33,13 +34,14 @@ from vpo_engine.runs.lock import refuse_held
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
 from vpo_engine.runs.wandb_log import check_wandb
+from vpo_engine.texts import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] in (["--help", "settings"], ["-h", "settings"]):
         return settings.main(words[2:])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="torchrun -m vpo_engine.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -74,6 +76,7 @@ def train(config: Config) -> int:
         with same_in_all_processes():
             check_prompt_files(config.prompts)
     with same_in_all_processes():
+        _check_given_videos(config)
         check_shares(config, processes_that_train(config))
         check_deepspeed(config, processes_that_train(config))
     if is_first_process():
@@ -81,17 +84,33 @@ def train(config: Config) -> int:
         if start.root is not None:
             refuse_held(start.root)
         if start.finished:
-            print(
+            say(
                 f"the run at {start.root} is finished: step {config.steps} is its last; raise steps to go on with it"
             )
             return 0
         if config.log.wandb is not None:
             check_wandb(config.log.wandb)
         for note in notes(config):
-            print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr)
+            say(wrap_for(sys.stderr, f"note: {note}"), sys.stderr)
     from vpo_engine.training import run_training
 
     return run_training(config)
+
+
+def _check_given_videos(config: Config) -> None:
+    """Raise ValueError for a file of pairs that is not there, or has a row that cannot be used."""
+    for setting in ("offline_dpo.file", "instructvideo.videos", "t2v_turbo.videos"):
+        section, _, name = setting.partition(".")
+        path = getattr(getattr(config, section), name, None)
+        if path is None or path.is_dir():
+            continue
+        if not path.exists():
+            raise ValueError(
+                f"{setting}={path} is not there; give a folder of videos, a file of pairs, or a run"
+            )
+        from vpo_engine.data.preference_file import PreferenceFile
+
+        PreferenceFile(path)
 
 
 if __name__ == "__main__":

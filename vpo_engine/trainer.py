@@ -8,21 +8,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vpo_engine.checkpoint_size import checkpoint_bytes
 from vpo_engine.config import Config
 from vpo_engine.data.preference_dataset import truncate_dataset
 from vpo_engine.data.prompts import Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StepAbandonedError
+from vpo_engine.ending import Outcome
 from vpo_engine.errors import NotFiniteError
+from vpo_engine.full_disk import write_whole
 from vpo_engine.method import Method, Step, embed_prompts
 from vpo_engine.metrics.held_out import HeldOut
-from vpo_engine.metrics.reward_monitor import Alarm, RewardMonitor, describe_shuffle
+from vpo_engine.metrics.reward_monitor import RewardMonitor, describe_shuffle
+from vpo_engine.metrics.step_watch import Alarm, StepWatch
 from vpo_engine.metrics.summary import format_summary, summarise
 from vpo_engine.metrics.throughput import Throughput, count_row_flops, matrix_rate
 from vpo_engine.metrics.time_account import sum_rows
@@ -33,29 +37,18 @@ from vpo_engine.run_state import average_writer, capture, policy_writer, restore
 from vpo_engine.runs.alarms import write_alarms
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.log import NullLog, RunLog, read_metrics
+from vpo_engine.runs.disk_use import DiskWatch
+from vpo_engine.runs.log import NullLog, RunLog, iterate_metrics
 from vpo_engine.runs.next_steps import after_divergence, closing_lines
 from vpo_engine.runs.progress import Progress
 from vpo_engine.runs.report import write_report
 from vpo_engine.runs.saving import CheckpointSaver
 from vpo_engine.runs.signals import StopRequest, exit_code
 
+_FULL = 2
+"""The answer of processes that stop because the disk is full; 1: because one of them was asked to stop."""
 _MEASURED_PROMPTS = 16
 """Held-out prompts whose mean length is taken for that of all prompts; embeddings are large, so these are few."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a run.
-
-    steps: how many steps were made. summary: of the evaluation at the end; None if the run was stopped before.
-    stopped_by: what stopped it; a checkpoint holds the last step then, if there was one. exit_code: of the command.
-    """
-
-    steps: int
-    summary: dict[str, object] | None
-    stopped_by: str | None = None
-    exit_code: int = 0
 
 
 class Trainer:
@@ -88,9 +81,11 @@ class Trainer:
         self._baseline: dict[str, Tensor] = {}
         samples = config.evaluation.samples_per_prompt
         samples = min(samples, config.evaluation.samples_between or samples)
-        self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts))
-        self._alarmed = False
-        self._done = self._saved_at = 0
+        size = checkpoint_bytes(config, algorithm.model.network)
+        self._disk = DiskWatch(run.root, size, config.disk.limit_gib, processes.count)
+        self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts), StepWatch(config))
+        self._alarmed = self._disk_is_full = False
+        self._done = self._saved_at = self._resumed_at = 0
         self._evaluation_missing = False
         self._last_metrics: Mapping[str, float] = {}
 
@@ -145,7 +140,15 @@ class Trainer:
             self._evaluate(start)
 
     def _must_stop(self, stop: StopRequest) -> bool:
-        return self._processes.any(stop.requested or self._stop_elsewhere()) or self._alarmed
+        """Return whether the run must be saved and ended after the step that is done; the same in all processes."""
+        watched = self._processes.first and self._done < self._config.steps and not self._saver.writing
+        full = self._disk.exhausted(self._done) if watched else None
+        if full is not None:
+            self._progress.note(full)
+        asked = stop.requested or self._stop_elsewhere()
+        answer = self._processes.largest(_FULL if full is not None else int(asked))
+        self._disk_is_full = answer == _FULL
+        return answer > 0 or self._alarmed
 
     def _acknowledge(self, signal_name: str) -> str:
         """Return what the terminal shows when the run is asked to stop."""
@@ -159,6 +162,8 @@ class Trainer:
         step = self._done
         if step and self._saved_at != step:
             self._save(step)
+        if self._disk_is_full:
+            return Outcome(step, None, "a disk without room", exit_code=1)
         if not self._alarmed:
             name = stop.signal.name if stop.signal else "a signal to another process"
             return Outcome(step, None, name, exit_code=exit_code(stop.signal or signal.SIGTERM))
@@ -189,7 +194,7 @@ class Trainer:
 
     def _encode_text(self) -> None:
         """Encode all prompts of the run, also those of steps already done, since equal batches give equal bits."""
-        count = self._config.steps * self._config.pairs_per_step
+        count = min(self._config.steps * self._config.pairs_per_step, len(self._stream))
         prompts = [item.text for item in self._stream.take(0, count)]
         self._algorithm.model.prepare([*prompts, *self._held_out.prompts])
 
@@ -233,9 +238,11 @@ class Trainer:
         metrics |= self._throughput.rates(seconds, result.work)
         metrics |= self._throughput.utilisation(result.seconds, result.work)
         metrics["speed/ceiling"] = self._throughput.ceiling
-        self._log.write(step, "train", metrics)
+        levels, alarms = self._monitor.step(step, result.metrics)
+        self._log.write(step, "train", metrics | levels)
         self._progress.step(step, metrics)
         self._last_metrics, self._done = metrics, step
+        self._raise_alarms(alarms)
 
     def _evaluate(self, step: int) -> None:
         """Evaluate the policy between the first and the last step."""
@@ -257,6 +264,14 @@ class Trainer:
         for stage, value in seconds.items():
             self._seconds[stage] += value
         return seconds
+
+    def _timings(self) -> dict[str, float]:
+        """Return the seconds of each stage over the whole run, with those that the log has of earlier starts."""
+        if self._resumed_at and self._processes.first:  # the others write no summary
+            rows = iterate_metrics(self._run.metrics)
+            for stage, value in sum_rows(row for row in rows if int(row["step"]) <= self._resumed_at).items():
+                self._seconds[stage] += value
+        return dict(self._seconds)
 
     def _evaluate_baseline(self) -> None:
         with self._stage("evaluate"):
@@ -298,11 +313,9 @@ class Trainer:
         self._take_seconds()
         self._log_evaluation(step, final)
         self._saver.wait()
-        summary = summarise(
-            _logged(self._baseline), _logged(final), dict(self._seconds), self._config.ema.decay
-        )
+        summary = summarise(_logged(self._baseline), _logged(final), self._timings(), self._config.ema.decay)
         if self._processes.first:
-            self._run.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            write_whole(self._run.summary, json.dumps(summary, indent=1))
             before, model = self._baseline["clips"], self._algorithm.model
             keep_held_out(self._config, model, self._held_out, self._run, before, clips)
             self._progress.note(format_summary(summary))
@@ -351,10 +364,8 @@ class Trainer:
             self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy, checkpoint.average
         )
         self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
-        self._saved_at = step
+        self._saved_at = self._resumed_at = step
         evaluated = self._log.resume(step, total)
-        if self._processes.first:  # the others write no summary
-            self._seconds |= sum_rows(read_metrics(self._run.metrics))
         due = self._due(self._config.evaluation.every, step) and step < total
         self._evaluation_missing = self._processes.any(due and not evaluated)
         return step

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.build import (
+    blind_reward_note,
     build_held_out,
     build_model,
     build_prompts,
@@ -21,9 +22,11 @@ from vpo_engine.command import same_in_all_processes
 from vpo_engine.config import Config
 from vpo_engine.config_file import parse_config
 from vpo_engine.data.prompt_record import Texts, check_record, write_record
+from vpo_engine.disk_plan import check_run_fits, describe
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.watchdog import group_limit
 from vpo_engine.ending import Ending
+from vpo_engine.full_disk import write_whole
 from vpo_engine.memory.host_allocator import return_freed_memory
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.methods import method_class
@@ -35,11 +38,13 @@ from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.served import find_reward, serve
 from vpo_engine.runs.attempts import begin_attempt
+from vpo_engine.runs.checkpoint import step_of
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.lock import RunLock
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.signals import exit_code
 from vpo_engine.runs.start import Start, find_start, resolved_as_before
+from vpo_engine.texts import say
 from vpo_engine.trainer import Trainer
 from vpo_engine.video_model import VideoModel
 
@@ -66,15 +71,19 @@ def run_training(config: Config) -> int:
         with same_in_all_processes():
             check_model(config)
             check_reward(config)
+            if processes.first and (note := blind_reward_note(config)) is not None:
+                print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
             method = method_class(config.method)
-            prompts, held_out_prompts = build_prompts(config, print if processes.first else None)
+            prompts, held_out_prompts = build_prompts(config, say if processes.first else None)
             stream, texts = method.open_stream(config, prompts)
         texts = {**texts, "prompts.held_out": held_out_prompts}
         config = _as_before(config, processes, texts)
-        if configurations_are_here(config):  # else building the model says which is missing
-            config, plan = check_fits(config, processes.device, processes.count, processes.broadcast_text)
+        planned = configurations_are_here(config)  # else building the model says which is missing
+        if planned:
+            agree, number = processes.broadcast_text, len(prompts)
+            config, plan = check_fits(config, processes.device, processes.count, agree, number)
             if processes.first:
-                print(wrap_for(sys.stdout, str(plan)), flush=True)
+                say(wrap_for(sys.stdout, str(plan)))
         model = build_model(config, processes)
         tensors = [tensor for part in model.parts.values() for tensor in part.parameters()]
         return_freed_memory(processes.device, sum(t.numel() * t.element_size() for t in tensors))
@@ -84,7 +93,8 @@ def run_training(config: Config) -> int:
         check_scored(config, model, reward, prompts, held_out_prompts)
         method.check(config, model)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
-        _check_room(config, model, processes)
+        if processes.first:
+            _check_room(config, model, None if planned else len(prompts))
         run, checkpoint = _open_run(config, processes, at_end, texts)
         ending.run = run
         with model.idle_offload.phase("refresh"):
@@ -109,21 +119,28 @@ def run_training(config: Config) -> int:
             outcome = trainer.run()
         ending.ended(finished=outcome.stopped_by is None)
     if outcome.stopped_by and processes.first:
-        print(_stopped_text(outcome.stopped_by, outcome.steps, run), flush=True)
+        say(_stopped_text(outcome.stopped_by, outcome.steps, run))
     return outcome.exit_code
 
 
-def _check_room(config: Config, model: VideoModel, processes: Processes) -> None:
-    """Raise ValueError, in the first process, if checkpoints do not fit on the disk or in host memory."""
-    if processes.first:
-        check_disk(config, model.network, config.run_dir or Path("runs"))
-        check_host_memory(config, model.network, available_memory())
+def _check_room(config: Config, model: VideoModel, prompts: int | None) -> None:
+    """Raise ValueError if the run does not fit on its disk, or its checkpoints not in host memory.
+
+    prompts: the number of them, for a line about the disk; None if the plan has said it.
+    """
+    if prompts is not None:
+        print(wrap_for(sys.stdout, describe(config, model, prompts)), flush=True)
+    start = find_start(config)
+    root = start.root or Path("runs") / config.name
+    check_disk(config, model.network, root)
+    check_run_fits(config, model, root, step_of(start.checkpoint))
+    check_host_memory(config, model.network, available_memory())
 
 
 def _keep_settings(settings: dict[str, Any] | None, run: RunDirectory, processes: Processes) -> None:
     """Write what a library that divides the work was given into the run directory."""
     if processes.first and settings is not None:
-        (run.root / "deepspeed.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_whole(run.root / "deepspeed.json", json.dumps(settings, indent=1) + "\n")
 
 
 def _stopped_text(by: str, step: int, run: RunDirectory) -> str:
@@ -158,7 +175,7 @@ def _as_before(config: Config, processes: Processes, texts: Texts) -> Config:
     if processes.first:
         start = find_start(config)
         if start.checkpoint is not None and (note := check_record(start.checkpoint.parent.parent, texts)):
-            print(note, flush=True)
+            say(note)
         if start.exists and start.root is not None:
             text = RunDirectory.open(start.root).config.read_text(encoding="utf-8")
     text = processes.broadcast_text(text)
@@ -192,12 +209,10 @@ def _open_run(
 
 def _say(start: Start, run: RunDirectory) -> None:
     """Say where the run begins, and whether it began there before."""
-    step = 0 if start.checkpoint is None else int(start.checkpoint.name.rpartition("_")[2])
+    step = step_of(start.checkpoint)
     if (note := begin_attempt(run, step)) is not None:
-        print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
+        say(wrap_for(sys.stderr, f"note: {note}"), sys.stderr)
     if start.checkpoint is not None:
-        print(f"going on from {start.checkpoint}", flush=True)
+        say(f"going on from {start.checkpoint}")
     elif start.exists:
-        print(
-            f"the run at {start.root} had saved no checkpoint; it begins again at the first step", flush=True
-        )
+        say(f"the run at {start.root} had saved no checkpoint; it begins again at the first step")

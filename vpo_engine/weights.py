@@ -7,17 +7,16 @@ device where it stays. So loading takes the memory of the network and of one ten
 
 from __future__ import annotations
 
-import json
-import pickle
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from vpo_engine.foreign_files import check_archive, file_inside, read_object
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Names of a published model's weights in one file; an index of shards is called NAME.index.json."""
@@ -27,13 +26,19 @@ _SHOWN = 4
 def read_file(path: Path) -> Any:
     """Return what a .safetensors file, or a pickle of tensors, holds; tensors are on the CPU, mapped.
 
-    Raise ValueError for a file that cannot be read.
+    Raise ValueError for a file that cannot be read, or says that it holds more than it has bytes.
     """
+    safetensors = path.suffix == ".safetensors"
+    packed = not safetensors and zipfile.is_zipfile(path)
+    if packed:
+        check_archive(path)
     try:
-        if path.suffix == ".safetensors":
+        if safetensors:
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # a damaged or hostile pickle can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} cannot be read ({path.stat().st_size} bytes, damaged, incomplete or no weights: {reason}); fetch "
@@ -56,24 +61,34 @@ def weight_files(folder: Path, names: Sequence[str] = ()) -> list[Path]:
 
 
 def shard_files(index: Path) -> list[Path]:
-    """Return the weight files that an index names. FileNotFoundError where one is missing, ValueError for no index."""
-    shards = sorted(set(_promised(index).values()))
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    """Return the weight files that an index names, all of them in its folder.
+
+    Raise FileNotFoundError where one is missing, ValueError for no index and for a name that leads out of the folder.
+    """
+    promised = _promised(index)
+    shards = {name: file_inside(index.parent, name, index) for name in sorted(set(promised.values()))}
+    missing = [name for name, path in shards.items() if not path.is_file()]
     if missing:
         raise FileNotFoundError(
             f"no weight file {missing[0]} in {index.parent}: {index.name} names {len(shards)} shards, of which "
             f"{len(missing)} are missing: {_some(missing)}"
         )
-    return [index.parent / shard for shard in shards]
+    return list(shards.values())
 
 
 def read_files(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return the tensors of weight files, mapped. Raise ValueError as ``read_file`` does, or if shards lack a key."""
+    """Return the tensors of weight files, mapped.
+
+    Raise ValueError as ``read_file`` does, for a file with anything but tensors by name, and if shards lack a key.
+    """
     weights: dict[str, Any] = {}
     for path in paths:
         content = read_file(path)
         if not isinstance(content, Mapping):
-            raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
+            raise ValueError(
+                f"{path} holds a {type(content).__name__}, expected a dictionary of tensors; fetch it again"
+            )
+        check_tensors(content, path)
         weights.update(content)
     for index in sorted(paths[0].parent.glob("*.index*.json")):
         if paths[0].suffix not in index.name:  # of files of another kind, which are not read
@@ -83,6 +98,24 @@ def read_files(paths: Sequence[Path]) -> dict[str, Any]:
         if paths[0].name in promised.values() and absent:
             raise ValueError(f"the shards of {index} lack {len(absent)} of its keys: {_some(absent)}")
     return weights
+
+
+def check_tensors(content: Mapping[Any, Any], where: Path) -> None:
+    """Raise ValueError unless a file's content is plain tensors by name: dense ones, with values, on the CPU."""
+    other = [
+        str(key)[:100] for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))
+    ]
+    if other:
+        raise ValueError(
+            f"{where} is not a plain dictionary of tensors: {_some(other)} is something else; fetch it again, or save "
+            "the state dict of the network alone"
+        )
+
+
+def _is_plain(value: object) -> bool:
+    if not isinstance(value, Tensor) or value.is_quantized or value.is_nested:
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu"
 
 
 def config_file(path: Path) -> Path | None:
@@ -177,9 +210,12 @@ def move_in_order(
 def _promised(index: Path) -> dict[str, str]:
     """Return {key: file} of an index. Raise ValueError for a file that is no index."""
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of shards ({error!r}); fetch it again") from error
+        promised = read_object(index, "").get("weight_map")
+        if not isinstance(promised, dict) or not all(isinstance(name, str) for name in promised.values()):
+            raise ValueError("it has no weight_map from tensors to names of files")
+    except ValueError as error:
+        raise ValueError(f"{index} is not an index of shards ({error}); fetch it again") from error
+    return promised
 
 
 def _some(names: Iterable[str]) -> str:

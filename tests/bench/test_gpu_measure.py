@@ -85,6 +85,9 @@ def test_the_rule_of_fused_operations(seconds: float, kept: int, taken: str) -> 
 KERNELS = """
 import sys, torch, gpu_kernels as g
 cpu, real = torch.device("cpu"), g.paired_dpo_loss
+cases = {name.split()[0]: (name, case) for name, case in g.fused_cases(large=False)}
+assert len(cases) == 4
+g.fused_cases = lambda large: cases.values()
 assert g.wrong_kernels(cpu, large=False) == []
 g.fused_cases = lambda large: []
 g.paired_dpo_loss = lambda *given, beta, backend: real(*given, beta=beta + (backend == "triton"), backend=backend)
@@ -94,7 +97,10 @@ assert len(g.wrong_kernels(cpu, large=False)) == 2, "a kernel with another beta,
 
 @pytest.mark.long
 def test_kernels_are_compared_without_pytest() -> None:
-    """Another process, because Triton decides whether it interprets when it is imported."""
+    """With one case of each fused operation; tests/kernels/test_interpreted.py has them all.
+
+    In another process, because Triton decides whether it interprets when it is imported.
+    """
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "bench"))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-c", KERNELS]

@@ -39,6 +39,12 @@ WAYS = {
     "adapter, sequential": (LORA, "none", True),
 }
 """Settings, activation checkpointing, and whether winner and loser go one after the other."""
+OF_FAMILIES = {
+    "cogvideox": ("full", "adapter, sequential"),
+    "wan": tuple(WAYS),
+    "ltx": ("full, sequential, checkpointed", "adapter, checkpointed"),
+}
+"""Families differ in their layers, which every way goes through; the ways themselves are the same code for all."""
 
 
 def config_of(kind: str, folder: Path, *more: str) -> Config:
@@ -75,7 +81,8 @@ def videos(model: Any, blocks: Any, **options: Any) -> torch.Tensor:
 
 def check_family(kind: str, folder: Path, processes: Processes) -> None:
     alone, group = Processes(0, 1, processes.device), SequenceGroup(processes.sequence)
-    for name, (settings, checkpointing, sequential) in WAYS.items():
+    for name in OF_FAMILIES[kind]:
+        settings, checkpointing, sequential = WAYS[name]
         config = config_of(kind, folder, *settings)
         models = whole, divided = loaded(config, alone), loaded(config, processes)
         set_activations(divided.network, Activations(checkpointing))  # type: ignore[arg-type]

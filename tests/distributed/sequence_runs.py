@@ -1,4 +1,4 @@
-"""What processes do that hold slices of the same videos, and what one process makes of the same inputs."""
+"""Work of processes that hold slices of the same videos, and of one process with the same inputs."""
 
 from __future__ import annotations
 

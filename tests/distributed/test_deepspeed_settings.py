@@ -179,7 +179,7 @@ def test_a_value_that_contradicts_the_run_is_refused_with_both(
         ({"zero_optimization": []}, r"zero_optimization=\[\] must be an object"),
         ([], r"holds a list, expected an object"),
         ("{", r"own.json is not JSON"),
-        ('{"steps_per_print": 1, "steps_per_print": 2}', r"steps_per_print stands there twice"),
+        ('{"steps_per_print": 1, "steps_per_print": 2}', r"the key 'steps_per_print' is there twice"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused(

@@ -44,10 +44,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
-def test_two_processes_make_the_run_of_one(smallest: list[str], tmp_path: Path) -> None:
+def test_two_processes_make_the_run_of_one(smallest: list[str], small_policy: str, tmp_path: Path) -> None:
     """Held-out clips, the preference dataset and checkpoints, too; one process finishes what two have begun."""
-    alone, two = tmp_path / "alone", tmp_path / "two"
+    alone, two, smallest = tmp_path / "alone", tmp_path / "two", [*smallest, small_policy]
     run_in_group(tmp_path, 2, train, config_of(smallest, two, "distributed.sequence_parallel=2"))
     assert train(config_of(smallest, alone)) == 0
     begun, expected, found = (policy_of(folder, step) for folder, step in ((alone, 2), (alone, 3), (two, 3)))

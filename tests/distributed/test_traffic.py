@@ -7,13 +7,17 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from process_group import run_in_group
-from scaling_counts import CASES, compared
+from scaling_counts import ALL, CASES, compared
+from small_policy import write_small_policy
+from torch import Tensor
 
 from vpo_engine.config_file import load_config
+from vpo_engine.data.sprites.assets import Sprites
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.traffic import step_transfers
 from vpo_engine.planning.exchanged import division, exchanged
@@ -50,11 +54,18 @@ def test_the_cases_are_those_of_the_scaling_page() -> None:
     assert {*IN_TWO, *IN_FOUR} <= {*CASES}
 
 
+def show_latents(model: object, latents: Tensor) -> Tensor:
+    """Make pixels of latents without the decoder, which takes as long as all else and sends nothing."""
+    return (32 * latents[:, :3, :1].clamp(-3.9, 3.9) + 128).permute(0, 2, 3, 4, 1).to(torch.uint8)
+
+
 def in_group(folder: Path, cases: Sequence[str]) -> None:
     processes = Processes.start("cpu")
-    for number, case in enumerate(cases):
-        found = compared(case, processes, folder)
-        (folder / f"{number} {processes.rank}.json").write_text(json.dumps(found))
+    small = (*ALL, write_small_policy(folder / f"policy_{processes.rank}"))
+    with patch("scaling_counts.ALL", small), patch.object(Sprites, "to_video", show_latents):
+        for number, case in enumerate(cases):
+            found = compared(case, processes, folder)
+            (folder / f"{number} {processes.rank}.json").write_text(json.dumps(found))
     processes.stop()
 
 

@@ -23,12 +23,13 @@ def policy_of(config: Config, step: int) -> dict[str, torch.Tensor]:
     return load_file(config.run_dir / "checkpoints" / f"step_{step:08d}" / "policy" / "model.safetensors")
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_run_begins_divided_and_is_finished_by_one_process(
-    small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Callable[..., Config], small_policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Held-out clips, counting of operations and saving need the whole policy, of which stage 3 leaves parts."""
-    same = ("pairs_per_step=2", "rollout.weights=policy", "optimizer.lr=1e-4")
+    same = (small_policy, "pairs_per_step=2", "rollout.weights=policy", "optimizer.lr=1e-4")
     divided = small(
         *same, "steps=2", "distributed.engine=deepspeed", "distributed.zero_stage=3", divided_fully(tmp_path)
     )

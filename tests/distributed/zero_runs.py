@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_policy import shipped_policy_is_small
 from step_case import step_on
 from test_teams import PROMPTS, TIE
 from torch import Tensor
@@ -69,7 +70,8 @@ def divided_fully(folder: Path) -> str:
 
 def make(settings: Sequence[str], processes: Processes) -> OnlineVPO:
     config = load_config(None, [*SETTINGS, *settings])
-    model = build_model(config, processes, lambda _: None)
+    with shipped_policy_is_small():
+        model = build_model(config, processes, lambda _: None)
     show_latents(model)
     model.prepare(PROMPTS)
     reference = build_reference(config.reference.storage, model.network)

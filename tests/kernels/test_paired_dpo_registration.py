@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from vpo_kernels import paired_dpo_loss
-from vpo_kernels.paired_dpo import op
+from vpo_kernels.paired_dpo import operators
 from vpo_kernels.paired_dpo.contract import PairTensors
 
 NUMBERS = (1.0, None)
@@ -176,7 +176,7 @@ def test_float16_gradient_scaling_keeps_small_gradients(dpo_loss: Loss) -> None:
 
 
 def test_the_operator_is_registered_for_every_device() -> None:
-    assert op._paired_dpo is torch.ops.vpo_kernels.paired_dpo.default
+    assert operators.paired_dpo is torch.ops.vpo_kernels.paired_dpo.default
     meta = [torch.empty(2, 3, device="meta") for _ in range(6)]
     assert paired_dpo_loss(*meta).margin.device.type == "meta"
 

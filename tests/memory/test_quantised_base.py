@@ -245,7 +245,7 @@ def test_modules_that_need_their_precision_are_left_alone() -> None:
 
 
 def test_layers_are_rounded_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a layer is read, the full weights of those before it are gone."""
+    """The full weights of a layer are gone when the next one is read."""
     network = load_policy()
     weights = [weakref.ref(one.weight.untyped_storage()) for one in block_linears(network).values()]
     encoded, alive = quantised_base.encoded, []

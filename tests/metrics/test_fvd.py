@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,14 @@ def test_a_pickle_is_refused_and_the_command_that_converts_it_works(tmp_path: Pa
     command = str(refused.value).split('python -c "')[1].rstrip('"')
     exec(command, {})
     assert metric(tmp_path / "cd.npz").reference.count == 50
+
+
+def test_packed_sums_that_would_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("raw_cov.npy", b"")
+    content = path.read_bytes()
+    place = content.index(b"PK\x01\x02") + 24  # the size in the directory
+    path.write_bytes(content[:place] + (3 << 30).to_bytes(4, "little") + content[place + 4 :])
+    with pytest.raises(ValueError, match=r"bomb\.npz has \d+ bytes and says that it holds 3221225472"):
+        FeatureSums.read(path)

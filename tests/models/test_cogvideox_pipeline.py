@@ -32,7 +32,7 @@ def model(folder: Path) -> Any:
 
 
 def of_pipeline(pipeline: Any, noise: Tensor, prompt: str, **settings: Any) -> Any:
-    """What the pipeline makes of one noise [1, C, T, H, W]."""
+    """Return the pipeline's latents of one noise [1, C, T, H, W]."""
     frames = 4 * noise.shape[2] - 3 if noise.shape[2] % 2 else 4 * noise.shape[2]
     with torch.no_grad():
         return pipeline(

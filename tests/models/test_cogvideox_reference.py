@@ -65,7 +65,7 @@ def outputs() -> dict[str, Tensor]:
 
 
 def prediction(model: CogVideoX, inputs: dict[str, Tensor], case: str) -> Tensor:
-    """What the model predicts for a recorded input, in the transformer's layout [B, T, C, H, W]."""
+    """Return the model's prediction for a recorded input, in the transformer's layout [B, T, C, H, W]."""
     text = inputs[f"{case}.encoder_hidden_states"]
     embedding = TextEmbedding(text, torch.ones(text.shape[:2], dtype=torch.bool))
     latents = inputs[f"{case}.hidden_states"].transpose(1, 2)

@@ -72,11 +72,21 @@ def test_chosen_frames_are_those_of_the_whole_video(model: Any, frames: list[int
     torch.testing.assert_close(found, whole[:, frames], rtol=0, atol=2e-6)
 
 
-def test_only_the_beginning_of_a_causal_video_is_decoded(models: dict[str, Any]) -> None:
+def test_only_the_beginning_of_a_causal_video_is_decoded(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for family, frames, length in (("wan", [0], 1), ("wan", [3, 4], 2), ("cogvideox", [1], 3)):
         model, latents = models[family], latents_of(models[family], 1)
+        decoded: list[int] = []
+
+        def pixels(given: Tensor, model: Any = model, decoded: list[int] = decoded) -> Tensor:
+            decoded.append(given.shape[2])
+            return type(model).pixels(model, given)
+
+        monkeypatch.setattr(model, "pixels", pixels)
         latents[:, :, length:] = float("nan")
         assert bool(model.decode_pixels(latents, frames).isfinite().all())
+        assert decoded == [length]
 
 
 def test_gradients_are_those_of_finite_differences(model: Any) -> None:
@@ -194,7 +204,7 @@ def test_only_the_chunks_and_images_of_wanted_frames_are_decoded(
 
 
 def test_the_graph_keeps_no_activations_of_the_decoder(vae: OpenSoraVAE) -> None:
-    """What waits for the backward pass is what enters and leaves the chunks and the micro-batches."""
+    """Only the inputs and outputs of chunks and micro-batches wait for the backward pass."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from power_cut import copy_cut
 from safetensors.torch import load_file
 
 from vpo_engine import sample
@@ -39,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps by the command of the page, in a process of its own that starts in the repository."""
     run = tmp_path_factory.mktemp("own") / "run"
     outcome = subprocess.run(
-        [sys.executable, "-m", "vpo_engine.train", *command(run, "steps=4")],
+        [sys.executable, "-m", "vpo_engine.train", *command(run, "steps=4", "model.device=cpu")],
         cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -70,12 +71,13 @@ def test_it_trains_and_starts_from_its_reference(finished: Path) -> None:
     assert all(row["speed/rollout_mfu"] > 0 for row in rows)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_resumed_run_is_the_uninterrupted_one(
     finished: Path, tmp_path: Path, in_the_repository: None
 ) -> None:
     run = tmp_path / "run"
-    assert entry.main(command(run, "steps=2", "model.device=cpu")) == 0
+    copy_cut(finished, run, 2)
     assert entry.main(command(run, "steps=4", "model.device=cpu", "checkpoint.resume=true")) == 0
     found, expected = load_file(policy(run, 4)), load_file(policy(finished, 4))
     assert all((found[name] == expected[name]).all() for name in expected)
@@ -90,6 +92,7 @@ def test_its_videos_are_sampled_from_the_run(
     assert len(list(out.glob("*.mp4"))) == 1
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_an_adapter_goes_where_the_family_says(tmp_path: Path, in_the_repository: None) -> None:
     run, lora = tmp_path / "run", ("model.lora.rank=2", "reference.storage=adapter", "model.device=cpu")

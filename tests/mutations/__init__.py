@@ -17,6 +17,7 @@ from mutations import (
     step,
     survival,
     update,
+    watch,
 )
 
 MUTATIONS = [
@@ -36,4 +37,5 @@ MUTATIONS = [
     *survival.MUTATIONS,
     *evaluation.MUTATIONS,
     *methods.MUTATIONS,
+    *watch.MUTATIONS,
 ]

@@ -15,13 +15,13 @@ MUTATIONS = [
     (
         "lines of prompts cut at U+2028",
         LINES,
-        "for raw in self._file:",
-        "for raw in self._file.read().decode().splitlines(True):\n            raw = raw.encode()",
+        "while raw := self._file.readline(self._longest + 1):",
+        "for raw in [line.encode() for line in self._file.read().decode().splitlines(True)]:",
         LAYOUT_TESTS,
     ),
     (
         "a key twice in a row of prompts",
-        LINES,
+        "vpo_engine/texts.py",
         "if len(found) < len(pairs):",
         "if len(found) > len(pairs):",
         LAYOUT_TESTS,

@@ -11,7 +11,7 @@ STATE = "vpo_engine/run_state.py"
 METHOD = "vpo_engine/method.py"
 START = "vpo_engine/runs/start.py"
 CHECKPOINT = "vpo_engine/runs/checkpoint.py"
-LOG = "vpo_engine/runs/log.py"
+LINES = "vpo_engine/line_files.py"
 DATASET = "vpo_engine/data/preference_dataset.py"
 STORED = "vpo_engine/rollout/preference_dataset.py"
 PROMPTS = "vpo_engine/data/prompts.py"
@@ -223,13 +223,12 @@ MUTATIONS = [
     ),
     ("a failed save left behind", CHECKPOINT, "shutil.rmtree(unfinished, ignore_errors=True)", "pass", DISK),
     (
-        "a cut log not synced",
-        LOG,
-        "os.fsync(file.fileno()) replacement.replace",
-        "pass\n        replacement.replace",
+        "a cut log or dataset not synced",
+        LINES,
+        "os.fsync(copy.fileno())",
+        "pass",
         DISK,
     ),
-    ("a cut dataset not synced", DATASET, "os.fsync(file.fileno())", "pass", DISK),
     (
         "the preference dataset's winners and losers exchanged",
         DATASET,
@@ -272,12 +271,18 @@ MUTATIONS = [
         'values["step"] < step',
         RESUME,
     ),
-    ("latents of the checkpoint's step cut, too", DATASET, "[1]) > step", "[1]) >= step", RESUME),
+    (
+        "latents of the checkpoint's step cut, too",
+        DATASET,
+        "_step_of(latents) > step",
+        "_step_of(latents) >= step",
+        RESUME,
+    ),
     (
         "lines before their latents",
         DATASET,
-        "unfinished) unfinished.replace(path)",
-        "unfinished)\n            _pairs_file(self._folder, self._rank).touch()\n            unfinished.replace(path)",
+        "path.parent.mkdir(exist_ok=True)",
+        "path.parent.mkdir(exist_ok=True); _pairs_file(self._folder, self._rank).touch()",
         DISK,
     ),
     (

@@ -316,8 +316,8 @@ MUTATIONS = [
     (
         "the log's sums not divided by the samples of all",
         STEP,
-        "value / samples for",
-        "value / local['samples'] for",
+        "DPO.means(totals, samples, total)",
+        "DPO.means(totals, local['samples'], total)",
         TWO,
     ),
     (
@@ -334,7 +334,7 @@ MUTATIONS = [
         "total=total",
         REPLAY,
     ),
-    ("the motion floor sees no motion", STEP, "WithMotion(self.reward)", "self.reward", REPLAY),
+    ("the motion floor sees no motion", STEP, "WithMotion(self._watched)", "self._watched", REPLAY),
     (
         "candidates of the copy although the policy samples",
         STEP,

@@ -275,12 +275,12 @@ MUTATIONS = [
         REPLAY,
     ),
     ("the scale left out, one member at a time", DPO, "scale=scale,", "scale=1.0,", REPLAY),
-    ("a margin of zero counts as right", DPO, "(result.margin > 0)", "(result.margin >= 0)", REPLAY),
+    ("a margin of zero counts as right", DPO, "result.margin > 0", "result.margin >= 0", REPLAY),
     (
         "winners' errors logged as losers'",
         DPO,
-        "float(result.loser_error_change.sum())",
-        "float(result.winner_error_change.sum())",
+        '"loser_error_change": result.loser_error_change',
+        '"loser_error_change": result.winner_error_change',
         REPLAY,
     ),
     (

@@ -48,7 +48,7 @@ with (run / "metrics.jsonl").open("w") as file:
         file.write(json.dumps({"kind": "eval", **row}) + "\\n")
         if step:
             file.write(json.dumps({"kind": "train", "step": step}) + "\\n")
-(run / "summary.json").write_text(json.dumps({"timings": {"rollout": 1.0, "step": 3.0}}))
+(run / "summary.json").write_text(json.dumps({"clips": 1, "measures": {}, "timings": {"rollout": 1.0, "step": 3.0}}))
 (run / "alarms.jsonl").write_text("".join(json.dumps(each) + "\\n" for each in json.loads(sys.argv[3])))
 """
 _MEASURE = """

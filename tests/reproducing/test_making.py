@@ -192,8 +192,8 @@ def test_steps_of_a_method_replace_those_of_equal_seconds_only(tmp_path: Path) -
     cells = grid_of(asked(tmp_path, "table4c", steps={"refl": 77}, seeds=1))["table4c"]
     steps = {label: cell.config().steps for (label, _), cell in cells.items()}
     assert steps["ReFL, equal seconds"] == 77
-    assert steps["ReFL, equal samples"] == 160
-    assert steps["OnlineVPO"] == 40
+    assert steps["ReFL, equal samples"] == 56
+    assert steps["OnlineVPO"] == 14
 
 
 @pytest.mark.parametrize(

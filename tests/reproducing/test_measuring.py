@@ -1,4 +1,4 @@
-"""What is measured of a policy's clips, and a table of real runs from one end to the other."""
+"""Measures of a policy's clips, and a table of real runs from one end to the other."""
 
 from __future__ import annotations
 

@@ -93,10 +93,10 @@ def test_a_reward_without_score_pixels_is_not_differentiable(write: Callable[[st
 
 
 @pytest.mark.long
-def test_the_example_trains_the_sprites_world(smallest: list[str], tmp_path: Path) -> None:
+def test_the_example_trains_the_sprites_world(smallest: list[str], small_policy: str, tmp_path: Path) -> None:
     """As a user runs it, from the repository's root, with another reward of their own that is held out."""
     run = tmp_path / "run"
-    brief = ["steps=2", "pairs_per_step=4", "evaluation.every=null", "checkpoint.every=null"]
+    brief = [small_policy, "steps=2", "evaluation.every=null", "checkpoint.every=null"]
     held_out = "guards.reward.kind=process_rewards:Scripted"
     settings = [f"reward.kind={EXAMPLE}", "reward.dimensions=global", held_out]
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]

@@ -27,23 +27,29 @@ def numbers(run: Path) -> list[dict[str, object]]:
     return [{name: row[name] for name in row if not name.startswith(("seconds/", "speed/"))} for row in rows]
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
-def test_a_run_is_the_same_with_the_reward_in_another_process(smallest: list[str], tmp_path: Path) -> None:
+def test_a_run_is_the_same_with_the_reward_in_another_process(
+    smallest: list[str], small_policy: str, tmp_path: Path
+) -> None:
     for name, process in (("here", "false"), ("there", "true")):
-        arguments = [*smallest, *BRIEF, f"reward.process={process}", f"run_dir={tmp_path / name}"]
+        settings = [*smallest, small_policy, *BRIEF]
+        arguments = [*settings, f"reward.process={process}", f"run_dir={tmp_path / name}"]
         assert entry.main(arguments) == 0
     assert numbers(tmp_path / "here") == numbers(tmp_path / "there")
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
 def test_a_run_whose_reward_hangs_stops_with_one_line(
     smallest: list[str],
+    small_policy: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
     limit = ["reward.kind=process_rewards:SpritesThatHang", "reward.process=true", "reward.time_limit=3.5"]
-    assert entry.main([*smallest, *BRIEF, *limit, f"run_dir={run}"]) == 1
+    assert entry.main([*smallest, small_policy, *BRIEF, *limit, f"run_dir={run}"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
         "error: reward 'process_rewards:SpritesThatHang' took longer than its time limit of 3.5 s while it scored "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -266,11 +267,28 @@ def test_a_signal_to_the_server_is_passed_on_and_served_to_the_end() -> None:
     assert clients.join() == [[False, True, True]]
 
 
-def test_a_stranger_is_turned_away() -> None:
+def header(content: str) -> bytes:
+    return struct.pack("!QQ", len(content), 0) + content.encode()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        header('{"kind": "hello", "fields": {"token": "\\ud800", "rank": 0}, "tensors": []}'),
+        header(
+            '{"kind": "hello", "fields": {"token": 3}, "tensors": [{"name": 1, "dtype": "load", "shape": [-1]}]}'
+        ),
+        header("[" * 900),
+        struct.pack("!QQ", 2**64 - 1, 2**64 - 1),
+    ],
+    ids=["http", "no text", "no tensor", "nested", "large"],
+)
+def test_a_stranger_is_turned_away(said: bytes) -> None:
     def knocks(store: dist.Store) -> bytes:
         host, port, _ = json.loads(store.get("reward"))
         with socket.create_connection((host, port)) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            stranger.sendall(said)
             stranger.settimeout(60)
             try:
                 return stranger.recv(1)

@@ -169,8 +169,9 @@ def test_a_bad_preview_score_leaves_the_policy_alone(pruning: Config) -> None:
 
 
 @pytest.mark.long
-def test_approximate_runs_resume_bit_for_bit(small: Make, tmp_path: Path) -> None:
+def test_approximate_runs_resume_bit_for_bit(small: Make, small_policy: str, tmp_path: Path) -> None:
     config = small(
+        small_policy,
         "rollout.candidates=4",
         "rollout.steps=4",
         "rollout.guidance=3.0",

@@ -106,7 +106,7 @@ def test_values_are_those_of_sampling_without_gradients(case: Any, first: int) -
 
 @pytest.mark.parametrize("last_steps", [1, 3])
 def test_gradients_are_those_of_the_steps_without_checkpoints(case: Any, last_steps: int) -> None:
-    """What came before the last K steps is a constant, and everything between them is not."""
+    """Everything before the last K steps is a constant, and everything within them is not."""
     model, text, noise = case
     sampling = SamplerSettings(STEPS, 3.0)
     state = model.denoise(model.network, model.start(noise), text, sampling, STEPS - last_steps)

@@ -290,7 +290,7 @@ def test_one_altered_bit_is_found(tmp_path, name):
 def test_a_damaged_manifest(tmp_path, content):
     path = save(tmp_path, 24)
     (path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match=r"manifest\.json' is not"):
+    with pytest.raises(ValueError, match=r"manifest\.json' is not the manifest"):
         load_checkpoint(path)
     assert newest_complete(tmp_path) is None
 
@@ -314,3 +314,55 @@ def test_a_run_without_policy_or_tensors(tmp_path):
     loaded = load_checkpoint(save(tmp_path, 0, tensors={}, write_policy=None))
     assert loaded.tensors == {}
     assert not loaded.policy.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["policy/model.safetensors.index.json", "moments.safetensors", "ema/config.json", "policy/deep/a"]
+)
+def test_an_added_file_is_found(tmp_path, name):
+    """It could be read in place of a saved one: an index of shards comes before the file of the weights."""
+    path = save(tmp_path, 24)
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_text("{}")
+    (path / ".DS_Store").write_text("of a file browser")
+    with pytest.raises(
+        ValueError, match=r"was added after the checkpoint was saved.* move it elsewhere"
+    ) as caught:
+        load_checkpoint(path)
+    assert str(path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/hostname", "policy/../../outside", "link", "x" * 300, ""]
+)
+def test_a_manifest_that_leads_out_of_the_checkpoint(tmp_path, name):
+    path = save(tmp_path, 24)
+    (tmp_path / "outside").write_text("a secret")
+    (path / "link").symlink_to(tmp_path / "outside")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 8, "sha256": "0" * 64}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match=r"manifest\.json.*(expected a name inside of|is a symbolic link to)"
+    ):
+        load_checkpoint(path)
+    assert newest_complete(tmp_path) is None
+
+
+def test_weights_of_a_checkpoint_are_verified_wherever_they_are_named(tmp_path, capsys):
+    """As the policy that a new run or a sample begins with, the average, or a file in one of them."""
+    from vpo_engine import sample
+    from vpo_engine.runs.checkpoint import verify_if_of_checkpoint
+
+    path = save(tmp_path / "checkpoints", 24, write_average=write_policy)
+    for given in (path / "policy", path / "ema", path / "policy" / "model.safetensors", tmp_path):
+        verify_if_of_checkpoint(given)
+    file = path / "policy" / "model.safetensors"
+    file.write_bytes(b"weighty")
+    for given in (path / "policy", path / "ema", file):
+        with pytest.raises(ValueError, match="was altered after it was saved"):
+            verify_if_of_checkpoint(given)
+    assert sample.main([f"model.policy={path / 'policy'}", "--prompt", "a red circle"]) == 1
+    error = capsys.readouterr().err
+    assert f"'{file}' was altered after it was saved: its SHA-256 is" in error
+    assert "There is no earlier complete checkpoint" in error

@@ -52,7 +52,7 @@ def opened(page: Path, folder: Path, *options: str) -> str:
 
 @pytest.fixture(scope="module")
 def found(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What ``report_in_browser.js`` saw. The page's security policy would forbid it, and is taken out."""
+    """Return what ``report_in_browser.js`` saw. The page's security policy would forbid it, and is taken out."""
     folder, source = tmp_path_factory.mktemp("used"), page.read_text(encoding="utf-8")
     source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", source)
     before, script, after = source.rpartition("<script>")

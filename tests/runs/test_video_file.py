@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -272,3 +273,58 @@ class TestIndexing:
         copy = VideoFile.from_fields(file.to_fields())
         assert (copy.shape, copy.fps) == (file.shape, file.fps)
         assert torch.equal(copy[:, [3]], file[:, [3]])
+
+
+class TestHostileFiles:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n",
+            "ffconcat version 1.0\nfile '{other}'\n",
+        ],
+        ids=["hls", "concat"],
+    )
+    def test_playlists_open_no_other_files(
+        self, tmp_path: Path, files: dict[str, Path], content: str
+    ) -> None:
+        path = tmp_path / "hostile.mp4"
+        path.write_text(content.format(other=files["mp4"]))
+        with pytest.raises(ValueError, match=r"hostile\.mp4' is not a readable video file"):
+            VideoFile.open(path)
+
+    def test_a_header_that_claims_large_frames(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "large.gif", moving(2, 32, 48), codec="gif", pix_fmt="rgb8")
+        content = bytearray(path.read_bytes())
+        content[6:10] = struct.pack("<HH", 65535, 65535)
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"large\.gif.*65535 x 65535.*frames are read up to 67108864 pixels"
+        ):
+            VideoFile.open(path)
+
+    def test_a_video_that_is_shown_much_wider_than_it_is(self, tmp_path: Path) -> None:
+        def wide(stream: object) -> None:
+            stream.codec_context.sample_aspect_ratio = Fraction(2_000_000)  # type: ignore[attr-defined]
+
+        path = write(tmp_path / "wide.mkv", moving(2, 48, 64), codec="mpeg4", prepare=wide)
+        with av.open(str(path), "r") as container:
+            assert container.streams.video[0].sample_aspect_ratio > 1000
+        with pytest.raises(
+            ValueError, match=r"wide\.mkv' has frames of 48 x \d+ pixels, and frames are read up to"
+        ):
+            VideoFile.open(path)
+
+    @pytest.mark.parametrize(("limit", "value"), [("MOST_FRAMES", 3), ("MOST_IN_ALL", 48 * 64 * 3)])
+    def test_endless_videos(
+        self, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+    ) -> None:
+        monkeypatch.setattr(video_file, limit, value)
+        with pytest.raises(ValueError, match=r"has more than 3 frames of 48 x 64 pixels, .*; cut it"):
+            VideoFile.open(files["mp4"])
+
+    def test_frames_that_do_not_fit_into_memory(self, files: dict[str, Path]) -> None:
+        file = VideoFile(files["mp4"], 1 << 30, 1 << 13, 1 << 13, 10.0)
+        with pytest.raises(
+            ValueError, match=r"1073741824 frames of 8192 x 8192 pixels take \d+ bytes, and this"
+        ):
+            file[:, :]

@@ -170,12 +170,13 @@ def test_what_is_no_name_of_a_project_is_refused(name):
     assert load_config(None, ["log.wandb=team/video-dpo"]).log.wandb == "team/video-dpo"
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.long
-def test_a_run_sends_its_rows_and_its_clips_at_the_end(wandb, tmp_path, monkeypatch):
+def test_a_run_sends_its_rows_and_its_clips_at_the_end(wandb, smallest, small_policy, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    small = ["steps=2", "pairs_per_step=2", "rollout.candidates=2", "rollout.steps=2", "evaluation.prompts=2"]
+    small = [*smallest, small_policy, "steps=2", "evaluation.every=null"]
     run = RunDirectory(tmp_path / "run")
-    assert train.main([*small, "evaluation.every=null", f"run_dir={run.root}", "log.wandb=team/dpo"]) == 0
+    assert train.main([*small, f"run_dir={run.root}", "log.wandb=team/dpo"]) == 0
     *rows, clips = [row for row in wandb.rows if not any(name.startswith("samples/") for name in row)]
     samples = [row for row in wandb.rows if any(name.startswith("samples/") for name in row)]
     assert [row["step"] for row in samples] == [0, 2]
@@ -188,7 +189,7 @@ def test_a_run_sends_its_rows_and_its_clips_at_the_end(wandb, tmp_path, monkeypa
     assert len(clips) == 1 + len(read_held_out(run.held_out_gallery).prompts)
     assert wandb.exit_codes == [0]
     for log in ("log.wandb=null", "log.wandb=other"):
-        assert train.main([*small, "evaluation.every=null", f"run_dir={run.root}", log]) == 0
+        assert train.main([*small, f"run_dir={run.root}", log]) == 0
 
 
 REAL = """

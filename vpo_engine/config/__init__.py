@@ -3,6 +3,7 @@
 "Paper" in the sources of defaults is OnlineVPO, arXiv 2412.15159.
 """
 
+from vpo_engine.config.disk import DiskConfig
 from vpo_engine.config.distributed import DistributedConfig
 from vpo_engine.config.guards import GuardsConfig, HeldOutRewardConfig
 from vpo_engine.config.log import LogConfig
@@ -20,6 +21,7 @@ __all__ = [
     "ActivationCheckpointing",
     "CheckpointConfig",
     "Config",
+    "DiskConfig",
     "DistributedConfig",
     "EmaConfig",
     "EvaluationConfig",

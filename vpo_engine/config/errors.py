@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from vpo_engine.config.section import Section
+from vpo_engine.texts import one_line, shortened
 
 ARGUMENT = "argument"
 """The origin of a setting that was given as an argument."""
@@ -26,6 +27,7 @@ _EXPECTED = {
     "bool_parsing": _TRUTH,
     "bool_type": _TRUTH,
     "string_type": "text",
+    "string_unicode": "text, without halves of surrogate pairs",
     "path_type": "a path",
     "tuple_type": "a list such as [a, b]",
     "dict_type": "a mapping such as {name: 1.0}",
@@ -76,7 +78,7 @@ def _explain_one(
 ) -> str:
     key, first = ".".join(keys), items[0]
     if first["type"] == "extra_forbidden":
-        return f"{_place(key, origins)}unknown key {key}{_nearest_key(keys, kind)}"
+        return f"{_place(key, origins)}unknown key {one_line(shortened(key))}{_nearest_key(keys, kind)}"
     message = " or ".join(dict.fromkeys(_constraint(item) for item in items))
     if not keys:
         return message + _named_places(message, kind, origins)
@@ -153,9 +155,9 @@ def _named_places(message: str, kind: type[Section], origins: Mapping[str, str],
 def shown(value: object) -> str:
     """Return a setting's value as it is written in YAML."""
     if isinstance(value, (str, Path)):
-        return str(value)
+        return one_line(shortened(str(value)))
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000, sort_keys=False)
-    return text.removesuffix("...\n").strip()
+    return shortened(text.removesuffix("...\n").strip())
 
 
 def _nearest_key(keys: tuple[str, ...], kind: type[Section]) -> str:

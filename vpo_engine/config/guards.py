@@ -28,7 +28,7 @@ class HeldOutRewardConfig(Section):
 
 
 class GuardsConfig(Section):
-    """Checks of the reward at the start of a run, and alarms at its evaluations.
+    """Checks of the reward at the start of a run, and alarms of its steps and at its evaluations.
 
     Two checks are always made: one clip is scored twice and must get the same scores, and captions are exchanged to see
     whether a reward that should read them does. No paper gives values for the settings below; the defaults are this
@@ -47,7 +47,8 @@ class GuardsConfig(Section):
     both changes since the base policy are clear of zero at 95 %."""
     style_bound: float | None = Field(1.0, gt=0, allow_inf_nan=False)
     """The largest change of mean brightness, contrast, saturation or sharpness of the held-out clips without an alarm,
-    in standard deviations of the base policy's clips; null: any distance."""
+    in standard deviations of the base policy's clips; null: any distance. Of the candidates of the training steps half
+    of it is tolerated, so that an alarm comes before the change is as large."""
     on_alarm: Literal["note", "stop"] = "note"
     """What an alarm does. note: it is printed, logged and shown in the report. stop: the run is also saved and ended; a
     resumed run goes on."""

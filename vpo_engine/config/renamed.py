@@ -78,5 +78,5 @@ def find_renamed(values: Mapping[str, Any], prefix: str = "") -> Iterator[Rename
         new_value = replaced.get(value, value) if isinstance(value, str) else value
         if isinstance(value, str):
             new_key, new_value = MOVED.get((key, value), (new_key, new_value))
-        if new_key != key or new_value != value:
+        if new_key != key or new_value is not value:
             yield Rename(key, value, new_key, new_value)

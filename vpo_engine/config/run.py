@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from vpo_engine.config.checkpoint import CheckpointConfig
+from vpo_engine.config.disk import DiskConfig
 from vpo_engine.config.distributed import DistributedConfig
 from vpo_engine.config.errors import shown
 from vpo_engine.config.evaluation import EvaluationConfig
@@ -70,6 +71,7 @@ class Config(Section):
     guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    disk: DiskConfig = DiskConfig()
     offline_dpo: OfflineDPOConfig | None = None
     """Settings of method=offline_dpo."""
     refl: ReflConfig | None = None

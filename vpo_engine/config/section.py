@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic.fields import FieldInfo
 
+_LARGEST = 2**63 - 1
+
 
 class Section(BaseModel):
     """A group of settings. It cannot be changed once it is made, and it refuses unknown keys.
@@ -24,6 +26,7 @@ class Section(BaseModel):
         validate_default=True,
         use_attribute_docstrings=True,
         serialize_by_alias=True,
+        allow_inf_nan=False,
     )
 
     @classmethod
@@ -37,10 +40,15 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _complete_path(cls, value: Any) -> Any:
-        """Replace a leading ~ by the home folder. Refuse environment variables, which only a shell replaces."""
+    def _complete_value(cls, value: Any) -> Any:
+        """Replace a leading ~ of a path by the home folder. Refuse environment variables, which only a shell replaces,
+        and numbers of more than 64 bits."""
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError("does not fit in 64 bits; give a smaller number")
         if not isinstance(value, Path):
             return value
+        if "\0" in str(value):
+            raise ValueError("has the character NUL, which no path can have; write the path without it")
         try:
             path = value.expanduser()
         except RuntimeError as error:

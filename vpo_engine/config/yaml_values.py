@@ -17,7 +17,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 
 from vpo_engine.config.section import Section
+from vpo_engine.texts import one_line, shortened
 
+MOST_BYTES = 1 << 17
+"""Bytes of the largest configuration file; those of people have a few thousand."""
 _NULL = re.compile(r"null|Null|NULL|~|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -27,6 +30,12 @@ _KNOWN_TAGS = {
     f"tag:yaml.org,2002:{name}"
     for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "map", "seq")
 }
+_MOST_DIGITS = 300
+"""Digits of a number; what has more stays text."""
+_MOST_VALUES = 20_000
+"""Values of a configuration, counted as often as aliases repeat them."""
+_DEEP = "lists and groups lie too deep inside one another; no setting is like that"
+_BRACKETS, _DEEPEST = re.compile(r"[][{}]"), 20
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -45,16 +54,19 @@ def read_settings(text: str, source: str, kind: type[Section]) -> Settings:
     Raise ValueError, with the line, for text that is not YAML, for a key that stands twice, and for tags.
     """
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = _compose(text)
+        if root is None:
+            return Settings()
+        if not isinstance(root, yaml.MappingNode):
+            found = "a list" if isinstance(root, yaml.SequenceNode) else shortened(repr(root.value))
+            raise ValueError(f"{source} must hold settings as 'key: value', found {found}")
+        _refuse_expansion(root, source)
+        reader = _Reader(source)
+        return Settings(reader.mapping(root, kind, ""), reader.origins)
     except yaml.YAMLError as error:
         raise ValueError(f"{source}{_explain(error)}") from error
-    if root is None:
-        return Settings()
-    if not isinstance(root, yaml.MappingNode):
-        found = "a list" if isinstance(root, yaml.SequenceNode) else f"{root.value!r}"
-        raise ValueError(f"{source} must hold settings as 'key: value', found {found}")
-    reader = _Reader(source)
-    return Settings(reader.mapping(root, kind, ""), reader.origins)
+    except RecursionError:
+        raise ValueError(f"{source}: {_DEEP}") from None
 
 
 def read_override(override: str, kind: type[Section]) -> tuple[list[str], Any]:
@@ -65,19 +77,52 @@ def read_override(override: str, kind: type[Section]) -> tuple[list[str], Any]:
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"expected key.path=value, got {override!r}")
-    keys = key.split(".")
-    if text[:1] in tuple("[{\"'"):
-        try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            assert node is not None
-        except yaml.YAMLError as error:
-            raise ValueError(
-                f"{override!r}: the value begins with {text[0]}, so it is read as YAML, but{_explain(error, False)}"
-            ) from error
-    else:
-        node = yaml.ScalarNode("tag:yaml.org,2002:str", text.strip(), style=None)
-    return keys, _Reader(f"argument {override}", lines=False).value(node, _annotation(kind, keys), key)
+        raise ValueError(f"expected key.path=value, got {shortened(repr(override))}")
+    keys, said = key.split("."), one_line(shortened(override))
+    if text[:1] not in tuple("[{\"'"):
+        plain = yaml.ScalarNode("tag:yaml.org,2002:str", text.strip(), style=None)
+        return keys, _Reader(f"argument {said}", lines=False).value(plain, _annotation(kind, keys), key)
+    try:
+        node = _compose(text)
+        assert node is not None
+        _refuse_expansion(node, f"argument {said}")
+        return keys, _Reader(f"argument {said}", lines=False).value(node, _annotation(kind, keys), key)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{said!r}: the value begins with {text[0]}, so it is read as YAML, but{_explain(error, False)}"
+        ) from error
+    except RecursionError:
+        raise ValueError(f"argument {said}: {_DEEP}") from None
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """Return the nodes of a YAML text. RecursionError for brackets so deep inside one another that it takes long."""
+    depth = 0
+    for bracket in _BRACKETS.finditer(text):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > _DEEPEST:
+            raise RecursionError
+    return yaml.compose(text, Loader=yaml.SafeLoader)
+
+
+def _refuse_expansion(root: yaml.Node, source: str) -> None:
+    """Raise ValueError if aliases make so many values of a short text that reading them would not end."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0  # what contains itself is refused where it is read
+            parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+            sizes[id(node)] = 1 + sum(
+                sum(map(size, part)) if isinstance(part, tuple) else size(part) for part in parts
+            )
+        return sizes[id(node)]
+
+    if size(root) > _MOST_VALUES:
+        raise ValueError(
+            f"{source}: aliases (*name) repeat values until there are more than {_MOST_VALUES:,} of them; write the "
+            "values out"
+        )
 
 
 class _Reader:
@@ -90,10 +135,11 @@ class _Reader:
 
     def mapping(self, node: yaml.MappingNode, kind: Any, prefix: str) -> dict[str, Any]:
         self._refuse_repeated(node, prefix)
+        self._refuse_own_merge(node, prefix)
         yaml.SafeLoader("").flatten_mapping(node)
         values = {}
         for key, value in node.value:
-            name = str(key.value)
+            name = self._name(key)
             self.origins[prefix + name] = f"{self._source}:{key.start_mark.line + 1}"
             values[name] = self.value(value, _annotation(kind, [name]), prefix + name)
         return values
@@ -117,8 +163,7 @@ class _Reader:
     def _refuse_repeated(self, node: yaml.MappingNode, prefix: str) -> None:
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"{self._place(key)}: the key of a setting must be a word")
+            self._name(key)
             line = key.start_mark.line + 1
             if key.value in lines and key.tag != _MERGE:
                 raise ValueError(
@@ -126,6 +171,19 @@ class _Reader:
                     "keep one of them"
                 )
             lines[key.value] = line
+
+    def _refuse_own_merge(self, node: yaml.MappingNode, prefix: str) -> None:
+        for key, value in node.value:
+            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            if key.tag == _MERGE and any(each is node or id(each) in self._open for each in merged):
+                raise ValueError(
+                    f"{self._place(key)}: {prefix.rstrip('.') or 'the file'} contains itself; write its values out"
+                )
+
+    def _name(self, key: yaml.Node) -> str:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{self._place(key)}: the key of a setting must be a word; write key: value")
+        return str(key.value)
 
     def _place(self, node: yaml.Node) -> str:
         return f"{self._source}:{node.start_mark.line + 1}" if self._lines else self._source
@@ -140,7 +198,7 @@ def _plain(text: str, kind: Any) -> Any:
         return text
     if _BOOL.fullmatch(text) and (bool in kinds or Any in kinds):
         return text.lower() == "true"
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) <= _MOST_DIGITS:
         return int(text)
     if _FLOAT.fullmatch(text):
         return float(text)

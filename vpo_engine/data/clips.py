@@ -26,7 +26,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from vpo_engine.data.prompt_lines import Lines
 from vpo_engine.data.prompts import PromptFile
+from vpo_engine.full_disk import write_whole
+from vpo_engine.texts import one_line, parse_json, shortened, why_no_file
 
 SUFFIXES = (
     ".mp4",
@@ -103,23 +106,18 @@ def json_lines(file: Path) -> list[tuple[int, str]]:
     Lines end at a newline byte and nowhere else: JSON strings may hold U+2028, U+2029 and U+0085. Raise ValueError,
     naming the line, for what is not UTF-8.
     """
-    found = []
-    for number, raw in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {number}: not UTF-8 ({error}); save the file as UTF-8") from error
-        if text.strip():
-            found.append((number, text))
-    return found
+    with file.open("rb") as opened:
+        return [(lines.number, text) for lines in [Lines(file, opened)] for text in lines if text.strip()]
 
 
 def read_preferences(file: Path, folder: Path) -> list[Preference]:
     """Read a file of preferences (see above). ValueError, naming file, line and remedy, for a bad line."""
-    if not file.is_file():
+    if not os.path.exists(file):
         raise ValueError(
             f"there is no file of preferences at {file}; check the path (relative to {Path.cwd()})"
         )
+    if reason := why_no_file(file, "file of preferences"):
+        raise ValueError(reason)
     rows = []
     for number, line in json_lines(file):
         try:
@@ -159,9 +157,7 @@ class PromptRecord:
         replaced = set(names)
         with self._alone():
             rows = [line.rstrip() for name, line in self._read().items() if name not in replaced]
-            unfinished = self.path.with_name(f".{self.path.name}.tmp")
-            unfinished.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8", newline="\n")
-            unfinished.replace(self.path)
+            write_whole(self.path, "".join(f"{row}\n" for row in rows))
 
     def add(self, name: str, prompt: str, write: Callable[[Path], None]) -> Path:
         """Let ``write`` make the video under another name, put it in its place, add its row, and return its path."""
@@ -190,7 +186,7 @@ class PromptRecord:
         lines: dict[str, str] = {}
         for number, line in json_lines(self.path) if self.path.is_file() else ():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise self._bad_row(number, f"is not JSON ({error})") from error
             if not isinstance(row, dict) or not isinstance(row.get("video"), str):
@@ -209,23 +205,25 @@ class PromptRecord:
 
 def _preference(line: str, folder: Path) -> Preference:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"not JSON ({error}); write one object per line") from error
     if not isinstance(row, dict) or not {"prompt", "videos", "preferred"} <= set(row):
         raise ValueError('expected an object with "prompt", "videos" and "preferred"')
     prompt, names, preferred = row["prompt"], row["videos"], row["preferred"]
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"prompt is {prompt!r}, expected text")
+        raise ValueError(f"prompt is {shortened(repr(prompt))}, expected text")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"videos is {names!r}, expected a list of file names")
+        raise ValueError(f"videos is {shortened(repr(names))}, expected a list of file names")
     if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"videos is {names!r}, expected at least two different files")
+        raise ValueError(f"videos is {shortened(repr(names))}, expected at least two different files")
     if type(preferred) is not int or not 0 <= preferred < len(names):
         raise ValueError(f"preferred is {preferred!r}, expected a position from 0 to {len(names) - 1}")
     for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"there is no video {name!r} in {folder}; names are relative to it")
+        if "\0" in name or why_no_file(folder / name):
+            raise ValueError(
+                f"there is no video {shortened(repr(name))} in {folder}; names are relative to it"
+            )
     return Preference(tuple(Clip(folder / name, name, prompt.strip()) for name in names), preferred)
 
 
@@ -244,8 +242,17 @@ def _video_names(folder: Path) -> list[str]:
         hidden = f" ({len(names)} hidden ones are left out)" if names else ""
         raise ValueError(f"{folder} holds no videos{hidden}; they must end in {', '.join(SUFFIXES)}")
     for name in seen:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is a link to a file that is not there; repair or remove it")
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ValueError(
+                f"{folder}: the name {os.fsencode(name)!r} is not UTF-8; rename the file (convmv -f latin1 -t utf-8 -r "
+                "--notest FOLDER does it for Western European names)"
+            )
+        if not os.path.exists(folder / name):
+            raise ValueError(
+                f"{one_line(str(folder / name))} is a link to a file that is not there; repair or remove it"
+            )
+        if reason := why_no_file(folder / name, "video"):
+            raise ValueError(f"{reason}; or take it out of {folder}")
     return seen
 
 

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vpo_engine.full_disk import writing
 from vpo_engine.protocols import TextEmbedding
 
 SHARD_BYTES = 64 * 2**20
@@ -201,10 +202,11 @@ class EmbeddingCache:
         path = self.folder / f"{hashlib.sha256(parts['keys'].numpy().tobytes()).hexdigest()[:32]}.safetensors"
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
-            save_file(parts, temporary, metadata={"encoder_id": self.encoder_id})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            with writing(path):
+                save_file(parts, temporary, metadata={"encoder_id": self.encoder_id})
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         self._load_new_shards()

@@ -3,19 +3,21 @@
     RUN/preference_dataset/pairs_0000.jsonl                         a line for every prompt of every step, of process 0
     RUN/preference_dataset/latents/step_00000012_0000.safetensors   `winner`, `loser` [p, C, T, H, W] of its pairs
 
-A line is an object with the fields of ``StoredPair``. `row` is the pair's position in its file of latents, null if
-its latents were not stored. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c)
-alone, so it can be sampled again with the policy of that step.
+From 16 MiB on the lines of a process are in several parts: pairs_0000.0001.jsonl, then 0002, and pairs_0000.jsonl last
+(see ``line_files``).
+
+A line is an object with the fields of ``StoredPair``. `row` is the pair's position in its file of latents, null if its
+latents were not stored. Candidate c of a prompt was sampled from noise that is a function of (seed, position, c) alone,
+so it can be sampled again with the policy of that step.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-import logging
-import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_logger = logging.getLogger(__name__)
+from vpo_engine.full_disk import write_by
+from vpo_engine.line_files import Line, LineFile, read_lines
+from vpo_engine.texts import parse_json, shortened
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,11 @@ class StoredPair:
     def _open(self) -> Iterator[Any]:
         try:
             with safe_open(self.latents_file, framework="pt") as file:
+                shapes = {tuple(file.get_slice(name).get_shape()[1:]) for name in ("winner", "loser")}
+                if len(shapes) > 1:
+                    raise IndexError(f"its winners and losers have different shapes, {sorted(shapes)}")
                 yield file
-        except (SafetensorError, FileNotFoundError, IndexError) as error:
+        except (SafetensorError, FileNotFoundError, IndexError, OverflowError) as error:
             raise ValueError(
                 f"'{self.latents_file}' does not have pair {self.row}, although the preference dataset says so: {error}"
             ) from error
@@ -104,15 +111,12 @@ class DatasetWriter:
         if latents is not None and len(latents[0]):
             path = _latents_file(self._folder, step, self._rank)
             path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.tmp")
             winner, loser = (part.detach().cpu().contiguous() for part in latents)
-            save_file({"winner": winner, "loser": loser}, unfinished)
-            unfinished.replace(path)
+            write_by(path, lambda unfinished: save_file({"winner": winner, "loser": loser}, unfinished))
         lines = (json.dumps(_line(pair), ensure_ascii=False, allow_nan=False) + "\n" for pair in pairs)
-        data = memoryview("".join(lines).encode())
-        with _pairs_file(self._folder, self._rank).open("ab", buffering=0) as file:
-            while data:
-                data = data[file.write(data) :]
+        data = "".join(lines).encode()
+        with closing(LineFile(_pairs_file(self._folder, self._rank))) as file:
+            file.append(data)
 
 
 def read_dataset(path: str | Path) -> Iterator[StoredPair]:
@@ -122,8 +126,7 @@ def read_dataset(path: str | Path) -> Iterator[StoredPair]:
     interrupted, and it is left out, with a warning. Raise FileNotFoundError if there is no dataset; ValueError,
     naming file and line, for any other line that cannot be read.
     """
-    folder = _folder_of(Path(path))
-    files = sorted(folder.glob("pairs_*.jsonl"))
+    files = _pairs_files(_folder_of(Path(path)))
     if not files:
         raise FileNotFoundError(
             f"no preference dataset at {path}; a run writes one into its directory with pairs.dataset=scores or latents"
@@ -133,20 +136,32 @@ def read_dataset(path: str | Path) -> Iterator[StoredPair]:
 
 def truncate_dataset(folder: Path, step: int) -> None:
     """Delete the pairs of all steps after ``step``; the resumed run will write them again. Atomic for each file."""
-    for path in sorted(folder.glob("pairs_*.jsonl")):
-        unfinished = path.with_name(f".{path.name}.tmp")
-        with unfinished.open("wb") as file:
-            file.writelines(line for line, values in _lines(path) if values["step"] <= step)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+
+    def stays(line: Line) -> bool:
+        values = _values(line)
+        return values["step"] <= step
+
+    for path in _pairs_files(folder):
+        with closing(LineFile(path)) as file:
+            file.cut(stays)
     for latents in folder.glob("latents/*"):
-        if latents.name.startswith(".") or int(latents.name.split("_")[1]) > step:
+        if latents.name.startswith(".") or _step_of(latents) > step:
             latents.unlink()
+
+
+def _step_of(latents: Path) -> int:
+    """Return the step of a file of latents; 0 for another file, which is nobody's to remove."""
+    found = re.fullmatch(r"step_(\d+)_\d+\.safetensors", latents.name)
+    return 0 if found is None else int(found[1])
 
 
 def _folder_of(path: Path) -> Path:
     return path / "preference_dataset" if (path / "preference_dataset").is_dir() else path
+
+
+def _pairs_files(folder: Path) -> list[Path]:
+    """Return the file of each process that wrote to the dataset; what is in its parts is not told apart."""
+    return sorted({folder / f"{path.name.partition('.')[0]}.jsonl" for path in folder.glob("pairs_*.jsonl")})
 
 
 def _pairs_file(folder: Path, rank: int) -> Path:
@@ -162,32 +177,65 @@ def _line(pair: StoredPair) -> dict[str, Any]:
     return {name: values[name] for name in _FIELDS}
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the complete lines of a file, each with its values."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                _logger.warning(
-                    "'%s': the last line was not finished when the run stopped; it is left out", path
-                )
-                return
-            try:
-                values = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"'{path}' line {number} is not JSON ({error}); remove or repair it"
-                ) from error
-            if not isinstance(values, dict) or set(values) != set(_FIELDS):
-                raise ValueError(
-                    f"'{path}' line {number} is not a pair: it must be an object with {', '.join(_FIELDS)}; remove or "
-                    "repair it"
-                )
-            yield line, values
+def _values(line: Line) -> dict[str, Any]:
+    place = f"'{line.file}' line {line.number}"
+    try:
+        values = parse_json(line.content.decode())
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON ({error}); remove or repair it") from error
+    if not isinstance(values, dict) or set(values) != set(_FIELDS):
+        raise ValueError(
+            f"{place} is not a pair: it must be an object with {', '.join(_FIELDS)}; remove or repair it"
+        )
+    if wrong := _wrong_value(values):
+        raise ValueError(
+            f"{place}: {wrong[0]} is {shortened(repr(wrong[1]))}, which no run writes; remove or repair the line"
+        )
+    return values
+
+
+def _wrong_value(values: dict[str, Any]) -> tuple[str, Any] | None:
+    """Return the name and the value of a field that has another type than ``DatasetWriter`` writes."""
+    lists, scores = (values["candidates"], values["selected"]), values["scores"]
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("step", "position", "seed", "winner", "loser"), (int,)),
+        **dict.fromkeys(("gap", "weight"), (int, float)),
+        "prompt": (str,),
+        "kept": (bool,),
+        "row": (int, type(None)),
+        "candidates": (list,),
+        "selected": (list,),
+        "scores": (dict,),
+    }
+    for name, types in kinds.items():
+        if type(values[name]) not in types:
+            return name, values[name]
+    for name in ("step", "position", "row"):
+        if (values[name] or 0) < 0:
+            return name, values[name]
+    if any(type(number) is not int for number in lists[0]):
+        return "candidates", lists[0]
+    if any(type(number) not in (int, float) for number in lists[1]):
+        return "selected", lists[1]
+    for each in scores.values():
+        if type(each) is not list or len(each) != len(lists[0]):
+            return "scores", scores
+        if any(type(number) not in (int, float) for number in each):
+            return "scores", scores
+    if not {values["winner"], values["loser"]} <= set(lists[0]):
+        return "winner or loser", [values["winner"], values["loser"]]
+    return None
 
 
 def _read(path: Path) -> Iterator[StoredPair]:
-    rank = int(path.stem.rpartition("_")[2])
-    for _, values in _lines(path):
+    number = path.stem.rpartition("_")[2]
+    if not (number.isascii() and number.isdigit()):
+        raise ValueError(
+            f"'{path}' is no file of a preference dataset, whose names are like {_pairs_file(path.parent, 0).name}; "
+            "take it out of the folder"
+        )
+    rank = int(number)
+    for values in map(_values, read_lines(path)):
         stored = None if values["row"] is None else _latents_file(path.parent, values["step"], rank)
         values["candidates"], values["selected"] = tuple(values["candidates"]), tuple(values["selected"])
         values["scores"] = {name: tuple(each) for name, each in values["scores"].items()}

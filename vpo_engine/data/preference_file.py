@@ -17,6 +17,7 @@ from pathlib import Path
 
 from vpo_engine.data.clips import SUFFIXES as VIDEOS
 from vpo_engine.data.prompts import PromptFile
+from vpo_engine.texts import why_no_file
 
 LATENTS = ".safetensors"
 COLUMNS = ("winner", "loser", "prompt")
@@ -59,17 +60,16 @@ class PreferenceFile(Sequence[PreferredFiles]):
         for number, (winner, loser, prompt) in enumerate(zip(*columns, strict=True)):
             place = columns[0].place(number)
             files = self._file(path.parent / winner, place), self._file(path.parent / loser, place)
-            if files[0] == files[1]:
+            if files[0].samefile(files[1]):
                 raise ValueError(
                     f"{place}: winner and loser are the same file {winner}; give two different ones"
                 )
             yield PreferredFiles(*files, prompt, place)
 
     def _file(self, path: Path, place: str) -> Path:
-        if not path.is_file():
-            raise ValueError(
-                f"{place}: there is no file {path}; names are relative to the folder of {self.path.name}"
-            )
+        if reason := why_no_file(path):
+            reason = reason.removesuffix("; check the path")
+            raise ValueError(f"{place}: {reason}; names are relative to the folder of {self.path.name}")
         if path.suffix.lower() not in (*VIDEOS, LATENTS):
             raise ValueError(
                 f"{place}: {path} is neither a video nor latents; the name must end in {', '.join(VIDEOS)} or {LATENTS}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 
 from vpo_engine.data.prompt_lines import DECODER, KNOWN_NAMES, Lines, check_text, pick_column
+from vpo_engine.texts import Decoder, shortened
 
 _LISTS = (*KNOWN_NAMES, "prompts", "captions", "data")
 """Names of an object's entry that holds the list of prompts."""
@@ -18,6 +21,9 @@ _KNOWN = (
     "list under prompts, captions or data"
 )
 _FILE_NAME = re.compile(r"\S+\.(mp4|webm|mkv|mov|avi|gif|png|jpe?g|webp|txt)", re.IGNORECASE)
+_HEAD_BYTES = 1 << 16
+_ANY = Decoder()
+"""Finds out whether a text is JSON at all."""
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
@@ -37,15 +43,16 @@ def is_json_file(lines: Lines) -> bool:
     if not content or content[0].lstrip()[0] != "{":
         return bool(content)
     try:
-        json.loads(content[0])
+        _ANY.decode(content[0])
     except ValueError:
         return True
     return len(content) == 1
 
 
-def begins_with_list(lines: Lines) -> bool:
-    first = next((text for text in lines if text.strip()), "")
-    return first.lstrip().startswith("[")
+def begins_with_list(file: BinaryIO) -> bool:
+    """Return whether the first character that is no blank is a bracket; only the beginning of the file is looked at."""
+    head = os.pread(file.fileno(), _HEAD_BYTES, 0)
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def read_json(lines: Lines, column: str | None, choose: str) -> Iterator[tuple[int, str]]:
@@ -55,7 +62,7 @@ def read_json(lines: Lines, column: str | None, choose: str) -> Iterator[tuple[i
     """
     text = "".join(lines)
     try:
-        json.loads(text)
+        _ANY.decode(text)
     except ValueError as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         remedy = "repair the file, or write one object per line and let its name end in .jsonl"
@@ -120,7 +127,9 @@ def _inner_list(entries: Sequence[_Entry], column: str | None) -> _Entry | None:
 def _check_names(lines: Lines, entries: Sequence[_Entry], column: str | None) -> None:
     """Raise ValueError unless the outermost object is one of names with texts, or of names with objects."""
     keys = [str(entry.key) for entry in entries]
-    shown = ", ".join(repr(key) for key in keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    shown = ", ".join(shortened(repr(key)) for key in keys[:8]) + (
+        f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    )
     kinds = {type(entry.value) for entry in entries}
     remedy = "write the prompts as a list of texts, or one a line in a .txt file"
     if kinds and kinds not in ({str}, {dict}):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
+
+from vpo_engine.texts import Decoder, shortened, unique_keys
 
 KNOWN_NAMES = ("name", "caption", "prompt", "text", "prompt_en", "video_prompt")
 """Names of the prompt's column, tried when no column is given; ``name`` is WebVid's, ``prompt_en`` VBench's."""
@@ -15,6 +17,13 @@ _UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TO_UTF8 = "save it as UTF-8 (iconv -f utf-16 -t utf-8 FILE > NEW does it for UTF-16)"
+
+
+_LONGEST_LINE = 1 << 20
+"""Bytes of a line; of a JSON file, which is read as a whole, those of the file count."""
+_LARGEST_JSON = 1 << 29
+_NAMED = 8
+"""Columns that an error names."""
 
 
 class ColumnError(ValueError):
@@ -27,20 +36,29 @@ class Lines:
     Lines end at a newline byte and nowhere else: U+2028, U+0085 or a form feed belong to the text.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, whole: bool = False) -> None:
+        """``whole``: the file is read as a whole, so that a line may be as long as it."""
         self.path = path
+        self._longest = _LARGEST_JSON if whole else _LONGEST_LINE
+        self._whole = whole
         self.number = 0  # number of the current line, from 1
         self.start = self.end = 0  # byte offsets of the current line
         self._file = file
 
     def __iter__(self) -> Iterator[str]:
+        size = os.fstat(self._file.fileno()).st_size
+        if self._whole and size > _LARGEST_JSON:
+            raise ValueError(
+                f"{self.path}: the file has {size:,} bytes, and JSON is read as a whole; write one object per line and "
+                "let the name end in .jsonl, which may be of any size"
+            )
         self._file.seek(0)
         head = self._file.read(len(_BOM))
         if head.startswith(_UTF16):
             raise self.bad_row("the file is UTF-16 or UTF-32, not UTF-8", _TO_UTF8, 1)
         self.number, self.end = 0, len(_BOM) if head == _BOM else 0
         self._file.seek(self.end)
-        for raw in self._file:
+        while raw := self._file.readline(self._longest + 1):
             self.start = self.end
             self.end += len(raw)
             self.number += 1
@@ -48,6 +66,11 @@ class Lines:
                 raise self.bad_row(
                     f"byte {raw.index(0) + 1} of the line is 0 (NUL), so this is UTF-16 or no text file",
                     _TO_UTF8,
+                )
+            if len(raw) > self._longest:
+                raise self.bad_row(
+                    f"the line has more than {self._longest:,} bytes, so it is no prompt",
+                    "check that the file is a list of prompts, with one on each line",
                 )
             try:
                 text = raw.decode()
@@ -69,15 +92,7 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(character) in _UNSEEN for character in text)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
-        raise ValueError(f"the key {twice!r} is there twice")
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+DECODER = Decoder(object_pairs_hook=unique_keys)
 """Parses JSON. It raises ValueError also for an object that has a key twice, of which json.loads keeps the last."""
 
 
@@ -87,7 +102,7 @@ def check_text(lines: Lines, what: str, prompt: object, line: int | None = None)
     Raise ValueError, naming the line, unless it is a string that can be seen. ``what`` names the prompt in the error.
     """
     if not isinstance(prompt, str):
-        found = "missing" if prompt is None else repr(prompt)
+        found = "missing" if prompt is None else shortened(repr(prompt))
         raise lines.bad_row(
             f"{what} is {found}, but must be a string with text", "delete the row or fill it in", line
         )
@@ -115,7 +130,9 @@ def pick_column(path: Path, what: str, names: Sequence[str], column: str | None,
     found = [i for i, name in enumerate(names) if (name if column else name.strip().casefold()) in wanted]
     if len(found) == 1:
         return found[0]
-    listed = ", ".join(repr(name) for name in names)
+    listed = ", ".join(shortened(repr(name)) for name in names[:_NAMED])
+    if len(names) > _NAMED:
+        listed += f" and {len(names) - _NAMED} more"
     if column is not None:
         problem = f"{what} {column!r} occurs {len(found)} times, but must occur once"
     else:

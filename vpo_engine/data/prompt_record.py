@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vpo_engine.data.fingerprint import Fingerprint, Prompts, fingerprint
+from vpo_engine.full_disk import write_whole
+from vpo_engine.texts import read_json
 
 NAME = "prompts.json"
 """The file of the run directory: {setting: {"count": int, "digest": SHA-256}}."""
@@ -18,10 +20,8 @@ Texts = Mapping[str, Prompts]
 
 def write_record(root: Path, texts: Texts) -> None:
     """Keep number and SHA-256 of the prompts in the run directory ``root``."""
-    unfinished = root / f".{NAME}.tmp"
     content = {name: asdict(fingerprint(each)) for name, each in texts.items()}
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(root / NAME)
+    write_whole(root / NAME, json.dumps(content, indent=1) + "\n")
 
 
 def check_record(root: Path, texts: Texts) -> str:
@@ -34,7 +34,9 @@ def check_record(root: Path, texts: Texts) -> str:
         write_record(root, texts)
         return f"note: {root} has no {NAME} yet, so whether its prompts are still the same is not known; it has one now"
     try:
-        saved = {name: Fingerprint(**each) for name, each in json.loads(path.read_bytes()).items()}
+        saved = {name: Fingerprint(**each) for name, each in read_json(path).items()}
+        if any(type(each.count) is not int or not isinstance(each.digest, str) for each in saved.values()):
+            raise TypeError("a count or a digest is none")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}); delete it to resume without this check"

@@ -22,6 +22,7 @@ from vpo_engine.data.fingerprint import Fingerprint, FingerprintMaker, Prompts
 from vpo_engine.data.prompt_json import begins_with_list, is_json_file, read_json
 from vpo_engine.data.prompt_layouts import JsonLines, Layout, PlainLines, Table
 from vpo_engine.data.prompt_lines import ColumnError, Lines
+from vpo_engine.texts import why_no_file
 
 __all__ = ["ColumnError", "PromptFile", "PromptItem", "PromptList", "PromptStream", "Prompts", "place_of"]
 
@@ -126,10 +127,9 @@ class PromptFile:
                 f"{self.path}: unknown kind of prompt file {self.path.suffix!r}; the name must end in "
                 f"{', '.join(SUFFIXES)}"
             )
-        if not self.path.is_file():
-            raise ValueError(
-                f"{self.path}: there is no such prompt file; check the path (relative to {Path.cwd()})"
-            )
+        if reason := why_no_file(self.path, "prompt file"):
+            absent = f"{self.path}: there is no such prompt file; check the path (relative to {Path.cwd()})"
+            raise ValueError(reason if os.path.exists(self.path) else absent)
         try:
             return self.path.open("rb")
         except OSError as error:
@@ -138,8 +138,11 @@ class PromptFile:
             ) from error
 
     def _read(self, maker: FingerprintMaker, column: str | None, choose: str) -> _OnDisk | _InMemory:
-        lines, suffix = Lines(self.path, self._file), self.path.suffix.lower()
-        if (suffix == ".json" and is_json_file(lines)) or (suffix == ".jsonl" and begins_with_list(lines)):
+        suffix = self.path.suffix.lower()
+        lines = Lines(self.path, self._file, whole=suffix == ".json")
+        if suffix == ".jsonl" and begins_with_list(self._file):
+            return _InMemory(read_json(Lines(self.path, self._file, whole=True), column, choose), maker)
+        if suffix == ".json" and is_json_file(lines):
             return _InMemory(read_json(lines, column, choose), maker)
         if suffix == ".tsv":
             return self._read_tsv(lines, maker, column, choose)
@@ -208,6 +211,10 @@ class PromptItem:
 class Stream(Protocol):
     """An endless stream of prompts, which is a function of the position alone."""
 
+    def __len__(self) -> int:
+        """Return the number of positions, from 0 on, in which every prompt of the stream occurs."""
+        ...
+
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1``."""
         ...
@@ -230,6 +237,9 @@ class PromptStream:
         self._prompts = prompts
         self._seed = seed
         self._half_bits = max(self._MIN_HALF_BITS, ((len(prompts) - 1).bit_length() + 1) // 2)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
 
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1``; the next cursor is ``cursor + count``."""

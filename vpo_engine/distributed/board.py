@@ -18,7 +18,7 @@ _LOST, _LEFT = "lost", "left"
 
 @dataclass(frozen=True)
 class Word:
-    """What a process says of itself: where it is, for how many seconds, and how many it may be there. silent: seconds
+    """The report of a process: where it is, for how many seconds, and how many it may be there. silent: seconds
     since it said so."""
 
     rank: int

@@ -13,6 +13,7 @@ from typing import Any
 
 from vpo_engine.config import Config
 from vpo_engine.config.errors import nearest
+from vpo_engine.texts import read_json
 
 Settings = dict[str, Any]
 
@@ -289,7 +290,7 @@ def _read(path: Path | None) -> tuple[Settings, str]:
         return {}, "distributed"
     where = f"distributed.deepspeed_config={path}"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        found = read_json(path, "JSON file")
     except OSError as error:
         raise ValueError(f"{where} cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:
@@ -297,15 +298,6 @@ def _read(path: Path | None) -> tuple[Settings, str]:
     if not isinstance(found, dict):
         raise ValueError(f"{where} holds a {type(found).__name__}, expected an object of settings")
     return found, where
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> Settings:
-    found: Settings = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name} stands there twice")
-        found[name] = value
-    return found
 
 
 def _section(given: Settings, name: str, where: str) -> Settings:

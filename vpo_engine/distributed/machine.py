@@ -1,4 +1,4 @@
-"""Whether a process of this machine is still there. Nothing heavy is imported here."""
+"""A test of whether a process of this machine is still there. Nothing heavy is imported here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the processes of one start of a run find each other in a store that outlives it."""
+"""A meeting place for the processes of one start of a run, in a store that outlives it."""
 
 from __future__ import annotations
 

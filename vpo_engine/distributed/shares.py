@@ -1,4 +1,4 @@
-"""Whether the prompts of a step can be shared by the processes; known before torch is loaded."""
+"""Checks of whether the processes can share the prompts of a step, made before torch is loaded."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ def check_teams(size: int, sequence: int, processes: int) -> None:
         return
     parts = {"distributed.sequence_parallel": sequence, "processes.per_prompt": size}
     named = " times ".join(f"{name}={number}" for name, number in parts.items() if number > 1)
+    who = "one process that trains" if processes == 1 else f"{processes} processes that train"
     raise ValueError(
-        f"{named} does not divide the {processes} processes that train; start a multiple of {members}, or set "
-        f"{'them so that their product is' if size > 1 and sequence > 1 else 'it to'} a divisor of {processes}"
+        f"{named} does not divide the {who}; start a multiple of {members} with torchrun, or set "
+        f"{'them so that their product is' if size > 1 and sequence > 1 else 'it to'} "
+        f"{'1' if processes == 1 else f'a divisor of {processes}'}"
     )
 
 

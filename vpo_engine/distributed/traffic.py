@@ -25,7 +25,7 @@ Purpose = Literal[
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a process sends for one purpose in a step: ``nbytes`` bytes, in a group of ``ranks`` processes.
+    """The data that a process sends for one purpose in a step: ``nbytes`` bytes, in a group of ``ranks`` processes.
 
     Processes of a group are neighbours, so that a small group is on one machine.
     """
@@ -37,7 +37,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """What a step exchanges, whatever the number of processes.
+    """The data that a step exchanges, for any number of processes.
 
     trained: number of trained weights. weight_bytes: of a trained weight as it computes, and of its gradient. whole:
     trained weights in small parameters, which stage 3 does not divide. recomputed: share of the trained weights in
@@ -71,7 +71,7 @@ class Exchanged:
 
 @dataclass(frozen=True)
 class Division:
-    """How a step is divided among ``ranks`` processes.
+    """The division of a step among ``ranks`` processes.
 
     stage: of ZeRO; None: every process holds everything. team: processes with the same prompts. split: whether two of
     them share a guided prediction. sequence: processes that hold slices of the same videos; team counts them as one.

@@ -1,4 +1,4 @@
-"""What ``python -m vpo_engine.evaluate`` does with its words."""
+"""The work behind the words of ``python -m vpo_engine.evaluate``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vpo_engine.command import is_first_process, same_in_all_processes
 from vpo_engine.evaluation.folders import holds_videos
 from vpo_engine.evaluation.session import Options, plan_evaluation, run_evaluation, start_processes
 from vpo_engine.runs.directory import CONFIG_NAME
+from vpo_engine.texts import say
 
 
 def options_of(given: argparse.Namespace, target: Path, overrides: Sequence[str]) -> Options:
@@ -47,11 +48,11 @@ def compare_finished_runs(paths: Sequence[Path]) -> int:
     """Print the table of finished runs."""
     from vpo_engine.evaluation.finished_runs import compare
 
-    print(compare(paths))
+    say(compare(paths))
     if len(paths) == 1:
-        print(
+        say(
             f"\nThese are the run's own numbers. To sample and measure anew: vpo evaluate {paths[0]} --baseline",
-            file=sys.stderr,
+            sys.stderr,
         )
     return 0
 
@@ -64,18 +65,18 @@ def evaluate(options: Options, words: Sequence[str]) -> int:
     if code is not None:
         return code
     if is_first_process():
-        print(
+        say(
             f"{len(plan.videos)} videos of {len(plan.suite.prompts)} prompts, metrics {', '.join(plan.choice.cards)}; "
             f"everything is written to {plan.out.root}",
-            file=sys.stderr,
+            sys.stderr,
         )
     results = run_evaluation(plan)
     if results is None:
         return 0
     from vpo_engine.evaluation.table import format_results
 
-    print(format_results(results))
-    print(f"\n{plan.out.page} shows the videos side by side; the numbers are in {plan.out.results}")
+    say(format_results(results))
+    say(f"\n{plan.out.page} shows the videos side by side; the numbers are in {plan.out.results}")
     return int(results["partial"])
 
 
@@ -101,12 +102,12 @@ def study(folder: Path, votes: Sequence[Path], seed: int, pairs: int | None) -> 
     if votes:
         from vpo_engine.evaluation.votes import report_votes
 
-        print(report_votes(folder, votes))
+        say(report_votes(folder, votes))
         return 0
     from vpo_engine.evaluation.study import write_study
 
     page = write_study(folder, seed, pairs)
-    print(
+    say(
         f"{page} is the study: send its folder {page.parent} to the people who vote. Each saves a file of votes; read "
         f"them by: python -m vpo_engine.evaluate --study {folder} --votes FILE ..."
     )

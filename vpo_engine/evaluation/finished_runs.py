@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from vpo_engine.config_file import load_config
 from vpo_engine.metrics.summary import format_seeds, format_summary, summarise_seeds
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.start import differences, show_value
+from vpo_engine.runs.summary_file import read_summary
 
 _WITHOUT_EFFECT = (
     "seed",
@@ -40,7 +40,7 @@ def compare(roots: Sequence[Path]) -> str:
             raise ValueError(
                 f"{root} has no {run.summary.name}, so the run has not finished; let it go on to its end first"
             )
-        found = _Run(root, load_config(run.config), _read_summary(run.summary))
+        found = _Run(root, load_config(run.config), read_summary(run.summary))
         groups[found.config.name].append(found)
     if len(roots) == 1:
         return format_summary(next(iter(groups.values()))[0].summary)
@@ -49,16 +49,6 @@ def compare(roots: Sequence[Path]) -> str:
     return format_seeds(
         {name: summarise_seeds([run.summary for run in runs]) for name, runs in groups.items()}
     )
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(summary["measures"], dict):
-            raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged; resume the run, which writes it again at its end") from error
-    return dict(summary)
 
 
 class _Run(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vpo_engine.data.clips import SUFFIXES, Clip, find_clips, prompt_of_name
 from vpo_engine.evaluation.suites import Suite
+from vpo_engine.full_disk import write_whole
 from vpo_engine.policy_source import RECORD, is_published
 from vpo_engine.runs.directory import CONFIG_NAME
 from vpo_engine.sample import file_name
@@ -85,8 +86,10 @@ def suite_of(folders: Sequence[Sequence[Video]], source: str, samples: int | Non
     """Return the prompts and the videos that folders have together; ``samples``: that many of each prompt."""
     keys = list(dict.fromkeys(video.key for videos in folders for video in videos))
     prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
-    numbers = {prompt: sorted(index for each, index in keys if each == prompt) for prompt in prompts}
-    given = [(prompt, index) for prompt in prompts for index in numbers[prompt][:samples]]
+    numbers: dict[str, list[int]] = {prompt: [] for prompt in prompts}
+    for prompt, index in keys:
+        numbers[prompt].append(index)
+    given = [(prompt, index) for prompt in prompts for index in sorted(numbers[prompt])[:samples]]
     return Suite(tuple(prompts), source, samples=samples, given=tuple(given))
 
 
@@ -98,9 +101,7 @@ def write_prompts(folder: Path, videos: Sequence[Video]) -> None:
         )
         for video in videos
     ]
-    unfinished = folder / ".prompts.jsonl.tmp"
-    unfinished.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8", newline="\n")
-    unfinished.replace(folder / "prompts.jsonl")
+    write_whole(folder / "prompts.jsonl", "".join(f"{row}\n" for row in rows))
 
 
 def _expected_names(clips: Sequence[Clip], suite: Suite) -> dict[str, str]:

@@ -13,6 +13,7 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.evaluation.arms import Arm
 from vpo_engine.evaluation.folders import Video, video_name
 from vpo_engine.sample import frames_of, load_source, starting_noise
+from vpo_engine.texts import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,4 +99,4 @@ def _say_notes(arm: Arm, plan: Sequence[Planned], processes: Processes) -> None:
     assert arm.source is not None
     for note in check_prompts(arm.source.config, list(dict.fromkeys(prompt for _, prompt, _ in plan))):
         if processes.first:
-            print(note, file=sys.stderr)
+            say(note, sys.stderr)

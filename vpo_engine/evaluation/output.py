@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.evaluation.arms import Arm
+from vpo_engine.full_disk import write_whole
+from vpo_engine.texts import read_json
 
 _IDENTITY = "evaluation.json"
 
@@ -52,8 +54,8 @@ class OutputFolder:
                 )
             return
         try:
-            before = _flat(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
+            before = _flat(read_json(file))
+        except (ValueError, AttributeError) as error:
             raise ValueError(f"{file} is damaged ({error}); give another folder by --out") from error
         now = _flat(identity)
         different = [
@@ -70,10 +72,10 @@ class OutputFolder:
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Make the folder, and record what it is of."""
         self.root.mkdir(parents=True, exist_ok=True)
-        write_text(self.root / _IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self.root / _IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        write_text(self.results, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_whole(self.results, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_results(self) -> dict[str, Any]:
         """Read ``results.json``. Raise ValueError where there is none, or none that can be read."""
@@ -82,9 +84,9 @@ class OutputFolder:
                 f"{self.root} holds no {self.results.name}; give the folder of an evaluation that has ended (its --out)"
             )
         try:
-            results: dict[str, Any] = json.loads(self.results.read_text(encoding="utf-8"))
-            results["measures"], results["videos"], results["arms"]
-        except (ValueError, KeyError, TypeError) as error:
+            results: dict[str, Any] = read_json(self.results)
+            _check_results(results)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.results} is damaged ({error!r}); start the evaluation again, which writes it anew"
             ) from error
@@ -106,11 +108,17 @@ def default_folder(arms: Sequence[Arm]) -> Path:
     return Path("evaluations") / "-against-".join(plain)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under another name, and put it in its place when it is complete."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+def _check_results(results: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError, TypeError or AttributeError unless results have what a study takes of them."""
+    sizes = [results["settings"][name] for name in ("height", "width")]
+    labels = [results["arms"]["policy"]["label"], *(arm["label"] for arm in results["arms"].values())]
+    texts = [row["prompt"] for row in results["videos"]]
+    files = [row[role]["file"] for row in results["videos"] for role in results["arms"] if role in row]
+    whole = [*sizes, *(row["index"] for row in results["videos"])]
+    if any(type(number) is not int for number in whole):
+        raise TypeError("a size, or the number of a video, is no whole number")
+    if any(not isinstance(text, str) or "\0" in text for text in (*labels, *texts, *files)):
+        raise TypeError("a label, a prompt or the name of a file is no text")
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.evaluation.chosen_metrics import HEADINGS
-from vpo_engine.evaluation.output import write_text
 from vpo_engine.evaluation.results import all_measures
-from vpo_engine.evaluation.table import failures, heading, number_cells, title
+from vpo_engine.evaluation.table import failures, heading, number_cells, quality_line, title
+from vpo_engine.full_disk import write_whole
 from vpo_engine.runs.frame_sheets import make_frame_sheet
 from vpo_engine.runs.report_html import cells, page, table
 from vpo_engine.runs.video import read_video
@@ -32,7 +32,7 @@ def write_page(path: Path, results: Mapping[str, Any]) -> None:
     here = Path(__file__).parent
     style = (here / "page.css").read_text(encoding="utf-8")
     script = (here / "page.js").read_text(encoding="utf-8")
-    write_text(path, page(f"Evaluation of {results['arms']['policy']['label']}", body, style, script))
+    write_whole(path, page(f"Evaluation of {results['arms']['policy']['label']}", body, style, script))
 
 
 def _header(results: Mapping[str, Any]) -> str:
@@ -89,7 +89,8 @@ def _table(results: Mapping[str, Any]) -> str:
             span = f'colspan="{1 + len(heads)}" scope="colgroup"'
             body += f'<tr class="group"><th {span}>{escape(HEADINGS[group])}</th></tr>'
         body += _row(name, entry, heads, compared)
-    note = f'<p class="soft">{escape(results["statistics"])}</p>' if results["statistics"] else ""
+    said = (quality_line(results), results["statistics"])
+    note = "".join(f'<p class="soft">{escape(text)}</p>' for text in said if text)
     return f"<section><h2>Measures</h2>{note}{table(('measure', *heads), body)}</section>"
 
 

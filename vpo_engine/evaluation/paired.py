@@ -25,7 +25,7 @@ Pairs = Mapping[str, Sequence[tuple[float, float]]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a measure of a policy differs from that of a baseline.
+    """The difference of a measure between a policy and a baseline.
 
     difference: the mean over prompts of each prompt's mean difference, policy minus baseline. low, high: its bounds;
     None with a single prompt, where nothing tells how much prompts differ. win_rate: the share of pairs that the policy

@@ -1,4 +1,4 @@
-"""What has been found out about videos, in files that every process appends to: the state of an evaluation.
+"""The state of an evaluation: findings about videos, in files that every process appends to.
 
 A row is about the bytes of a video, by their SHA-256, so a renamed file keeps its results and a changed one loses them.
 Rows of metrics also name the metric's digest (``metric_key``) and the prompt. A row that was cut off is left out.
@@ -7,17 +7,18 @@ Rows of metrics also name the metric's digest (``metric_key``) and the prompt. A
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vpo_engine.metrics.video_metric import Record
+from vpo_engine.texts import parse_json, shortened, why_no_file
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a video file: its size and rate, or why it cannot be read (``error``)."""
+    """The size and rate of a video file, or the reason why it cannot be read (``error``)."""
 
     sha256: str
     frames: int = 0
@@ -37,6 +38,15 @@ class Facts:
 
 FACTS, METRIC = "facts", "metric"
 """The kinds of rows."""
+_TYPES = {
+    **dict.fromkeys(("sha256", "video", "prompt", "error"), (str,)),
+    **dict.fromkeys(("frames", "height", "width"), (int,)),
+    "fps": (int, float),
+}
+"""The types of what rows hold, by name."""
+
+
+Row = TypeVar("Row", Facts, Record)
 
 
 class Records:
@@ -57,9 +67,24 @@ class Records:
         Files that could not be read, and videos on which a metric failed, are tried again in every start.
         """
         for file in sorted(self._folder.glob("process_*.jsonl")):
+            if reason := why_no_file(file):
+                raise ValueError(reason)
             whole = file.read_bytes().rpartition(b"\n")[0]
-            for row in _rows(file, whole):
-                self._keep(row, row["kind"] in failures)
+            for number, line in enumerate(whole.split(b"\n"), start=1):
+                if line.strip():
+                    self._read_row(file, number, line, failures)
+
+    def _read_row(self, file: Path, number: int, line: bytes, failures: Collection[str]) -> None:
+        """Keep what a line says. Raise ValueError, naming it, for one that was not written by an evaluation."""
+        try:
+            row = parse_json(line.decode())
+            assert row["kind"] in (FACTS, METRIC)
+            self._keep(row, row["kind"] in failures)
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"{file}, line {number} is damaged ({shortened(repr(error))}); remove the file, and its videos are "
+                "measured again"
+            ) from error
 
     def begin(self) -> None:
         """Make the folder, and remove a row of this process that was cut off."""
@@ -89,13 +114,15 @@ class Records:
 
     def _keep(self, row: dict[str, Any], failures: bool) -> None:
         if row["kind"] == FACTS:
-            facts = Facts(**{key: value for key, value in row.items() if key != "kind"})
+            facts = _checked(Facts(**{key: value for key, value in row.items() if key != "kind"}), FACTS)
             if not facts.error:
                 self._facts[facts.sha256] = facts
             elif failures:
                 self._failed_facts[facts.sha256] = facts
             return
-        record = Record.from_fields(row["record"])
+        record = _checked(Record.from_fields(row["record"]), METRIC)
+        assert all(type(value) in (int, float) for value in record.values.values())
+        assert isinstance(record.details, dict)
         key = (row["sha256"], row["metric"], record.prompt)
         if not record.error:
             self._found[key] = record
@@ -103,14 +130,9 @@ class Records:
             self._failed[key] = record
 
 
-def _rows(file: Path, content: bytes) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                assert row["kind"] in (FACTS, METRIC)
-            except (ValueError, KeyError, TypeError, AssertionError) as error:
-                raise ValueError(
-                    f"{file}, line {number} is damaged ({error!r}); remove the file, and its videos are measured again"
-                ) from error
-            yield row
+def _checked(row: Row, kind: str) -> Row:
+    """Return a row. Raise TypeError if a value has another type than the engine writes."""
+    for name, types in _TYPES.items():
+        if hasattr(row, name) and type(getattr(row, name)) not in types:
+            raise TypeError(f"{name} of {kind} is {getattr(row, name)!r}")
+    return row

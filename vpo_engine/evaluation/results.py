@@ -11,6 +11,7 @@ from vpo_engine.evaluation.chosen_metrics import HEADINGS, Choice, measure_of, m
 from vpo_engine.evaluation.measuring import ArmVideos
 from vpo_engine.evaluation.paired import CONFIDENCE, RESAMPLES, Comparison, compare_pairs, correct
 from vpo_engine.evaluation.records import Records
+from vpo_engine.evaluation.vbench_form import quality_scores
 from vpo_engine.metrics.provenance import check_one_column
 from vpo_engine.metrics.vbench.dimensions import VbenchDimension
 from vpo_engine.metrics.video_metric import Record, Summary, VideoMetric, output_name
@@ -23,7 +24,7 @@ Covers = Callable[[str, str, int], bool]
 
 @dataclass(frozen=True)
 class Found:
-    """What a metric found in the videos of an arm: records of those that count, and {file: reason} of the others."""
+    """The findings of a metric in the videos of an arm: records that count, and {file: reason} of the others."""
 
     good: Mapping[Key, Record]
     failed: Mapping[str, str]
@@ -59,6 +60,7 @@ def make_results(
         bool(records.unloaded)
         or any(map(len, problems.values()))
         or any(each["failed"][side.arm.role] for each in measures.values() for side in sides)
+        or any(_without_number(each, side.arm.role) for each in measures.values() for side in sides)
     )
     return {
         "made_by": "python -m vpo_engine.evaluate",
@@ -68,6 +70,7 @@ def make_results(
         "arms": {side.arm.role: {"label": side.arm.label, "videos": len(side.videos)} for side in sides},
         "measures": {name: each for name, each in measures.items() if each["group"] != "proxy"},
         "proxies": {name: each for name, each in measures.items() if each["group"] == "proxy"},
+        "vbench_quality_score": quality_scores(measures, [side.arm.role for side in sides]),
         "problems": problems,
         "unloaded": dict(records.unloaded),
         "statistics": _statistics_text(len(measures)) if len(sides) > 1 else "",
@@ -153,6 +156,12 @@ def _video_results(metric: VideoMetric, records: Mapping[Key, Record]) -> list[l
 def _number(summary: Summary) -> dict[str, Any]:
     fields = summary.to_fields()
     return {key: fields[key] for key in ("value", "notes", "partial", "others", "provenance")}
+
+
+def _without_number(entry: Mapping[str, Any], role: str) -> bool:
+    """Return whether videos were measured, and made no number: too few of them, for example."""
+    number = entry[role]
+    return number is not None and number["value"] is None
 
 
 def _compare(measures: Mapping[str, dict[str, Any]], arms: int) -> None:

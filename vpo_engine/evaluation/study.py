@@ -16,8 +16,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from vpo_engine.evaluation.output import OutputFolder, write_text
+from vpo_engine.data.clips import SUFFIXES
+from vpo_engine.evaluation.output import OutputFolder
+from vpo_engine.full_disk import write_whole
 from vpo_engine.runs.report_html import page
+from vpo_engine.texts import read_json, why_no_file
 
 SIDES = ("left", "right")
 TIE = "tie"
@@ -55,9 +58,12 @@ class StudyFiles:
                 f"python -m vpo_engine.evaluate --study {self.root}"
             )
         try:
-            key: dict[str, Any] = json.loads(self.key.read_text(encoding="utf-8"))
+            key: dict[str, Any] = read_json(self.key)
             assert isinstance(key["study"], str)
-            assert all(each["left"] in _ROLES for each in key["pairs"].values())
+            assert all(isinstance(key["arms"][role], str) for role in _ROLES)
+            for pair in key["pairs"].values():
+                assert {pair["left"], pair["right"]} == set(_ROLES)
+                assert isinstance(pair["prompt"], str)
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise ValueError(
                 f"{self.key} is damaged ({error!r}); restore it from a copy, since the votes cannot be read without it"
@@ -110,8 +116,8 @@ def write_study(root: Path, seed: int, pairs: int | None) -> Path:
     study = f"{names.getrandbits(48):012x}"
     labels = {role: results["arms"][role]["label"] for role in _ROLES}
     content = {"study": study, "seed": seed, "arms": labels, "pairs": key}
-    write_text(files.key, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    write_text(files.page, _page(study, shown, results["settings"]))
+    write_whole(files.key, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(files.page, _page(study, shown, results["settings"]))
     return files.page
 
 
@@ -122,12 +128,22 @@ def _chosen(
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         for role in _ROLES:
-            if not (root / row[role]["file"]).is_file():
+            file = root / row[role]["file"]
+            if file.suffix.lower() not in SUFFIXES:
                 raise ValueError(
-                    f"the video {root / row[role]['file']} of the comparison is gone; start the evaluation again, "
-                    "which makes it anew"
+                    f"{file}, a video of the comparison, is none by its name; repair results.json, or start the "
+                    "evaluation again"
+                )
+            if why_no_file(file):
+                raise ValueError(
+                    f"the video {file} of the comparison is gone; start the evaluation again, which makes it anew"
                 )
         by_prompt.setdefault(row["prompt"], []).append(row)
+    if not rows:
+        raise ValueError(
+            f"{root} has no prompt with a video of both policies, so there is nothing to vote on; start the evaluation "
+            "again, which makes missing videos"
+        )
     for same in by_prompt.values():
         draw.shuffle(same)
     wanted = len(by_prompt) if count is None else count

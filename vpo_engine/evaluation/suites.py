@@ -17,6 +17,7 @@ from typing import Any
 from vpo_engine.data.prompts import PromptFile
 from vpo_engine.metrics.metric_card import MetricCard
 from vpo_engine.metrics.provenance import hash_prompts
+from vpo_engine.texts import read_json
 
 VBENCH = "vbench"
 """The word that stands for the published prompts of VBench's seven dimensions."""
@@ -85,6 +86,8 @@ def read_suite(where: str, samples: int | None = None) -> Suite:
     file = PromptFile(path, choose="write the prompts under the key 'prompt'")
     prompts = [file[number] for number in range(len(file))]
     dimensions = _dimensions_in(path)
+    if not set(prompts) <= dimensions.keys():
+        dimensions = {}
     if dimensions:
         prompts = list(dict.fromkeys(prompts))
     return given_suite(prompts, str(path), samples if dimensions else samples or 1, dimensions)
@@ -123,7 +126,10 @@ def _dimensions_in(path: Path) -> dict[str, frozenset[str]]:
     """Return the dimensions of each prompt of a file in the form of VBench_full_info.json; {} for any other file."""
     if path.suffix.lower() != ".json":
         return {}
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        rows = read_json(path)
+    except ValueError:  # it is valid, as it was read before: an object per line, which has no dimensions
+        return {}
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "dimension" in row for row in rows):
         return {}
     found: dict[str, frozenset[str]] = {}

@@ -29,9 +29,16 @@ def format_results(results: Mapping[str, Any]) -> str:
             group = entry["group"]
             rows.append((f"{HEADINGS[group]}:", *[""] * (len(heads) - 1)))
         rows.append(tuple(_compared_row(entry) if compared else _single_row(entry)))
-    lines = [*_wrapped(heading(results)), "", *aligned(rows), ""]
+    lines = [*_wrapped(heading(results)), "", *aligned(rows), *_wrapped(quality_line(results)), ""]
     lines += _wrapped(results["statistics"]) if results["statistics"] else []
-    return "\n".join([*lines, *problem_lines(results)]).rstrip()
+    return "\n".join([*lines, *note_lines(results), *problem_lines(results)]).rstrip()
+
+
+def quality_line(results: Mapping[str, Any]) -> str:
+    """Say VBench's quality score of each arm that has its seven dimensions; an empty text if none has."""
+    scores = results["vbench_quality_score"]
+    found = ", ".join(f"{role} {scores[role]:.4f}" for role in ("baseline", "policy") if role in scores)
+    return f"VBench's quality score, of its seven dimensions: {found}" if found else ""
 
 
 def number_cells(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -50,6 +57,17 @@ def number_cells(entry: Mapping[str, Any]) -> dict[str, str]:
         "p": _p_text(found["p_holm"]),
         "result": verdict(Comparison(**found), entry["better"]),
     }
+
+
+def note_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return what limits the numbers, for the terminal, once for all measures of a metric."""
+    notes = {
+        (entry["metric"], note): None
+        for entry in all_measures(results).values()
+        for role in ("policy", "baseline")
+        for note in (entry.get(role) or {}).get("notes", [])
+    }
+    return [line for name, note in notes for line in _wrapped(f"- {name}: {note}")]
 
 
 def problem_lines(results: Mapping[str, Any]) -> list[str]:

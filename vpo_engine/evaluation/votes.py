@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vpo_engine.evaluation.output import write_text
 from vpo_engine.evaluation.paired import krippendorff, wilson
 from vpo_engine.evaluation.study import SIDES, TIE, StudyFiles
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.summary import aligned
+from vpo_engine.texts import one_line, read_json, shortened, why_no_file
 
 POLICY, BASELINE = "policy", "baseline"
+_RATER = 60
+"""Letters of a rater's name in the table; the study's page takes no more."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class Ballot:
 
 def read_ballot(file: Path, key: Mapping[str, Any]) -> Ballot:
     """Read a file that the study's page saved. Raise ValueError, naming file and vote, for what is not valid."""
-    if not file.is_file():
+    if not os.path.exists(file):
         raise ValueError(f"there is no file of votes at {file}; check the path (relative to {Path.cwd()})")
+    if reason := why_no_file(file, "file of votes"):
+        raise ValueError(reason)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except ValueError as error:
         raise ValueError(
             f"{file} is no file of votes ({error}); give one that the study's page has saved"
@@ -40,8 +46,8 @@ def read_ballot(file: Path, key: Mapping[str, Any]) -> Ballot:
         raise ValueError(f"{file} is no file of votes; give a file that the study's page has saved")
     if content["study"] != key["study"]:
         raise ValueError(
-            f"{file} holds votes on the study {content['study']!r}, and this one is {key['study']!r}; give votes on "
-            "this study, or the folder of that one"
+            f"{file} holds votes on the study {_quoted(content['study'])}, and this one is {key['study']!r}; give "
+            "votes on this study, or the folder of that one"
         )
     rater, rows = content["rater"], content["votes"]
     if not isinstance(rater, str) or not rater.strip() or not isinstance(rows, list):
@@ -53,8 +59,8 @@ def read_ballot(file: Path, key: Mapping[str, Any]) -> Ballot:
         pair, choice = (row.get("pair"), row.get("choice")) if isinstance(row, dict) else (None, None)
         if not isinstance(pair, str) or pair not in key["pairs"] or choice not in (*SIDES, TIE):
             raise ValueError(
-                f"{file}, vote {number} is {choice!r} on {pair!r}; expected left, right or tie on a pair of this "
-                "study; give the file as the page has saved it"
+                f"{file}, vote {number} is {_quoted(choice)} on {_quoted(pair)}; expected left, right or tie on a pair "
+                "of this study; give the file as the page has saved it"
             )
         if pair in votes:
             raise ValueError(f"{file} has two votes on {pair}; give the file as the page has saved it")
@@ -62,6 +68,10 @@ def read_ballot(file: Path, key: Mapping[str, Any]) -> Ballot:
     if not votes:
         raise ValueError(f"{file} holds no vote; leave it out")
     return Ballot(file, rater.strip(), votes)
+
+
+def _quoted(value: Any) -> str:
+    return shortened(repr(value), 60)
 
 
 def report_votes(root: Path, files: Sequence[Path]) -> str:
@@ -77,7 +87,7 @@ def report_votes(root: Path, files: Sequence[Path]) -> str:
                     "leave one out, or, for two people of one name, change the rater's name in one file"
                 )
     results = tally(key, ballots)
-    write_text(paths.results, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_whole(paths.results, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     draw_votes(root / "study_results.png", results)
     return format_votes(results)
 
@@ -139,7 +149,9 @@ def format_votes(results: Mapping[str, Any]) -> str:
     arms, agreement, left = results["arms"], results["agreement"], results["left_chosen"]
     rows: list[tuple[str, ...]] = [("", "wins", "ties", "losses", "win rate", "95 % interval", "")]
     rows += [_row("all votes", results["votes"]), _row("pairs, by majority", results["by_pair"])]
-    rows += [_row(f"  {rater}", share) for rater, share in results["by_rater"].items()]
+    rows += [
+        _row(f"  {shortened(one_line(rater), _RATER)}", share) for rater, share in results["by_rater"].items()
+    ]
     alpha = agreement["krippendorff_alpha"]
     if alpha is not None:
         said = f"Krippendorff's alpha is {alpha:.3f} (1: all agree, 0: as by chance), {agreement['raters']} raters."
@@ -155,7 +167,7 @@ def format_votes(results: Mapping[str, Any]) -> str:
         said += "; sides are balanced, so half is expected."
     return "\n".join(
         [
-            f"{arms[POLICY]} against {arms[BASELINE]}, {results['pairs']} pairs. Ties count half.",
+            f"{one_line(arms[POLICY])} against {one_line(arms[BASELINE])}, {results['pairs']} pairs. Ties count half.",
             "Votes of several people on one pair are not independent: the interval over pairs is the careful one.",
             "",
             *aligned(rows),

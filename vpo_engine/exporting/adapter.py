@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vpo_engine.config import LoraConfig
+from vpo_engine.foreign_files import read_object
 from vpo_engine.models.lora import CONFIG, WEIGHTS, adapter_parameters
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -45,6 +46,8 @@ _ENDS = {
     ".alpha": "alpha",
 }
 _SHOWN = 3
+_MOST_REPEATS = 3
+"""How many repetitions a pattern in an adapter's configuration may have."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def read_adapter(file: Path, network: nn.Module, original_name: OriginalName, mo
         raise ValueError(_unbound_text(file, list(tensors), unbound, stems, model))
     if not found:
         raise ValueError(f"{file} holds no tensors, so there is no adapter in it; copy it again")
-    fields = _peft_fields(file) if peft_names else _diffusers_fields(metadata)
+    fields = _peft_fields(file) if peft_names else _diffusers_fields(file, metadata)
     return Adapter(
         {name: _layer(file, name, parts, fields, linear[name], model) for name, parts in found.items()}
     )
@@ -205,6 +208,11 @@ def _layer(
         lacking = "lora_A (lora_down)" if "down" in missing else "lora_B (lora_up)"
         raise ValueError(f"{file}: {name} has no {lacking}, so the file is incomplete; copy it again")
     down, up = parts["down"].float(), parts["up"].float()
+    if down.ndim != 2 or up.ndim != 2:
+        raise ValueError(
+            f"{file}: the adapter of {name} has tensors of shapes {list(down.shape)} and {list(up.shape)}, expected "
+            "two matrices; copy it again"
+        )
     rank = down.shape[0]
     expected = ((rank, layer.in_features), (layer.out_features, rank))
     if (tuple(down.shape), tuple(up.shape)) != expected:
@@ -213,18 +221,50 @@ def _layer(
             f"and {list(up.shape)}, but the layer of this {model} maps {layer.in_features} to {layer.out_features}; "
             "give the base that the adapter was trained on"
         )
-    alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(fields, name, rank)
+    alpha = _number(file, name, parts["alpha"]) if "alpha" in parts else _alpha(file, fields, name, rank)
     scale = alpha / (math.sqrt(rank) if fields.get("use_rslora") and "alpha" not in parts else rank)
     if not (torch.isfinite(down).all() and torch.isfinite(up).all() and math.isfinite(scale)):
         raise ValueError(f"{file}: the adapter of {name} has values that are not finite; copy it again")
     return down, up * scale
 
 
-def _alpha(fields: Mapping[str, Any], name: str, rank: int) -> float:
-    """Return the alpha of a module by the fields of PEFT's LoraConfig; without them the scale is 1."""
-    patterns: Mapping[str, float] = fields.get("alpha_pattern") or {}
-    matched = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    return float(next(matched, fields.get("lora_alpha", rank)))
+def _alpha(file: Path, fields: Mapping[str, Any], name: str, rank: int) -> float:
+    """Return the alpha of a module by the fields of PEFT's LoraConfig; without them the scale is 1.
+
+    Raise ValueError for a pattern with more than _MOST_REPEATS repetitions, or with one of a group: to match such a
+    pattern can take for ever.
+    """
+    patterns = fields.get("alpha_pattern") or {}
+    found = fields.get("lora_alpha", rank)
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{file}: alpha_pattern is a {type(patterns).__name__}; copy the adapter again")
+    for pattern, value in patterns.items():
+        if len(re.findall(r"[*+{]", pattern)) > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
+            raise ValueError(
+                f"{file}: the pattern {pattern[:100]!r} of alpha_pattern repeats too much to be matched; write the "
+                "names of the modules in its place"
+            )
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", name)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{file}: {pattern[:100]!r} in alpha_pattern is no regular expression ({error}); copy the adapter again"
+            ) from error
+        if matches:
+            found = value
+            break
+    return _number(file, name, found)
+
+
+def _number(file: Path, name: str, value: object) -> float:
+    """Return a number or a tensor of one as a float."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63:
+        return float(value)
+    raise ValueError(
+        f"{file}: the alpha of {name} is {str(value)[:100]}, expected a number; copy the adapter again"
+    )
 
 
 def _peft_fields(file: Path) -> dict[str, Any]:
@@ -234,15 +274,19 @@ def _peft_fields(file: Path) -> dict[str, Any]:
             f"{file} has the names of PEFT, whose scale stands in {CONFIG}, and there is none beside it; give the "
             "whole folder of the adapter"
         )
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the configuration of an adapter ({error}); copy it again") from error
+    return read_object(path, "copy the adapter again")
 
 
-def _diffusers_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _diffusers_fields(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return PEFT's fields of the entry that diffusers writes; they are those of the transformer."""
-    packed = json.loads(metadata[_METADATA]) if _METADATA in metadata else {}
+    try:
+        packed = json.loads(metadata[_METADATA]) if _METADATA in metadata else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: the entry {_METADATA} of its header is not JSON ({error}); copy it again"
+        ) from error
+    if not isinstance(packed, dict):
+        raise ValueError(f"{file}: the entry {_METADATA} of its header is no object; copy it again")
     return {
         key.removeprefix(_DIFFUSERS): value for key, value in packed.items() if key.startswith(_DIFFUSERS)
     }
@@ -254,7 +298,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as content:
             return {key: content.get_tensor(key) for key in content.keys()}, content.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except Exception as error:  # damaged headers raise more than SafetensorError
         size = file.stat().st_size
         raise ValueError(
             f"{file} is damaged, incomplete or no safetensors file ({size} bytes: {error}); copy it again"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from vpo_engine.exporting.adapter import Adapter
 from vpo_engine.exporting.folder import ExportMismatchError
 from vpo_engine.model_values import TextEmbedding
+from vpo_engine.models.diffusers_folder import pipeline_index
 from vpo_engine.models.registry import model_family
-from vpo_engine.policy_source import INDEX
 from vpo_engine.seeding import normal
 from vpo_engine.video_model import VideoModel
 
@@ -150,7 +149,7 @@ def load_pipeline(folder: Path, **parts: Any) -> Any:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = pipeline_index(folder)
     unused = {
         name: None for name, value in index.items() if isinstance(value, list) and value[0] == "transformers"
     }

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from vpo_engine.foreign_files import file_inside
+
 _GIB = 2**30
 _SPARE = 16 * 2**20
 """Bytes for configurations and the file system's own needs."""
@@ -96,7 +98,10 @@ def link_or_copy(file: Path, target: Path) -> bool:
 
 
 def _files(parts: Mapping[str, Path]) -> dict[str, Path]:
-    """Return every single file of parts, by its name in the export; hidden ones are left out."""
+    """Return every single file of parts, by its name in the export; hidden ones are left out.
+
+    Raise ValueError for a symbolic link that leads out of its part: an export is published.
+    """
     found = {}
     for name, path in parts.items():
         if path.is_file():
@@ -105,6 +110,7 @@ def _files(parts: Mapping[str, Path]) -> dict[str, Path]:
         for file in sorted(path.rglob("*")):
             inside = file.relative_to(path)
             if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+                file_inside(path, inside.as_posix(), path, "take it out")
                 found[f"{name}/{inside.as_posix()}"] = file
     return found
 

@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is exported, and how.
+    """The contents and the form of an export.
 
     step: the checkpoint; None for the newest. merge: merge an adapter into its base. form: the dialect of an adapter;
     None for the one that fits the family. ema: export the averaged weights. dtype: None for float32 of a merged export,

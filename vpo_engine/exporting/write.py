@@ -35,6 +35,7 @@ from vpo_engine.exporting.check import (
 )
 from vpo_engine.exporting.folder import ExportMismatchError, add_parts, check_space, written_at
 from vpo_engine.exporting.options import ExportOptions, Format
+from vpo_engine.foreign_files import file_inside
 from vpo_engine.models.lora import WEIGHTS, adapter_parameters, load_adapter, save_adapter
 from vpo_engine.policy_source import INDEX, RECORD, PolicySource, record_text
 from vpo_engine.video_model import VideoModel
@@ -141,8 +142,9 @@ def _dtype(source: PolicySource, options: ExportOptions) -> torch.dtype:
 def _parts(base: Path, config: Config) -> dict[str, Path]:
     """Return what stands beside the policy in a complete folder: the parts of ``base``, or those that the run names."""
     names = [path.name for path in sorted(base.iterdir()) if path.name != POLICY_FOLDER]
-    parts = {name: base / name for name in names if (base / name).is_dir() and not name.startswith(".")}
-    parts |= {path.name: path for path in (base / INDEX, *base.glob("LICENSE*"))}
+    taken = [name for name in names if (base / name).is_dir() and not name.startswith(".")]
+    taken += [path.name for path in (base / INDEX, *base.glob("LICENSE*"))]
+    parts = {name: file_inside(base, name, base, "take it out") for name in taken}
     for name in ("vae", "text_encoder"):
         own = getattr(config.model, name)
         if own is not None and own != base:

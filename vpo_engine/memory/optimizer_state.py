@@ -28,7 +28,7 @@ Entry = dict[str, Tensor]
 
 
 class StateFormat:
-    """What the state of an optimizer with these settings must look like.
+    """The form that the state of an optimizer with these settings must have.
 
     shapes: of the parameters, in order. masters: which of them have fp32 master weights; None: all or none of them, as
     ``weights`` says.

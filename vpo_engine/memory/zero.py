@@ -308,7 +308,7 @@ class ZeroOptimizer:
 
 
 class _Trained(nn.Module):
-    """What DeepSpeed takes for the model: the trained parameters, and with stage 3 the network that they are in.
+    """The model as DeepSpeed sees it: the trained parameters, and with stage 3 the network that they are in.
 
     A forward pass returns its input: losses go through it, so that DeepSpeed learns of the backward pass.
     """

@@ -14,7 +14,7 @@ from vpo_engine.memory.ema import effective_decay
 
 
 class Divided(Protocol):
-    """What the average needs of an optimizer that divides the weights."""
+    """The part of an optimizer with divided weights that the average needs."""
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]: ...

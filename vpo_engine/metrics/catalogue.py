@@ -24,7 +24,7 @@ _NO_DEVIL_SCORE = (
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a metric is: a module of vpo_engine.metrics and a class in it, made by its ``make``."""
+    """The place of a metric: a module of vpo_engine.metrics and a class in it, made by its ``make``."""
 
     module: str
     maker: str

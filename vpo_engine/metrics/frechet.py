@@ -11,7 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from vpo_engine.foreign_files import check_archive
+
 _KEYS = ("raw_mean", "raw_cov", "num_items")
+_MOST_BYTES = 1 << 30
+"""Bytes of the sums of 11,000 channels; networks for videos have some hundred to some thousand."""
 
 
 @dataclass
@@ -74,10 +78,11 @@ class FeatureSums:
                 f"it, convert it once: python -c \"import pickle, numpy; s = pickle.load(open('{path}', 'rb')); "
                 f"numpy.savez('{path.with_suffix('.npz')}', **{{k: s[k] for k in {_KEYS}}})\""
             )
+        check_archive(path, _MOST_BYTES)
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found = {key: arrays[key] for key in _KEYS}
-        except (KeyError, ValueError) as error:
+        except Exception as error:  # damaged members can raise nearly anything
             raise ValueError(
                 f"{path} must hold {', '.join(_KEYS)}, sums over features as cd-fvd has them ({error}); write it from "
                 "the reference videos, or convert it again"

@@ -1,4 +1,4 @@
-"""Where a number comes from, and the rule that numbers of different settings do not share a column."""
+"""The origin of a number, and the rule that numbers of different settings do not share a column."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class _Proxy(VideoMetric):
 
 
 class FlickerProxy(_Proxy):
-    """How little neighbouring frames differ, of all videos: VBench's arithmetic without its choice of still scenes."""
+    """The likeness of neighbouring frames, of all videos: VBench's arithmetic without its choice of still scenes."""
 
     def _measure(self, video: Tensor, prompt: str, fps: float) -> Measurement:
         return Measurement({"": arithmetic.flicker_score(video)})

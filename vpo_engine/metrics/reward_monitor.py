@@ -1,17 +1,18 @@
-"""Monitor the reward of a run, and raise an alarm if evaluations show that the policy exploits it."""
+"""Monitor the reward of a run: raise an alarm if steps or evaluations show that the policy exploits it."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vpo_engine.config import GuardsConfig
 from vpo_engine.metrics.appearance import STATISTICS, style_distance
 from vpo_engine.metrics.measures import describe
+from vpo_engine.metrics.step_watch import Alarm, StepWatch
 from vpo_engine.metrics.summary import WIDTH, paired_difference
 from vpo_engine.rewards.guards import DivergenceAlarm, Shuffled
 
@@ -19,32 +20,18 @@ Measured = Mapping[str, Tensor]
 """The result of ``HeldOut.evaluate``."""
 
 
-@dataclass(frozen=True)
-class Alarm:
-    """A warning about the reward or the policy, raised after ``step`` steps."""
-
-    step: int
-    kind: Literal["prompt", "divergence", "style"]
-    text: str
-
-    @property
-    def stops(self) -> bool:
-        """Return whether guards.on_alarm=stop stops the run. A "prompt" alarm is about the reward, so it never does."""
-        return self.kind != "prompt"
-
-
 class RewardMonitor:
-    """Compares every evaluation with the base policy's and with earlier ones, and raises each kind of alarm once.
+    """Watches every step, compares every evaluation with earlier ones, and raises each kind of alarm once.
 
-    All processes have the same alarms, since they have the same evaluations. ``clips``: the number of clips, counted
-    from the first, that every evaluation has; only these are compared.
+    All processes have the same alarms, since they have the same rows and evaluations. ``clips``: the number of clips,
+    counted from the first, that every evaluation has; only these are compared. ``watch``: of the steps; None: none.
     """
 
     NOTHING: ClassVar[Mapping[str, Any]] = {"observations": (), "alarms": ()}
     """The state of a run that had no monitor."""
 
-    def __init__(self, settings: GuardsConfig, clips: int) -> None:
-        self._settings, self._clips = settings, clips
+    def __init__(self, settings: GuardsConfig, clips: int, watch: StepWatch | None = None) -> None:
+        self._settings, self._clips, self._watch = settings, clips, watch
         self._trend = DivergenceAlarm(settings.window)
         self._observations: list[tuple[int, float, float]] = []
         self.alarms: list[Alarm] = []
@@ -52,6 +39,8 @@ class RewardMonitor:
     def prompts(self, found: Mapping[str, Shuffled]) -> list[Alarm]:
         """Raise an alarm if no dimension of the reward reads the prompt, and there are enough clips to tell."""
         level = 0.05 / len(found)
+        if self._watch is not None:
+            self._watch.reads([name for name, shuffled in found.items() if shuffled.reads(level)])
         if any(shuffled.reads(level) for shuffled in found.values()):
             return []
         if any(0.5**shuffled.clips > level for shuffled in found.values()):
@@ -63,6 +52,13 @@ class RewardMonitor:
             "prompts and cannot teach the policy to follow them, or the base policy does not follow prompts at all"
         )
         return self._raise(Alarm(0, "prompt", text))
+
+    def step(self, step: int, row: Mapping[str, float]) -> tuple[dict[str, float], list[Alarm]]:
+        """Return numbers for the log, named ``guards/level/...``, and the alarms that the row of a step raises."""
+        if self._watch is None:
+            return {}, []
+        levels, alarms = self._watch.observe(step, row)
+        return levels, [alarm for each in alarms for alarm in self._raise(each)]
 
     def observe(self, step: int, base: Measured, now: Measured) -> tuple[dict[str, float], list[Alarm]]:
         """Return numbers for the log, named ``guards/...``, and the alarms that this evaluation raises."""
@@ -119,14 +115,20 @@ class RewardMonitor:
         return {
             "observations": [list(seen) for seen in self._observations],
             "alarms": [asdict(alarm) for alarm in self.alarms],
+            **({} if self._watch is None else {"watch": self._watch.state()}),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Load a saved state into a new monitor, which then continues as if the run had never stopped."""
+        """Load a saved state into a new monitor, which then continues as if the run had never stopped.
+
+        A state without a watch is one of an earlier version: the watch learns from the next steps what is normal.
+        """
         self.alarms = [Alarm(**fields) for fields in state["alarms"]]
         for step, training, held_out in state["observations"]:
             self._observations.append((step, training, held_out))
             self._trend(step, training, held_out)
+        if self._watch is not None and "watch" in state:
+            self._watch.load(state["watch"])
 
 
 def _since_base(step: int, *sides: Tensor) -> str | None:

@@ -26,7 +26,7 @@ MEAN_OF_VIDEOS = "mean over videos"
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a metric found in one video: values by output, and details for ``summarise``, as plain values for JSON.
+    """The findings of a metric in one video: values by output, and details for ``summarise``, as plain values for JSON.
 
     An output's name is "" for a metric with one. A distance of sets of videos has no value for one of them.
     """
@@ -37,7 +37,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a metric found in one video, or why it found nothing, with what is known of the video.
+    """The findings of a metric in one video, or why it found nothing, with what is known of the video.
 
     video: its name, for people. error: "" unless the metric failed; values and details are then empty. frames, height
     and width are 0 and fps is 0.0 where the video could not be read.

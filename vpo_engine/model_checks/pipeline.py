@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +24,8 @@ from vpo_engine.model_checks.record import (
 from vpo_engine.model_checks.sizes import frame_rule, side_rule
 from vpo_engine.model_checks.table import Finding, Table
 from vpo_engine.model_values import SamplerSettings, SamplerState
+from vpo_engine.models.diffusers_folder import pipeline_index
 from vpo_engine.models.diffusers_model import DiffusersModel
-from vpo_engine.policy_source import INDEX
 from vpo_engine.video_model import VideoModel
 
 UNCLEAN = "  A  red &amp;amp; blue\ncat "
@@ -36,7 +35,7 @@ _PARTS = ("transformer", "vae", "text_encoder")
 
 def class_checks(table: Table, family: type[VideoModel], folder: Path) -> None:
     """Compare the classes that the family states with those of the folder, before anything is loaded."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = pipeline_index(folder)
     pipelines = family.card.pipelines
     name = index.get("_class_name")
     table.check(
@@ -96,6 +95,7 @@ def _load(folder: Path, device: torch.device) -> Any:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
+    pipeline_index(folder)
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -14,7 +14,7 @@ from vpo_engine.models.registry import model_family
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found. error: of at most ``limit``. note: what differs, for people."""
+    """The result of a check. error: of at most ``limit``. note: what differs, for people."""
 
     error: float
     limit: float

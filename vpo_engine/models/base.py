@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vpo_engine.config import MemoryConfig, ModelConfig
@@ -19,6 +18,7 @@ from vpo_engine.model_values import Network, RowFlops, SamplerSettings, SamplerS
 from vpo_engine.models.lora import has_adapter, load_adapter, save_adapter
 from vpo_engine.models.step_graph import Predict, StepGraph
 from vpo_engine.video_model import Blueprint, ReadConfig, TextSource, VideoModel
+from vpo_engine.weights import read_files
 
 
 class BaseModel(VideoModel):
@@ -230,4 +230,4 @@ class BaseModel(VideoModel):
         if has_adapter(self.network):
             load_adapter(self.network, folder)
         else:
-            self.network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+            self.network.load_state_dict(read_files([folder / "model.safetensors"]), strict=True)

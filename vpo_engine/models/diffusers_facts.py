@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vpo_engine.config import ModelConfig
 from vpo_engine.models.diffusers_network import TextLayers
 from vpo_engine.models.diffusers_sequence import TokenInputs
 from vpo_engine.video_model import Option, Padding
@@ -66,7 +67,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Setup:
-    """What one model is built by: the settings of its parts' files, and the size of its videos.
+    """The settings that one model is built by: those in its parts' files, and the size of its videos.
 
     flow_shift: model.flow_shift. negative_prompt: of guidance. fps: frames a second.
     """
@@ -81,3 +82,30 @@ class Setup:
     negative_prompt: str
     flow_shift: float | None = None
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
+
+
+_ELSEWHERE = ("resolution", "aspect", "aesthetic_score")
+"""Settings of other families. They have no effect here, so other values than the defaults are refused."""
+
+
+def refuse_settings_of_others(settings: ModelConfig, model: str) -> None:
+    """Raise ValueError for a setting that no family of diffusers has. ``model``: the name in the message."""
+    for name in _ELSEWHERE:
+        value, default = getattr(settings, name), ModelConfig.model_fields[name].default
+        if value is not None and value != default:
+            raise ValueError(
+                f"model.{name}={value} has no effect on model.kind={settings.kind} ({model}); leave it "
+                f"out{'' if name == 'aesthetic_score' else ', and set model.height and model.width'}"
+            )
+
+
+def check_parts_fit(pairs: Iterable[tuple[str, str, int, int]]) -> None:
+    """Raise ValueError where a part gives another number of something than the transformer takes.
+
+    pairs: (what is counted, the part, the number that it gives, the number that the transformer takes).
+    """
+    for what, part, given, taken in pairs:
+        if given != taken:
+            raise ValueError(
+                f"the {part} gives {given} {what} and the transformer takes {taken}; give parts of one pipeline"
+            )

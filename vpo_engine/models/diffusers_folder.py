@@ -8,7 +8,6 @@ nothing here reaches the network.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vpo_engine import weights
+from vpo_engine.foreign_files import read_settings
 from vpo_engine.models.registry import kind_of_pipeline
 
 INDEX = "model_index.json"
@@ -26,6 +26,8 @@ CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _OTHER_WEIGHTS = ("diffusion_pytorch_model.bin",)
+_LIBRARIES = ("diffusers", "transformers")
+"""The packages whose classes a pipeline may name."""
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 _TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 """The names of the token table of a text encoder, which checkpoints store once or twice."""
@@ -113,7 +115,7 @@ def _scheduler(places: list[Path]) -> Path:
 
 
 def _check_pipeline(folder: Path, pipelines: tuple[str, ...], kind: str) -> None:
-    found = read_config(folder / INDEX).get("_class_name")
+    found = pipeline_index(folder)["_class_name"]
     if found in pipelines:
         return
     other = kind_of_pipeline(str(found))
@@ -132,16 +134,29 @@ def _neither(folder: Path) -> str:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Return the settings in a JSON file. Raise ValueError for a file that holds none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{file} holds a {type(found).__name__}, expected an object of settings; fetch it again"
-        )
-    return found
+    """Return the settings in a JSON file. Raise ValueError as ``foreign_files.read_settings`` does."""
+    return read_settings(file)
+
+
+def pipeline_index(folder: Path) -> dict[str, Any]:
+    """Return the content of a pipeline's model_index.json.
+
+    Raise ValueError for a part that is of no class of diffusers or transformers: to load it would run other code.
+    """
+    file = folder / INDEX
+    index = read_config(file)
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{file} does not name a pipeline class as _class_name; fetch it again")
+    for name, value in index.items():
+        if not isinstance(value, list) or value == [None, None]:
+            continue
+        known = len(value) == 2 and value[0] in _LIBRARIES and isinstance(value[1], str)
+        if not known or not value[1].isidentifier():
+            raise ValueError(
+                f"{file} says that {name} is {value}, expected a class of {' or '.join(_LIBRARIES)}; no other code is "
+                "run because a file names it: fetch the folder of a published pipeline"
+            )
+    return index
 
 
 def part_config(folder: Path, name: str) -> dict[str, Any]:
@@ -161,7 +176,27 @@ def completed(
         raise ValueError(f"{where} is of a {found}, expected a {name}; give the folder of such a part")
     parameters = inspect.signature(diffusers_class(name).__init__).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+    for key in defaults.keys() & config.keys():
+        if not _is_alike(config[key], defaults[key]):
+            raise ValueError(
+                f"{where} sets {key} to {str(config[key])[:100]!r}, where a {name} has {defaults[key]!r} by default; "
+                "fetch the folder again"
+            )
     return defaults | dict(config)
+
+
+def _is_alike(value: object, default: object) -> bool:
+    """Return whether a value of a JSON file can stand where a class has this default."""
+    if value is None or default is None:
+        return True
+    if isinstance(value, list):  # some classes take one number for all blocks, or a list of them
+        alike = default if isinstance(default, (list, tuple)) else [default]
+        return not alike or all(any(_is_alike(each, one) for one in alike) for each in value)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, (int, float)):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(default))
 
 
 def diffusers_class(name: str) -> Any:
@@ -205,7 +240,14 @@ def load_part(
     Raise FileNotFoundError for missing weight files, ValueError for a folder of another class and for weights that are
     damaged or do not fit.
     """
-    module = build_part(name, part_config(folder, name), **changes)
+    config = part_config(folder, name)
+    try:
+        module = build_part(name, config, **changes)
+    except Exception as error:  # a class can fail in any way on settings that it never had
+        raise ValueError(
+            f"{folder / CONFIG} does not describe a {name} that can be built ({type(error).__name__}: {error}); fetch "
+            "the folder again"
+        ) from error
     load_weights(module, folder, name, dtype, mapped(module))
     return module
 

@@ -18,7 +18,7 @@ from vpo_engine.memory.checkpointing import Activations, recomputed
 from vpo_engine.memory.rounding import is_kept_in_float32
 from vpo_engine.model_values import Network, SamplerSettings, TextEmbedding
 from vpo_engine.models.base import BaseModel
-from vpo_engine.models.diffusers_facts import Parts, Setup
+from vpo_engine.models.diffusers_facts import Parts, Setup, check_parts_fit, refuse_settings_of_others
 from vpo_engine.models.diffusers_folder import (
     INDEX,
     SCHEDULER,
@@ -43,9 +43,6 @@ from vpo_engine.models.guidance import guided, guided_pass, texts_of_pass
 from vpo_engine.models.lora import has_adapter, load_adapter
 from vpo_engine.models.step_graph import Predict
 from vpo_engine.video_model import Blueprint, LoadContext, ReadConfig, TextRule, TextSource
-
-_ELSEWHERE = ("resolution", "aspect", "aesthetic_score")
-"""Settings of other families. They have no effect here, so other values than the defaults are refused."""
 
 
 class DiffusersModel(BaseModel):
@@ -164,13 +161,7 @@ class DiffusersModel(BaseModel):
     def check(cls, settings: ModelConfig) -> None:
         """See ``VideoModel``. Sizes are checked as far as the settings alone tell them."""
         super().check(settings)
-        for name in _ELSEWHERE:
-            value, default = getattr(settings, name), ModelConfig.model_fields[name].default
-            if value is not None and value != default:
-                raise ValueError(
-                    f"model.{name}={value} has no effect on model.kind={settings.kind} ({cls.card.name}); leave it "
-                    f"out{'' if name == 'aesthetic_score' else ', and set model.height and model.width'}"
-                )
+        refuse_settings_of_others(settings, cls.card.name)
         height, width = cls.facts.size
         cls.card.sizes.check_sides(settings.height or height, settings.width or width)
 
@@ -274,15 +265,9 @@ class DiffusersModel(BaseModel):
             text_encoder=text_encoder,
         )
         cls.card.sizes.check_sides(setup.height, setup.width)
-        pairs = (
-            ("latent channels", "VAE", vae[cls.facts.latent_channels], transformer["in_channels"]),
-            ("text channels", "text encoder", text_encoder["d_model"], cls.text_size(transformer)[1]),
-        )
-        for what, part, given, taken in pairs:
-            if given != taken:
-                raise ValueError(
-                    f"the {part} gives {given} {what} and the transformer takes {taken}; give parts of one pipeline"
-                )
+        channels = vae[cls.facts.latent_channels], transformer["in_channels"]
+        of_text = text_encoder["d_model"], cls.text_size(transformer)[1]
+        check_parts_fit([("latent channels", "VAE", *channels), ("text channels", "text encoder", *of_text)])
         cls.check_configs(setup)
         return setup
 

@@ -69,7 +69,7 @@ class Processor:
 
 
 class Loop:
-    """What the calls of one sampling loop share. It is an argument of each; the first call fills it.
+    """Values that the calls of one sampling loop share. It is an argument of each; the first call fills it.
 
     It serves one network with unchanged weights, one text and one batch, without gradients. ``repeat``: the number of
     samples of a prompt, which stand next to each other: results of text layers are computed once for each prompt.

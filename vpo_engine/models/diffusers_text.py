@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vpo_engine.foreign_files import load_tokenizer
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_folder import CONFIG, Folder, load_text_encoder, read_config
+from vpo_engine.texts import say
 
 
 class FolderEncoder:
@@ -55,11 +57,10 @@ class FolderEncoder:
         if longest > self._max_tokens and not self._noted:
             self._noted = True
             start = prompts[lengths.index(longest)][:60]
-            print(
+            say(
                 f"note: of '{start}...' the model reads {self._max_tokens} of {longest} tokens; likewise of other long "
                 "prompts",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
 
@@ -75,7 +76,13 @@ def text_model(name: str, config: dict[str, Any]) -> nn.Module:
             "encoder of its pipeline"
         )
     settings = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
-    model: nn.Module = family(family.config_class(**settings))
+    try:
+        model: nn.Module = family(family.config_class(**settings))
+    except Exception as error:  # a class can fail in any way on settings that it never had
+        raise ValueError(
+            f"the settings of the text encoder do not describe a {name} that can be built ({type(error).__name__}: "
+            f"{error}); fetch its folder again"
+        ) from error
     return model
 
 
@@ -98,10 +105,8 @@ def encoder_loader(
         text_model(name, config)
 
     def load() -> FolderEncoder:
-        from transformers import AutoTokenizer
-
         model = load_text_encoder(lambda: text_model(name, config), folder.text_encoder, dtype, device)
-        tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer, local_files_only=True)
+        tokenizer = load_tokenizer(folder.tokenizer)
         return FolderEncoder(model, tokenizer, max_tokens, masked=masked, attended=attended)
 
     return load

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vpo_engine.config import LoraConfig
 from vpo_engine.memory.quantised_base import under_autocast
 from vpo_engine.seeding import generator
 from vpo_engine.video_model import ModelCard
+from vpo_engine.weights import read_files
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -165,11 +165,7 @@ def _not_bound(file: Path, saved: Sequence[str], own: Sequence[str]) -> str:
 def _read(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; expected the adapter that a run has saved")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        size = file.stat().st_size
-        raise ValueError(f"{file} is damaged or incomplete ({size} bytes: {error}); copy it again") from error
+    return read_files([file])
 
 
 def _targeted(network: nn.Module, targets: Sequence[str]) -> list[str]:

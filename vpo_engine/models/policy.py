@@ -1,4 +1,4 @@
-"""How a policy's weights are held: its type, its base in few bits, and its adapter."""
+"""The form in which a policy's weights are held: their type, a base in few bits, and an adapter."""
 
 from __future__ import annotations
 

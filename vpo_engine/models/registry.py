@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_args
 
 from vpo_engine.config import Config
 from vpo_engine.config.names import check_kind
+from vpo_engine.foreign_files import read_object
 from vpo_engine.models.lora import chosen_targets
 from vpo_engine.video_model import ModelCard, Option, VideoModel
 
@@ -52,12 +52,9 @@ def kind_of_folder(folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} has no model_index.json; give the folder of a diffusers pipeline")
-    try:
-        pipeline = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{index} does not name a pipeline class as _class_name ({error!r}); fetch it again"
-        ) from error
+    pipeline = read_object(index).get("_class_name")
+    if not isinstance(pipeline, str):
+        raise ValueError(f"{index} does not name a pipeline class as _class_name; fetch it again")
     kind = kind_of_pipeline(pipeline)
     if kind is None:
         cards = [model_family(known).card for known in BUILT_IN]

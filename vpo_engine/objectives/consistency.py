@@ -23,7 +23,7 @@ TIMESTEP_SCALE = 10.0
 
 @dataclass(frozen=True)
 class Split:
-    """What a prediction says of noisy latents: the clean latents and the noise in them, both [B, C, T, H, W]."""
+    """The two parts of noisy latents by a prediction: the clean latents and the noise in them, both [B, C, T, H, W]."""
 
     clean: Tensor
     noise: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,10 @@ class MicroBatch:
     loser_noise: Tensor | None = None
 
 
+SATURATED = 0.05
+"""A sample whose gradient has less than this weight, sigmoid(-margin), counts as saturated; at margin 0 it has 0.5."""
+
+
 class DPO:
     """The paired loss against the reference, at ``draws`` timesteps per pair with a sigmoid each.
 
@@ -49,7 +54,18 @@ class DPO:
     sampled_from: returns the noise [C, T, H, W] that a candidate was sampled from, for objective.noise=trajectory.
     """
 
-    METRICS = ("loss", "margin", "implicit_accuracy", "winner_error_change", "loser_error_change")
+    METRICS = (
+        "loss",
+        "margin",
+        "implicit_accuracy",
+        "winner_error_change",
+        "loser_error_change",
+        "reference_winner_error",
+        "reference_loser_error",
+        "saturated",
+        "weight_change",
+        "winner_error_change_squared",
+    )
 
     def __init__(
         self,
@@ -103,13 +119,21 @@ class DPO:
             batch = self.micro_batch(pairs, update, chosen, times[start : start + size])
             scale = len(chosen) * processes / (total or len(pairs) * draws)
             result = self._backward(batch, reference, scale)
-            sums["loss"] += float(result.loss) * len(chosen)
-            sums["margin"] += float(result.margin.sum())
-            sums["implicit_accuracy"] += float((result.margin > 0).sum())
-            sums["winner_error_change"] += float(result.winner_error_change.sum())
-            sums["loser_error_change"] += float(result.loser_error_change.sum())
+            for name, value in _sums(result, len(chosen)).items():
+                sums[name] += value
             sums["samples"] += len(chosen)
         return sums
+
+    @staticmethod
+    def means(sums: Sequence[float], samples: float, pairs: int) -> dict[str, float]:
+        """Return the metrics of a step from the sums of METRICS over all of its samples, which come from ``pairs``.
+
+        watch/se/winner_error_change is the standard error of the mean; the samples of a pair count as one, which
+        errs on the side of a larger error.
+        """
+        means = {name: value / samples for name, value in zip(DPO.METRICS, sums, strict=True)}
+        variance = means.pop("winner_error_change_squared") - means["winner_error_change"] ** 2
+        return means | {"watch/se/winner_error_change": math.sqrt(max(variance, 0.0) / pairs)}
 
     def timesteps(self, pairs: Sequence[Pair], update: int, samples: range) -> Tensor:
         """Return the times of these samples, float32 [len(samples)] on the host.
@@ -225,6 +249,27 @@ class DPO:
         if self._config.weighting == "prediction":
             return self._config.beta
         return self._config.beta * error_weight(self._config.weighting, *self._model.noising_scales(times))
+
+
+def _sums(result: PairedDPOLoss, samples: int) -> dict[str, float]:
+    """Return the sums of METRICS over the samples of a micro-batch."""
+    weight = torch.sigmoid(-result.margin)
+    values = {
+        "margin": result.margin,
+        "implicit_accuracy": result.margin > 0,
+        "winner_error_change": result.winner_error_change,
+        "loser_error_change": result.loser_error_change,
+        "reference_winner_error": result.reference_winner_error,
+        "reference_loser_error": result.reference_loser_error,
+        "saturated": weight < SATURATED,
+        "weight_change": (2 * weight - 1).abs(),
+        "winner_error_change_squared": result.winner_error_change.square(),
+    }
+    # The numbers of a device are fetched together.
+    loss, *sums = torch.stack(
+        [result.loss.double(), *(value.sum().double() for value in values.values())]
+    ).tolist()
+    return {"loss": loss * samples, **dict(zip(values, sums, strict=True))}
 
 
 def _by_pair(samples: range, draws: int) -> dict[int, slice]:

@@ -10,7 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 from vpo_engine.config import Config
+from vpo_engine.disk_plan import as_json as disk_as_json
+from vpo_engine.disk_plan import describe
 from vpo_engine.models.registry import model_family
+from vpo_engine.planning.disk import planned_disk
 from vpo_engine.planning.estimate import Plan
 from vpo_engine.planning.fit import fitting_changes, most_frames
 from vpo_engine.planning.gpus import GIB, Gpu
@@ -32,11 +35,11 @@ def print_plan(config: Config, gpu: Gpu | None, *, frames: bool, machine: bool) 
     plan = plan_run(config, gpu)
     frames = frames and bool(model_family(config.model.kind).card.resolutions)
     if machine:
-        found = as_json(plan) | {"presets": presets.splitlines()}
+        found = as_json(plan) | {"presets": presets.splitlines(), "disk": planned_disk(config, disk_as_json)}
         found |= {"most_frames": dict(frames_that_fit(config, gpu))} if frames else {}
         print(json.dumps(found, indent=1))
         return
-    print(*filter(None, [presets, whole(plan)]), sep="\n", flush=True)
+    print(*filter(None, [presets, planned_disk(config, describe), whole(plan)]), sep="\n", flush=True)
     if not plan.fits:
         print(*_remedies(config, gpu, plan), sep="\n", flush=True)
     if frames:

@@ -1,4 +1,4 @@
-"""What a configured run exchanges in a step, for the formulas of ``distributed/traffic.py``; no weights are needed."""
+"""The data that a configured run exchanges in a step, for ``distributed/traffic.py``; no weights are needed."""
 
 from __future__ import annotations
 

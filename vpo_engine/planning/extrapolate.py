@@ -14,7 +14,7 @@ from vpo_engine.planning.tracker import Peak
 SHALLOW, DEEPER = 2, 4
 """Depths that are traced where blocks keep nothing but their input, autocast holds no casts of weights, and gradients
 stay. Where in a phase the peak falls could change with depth; there it did not from depth two on, in any
-setting tried: tests/planning/test_depth.py compares with deeper networks, and with the full depth. Elsewhere it did."""
+setting tried, the full depth among them: tests/planning/test_depth.py looks at deeper networks. Elsewhere it did."""
 
 _ALWAYS = ("weights", "optimizer", "ema", "reference")
 """Categories of memory that are held even in phases that do not use the network."""

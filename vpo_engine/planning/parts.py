@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import Idefics2Config
 
 from vpo_engine.config import Config
+from vpo_engine.foreign_files import read_settings
 from vpo_engine.models.registry import check_model, model_family
 from vpo_engine.planning.tracker import Tracker
 from vpo_engine.rewards.registry import reward_card
@@ -50,19 +50,9 @@ class Assumed:
     def config(self, folder: Path | None, published: Mapping[str, Any], name: str) -> dict[str, Any]:
         """Return the contents of the folder's config.json, else the published ones with a note."""
         if folder is not None and (file := config_file(folder)) is not None:
-            return _read_json(file)
+            return read_settings(file, "download it again")
         self.notes.append(f"{folder} has no config.json here, so the sizes of {name} are taken")
         return dict(published)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); download it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}, expected an object of settings")
-    return found
 
 
 def configurations_are_here(config: Config) -> bool:

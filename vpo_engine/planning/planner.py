@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from vpo_engine.config import CheckpointConfig, Config, DistributedConfig, EvaluationConfig
+from vpo_engine.config import CheckpointConfig, Config, DiskConfig, DistributedConfig, EvaluationConfig
+from vpo_engine.disk_plan import describe
+from vpo_engine.planning.disk import planned_disk
 from vpo_engine.planning.estimate import Plan, estimate
 from vpo_engine.planning.extrapolate import Traced, traced
 from vpo_engine.planning.fit import fitting_changes, with_granted_batch_size
@@ -45,11 +47,16 @@ def granted(config: Config, gpu: Gpu | None, processes: int = 1) -> Config:
 
 
 def check_fits(
-    config: Config, device: torch.device, processes: int = 1, agree: Callable[[str], str] = str
+    config: Config,
+    device: torch.device,
+    processes: int = 1,
+    agree: Callable[[str], str] = str,
+    prompts: int | None = None,
 ) -> tuple[Config, str]:
     """Return the configuration with its presets resolved and its batch size granted, and its plan on ``device``.
 
-    The plan is what ``vpo_engine.plan`` prints, or one line on a CPU. ``agree``: see ``resolve_presets``. Unless
+    The plan is what ``vpo_engine.plan`` prints, or on a CPU a line about memory and one about the disk. ``agree``: see
+    ``resolve_presets``. ``prompts``: see ``planned_disk``. Unless
     memory.overcommit is set, a run that does not fit is a ValueError with the phase, the need, the limit, and the
     cheapest single setting that would make it fit.
     """
@@ -61,8 +68,10 @@ def check_fits(
         changes = fitting_changes(config, plan, lambda changed: plan_run(changed, gpu, processes))
         raise ValueError(shortfall(plan, next(changes, None)))
     size = config.rollout.batch_size
-    said = (f"{presets}\n" if presets else "") + (line(plan) if gpu is None else whole(plan))
-    return config, said + (f"; {size} candidates at once" if size else "")
+    granted_size = f"; {size} candidates at once" if size else ""
+    disk = planned_disk(config, describe, prompts)
+    lines = [line(plan) + granted_size, disk] if gpu is None else [disk, whole(plan) + granted_size]
+    return config, "\n".join(filter(None, [presets, *lines]))
 
 
 def available_memory() -> int:
@@ -86,6 +95,7 @@ def _as_traced(config: Config) -> Config:
         "evaluation": EvaluationConfig(),
         "checkpoint": CheckpointConfig(),
         "distributed": DistributedConfig(),
+        "disk": DiskConfig(),
         "seed": 0,
     }
     return config.model_copy(update={"memory": memory, "name": "", "run_dir": None, "steps": 10**9, **same})

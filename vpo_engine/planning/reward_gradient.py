@@ -44,6 +44,9 @@ class PlannedReward:
 class PlannedVideos:
     """The given videos of a method that starts from some, without their values. Encoding them is not planned."""
 
+    def __len__(self) -> int:
+        raise AssertionError("a plan has its own prompts")
+
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         raise AssertionError("a plan has its own prompts")
 

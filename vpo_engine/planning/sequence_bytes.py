@@ -1,4 +1,4 @@
-"""What processes exchange that compute a video together: one pass of the network on tensors without values."""
+"""Bytes that processes of one video exchange: one pass of the network on tensors without values."""
 
 from __future__ import annotations
 

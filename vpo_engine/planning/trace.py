@@ -7,7 +7,6 @@ for, ``gpu_rules`` adds the rules of its autocast.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vpo_engine.config import Config
 from vpo_engine.distributed.sequence import planned
 from vpo_engine.memory.ema import PolicyAverage
-from vpo_engine.memory.offload import OffloadedInputs, PlainCopies
+from vpo_engine.memory.offload import OffloadedInputs
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.rounding import hold_in_bfloat16
 from vpo_engine.models.policy import prepare_policy
@@ -38,6 +37,7 @@ from vpo_engine.planning.parts import (
 )
 from vpo_engine.planning.repeats import repeated, repeated_steps
 from vpo_engine.planning.reward_gradient import LeftOutSampling, planned_method
+from vpo_engine.planning.stand_ins import FirstHalf, HostCopies, pair_without_values, without_collections
 from vpo_engine.planning.tracker import Peak, Phase, Tracker
 from vpo_engine.planning.videoscore import PlannedVideoScore
 from vpo_engine.protocols import SamplerSettings, SamplerState, TextEmbedding, at_hand
@@ -45,7 +45,7 @@ from vpo_engine.reference.store import HeldReference, build_reference
 from vpo_engine.reward_gradient_method import RewardGradientMethod
 from vpo_engine.rollout.batches import Batch
 from vpo_engine.rollout.quantised_copy import SamplingCopy
-from vpo_engine.values import Candidate, Pair, Prompt
+from vpo_engine.values import Prompt
 from vpo_engine.video_model import repeating_blocks
 
 PhaseName = Literal["text", "rollout", "decode", "reward", "update", "optimizer", "refresh"]
@@ -99,18 +99,6 @@ def trace_step(
     depth: of the network, other than configured. network_only: without text, decode and reward.
     """
     return _Tracing(config, on_gpu, processes, depth).run(network_only)
-
-
-class HostCopies(PlainCopies):
-    """Copies whose host memory has a category of its own."""
-
-    def __init__(self, device: torch.device, tracker: Tracker) -> None:
-        super().__init__(device)
-        self._tracker = tracker
-
-    def host_like(self, tensor: Tensor) -> Tensor:
-        with self._tracker.making("host"):
-            return super().host_like(tensor)
 
 
 class _Tracing:
@@ -285,7 +273,7 @@ class _Tracing:
         network = self._reference if config.source == "reference" else self._model.network
         assert network is not None
         first, explored = config.first_pass, config.explore is not None
-        split = _FirstHalf() if self._sharers < self._team else None
+        split = FirstHalf() if self._sharers < self._team else None
         settings = SamplerSettings(
             config.steps, config.guidance, config.guidance_interval, config.cache, split=split
         )
@@ -382,7 +370,8 @@ class _Tracing:
         self._optimizer.begin(config.optimizer.lr)
         self._hold_gradients(rows < total)
         pairs = [
-            _pair(latents[row // draws], text[row // draws : row // draws + 1], row) for row in range(rows)
+            pair_without_values(latents[row // draws], text[row // draws : row // draws + 1], row)
+            for row in range(rows)
         ]
         assert self._reference is not None
         updates = config.objective.updates_per_rollout
@@ -392,29 +381,3 @@ class _Tracing:
         every = config.refresh_every
         with self._phase("refresh", updates / every if every else 0.0):
             self._reference.refresh(self._model.network)
-
-
-class _FirstHalf:
-    """The process that computes the first half of guided passes, with a second half that takes no time."""
-
-    half = 0
-
-    def exchange(self, prediction: Tensor) -> Tensor:
-        return torch.cat([prediction, prediction])
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """Switch the search for reference cycles off: counts free all storages, and it takes a tenth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _pair(latents: Tensor, embedding: TextEmbedding, position: int) -> Pair:
-    prompt = Prompt("", embedding, position)
-    return Pair(Candidate(prompt, 0, latents, {}), Candidate(prompt, 1, latents, {}))

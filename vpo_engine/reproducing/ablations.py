@@ -22,7 +22,7 @@ ABLATIONS = Table(
         Row("Diffusion-SDPO, mu = 0.2", ("objective.loser_scaling=0.2",)),
         Row(
             "half the rollouts, twice the updates",
-            ("steps=20", "objective.updates_per_rollout=2"),
+            ("steps=7", "objective.updates_per_rollout=8"),
             budget="half the samples",
             quick=(*BRIEF, "steps=5", "objective.updates_per_rollout=8"),
         ),

@@ -1,8 +1,8 @@
-"""How long each method trains: with as many videos scored, or as many processor seconds, as OnlineVPO's run.
+"""Lengths of each method's run: with as many videos scored, or as many processor seconds, as OnlineVPO's run.
 
-OnlineVPO's run has 40 steps of 16 prompts with 4 candidates, 2560 videos. A baseline scores one video of each prompt,
-so its run of as many videos has 160 steps. How many steps take as many processor seconds was measured; see
-``SECONDS_OF_A_STEP``. The tables print what each run really took.
+OnlineVPO's run is that of configs/sprites_fast.yaml: 14 steps of 16 prompts with 4 candidates, 896 videos, and 56
+optimizer steps. A baseline scores one video of each prompt, so its run of as many videos has 56 steps. How many steps
+take as many processor seconds was measured; see ``SECONDS_OF_A_STEP``. The tables print what each run really took.
 """
 
 from __future__ import annotations
@@ -12,24 +12,18 @@ from dataclasses import dataclass
 
 from vpo_engine.reproducing.spec import Row
 
-BRIEF = (
-    "steps=10",
-    "rollout.preset=fast",
-    "objective.timesteps_per_pair=1",
-    "objective.updates_per_rollout=4",
-    "evaluation.samples_per_prompt=4",
-)
-"""The quick form of a run: the fast mode of docs/rollout.md, with as many optimizer steps as the whole form."""
+BRIEF = ("steps=10", "evaluation.samples_per_prompt=4")
+"""The quick form of a run: fewer steps, and fewer held-out clips."""
+STEPS, QUICK_STEPS = 14, 10
 LENGTH = 3
 """How many times as long as usual the runs of ``overoptimisation`` are."""
-LONG = (f"steps={LENGTH * 40}", f"optimizer.warmup_steps={LENGTH * 5}", "evaluation.every=10")
-QUICK_LONG = (*BRIEF, f"steps={LENGTH * 5}", f"optimizer.warmup_steps={LENGTH * 3}", "evaluation.every=5")
+LONG = (f"steps={LENGTH * STEPS}", f"optimizer.warmup_steps={LENGTH * 5}", "evaluation.every=4")
+QUICK_LONG = (*BRIEF, f"steps={LENGTH * 5}", f"optimizer.warmup_steps={LENGTH * 3}", "evaluation.every=3")
 """OnlineVPO at three times its usual length, and the quick form of it, which is half as long."""
 _EVALUATION = ("evaluation.samples_per_prompt=4",)
-_VIDEOS, _QUICK_VIDEOS = 40 * 64, 10 * 64
-_PAIRS = 16
-_ONLINE_SECONDS, _QUICK_SECONDS = 8.9, 7.0
-"""Processor seconds of a step of OnlineVPO, and of its quick form."""
+_CANDIDATES = 4
+_ONLINE_SECONDS = 7.0
+"""Processor seconds of a step of OnlineVPO."""
 SECONDS_OF_A_STEP = {"refl": 3.2, "vader": 3.0, "instructvideo": 3.1}
 """Processor seconds of a step of each method, with 16 videos."""
 
@@ -71,6 +65,13 @@ class Budget:
             ),
         )
 
+    def rated(self, lr: str) -> Row:
+        """Return the row of equal seconds with another learning rate."""
+        _, row = self.rows({})
+        more = (f"optimizer.lr={lr}",)
+        quick = (*(row.quick or ()), *more)
+        return Row(f"{self.title}, lr {lr}", (*row.settings, *more), {}, row.budget, quick)
+
     def timed(self, evaluations: int, length: int = 1, lr: str | None = None) -> Row:
         """Return a row of the method alone, ``length`` times as long in seconds, with this many evaluations.
 
@@ -94,8 +95,8 @@ def _budget(method: str, title: str, settings: tuple[str, ...]) -> Budget:
     return Budget(
         title,
         (f"method={method}", *settings),
-        (_VIDEOS // _PAIRS, _QUICK_VIDEOS // _PAIRS),
-        (round(40 * _ONLINE_SECONDS / each), round(10 * _QUICK_SECONDS / each)),
+        (STEPS * _CANDIDATES, QUICK_STEPS * _CANDIDATES),
+        (round(STEPS * _ONLINE_SECONDS / each), round(QUICK_STEPS * _ONLINE_SECONDS / each)),
     )
 
 

@@ -18,7 +18,10 @@ from typing import Any, Literal
 import vpo_engine
 from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config, parse_config
+from vpo_engine.full_disk import write_whole
+from vpo_engine.runs.readable import readable
 from vpo_engine.runs.start import differences, show_value
+from vpo_engine.texts import read_json, shortened
 
 Kind = Literal["run", "base", "ranking", "memory"]
 RECORD, RESULT, RUN, LOG = "cell.json", "result.json", "run", "log.txt"
@@ -41,7 +44,7 @@ class Cell:
     kind: Kind
     settings: tuple[str, ...]
     seed: int
-    source: str = "sprites.yaml"
+    source: str = "sprites_fast.yaml"
 
     def __post_init__(self) -> None:
         kept = tuple(f"{key}={value}" for key, value in sorted(self.values().items()))
@@ -73,7 +76,7 @@ class Cell:
 
 @dataclass
 class Record:
-    """What is known of a cell that was begun; ``cell.json`` in its folder.
+    """The record of a cell that was begun; ``cell.json`` in its folder.
 
     code: the version of the code that made it, see ``code_version``. seconds: what each of its commands took in all
     attempts together, {command: [processor seconds, seconds by the clock]}.
@@ -114,18 +117,31 @@ class Record:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            record = cls(**read_json(path))
+            record.check()
+            return record
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is damaged ({error}); remove {folder}, and its cell is made again"
+                f"{path} is damaged ({shortened(str(error))}); remove {folder}, and its cell is made again"
             ) from None
+
+    def check(self) -> None:
+        """Raise TypeError if a field has another type than a runner writes."""
+        texts = (self.kind, self.source, self.resolved, self.code, self.commit, self.machine, self.made)
+        numbers = [each for pair in self.seconds.values() for each in pair]
+        if not all(isinstance(text, str) for text in (*texts, *self.settings)):
+            raise TypeError("a text is none")
+        if {type(self.finished), type(self.seed), type(self.attempts)} != {bool, int}:
+            raise TypeError("finished, seed or attempts is no such value")
+        if any(len(pair) != 2 for pair in self.seconds.values()) or not all(
+            type(number) in (int, float) and 0 <= number < 1e100 for number in numbers
+        ):
+            raise TypeError(f"seconds is {self.seconds}")
 
     def write(self, folder: Path) -> None:
         """Write the record, replacing an earlier one at once."""
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f".{RECORD}"
-        unfinished.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        unfinished.replace(folder / RECORD)
+        write_whole(folder / RECORD, json.dumps(asdict(self), indent=1))
 
     def took(self, command: str) -> tuple[float, float]:
         """Return the processor seconds and the seconds by the clock that a command of the cell took."""
@@ -166,8 +182,9 @@ def _changed(resolved: str, cell: Cell) -> str | None:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Return the content of a finished cell's ``result.json``."""
-    return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    """Return the content of a finished cell's ``result.json``. ValueError if it is damaged."""
+    with readable(folder / RESULT, f"remove {folder}, and its cell is made again"):
+        return dict(read_json(folder / RESULT))
 
 
 @cache

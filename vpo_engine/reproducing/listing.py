@@ -1,4 +1,4 @@
-"""What ``reproduce --list`` prints: every table with its runs and the time that it takes."""
+"""The text of ``reproduce --list``: every table with its runs and the time that it takes."""
 
 from __future__ import annotations
 

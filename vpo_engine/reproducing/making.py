@@ -22,7 +22,7 @@ _WHOLE_SEEDS, _QUICK_SEEDS = 3, 1
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked for on the command line.
+    """The tables and options that the command line asks for.
 
     seeds: None: three, or one in the quick form. steps: training steps in place of the table's, by method. write: a
     page that gets the tables between its markers. settings: of all runs, in addition.

@@ -55,9 +55,14 @@ class _Scorers:
 
 @torch.no_grad()
 def read(judge: SpritesJudge, videos: Tensor) -> Tensor:
-    """Return what the judge reads in uint8 clips [B, F, H, W, 3]: float64 [B, 18], kinds of damage and attributes."""
+    """Return what the judge reads in uint8 clips [B, F, H, W, 3]: float64 [B, 18] in 0..1.
+
+    These are the severities of the kinds of damage, whether there is no sprite at all, and the probabilities of the
+    attributes. Their logits have no bound: a few clips of which the judge is very sure would decide the distance.
+    """
     found = judge.network(videos)
-    return torch.cat([found.defects, found.colour, found.shape, found.direction], dim=1).double()
+    attributes = (found.colour, found.shape, found.direction)
+    return torch.cat([found.defects.sigmoid(), *(logits.softmax(1) for logits in attributes)], dim=1).double()
 
 
 def frechet(first: Tensor, second: Tensor) -> float:

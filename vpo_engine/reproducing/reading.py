@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,12 @@ from typing import Any
 
 from vpo_engine.config import Config
 from vpo_engine.config_file import parse_config
-from vpo_engine.reproducing.cells import RUN, Cell, Record, read_result
+from vpo_engine.reproducing.cells import RESULT, RUN, Cell, Record, read_result
 from vpo_engine.runs.alarms import read_alarms
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.readable import readable
+from vpo_engine.runs.summary_file import read_summary
 
 _OF_SAMPLING = (
     "evaluation.samples_per_prompt",
@@ -30,7 +32,7 @@ _NOT_TRAINING = ("text", "evaluate", "checkpoint", "step")
 
 @dataclass(frozen=True)
 class Ran:
-    """What a finished run took and said.
+    """The costs and the results of a finished run.
 
     training_seconds: processor seconds of its steps, without start, evaluations and checkpoints. videos: how many
     videos the reward scored in training. alarms: of the guards. curve: the rows that evaluations logged.
@@ -56,13 +58,13 @@ def read_run(folder: Path) -> Ran:
     assert record is not None, folder
     assert record.finished, folder
     run = RunDirectory.open(folder / RUN)
-    rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    timings = json.loads(run.summary.read_text(encoding="utf-8"))["timings"]
+    rows = read_metrics(run.metrics)
+    timings = read_summary(run.summary)["timings"]
     stages = sum(value for name, value in timings.items() if name not in _NOT_TRAINING)
     processor, clock = record.took("train")
     return Ran(
         record,
-        read_result(folder)["clips"],
+        base_clips(folder),
         processor * min(1.0, stages / max(clock, 1e-9)),
         videos_scored(parse_config(record.resolved, str(folder)), rows),
         read_alarms(run) or [],
@@ -78,5 +80,12 @@ def videos_scored(config: Config, rows: list[dict[str, Any]]) -> int:
 
 
 def base_clips(folder: Path) -> Mapping[str, list[float]]:
-    """Read the clips of a finished base cell."""
-    return dict(read_result(folder)["clips"])
+    """Read the clips of a finished cell of a policy. ValueError if they are not as they were written."""
+    with readable(folder / RESULT, f"remove {folder}, and its cell is made again"):
+        clips: dict[str, list[float]] = read_result(folder)["clips"]
+        if len({len(values) for values in clips.values()}) > 1:
+            raise ValueError("measures have different numbers of clips")
+        for name, values in clips.items():
+            if any(type(value) not in (int, float) for value in values):
+                raise TypeError(f"a value of {name} is no number")
+    return clips

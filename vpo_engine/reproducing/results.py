@@ -26,7 +26,7 @@ def better(measure: str) -> int:
 
 @dataclass(frozen=True)
 class RowResult:
-    """What the finished runs of a row say.
+    """The results of the finished runs of a row.
 
     values: means after training by measure. changes: from the base policy, by measure. seeds: the seeds that are there.
     seconds: processor seconds of training and videos: those that the reward scored, means over seeds; None for the

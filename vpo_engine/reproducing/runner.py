@@ -16,6 +16,7 @@ from typing import Literal
 
 from vpo_engine.reproducing.cells import LOG, RESULT, RUN, Cell, Record
 from vpo_engine.runs.lock import RunLock, refuse_held
+from vpo_engine.texts import say
 
 Old = Literal["refuse", "keep", "redo"]
 """What is done with finished cells that other code or other settings made."""
@@ -92,7 +93,7 @@ class Runner:
         jobs: int,
         *,
         commands: Callable[[Cell, Path], Commands] = commands_of,
-        say: Callable[[str], None] = lambda text: print(text, flush=True),
+        say: Callable[[str], None] = say,
     ) -> None:
         """``commands``: what makes a cell; tests give others."""
         self._out, self._jobs, self._commands, self._say = out, jobs, commands, say

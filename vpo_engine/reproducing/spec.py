@@ -1,4 +1,4 @@
-"""What a table is: rows of training runs, the measures that are shown, and what the paper says about them."""
+"""The description of a table: rows of training runs, measures, and what the paper says about them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Curve:
 class Table:
     """A table or figure of the paper, on the sprites world.
 
-    settings: of all its rows, in addition to those of configs/sprites.yaml. quick: of its quick form, in addition.
+    settings: of all its rows, in addition to those of configs/sprites_fast.yaml. quick: of its quick form, in addition.
     kind: the work that makes it. curves: what is drawn against training; without them the picture shows the columns.
     about: what the table shows and how, in a sentence or two. cannot: what this world cannot show of it, and why.
     """

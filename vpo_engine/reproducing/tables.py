@@ -1,14 +1,21 @@
 """All tables and figures of OnlineVPO (arXiv 2412.15159) that are made here, as data, by the name of their command.
 
-Every row is a run of configs/sprites.yaml with other settings. VBench's and DEVIL's networks have no weights here, so
-each of their measures has a stand-in, which ``columns.STAND_INS`` names.
+Every row is a run of configs/sprites_fast.yaml with other settings. VBench's and DEVIL's networks have no weights
+here, so each of their measures has a stand-in, which ``columns.STAND_INS`` names.
 """
 
 from __future__ import annotations
 
 from vpo_engine.reproducing.ablations import ABLATIONS
 from vpo_engine.reproducing.spec import Table
-from vpo_engine.reproducing.tables_of_methods import FIGURE_5, OVEROPTIMISATION, TABLE_3, TABLE_4C, TABLE_5C
+from vpo_engine.reproducing.tables_of_methods import (
+    FIGURE_5,
+    LEARNING_RATES,
+    OVEROPTIMISATION,
+    TABLE_3,
+    TABLE_4C,
+    TABLE_5C,
+)
 from vpo_engine.reproducing.tables_of_pairs import TABLE_4A, TABLE_4B, TABLE_4D, TABLE_5A, TABLE_5B
 
 TABLE_2 = Table(
@@ -42,5 +49,6 @@ TABLES = {
         FIGURE_7,
         OVEROPTIMISATION,
         ABLATIONS,
+        LEARNING_RATES,
     )
 }

@@ -9,6 +9,8 @@ from pathlib import Path
 from vpo_engine.reproducing.cells import Record
 from vpo_engine.reproducing.results import RowResult, TableResult, column_title, format_interval
 from vpo_engine.reproducing.spec import BASE, Column
+from vpo_engine.texts import code_span
+from vpo_engine.texts import markdown as markdown_text
 
 _CSV = ("table", "row", "measure", "stands_for", "seeds", "clips", "value", "change", "half_width", "paper")
 
@@ -85,7 +87,7 @@ def _budgets(found: TableResult) -> str:
                 f"{row.videos:.0f}",
                 f"{row.seconds:.0f}",
                 ", ".join(map(str, row.seeds)),
-                ", ".join(sorted(raised)) or "none",
+                markdown_text(", ".join(sorted(raised))) or "none",
             ]
         )
     header = ["", "budget", "videos scored", "processor seconds of training", "seeds", "alarms"]
@@ -95,12 +97,13 @@ def _budgets(found: TableResult) -> str:
 def origin(records: Sequence[Record], command: str, size: str) -> str:
     """Return where numbers come from: the command, how much was compared, the machines and the versions of the code."""
     if not records:
-        return f"`{command}`; nothing of it has been run yet."
+        return f"{code_span(command)}; nothing of it has been run yet."
     machines, commits, codes = (
-        dict.fromkeys(getattr(record, name) for record in records) for name in ("machine", "commit", "code")
+        dict.fromkeys(markdown_text(getattr(record, name)) for record in records)
+        for name in ("machine", "commit", "code")
     )
     mixed = f" (**{len(codes)} versions of the code**)" if len(codes) > 1 else ""
-    return f"`{command}`; {size}; {'; '.join(machines)}; commit {', '.join(commits)}{mixed}."
+    return f"{code_span(command)}; {size}; {'; '.join(machines)}; commit {', '.join(commits)}{mixed}."
 
 
 def write_csv(path: Path, found: TableResult) -> None:

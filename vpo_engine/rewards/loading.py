@@ -6,7 +6,6 @@ should hold.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vpo_engine.weights import WHOLE, read_file, read_files, weight_files
+from vpo_engine.foreign_files import read_settings
+from vpo_engine.weights import WHOLE, check_tensors, read_file, read_files, weight_files
 
 
 def local_folder(folder: str | Path, remedy: str) -> Path:
@@ -28,19 +28,13 @@ def local_folder(folder: str | Path, remedy: str) -> Path:
 def read_json(folder: str | Path, name: str, remedy: str) -> dict[str, Any]:
     """Return the object in a folder's JSON file.
 
-    Raise FileNotFoundError where folder or file is missing, ValueError for a file that is no JSON object.
+    Raise FileNotFoundError where folder or file is missing, ValueError as ``foreign_files.read_settings`` does.
     """
     folder = local_folder(folder, remedy)
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"no {name} in {folder}; {remedy}")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}, expected an object; {remedy}")
-    return fields
+    return read_settings(path, remedy)
 
 
 def read_config(folder: str | Path, model_type: str, remedy: str) -> dict[str, Any]:
@@ -85,6 +79,7 @@ def read_under(path: Path, key: str, remedy: str) -> dict[str, Tensor]:
         return content
     if not isinstance(content, Mapping) or not isinstance(content.get(key), Mapping):
         raise ValueError(f'{path} holds no "{key}"; {remedy}')
+    check_tensors(content[key], path)
     return dict(content[key])
 
 

@@ -24,8 +24,10 @@ from transformers import (
 from vpo_engine.rewards import qwen_vl
 from vpo_engine.rewards.frames import check_special_tokens
 from vpo_engine.rewards.loading import read_config, read_tokenizer, special_tokens
+from vpo_engine.weights import weight_files
 
 DIGITS = "12345"
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -177,16 +179,20 @@ def shown(text: str, limit: int = 300) -> str:
 def _read_network(
     folder: Path, dtype: torch.dtype, name: str, remedy: str
 ) -> Qwen2_5_VLForConditionalGeneration:
+    if (folder / _ADAPTER).is_file():
+        raise ValueError(f"{folder} has an {_ADAPTER}, which would load another model beside it; {remedy}")
     try:
+        weight_files(folder)  # refuses an index that leads out of the folder
         network, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # readers of damaged files can raise nearly anything
         raise ValueError(f"the weights in {folder} cannot be read ({error}); {remedy}") from error
     mismatched: Mapping[str, object] = {str(fault[0]): fault for fault in report["mismatched_keys"]}
     faults = [f"missing {key}" for key in sorted(report["missing_keys"])]

@@ -77,36 +77,48 @@ class RemoteReward:
         """Return once the other process has made the reward, which has no time limit."""
         with self._lock:
             if not self._dimensions:
-                self._dimensions = tuple(self._receive(None, "was made").fields["dimensions"])
+                self._dimensions = tuple(self._receive(None, "was made", "ready").texts("dimensions"))
 
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the reward itself returns, on the CPU. Raise RewardProcessError if its process died or hung."""
         fields, doing = {"prompts": list(prompts)}, f"scored {len(videos)} videos"
-        answer = self._ask("score", fields, {"videos": videos}, doing, self._time_limit)
-        self.stopping = answer.fields["stopping"]
+        answer = self._ask("score", "scores", fields, {"videos": videos}, doing, self._time_limit)
+        self.stopping = answer.field("stopping", bool)
+        if not all(isinstance(each, Tensor) for each in answer.tensors.values()):
+            raise RewardProcessError(
+                f"reward {self._name!r} sent something else than scores; let both sides run the same version of "
+                "vpo-engine"
+            )
         return answer.tensors
 
     def refusals(self, prompts: Sequence[str]) -> dict[int, str]:
         """Return why the reward refuses prompts, by their number. There is no time limit."""
         doing = f"looked at {len(prompts)} prompts"
-        answer = self._ask("refusals", {"prompts": list(prompts)}, {}, doing, None)
-        return {int(row): reason for row, reason in answer.fields["refused"]}
+        answer = self._ask("refusals", "refused", {"prompts": list(prompts)}, {}, doing, None)
+        try:
+            return {int(row): str(reason) for row, reason in answer.field("refused", list)}
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RewardProcessError(
+                f"reward {self._name!r} told of refused prompts without their numbers ({error}); let both sides run "
+                "the same version of vpo-engine"
+            ) from error
 
     def refuse_size(self, frames: int, height: int, width: int) -> str | None:
         """Return why the reward scores no videos of this size, or None. There is no time limit."""
-        answer = self._ask("size", {"size": [frames, height, width]}, {}, "looked at a size of videos", None)
-        reason: str | None = answer.fields["reason"]
-        return reason
+        size = {"size": [frames, height, width]}
+        answer = self._ask("size", "size", size, {}, "looked at a size of videos", None)
+        return None if answer.fields.get("reason") is None else str(answer.field("reason", str))
 
     def _ask(
         self,
         kind: str,
+        answer: str,
         fields: Mapping[str, Any],
         tensors: Mapping[str, Videos],
         doing: str,
         limit: float | None,
     ) -> Message:
-        """Send a request and return the answer; ``limit`` is in seconds for both."""
+        """Send a request and return the answer, a message of kind ``answer``; ``limit`` is in seconds for both."""
         self.wait_until_loaded()
         with self._lock:
             if not self._end.alive:
@@ -119,7 +131,7 @@ class RemoteReward:
                     self._wire.send(kind, fields, tensors, deadline)
             except BaseException as error:
                 raise self._interrupted(error, doing) from None
-            return self._receive(deadline, doing)
+            return self._receive(deadline, doing, answer)
 
     def close(self) -> None:
         """End the connection, and the process if it belongs to this one; may be called again."""
@@ -147,12 +159,13 @@ class RemoteReward:
         if self._lock.acquire(timeout=_LATE_NEWS):
             with suppress(ConnectionEndedError):
                 while self._end.alive and self._failure is None and self._wire.poll(_LATE_NEWS):
-                    self._receive(None, "was asked for news")
+                    self._receive(None, "was asked for news", None)
             self._lock.release()
         if self._failure is not None:
             raise self._failure
 
-    def _receive(self, deadline: float | None, doing: str) -> Message:
+    def _receive(self, deadline: float | None, doing: str, kind: str | None) -> Message:
+        """Return the next message, which is of this kind (None: any). Raise the error that it tells of instead."""
         try:
             answer = self._wire.receive(deadline)
         except BaseException as error:
@@ -160,6 +173,11 @@ class RemoteReward:
         if answer.kind == "error":
             self._failure = recreate_error(answer.fields, self._holder.place)
             raise self._failure
+        if kind is not None and answer.kind != kind:
+            raise RewardProcessError(
+                f"{self._holder.place} sent a message {answer.kind[:40]!r} where {kind!r} was expected; let both sides "
+                "run the same version of vpo-engine"
+            )
         return answer
 
     def _interrupted(self, error: BaseException, doing: str) -> BaseException:

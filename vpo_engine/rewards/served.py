@@ -118,13 +118,14 @@ class _Door:
         """Let one in if it has the token; else turn it away."""
         try:
             hello = wire.receive(time.monotonic() + _INTRODUCTION, most=_HELLO_BYTES)
-            known = hmac.compare_digest(str(hello.fields.get("token")).encode(), self._token.encode())
-        except (EOFError, OSError):
+            token, rank = hello.field("token", str), hello.field("rank", int)
+            known = hmac.compare_digest(token.encode(errors="replace"), self._token.encode())
+        except (EOFError, OSError, RewardProcessError):
             known = False
         if not known:
             wire.close()
             return
-        self.members[wire] = f"process {hello.fields['rank']}"
+        self.members[wire] = f"process {rank}"
         self._coming -= 1
 
     def tell(self, error: Exception) -> None:

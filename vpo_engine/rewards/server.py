@@ -57,12 +57,20 @@ def _answer(
     request: Message, reward: Reward, stopping: Callable[[], bool]
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return kind, fields and tensors of the answer to a request."""
-    fields = request.fields
     if request.kind == "refusals":
-        return "refused", {"refused": list(refusals(reward, fields["prompts"]).items())}, {}
+        return "refused", {"refused": list(refusals(reward, request.texts("prompts")).items())}, {}
     if request.kind == "size":
-        return "size", {"reason": size_refusal(reward, *fields["size"])}, {}
-    scores = reward.score(request.tensors["videos"], fields["prompts"])
+        size = request.field("size", list)
+        if len(size) != 3 or not all(isinstance(each, int) for each in size):
+            raise RewardProcessError(f"a size of videos must be three whole numbers, got {str(size)[:100]}")
+        return "size", {"reason": size_refusal(reward, *size)}, {}
+    videos, prompts = request.tensors.get("videos"), request.texts("prompts")
+    if request.kind != "score" or videos is None:
+        raise RewardProcessError(
+            f"a request {request.kind[:40]!r} of a reward's process asks for nothing that it does; let both sides run "
+            "the same version of vpo-engine"
+        )
+    scores = reward.score(videos, prompts)
     return "scores", {"stopping": stopping()}, scores
 
 
@@ -100,10 +108,10 @@ def main(descriptor: int, parent: int) -> None:
 def _make(wire: Wire) -> Reward | None:
     """Make the reward and tell its dimensions, or else the error."""
     request = wire.receive()
-    torch.set_num_threads(request.fields["threads"])
-    torch.set_float32_matmul_precision(request.fields["matmul_precision"])
     try:
-        reward = RewardSpec.from_fields(request.fields["reward"]).build()
+        torch.set_num_threads(request.field("threads", int))
+        torch.set_float32_matmul_precision(request.field("matmul_precision", str))
+        reward = RewardSpec.from_fields(request.field("reward", dict)).build()
     except Exception as error:
         wire.send("error", describe_error(error))
         return None

@@ -23,10 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpo_engine.errors import RewardProcessError
 from vpo_engine.rewards.videos import Videos
 
 _LENGTHS = struct.Struct("!QQ")
+_LARGEST_HEADER = 64 << 20
+"""Bytes of the largest header that is read; a prompt takes some hundred."""
 _PLAIN = (str, int, float, bool, type(None))
+_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "bool", "float16", "bfloat16", "float32", "float64")
+"""Types of tensors that are sent."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,26 @@ class Message:
     fields: dict[str, Any]
     tensors: dict[str, Any]
     """Tensors, or video files in their place."""
+
+    def field(self, name: str, kind: type) -> Any:
+        """Return a field. Raise RewardProcessError where it is missing or is not of this kind."""
+        found = self.fields.get(name)
+        if not isinstance(found, kind):
+            raise RewardProcessError(
+                f"a message {self.kind[:40]!r} of the reward's process has no {kind.__name__} {name!r}; let both sides "
+                "run the same version of vpo-engine"
+            )
+        return found
+
+    def texts(self, name: str) -> list[str]:
+        """Return a field that is a list of texts. Raise RewardProcessError where it is anything else."""
+        found: list[str] = self.field(name, list)
+        if not all(isinstance(each, str) for each in found):
+            raise RewardProcessError(
+                f"a message {self.kind[:40]!r} of the reward's process has other values than texts in {name!r}; let "
+                "both sides run the same version of vpo-engine"
+            )
+        return found
 
 
 class Wire:
@@ -83,13 +108,16 @@ class Wire:
         """Return the next message, its tensors on the CPU.
 
         Raise EOFError where the other side has closed the connection, ConnectionError where it was lost, for bytes
-        that are no message, and for more than ``most`` bytes of header or tensors.
+        that are no message, for tensors that this machine has no memory for, and for more than ``most`` bytes of header
+        or tensors.
         """
         lengths = bytearray(_LENGTHS.size)
         self._fill(memoryview(lengths), deadline)
         header_size, size = _LENGTHS.unpack(lengths)
         if most is not None and max(header_size, size) > most:
             raise ConnectionError(f"a message of {header_size} and {size} bytes, expected at most {most}")
+        if header_size > _LARGEST_HEADER:
+            raise ConnectionError(f"a header of {header_size} bytes, expected at most {_LARGEST_HEADER}")
         header = bytearray(header_size)
         self._fill(memoryview(header), deadline)
         try:
@@ -97,7 +125,7 @@ class Wire:
             message = Message(
                 str(content["kind"]), dict(content["fields"]), _allocated(content["tensors"], size)
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
             raise ConnectionError(f"the header of a message cannot be read: {error!r}") from error
         for tensor in message.tensors.values():
             if isinstance(tensor, Tensor):
@@ -154,19 +182,25 @@ def recreate_error(fields: Mapping[str, Any], place: str) -> Exception:
     """Make the error that ``describe_error`` described, with its traceback as a note that names ``place``.
 
     It has the same type and text. A type that this process does not know, or that cannot be made again from plain
-    arguments, becomes a RuntimeError that names it.
+    arguments, becomes a RuntimeError that names it. Fields that describe no error become a RewardProcessError.
     """
+    words = [fields.get(name) for name in ("module", "type", "text", "trace")]
+    if not all(isinstance(word, str) for word in words):
+        return RewardProcessError(f"{place} told of an error without saying which; see what it printed")
     error = _of_its_type(fields) or RuntimeError(f"{fields['type']}: {fields['text']}")
     error.add_note(f"in {place}:\n{fields['trace']}")
     return error
 
 
 def _of_its_type(fields: Mapping[str, Any]) -> Exception | None:
-    kind = getattr(sys.modules.get(fields["module"]), fields["type"], None)
-    if fields["arguments"] is None or not (isinstance(kind, type) and issubclass(kind, Exception)):
+    kind, arguments = (
+        getattr(sys.modules.get(fields["module"]), fields["type"], None),
+        fields.get("arguments"),
+    )
+    if not isinstance(arguments, list) or not (isinstance(kind, type) and issubclass(kind, Exception)):
         return None
     try:
-        error = kind(*fields["arguments"])
+        error = kind(*arguments)
     except Exception:  # a constructor may refuse in any way; the caller then names the type instead
         return None
     return error if str(error) == fields["text"] else None
@@ -195,9 +229,9 @@ def _file(fields: dict[str, Any]) -> Videos:
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")
+    if name not in _DTYPES:
+        raise ValueError(f"{name!r} is no dtype that is sent")
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

@@ -26,7 +26,9 @@ from vpo_engine.video_model import VideoModel
 
 
 class GivenVideos(Protocol):
-    """An endless stream of prompts that have a video each."""
+    """An endless stream of prompts that have a video each; see ``Stream``."""
+
+    def __len__(self) -> int: ...
 
     def take(self, cursor: int, count: int) -> list[PromptItem]: ...
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vpo_engine.data.preference_file import LATENTS, PreferenceFile, PreferredFiles, content_hash
@@ -17,6 +16,7 @@ from vpo_engine.data.prompts import PromptItem
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.values import Candidate, Choice, Prompt
 from vpo_engine.video_model import VideoModel
+from vpo_engine.weights import read_files
 
 _NAME = "latents"
 _SHOWN_SIDE = 256
@@ -34,6 +34,9 @@ class FilePairs:
         self.rows: Sequence[PreferredFiles] = PreferenceFile(path)
         self.path = path
         self._kept: dict[Path, Path] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1`` of the stream, as a ``PromptStream`` does."""
@@ -87,8 +90,8 @@ class FilePairs:
 def _latents(path: Path, shape: Sequence[int], place: str) -> Tensor:
     """Return the one tensor of a file, float32 [C, T, H, W]. ValueError, with the place, for any other file."""
     try:
-        found = load_file(path)
-    except (SafetensorError, OSError) as error:
+        found = read_files([path])
+    except (ValueError, OSError) as error:
         raise ValueError(f"{place}: {path} is not a safetensors file ({error}); write it again") from error
     if len(found) != 1:
         raise ValueError(f"{place}: {path} holds {len(found)} tensors, expected one: latents [C, T, H, W]")

@@ -7,22 +7,32 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.measures import describe
+from vpo_engine.runs.charts import Chart, Series, line_chart
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.readable import readable
+from vpo_engine.runs.report_rows import MetricRows
+from vpo_engine.texts import parse_json, read_text
 
 _TITLES = {
     "prompt": "The reward does not read prompts",
     "divergence": "The training reward rises while the held-out reward falls",
     "style": "The clips look different",
+    "saturation": "The log-sigmoid is saturated",
+    "shortcut": "Winners get worse together with losers",
+    "motion": "The candidates move less",
+    "prompt_blind": "The policy exploits a score that does not read the prompt",
 }
 
 
 def write_alarms(run: RunDirectory, alarms: Sequence[Mapping[str, Any]]) -> None:
-    """Write all alarms, each {"step": int, "kind": str, "text": str}; the file is replaced atomically."""
-    unfinished = run.alarms.with_name(f".{run.alarms.name}.tmp")
-    unfinished.write_text("".join(json.dumps(alarm) + "\n" for alarm in alarms), encoding="utf-8")
-    unfinished.replace(run.alarms)
+    """Write all alarms, each {"step": int, "kind": str, "text": str}; the file is replaced atomically.
+
+    An alarm of the watch has also "metric", the number of the log that raised it, and "limit", up to which it is
+    tolerated; others have "" and null there.
+    """
+    write_whole(run.alarms, "".join(json.dumps(alarm) + "\n" for alarm in alarms))
 
 
 def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
@@ -30,13 +40,27 @@ def read_alarms(run: RunDirectory) -> list[dict[str, Any]] | None:
     if not run.alarms.is_file():
         return None
     with readable(run.alarms, "remove it for a report without alarms"):
-        lines = run.alarms.read_text(encoding="utf-8").split("\n")
-        alarms = [json.loads(line) for line in lines if line]
-        return [{"step": int(each["step"]), "kind": each["kind"], "text": each["text"]} for each in alarms]
+        lines = read_text(run.alarms).split("\n")
+        return [_read(parse_json(line)) for line in lines if line]
 
 
-def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Mapping[str, float]) -> str:
-    """Return the report's section of alarms as HTML.
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _read(alarm: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"step": int(alarm["step"]), "kind": _text(alarm["kind"]), "text": _text(alarm["text"])}
+    if alarm.get("metric"):
+        found |= {"metric": _text(alarm["metric"]), "limit": float(alarm["limit"])}
+    return found
+
+
+def alarm_section(
+    alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Mapping[str, float], rows: MetricRows
+) -> str:
+    """Return the report's section of alarms as HTML, with the curve of the number that raised an alarm of the watch.
 
     prompt_shares: result of the prompt check at the start, {dimension: share}; empty if it was not made.
     """
@@ -44,7 +68,7 @@ def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Map
         return ""
     body = "".join(
         f'<p><b class="worse">{escape(_TITLES.get(alarm["kind"], alarm["kind"]))}</b>, step {alarm["step"]}: '
-        f"{escape(alarm['text'])}.</p>"
+        f"{escape(alarm['text'])}.</p>{_curve(alarm, rows)}"
         for alarm in alarms
     )
     if not alarms:
@@ -61,3 +85,20 @@ def alarm_section(alarms: Sequence[Mapping[str, Any]] | None, prompt_shares: Map
             "0.</p>"
         )
     return f"<section><h2>Alarms</h2>{body}</section>"
+
+
+def _curve(alarm: Mapping[str, Any], rows: MetricRows) -> str:
+    """Draw the number that raised an alarm, what is tolerated of it, and the step of the alarm."""
+    name = alarm.get("metric")
+    if not name:
+        return ""
+    label = name.rpartition("/")[2].replace("_", " ")
+    chart = Chart(
+        label.capitalize(),
+        [Series(label, rows.points("train", name), 5, noisy=True)],
+        note="The dotted vertical line marks the alarm.",
+        baseline=(alarm["limit"], "tolerated"),
+        marks=[float(alarm["step"])],
+    )
+    drawn = line_chart(chart)
+    return f'<div class="charts">{drawn}</div>' if drawn else ""

@@ -10,11 +10,14 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from vpo_engine.line_files import LineFile
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.texts import parse_json, read_text
 
 _NAME = "attempts.jsonl"
 _RESTART = "TORCHELASTIC_RESTART_COUNT"
@@ -83,8 +86,8 @@ def _without_numbers(error: str) -> str:
 def _append(path: Path, line: Mapping[str, Any]) -> None:
     now = datetime.now().isoformat(sep=" ", timespec="seconds")
     cut = path.exists() and not path.read_bytes().endswith(b"\n")  # a process died while it wrote
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if cut else "") + json.dumps({"time": now, **line}) + "\n")
+    with closing(LineFile(path)) as file:
+        file.append((("\n" if cut else "") + json.dumps({"time": now, **line}) + "\n").encode())
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -92,9 +95,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
-            found.append(json.loads(line))
+            value = parse_json(line)
         except ValueError:
             continue
+        if _is_attempt(value):
+            found.append(value)
     return found
+
+
+def _is_attempt(value: Any) -> bool:
+    """Return whether a line has what the engine writes: where an attempt began, how it ended, or its error."""
+    if not isinstance(value, dict) or not {"from", "ended", "error"} & value.keys():
+        return False
+    return "error" not in value or (isinstance(value["error"], str) and {"step", "rank"} <= value.keys())

@@ -11,6 +11,9 @@ from html import escape
 WIDTH, HEIGHT = 300.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 8.0, 10.0, 24.0
 
+_LEAST_SPAN = 1e-280
+"""Ticks of a smaller range have no place among the numbers of a computer."""
+
 Point = tuple[float, float]
 
 
@@ -45,8 +48,8 @@ class Chart:
 
 def nice_ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
     """Return about ``count`` round numbers whose range covers low .. high; with ``whole`` no fractions."""
-    if not high > low:
-        margin = abs(low) * 0.1 or 1.0
+    if not high - low > _LEAST_SPAN:
+        margin = abs(low) * 0.1 if abs(low) > _LEAST_SPAN else 1.0
         low, high = low - margin, high + margin
     raw = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(raw))

@@ -8,7 +8,6 @@ has no manifest.
 from __future__ import annotations
 
 import bisect
-import errno
 import hashlib
 import json
 import logging
@@ -17,10 +16,13 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpo_engine.errors import CheckpointError
+from vpo_engine.foreign_files import file_inside, read_object
+from vpo_engine.full_disk import is_disk_full, tensor_writer_says
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +53,11 @@ class Checkpoint:
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the step of a checkpoint by its name; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("_")[2])
 
 
 def save_checkpoint(
@@ -98,9 +105,9 @@ def save_checkpoint(
         _put_in_place(unfinished, final)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if _disk_is_full(error):
+        if is_disk_full(error):
             raise CheckpointError(_disk_full_text(final, tensors)) from error
-        if isinstance(error, OSError) or _tensor_writer_says(error, "os error"):
+        if isinstance(error, OSError) or tensor_writer_says(error, "os error"):
             raise CheckpointError(
                 f"could not save checkpoint '{final}': {error}. Earlier checkpoints are untouched. Make its folder "
                 "writable and see that its disk works; the same command then goes on from the newest of them"
@@ -146,13 +153,15 @@ def evaluated_policy(checkpoint: Path) -> Path:
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check every file's size and SHA-256 against the manifest, and return the manifest.
 
-    Raise ValueError for a missing, truncated or altered file; it names the file and the checkpoint to use instead.
+    Everything that reads a checkpoint calls this first. Raise ValueError for a missing, truncated, altered or added
+    file; it names the file and the checkpoint to use instead.
     """
     try:
         manifest = _read_manifest(path)
         _check_sizes(path, manifest)
+        _refuse_added(path, manifest)
         for name, entry in manifest["files"].items():
-            actual = _sha256(path / name)
+            actual = _known_sha256(path / name)
             if actual != entry["sha256"]:
                 raise ValueError(
                     f"'{path / name}' was altered after it was saved: its SHA-256 is {actual}, "
@@ -163,17 +172,27 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def verify_if_of_checkpoint(path: Path) -> None:
+    """Verify the checkpoint that a folder of weights, or a file in it, belongs to; do nothing for any other path.
+
+    Errors are those of ``verify_checkpoint``.
+    """
+    for folder in [path, *path.parents][:3]:
+        if folder.name in (_POLICY, _AVERAGE) and (folder.parent / _MANIFEST).is_file():
+            verify_checkpoint(folder.parent)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint that ``verify_checkpoint`` accepts; errors are its errors."""
-    from safetensors.torch import load_file
+    from vpo_engine.weights import read_file
 
     manifest = verify_checkpoint(path)
     tensors = {
-        name.removesuffix(".safetensors"): load_file(path / name)
+        name.removesuffix(".safetensors"): read_file(path / name)
         for name in manifest["files"]
         if name.endswith(".safetensors") and "/" not in name
     }
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    state = read_object(path / _STATE, _remedy(path))
     return Checkpoint(manifest["step"], tensors, state, path / _POLICY, path / _AVERAGE)
 
 
@@ -289,12 +308,24 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not manifest.is_file():
         raise ValueError(f"'{path}' has no {_MANIFEST}, so its saving was interrupted")
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = read_object(manifest, "copy the checkpoint again")
+        _check_manifest(path, manifest, content)
     except ValueError as error:
-        raise ValueError(f"'{manifest}' is not readable ({error})") from error
-    if not isinstance(content, dict) or not {"step", "files"} <= content.keys():
-        raise ValueError(f"'{manifest}' is not the manifest of a checkpoint: it must have 'step' and 'files'")
+        raise ValueError(f"'{manifest}' is not the manifest of a checkpoint: {error}") from error
     return content
+
+
+def _check_manifest(path: Path, manifest: Path, content: dict[str, Any]) -> None:
+    """Raise ValueError unless a manifest has a step and files inside of the checkpoint, each with size and hash."""
+    if not isinstance(content.get("step"), int) or not isinstance(content.get("files"), dict):
+        raise ValueError("it must have 'step' and 'files'")
+    for name, entry in content["files"].items():
+        file_inside(path, name, manifest, "copy the checkpoint again")
+        kinds = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else ()
+        if [type(kind) for kind in kinds] != [int, str]:
+            raise ValueError(f"'{name}' must have 'bytes' and 'sha256'")
+    if _STATE not in content["files"]:
+        raise ValueError(f"it does not list {_STATE}")
 
 
 def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
@@ -305,6 +336,18 @@ def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
         actual = file.stat().st_size
         if actual != entry["bytes"]:
             raise ValueError(f"'{file}' has {actual} bytes, the manifest says {entry['bytes']}")
+
+
+def _refuse_added(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise ValueError for a file that was not saved with the checkpoint: it could be read in place of a saved one."""
+    listed = {_MANIFEST, *manifest["files"]}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if name not in listed and not file.name.startswith(".") and not file.is_dir():
+            raise ValueError(
+                f"'{file}' was added after the checkpoint was saved, since the manifest does not list it; move it "
+                "elsewhere"
+            )
 
 
 def _remedy(path: Path) -> str:
@@ -323,21 +366,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _known_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file; it is read again only if the file has changed since this process read it."""
+    found = path.stat()
+    return _sha256_of(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    return _sha256(path)
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(_tensor_writer_says(error, f"os error {number}") for number in full)
-
-
-def _tensor_writer_says(error: BaseException, text: str) -> bool:
-    """Return whether this is an error of the safetensors writer, which reports the system's errors as text only."""
-    return type(error).__name__ == "SafetensorError" and text in str(error)
 
 
 def _disk_full_text(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:

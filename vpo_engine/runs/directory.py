@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from vpo_engine.full_disk import write_whole
 from vpo_engine.runs.lock import LOCK_NAME
 
 CONFIG_NAME = "config.yaml"
@@ -86,9 +87,7 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration; an earlier one is replaced atomically."""
-        unfinished = self.config.with_name(f".{CONFIG_NAME}.tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(self.config)
+        write_whole(self.config, text)
 
     @property
     def preference_dataset(self) -> Path:

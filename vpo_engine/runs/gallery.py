@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vpo_engine.full_disk import write_whole
+from vpo_engine.texts import parse_json
+
 Scores = list[dict[str, float]]
 
 _KEY = "gallery"
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ def read_pairs(path: Path) -> PairGallery:
 def pair_gaps(path: Path) -> list[float]:
     """Read the score gaps of a pair gallery, without its clips."""
     with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {})[_KEY])["gap"]
+        gaps: list[float] = parse_json((file.metadata() or {})[_KEY])["gap"]
+    _check_numbers(gaps)
+    return gaps
 
 
 def _write(path: Path, clips: dict[str, Tensor], details: dict[str, Any]) -> None:
@@ -109,9 +115,7 @@ def _write(path: Path, clips: dict[str, Tensor], details: dict[str, Any]) -> Non
     content = {name: clip.detach().cpu().contiguous() for name, clip in clips.items()}
     metadata = {_KEY: json.dumps(details, allow_nan=False)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_bytes(safetensors.torch.save(content, metadata))
-    unfinished.replace(path)
+    write_whole(path, safetensors.torch.save(content, metadata))
 
 
 def _read(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -120,8 +124,9 @@ def _read(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str
         if _KEY not in metadata or set(file.keys()) != set(names):
             raise ValueError(f"'{path}' is not a gallery of {' and '.join(names)} clips of a run")
         clips = {name: file.get_tensor(name) for name in names}
-    details = json.loads(metadata[_KEY])
+    details = parse_json(metadata[_KEY])
     _check(str(path), clips, details)
+    _check_types(details)
     return clips, details
 
 
@@ -137,3 +142,19 @@ def _check(where: str, clips: dict[str, Tensor], details: dict[str, Any]) -> Non
     for name, values in details.items():
         if isinstance(values, list) and len(values) != shape[0]:
             raise ValueError(f"gallery '{where}' has {shape[0]} clips but {len(values)} entries of '{name}'")
+
+
+def _check_types(details: dict[str, Any]) -> None:
+    """Raise TypeError or KeyError unless details read from a file have the types that a run writes."""
+    if not all(isinstance(text, str) for text in (*details["prompts"], details.get("settings", ""))):
+        raise TypeError("a prompt, or how the clips were sampled, is no text")
+    _check_numbers([details["fps"], *details.get("gap", [])])
+    for name in {"before", "after", "winner", "loser"} & details.keys():
+        for scores in details[name]:
+            _check_numbers(scores.values())
+
+
+def _check_numbers(values: Iterable[object]) -> None:
+    for value in values:
+        if isinstance(value, bool) or not (isinstance(value, int | float) and abs(value) <= _LARGEST):
+            raise TypeError(f"{value!r} is no number of a run")

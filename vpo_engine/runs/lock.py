@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from vpo_engine.distributed.machine import is_running, place
+from vpo_engine.texts import read_json
 
 LOCK_NAME = "run.lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -30,7 +31,7 @@ class RunLock:
     def __init__(self, root: Path) -> None:
         self._path = root / LOCK_NAME
         while True:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -115,7 +116,7 @@ def _is_earlier_attempt(holder: dict[str, Any]) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "lock")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

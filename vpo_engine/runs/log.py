@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from vpo_engine import line_files
+from vpo_engine.full_disk import writing
+from vpo_engine.line_files import Line, LineFile, read_lines
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import read_held_out
-from vpo_engine.runs.tensorboard_clips import add_animation, side_by_side
+from vpo_engine.runs.log_rows import Row, parse_row
+from vpo_engine.runs.tensorboard_clips import add_animation, animation, side_by_side
 from vpo_engine.runs.video import write_mp4
 from vpo_engine.runs.wandb_log import WandbLog
 
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["train", "eval"]
-Row = dict[str, int | float | str]
 
 _TOGETHER = {
     "reward": {
@@ -38,33 +40,32 @@ _TOGETHER = {
 _SHOWN_LETTERS = 60
 """Letters of a prompt in the name of its clip, of which wandb makes the name of a file."""
 
-_logger = logging.getLogger(__name__)
-
 
 class RunLog:
     """Writes rows of metrics. When ``write`` returns, the row has been handed to the operating system.
 
-    The first process of a run has one; the others have a ``NullLog``.
+    The first process of a run has one; the others have a ``NullLog``. ``metrics.jsonl`` and TensorBoard's event files
+    are written in parts of bounded size (see ``line_files``).
     """
 
     def __init__(self, run: RunDirectory, wandb_project: str | None = None) -> None:
         """``wandb_project``: the project at Weights & Biases that gets the rows too; None: none."""
         self._run = run
         self._wandb = None if wandb_project is None else WandbLog(run, wandb_project)
-        self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
+        self._file = LineFile(run.metrics)
         self._board: SummaryWriter | None = None
+        self._board_bytes = 0
         self._purge_step: int | None = None
 
     def write(self, step: int, kind: Kind, metrics: Mapping[str, float]) -> None:
         """Append one row. ValueError, naming it, for a number that is not finite; then nothing is written."""
         row = _checked_row(step, kind, metrics)
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._file.append(line)
         numbers = {name if "/" in name else f"{kind}/{name}": float(row[name]) for name in metrics}
-        board = self._tensorboard()
-        for name, number in numbers.items():
-            board.add_scalar(name, number, step)
-        board.flush()
+        with self._on_board(len(line)) as board:
+            for name, number in numbers.items():
+                board.add_scalar(name, number, step)
         if self._wandb is not None:
             self._wandb.write(step, kind, numbers)
 
@@ -90,10 +91,10 @@ class RunLog:
         self._show(step, "samples", clips, fps)
 
     def _show(self, step: int, what: str, clips: Mapping[str, Tensor], fps: float) -> None:
-        board = self._tensorboard()
-        for name, clip in clips.items():
-            add_animation(board, name, clip, fps, step)
-        board.flush()
+        images = {name: animation(clip, fps) for name, clip in clips.items()}
+        with self._on_board(sum(len(image.content) for image in images.values())) as board:
+            for name, image in images.items():
+                add_animation(board, name, image, step)
         if self._wandb is not None:
             with TemporaryDirectory() as folder:
                 files = {name: Path(folder) / f"{number:02d}.mp4" for number, name in enumerate(clips)}
@@ -105,28 +106,28 @@ class RunLog:
         """Delete the rows that a run of ``last`` steps, resumed after ``step``, will write again.
 
         They are those of later steps and the evaluation at the end; of a run that had no checkpoint (step 0), all.
-        The file is replaced atomically. TensorBoard is told to hide its events from ``step + 1`` on. Return whether the
+        Files are replaced atomically. TensorBoard is told to hide its events from ``step + 1`` on. Return whether the
         log has an evaluation of ``step``.
         """
-        rows = [row for row in read_metrics(self._run.metrics) if int(row["step"]) <= step and step > 0]
-        if step == last:
-            rows = [row for row in rows if (row["step"], row["kind"]) != (last, "eval")]
-        self._file.close()
-        replacement = self._run.metrics.with_name(f".{self._run.metrics.name}.tmp")
-        with replacement.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        replacement.replace(self._run.metrics)
-        self._file = self._run.metrics.open("a", encoding="utf-8", buffering=1)
+
+        def stays(line: Line) -> bool:
+            row = _row_of(line)
+            return step > 0 and int(row["step"]) <= step and (row["step"], row["kind"]) != (dropped, "eval")
+
+        dropped = last if step == last else None
+        newest = self._file.cut(stays)
         self._purge_step = step + 1 if step else 0
-        return (step, "eval") in {(row["step"], row["kind"]) for row in rows}
+        if self._wandb is not None:
+            self._wandb.resume(step)
+        row = {} if newest is None else _row_of(newest)
+        return (row.get("step"), row.get("kind")) == (step, "eval")
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
-            self._board.close()
-            self._board = None
+            board, self._board = self._board, None
+            with writing(self._run.tensorboard):
+                board.close()
         if self._wandb is not None:
             self._wandb.close()
             self._wandb = None
@@ -139,9 +140,27 @@ class RunLog:
     ) -> None:
         self.close()
 
+    @contextmanager
+    def _on_board(self, size: int) -> Iterator[SummaryWriter]:
+        """Give TensorBoard's writer, for about ``size`` bytes of events; they are with the system afterwards."""
+        with writing(self._run.tensorboard):
+            try:
+                board = self._tensorboard()
+                yield board
+                board.flush()
+            except OSError:
+                self._board = None  # its thread has ended, and closing it would raise the same error again
+                raise
+        self._board_bytes += size
+
     def _tensorboard(self) -> SummaryWriter:
-        """Return the TensorBoard writer. It is made at the first row: importing it takes seconds, and ``resume`` must
-        come before."""
+        """Return the TensorBoard writer, a new one when the file of the last one is full.
+
+        It is made at the first row: importing it takes seconds, and ``resume`` must come before.
+        """
+        if self._board is not None and self._board_bytes >= line_files.PART_BYTES:
+            self._board.close()
+            self._board, self._board_bytes, self._purge_step = None, 0, None
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -170,30 +189,25 @@ class NullLog:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """Read all rows of a ``metrics.jsonl``, in file order; [] if there is no file.
+    """Read all rows of a log, as ``iterate_metrics`` does."""
+    return list(iterate_metrics(path))
+
+
+def iterate_metrics(path: Path) -> Iterator[Row]:
+    """Yield the rows of a ``metrics.jsonl`` and of its earlier parts, in order; nothing if there is no file.
 
     If the last line has no newline, its writing was interrupted; it is left out, with a warning. ValueError, naming
     file and line, for any other line that cannot be read.
     """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    lines = text.split("\n")
-    if lines.pop():
-        _logger.warning("'%s': the last line was not finished when the run stopped; it is left out", path)
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}' line {number} is not JSON ({error}); remove or repair it") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "kind" not in row:
-            raise ValueError(
-                f"'{path}' line {number} is not a row of metrics: it must be an object with an integer 'step' "
-                "and a 'kind'; remove or repair it"
-            )
-        rows.append(row)
-    return rows
+    return map(_row_of, read_lines(path))
+
+
+def _row_of(line: Line) -> Row:
+    place = f"'{line.file}' line {line.number}"
+    try:
+        return parse_row(line.content.decode(), place)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 text ({error}); remove or repair it") from error
 
 
 def _plain(prompt: str) -> str:

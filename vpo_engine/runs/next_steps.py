@@ -1,4 +1,4 @@
-"""What a person does next: the commands after a finished run, and advice after one that diverged."""
+"""Next steps for a person: the commands after a finished run, and advice after one that diverged."""
 
 from __future__ import annotations
 

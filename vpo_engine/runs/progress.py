@@ -17,6 +17,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from vpo_engine.metrics.time_account import format_seconds
+from vpo_engine.texts import printable, say
 
 _TRAINING = "training"
 """The stage with which the first step begins."""
@@ -155,9 +156,9 @@ class Progress:
             return
         with self._lock:
             if self._bar is not None:
-                self._bar.write(wrap_for(self._stream, text), file=self._stream)
+                self._bar.write(wrap_for(self._stream, printable(text)), file=self._stream)
             else:
-                print(text, file=self._stream, flush=True)
+                say(text, self._stream)
 
     def describe(self) -> str:
         """Return the progress line without counter and bar."""

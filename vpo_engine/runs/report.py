@@ -5,7 +5,6 @@ python -m vpo_engine.runs.report RUN_DIRECTORY
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,13 +12,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vpo_engine.config import Config
+from vpo_engine.config.yaml_values import MOST_BYTES, read_settings
+from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.summary import headline, verdict
 from vpo_engine.runs.alarms import alarm_section, read_alarms
 from vpo_engine.runs.checkpoint import newest_complete
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.log import read_metrics
+from vpo_engine.runs.log import iterate_metrics
 from vpo_engine.runs.readable import readable
 from vpo_engine.runs.report_clips import held_out_section, pairs_section
 from vpo_engine.runs.report_curves import DIMENSIONS, chart_section
@@ -27,6 +27,8 @@ from vpo_engine.runs.report_html import command, page
 from vpo_engine.runs.report_numbers import Summary, summary_section, tiles
 from vpo_engine.runs.report_rows import MetricRows
 from vpo_engine.runs.report_time import time_section
+from vpo_engine.runs.summary_file import read_summary
+from vpo_engine.texts import printable, read_text, say, shortened
 
 USAGE = "usage: python -m vpo_engine.runs.report RUN_DIRECTORY"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -39,11 +41,11 @@ def write_report(run: RunDirectory) -> Path:
     """
     config = _read_config(run)
     summary = _read_summary(run)
-    rows = MetricRows(read_metrics(run.metrics))
+    rows = MetricRows(iterate_metrics(run.metrics))
     dimensions = _trained_dimensions(config)
     sections = [
         _header(run, config, summary, rows),
-        alarm_section(read_alarms(run), rows.first("eval", "guards/prompt/")),
+        alarm_section(read_alarms(run), rows.first("eval", "guards/prompt/"), rows),
         held_out_section(run, dimensions),
         chart_section(rows),
         pairs_section(run, dimensions),
@@ -52,10 +54,9 @@ def write_report(run: RunDirectory) -> Path:
         _commands_section(run),
         _config_section(run),
     ]
-    unfinished = run.report.with_name(f".{run.report.name}.tmp")
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
-    unfinished.write_text(page(run.name, "\n".join(sections), "", script), encoding="utf-8")
-    return unfinished.replace(run.report)
+    write_whole(run.report, page(run.name, "\n".join(sections), "", script))
+    return run.report
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -67,8 +68,8 @@ def main(arguments: Sequence[str]) -> None:
     try:
         path = write_report(RunDirectory.open(Path(arguments[0])))
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-    print(path)
+        raise SystemExit(printable(f"error: {' '.join(str(error).split())}")) from error
+    say(str(path))
 
 
 def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, rows: MetricRows) -> str:
@@ -94,7 +95,8 @@ def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, 
     ):
         value = _lookup(config, keys)
         if value is not None:
-            facts.append(f"{value} {label}" if "per" in label else f"{label} {value}")
+            text = shortened(str(value), 40)
+            facts.append(f"{text} {label}" if "per" in label else f"{label} {text}")
     alarms = read_alarms(run)
     if alarms:
         text += f" The run raised {len(alarms)} alarm{'s' if len(alarms) > 1 else ''}, see below."
@@ -117,7 +119,7 @@ def _commands_section(run: RunDirectory) -> str:
 
 
 def _config_section(run: RunDirectory) -> str:
-    text = escape(run.config.read_text(encoding="utf-8"))
+    text = escape(read_text(run.config, "configuration", MOST_BYTES))
     return (
         f"<section><h2>Configuration</h2><details><summary>{escape(run.config.name)}, with all defaults</summary>"
         f"<pre>{text}</pre></details></section>"
@@ -128,21 +130,13 @@ def _read_summary(run: RunDirectory) -> Summary | None:
     """Return the content of ``summary.json``; None if the run has not written it yet."""
     if not run.summary.is_file():
         return None
-    with readable(run.summary, "remove it; a run that is resumed writes it anew when it ends"):
-        summary: Summary = json.loads(run.summary.read_text(encoding="utf-8"))
-        for numbers in summary["measures"].values():
-            for name in ("before", "after", "difference"):
-                float(numbers[name])
-            if numbers["low"] is not None:
-                float(numbers["low"]), float(numbers["high"])
-        int(summary["clips"]), {name: float(seconds) for name, seconds in summary["timings"].items()}
-    return summary
+    return read_summary(run.summary)
 
 
 def _read_config(run: RunDirectory) -> dict[str, Any]:
     with readable(run.config, "repair it, or give another run"):
-        content = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+        text = read_text(run.config, "configuration", MOST_BYTES)
+        return read_settings(text, str(run.config), Config).values
 
 
 def _lookup(config: dict[str, Any], keys: Sequence[str]) -> Any:

@@ -19,6 +19,7 @@ DIMENSIONS = (
     "factual_consistency",
 )
 _MOST_SERIES = 6
+_LEAST_BASE = 1e-12
 
 
 def chart_section(rows: MetricRows) -> str:
@@ -35,7 +36,10 @@ def chart_section(rows: MetricRows) -> str:
         if drawn:
             body += f'<p class="topic">{title}</p><div class="charts">{drawn}</div>'
     marks = " Dotted vertical lines mark refreshes of the reference." if rows.refreshes() else ""
-    lead = f"The horizontal axis is the training step. Thin lines are single steps, thick ones running means.{marks}"
+    single = "single steps" if rows.share == 1 else f"means of {rows.share} steps"
+    lead = (
+        f"The horizontal axis is the training step. Thin lines are {single}, thick ones running means.{marks}"
+    )
     hint = (
         '<span class="scripted" hidden> To see the values of a step, point at it or touch it in a chart; on a '
         "keyboard, go to the chart with the tab key and along it with the arrow keys.</span>"
@@ -160,11 +164,11 @@ def _train(rows: MetricRows, name: str, label: str, colour: int) -> Series:
 
 
 def _relative(rows: MetricRows, names: Sequence[str]) -> list[Series]:
-    """Return pixel measures relative to their first value, without those that start at zero."""
+    """Return pixel measures relative to their first value, without those that start at zero, or next to it."""
     series: list[Series] = []
     for name in names:
         points = rows.points("eval", f"held_out/pixels/{name}")
-        if points and points[0][1] > 0 and len(series) < _MOST_SERIES:
+        if points and points[0][1] > _LEAST_BASE and len(series) < _MOST_SERIES:
             first = points[0][1]
             shares = [(x, y / first) for x, y in points]
             series.append(Series(describe(f"pixels/{name}").label.lower(), shares, len(series) + 1))

@@ -11,7 +11,7 @@ from vpo_engine.metrics.summary import bounds_text, change, change_text, number_
 from vpo_engine.runs.charts import format_number
 from vpo_engine.runs.report_html import cells, missing, table
 from vpo_engine.runs.report_rows import MetricRows
-from vpo_engine.runs.report_time import median_step, short_seconds, whole_account
+from vpo_engine.runs.report_time import short_seconds, whole_account
 
 _SCORES = {"reward/selected": "Held-out reward", "judge/selected": "Independent judge"}
 _PIXELS = ("pixels/jitter", "pixels/colour_change", "pixels/displacement", "pixels/motion")
@@ -26,10 +26,10 @@ def tiles(summary: Summary | None, rows: MetricRows) -> str:
     shown += [
         _pixel_tile(name, measures) for name in _PIXELS if name in measures and "relative" in measures[name]
     ]
-    typical = median_step(rows)
+    typical = rows.median("seconds/step")
     if typical is not None:
         whole = whole_account(summary["timings"] if summary else None, rows).whole
-        steps = len(rows.points("train", "seconds/step"))
+        steps = rows.count("seconds/step")
         detail = f"mean {short_seconds(whole / steps)}\n{steps} steps, {short_seconds(whole)} in all"
         shown.append(_tile("Median time per step", short_seconds(typical), detail))
     return f'<div class="tiles">{"".join(shown)}</div>' if shown else ""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from vpo_engine.metrics.time_account import STAGES, TimeAccount, account, format_duration, sum_rows
+from vpo_engine.metrics.time_account import STAGES, TimeAccount, account, format_duration
 from vpo_engine.runs.charts import Point, format_number, stacked_bar
 from vpo_engine.runs.report_html import cells, missing, table
 from vpo_engine.runs.report_rows import MetricRows
@@ -14,13 +13,7 @@ from vpo_engine.runs.report_rows import MetricRows
 
 def whole_account(timings: Mapping[str, float] | None, rows: MetricRows) -> TimeAccount:
     """Return the account of a run: of its summary's ``timings``, or of its rows while it has no summary."""
-    return account(timings or sum_rows(rows.all))
-
-
-def median_step(rows: MetricRows) -> float | None:
-    """Return the median of the steps' seconds, or None before the first one."""
-    points = rows.points("train", "seconds/step")
-    return _median(points) if points else None
+    return account(timings or rows.timings)
 
 
 def time_section(timings: Mapping[str, float] | None, rows: MetricRows) -> str:
@@ -28,7 +21,7 @@ def time_section(timings: Mapping[str, float] | None, rows: MetricRows) -> str:
     found = whole_account(timings, rows)
     if not found.parts:
         return missing("Where the time went", "No stage timings were logged yet.")
-    steps = len(rows.points("train", "seconds/step")) or 1
+    steps = rows.count("seconds/step") or 1
     shares = [
         (name, seconds / found.whole, index % 6 + 1)
         for index, (name, seconds) in enumerate(found.parts.items())
@@ -65,7 +58,7 @@ def short_seconds(seconds: float) -> str:
 
 
 def _lead(found: TimeAccount, rows: MetricRows, steps: int) -> str:
-    typical = median_step(rows)
+    typical = rows.median("seconds/step")
     median = "" if typical is None else f" The median step took {short_seconds(typical)}."
     return (
         f'<p class="soft">The run took {short_seconds(found.whole)}, evaluations and checkpoints included. That is a '
@@ -77,9 +70,9 @@ def _speed(rows: MetricRows, ceiling: Sequence[Point]) -> str:
     """Return the candidates per second, and an explanation of the column "of peak"."""
     if not ceiling:
         return ""
-    samples = rows.points("train", "speed/samples_per_second")
+    typical = rows.median("speed/samples_per_second")
     sampled = (
-        f"{format_number(_median(samples))} candidates per second in the median step. " if samples else ""
+        "" if typical is None else f"{format_number(typical)} candidates per second in the median step. "
     )
     return (
         f'<p class="soft">{sampled}"Of peak" is the arithmetic of the network as a share of what the device could have '
@@ -88,13 +81,9 @@ def _speed(rows: MetricRows, ceiling: Sequence[Point]) -> str:
     )
 
 
-def _median(points: Sequence[Point]) -> float:
-    return statistics.median(y for _, y in points)
-
-
 def _typical_percent(rows: MetricRows, name: str) -> str:
-    points = rows.points("train", name)
-    return f"{100 * _median(points):.0f} %" if points else ""
+    share = rows.median(name)
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _flops(rate: float) -> str:

@@ -45,7 +45,7 @@ class CheckpointSaver:
         """
         if self._copies is None:
             return None
-        if self._thread is not None and self._thread.is_alive():
+        if self.writing:
             self._say(
                 f"step {step} is to be saved, and waits for the checkpoint of step {self._step}, which is still being "
                 "written; a larger checkpoint.every avoids this"
@@ -82,9 +82,14 @@ class CheckpointSaver:
         self._thread = threading.Thread(target=write, name="vpo-checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def writing(self) -> bool:
+        """Return whether a checkpoint is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise the error of a save that has ended in one; do not wait."""
-        if self._thread is None or not self._thread.is_alive():
+        if not self.writing:
             self.wait()
 
     def settle(self) -> None:

@@ -16,7 +16,17 @@ from vpo_engine.runs.checkpoint import checkpoint_name, complete_checkpoints, un
 from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory
 from vpo_engine.runs.lock import LOCK_NAME
 
-_FREE_TO_CHANGE = ("name", "run_dir", "steps", "evaluation", "checkpoint", "processes", "distributed", "log")
+_FREE_TO_CHANGE = (
+    "name",
+    "run_dir",
+    "steps",
+    "evaluation",
+    "disk",
+    "checkpoint",
+    "processes",
+    "distributed",
+    "log",
+)
 """Settings that may differ when a run is resumed."""
 
 
@@ -143,6 +153,11 @@ def _root(config: Config, asked: bool) -> Path | None:
     chosen = config.checkpoint.from_
     if isinstance(chosen, Path):
         own = chosen.resolve().parent.parent
+        if not (own / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"checkpoint.from={chosen} is no checkpoint of a run; give its step, or a folder "
+                "RUN_DIRECTORY/checkpoints/step_..."
+            )
         if config.run_dir is not None and config.run_dir.resolve() != own:
             raise ValueError(
                 f"checkpoint.from={chosen} is a checkpoint of the run {own}, but run_dir={config.run_dir}; a run "

@@ -102,7 +102,7 @@ class Watch:
 
 def _seconds_of_tag(text: str) -> float | None:
     """Return the seconds of Matroska's tag of a stream's duration, such as 00:00:04.000000000."""
-    found = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", text)
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9}):(\d{1,9}\.?\d*)", text)
     return None if found is None else 3600 * int(found[1]) + 60 * int(found[2]) + float(found[3])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,14 @@ _RATE_TOLERANCE = 0.25
 """The share by which the rate in the header may differ from that of the frames' times, which counts otherwise: a cut
 leaves gaps in the times, and AVI files can state the rate of a clock instead of that of the frames."""
 _REMEDY = "give a video file that a player can play"
+MOST_PIXELS = 1 << 26
+"""The most pixels of a frame, 8192 x 8192: decoders allocate several frames of the size that a header claims."""
+MOST_FRAMES = 100_000
+MOST_IN_ALL = 1 << 36
+"""The most pixels of all frames together: 9 hours of 256 x 256, or 18 minutes of 1080p, at 30 frames per second."""
+_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,m4v,flv,asf,ogg"
+"""Containers that are read. Others, such as playlists, name further files and addresses, which libav would open."""
+_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(MOST_PIXELS)}
 
 
 class VideoFile:
@@ -55,7 +64,7 @@ class VideoFile:
         """Decode the whole file once, keeping nothing, and return it.
 
         Raise ValueError, naming the file, for one that is no video, is damaged or incomplete, changes its frame size,
-        or is to be shown at an angle that is no quarter turn.
+        is to be shown at an angle that is no quarter turn, or is larger than MOST_PIXELS, MOST_FRAMES or MOST_IN_ALL.
         """
         sizes, times = list[tuple[int, int]](), list[float]()
         with _opened(path) as (container, stream):
@@ -68,9 +77,10 @@ class VideoFile:
                         f"{len(times)}; write it anew with frames of one size"
                     )
                 times.append(math.nan if frame.time is None else frame.time)
+                _refuse_long(path, len(times), sizes[0])
             fps = _frame_rate(stream, times)
             watch.refuse_damage(times, fps)
-        if not times or not fps:
+        if not times or not fps or not math.isfinite(fps):
             raise ValueError(f"'{path}' has no frames or no frame rate; {_REMEDY}")
         return cls(path, len(times), *sizes[0], fps)
 
@@ -78,7 +88,7 @@ class VideoFile:
     def from_fields(cls, fields: dict[str, Any]) -> VideoFile:
         """Make the object of which ``to_fields`` gave the values, without decoding the file."""
         _, num_frames, height, width, _ = fields["shape"]
-        return cls(Path(fields["path"]), num_frames, height, width, fields["fps"])
+        return cls(Path(fields["path"]), num_frames, height, width, float(fields["fps"]))
 
     def to_fields(self) -> dict[str, Any]:
         """Return everything that another process needs, as plain values for JSON."""
@@ -109,7 +119,7 @@ class VideoFile:
         places: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
             places.setdefault(index, []).append(place)
-        frames = torch.empty((len(indices), *self.shape[2:]), dtype=torch.uint8)
+        frames = torch.empty(_that_fits(self.path, (len(indices), *self.shape[2:])), dtype=torch.uint8)
         for index in sorted(places):
             pixels = torch.from_numpy(self._frame(index))
             for place in places[index]:
@@ -142,7 +152,7 @@ def _decoded(path: Path) -> Iterator[tuple[Any, Any]]:
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a file and choose its video stream. Raise ValueError for a file without readable video."""
     try:
-        container = av.open(f"file:{path}")
+        container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
     except (FileNotFoundError, PermissionError):
         raise
     except av.error.FFmpegError as error:
@@ -153,7 +163,36 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise ValueError(f"'{path}' has no video stream; {_REMEDY}")
         if stream.codec_context is None:
             raise ValueError(f"'{path}' has video that cannot be decoded here; write it anew as H.264")
+        _refuse_large(path, stream.codec_context.height, stream.codec_context.width)
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         yield container, stream
+
+
+def _refuse_large(path: Path, height: int, width: int) -> None:
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"'{path}' has frames of {height} x {width} pixels, and frames are read up to {MOST_PIXELS} pixels; write "
+            "it anew with smaller frames"
+        )
+
+
+def _refuse_long(path: Path, count: int, size: tuple[int, int]) -> None:
+    if count > MOST_FRAMES or count * size[0] * size[1] > MOST_IN_ALL:
+        raise ValueError(
+            f"'{path}' has more than {count - 1} frames of {_text(size)} pixels, and videos are read up to "
+            f"{MOST_FRAMES} frames and {MOST_IN_ALL} pixels in all; cut it"
+        )
+
+
+def _that_fits(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of frames. Raise ValueError if this machine does not have the memory for them."""
+    needed, memory = math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ValueError(
+            f"'{path}': {shape[0]} frames of {shape[1]} x {shape[2]} pixels take {needed} bytes, and this machine has "
+            f"{memory}; cut it, or write it anew with smaller frames"
+        )
+    return shape
 
 
 def _frame_rate(stream: Any, times: Sequence[float]) -> float | None:
@@ -170,6 +209,7 @@ def _frame_rate(stream: Any, times: Sequence[float]) -> float | None:
 def _shown_size(frame: Any, stream: Any, path: Path) -> tuple[int, int]:
     """Return height and width of a frame as it is shown."""
     height, width = frame.height, _shown_width(frame, stream)
+    _refuse_large(path, height, width)
     return (width, height) if _orientation(frame, path)[0] else (height, width)
 
 
@@ -196,7 +236,7 @@ def _orientation(frame: Any, path: Path) -> tuple[bool, bool, bool]:
     ValueError for one that is no quarter turn, mirrored or not.
     """
     found = frame.side_data.get(SideData.DISPLAYMATRIX)
-    if found is None:
+    if found is None or len(bytes(found)) != 36:
         return False, False, False
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(found))
     if not any((a, b, c, d)):

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
 
+from vpo_engine.full_disk import writing
 from vpo_engine.runs.directory import RunDirectory
 
 _SWITCHED_OFF = ("offline", "dryrun", "disabled")
@@ -49,9 +51,10 @@ class WandbLog:
     def __init__(self, run: RunDirectory, project: str) -> None:
         wandb = _import(project)
         self._wandb = wandb
-        earlier = run.wandb.read_text(encoding="utf-8").splitlines() if run.wandb.is_file() else []
-        run_id = earlier[0] if earlier else secrets.token_hex(4)
-        self._sent = set(earlier[1:])
+        earlier = next(_lines(run.wandb), None)
+        run_id = earlier or secrets.token_hex(4)
+        self._path, self._first = run.wandb, 0
+        self._sent: set[str] | None = None
         entity, _, name = project.rpartition("/")
         try:
             self._run = wandb.init(
@@ -74,6 +77,10 @@ class WandbLog:
         if not earlier:
             self._file.write(f"{run_id}\n")
 
+    def resume(self, step: int) -> None:
+        """Say that the run goes on after ``step``, so that rows of earlier steps will not come again."""
+        self._first, self._sent = step, None
+
     def write(self, step: int, kind: str, numbers: Mapping[str, float]) -> None:
         """Send one row, unless an earlier start of the run has sent it."""
         self._send(f"{step} {kind}", {"step": step, **numbers})
@@ -94,11 +101,24 @@ class WandbLog:
         self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
 
     def _send(self, row: str, values: dict[str, Any]) -> None:
+        if self._sent is None:  # the file has other rows only until the first one is written
+            self._sent = _rows_sent(self._path, self._first)
         if row in self._sent:
             return
         self._run.log(values)
-        self._sent.add(row)
-        self._file.write(f"{row}\n")
+        with writing(self._path):
+            self._file.write(f"{row}\n")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            yield from (line.rstrip("\n") for line in file)
+
+
+def _rows_sent(path: Path, first: int) -> set[str]:
+    """Return the rows of step ``first`` and later steps that earlier starts of the run have sent."""
+    return {row for row in islice(_lines(path), 1, None) if int(row.partition(" ")[0]) >= first}
 
 
 def _import(project: str) -> ModuleType:

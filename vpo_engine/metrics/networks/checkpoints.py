@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from vpo_engine.metrics.networks.torchscript import is_script, read_script
 from vpo_engine.weights import read_file
 
 
 def read_state(path: Path, network: str, wrappers: Sequence[str] = ()) -> dict[str, Tensor]:
     """Return the weights in a checkpoint file, without the prefix ``module.`` of parallel training.
 
-    ``wrappers``: keys under which the weights may lie in the file. A TorchScript archive, as OpenAI publishes CLIP, is
-    opened as one. Raise ValueError for a file that cannot be read or holds no weights.
+    ``wrappers``: keys under which the weights may lie in the file. Of a TorchScript archive, as OpenAI publishes CLIP,
+    the weights are taken and the program is not run. Raise ValueError for a file that cannot be read or holds no
+    weights.
     """
-    content = _read_script(path) if _is_script(path) else read_file(path)
+    content = read_script(path) if is_script(path) else read_file(path)
     for key in wrappers:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -46,21 +45,3 @@ def depth_of(weights: Mapping[str, Tensor], blocks: str) -> int:
     """Return how many blocks there are under keys that begin with ``blocks`` and a number."""
     numbers = {key.removeprefix(blocks).partition(".")[0] for key in weights if key.startswith(blocks)}
     return len(numbers)
-
-
-def _is_script(path: Path) -> bool:
-    """Return whether the file is a TorchScript archive, which has code in it."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
-def _read_script(path: Path) -> dict[str, Any]:
-    try:
-        return dict(torch.jit.load(path, map_location="cpu").state_dict())
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} cannot be read as a TorchScript archive ({reason}); fetch it again"
-        ) from error

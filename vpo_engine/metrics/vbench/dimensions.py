@@ -55,7 +55,7 @@ class VbenchDimension(VideoMetric):
 
 
 class _Consistency(VbenchDimension):
-    """How alike each frame is to the one before and to the first, by a network's features.
+    """The likeness of each frame to the one before and to the first, by a network's features.
 
     As VBench in one process does, the mean is over the frames of all videos; that over videos, which VBench in several
     processes takes for subject consistency, is beside it.
@@ -114,7 +114,7 @@ class BackgroundConsistency(_Consistency):
 
 
 class TemporalFlickering(VbenchDimension):
-    """How little neighbouring frames differ, of all videos that are given."""
+    """The likeness of neighbouring frames, of all videos that are given."""
 
     @classmethod
     def make(cls, card: MetricCard, weights: Path | None, device: torch.device) -> TemporalFlickering:
@@ -129,7 +129,7 @@ class TemporalFlickering(VbenchDimension):
 
 
 class FilteredFlickering(VbenchDimension):
-    """How little neighbouring frames differ, of the videos that VBench's filter finds still.
+    """The likeness of neighbouring frames, of the videos that VBench's filter finds still.
 
     Of each prompt up to five are kept, the first by their names.
     """
@@ -167,7 +167,7 @@ class FilteredFlickering(VbenchDimension):
 
 
 class MotionSmoothness(VbenchDimension):
-    """How well frames are foretold from their neighbours by an interpolating network, at full size."""
+    """The accuracy with which an interpolating network predicts frames from their neighbours, at full size."""
 
     def __init__(self, card: MetricCard, between: Callable[[Tensor, Tensor], Tensor], **facts: Any) -> None:
         """``between``: makes the frame between two, uint8 [H, W, 3]."""
@@ -188,7 +188,7 @@ class MotionSmoothness(VbenchDimension):
 
 
 class ShareOfMoving(VideoMetric):
-    """Whether a video moves, by an optical flow over eight frames per second; the share of videos that do."""
+    """The share of videos that move, by an optical flow over eight frames per second."""
 
     aggregation = "share of dynamic videos"
 

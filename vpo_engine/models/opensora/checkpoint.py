@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vpo_engine import weights
+from vpo_engine.foreign_files import read_settings
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -42,13 +43,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
     if file is None:
         missing = (path if path.is_dir() else path.parent) / CONFIG
         raise FileNotFoundError(f"{missing} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}, expected an object of settings")
-    return config
+    return read_settings(file, "download it again")
 
 
 def load_strict(
@@ -74,14 +69,7 @@ def load_strict(
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return all tensors of a weights file or a model folder, mapped, on the CPU; see ``load_strict``."""
-    state = weights.read_files(find_weights(Path(path)))
-    other = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if other:
-        raise ValueError(
-            f"{path} is not a plain dictionary of tensors: {', '.join(other[:4])} is something else. Save the "
-            "network's state dict alone"
-        )
-    return state
+    return weights.read_files(find_weights(Path(path)))
 
 
 def find_weights(path: Path) -> list[Path]:

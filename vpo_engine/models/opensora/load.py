@@ -12,6 +12,7 @@ from vpo_engine.memory.quantised_base import HeldBase
 from vpo_engine.models.opensora.checkpoint import CONFIG, find_weights, load_config, load_strict
 from vpo_engine.models.opensora.published import STDIT3_XL2
 from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.texts import say
 from vpo_engine.weights import config_file
 
 
@@ -24,7 +25,7 @@ def load_stdit3(path: Path, base: HeldBase | None = None) -> STDiT3:
     files = find_weights(path)
     if is_first_process():
         for note in _notes(path, files[0]):
-            print(f"note: {note}", file=sys.stderr, flush=True)
+            say(f"note: {note}", sys.stderr)
     known = config_file(path) is not None
     with torch.device("meta"):
         network = STDiT3.from_config(load_config(path) if known else STDIT3_XL2)

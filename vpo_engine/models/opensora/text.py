@@ -17,8 +17,9 @@ import ftfy
 import torch
 from bs4 import BeautifulSoup
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
+from vpo_engine.foreign_files import load_tokenizer
 from vpo_engine.models.opensora.checkpoint import load_config, read_weights
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.weights import move_in_order
@@ -162,7 +163,7 @@ class PieceTokenizer:
                 f"{folder} has neither spiece.model nor tokenizer.json; copy spiece.model of "
                 "DeepFloyd/t5-v1_1-xxl into it"
             )
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer = load_tokenizer(folder)
         self.max_length = max_length
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

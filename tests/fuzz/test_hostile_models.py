@@ -1,0 +1,98 @@
+"""Folders of published models from strangers, sampled by the command: configurations and weights that lie."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz_driver import flip, fuzz
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+
+from tiny_pipelines import FOLDERS
+
+from vpo_engine import sample
+
+CONFIGS = (
+    "model_index.json",
+    "transformer/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer_config.json",
+    "scheduler/scheduler_config.json",
+)
+WEIGHTS = (
+    "transformer/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer.json",
+)
+VALUES = st.one_of(
+    st.sampled_from(
+        [0, -1, 1, 3, 2**20, 2**31, 2**62, 1e300, 0.5, None, True, "", "x", "a/b", "../../x", [], {}]
+    ),
+    st.lists(st.sampled_from([0, 1, 2, -1, 2**40, "x", None]), max_size=4),
+    st.dictionaries(
+        st.sampled_from(["a", "AutoTokenizer"]), st.sampled_from(["hostile.Class", 1]), max_size=1
+    ),
+)
+ADDED = ["auto_map", "attn_implementation", "quantization_config", "_class_name", "tokenizer_class", "dtype"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny published model, which the command samples."""
+    folder = FOLDERS["wan"](tmp_path_factory.mktemp("models") / "wan")
+    assert sampled(folder, folder.parent / "first") == 0
+    return folder
+
+
+def sampled(folder: Path, out: Path) -> int:
+    """Sample a smallest video from a folder. Errors that the command does not print are raised."""
+    small = [
+        "--steps",
+        "1",
+        "--frames",
+        "5",
+        "--size",
+        "32x48",
+        "model.device=cpu",
+        f"prompts.cache={out / 'cache'}",
+    ]
+    return sample.main([str(folder), "--prompt", "a cat", "--out", str(out), *small])
+
+
+@fuzz(
+    file=st.sampled_from(CONFIGS),
+    changes=st.lists(st.tuples(st.integers(0, 60), VALUES), min_size=1, max_size=2),
+    added=st.dictionaries(st.sampled_from(ADDED), VALUES, max_size=1),
+)
+def test_configurations(
+    folder: Path, published: Path, file: str, changes: list[tuple[int, Any]], added: dict[str, Any]
+) -> None:
+    model = Path(shutil.copytree(published, folder / "model"))
+    (model / "hostile.py").write_text("raise SystemExit('code of a stranger was run')")
+    config = json.loads((model / file).read_text())
+    for place, value in changes:
+        config[sorted(config)[place % len(config)]] = value
+    (model / file).write_text(json.dumps(config | added))
+    assert sampled(model, folder / "out") in (0, 1)
+
+
+@fuzz(
+    file=st.sampled_from(WEIGHTS + CONFIGS),
+    places=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=3),
+    kept=st.integers(0, 2000),
+)
+def test_damaged_files(
+    folder: Path, published: Path, file: str, places: list[tuple[int, int]], kept: int
+) -> None:
+    model = Path(shutil.copytree(published, folder / "model"))
+    content = (model / file).read_bytes()
+    (model / file).write_bytes(flip(content[: kept if kept < 1000 else None], places))
+    assert sampled(model, folder / "out") in (0, 1)

@@ -1,0 +1,145 @@
+"""Test the statistics of candidates: what they measure, their errors, and that processes agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vpo_engine.metrics.appearance import STATISTICS, appearance
+from vpo_engine.metrics.candidate_statistics import (
+    WATCHED,
+    WatchedReward,
+    candidate_statistics,
+    moments,
+    video_statistics,
+)
+from vpo_engine.protocols import TextEmbedding
+from vpo_engine.rewards.guards import motion
+from vpo_engine.values import Candidate, Choice, Prompt
+
+PROMPTS, EACH = 12, 4
+
+
+class Group:
+    """One of several processes. ``others``: what the others add to each sum, in order."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, team_size: int = 1, others: Sequence[Tensor] = ()) -> None:
+        self.team_size, self.given = team_size, []
+        self._others = iter(others)
+
+    def sum(self, values: Tensor) -> Tensor:
+        self.given.append(values.clone())
+        return values + next(self._others, 0.0)
+
+
+def values(seed: int = 0) -> tuple[Tensor, list[str]]:
+    """Return two statistics of the candidates, whose prompts differ more than the candidates of one prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    of_prompts = 2 * torch.randn(PROMPTS, 1, 2, generator=generator)
+    made = 60 + of_prompts + torch.randn(PROMPTS, EACH, 2, generator=generator)
+    return made.flatten(0, 1), [f"prompt {number}" for number in range(PROMPTS) for _ in range(EACH)]
+
+
+def test_the_standard_error_takes_each_prompt_as_one_observation() -> None:
+    made, texts = values()
+    found = moments(["a", "b"], made, texts, Group(), replicated=False)  # type: ignore[arg-type]
+    of_prompts = made.unflatten(0, (PROMPTS, EACH)).mean(1).double()
+    for column, name in enumerate("ab"):
+        assert found[f"watch/{name}"] == pytest.approx(float(made[:, column].double().mean()), rel=1e-12)
+        deviation = float(made[:, column].double().std(correction=0))
+        assert found[f"watch/sd/{name}"] == pytest.approx(deviation, rel=1e-9)
+        assert found[f"watch/se/{name}"] == pytest.approx(
+            float(of_prompts[:, column].std()) / PROMPTS**0.5, rel=1e-9
+        )
+
+
+@pytest.mark.parametrize(
+    ("shares", "team_size", "replicated"),
+    [
+        ([slice(0, 24), slice(24, 48)], 1, False),  # each process has prompts of its own
+        ([slice(0, None), slice(0, None)], 2, True),  # both have the same scores of the same candidates
+    ],
+)
+def test_processes_have_what_one_would_have(
+    shares: Sequence[slice], team_size: int, replicated: bool
+) -> None:
+    made, texts = values()
+    alone = moments(["a", "b"], made, texts, Group(), replicated=False)  # type: ignore[arg-type]
+    asked = [Group(team_size) for _ in shares]
+    for share, group in zip(shares, asked, strict=True):
+        moments(["a", "b"], made[share], texts[share], group, replicated=replicated)  # type: ignore[arg-type]
+    together = [Group(team_size, asked[1 - number].given) for number in range(2)]
+    each = [
+        moments(["a", "b"], made[share], texts[share], group, replicated=replicated)  # type: ignore[arg-type]
+        for share, group in zip(shares, together, strict=True)
+    ]
+    assert each[0] == each[1]
+    assert each[0] == pytest.approx(alone, rel=1e-9)
+
+
+def test_a_step_without_videos_has_no_statistics() -> None:
+    reward: Any = SimpleNamespace(dimensions=("one",))
+    assert WatchedReward(reward).take(Group()) == {}  # type: ignore[arg-type]
+
+
+def test_videos_are_measured_as_evaluations_measure_them_and_only_once() -> None:
+    generator = torch.Generator().manual_seed(1)
+    videos = torch.randint(0, 256, (3, 4, 16, 20, 3), generator=generator, dtype=torch.uint8)
+    found = video_statistics(videos)
+    expected = appearance(videos)
+    for place, name in enumerate(STATISTICS):
+        torch.testing.assert_close(found[:, place], expected[name], rtol=1e-5, atol=0)
+    steps = torch.stack([motion(videos[:, start : start + 2]) for start in (0, 2)]).mean(0)
+    torch.testing.assert_close(found[:, WATCHED.index("motion")], steps, rtol=1e-5, atol=0)
+    assert video_statistics(videos[:, :1])[:, WATCHED.index("motion")].tolist() == [0, 0, 0]
+
+    reward: Any = SimpleNamespace(
+        dimensions=("one",), score=lambda videos, prompts: {"one": torch.ones(len(videos))}
+    )
+    watched, alone = WatchedReward(reward), Group()
+    assert watched.score(videos, ["a", "a", "b"])["one"].tolist() == [1, 1, 1]
+    taken = watched.take(alone)  # type: ignore[arg-type]
+    assert taken["watch/brightness"] == pytest.approx(float(found[:, 0].double().mean()), rel=1e-9)
+    assert watched.take(Group()) == {}  # type: ignore[arg-type]
+
+
+def choices_of(latents: Tensor) -> list[Choice]:
+    """Return choices among candidates with these latents, [P, N, C, T, H, W], with their number as the score."""
+    text = TextEmbedding(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
+    found = []
+    for row, each in enumerate(latents):
+        prompt = Prompt(f"prompt {row}", text, row)
+        made = tuple(
+            Candidate(prompt, number, each[number], {"one": float(number), "motion": 9.0})
+            for number in range(len(each))
+        )
+        found.append(Choice(made, (0.0,) * len(made), made[0], made[1], 1.0, False))
+    return found
+
+
+def test_the_prompts_share_is_that_of_the_variance_between_prompts() -> None:
+    generator = torch.Generator().manual_seed(2)
+    shape = (200, EACH, 2, 2, 2, 2)
+    of_prompts = torch.randn(200, 1, 2, 2, 2, 2, generator=generator)
+    own = torch.randn(shape, generator=generator)
+    for weight, share in ((0.0, 0.0), (1.0, 0.5), (3.0, 0.9)):
+        found = candidate_statistics(choices_of(weight * of_prompts + own), Group())  # type: ignore[arg-type]
+        assert found["watch/prompt_share"] == pytest.approx(
+            share, abs=0.04
+        )  # 200 prompts and 16 numbers of each
+        assert found["watch/sd/reward/one"] == pytest.approx(1.25**0.5)
+        assert "watch/sd/reward/motion" not in found
+        assert "watch/reward/one" not in found
+    same = candidate_statistics(choices_of(torch.zeros(3, 2, 1, 2, 2, 2)), Group())  # type: ignore[arg-type]
+    assert "watch/prompt_share" not in same
+    single = candidate_statistics(choices_of(own[:1]), Group())  # type: ignore[arg-type]
+    assert "watch/prompt_share" not in single
+    # One prompt says nothing about others: the error is at least the spread of its candidates.
+    assert single["watch/se/reward/one"] == single["watch/sd/reward/one"]

@@ -1,0 +1,216 @@
+"""Replay logs of runs that went wrong, and of honest ones, and see which alarms the watch raises and when."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpo_engine.config_file import load_config
+from vpo_engine.metrics.reward_monitor import RewardMonitor
+from vpo_engine.metrics.step_watch import Alarm, StepWatch
+from vpo_engine.rewards.guards import Shuffled
+
+DATA = Path(__file__).parents[1] / "data/watch"
+SOON = 5
+"""An alarm comes within so many rollouts of the onset."""
+Row = dict[str, Any]
+Alarms = list[Alarm]
+
+
+def monitor_of(rows: Sequence[Row]) -> RewardMonitor:
+    """Return the monitor of a run that begins with these rows; its check of prompts is in the first one."""
+    config = load_config(None, [])
+    monitor = RewardMonitor(config.guards, 2, StepWatch(config))
+    read = [
+        (name, share) for row in rows[:1] for name, share in row.items() if name.startswith("guards/prompt/")
+    ]
+    if read:
+        monitor.prompts({name.rpartition("/")[2]: Shuffled(round(16 * share), 0, 16) for name, share in read})
+    return monitor
+
+
+def replay(rows: Sequence[Row]) -> Alarms:
+    monitor = monitor_of(rows)
+    return [alarm for row in rows if row["kind"] == "train" for alarm in monitor.step(row["step"], row)[1]]
+
+
+def recorded(name: str) -> list[Row]:
+    return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+
+
+class Synthetic:
+    """Rows of an honest run whose statistics are drawn about constant means."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._about = self._random.gauss
+
+    def row(self, step: int, **changes: float) -> Row:
+        """Return the row of a step. ``changes``: what is added to its numbers."""
+        pairs, age = 16, (step - 1) % 10
+        row: Row = {"step": step, "kind": "train", "pairs": pairs}
+        looks = {
+            "brightness": (60, 10),
+            "contrast": (25, 10),
+            "saturation": (13, 4),
+            "sharpness": (5, 2),
+            "motion": (1.3, 0.3),
+        }
+        for name, (mean, deviation) in looks.items():
+            error = deviation / math.sqrt(2 * pairs)
+            row |= {
+                f"watch/{name}": self._about(mean, error),
+                f"watch/sd/{name}": deviation,
+                f"watch/se/{name}": error,
+            }
+        row |= {"watch/prompt_share": self._about(0.4, 0.06), "watch/se/prompt_share": 0.08}
+        for name, mean in {"blind": 0.02, "reading": 0.11}.items():
+            row |= {
+                f"reward/{name}": self._about(mean, 0.008),
+                f"watch/sd/reward/{name}": 0.04,
+                f"watch/se/reward/{name}": 0.008,
+            }
+        scale = 0.15
+        row["saturated"] = sum(self._random.random() < 0.01 * age for _ in range(pairs)) / pairs
+        row |= {"reference_winner_error": scale, "reference_loser_error": scale}
+        row |= {
+            "winner_error_change": self._about(0.0, 0.001) if age else 0.0,
+            "watch/se/winner_error_change": 0.001 * (age > 0),
+        }
+        row["loser_error_change"] = row["winner_error_change"] + 0.0003 * age
+        for name, change in changes.items():
+            row[name] += change
+        return row
+
+
+def synthetic(onset: int, steps: int, seed: int = 0, **slopes: Callable[[int], float]) -> list[Row]:
+    """Return rows whose numbers are changed from ``onset`` on by functions of the steps since then."""
+    source = Synthetic(seed)
+    rows: list[Row] = [{"step": 0, "kind": "eval", "guards/prompt/blind": 0.0, "guards/prompt/reading": 1.0}]
+    for step in range(1, steps + 1):
+        since = step - onset + 1
+        rows.append(source.row(step, **{name: change(since) for name, change in slopes.items() if since > 0}))
+    return rows
+
+
+def first_of(alarms: Alarms, kind: str) -> Alarm:
+    (found,) = [alarm for alarm in alarms if alarm.kind == kind]
+    return found
+
+
+def towards(change: float, steps: float) -> Callable[[int], float]:
+    """Return a function of the steps since the onset that goes to ``change`` as an exponential does."""
+    return lambda since: change * (1 - math.exp(-since / steps))
+
+
+# UniRL issues 411 and 418 give the means, .02 to .35 for what does not see the prompt and .11 to .06 for what does, and
+# noise at rollout 20; the spread of single videos and the shape of the curves are ours.
+UNIRL = {"reward/blind": towards(0.33, 6), "reward/reading": towards(-0.05, 6)}
+ONSET = 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "says", "changes"),
+    [
+        ("prompt_blind", "more weight in reward.dimensions", UNIRL),
+        (
+            "prompt_blind",
+            "videos of different prompts have become alike",
+            {"watch/prompt_share": towards(-0.4, 1)},
+        ),
+        ("saturation", "lower objective.beta=250", {"saturated": lambda since: 0.45}),
+        (
+            "shortcut",
+            "lower optimizer.lr=0.0001",
+            # sprites, learning rate doubled: errors .15, winners +.017, losers +.047 when the reference was old
+            {
+                "winner_error_change": lambda since: 0.0034 * since,
+                "loser_error_change": lambda since: 0.0094 * since,
+            },
+        ),
+        ("motion", "set guards.motion_floor=", {"watch/motion": lambda since: -0.1 * min(since, 8)}),
+        ("style", "saturation is +", {"watch/saturation": lambda since: 1.0 * since}),
+        ("style", "sharpness is -", {"watch/sharpness": lambda since: -0.5 * since}),
+    ],
+)
+def test_each_failure_raises_its_own_alarm_soon_and_no_other(
+    kind: str, says: str, changes: dict[str, Callable[[int], float]]
+) -> None:
+    alarms = replay(synthetic(ONSET, ONSET + 8, **changes))
+    assert {alarm.kind for alarm in alarms} == {kind}
+    alarm = first_of(alarms, kind)
+    assert ONSET <= alarm.step <= ONSET + SOON
+    assert says in alarm.text
+    assert alarm.metric in changes
+    assert alarm.limit is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward/blind": towards(0.33, 6)},  # what does not read the prompt rises, and nothing falls
+        {"reward/blind": towards(0.33, 6), "reward/reading": towards(0.1, 6)},  # both rise
+        {
+            "winner_error_change": lambda since: -0.01 * since,
+            "loser_error_change": lambda since: 0.01 * since,
+        },
+        {
+            "winner_error_change": lambda since: 0.01 * since,
+            "loser_error_change": lambda since: -0.01 * since,
+        },
+        {"watch/motion": lambda since: 0.1 * since},  # more motion
+        {"watch/prompt_share": towards(0.4, 3)},  # prompts are told apart better
+    ],
+)
+def test_what_is_no_failure_raises_no_alarm(changes: dict[str, Callable[[int], float]]) -> None:
+    assert replay(synthetic(ONSET, 40, **changes)) == []
+
+
+def test_an_honest_run_of_thousands_of_steps_raises_no_alarm() -> None:
+    assert replay(synthetic(1, 3000)) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_honest_runs_of_ten_thousand_steps_raise_no_alarm(seed: int) -> None:
+    assert replay(synthetic(1, 10_000, seed=seed)) == []
+
+
+def test_a_resumed_watch_goes_on_as_if_never_stopped() -> None:
+    """The state goes through JSON, as a checkpoint's does."""
+    rows = synthetic(6, 20, **UNIRL, saturated=lambda since: 0.45)
+    whole = monitor_of(rows)
+    expected = [whole.step(row["step"], row) for row in rows[1:]]
+    assert {alarm.kind for _, alarms in expected for alarm in alarms} == {"prompt_blind", "saturation"}
+    for cut in range(1, 20, 3):
+        first, second = monitor_of(rows), monitor_of([])
+        for row in rows[1:cut]:
+            first.step(row["step"], row)
+        second.load(json.loads(json.dumps(first.state())))
+        assert [second.step(row["step"], row) for row in rows[cut:]] == expected[cut - 1 :]
+        assert second.state() == whole.state()
+
+
+def test_a_checkpoint_from_before_the_watch_is_taken_up() -> None:
+    monitor = monitor_of([])
+    monitor.load({"observations": [], "alarms": [{"step": 3, "kind": "style", "text": "an old one"}]})
+    rows = synthetic(ONSET, ONSET + 8, saturated=lambda since: 0.45)
+    assert [alarm.kind for row in rows[1:] for alarm in monitor.step(row["step"], row)[1]] == ["saturation"]
+    assert monitor.alarms[0].text == "an old one"
+
+
+def test_a_row_without_candidates_is_watched_for_what_it_has() -> None:
+    """Offline DPO samples nothing; reward-gradient methods have no pairs either."""
+    (row,) = synthetic(1, 1)[1:]
+    offline = {name: value for name, value in row.items() if not name.startswith("watch/") or "error" in name}
+    assert set(monitor_of([]).step(1, offline)[0]) == {"guards/level/saturation", "guards/level/shortcut"}
+    assert monitor_of([]).step(1, {"loss": 1.0, "reward/selected": 2.0}) == ({}, [])
+    tied = {name: value for name, value in row.items() if name.startswith(("watch/", "reward/", "pairs"))}
+    del tied["watch/se/winner_error_change"]
+    assert "guards/level/style" in monitor_of([]).step(1, tied | {"pairs": 0})[0]

@@ -1,0 +1,121 @@
+"""Mistakes in the watch of the steps: sums, thresholds, what is compared with what, and its state."""
+
+CUSUM, WATCH = "vpo_engine/metrics/cusum.py", "vpo_engine/metrics/step_watch.py"
+STATISTICS, MONITOR = "vpo_engine/metrics/candidate_statistics.py", "vpo_engine/metrics/reward_monitor.py"
+SUMS = ("tests/metrics/test_cusum.py",)
+REPLAYS = ("tests/metrics/test_step_watch.py",)
+MEASURES = ("tests/metrics/test_candidate_statistics.py",)
+REPORTS = ("tests/runs/test_alarms.py",)
+STOPS = (
+    "tests/test_reward_monitor.py::test_an_alarm_of_a_step_reaches_terminal_log_and_report_and_stops_the_run",
+)
+
+MUTATIONS = [
+    ("the sum falls below zero", CUSUM, "max(0.0, self.total + min(", "(self.total + min(", SUMS),
+    ("one step raises an alarm", CUSUM, "/ error, limit / 2)", "/ error, limit)", SUMS),
+    (
+        "noise does not widen the tolerance",
+        CUSUM,
+        "self.tolerance + max(_LEAST",
+        "self.tolerance + 0 * max(_LEAST",
+        SUMS,
+    ),
+    (
+        "the threshold is half as high",
+        CUSUM,
+        "math.log(steps) / (2 * clearance)",
+        "math.log(steps) / (4 * clearance)",
+        SUMS,
+    ),
+    ("a drift down counts as one up", CUSUM, 'change if way == "+" else -change', "change", SUMS),
+    ("what is normal is learned for ever", CUSUM, "len(self.seen) >= FIRST", "len(self.seen) >= 99", SUMS),
+    (
+        "saturation is tolerated",
+        WATCH,
+        "self._saturated(step, share, error)",
+        "self._saturated(step, 0.0, error)",
+        REPLAYS,
+    ),
+    ("losers alone make a shortcut", WATCH, "min(winner, loser) / scale", "loser / scale", REPLAYS),
+    ("winners alone make a shortcut", WATCH, "min(winner, loser) / scale", "winner / scale", REPLAYS),
+    (
+        "more motion raises the alarm",
+        WATCH,
+        'Drift(MOTION_TOLERATED, "-",',
+        'Drift(MOTION_TOLERATED, "+-",',
+        REPLAYS,
+    ),
+    ("less motion does not", WATCH, 'Drift(MOTION_TOLERATED, "-",', 'Drift(MOTION_TOLERATED, "+",', REPLAYS),
+    ("a blind score alone raises the alarm", WATCH, "min(rise, fall), error)", "rise, error)", REPLAYS),
+    ("scores that read the prompt should fall", WATCH, "-1 if name in self._read else 1", "1", REPLAYS),
+    (
+        "nothing reads the prompt",
+        WATCH,
+        "self._read = frozenset(dimensions)",
+        "self._read = frozenset()",
+        REPLAYS,
+    ),
+    (
+        "prompts told apart better raise the alarm",
+        WATCH,
+        'Drift(SHARE_TOLERATED, "-",',
+        'Drift(SHARE_TOLERATED, "+-",',
+        REPLAYS,
+    ),
+    ("looks change downwards unseen", WATCH, 'Drift(bound / 2, "+-",', 'Drift(bound / 2, "+",', REPLAYS),
+    ("looks change upwards unseen", WATCH, 'Drift(bound / 2, "+-",', 'Drift(bound / 2, "-",', REPLAYS),
+    ("the sum of scores is not restored", WATCH, 'self._exploited.load(state["exploited"])', "", REPLAYS),
+    ("the sum of saturation is not restored", WATCH, 'self._saturated.load(state["saturated"])', "", REPLAYS),
+    ("first scores are not restored", WATCH, "self._scores[name].load(seen)", "", REPLAYS),
+    ("first looks are not restored", CUSUM, 'self.normal.load(state["normal"])', "", REPLAYS),
+    ("the watch is not saved", MONITOR, '{"watch": self._watch.state()}', "{}", REPLAYS),
+    (
+        "an old state is refused",
+        MONITOR,
+        'if self._watch is not None and "watch" in state:',
+        "if self._watch is not None:",
+        REPLAYS,
+    ),
+    (
+        "each candidate is one observation",
+        STATISTICS,
+        "numbers[text] for text in texts",
+        "0 for text in texts",
+        MEASURES,
+    ),
+    (
+        "a step's videos count again",
+        STATISTICS,
+        "seen, self._seen = self._seen, []",
+        "seen = self._seen",
+        MEASURES,
+    ),
+    (
+        "a team's candidates count twice",
+        STATISTICS,
+        "share = processes.team_size if replicated else 1",
+        "share = 1",
+        MEASURES,
+    ),
+    (
+        "the variance within prompts counts as between",
+        STATISTICS,
+        "(mean_between - mean_within) / total",
+        "mean_between / total",
+        MEASURES,
+    ),
+    (
+        "the curve of an alarm is not shown",
+        "vpo_engine/runs/alarms.py",
+        "</p>{_curve(alarm, rows)}",
+        "</p>",
+        REPORTS,
+    ),
+    (
+        "an alarm of a step stops nothing",
+        "vpo_engine/trainer.py",
+        "= metrics, step self._raise_alarms(alarms)",
+        "= metrics, step",
+        STOPS,
+    ),
+]

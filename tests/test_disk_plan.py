@@ -1,0 +1,51 @@
+"""The room that a run takes on its disk, as it is planned and as it turns out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vpo_engine import train as entry
+from vpo_engine.build import build_model
+from vpo_engine.config import Config
+from vpo_engine.disk_plan import disk_parts, embedding_bytes
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.planning.disk import planned_disk
+from vpo_engine.runs.disk_use import bytes_of
+
+Make = Callable[..., Config]
+SETTINGS = (
+    "steps=6",
+    "pairs.dataset=latents",
+    "evaluation.every=2",
+    "checkpoint.keep=1",
+    "checkpoint.every=2",
+)
+
+
+def test_a_model_without_weights_is_planned_as_the_loaded_one(small: Make) -> None:
+    config = small(*SETTINGS, "memory.weights=fp32_master", "reference.storage=exact8")
+    model = build_model(config, Processes.start("cpu"), lambda _: None)
+    assert planned_disk(config, lambda *given: disk_parts(*given[:2])) == disk_parts(config, model)
+    few, many = embedding_bytes(config, model, 3), embedding_bytes(config, model, 10**9)
+    assert (
+        many - few == (6 * 2 - 3) * 32 * 32 * 4
+    )  # 32 tokens of 32 float32 channels for each prompt that is drawn
+
+
+@pytest.mark.long
+def test_the_plan_is_near_what_a_run_writes(small: Make, tmp_path: Path) -> None:
+    config = small(*SETTINGS)
+    assert entry.train(config) == 0
+    model = build_model(config, Processes.start("cpu"), lambda _: None)
+    planned = {part.name.partition(" (")[0]: part.bytes for part in disk_parts(config, model)}
+    run = tmp_path / "run"
+    assert bytes_of(run / "checkpoints") == pytest.approx(
+        planned["checkpoints"] / 2, rel=0.1
+    )  # the second is gone
+    assert bytes_of(run / "preference_dataset") == pytest.approx(planned["preference dataset"], rel=0.2)
+    assert bytes_of(run / "gallery") <= planned["galleries"]
+    written = bytes_of(run / "metrics.jsonl") + bytes_of(run / "tensorboard")
+    assert 0.3 < written / (planned["log"] + planned["clips in TensorBoard"]) < 1.5

@@ -1,0 +1,153 @@
+"""A disk that becomes full while a run writes: it ends with the file's name, and nothing is half written."""
+
+from __future__ import annotations
+
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import engine
+import pytest
+import torch
+from full_disk import full_disk
+
+from vpo_engine.errors import CheckpointError, DiskFullError
+from vpo_engine.runs.checkpoint import newest_complete, verify_checkpoint
+from vpo_engine.runs.disk_use import SPARE_BYTES, DiskWatch
+
+SETTINGS = ("steps=3", "evaluation.every=2", "checkpoint.keep=9")
+WRITERS = {
+    "metrics.jsonl": 2,
+    "pairs_0000.jsonl": 2,
+    "step_00000003_0000.safetensors": 2,
+    "gallery/pairs": 0,
+    "optimizer.safetensors": 0,
+    "gallery/held_out": 3,
+    "summary.json": 3,
+}
+"""What cannot be written, and the last step that is saved then, where the disk is full from step 3 on; 0: from the
+first."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    engine.train(engine.make_config(folder, *SETTINGS))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("name", "saved"), WRITERS.items(), ids=WRITERS)
+def test_nothing_is_half_written_and_the_same_command_goes_on(
+    name: str, saved: int, whole: Path, tmp_path: Path
+) -> None:
+    config, run = engine.make_config(tmp_path, *SETTINGS), tmp_path / "run"
+    with (
+        full_disk(name, step=3 if saved else 0),
+        pytest.raises((DiskFullError, CheckpointError), match="the disk is full: could not"),
+    ):
+        engine.train(config)
+    assert not list(run.rglob(".*"))
+    newest = newest_complete(run / "checkpoints")
+    assert (int(newest.name[-8:]) if newest else 0) == saved
+    if newest is not None:
+        verify_checkpoint(newest)
+    for lines in (run / "metrics.jsonl", run / "preference_dataset/pairs_0000.jsonl"):
+        assert not lines.exists() or lines.read_bytes()[-1:] in (b"", b"\n")
+    engine.train(config)
+    assert engine.metrics_of(run) == engine.metrics_of(whole)
+    assert [vars(line) | {"latents_file": None} for line in engine.lines_of(run)] == [
+        vars(line) | {"latents_file": None} for line in engine.lines_of(whole)
+    ]
+    expected = engine.saved_tensors(whole, 3)
+    assert all(torch.equal(value, expected[key]) for key, value in engine.saved_tensors(run, 3).items())
+    assert engine.summary_of(run) == engine.summary_of(whole)
+
+
+Disk = Callable[[int], None]
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """Say how many bytes of the disk are free."""
+
+    def have(free: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=free))
+
+    return have
+
+
+def test_a_run_on_a_disk_that_fills_up_is_saved_while_there_is_room(
+    disk: Disk,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exhausted = DiskWatch.exhausted
+
+    def fills_up(watch: DiskWatch, step: int) -> str | None:
+        disk(10**12 if step < 2 else SPARE_BYTES)
+        return exhausted(watch, step)
+
+    disk(10**12)
+    monkeypatch.setattr(DiskWatch, "exhausted", fills_up)
+    config, run = engine.make_config(tmp_path, *SETTINGS, "checkpoint.every=null"), tmp_path / "run"
+    engine.train(config, exit_code=1)
+    said = capsys.readouterr()
+    assert (
+        f"the disk of {run} has 0.06 GiB free, less than the next checkpoint and 0.06 GiB to spare"
+        in said.err
+    )
+    assert "stopped by a disk without room after step 2, which is saved; go on with" in said.out
+    assert newest_complete(run / "checkpoints").name == "step_00000002"
+    monkeypatch.undo()
+    engine.train(config)
+    expected = engine.saved_tensors(whole, 3)
+    assert all(torch.equal(value, expected[key]) for key, value in engine.saved_tensors(run, 3).items())
+
+
+def test_the_budget_is_said_at_the_start_and_kept(
+    disk: Disk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"disk\.limit_gib=0\.01 allows 0\.01 GiB, but .*, or raise the limit"
+    ):
+        engine.train(engine.make_config(tmp_path, "disk.limit_gib=0.01"))
+    assert not (tmp_path / "run").exists()
+    disk(3 * 2**30)
+    with pytest.raises(ValueError, match=r"has 3\.00 GiB free, but .*; lower steps=5000000, free some"):
+        engine.train(engine.make_config(tmp_path, "steps=5000000", "evaluation.every=null"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_others_put_into_the_run_directory_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = engine.make_config(tmp_path, *SETTINGS, "disk.limit_gib=0.1")
+    engine.train(engine.make_config(tmp_path, *SETTINGS, "disk.limit_gib=0.1", "steps=1"))
+    run = tmp_path / "run"
+    watch = DiskWatch(run, 1000, 0.1, 1)
+    assert watch.exhausted(1) is None
+    (run / "notes").mkdir()
+    with (run / "notes" / "copy.bin").open("wb") as file:
+        file.truncate(60 * 2**20)
+    assert "most is taken by notes (0.06 GiB). Raise the limit" in str(watch.exhausted(1))
+    with pytest.raises(
+        ValueError, match=r"disk\.limit_gib=0\.1 allows 0\.10 GiB, of which 0\.06 GiB are taken"
+    ):
+        engine.train(config)
+    shutil.rmtree(run / "notes")
+    engine.train(config)
+
+
+def test_latents_are_counted_as_they_come(tmp_path: Path) -> None:
+    latents = tmp_path / "preference_dataset" / "latents"
+    latents.mkdir(parents=True)
+    limit = (SPARE_BYTES + 10_000) / 2**30
+    watch = DiskWatch(tmp_path, 1000, limit, writers=2)
+    (latents / "step_00000001_0000.safetensors").write_bytes(bytes(3500))
+    assert watch.exhausted(1) is None
+    for rank in (0, 1):
+        (latents / f"step_00000002_{rank:04d}.safetensors").write_bytes(bytes(3500))
+    assert "preference_dataset" in str(watch.exhausted(2))

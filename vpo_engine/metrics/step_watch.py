@@ -1,0 +1,264 @@
+"""The watch: alarms from what every step logs, before evaluations or eyes can see the damage.
+
+Each alarm is a sequential test (``cusum.py``) of a number that says directly what goes wrong; docs/guards.md explains
+them all. Nothing here needs a held-out set or another network, and a log can be replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vpo_engine.metrics.cusum import Cusum, Drift, Normal
+
+if TYPE_CHECKING:
+    from vpo_engine.config import Config
+
+_SCORE_ERROR = "watch/se/reward/"
+_READ_PROMPTS = (
+    "give a dimension that reads the prompt more weight in reward.dimensions, or take a reward that reads it, and name "
+    "another one as guards.reward"
+)
+
+AlarmKind = Literal["prompt", "divergence", "style", "saturation", "shortcut", "motion", "prompt_blind"]
+LOOKS = ("brightness", "contrast", "saturation", "sharpness")
+LEAST_LOOK = 0.5
+"""Least standard deviation of a look that counts as one, in levels; rounding to bytes can cause as much."""
+
+SATURATED_TOLERATED = 0.25
+"""Tolerated share of samples whose gradient has next to no weight."""
+SHORTCUT_TOLERATED = 0.05
+"""Tolerated rise of the winners' error over the reference's between two refreshes, as a share of it."""
+MOTION_TOLERATED = 0.15
+"""Tolerated fall of the candidates' mean motion, as a share of what it was: half of the fall that OnlineVPO's own table
+shows for a reward that favours still videos (dynamic degree 55.6 to 39.4)."""
+SHARE_TOLERATED = 0.3
+"""Tolerated fall of the prompt's share of the candidates' variance, as a share of what it was."""
+SCORE_TOLERATED = 0.2
+"""Tolerated change of a score, in standard deviations of single candidates, where one that reads the prompt falls while
+one that does not rises."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A warning about the reward or the policy, raised after ``step`` steps.
+
+    metric, limit: the name in the log of the number that raised it, and the value up to which it is tolerated; "" and
+    None for alarms of evaluations and of the start.
+    """
+
+    step: int
+    kind: AlarmKind
+    text: str
+    metric: str = ""
+    limit: float | None = None
+
+    @property
+    def stops(self) -> bool:
+        """Return whether guards.on_alarm=stop stops the run. A "prompt" alarm is about the reward, so it never does."""
+        return self.kind != "prompt"
+
+
+_Found = tuple[AlarmKind, float | None, Alarm | None]
+"""A kind, how near it is to its alarm (None: the row says nothing about it), and the alarm to raise from level 1 on."""
+
+
+class StepWatch:
+    """Reads the log's row of every step, and says what goes wrong.
+
+    All processes have the same rows, hence the same alarms. Rows of methods that lack a number are not watched for it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        every, section = config.refresh_every, "reference" if config.offline_dpo is None else "offline_dpo"
+        self._refreshes = f"{section}.refresh_every={'null' if every is None else every}"
+        bound = config.guards.style_bound
+        self._looks = (
+            {} if bound is None else {name: Drift(bound / 2, "+-", False, LEAST_LOOK) for name in LOOKS}
+        )
+        self._motion = Drift(MOTION_TOLERATED, "-", relative=True)
+        self._share = Drift(SHARE_TOLERATED, "-", relative=True)
+        self._scores: dict[str, Normal] = {}
+        self._exploited = Cusum(SCORE_TOLERATED)
+        self._saturated = Cusum(SATURATED_TOLERATED, SATURATED_TOLERATED / 2)
+        self._shortcut = Cusum(SHORTCUT_TOLERATED)
+        self._read: frozenset[str] = frozenset()
+
+    def reads(self, dimensions: Collection[str]) -> None:
+        """Say which dimensions of the reward have been found to read the prompt."""
+        self._read = frozenset(dimensions)
+
+    def observe(self, step: int, row: Mapping[str, float]) -> tuple[dict[str, float], list[Alarm]]:
+        """Return numbers for the log, and the alarms of this step, whether or not they were raised before.
+
+        The numbers, ``guards/level/<kind>``, say how near each kind is to its alarm, which is raised at 1.
+        """
+        found = [
+            self._watch_saturation(step, row),
+            self._watch_shortcut(step, row),
+            self._watch_motion(step, row),
+            self._watch_prompts(step, row),
+            self._watch_looks(step, row),
+        ]
+        levels = {f"guards/level/{kind}": level for kind, level, _ in found if level is not None}
+        return levels, [alarm for _, _, alarm in found if alarm is not None]
+
+    # --- one for each kind -------------------------------------------------------------------------------------
+
+    def _watch_saturation(self, step: int, row: Mapping[str, float]) -> _Found:
+        if "saturated" not in row:
+            return "saturation", None, None
+        share = row["saturated"]
+        error = (SATURATED_TOLERATED * (1 - SATURATED_TOLERATED) / row["pairs"]) ** 0.5
+        level = self._saturated(step, share, error)
+        if level < 1:
+            return "saturation", level, None
+        text = (
+            f"{share:.0%} of the pairs have next to no gradient (log-sigmoid saturated, weight below 0.05), mostly "
+            f"above {SATURATED_TOLERATED:.0%} since step {self._saturated.since}: lower "
+            f"objective.beta={self._config.objective.beta:g}, or refresh sooner ({self._refreshes}), so that margins "
+            "stay small enough to learn from"
+        )
+        return "saturation", level, Alarm(step, "saturation", text, "saturated", SATURATED_TOLERATED)
+
+    def _watch_shortcut(self, step: int, row: Mapping[str, float]) -> _Found:
+        if "watch/se/winner_error_change" not in row or not row["reference_winner_error"]:
+            return "shortcut", None, None
+        scale = row["reference_winner_error"]
+        winner, loser = row["winner_error_change"], row["loser_error_change"]
+        error = row["watch/se/winner_error_change"] / scale
+        both = min(winner, loser) / scale
+        if not error:
+            return "shortcut", 0.0, None
+        level = self._shortcut(step, both, error)
+        if level < 1:
+            return "shortcut", level, None
+        text = (
+            "the policy gets worse at winners too: since the last refresh its error has risen by "
+            f"{winner / scale:.0%} on winners and {loser / row['reference_loser_error']:.0%} on losers. The loss "
+            f"falls by spoiling losers more: lower optimizer.lr={self._config.optimizer.lr:g}, refresh sooner "
+            f"({self._refreshes}), or set objective.loser_scaling=1, which weakens a loser's gradient where it would "
+            "make the winner worse"
+        )
+        limit = SHORTCUT_TOLERATED * scale
+        return "shortcut", level, Alarm(step, "shortcut", text, "winner_error_change", limit)
+
+    def _watch_motion(self, step: int, row: Mapping[str, float]) -> _Found:
+        if "watch/motion" not in row:
+            return "motion", None, None
+        level = self._motion(step, row["watch/motion"], row["watch/sd/motion"], row["watch/se/motion"])
+        if level < 1:
+            return "motion", level, None
+        floor = 0.7 * self._motion.normal.mean
+        text = (
+            f"candidates move {-self._motion.change(row['watch/motion']):.0%} less than in the first steps, since "
+            f"about step {self._motion.since}: set guards.motion_floor={floor:.2g}, so that still videos never win, or "
+            "give a dimension that wants motion more weight in reward.dimensions"
+        )
+        return "motion", level, Alarm(step, "motion", text, "watch/motion", self._motion.limit())
+
+    def _watch_prompts(self, step: int, row: Mapping[str, float]) -> _Found:
+        """Watch whether prompts still decide what candidates are, and what scores that read them do."""
+        share, scores = self._watch_share(step, row), self._watch_scores(step, row)
+        found = [each for each in (share, scores) if each[1] is not None]
+        return max(found, key=lambda each: each[1] or 0.0) if found else share
+
+    def _watch_share(self, step: int, row: Mapping[str, float]) -> _Found:
+        if "watch/prompt_share" not in row:
+            return "prompt_blind", None, None
+        drift, share = self._share, row["watch/prompt_share"]
+        level = drift(step, share, 0.0, row["watch/se/prompt_share"])
+        if level < 1:
+            return "prompt_blind", level, None
+        text = (
+            f"videos of different prompts have become alike: the prompt decides {share:.0%} of their variance, "
+            f"{drift.normal.mean:.0%} in the first steps. The policy learns to ignore the prompt: {_READ_PROMPTS}, and "
+            f"go back to a checkpoint before step {drift.since}"
+        )
+        return "prompt_blind", level, Alarm(step, "prompt_blind", text, "watch/prompt_share", drift.limit())
+
+    def _watch_scores(self, step: int, row: Mapping[str, float]) -> _Found:
+        changes: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
+        for key, error in row.items():
+            if key.startswith(_SCORE_ERROR):
+                name = key.removeprefix(_SCORE_ERROR)
+                normal, value = self._scores.setdefault(name, Normal()), row[f"reward/{name}"]
+                learning = normal.learn(value, row[f"watch/sd/reward/{name}"], error)
+                if not learning and normal.unit:
+                    noise = max(error, normal.error) / normal.unit
+                    sign = -1 if name in self._read else 1
+                    changes[name in self._read].append(
+                        (sign * (value - normal.mean) / normal.unit, noise, name)
+                    )
+        if not (changes[True] and changes[False]):
+            return "prompt_blind", None, None
+        (fall, fall_error, reading), (rise, rise_error, blind) = max(changes[True]), max(changes[False])
+        error = max(fall_error, rise_error)
+        if not error:
+            return "prompt_blind", 0.0, None
+        # Both would have to go wrong by chance. The smaller of two changes by chance lies half a standard error
+        # below 0, which makes up for what the first steps leave uncertain.
+        level = self._exploited(step, min(rise, fall), error)
+        if level < 1:
+            return "prompt_blind", level, None
+        normal = self._scores[reading]
+        text = (
+            f"{blind}, which does not read the prompt, has risen by {rise:.1f} standard deviations of the first "
+            f"candidates' scores, while {reading}, which does, has fallen by {fall:.1f}, since about step "
+            f"{self._exploited.since}: the policy exploits what is blind to the prompt. So {_READ_PROMPTS}"
+        )
+        limit = normal.mean - self._exploited.tolerance * normal.unit
+        return "prompt_blind", level, Alarm(step, "prompt_blind", text, f"reward/{reading}", limit)
+
+    def _watch_looks(self, step: int, row: Mapping[str, float]) -> _Found:
+        levels = {
+            name: drift(step, row[f"watch/{name}"], row[f"watch/sd/{name}"], row[f"watch/se/{name}"])
+            for name, drift in self._looks.items()
+            if f"watch/{name}" in row
+        }
+        if not levels:
+            return "style", None, None
+        name = max(levels, key=lambda each: levels[each])
+        drift = self._looks[name]
+        if levels[name] < 1:
+            return "style", levels[name], None
+        text = (
+            f"candidates change their look: {name} is {drift.change(row[f'watch/{name}']):+.1f} standard deviations "
+            f"from the first steps' candidates since about step {drift.since}. If the prompts do not ask for it, "
+            f"the reward pays for a look: look at the clips, lower optimizer.lr={self._config.optimizer.lr:g}, "
+            "and give other dimensions more weight in reward.dimensions; if they do, raise guards.style_bound="
+            f"{self._config.guards.style_bound:g}, half of which is tolerated"
+        )
+        return "style", levels[name], Alarm(step, "style", text, f"watch/{name}", drift.limit())
+
+    # --- for checkpoints -----------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for a checkpoint, as JSON data."""
+        return {
+            "looks": {name: drift.state() for name, drift in self._looks.items()},
+            "motion": self._motion.state(),
+            "share": self._share.state(),
+            "scores": {name: normal.seen for name, normal in self._scores.items()},
+            "exploited": self._exploited.state(),
+            "saturated": self._saturated.state(),
+            "shortcut": self._shortcut.state(),
+            "reads": sorted(self._read),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load a saved state into a new watch, which then continues as if the run had never stopped."""
+        self._read = frozenset(state["reads"])
+        self._motion.load(state["motion"])
+        self._share.load(state["share"])
+        self._saturated.load(state["saturated"])
+        self._shortcut.load(state["shortcut"])
+        for name, drift in self._looks.items():
+            if name in state["looks"]:
+                drift.load(state["looks"][name])
+        self._exploited.load(state["exploited"])
+        for name, seen in state["scores"].items():
+            self._scores[name] = Normal()
+            self._scores[name].load(seen)
