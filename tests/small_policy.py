@@ -26,9 +26,9 @@ def small_network(_: object = None) -> STDiT3:
     config = json.loads((WEIGHTS / "policy" / "config.json").read_text(encoding="utf-8")) | SIZES
     network, random = STDiT3.from_config(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in network.parameters():
-            scale = 0.3 if parameter.dim() < 2 else parameter[0].numel() ** -0.5
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=random))
+        for tensor in network.state_dict().values():  # the empty caption is none of the parameters
+            scale = 0.3 if tensor.dim() < 2 else tensor[0].numel() ** -0.5
+            tensor.copy_(scale * torch.randn(tensor.shape, generator=random))
     return network
 
 
