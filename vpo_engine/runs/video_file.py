@@ -116,10 +116,10 @@ class VideoFile:
 
     def _read(self, indices: Sequence[int]) -> Tensor:
         """Return the frames uint8 [len(indices), H, W, 3]. Decoding goes on where the last call stopped, if it can."""
+        frames = torch.empty(_that_fits(self.path, (len(indices), *self.shape[2:])), dtype=torch.uint8)
         places: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
             places.setdefault(index, []).append(place)
-        frames = torch.empty(_that_fits(self.path, (len(indices), *self.shape[2:])), dtype=torch.uint8)
         for index in sorted(places):
             pixels = torch.from_numpy(self._frame(index))
             for place in places[index]:
