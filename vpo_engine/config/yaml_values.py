@@ -7,6 +7,7 @@ of YAML 1.2.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ _KNOWN_TAGS = {
     for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "map", "seq")
 }
 _MOST_DIGITS = 300
-"""Digits of a number; what has more stays text."""
+"""Digits of a whole number; what has more stays text, as a number that is too large for a float, and is refused."""
 _MOST_VALUES = 20_000
 """Values of a configuration, counted as often as aliases repeat them."""
 _DEEP = "lists and groups lie too deep inside one another; no setting is like that"
@@ -198,10 +199,10 @@ def _plain(text: str, kind: Any) -> Any:
         return text
     if _BOOL.fullmatch(text) and (bool in kinds or Any in kinds):
         return text.lower() == "true"
-    if _INT.fullmatch(text) and len(text) <= _MOST_DIGITS:
-        return int(text)
+    if _INT.fullmatch(text):
+        return int(text) if len(text) <= _MOST_DIGITS else text
     if _FLOAT.fullmatch(text):
-        return float(text)
+        return float(text) if math.isfinite(float(text)) else text
     if _SPECIAL.fullmatch(text):
         return float(text.replace(".", "", 1))
     return text
