@@ -50,7 +50,7 @@ def values(seed: int = 0) -> tuple[Tensor, list[str]]:
 def test_the_standard_error_takes_each_prompt_as_one_observation() -> None:
     made, texts = values()
     found = moments(["a", "b"], made, texts, Group(), replicated=False)  # type: ignore[arg-type]
-    of_prompts = made.unflatten(0, (PROMPTS, EACH)).mean(1).double()
+    of_prompts = made.double().unflatten(0, (PROMPTS, EACH)).mean(1)
     for column, name in enumerate("ab"):
         assert found[f"watch/{name}"] == pytest.approx(float(made[:, column].double().mean()), rel=1e-12)
         deviation = float(made[:, column].double().std(correction=0))

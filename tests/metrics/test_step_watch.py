@@ -19,6 +19,17 @@ from vpo_engine.rewards.guards import Shuffled
 DATA = Path(__file__).parents[1] / "data/watch"
 SOON = 5
 """An alarm comes within so many rollouts of the onset."""
+HONEST = ["honest_1", "bold"]
+"""Recorded runs that go well: of the recipe, and with four times the rate and a tenth of beta from step 9 on."""
+WRONG: list[tuple[str, int, str, set[str]]] = [
+    # name, onset, the alarm, and others that are right too
+    (
+        "rate",
+        12,
+        "saturation",
+        set(),
+    ),  # twenty times the rate from step 9 on: the loss stays above 1 from step 12 on
+]
 Row = dict[str, Any]
 Alarms = list[Alarm]
 
@@ -77,7 +88,7 @@ class Synthetic:
                 f"watch/se/reward/{name}": 0.008,
             }
         scale = 0.15
-        row["saturated"] = sum(self._random.random() < 0.01 * age for _ in range(pairs)) / pairs
+        row["sigmoid_saturation"] = max(0.0, self._about(0.05 * age, 0.08)) if age else 0.0
         row |= {"reference_winner_error": scale, "reference_loser_error": scale}
         row |= {
             "winner_error_change": self._about(0.0, 0.001) if age else 0.0,
@@ -111,7 +122,7 @@ def towards(change: float, steps: float) -> Callable[[int], float]:
 
 # UniRL issues 411 and 418 give the means, .02 to .35 for what does not see the prompt and .11 to .06 for what does, and
 # noise at rollout 20; the spread of single videos and the shape of the curves are ours.
-UNIRL = {"reward/blind": towards(0.33, 6), "reward/reading": towards(-0.05, 6)}
+UNIRL = {"reward/blind": towards(0.33, 4), "reward/reading": towards(-0.05, 4)}
 ONSET = 12
 
 
@@ -124,7 +135,7 @@ ONSET = 12
             "videos of different prompts have become alike",
             {"watch/prompt_share": towards(-0.4, 1)},
         ),
-        ("saturation", "lower objective.beta=250", {"saturated": lambda since: 0.45}),
+        ("saturation", "Lower objective.beta=250", {"sigmoid_saturation": lambda since: 0.9}),
         (
             "shortcut",
             "lower optimizer.lr=0.0001",
@@ -172,6 +183,20 @@ def test_what_is_no_failure_raises_no_alarm(changes: dict[str, Callable[[int], f
     assert replay(synthetic(ONSET, 40, **changes)) == []
 
 
+@pytest.mark.parametrize("name", HONEST)
+def test_recorded_runs_that_go_well_raise_no_alarm(name: str) -> None:
+    assert replay(recorded(name)) == []
+
+
+@pytest.mark.parametrize(("name", "onset", "kind", "beside"), WRONG)
+def test_recorded_runs_that_go_wrong_raise_their_alarm_soon(
+    name: str, onset: int, kind: str, beside: set[str]
+) -> None:
+    alarms = replay(recorded(name))
+    assert onset <= first_of(alarms, kind).step <= onset + SOON
+    assert {alarm.kind for alarm in alarms} <= {kind, *beside}
+
+
 def test_an_honest_run_of_thousands_of_steps_raises_no_alarm() -> None:
     assert replay(synthetic(1, 3000)) == []
 
@@ -184,7 +209,7 @@ def test_honest_runs_of_ten_thousand_steps_raise_no_alarm(seed: int) -> None:
 
 def test_a_resumed_watch_goes_on_as_if_never_stopped() -> None:
     """The state goes through JSON, as a checkpoint's does."""
-    rows = synthetic(6, 20, **UNIRL, saturated=lambda since: 0.45)
+    rows = synthetic(6, 20, **UNIRL, sigmoid_saturation=lambda since: 0.9)
     whole = monitor_of(rows)
     expected = [whole.step(row["step"], row) for row in rows[1:]]
     assert {alarm.kind for _, alarms in expected for alarm in alarms} == {"prompt_blind", "saturation"}
@@ -200,7 +225,7 @@ def test_a_resumed_watch_goes_on_as_if_never_stopped() -> None:
 def test_a_checkpoint_from_before_the_watch_is_taken_up() -> None:
     monitor = monitor_of([])
     monitor.load({"observations": [], "alarms": [{"step": 3, "kind": "style", "text": "an old one"}]})
-    rows = synthetic(ONSET, ONSET + 8, saturated=lambda since: 0.45)
+    rows = synthetic(ONSET, ONSET + 8, sigmoid_saturation=lambda since: 0.9)
     assert [alarm.kind for row in rows[1:] for alarm in monitor.step(row["step"], row)[1]] == ["saturation"]
     assert monitor.alarms[0].text == "an old one"
 

@@ -47,8 +47,8 @@ class GuardsConfig(Section):
     both changes since the base policy are clear of zero at 95 %."""
     style_bound: float | None = Field(1.0, gt=0, allow_inf_nan=False)
     """The largest change of mean brightness, contrast, saturation or sharpness of the held-out clips without an alarm,
-    in standard deviations of the base policy's clips; null: any distance. Of the candidates of the training steps half
-    of it is tolerated, so that an alarm comes before the change is as large."""
+    in standard deviations of the base policy's clips; null: any distance. Of the candidates of the training steps three
+    quarters of it are tolerated, so that an alarm comes before the change is as large."""
     on_alarm: Literal["note", "stop"] = "note"
     """What an alarm does. note: it is printed, logged and shown in the report. stop: the run is also saved and ended; a
     resumed run goes on."""

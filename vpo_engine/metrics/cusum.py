@@ -14,7 +14,7 @@ from typing import Any
 FIRST = 4
 """Steps from which it is learned what is normal."""
 STEPS_TO_FALSE_ALARM = 1.6e7
-"""Mean number of steps to a false alarm of one sum. A run has about 16 of them: of 10,000 steps without any change
+"""Mean number of steps to a false alarm of one sum. A run has 13 of them: of 10,000 steps without any change
 about one run in a hundred raises an alarm."""
 _LEAST_CLEARANCE = 0.5
 """Least distance of the tolerance from what is normal, in standard errors of a step; see ``Cusum``."""

@@ -37,10 +37,6 @@ class MicroBatch:
     loser_noise: Tensor | None = None
 
 
-SATURATED = 0.05
-"""A sample whose gradient has less than this weight, sigmoid(-margin), counts as saturated; at margin 0 it has 0.5."""
-
-
 class DPO:
     """The paired loss against the reference, at ``draws`` timesteps per pair with a sigmoid each.
 
@@ -62,8 +58,7 @@ class DPO:
         "loser_error_change",
         "reference_winner_error",
         "reference_loser_error",
-        "saturated",
-        "weight_change",
+        "sigmoid_saturation",
         "winner_error_change_squared",
     )
 
@@ -261,8 +256,9 @@ def _sums(result: PairedDPOLoss, samples: int) -> dict[str, float]:
         "loser_error_change": result.loser_error_change,
         "reference_winner_error": result.reference_winner_error,
         "reference_loser_error": result.reference_loser_error,
-        "saturated": weight < SATURATED,
-        "weight_change": (2 * weight - 1).abs(),
+        "sigmoid_saturation": (
+            2 * weight - 1
+        ).abs(),  # 0 at margin 0, 1 where the log-sigmoid is flat or straight
         "winner_error_change_squared": result.winner_error_change.square(),
     }
     # The numbers of a device are fetched together.
