@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,10 +40,13 @@ Encode = Callable[[list[str]], TextEmbedding]
 
 @dataclass(frozen=True)
 class _Shard:
-    """The tokens of a shard: a tensor in memory, or a file from which ``tokens[a:b]`` reads a slice."""
+    """The tokens of a shard: a tensor in memory, or one that is mapped from the shard's file.
+
+    (A slice of safetensors, ``get_slice``, loses a little memory at every access once its file object is gone.)
+    """
 
     name: str
-    tokens: Any  # [rows, D]
+    tokens: Tensor  # [rows, D]
 
 
 class _Entry(NamedTuple):
@@ -222,12 +225,12 @@ class EmbeddingCache:
         try:
             file = safe_open(path, "pt")
             parts = {name: file.get_tensor(name) for name in ("keys", "lengths", "widths", "crcs")}
-            tokens = file.get_slice("tokens")
+            tokens = file.get_tensor("tokens")  # mapped from the file, and read where it is looked at
         except (SafetensorError, OSError) as error:
             raise _broken(path, error) from error
         if (file.metadata() or {}).get("encoder_id") != self.encoder_id:
             raise _broken(path, f"it is not of encoder_id={self.encoder_id!r}")
-        count, rows = len(parts["lengths"]), tokens.get_shape()[0]
+        count, rows = len(parts["lengths"]), len(tokens)
         if list(parts["keys"].shape) != [count, 32] or int(parts["lengths"].sum()) != rows:
             raise _broken(path, f"{count} prompts do not fit its {rows} tokens")
         self._index_shard(_Shard(str(path), tokens), parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -33,7 +34,7 @@ class RewardMonitor:
     def __init__(self, settings: GuardsConfig, clips: int, watch: StepWatch | None = None) -> None:
         self._settings, self._clips, self._watch = settings, clips, watch
         self._trend = DivergenceAlarm(settings.window)
-        self._observations: list[tuple[int, float, float]] = []
+        self._observations: deque[tuple[int, float, float]] = deque(maxlen=settings.window)
         self.alarms: list[Alarm] = []
 
     def prompts(self, found: Mapping[str, Shuffled]) -> list[Alarm]:
