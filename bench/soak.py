@@ -1,9 +1,10 @@
 """Train for many short steps, and judge whether memory, open files, threads, file traffic or time grow with them.
 
-    python bench/soak.py [--steps 10000] [--folder FOLDER] [--record]
+    python bench/soak.py [--steps 10000] [--model sprites] [--folder FOLDER] [--record]
 
-The model is the sprites world at its smallest: a policy of one narrow block, clips of 5 frames of 16 x 16 pixels, two
-candidates, two sampling steps. All else is switched on as in a real run: prompt files, text embeddings on disk,
+The model is the sprites world at its smallest: a policy of one narrow block, clips of 5 frames of 16 x 16 pixels. With
+--model own it is that of examples/own_model.py in videos of 3 frames, whose steps are a third as long. There are two
+candidates and two sampling steps. All else is switched on as in a real run: prompt files, text embeddings on disk,
 evaluations with a held-out reward and guards, a moving average, the preference dataset with latents, TensorBoard,
 refreshes of the reference, checkpoints in the background, galleries, and the report at the end. The run is stopped by
 SIGTERM at half of its steps, and the same command goes on with it in a new process.
@@ -38,10 +39,8 @@ EVERY = 50
 WARM_UP = 150
 """Steps of a start that are not judged: windows of the last hundred steps, and pools of memory, fill up in them."""
 SETTINGS = (
-    "model.kind=soak_model:ShortSprites",
     "reward.kind=soak_model:Brightness",
     "guards.reward.kind=soak_model:Contrast",
-    "guards.motion_floor=0.000001",
     "pairs_per_step=1",
     "pairs.dataset=latents",
     "pairs.resample=1",
@@ -59,6 +58,9 @@ SETTINGS = (
     f"checkpoint.every={EVERY}",
     "checkpoint.background=true",
 )
+
+
+MODELS = {"sprites": "soak_model:ShortSprites", "own": "soak_model:Smallest"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _allocated() -> int:
     return int(info.uordblks + info.hblkhd)
 
 
-def train(folder: Path, overrides: Sequence[str]) -> int:
+def train(folder: Path, model: str, overrides: Sequence[str]) -> int:
     """Train in this process, and write a count to ``folder/counts.jsonl`` at every ``EVERY``-th step."""
     from vpo_engine import line_files
     from vpo_engine import train as entry
@@ -162,25 +164,26 @@ def train(folder: Path, overrides: Sequence[str]) -> int:
 
     RunLog.write = counted  # type: ignore[method-assign]
     words = [word for word in overrides if not word.startswith("stop=")]
-    return entry.main([*SETTINGS, *_files(folder), f"run_dir={folder / 'run'}", *words])
+    return entry.main([*SETTINGS, *_files(folder, model), f"run_dir={folder / 'run'}", *words])
 
 
-def _files(folder: Path) -> list[str]:
+def _files(folder: Path, model: str) -> list[str]:
     return [
-        f"model.policy={folder / 'policy'}",
+        f"model.kind={MODELS[model]}",
+        *([f"model.policy={folder / 'policy'}"] if model == "sprites" else []),
         f"prompts.train={folder / 'train.txt'}",
         f"prompts.held_out={folder / 'held_out.txt'}",
         f"prompts.cache={folder / 'embeddings'}",
     ]
 
 
-def soak(folder: Path, steps: int, *overrides: str) -> list[list[Count]]:
+def soak(folder: Path, steps: int, model: str = "sprites") -> list[list[Count]]:
     """Make the whole run in ``folder``, in two starts; return the counts of each."""
     from soak_model import write_inputs
 
     write_inputs(folder)
     for number, words in enumerate(([f"stop={steps // 2}"], [])):
-        command = [sys.executable, __file__, "--child", str(folder), f"steps={steps}", *words, *overrides]
+        command = [sys.executable, __file__, "--child", str(folder), model, f"steps={steps}", *words]
         code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
         if code != (128 + signal.SIGTERM, 0)[number]:
             raise SystemExit(f"start {number + 1} of the run ended with exit code {code}")
@@ -261,13 +264,14 @@ def figures(starts: Sequence[Sequence[Count]], folder: Path) -> dict[str, float]
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--child"]:
-        return train(Path(words[1]), words[2:])
+        return train(Path(words[1]), words[2], words[3:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--steps", type=int, default=10_000, help="steps of the run, at least 1000 (default: 10000)"
     )
+    parser.add_argument("--model", choices=MODELS, default="sprites", help="default: sprites")
     parser.add_argument(
         "--folder", type=Path, help="a new folder for the run, which is kept; default: one that is not"
     )
@@ -278,25 +282,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = given.folder or Path(place)
         folder.mkdir(parents=True, exist_ok=True)
-        starts = soak(folder, given.steps)
+        starts = soak(folder, given.steps, given.model)
         found = figures(starts, folder)
     for name, value in found.items():
         print(f"{name:40} {value:.6g}")
     if given.record:
-        _record(given.steps, found)
+        _record(given.steps, given.model, found)
     faults = judge(starts, given.steps)
     print(*(faults or ["nothing grows"]), sep="\n")
     return 1 if faults else 0
 
 
-def _record(steps: int, found: Mapping[str, float]) -> None:
+def _record(steps: int, model: str, found: Mapping[str, float]) -> None:
     import torch
     from rows import Row, environment, record
 
-    command = f"python bench/soak.py --steps {steps}"
-    case = {"steps": str(steps)}
+    command = f"python bench/soak.py --steps {steps} --model {model}"
+    case = {"steps": str(steps), "model": model}
     record([Row("soak", case, dict(found), environment(torch.device("cpu"), command))])
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the model of examples/
     sys.exit(main())

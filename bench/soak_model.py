@@ -1,4 +1,4 @@
-"""The model and the rewards of ``soak.py``, which make a step of tens of milliseconds."""
+"""The models and the rewards of ``soak.py``, which make a step of tens of milliseconds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from examples.own_model import CHANNELS, LetterEncoder, ToyModel, ToyNetwork
 from vpo_engine.config import ModelConfig
 from vpo_engine.data.sprites.assets import (
     GEOMETRY,
@@ -42,6 +43,19 @@ class ShortSprites(Sprites):
         size = replace(GEOMETRY, height=16, width=16, num_frames=5)
         policy = load_policy(settings.policy)
         return cls(policy, load_vae(), text, size, _FLOW, device=context.device, dtype=context.dtype)
+
+
+class Smallest(ToyModel):
+    """The model of examples/own_model.py in videos of 3 frames of 16 x 16 pixels; text embeddings are kept on disk."""
+
+    card = replace(ToyModel.card, name="smallest")
+
+    @classmethod
+    def load(cls, settings: ModelConfig, context: LoadContext) -> Self:
+        torch.manual_seed(0)
+        found = cls(ToyNetwork(), context.text_source(LetterEncoder, "letters of the soak"), context)
+        found.latent_shape = (CHANNELS, 3, 2, 2)
+        return found
 
 
 class Brightness:

@@ -26,6 +26,7 @@ OTHERS = {"pip", "python3", "git", "cd", "cat", "mkdir", "cp", "ls", "source", "
     "sbatch",
     "podman",
     "docker",
+    "uv",
 }
 """Programs that pages name beside those of the engine."""
 PARSED = {"train", "sample", "evaluate", "rank", "plan", "export", "check-model"}

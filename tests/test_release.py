@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import vpo_engine
 from tools import sbom, wheels
@@ -40,7 +41,10 @@ def kernels_wheel() -> set[str]:
 def test_wheels_hold_exactly_their_package(tmp_path: Path) -> None:
     wheels.check_contents(wheel(tmp_path, "vpo_engine-1-py3-none-any.whl", engine_wheel()))
     wheels.check_contents(wheel(tmp_path, "vpo_kernels-1-py3-none-any.whl", kernels_wheel()))
-    native = kernels_wheel() | {"vpo_kernels/_native.abi3.so"}
+    native = kernels_wheel() | {
+        "vpo_kernels/_native.abi3.so",
+        "vpo_kernels/",
+    }  # auditwheel lists folders, too
     wheels.check_contents(wheel(tmp_path, "vpo_kernels-1-cp312-abi3-manylinux_2_28_x86_64.whl", native))
     assert {"vpo_engine/configs/sprites.yaml", "vpo_engine/train.py"} <= engine_wheel()
 
@@ -138,3 +142,20 @@ def test_one_version_everywhere() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     released = re.findall(r"^## \[(\d[^\]]*)\]", changes, re.MULTILINE)
     assert released[0] == version
+
+
+def test_the_container_installs_packages_within_the_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "container" / "constraints.txt").read_text(encoding="utf-8").split()
+    pinned = dict(line.lower().split("==") for line in lines)
+    extras = re.search(r"\$\{engine\}\[([\w,]+)\]", (ROOT / "Containerfile").read_text(encoding="utf-8"))
+    assert extras is not None
+    wanted = list(project["dependencies"])
+    for extra in extras[1].split(","):
+        wanted += project["optional-dependencies"][extra]
+    for each in map(Requirement, wanted):
+        name = each.name.lower().replace("_", "-")
+        assert name in pinned, f"renew container/constraints.txt (docs/how_to/container.md): it lacks {name}"
+        assert each.specifier.contains(pinned[name]), (
+            f"container/constraints.txt has {name} {pinned[name]}, not {each}"
+        )

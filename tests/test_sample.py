@@ -192,7 +192,7 @@ class TestStart:
             "there is no run, checkpoint, model, adapter or YAML file at runs_nope; check the path",
         ),
         (["RUN1", "RUN2"], 2, "give one RUN, got 2: RUN1, RUN2; call sample for each of them"),
-        (["--count", "0"], 1, "--count 0 is too small; give at least 1 video for each prompt"),
+        (["--count", "0"], 1, "--count 0 must be from 1 to 10000 videos for each prompt"),
         (["--prompt", " "], 1, "--prompt number 1 is ' '; give it words, or leave it out"),
         (["--prompts", "absent.txt"], 1, "absent.txt: there is no such prompt file; check the path"),
         (["--column", "name"], 2, "--column names a column of --prompts FILE; give that too"),

@@ -156,9 +156,10 @@ class Checks:
             def install() -> str:
                 packages = [str(newest(self.wheels, "vpo_engine-*.whl")), f"torch=={torch}"]
                 made.append(Environment.create(Path(folder), python, packages, self.wheels))
-                return made[0].run("python", "-c", _VERSIONS).strip() + " (Python, torch, engine?, kernels?)"
+                version, found, *_ = made[0].run("python", "-c", _VERSIONS).split()
+                return f"Python {version}, torch {found}"
 
-            self.check(f"engine, {Path(python).name}, torch {torch}: install", install)
+            self.check(f"engine, {python}, torch {torch}: install", install)
             if made:
                 self.check("  vpo doctor", lambda: f"{len(made[0].run('vpo', 'doctor').splitlines())} lines")
                 self.check("  default training", lambda: train_by_default(made[0], whole))
@@ -180,7 +181,7 @@ class Checks:
                         raise ValueError("the environment does not hold vpo-kernels alone")
                     return made.embed_loss(backends)
 
-                self.check(f"kernels alone, {Path(python).name}, torch {torch}", work)
+                self.check(f"kernels alone, {python}, torch {torch}", work)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

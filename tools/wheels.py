@@ -73,8 +73,9 @@ def kernel_files() -> dict[str, Path]:
 
 
 def wheel_names(wheel: Path) -> list[str]:
+    """Return the names of the files in a wheel. auditwheel lists folders beside them."""
     with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
+        return [each.filename for each in archive.infolist() if not each.is_dir()]
 
 
 def check_contents(wheel: Path) -> None:

@@ -67,13 +67,28 @@ def check_model(
 
     kind: see ``folder_config``. frames, size: of the videos, the smallest of the family unless given.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the folder of a published model")
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; {nearest(folder)}")
+    if kind is not None:
+        _check_kind(kind)
     config = folder_config(folder, [*overrides, "model.dtype=float32"], kind)
     from vpo_engine.model_checks.table import all_rows
 
     with tempfile.TemporaryDirectory() as cache:  # text embeddings of a check are not kept
         return all_rows(_sized(config, frames, size, Path(cache)), folder)
+
+
+def _check_kind(kind: str) -> None:
+    """Raise ValueError, with the nearest name, for a family that is not known."""
+    from vpo_engine.config.names import check_kind
+    from vpo_engine.models.registry import BUILT_IN, ENTRY_POINTS
+
+    try:
+        check_kind(kind, tuple(BUILT_IN), ENTRY_POINTS, "model family", "docs/models.md")
+    except ValueError as error:
+        raise ValueError(f"--kind {kind}: {error}") from None
 
 
 def _sized(config: Config, frames: int | None, size: tuple[int, int] | None, cache: Path) -> Config:

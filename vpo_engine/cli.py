@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import vpo_engine
+from vpo_engine.texts import say
 
 
 class Command(NamedTuple):
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        print(f"error: {_unknown(name)}", file=sys.stderr)
+        say(f"error: {_unknown(name)}", sys.stderr)
         return _WRONG_USAGE
     return importlib.import_module(COMMANDS[name].module).main(rest) or 0
 

@@ -25,6 +25,7 @@ _REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path, of which a part is a file",
     errno.EISDIR: "give a file",
+    errno.EEXIST: "give a path that is not taken",
     errno.EACCES: "change its permissions, or give another path",
     errno.EPERM: "change its permissions, or give another path",
     errno.EROFS: "give a path on a disk that can be written",

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("what", nargs="*", metavar="RUN | WHAT | key.path=value", help="see above")
     add("--baseline", nargs="?", const=True, metavar="OTHER", help="what to compare with, see above")
     add("--base", type=Path, metavar="FOLDER", help="the model that an adapter was trained on")
-    add("--metrics", default="", metavar="NAME,...", help="default: those without weights; --list prints all")
+    add("--metrics", metavar="NAME,...", help="default: those without weights; --list prints all")
     add("--weights", action="append", default=[], metavar="NAME=PATH", help="local weights of a metric")
     add("--reference", type=Path, metavar="PATH", help="other videos, or statistics, for distances (FVD)")
     add("--prompts", metavar="FILE|vbench", help="default: the run's held-out prompts; of a folder, its own")
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         help="seed of the noise; of a study, of sides (%(default)s)",
     )
     add("--out", type=Path, metavar="FOLDER", help="default: evaluations/NAME")
-    add("--device", "--devices", default="", metavar="NAME[,NAME]", help="such as cuda:0,cuda:1, or cpu")
+    add("--device", "--devices", metavar="NAME[,NAME]", help="such as cuda:0,cuda:1, or cpu")
     add("--study", type=Path, metavar="FOLDER", help="write a study of the comparison in FOLDER")
     add("--pairs", type=int, metavar="N", help="pairs of the study (default: one for each prompt)")
     add("--votes", nargs="+", type=Path, default=[], metavar="FILE", help="read the votes of a study")

@@ -5,17 +5,18 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vpo_engine.texts import Decoder, read_text
+
 LARGEST_JSON = 256 << 20
 """Bytes of the largest JSON file that is read. The index of a model of a million tensors has about 100 MB."""
 MOST_LAYERS = 4096
-LARGEST_NUMBER = 2**24
+LARGEST_NUMBER = 2**31
 _COUNTS_LAYERS = ("layers", "depth", "blocks")
 """Words in the names of settings that say how many layers a network has."""
 _LONGEST_NAME = 255
@@ -27,14 +28,12 @@ _CHOOSES_ATTENTION = ("attn_implementation", "_attn_implementation", "experts_im
 def read_object(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:
     """Return the object in a JSON file. ``remedy`` ends the error.
 
-    Raise ValueError for a file that is no JSON object, or is larger than LARGEST_JSON.
+    Raise ValueError for what is no regular file, is no JSON object, or is larger than LARGEST_JSON.
     """
-    size = path.stat().st_size
-    if size > LARGEST_JSON:
-        raise ValueError(f"{path} has {size} bytes, and JSON is read up to {LARGEST_JSON}; {remedy}")
+    text = read_text(path, "JSON file", LARGEST_JSON)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = Decoder().decode(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, expected an object; {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ def write_by(path: Path, write: Callable[[Path], object]) -> None:
     """
     unfinished = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        unfinished.unlink(missing_ok=True)
+        if os.path.lexists(unfinished):
+            unfinished.unlink()
         try:
             write(unfinished)
             unfinished.replace(path)

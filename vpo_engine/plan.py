@@ -44,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     many.add_argument("--nodes", type=int, help="machines, as torchrun's --nnodes; default: 1")
     many.add_argument("--link", help=f"between the GPUs of a machine: {', '.join(WITHIN)}; default: as usual")
     many.add_argument("--network", help=f"between machines: {', '.join(BETWEEN)}; default: as usual")
-    given = parser.parse_intermixed_args(arguments)
-    return report_errors(lambda: _plan(given))
+    given, unknown = parser.parse_known_intermixed_args(arguments)
+    return report_errors(lambda: _plan(given, unknown))
 
 
-def _plan(given: argparse.Namespace) -> int:
+def _plan(given: argparse.Namespace, unknown: Sequence[str]) -> int:
     """Plan as the command line asks; torch is imported after its words have been checked."""
-    source, overrides = split_words(given.words)
+    source, overrides = split_words(given.words, unknown)
     config = load_config(source, overrides)
     check_gpu_name(given.gpu)
     cluster = _cluster(given)

@@ -85,9 +85,8 @@ def find_source(path: Path | None, base: Path | None, overrides: Sequence[str]) 
         )
     if base is not None:
         if not adapter:
-            raise ValueError(
-                f"--base {base} is for an adapter, but {path or 'no RUN'} is none; leave --base out"
-            )
+            what = "no RUN was given" if path is None else f"{path} is none"
+            raise ValueError(f"--base {base} is for an adapter, but {what}; leave --base out")
         if holds_adapter(base):
             raise ValueError(f"--base {base} is an adapter itself; give the folder of a whole model")
         assert path is not None

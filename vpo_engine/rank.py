@@ -122,6 +122,8 @@ def rank(
 ) -> None:
     """Score the videos, print the result and write it to ``out``."""
     _check_name(name)
+    if time_limit is not None and not 0 < time_limit < float("inf"):
+        raise ValueError(f"--time-limit {time_limit:g} is no time; give seconds above 0, or leave it out")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder, or a name that is not taken")
     preferred = None if preferences is None else read_preferences(preferences, folder)

@@ -23,6 +23,8 @@ from vpo_engine.reproducing.tables import TABLES
 from vpo_engine.texts import refuse_undecodable, say
 
 ALL = "all"
+_MOST = 1000
+"""Most seeds, and most cells at a time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,8 +106,8 @@ def _tables(words: Sequence[str], every: bool) -> list[str]:
 
 
 def _positive(option: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{option} {value} must be at least 1")
+    if not 1 <= value <= _MOST:
+        raise ValueError(f"{option} {value} must be at {'least 1' if value < 1 else f'most {_MOST}'}")
     return value
 
 

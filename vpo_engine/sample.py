@@ -41,6 +41,8 @@ if TYPE_CHECKING:  # torch is imported when everything that the arguments alone 
     from vpo_engine.config import Config
     from vpo_engine.video_model import VideoModel
 
+MOST_VIDEOS = 10_000
+"""Most videos for each prompt, whose names and noise are planned before the first is sampled."""
 _WORDS_IN_NAME = 60
 """Characters of a prompt in the name of a file."""
 
@@ -141,8 +143,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def _check_counts(count: int, options: SampleOptions) -> None:
-    if count < 1:
-        raise ValueError(f"--count {count} is too small; give at least 1 video for each prompt")
+    if not 1 <= count <= MOST_VIDEOS:
+        raise ValueError(f"--count {count} must be from 1 to {MOST_VIDEOS} videos for each prompt")
     for name, value in (("steps", options.steps), ("frames", options.frames)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} is too small; give at least 1")

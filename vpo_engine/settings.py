@@ -22,6 +22,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from vpo_engine.config import Config, Section
+from vpo_engine.texts import say
 
 ROOT = Path(__file__).parent.parent
 REFERENCE, SCHEMA = ROOT / "docs" / "settings.md", ROOT / "configs" / "schema.json"
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(terminal(given.section))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}", sys.stderr)
         return 1
     return 0
 

@@ -275,7 +275,7 @@ def test_numbers_of_different_settings_never_stand_side_by_side(
         ),
         (["--metrics", "pixels", "--weights", "other=/x"], "'other' is none of the metrics"),
         (["--metrics", "pixels", "--reference", "/x"], "none of the metrics is a distance"),
-        (["--samples", "0"], "--samples 0 is too small"),
+        (["--samples", "0"], "--samples 0 must be from 1 to 10000 videos for each prompt"),
         (["--prompts", "gone.txt"], "there is no such prompt file"),
         (["--prompts", "vbench", "--metrics", "pixels"], "is of a prompt of vbench"),
         (["--baseline"], "is no run; give the baseline as a run"),

@@ -108,11 +108,8 @@ class Run:
 @pytest.mark.parametrize(
     "name", [name if name == "exact8" else pytest.param(name, marks=pytest.mark.long) for name in SETTINGS]
 )
-def test_a_run_in_phases_is_the_same_run(
-    small: Make, small_policy: str, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    shared = (small_policy, "optimizer.lr=1e-3", "reference.refresh_every=1", "evaluation.prompts=2")
-    config = small(*shared, *SETTINGS[name])
+def test_a_run_in_phases_is_the_same_run(small: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    config = small("optimizer.lr=1e-3", "reference.refresh_every=1", "evaluation.prompts=2", *SETTINGS[name])
     plain = Run(config, monkeypatch, None).results()
     device = FakeDevice()
     run = Run(config, monkeypatch, device)

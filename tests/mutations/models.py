@@ -81,7 +81,7 @@ MUTATIONS = [
     (
         "the policy not loaded at a resume",
         BASE,
-        'self.network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)',
+        'self.network.load_state_dict(read_files([folder / "model.safetensors"]), strict=True)',
         "pass",
         RESUME,
     ),

@@ -241,8 +241,8 @@ def escapes(scorer, videos, captions) -> dict[str, int]:
     return {kind: count for kind, count in found.items() if count}
 
 
-counts = pytest.mark.parametrize("count", [144, pytest.param(1017, marks=pytest.mark.long)])
-"""Sixteen clips of each kind of destruction, so that a broken file is noticed quickly, or 113, for small shares."""
+counts = pytest.mark.parametrize("count", [144, pytest.param(2034, marks=pytest.mark.long)])
+"""Sixteen clips of each kind of destruction, so that a broken file is noticed quickly, or 226, for small shares."""
 
 
 @functools.lru_cache(maxsize=1)

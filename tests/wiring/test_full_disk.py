@@ -23,7 +23,7 @@ WRITERS = {
     "step_00000003_0000.safetensors": 2,
     "gallery/pairs": 0,
     "optimizer.safetensors": 0,
-    "gallery/held_out": 3,
+    "held_out.safetensors": 3,
     "summary.json": 3,
 }
 """What cannot be written, and the last step that is saved then, where the disk is full from step 3 on; 0: from the

@@ -33,7 +33,8 @@ def check_kind(kind: str, known: Sequence[str], group: str, thing: str, page: st
     )
 
 
-def _check_device(name: str) -> str:
+def check_device(name: str) -> str:
+    """Return the name of a device; ValueError, with what may be meant, for one that is none."""
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         return name
     meant = _DEVICES.get(name.lower(), "")
@@ -41,5 +42,5 @@ def _check_device(name: str) -> str:
     raise ValueError(f"must be auto, cpu, cuda, or cuda:N for one of several GPUs{hint}")
 
 
-DeviceName = Annotated[str, AfterValidator(_check_device)]
+DeviceName = Annotated[str, AfterValidator(check_device)]
 """auto, cpu, cuda or cuda:N."""

@@ -116,6 +116,11 @@ def choose(names: Sequence[str], weights: Sequence[str], reference: Path | None,
                 wrong.append(f"{error} (--weights {name}=PATH)" if card.needs else str(error))
     if wrong:
         raise ValueError("; ".join(wrong))
+    if everywhere is not None and not any(card.needs for card in cards.values()):
+        raise ValueError(
+            f"--weights {everywhere}: none of the metrics {', '.join(cards)} needs weights; leave it out, or name the "
+            "metric that does by --metrics"
+        )
     if reference is not None and not any(card.group == "fvd" for card in cards.values()):
         raise ValueError(
             f"--reference {reference}: none of the metrics is a distance to other videos; leave it out"

@@ -21,14 +21,14 @@ def options_of(given: argparse.Namespace, target: Path, overrides: Sequence[str]
         baseline=given.baseline,
         base=given.base,
         overrides=tuple(overrides),
-        metrics=_names(given.metrics),
+        metrics=_names("--metrics", given.metrics),
         weights=tuple(given.weights),
         reference=given.reference,
         prompts=given.prompts,
         samples=given.samples,
         seed=given.seed,
         out=given.out,
-        devices=_names(given.device),
+        devices=_names("--device", given.device),
     )
 
 
@@ -66,7 +66,8 @@ def evaluate(options: Options, words: Sequence[str]) -> int:
         return code
     if is_first_process():
         say(
-            f"{len(plan.videos)} videos of {len(plan.suite.prompts)} prompts, metrics {', '.join(plan.choice.cards)}; "
+            f"{_counted(len(plan.videos), 'video')} of {_counted(len(plan.suite.prompts), 'prompt')}, metrics "
+            f"{', '.join(plan.choice.cards)}; "
             f"everything is written to {plan.out.root}",
             sys.stderr,
         )
@@ -78,6 +79,10 @@ def evaluate(options: Options, words: Sequence[str]) -> int:
     say(format_results(results))
     say(f"\n{plan.out.page} shows the videos side by side; the numbers are in {plan.out.results}")
     return int(results["partial"])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def list_metrics() -> int:
@@ -114,5 +119,13 @@ def study(folder: Path, votes: Sequence[Path], seed: int, pairs: int | None) -> 
     return 0
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _names(option: str, text: str | None) -> tuple[str, ...]:
+    """Return the names of an option that takes several; none where it was not given."""
+    if text is None:
+        return ()
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ValueError(
+            f"{option} {text!r} names nothing; give names with commas between them, or leave it out"
+        )
+    return names

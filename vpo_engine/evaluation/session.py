@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vpo_engine.command import is_first_process, same_in_all_processes
+from vpo_engine.config.names import check_device
 from vpo_engine.evaluation.arms import (
     Arm,
     check_alike,
@@ -23,6 +24,7 @@ from vpo_engine.evaluation.chosen_metrics import Choice, choose
 from vpo_engine.evaluation.folders import Video, read_folder, suite_of, write_prompts
 from vpo_engine.evaluation.output import OutputFolder, default_folder
 from vpo_engine.evaluation.suites import Suite, given_suite, read_suite
+from vpo_engine.sample import MOST_VIDEOS
 
 if TYPE_CHECKING:
     from vpo_engine.distributed.processes import Processes
@@ -89,8 +91,11 @@ class Plan:
 
 def plan_evaluation(options: Options) -> Plan:
     """Find arms, prompts, metrics and the folder. Raise ValueError for whatever the words alone tell is wrong."""
-    if options.samples is not None and options.samples < 1:
-        raise ValueError(f"--samples {options.samples} is too small; give at least 1 video for each prompt")
+    if options.samples is not None and not 1 <= options.samples <= MOST_VIDEOS:
+        raise ValueError(
+            f"--samples {options.samples} must be from 1 to {MOST_VIDEOS} videos for each prompt"
+        )
+    _check_devices(options.devices)
     arms = _arms(options)
     suite, folders = _suite(options, arms)
     choice = choose(options.metrics, options.weights, options.reference, _sprites(arms, suite))
@@ -217,6 +222,11 @@ def _arms(options: Options) -> list[Arm]:
         arms = [policy, starting_policy(policy, options.overrides)]
     else:
         arms = [policy, find_arm("baseline", Path(options.baseline), options.base, options.overrides)]
+    if options.base is not None and not any(arm.source and arm.source.adapter for arm in arms):
+        raise ValueError(
+            f"--base {options.base} is for an adapter, but {' and '.join(arm.label for arm in arms)} is none; leave "
+            "--base out"
+        )
     if options.overrides and all(arm.source is None for arm in arms):
         raise ValueError(
             f"{options.overrides[0]} is a setting for sampling, but folders of videos are not sampled; leave it out"
@@ -255,6 +265,23 @@ def _sprites(arms: Sequence[Arm], suite: Suite) -> bool:
     from vpo_engine.data.sprites.world import all_captions
 
     return set(suite.prompts) <= set(all_captions())
+
+
+def _check_devices(devices: Sequence[str]) -> None:
+    """Raise ValueError for a device that has another name than those of model.device, or that is not here."""
+    for name in devices:
+        try:
+            check_device(name)
+        except ValueError as error:
+            raise ValueError(f"--device {name}: {error}") from None
+    numbers = [int(name.partition(":")[2]) for name in devices if ":" in name]
+    if numbers:
+        import torch
+
+        count = torch.cuda.device_count()
+        if max(numbers) >= count:
+            have = f"{count} GPUs, cuda:0 to cuda:{count - 1}" if count else "no GPU; give --device cpu"
+            raise ValueError(f"--device {','.join(devices)}: this machine has {have}")
 
 
 def _device(devices: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -83,6 +84,8 @@ def read_suite(where: str, samples: int | None = None) -> Suite:
     if where == VBENCH and not Path(where).exists():
         return vbench_suite(samples)
     path = Path(where)
+    if not path.suffix and not path.exists() and get_close_matches(where, [VBENCH]):
+        raise ValueError(f"--prompts {where} is no file; did you mean {VBENCH}?")
     file = PromptFile(path, choose="write the prompts under the key 'prompt'")
     prompts = [file[number] for number in range(len(file))]
     dimensions = _dimensions_in(path)

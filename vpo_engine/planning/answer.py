@@ -24,6 +24,7 @@ from vpo_engine.planning.report import as_json, whole
 from vpo_engine.planning.scaling_report import as_json as comparison_as_json
 from vpo_engine.planning.scaling_report import comparison
 from vpo_engine.planning.strategies import compare
+from vpo_engine.texts import say
 
 
 def print_plan(config: Config, gpu: Gpu | None, *, frames: bool, machine: bool) -> None:
@@ -39,9 +40,9 @@ def print_plan(config: Config, gpu: Gpu | None, *, frames: bool, machine: bool) 
         found |= {"most_frames": dict(frames_that_fit(config, gpu))} if frames else {}
         print(json.dumps(found, indent=1))
         return
-    print(*filter(None, [presets, planned_disk(config, describe), whole(plan)]), sep="\n", flush=True)
+    say("\n".join(filter(None, [presets, planned_disk(config, describe), whole(plan)])))
     if not plan.fits:
-        print(*_remedies(config, gpu, plan), sep="\n", flush=True)
+        say("\n".join(_remedies(config, gpu, plan)))
     if frames:
         alone = " and rollout.batch_size=1" if config.rollout.batch_size == "auto" else ""
         print(
@@ -59,7 +60,7 @@ def print_comparison(config: Config, gpu: Gpu, cluster: Cluster, *, machine: boo
     if machine:
         print(json.dumps(comparison_as_json(cluster, rows, refused) | {"gpu": gpu.name}, indent=1))
         return
-    print(*filter(None, [presets, comparison(cluster, rows, refused)]), sep="\n", flush=True)
+    say("\n".join(filter(None, [presets, comparison(cluster, rows, refused)])))
 
 
 def _clip_line(resolution: str, frames: int, fps: int) -> str:

@@ -98,14 +98,18 @@ class Cluster:
         return f"{self.ranks} GPUs ({machines} {self.gpus}; {self.within.name} within{network})"
 
 
+_MOST = 1024
+"""Most GPUs of a machine, and most machines, of which all ways to divide a run are compared."""
+
+
 def make_cluster(gpus: int, nodes: int, gpu: str, within: str | None, between: str | None) -> Cluster:
     """Return the machines that the command line describes; None: what machines with such a GPU usually have.
 
-    Raise ValueError for numbers below 1 and for links that are not known.
+    Raise ValueError for numbers below 1 or above _MOST, and for links that are not known.
     """
     for name, number in (("--gpus", gpus), ("--nodes", nodes)):
-        if number < 1:
-            raise ValueError(f"{name} {number} must be at least 1")
+        if not 1 <= number <= _MOST:
+            raise ValueError(f"{name} {number} must be at {'least 1' if number < 1 else f'most {_MOST}'}")
     usual = next((links for start, links in _USUAL.items() if gpu.startswith(start)), _OTHERWISE)
     return Cluster(
         gpus,
