@@ -1,4 +1,4 @@
-"""Record the runs that ``tests/metrics/test_step_watch.py`` replays: honest ones, and ones into which a fault is planted.
+"""Record the runs that ``tests/metrics/test_step_watch.py`` replays: honest ones, and ones with a planted fault.
 
 python tests/watch_traces.py NAME FOLDER
 
