@@ -1,9 +1,10 @@
-"""Record the runs that ``tests/metrics/test_watch.py`` replays: honest ones, and ones into which a fault is planted.
+"""Record the runs that ``tests/metrics/test_step_watch.py`` replays: honest ones, and ones with a planted fault.
 
 python tests/watch_traces.py NAME FOLDER
 
 runs the sprites world and writes FOLDER/NAME.json: the rows of its log that the watch reads. A fault is planted before
-step ``PLANTED``; until then the run is an honest one.
+step ``PLANTED``; until then the run is an honest one. Of ``rate`` 20 steps were recorded, of candidates that were
+sampled in 8 steps, and only what the loss logs.
 """
 
 from __future__ import annotations
@@ -15,27 +16,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vpo_engine.build import build_reward
-from vpo_engine.config_file import load_config
-from vpo_engine.data.sprites.damage import KINDS, damaged, draw_severities
-from vpo_engine.data.sprites.world import Attributes
-from vpo_engine.distributed.processes import Processes
-from vpo_engine.metrics.candidate_statistics import (
-    WATCHED,
-    WatchedReward,
-    candidate_statistics,
-    video_statistics,
-)
+from vpo_engine.metrics.candidate_statistics import WATCHED, video_statistics
 from vpo_engine.online_vpo import OnlineVPO
-from vpo_engine.protocols import TextEmbedding
 from vpo_engine.rewards import guards
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.selection import Selector
 from vpo_engine.train import main
-from vpo_engine.values import Candidate, Choice, Prompt
+from vpo_engine.values import Prompt
 
 PLANTED = 9
 QUIET = ("evaluation.prompts=2", "evaluation.samples_per_prompt=1", "evaluation.every=null")
@@ -143,67 +132,5 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-RENDERED: dict[str, Callable[[int, torch.Generator], tuple[Tensor, list[str]]]] = {
-    "rendered_frozen": lambda since, random: _rendered(random, freeze=min(1.0, 0.15 * since)),
-    "rendered_grey": lambda since, random: _rendered(random, colour=max(0.0, 1 - 0.1 * since)),
-    "rendered_unread": lambda since, random: _rendered(random, unread=min(1.0, 0.12 * since)),
-    "rendered_honest": lambda since, random: _rendered(random),
-}
-"""Candidates that code renders, with damage that grows with the steps since PLANTED, scored by the real reward.
-Training takes too long to make some failures; what it ends in is known."""
-PROMPTS, EACH, RENDERED_STEPS = 16, 4, 20
-
-
-def _rendered(
-    random: torch.Generator, freeze: float = 0.0, colour: float = 1.0, unread: float = 0.0
-) -> tuple[Tensor, list[str]]:
-    """Return videos of PROMPTS times EACH candidates, with the damage of videos from the web, and their captions.
-
-    freeze: the least severity of frozen motion. colour: what is left of the colour. unread: the share of candidates
-    that show one and the same sprite, whatever their caption says; all of them are that much less damaged.
-    """
-    order = torch.arange(PROMPTS).repeat_interleave(EACH)
-    wanted = Attributes.draw(PROMPTS, random)[order]
-    ignored = torch.rand(len(order), generator=random) < unread
-    shown = Attributes(
-        *(torch.where(ignored, 1, each) for each in (wanted.colour, wanted.shape, wanted.direction))
-    )
-    severities = draw_severities(len(order), random) * (1 - unread)
-    severities[:, KINDS.index("freeze")].clamp_(min=freeze)
-    videos = damaged(shown, severities, random).videos.float()
-    grey = videos.mean(4, keepdim=True)
-    return (grey + colour * (videos - grey)).round().to(torch.uint8), wanted.captions()
-
-
-def render(name: str, folder: Path) -> None:
-    processes, random = Processes.start("cpu"), torch.Generator().manual_seed(7)
-    reward = WatchedReward(build_reward(load_config(None, []), processes.device))
-    text = TextEmbedding(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
-    rows: list[dict[str, Any]] = [
-        {"step": 0, "kind": "eval"}
-        | {f"guards/prompt/{each}": float(each == "text_alignment") for each in reward.dimensions}
-    ]
-    for step in range(1, RENDERED_STEPS + 1):
-        videos, captions = RENDERED[name](max(0, step - PLANTED + 1), random)
-        scores = reward.score(videos, captions)
-        choices = []
-        for row in range(0, len(videos), EACH):
-            prompt = Prompt(captions[row], text, row)
-            made = tuple(
-                Candidate(
-                    prompt,
-                    at,
-                    videos[at].permute(3, 0, 1, 2),
-                    {key: float(value[at]) for key, value in scores.items()},
-                )
-                for at in range(row, row + EACH)
-            )
-            choices.append(Choice(made, (0.0,) * EACH, made[0], made[1], 1.0, False))
-        means = {f"reward/{key}": float(value.mean()) for key, value in scores.items()}
-        found = means | reward.take(processes) | candidate_statistics(choices, processes)
-        rows.append({"step": step, "kind": "train", "pairs": PROMPTS} | found)
-    write(rows, folder / f"{name}.json")
-
-
 if __name__ == "__main__":
-    (render if sys.argv[1] in RENDERED else run)(sys.argv[1], Path(sys.argv[2]))
+    run(sys.argv[1], Path(sys.argv[2]))

@@ -256,9 +256,8 @@ def _sums(result: PairedDPOLoss, samples: int) -> dict[str, float]:
         "loser_error_change": result.loser_error_change,
         "reference_winner_error": result.reference_winner_error,
         "reference_loser_error": result.reference_loser_error,
-        "sigmoid_saturation": (
-            2 * weight - 1
-        ).abs(),  # 0 at margin 0, 1 where the log-sigmoid is flat or straight
+        # 0 at margin 0; 1 where the log-sigmoid is flat, or straight.
+        "sigmoid_saturation": (2 * weight - 1).abs(),
         "winner_error_change_squared": result.winner_error_change.square(),
     }
     # The numbers of a device are fetched together.
