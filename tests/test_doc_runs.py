@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_what_a_page_says_works(
 def _run(line: str, found: Recipe) -> None:
     command = engine_command(line)
     if command is None:
+        line = re.sub(r"^python ", f"{sys.executable} ", line)
         subprocess.run(["bash", "-ec", line], check=True, timeout=60)
         return
     name, words = command

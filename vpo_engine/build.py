@@ -267,6 +267,15 @@ def _present(name: str) -> torch.device:
     return device
 
 
+def judged_dimensions(config: Config, judge: Reward | None) -> Sequence[str] | None:
+    """Return the dimensions of the judge that are averaged: those of guards.reward; or None, for those that are trained
+    on, if the judge has them; or else all."""
+    if config.guards.reward is not None:
+        return config.guards.reward.dimensions
+    known = {"global"} if judge is None else {"global", *judge.dimensions}
+    return None if judge is None or set(config.reward.dimensions) <= known else ("global",)
+
+
 def build_held_out(
     config: Config, model: VideoModel, prompts: Sequence[str], reward: Reward, processes: Processes
 ) -> HeldOut:
@@ -294,6 +303,6 @@ def build_held_out(
         reward=reward,
         pixels=measure if sprites else pixel_measures,
         judge=judge,
-        judged=None if settings is None else settings.dimensions,
+        judged=judged_dimensions(config, judge),
     )
     return HeldOut(config, model, prompts, scorers, processes, model.idle_offload)

@@ -38,3 +38,29 @@ def test_two_prompts_of_the_same_bytes_have_records_of_their_own(tmp_path: Path)
     values = [row["policy"]["values"]["pixels:sprites/displacement"] for row in results_of(out)["videos"]]
     assert values[0] == pytest.approx(-values[1])
     assert values[0] != 0
+
+
+def test_a_missing_video_makes_the_results_partial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = videos(tmp_path / "clips", 150, PROMPTS[:2]), tmp_path / "out"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    (folder / f"{PROMPTS[1]}-1.mp4").unlink()
+    words = ("--prompts", prompts, "--samples", "2", "--metrics", "pixels", "--out", out)
+    assert run(folder, *words) == 1
+    results = results_of(out)
+    assert results["partial"] is True
+    assert results["problems"]["policy"] == {f"{PROMPTS[1]}-1.mp4": "is missing"}
+    assert results["measures"]["pixels/sharpness"]["policy"]["provenance"]["count"] == 3
+    assert "1 videos of the policy are missing" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_row_that_another_process_did_not_finish_is_left_out(tmp_path: Path) -> None:
+    folder, out = videos(tmp_path / "clips", 150, PROMPTS[:1]), tmp_path / "out"
+    words = (folder, "--metrics", "pixels", "--out", out)
+    assert run(*words) == 0
+    (own,) = out.rglob("process_0.jsonl")
+    first = own.read_bytes().partition(b"\n")[0]
+    (own.parent / "process_1.jsonl").write_bytes(first + b"\n" + first[: len(first) // 2])
+    assert run(*words) == 0

@@ -11,6 +11,7 @@ SUITES = "vpo_engine/evaluation/suites.py"
 FOLDERS = "vpo_engine/evaluation/folders.py"
 VBENCH = "vpo_engine/evaluation/vbench_form.py"
 STATISTICS = ("tests/evaluation/test_paired.py",)
+PARTIAL = ("tests/evaluation/test_partial.py",)
 READ = ("tests/evaluation/test_folders.py",)
 SAMPLED = ("tests/evaluation/test_policies.py",)
 VOTED = ("tests/evaluation/test_votes.py",)
@@ -78,7 +79,13 @@ MUTATIONS = [
         ("tests/evaluation/test_partial.py",),
     ),
     ("stand-ins among the measures", RESULTS, 'items() if each["group"] != "proxy"}', "items()}", READ),
-    ("a failed video is no reason to be partial", RESULTS, "or any(map(len, problems.values()))", "", READ),
+    (
+        "a missing video is no reason to be partial",
+        RESULTS,
+        "or any(map(len, problems.values()))",
+        "",
+        PARTIAL,
+    ),
     ("numbers of any settings in one column", MEASURING, "if one != other ]", "if False]", READ),
     ("videos of another size are measured", MEASURING, "if facts.shape != side.shape:", "if False:", READ),
     (
@@ -93,7 +100,7 @@ MUTATIONS = [
         RECORDS,
         'file.read_bytes().rpartition(b"\\n")[0]',
         "file.read_bytes()",
-        READ,
+        PARTIAL,
     ),
     (
         "other noise for the baseline",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ import torch
 
 from vpo_engine import rank as rank_module
 from vpo_engine import train as entry
+from vpo_engine.build import judged_dimensions
 from vpo_engine.config import Config, names
+from vpo_engine.config_file import load_config
 from vpo_engine.rewards import kinds, own
 from vpo_engine.rewards.registry import build_reward, check_reward, knows_frame_rate, reward_card
 from vpo_engine.runs.log import read_metrics
@@ -268,3 +271,15 @@ def test_an_installed_package_offers_a_name(
     assert small("reward.kind=mine", "reward.dimensions=one").reward.kind == "mine"
     assert reward_card("mine").reads_prompt
     assert build_reward("mine").dimensions == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "judged"),
+    [("colourfulness", ("global",)), ("temporal_consistency", None), ("global", None)],
+)
+def test_the_judge_of_the_sprites_world_averages_all_where_it_has_no_such_dimension(
+    dimensions: str, judged: tuple[str, ...] | None
+) -> None:
+    config = load_config(None, [f"reward.dimensions={dimensions}"])
+    judge = SimpleNamespace(dimensions=("visual_quality", "temporal_consistency"))
+    assert judged_dimensions(config, judge) == judged
