@@ -109,10 +109,13 @@ def _prompt_sums(choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:
     """Return five sums over prompts of n candidates with pooled latents x, and the sum of all x; float64.
 
     The sums are those of 1, n, n squared, n times the square of the mean of x, and the squares of x less that mean.
+    Prompts whose candidates have no latents any more, as those of stored pairs, do not count.
     """
     counts = torch.zeros(5, dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     for choice in choices:
+        if not all(one.latents.numel() for one in choice.candidates):
+            continue
         latents = torch.stack([one.latents for one in choice.candidates]).float()
         pooled = functional.adaptive_avg_pool3d(latents, _POOLED).flatten(1).double().cpu()
         count, mean = len(pooled), pooled.mean(0)
