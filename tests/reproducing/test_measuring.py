@@ -29,15 +29,19 @@ def test_the_frechet_distance_is_the_closed_form_of_gaussians() -> None:
     assert frechet(first @ rotated, second @ rotated) == pytest.approx(frechet(first, second), rel=1e-6)
 
 
-def test_its_values_by_clip_have_less_of_the_bias_of_few_clips() -> None:
+def test_its_values_by_clip_have_its_mean_and_its_spread() -> None:
+    """The standard error by clips of one set is near the spread of the distance over many sets."""
     random = torch.Generator().manual_seed(1)
-    real = torch.randn(5000, 4, generator=random, dtype=torch.float64)
-    few = [torch.randn(40, 4, generator=random, dtype=torch.float64) for _ in range(8)]
-    plain = sum(frechet(clips, real) for clips in few) / 8
-    corrected = [frechet_by_clip(clips, real) for clips in few]
-    assert all(len(values) == 40 for values in corrected)
-    assert plain > 0.1  # the true distance is nearly 0
-    assert abs(float(torch.stack(corrected).mean())) < plain / 4
+    real = torch.randn(5000, 3, generator=random, dtype=torch.float64)
+    sets = [0.5 + torch.randn(60, 3, generator=random, dtype=torch.float64) for _ in range(60)]
+    distances = torch.tensor([frechet(clips, real) for clips in sets], dtype=torch.float64)
+    errors = []
+    for clips, distance in zip(sets[:10], distances, strict=False):
+        values = frechet_by_clip(clips, real)
+        assert values.shape == (60,)
+        assert float(values.mean()) == pytest.approx(float(distance))
+        errors.append(float(values.std()) / 60**0.5)
+    assert sum(errors) / 10 == pytest.approx(float(distances.std()), rel=0.35)
 
 
 @pytest.mark.long

@@ -74,19 +74,22 @@ def frechet(first: Tensor, second: Tensor) -> float:
 
 
 def frechet_by_clip(clips: Tensor, real: Tensor) -> Tensor:
-    """Return the jackknife's pseudo-values of ``frechet(clips, real)``, float64 [n].
+    """Return a number for each clip, float64 [n], whose mean is ``frechet(clips, real)``.
 
-    Their mean is the distance without the bias of few clips to first order, and their spread is that of the distance:
-    so it is compared and given intervals as any measure that has one number for each clip.
+    They are the jackknife's pseudo-values, moved so that their mean is the distance itself: their spread is that of the
+    distance, so it is given intervals as any measure that has one number for each clip. The jackknife's own mean would
+    correct the bias of few clips too far, to below zero; all rows of a table have the same number of clips, and so
+    nearly the same bias.
     """
     count, whole = len(clips), frechet(clips, real)
     kept = torch.ones(count, dtype=torch.bool)
-    values = []
+    without = []
     for clip in range(count):
         kept[clip] = False
-        values.append(count * whole - (count - 1) * frechet(clips[kept], real))
+        without.append(frechet(clips[kept], real))
         kept[clip] = True
-    return torch.tensor(values, dtype=torch.float64)
+    distances = torch.tensor(without, dtype=torch.float64)
+    return whole - (count - 1) * (distances - distances.mean())
 
 
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
