@@ -114,7 +114,7 @@ def test_the_page_of_an_evaluation(folder: Path, video: Path, prompt: str, label
     pages = []
     for texts in ((prompt, label, why), ("a", "b", "c")):
         write_page(folder / "e.html", results(*texts, video))
-        pages.append((folder / "e.html").read_text(encoding="utf-8", newline=""))
+        pages.append((folder / "e.html").read_bytes().decode())
     page = check_same_page(*pages)
     assert prompt in page.texts
     assert prompt in page.values("title")
@@ -148,10 +148,12 @@ def report(root: Path, prompt: str, name: str, text: str) -> str:
     run = RunDirectory.create_at(root / "run", "steps: 3\n" + json.dumps({"name": name})[1:-1] + "\n")
     clips = torch.full((1, 2, 8, 8, 3), 60, dtype=torch.uint8)
     scores = [{"visual_quality": 1.0}]
-    write_held_out(run.held_out_gallery, HeldOutGallery(clips, clips, [prompt], scores, scores, 8, text))
+    write_held_out(
+        run.held_out_gallery, HeldOutGallery(clips, clips.clone(), [prompt], scores, scores, 8, text)
+    )
     run.alarms.write_text(json.dumps({"step": 1, "kind": "prompt", "text": text}) + "\n")
     run.metrics.write_text(json.dumps({"step": 1, "kind": "train", "loss": 1.0}) + "\n")
-    return write_report(run).read_text(encoding="utf-8", newline="")
+    return write_report(run).read_bytes().decode()
 
 
 @fuzz(text=TEXTS)

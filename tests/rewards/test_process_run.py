@@ -115,6 +115,6 @@ class TestRanking:
     def test_a_time_limit_is_a_time(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert rank_module.main([str(folder), "--reward", "sprites", "--time-limit", "0"]) == 1
         assert (
-            "error: the time limit is 0.0 seconds, expected a finite number above 0"
+            "error: --time-limit 0 is no time; give seconds above 0, or leave it out"
             in capsys.readouterr().err
         )

@@ -36,7 +36,7 @@ def format_results(results: Mapping[str, Any]) -> str:
 
 def quality_line(results: Mapping[str, Any]) -> str:
     """Say VBench's quality score of each arm that has its seven dimensions; an empty text if none has."""
-    scores = results["vbench_quality_score"]
+    scores = results.get("vbench_quality_score", {})
     found = ", ".join(f"{role} {scores[role]:.4f}" for role in ("baseline", "policy") if role in scores)
     return f"VBench's quality score, of its seven dimensions: {found}" if found else ""
 

@@ -66,11 +66,11 @@ class Budget:
         )
 
     def rated(self, lr: str) -> Row:
-        """Return the row of equal seconds with another learning rate."""
-        _, row = self.rows({})
+        """Return the row of equal seconds with another learning rate; its quick form is half as long."""
         more = (f"optimizer.lr={lr}",)
-        quick = (*(row.quick or ()), *more)
-        return Row(f"{self.title}, lr {lr}", (*row.settings, *more), {}, row.budget, quick)
+        whole, quick = self._of(self.seconds[0]), self._of(self.seconds[1] // 2)
+        budget = "equal seconds"
+        return Row(f"{self.title}, lr {lr}", (*whole, *more), {}, budget, (*quick, *_EVALUATION, *more))
 
     def timed(self, evaluations: int, length: int = 1, lr: str | None = None) -> Row:
         """Return a row of the method alone, ``length`` times as long in seconds, with this many evaluations.

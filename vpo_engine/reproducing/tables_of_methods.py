@@ -222,5 +222,5 @@ LEARNING_RATES = Table(
         *(budget.rated(lr) for budget in (REFL, VADER, INSTRUCT) for lr in _RATES),
     ),
     columns=(Column("reward, mean", "reward/mean"), JUDGE, DYNAMIC, SUBJECT, JITTER, MOTION),
-    quick=BRIEF,
+    quick=(*BRIEF, "steps=5"),
 )

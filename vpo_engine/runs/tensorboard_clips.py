@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _GAP = 4
+_COLOURS = 256
 LARGEST_SIDE = 480
 """Larger clips are made smaller: GIF compresses badly."""
 
@@ -38,13 +39,21 @@ def animation(clip: Tensor, fps: float) -> Animation:
     width, height = (max(1, round(side * scale)) for side in frames[0].size)
     if scale < 1:
         frames = [frame.resize((width, height)) for frame in frames]
-    # Pillow's own choice of colours takes twenty times as long.
-    frames = [frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
+    frames = [_with_palette(frame) for frame in frames]
     content = io.BytesIO()
     frames[0].save(
         content, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0
     )
     return Animation(content.getvalue(), width, height)
+
+
+def _with_palette(frame: Image.Image) -> Image.Image:
+    """Return a frame with 256 colours: its own if they are no more, else by Pillow's fast choice of them.
+
+    Its choice for few colours would take twenty times as long for many.
+    """
+    few = frame.getcolors(_COLOURS) is not None
+    return frame.quantize(_COLOURS, Image.Quantize.MEDIANCUT if few else Image.Quantize.FASTOCTREE)
 
 
 def add_animation(board: SummaryWriter, name: str, clip: Animation, step: int) -> None:
