@@ -183,7 +183,7 @@ def moments(
     count = totals[-1]
     if not count:
         return {}
-    found = {}
+    found: dict[str, float] = {}
     for column, name in enumerate(names):
         mean = totals[column] / count
         variance = max(totals[len(names) + column] / count - mean**2, 0.0)
