@@ -19,8 +19,8 @@ from vpo_engine.rewards.guards import Shuffled
 DATA = Path(__file__).parents[1] / "data/watch"
 SOON = 5
 """An alarm comes within so many rollouts of the onset."""
-HONEST = ["honest_1", "bold"]
-"""Recorded runs that go well: of the recipe, and with four times the rate and a tenth of beta from step 9 on."""
+HONEST = ["honest_1", "honest_2", "honest_3", "bold"]
+"""Recorded runs that go well: three of the recipe, and one with four times the rate and a tenth of beta from step 9 on."""
 WRONG: list[tuple[str, int, str, set[str]]] = [
     # name, onset, the alarm, and others that are right too
     (
