@@ -121,7 +121,7 @@ def test_values_that_are_not_finite_are_never_near() -> None:
         (["rollout.guidance_interval=[0.2,0.8]"], "a guidance that guidance=1.0 turns off"),
         (["rollout.guidance=3", "rollout.guidance_interval=[0.8,0.2]"], "0 <= low < high <= 1"),
         (["rollout.guidance=3", "rollout.guidance_interval=[0.0,1.5]"], "0 <= low < high <= 1"),
-        (["rollout.guidance=3", "rollout.guidance_interval=[.nan,1.0]"], "0 <= low < high <= 1"),
+        (["rollout.guidance=3", "rollout.guidance_interval=[.nan,1.0]"], "must be a finite number"),
         (["rollout.cache=0"], "rollout.cache=0 must be above 0"),
         (["rollout.cache=.inf"], "rollout.cache=.inf must be a finite number"),
         (["rollout.prune={after: 0.5, keep: 4}"], "prune.keep=4 must be below candidates=4"),

@@ -43,6 +43,10 @@ class WatchedReward:
         self._seen.append((video_statistics(videos), prompts))
         return scores
 
+    def forget(self) -> None:
+        """Forget what was measured of videos that no step is made of."""
+        self._seen = []
+
     def take(self, processes: Processes) -> dict[str, float]:
         """Return ``Moments`` of all videos that all processes have scored since the last call; {} without any."""
         seen, self._seen = self._seen, []

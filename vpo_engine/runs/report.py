@@ -95,8 +95,8 @@ def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, 
     ):
         value = _lookup(config, keys)
         if value is not None:
-            text = shortened(str(value), 40)
-            facts.append(f"{text} {label}" if "per" in label else f"{label} {text}")
+            shown = shortened(str(value), 40)
+            facts.append(f"{shown} {label}" if "per" in label else f"{label} {shown}")
     alarms = read_alarms(run)
     if alarms:
         text += f" The run raised {len(alarms)} alarm{'s' if len(alarms) > 1 else ''}, see below."

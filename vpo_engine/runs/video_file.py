@@ -36,7 +36,7 @@ MOST_PIXELS = 1 << 26
 MOST_FRAMES = 100_000
 MOST_IN_ALL = 1 << 36
 """The most pixels of all frames together: 18 minutes of 1080p at 30 frames per second."""
-_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,m4v,flv,asf,ogg"
+_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,m4v,flv,asf,ogg,h264,hevc"
 """Containers that are read. Others, such as playlists, name further files and addresses, which libav would open."""
 _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(MOST_PIXELS)}
 
