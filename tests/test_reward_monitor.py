@@ -245,6 +245,7 @@ def test_an_alarm_of_a_step_reaches_terminal_log_and_report_and_stops_the_run(
 ) -> None:
     """Every step counts as saturated, and two are enough."""
     monkeypatch.setattr("vpo_engine.metrics.step_watch.SATURATION_TOLERATED", -1.0)
+    monkeypatch.setattr("vpo_engine.metrics.step_watch.SATURATION_EXPECTED", -2.0)
     monkeypatch.setattr("vpo_engine.metrics.cusum.threshold", lambda clearance: 1e-3)
     run = tmp_path / "run"
     rare = ("evaluation.every=null", "checkpoint.every=null", "guards.on_alarm=stop")
@@ -256,8 +257,8 @@ def test_an_alarm_of_a_step_reaches_terminal_log_and_report_and_stops_the_run(
     assert (alarm["step"], alarm["kind"], alarm["metric"], alarm["limit"]) == (
         2,
         "saturation",
-        "saturated",
-        0.25,
+        "sigmoid_saturation",
+        -1.0,
     )
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["guards/level/saturation"] for row in rows] == [0.5, 1.0]

@@ -74,6 +74,7 @@ class OfflineDPO(OnlineVPO):
             prompts = embed_prompts(self.model, texts, positions)
             with self.stopping.stoppable(together=self.processes.team.count > 1), self.optimizer.whole():
                 choices = super()._choose(prompts)
+            self.watched.forget()
             pairs = self.selector.pairs(choices)
             if recorder is not None:
                 recorder.record(step + 1, choices, pairs)

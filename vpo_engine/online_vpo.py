@@ -173,7 +173,7 @@ class OnlineVPO(Method):
 
     def _learned(self, choices: list[Choice], pairs: list[Pair], metrics: dict[str, float]) -> Step:
         metrics |= self.selector.metrics(choices)
-        if watched := self._watched.take(self.processes):  # videos were sampled in this step
+        if watched := self.watched.take(self.processes):  # videos were sampled in this step
             metrics |= watched | candidate_statistics(choices, self.processes)
         metrics["reference_age"] = self.optimizer_steps - self.refreshed_at
         metrics |= {f"reference/{name}": value for name, value in self.reference.numbers().items()}
@@ -207,8 +207,8 @@ class OnlineVPO(Method):
             CountedRows(first, check),
             CountedRows(exact if config.weights == "policy" else first, check),
         )
-        self._watched = WatchedReward(self.reward)
-        reward = self._watched if self.config.guards.motion_floor is None else WithMotion(self._watched)
+        self.watched = WatchedReward(self.reward)
+        reward = self.watched if self.config.guards.motion_floor is None else WithMotion(self.watched)
         scorer = VideoScorer(
             self.timer.timed(
                 "decode", self.stopping.before(lambda latents: model.decode(check_latents(latents)))

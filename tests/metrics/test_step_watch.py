@@ -19,16 +19,16 @@ from vpo_engine.rewards.guards import Shuffled
 DATA = Path(__file__).parents[1] / "data/watch"
 SOON = 5
 """An alarm comes within so many rollouts of the onset."""
-HONEST = ["honest_1", "bold"]
-"""Recorded runs that go well: of the recipe, and with four times the rate and a tenth of beta from step 9 on."""
+HONEST = ["honest_1", "honest_2", "honest_3", "bold"]
+"""Three of the recipe, and one with four times the rate and a tenth of beta from step 9 on."""
 WRONG: list[tuple[str, int, str, set[str]]] = [
     # name, onset, the alarm, and others that are right too
-    (
-        "rate",
-        12,
-        "saturation",
-        set(),
-    ),  # twenty times the rate from step 9 on: the loss stays above 1 from step 12 on
+    # A hundred times beta from step 9 on.
+    ("beta", 9, "saturation", set()),
+    # Pairs of the base policy, four times the rate from step 9 on.
+    ("offline", 9, "shortcut", {"saturation"}),
+    # Twenty times the rate from step 9 on; the loss stays above 1 from step 12 on.
+    ("rate", 12, "saturation", set()),
 ]
 Row = dict[str, Any]
 Alarms = list[Alarm]

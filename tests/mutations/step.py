@@ -334,7 +334,7 @@ MUTATIONS = [
         "total=total",
         REPLAY,
     ),
-    ("the motion floor sees no motion", STEP, "WithMotion(self._watched)", "self._watched", REPLAY),
+    ("the motion floor sees no motion", STEP, "WithMotion(self.watched)", "self.watched", REPLAY),
     (
         "candidates of the copy although the policy samples",
         STEP,

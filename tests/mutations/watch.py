@@ -111,8 +111,8 @@ MUTATIONS = [
     (
         "a team's candidates count twice",
         STATISTICS,
-        "share = processes.team_size if replicated else 1",
-        "share = 1",
+        "[1 / team] * 3 if replicated",
+        "[1] * 3 if replicated",
         MEASURES,
     ),
     (

@@ -43,6 +43,10 @@ class WatchedReward:
         self._seen.append((video_statistics(videos), prompts))
         return scores
 
+    def forget(self) -> None:
+        """Forget what was measured of videos that no step is made of."""
+        self._seen = []
+
     def take(self, processes: Processes) -> dict[str, float]:
         """Return ``Moments`` of all videos that all processes have scored since the last call; {} without any."""
         seen, self._seen = self._seen, []
@@ -101,29 +105,35 @@ def candidate_statistics(choices: Sequence[Choice], processes: Processes) -> dic
         del found[f"watch/{label}"]  # the mean is logged already
     counts, centres = _prompt_sums(choices)
     # All members of a team have the same candidates.
-    summed = processes.sum(torch.cat([counts, centres]).to(processes.device)).cpu() / processes.team_size
-    return found | _prompt_share(summed[: len(counts)].tolist(), float(summed[len(counts) :].square().sum()))
+    summed = processes.sum(torch.cat([counts, centres]).to(processes.device)).tolist()
+    summed = [value / processes.team_size for value in summed]
+    return found | _prompt_share(
+        summed[: len(counts)], math.fsum(value**2 for value in summed[len(counts) :])
+    )
 
 
 def _prompt_sums(choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:
     """Return five sums over prompts of n candidates with pooled latents x, and the sum of all x; float64.
 
     The sums are those of 1, n, n squared, n times the square of the mean of x, and the squares of x less that mean.
-    Prompts whose candidates have no latents any more, as those of stored pairs, do not count.
     """
-    counts = torch.zeros(5, dtype=torch.float64)
-    total = torch.zeros((), dtype=torch.float64)
-    for choice in choices:
-        if not all(one.latents.numel() for one in choice.candidates):
-            continue
-        latents = torch.stack([one.latents for one in choice.candidates]).float()
-        pooled = functional.adaptive_avg_pool3d(latents, _POOLED).flatten(1).double().cpu()
-        count, mean = len(pooled), pooled.mean(0)
-        counts += torch.tensor(
-            [1, count, count**2, count * mean.square().sum(), (pooled - mean).square().sum()]
-        )
-        total = total + pooled.sum(0)
-    return counts, total
+    sizes = [len(choice.candidates) for choice in choices]
+    pooled = [
+        functional.adaptive_avg_pool3d(
+            torch.stack([one.latents for one in choice.candidates]).float(), _POOLED
+        ).flatten(1)
+        for choice in choices
+    ]
+    exact = torch.cat(pooled).cpu().double()
+    of_prompts = torch.zeros(len(sizes), exact.shape[1], dtype=torch.float64)
+    of_prompts.index_add_(
+        0, torch.tensor([row for row, size in enumerate(sizes) for _ in range(size)]), exact
+    )
+    squares = of_prompts.square().sum(1).tolist()
+    between = math.fsum(square / size for square, size in zip(squares, sizes, strict=True))
+    within = max(float(exact.square().sum()) - between, 0.0)
+    counts = [len(sizes), sum(sizes), sum(size**2 for size in sizes), between, within]
+    return torch.tensor(counts, dtype=torch.float64), of_prompts.sum(0)
 
 
 def _prompt_share(counts: Sequence[float], square_of_total: float) -> dict[str, float]:
@@ -157,30 +167,33 @@ def moments(
     a part of them.
     """
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    exact = functional.pad(values.double(), (0, 1), value=1.0)
-    by_prompt = exact.new_zeros(len(numbers), exact.shape[1])
-    by_prompt.index_add_(0, torch.tensor([numbers[text] for text in texts], dtype=torch.int64), exact)
-    crossed = by_prompt * by_prompt[:, -1:]
-    sums = torch.stack([exact.sum(0), exact.square().sum(0), by_prompt.square().sum(0), crossed.sum(0)])
-    # A prompt whose videos are spread over a team is seen in parts, whose squares are that much too small.
-    spread = torch.tensor([1.0, 1.0, 1.0, 1.0] if replicated else [1.0, 1.0, *[processes.team_size] * 2])
-    share = processes.team_size if replicated else 1
-    sums = functional.pad(
-        sums * spread.double()[:, None] / share, (0, 1), value=len(by_prompt) / processes.team_size
+    exact = values.double()
+    rows = torch.cat([exact, exact.square(), exact.new_ones(len(exact), 1)], dim=1)
+    by_prompt = rows.new_zeros(len(numbers), rows.shape[1])
+    by_prompt.index_add_(0, torch.tensor([numbers[text] for text in texts], dtype=torch.int64), rows)
+    products = by_prompt.T @ by_prompt
+    sums = torch.cat(
+        [by_prompt.sum(0), products.diagonal(), products[-1], rows.new_full((1,), len(by_prompt))]
     )
-    summed = processes.sum(sums.to(processes.device)).cpu()
-    count, prompts = summed[0, -2:].tolist()
+    *summed, prompts = processes.sum(sums.to(processes.device)).tolist()
+    team, width = processes.team_size, rows.shape[1]
+    # A prompt whose videos are spread over a team is seen in parts, whose products are that much too small.
+    by_parts = [1 / team] * 3 if replicated else [1, team, team]
+    totals, squares, weighted = (
+        [factor * value for value in summed[part * width : (part + 1) * width]]
+        for part, factor in enumerate(by_parts)
+    )
+    prompts /= team
+    count = totals[-1]
     if not count:
         return {}
     found: dict[str, float] = {}
     for column, name in enumerate(names):
-        total, squares, of_prompts, weighted = summed[:, column].tolist()
-        mean = total / count
-        variance = max(squares / count - mean**2, 0.0)
-        between = max(of_prompts - 2 * mean * weighted + mean**2 * float(summed[2, -2]), 0.0) / count**2
-        error = (
-            between * prompts / (prompts - 1) if prompts > 1 else variance
-        )  # one prompt says little about others
+        mean = totals[column] / count
+        variance = max(totals[len(names) + column] / count - mean**2, 0.0)
+        between = max(squares[column] - 2 * mean * weighted[column] + mean**2 * squares[-1], 0.0) / count**2
+        # One prompt says little about others.
+        error = between * prompts / (prompts - 1) if prompts > 1 else variance
         found |= {f"watch/{name}": mean, f"watch/sd/{name}": math.sqrt(variance)}
         found[f"watch/se/{name}"] = math.sqrt(error)
     return found

@@ -248,23 +248,20 @@ class DPO:
 
 def _sums(result: PairedDPOLoss, samples: int) -> dict[str, float]:
     """Return the sums of METRICS over the samples of a micro-batch."""
-    weight = torch.sigmoid(-result.margin)
     values = {
         "margin": result.margin,
-        "implicit_accuracy": result.margin > 0,
+        "implicit_accuracy": (result.margin > 0).to(result.margin.dtype),
         "winner_error_change": result.winner_error_change,
         "loser_error_change": result.loser_error_change,
         "reference_winner_error": result.reference_winner_error,
         "reference_loser_error": result.reference_loser_error,
-        # 0 at margin 0; 1 where the log-sigmoid is flat, or straight.
-        "sigmoid_saturation": (2 * weight - 1).abs(),
+        # |2 sigmoid(margin) - 1|: 0 at margin 0; 1 where the log-sigmoid is flat, or straight.
+        "sigmoid_saturation": (result.margin / 2).tanh().abs(),
         "winner_error_change_squared": result.winner_error_change.square(),
     }
     # The numbers of a device are fetched together.
-    loss, *sums = torch.stack(
-        [result.loss.double(), *(value.sum().double() for value in values.values())]
-    ).tolist()
-    return {"loss": loss * samples, **dict(zip(values, sums, strict=True))}
+    sums = torch.stack([*values.values()]).double().sum(1).tolist()
+    return {"loss": float(result.loss) * samples, **dict(zip(values, sums, strict=True))}
 
 
 def _by_pair(samples: range, draws: int) -> dict[int, slice]:
