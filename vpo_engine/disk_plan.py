@@ -45,7 +45,7 @@ def disk_parts(config: Config, model: VideoModel) -> list[DiskPart]:
     one, keep = checkpoint_bytes(config, model.network), config.checkpoint.keep
     parts = [
         DiskPart(
-            f"checkpoints ({keep + 1} of {_gib(one)})",
+            f"checkpoints ({keep + 1} of {_size(one)})",
             (keep + 1) * one,
             False,
             f"lower checkpoint.keep={keep}",
@@ -67,11 +67,11 @@ def embedding_bytes(config: Config, model: VideoModel, prompts: int) -> int:
 def describe(config: Config, model: VideoModel, prompts: int) -> str:
     """Return the line of a plan about the disk."""
     parts = disk_parts(config, model)
-    listed = ", ".join(f"{part.name} {_gib(part.bytes)}" for part in parts)
-    text = _gib(embedding_bytes(config, model, prompts))
+    listed = ", ".join(f"{part.name} {_size(part.bytes)}" for part in parts)
+    text = _size(embedding_bytes(config, model, prompts))
     limit = "" if config.disk.limit_gib is None else f"; disk.limit_gib={config.disk.limit_gib:g}"
     return (
-        f"disk: about {_gib(sum(part.bytes for part in parts))} after {config.steps} steps: {listed}; text embeddings, "
+        f"disk: about {_size(sum(part.bytes for part in parts))} after {config.steps} steps: {listed}; text embeddings, "
         f"which runs share, at most {text}{limit}"
     )
 
@@ -145,6 +145,11 @@ def _videos(config: Config, model: VideoModel) -> list[DiskPart]:
         DiskPart("clips in TensorBoard", clips, True, f"raise evaluation.every={every}"),
         DiskPart("galleries", gallery, False, "make smaller videos"),
     ]
+
+
+def _size(size: float) -> str:
+    """Return a size in GiB, or in MiB where hundredths of a GiB would say nothing."""
+    return _gib(size) if size >= _GIB / 20 else f"{size * 1024 / _GIB:.1f} MiB"
 
 
 def _gib(size: float) -> str:
