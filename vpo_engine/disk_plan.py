@@ -68,10 +68,10 @@ def describe(config: Config, model: VideoModel, prompts: int) -> str:
     """Return the line of a plan about the disk."""
     parts = disk_parts(config, model)
     listed = ", ".join(f"{part.name} {_size(part.bytes)}" for part in parts)
-    text = _size(embedding_bytes(config, model, prompts))
+    whole, text = sum(part.bytes for part in parts), _size(embedding_bytes(config, model, prompts))
     limit = "" if config.disk.limit_gib is None else f"; disk.limit_gib={config.disk.limit_gib:g}"
     return (
-        f"disk: about {_size(sum(part.bytes for part in parts))} after {config.steps} steps: {listed}; text embeddings, "
+        f"disk: about {_size(whole)} after {config.steps} steps: {listed}; text embeddings, "
         f"which runs share, at most {text}{limit}"
     )
 
