@@ -65,7 +65,7 @@ MODELS = {"sprites": "soak_model:ShortSprites", "own": "soak_model:Smallest"}
 
 @dataclass(frozen=True)
 class Count:
-    """What a process holds after a step, and what it has used since it began.
+    """The holdings of a process after a step, and what it has used since it began.
 
     blocks: objects and buffers of Python's allocator. allocated: bytes that malloc has given out. resident: bytes in
     memory. handles: open files. traffic: bytes read and written. processor, clock: seconds.

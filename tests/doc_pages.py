@@ -44,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the comment of a page says."""
+    """The contents of a page's comment."""
 
     folders: tuple[str, ...] = ()
     added: dict[str, list[str]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a release is made of: the files in its wheels, the list of shipped parameters, one version everywhere."""
+"""The parts of a release: the files in its wheels, the list of shipped parameters, one version everywhere."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a shipped file is and how it was made. ``sources`` is empty for work of this project."""
+    """The nature of a shipped file, and how it was made. ``sources`` is empty for work of this project."""
 
     kind: str
     """CycloneDX's type of component: machine-learning-model, data or file."""

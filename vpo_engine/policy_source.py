@@ -1,4 +1,4 @@
-"""Where a policy comes from: a run, a checkpoint, a configuration, an export, a published folder or an adapter.
+"""The source of a policy: a run, a checkpoint, a configuration, an export, a published folder or an adapter.
 
 Nothing here imports torch, but for the class of the model's family where only that knows the answer.
 """

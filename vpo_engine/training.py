@@ -34,7 +34,7 @@ from vpo_engine.models.registry import check_model
 from vpo_engine.planning.parts import configurations_are_here
 from vpo_engine.planning.planner import available_memory, check_fits
 from vpo_engine.protocols import Reward
-from vpo_engine.reference.store import build_reference
+from vpo_engine.reference.store import HeldReference, build_reference
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.served import find_reward, serve
 from vpo_engine.runs.attempts import begin_attempt
@@ -71,8 +71,8 @@ def run_training(config: Config) -> int:
         with same_in_all_processes():
             check_model(config)
             check_reward(config)
-            if processes.first and (note := blind_reward_note(config)) is not None:
-                print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
+            if processes.first:
+                _say_note(blind_reward_note(config))
             method = method_class(config.method)
             prompts, held_out_prompts = build_prompts(config, say if processes.first else None)
             stream, texts = method.open_stream(config, prompts)
@@ -80,10 +80,7 @@ def run_training(config: Config) -> int:
         config = _as_before(config, processes, texts)
         planned = configurations_are_here(config)  # else building the model says which is missing
         if planned:
-            agree, number = processes.broadcast_text, len(prompts)
-            config, plan = check_fits(config, processes.device, processes.count, agree, number)
-            if processes.first:
-                say(wrap_for(sys.stdout, str(plan)))
+            config = _planned(config, processes, len(prompts))
         model = build_model(config, processes)
         tensors = [tensor for part in model.parts.values() for tensor in part.parameters()]
         return_freed_memory(processes.device, sum(t.numel() * t.element_size() for t in tensors))
@@ -98,11 +95,7 @@ def run_training(config: Config) -> int:
         run, checkpoint = _open_run(config, processes, at_end, texts)
         ending.run = run
         with model.idle_offload.phase("refresh"):
-            reference = (
-                build_reference(config.reference.storage, model.network, config.reference.refresh_share)
-                if config.card.reference
-                else None
-            )
+            reference = _build_reference(config, model)
             algorithm = method(config, model, reward, reference, processes, model.idle_offload, stream)
         _keep_settings(algorithm.optimizer.settings, run, processes)
         trainer = Trainer(
@@ -121,6 +114,28 @@ def run_training(config: Config) -> int:
     if outcome.stopped_by and processes.first:
         say(_stopped_text(outcome.stopped_by, outcome.steps, run))
     return outcome.exit_code
+
+
+def _say_note(note: str | None) -> None:
+    """Print a note beside the results; None says nothing."""
+    if note is not None:
+        print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
+
+
+def _planned(config: Config, processes: Processes, prompts: int) -> Config:
+    """Plan the run, print the plan, and return the configuration with what its presets set."""
+    agree = processes.broadcast_text
+    config, plan = check_fits(config, processes.device, processes.count, agree, prompts)
+    if processes.first:
+        say(wrap_for(sys.stdout, str(plan)))
+    return config
+
+
+def _build_reference(config: Config, model: VideoModel) -> HeldReference | None:
+    """Make the reference of the policy as it is now; None for a method that has none."""
+    if not config.card.reference:
+        return None
+    return build_reference(config.reference.storage, model.network, config.reference.refresh_share)
 
 
 def _check_room(config: Config, model: VideoModel, prompts: int | None) -> None:

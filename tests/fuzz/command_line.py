@@ -13,7 +13,7 @@ LONGEST_MESSAGE = 4000
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
+    """The end of a command."""
 
     code: int
     out: str

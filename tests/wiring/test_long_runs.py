@@ -1,4 +1,4 @@
-"""What a run does at its start and at a resume does not grow with its steps, and logs in parts resume bit for bit."""
+"""The work of a run at its start and at a resume does not grow with its steps, and logs in parts resume bit for bit."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Cusum:
 
 
 class Normal:
-    """What is normal for a statistic: its mean over the first steps, the unit of its changes, and its standard error.
+    """The normal state of a statistic: its mean over the first steps, the unit of its changes, and its standard error.
 
     mean, unit, error: known after ``FIRST`` steps. The unit is the standard deviation of single videos; with
     ``relative`` it is the mean, so that changes are shares of it. It is 0 where the statistic says nothing. The error
