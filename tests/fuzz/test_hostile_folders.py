@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fuzz_driver import clear_errors, fuzz
+from fuzz_driver import clear_errors, fuzz, trusted
 from hypothesis import strategies as st
 
 from vpo_engine.data.clips import PromptRecord, find_clips, read_preferences
@@ -53,7 +53,8 @@ def make(folder: Path, entries: list[tuple[list[bytes], str]]) -> None:
                     "device": b"/dev/zero",
                     "up": os.fsencode(folder),
                 }
-                os.symlink(targets[kind], path)
+                with trusted():
+                    os.symlink(targets[kind], path)
         except OSError:
             continue
 
