@@ -164,7 +164,7 @@ def moments(
     They are those of the values of all processes; {} if there are none. watch/<name>: the mean. watch/sd/<name>: the
     standard deviation. watch/se/<name>: the standard error of the mean; videos of one prompt resemble each other, so
     each prompt counts as one observation. replicated: whether all members of a team have the same values, and not each
-    a part of them.
+    a part of them. Of parts, standard errors are estimates, which take the parts of a prompt for equally large.
     """
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     exact = values.double()
