@@ -57,7 +57,7 @@ def test_a_leak_is_seen(name: str, rate: float) -> None:
 
 @pytest.mark.long
 def test_some_hundred_steps_leave_nothing_behind(tmp_path: Path) -> None:
-    """A leak of an object, or of 1 kB, at every step is seen; also one of the process that goes on."""
+    """A leak of two objects, or of 1 kB, at every step is seen; also one of the process that goes on."""
     starts = soak.soak(tmp_path, 900, "own")
     assert [len(each) for each in starts] == [9, 9]
     assert soak.judge(starts, 900) == []
