@@ -302,6 +302,16 @@ def test_a_folder_that_is_taken_is_not_written_to(tmp_path: Path, capsys: pytest
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
 
 
+def test_a_video_whose_name_leaves_no_prompt_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = videos(tmp_path / "clips", 150, PROMPTS[:1], count=1), tmp_path / "out"
+    next(folder.glob("*.mp4")).rename(folder / "_-0.mp4")
+    assert run(folder, "--metrics", "pixels", "--out", out) == 1
+    assert "the name of _-0.mp4 leaves no prompt; rename it" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_repeated_prompts_are_refused_with_both_places(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@
             read_prompts(folder / "prompts.txt")
 
 Examples are the same in every run; time decides only how many of them run. All tests of a file together take one
-second, 30 seconds where long tests run (``-m long``), or what VPO_FUZZ_SECONDS says:
+second, or what VPO_FUZZ_SECONDS says:
 
     VPO_FUZZ_SECONDS=600 pytest tests/fuzz/test_NAME.py
 
@@ -86,8 +86,7 @@ def fuzz(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
         test.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         )
-        tiers = [pytest.param(1.0, id="short"), pytest.param(30.0, id="long", marks=pytest.mark.long)]
-        return pytest.mark.parametrize("fuzz_seconds", tiers)(test)
+        return pytest.mark.parametrize("fuzz_seconds", [pytest.param(1.0, id="short")])(test)
 
     return decorate
 

@@ -135,7 +135,7 @@ class Config(Section):
     def _with_section_of_method(cls, values: Any) -> Any:
         """Give the method that runs its section, with defaults where none is given."""
         method = values.get("method") if isinstance(values, dict) else None
-        if method in SECTIONS and values.get(method) is None:
+        if isinstance(method, str) and method in SECTIONS and values.get(method) is None:
             return {**values, method: {}}
         return values
 

@@ -68,6 +68,12 @@ def read_folder(folder: Path, suite: Suite | None = None) -> list[Video]:
     """
     clips = find_clips(folder)
     if suite is None:
+        for clip in clips:
+            if not _prompt(clip):
+                raise ValueError(
+                    f"the name of {clip.name} leaves no prompt; rename it to PROMPT-NUMBER.mp4, or write a "
+                    "prompts.jsonl that names its prompt"
+                )
         return _numbered([(clip, _prompt(clip)) for clip in clips])
     expected = _expected_names(clips, suite)
     known = set(suite.prompts)
