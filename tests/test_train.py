@@ -270,6 +270,7 @@ def test_a_reward_of_nan_stops_the_run(
     assert "nan" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("unplanned")  # as are processes of a group
 @pytest.mark.long
 def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(
     smallest: list[str], small_policy: str, tmp_path: Path
@@ -336,6 +337,7 @@ def test_two_processes_train_as_one(finished: Path, smallest: list[str], tmp_pat
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.usefixtures("unplanned")  # as are processes of a group
 @pytest.mark.long
 def test_a_run_with_a_process_for_the_reward_goes_on_without_it_bit_for_bit(
     finished: Path, smallest: list[str], small: Make, tmp_path: Path
