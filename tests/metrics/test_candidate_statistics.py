@@ -33,7 +33,8 @@ class Group:
     def __init__(
         self, rank: int = 0, count: int = 1, team_size: int = 1, others: Sequence[Tensor] = ()
     ) -> None:
-        self.rank, self.count, self.team_size, self.given = rank, count, team_size, []
+        self.rank, self.count, self.team_size = rank, count, team_size
+        self.given: list[Tensor] = []
         self.first_of_team = rank % team_size == 0
         self._others = iter(others)
 
