@@ -14,9 +14,8 @@ from typing import Any
 FIRST = 4
 """Steps from which it is learned what is normal."""
 STEPS_TO_FALSE_ALARM = 1.6e7
-"""Mean number of steps to a false alarm of one sum. A run has 12 of them, and one for each score that reads the prompt: of
-10,000 steps without any change
-about one run in a hundred raises an alarm."""
+"""Mean number of steps to a false alarm of one sum. A run has 12 of them, and one for each score that reads the prompt:
+of 10,000 steps without any change about one run in a hundred raises an alarm."""
 _LEAST_CLEARANCE = 1.25
 """Least distance of the tolerance from what is normal, in standard errors of a step; see ``Cusum``. A change is
 noticed within five steps if it lies threshold(c) / 5 above a tolerance at a distance of c; so it is of the smallest
