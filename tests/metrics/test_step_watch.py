@@ -194,6 +194,10 @@ def test_each_failure_raises_its_own_alarm_soon_and_no_other(
     [
         {"reward/blind": towards(0.33, 6)},  # what does not read the prompt rises, and nothing falls
         {"reward/blind": towards(0.33, 6), "reward/reading": towards(0.1, 6)},  # both rise
+        {  # what reads the prompt falls with a rise for two steps only, and later on without one
+            "reward/reading": lambda since: -0.05 * (since < 3 or since > 8),
+            "reward/blind": lambda since: 0.33 if since < 3 else -0.01,
+        },
         {
             "winner_error_change": lambda since: -0.01 * since,
             "loser_error_change": lambda since: 0.01 * since,
