@@ -77,11 +77,14 @@ def rehearse(model: BaseModel, network: Described, vae: Described) -> None:
         torch.ones(1, rule.max_tokens, dtype=torch.bool),
     )
 
+    assert model.video_size is not None, "families of diffusers know the size of their videos"
+    frames = (1, *model.video_size, 3)
+
     def predict() -> None:
         _check_shape(model.predict(model.network, latents, times, text), latents.shape)
 
     def decode() -> None:
-        _check_shape(model.to_video(latents), (1, *model.video_size, 3))
+        _check_shape(model.to_video(latents), frames)
 
     network.attempt(predict)
     vae.attempt(decode)
