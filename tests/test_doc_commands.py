@@ -98,6 +98,12 @@ def test_tutorials_and_how_to_pages_are_run_or_say_why_not(folder: str) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_the_engine_stand_in_blocks_that_tests_read(page: Path) -> None:
+    outside = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^ {4}(?:\w+=\S+ )?(?:torchrun|vpo|pytest|python -m vpo_engine\S*) .*$", outside, re.MULTILINE) == []
+
+
 def test_a_comment_with_an_unknown_line_is_an_error(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- a test runs this page\nad to train: steps=1\n-->\n")
