@@ -126,14 +126,20 @@ bool has_avx512() {
 #endif
 }
 
-// The kernels that this processor can run, the fastest first.
-std::vector<const Kernels*> kernels() {
+std::vector<const Kernels*> detect() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
     if (has_avx512() && has_avx2()) found.push_back(&kAvx512);
     if (has_avx2()) found.push_back(&kAvx2);
 #endif
     found.push_back(&kBaseline);
+    return found;
+}
+
+// Returns the kernels that this processor can run, the fastest first. It asks the processor once, because a virtual
+// machine takes microseconds to answer.
+const std::vector<const Kernels*>& kernels() {
+    static const std::vector<const Kernels*> found = detect();
     return found;
 }
 
