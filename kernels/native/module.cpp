@@ -40,7 +40,7 @@ using Scaled = std::tuple<Tensor, Numbers, Numbers>;    // noise, x0_scale, nois
 using Chosen = std::tuple<Numbers, Numbers, bool, double, std::optional<double>>;  // as in contract.Options
 using Graded = std::tuple<Tensor, Tensor, Tensor, std::uintptr_t>;  // policy, target, gradient, coefficient
 
-constexpr std::int64_t kElementsPerThread = 1 << 17;  // with fewer, waking a thread costs more than it saves
+constexpr std::int64_t kElementsPerThread = 1 << 15;  // with fewer, sharing costs more than it saves
 
 // The views of one call, and the merged sizes and strides that they point to.
 class Views {

@@ -59,12 +59,8 @@ def is_observed(tensors: Sequence[Tensor | None]) -> bool:
     Where all tensors are plain ones on the CPU, and no mode, function transform or profiler looks at operators, the
     function behind the operator does the same, without the 20 microseconds that torch.library takes.
     """
-    if _modes() > 0 or _transforms() or _profiler():
-        return True
-    for each in tensors:
-        if each is not None and (type(each) not in _PLAIN or not each.is_cpu):
-            return True
-    return False
+    others = [each for each in tensors if each is not None and (type(each) not in _PLAIN or not each.is_cpu)]
+    return bool(others) or _modes() > 0 or _transforms() or _profiler()
 
 
 _modes = torch._C._len_torch_dispatch_stack
