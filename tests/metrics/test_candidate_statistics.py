@@ -26,12 +26,16 @@ PROMPTS, EACH = 12, 4
 
 
 class Group:
-    """One of several processes. ``others``: what the others add to each sum, in order."""
+    """A process of several. ``others``: what the others add to each sum, in order."""
 
     device = torch.device("cpu")
 
-    def __init__(self, team_size: int = 1, others: Sequence[Tensor] = ()) -> None:
-        self.team_size, self.given = team_size, []
+    def __init__(
+        self, rank: int = 0, count: int = 1, team_size: int = 1, others: Sequence[Tensor] = ()
+    ) -> None:
+        self.rank, self.count, self.team_size = rank, count, team_size
+        self.given: list[Tensor] = []
+        self.first_of_team = rank % team_size == 0
         self._others = iter(others)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -47,9 +51,13 @@ def values(seed: int = 0) -> tuple[Tensor, list[str]]:
     return made.flatten(0, 1), [f"prompt {number}" for number in range(PROMPTS) for _ in range(EACH)]
 
 
+def moments_of(made: Tensor, texts: Sequence[str], prompts: Sequence[str], group: Any, **how: bool) -> Any:
+    return moments(["a", "b"], made, texts, prompts, group, **{"replicated": False, **how})
+
+
 def test_the_standard_error_takes_each_prompt_as_one_observation() -> None:
     made, texts = values()
-    found = moments(["a", "b"], made, texts, Group(), replicated=False)  # type: ignore[arg-type]
+    found = moments_of(made, texts, texts[::EACH], Group())
     of_prompts = made.double().unflatten(0, (PROMPTS, EACH)).mean(1)
     for column, name in enumerate("ab"):
         assert found[f"watch/{name}"] == pytest.approx(float(made[:, column].double().mean()), rel=1e-12)
@@ -60,33 +68,49 @@ def test_the_standard_error_takes_each_prompt_as_one_observation() -> None:
         )
 
 
+ALL = list(range(PROMPTS * EACH))
+TEAMS = [[[0, 1, 4, 5, 6, 7, 8, 12], [2, 3, 9, 10, 11, 13, 14, 15]], [ALL[16:32], []], [ALL[32:40], ALL[40:]]]
+"""The videos of each member of three teams: of a prompt's each member has all, some or none."""
+
+
+@pytest.mark.parametrize("same_text", [False, True])
 @pytest.mark.parametrize(
-    ("shares", "team_size", "replicated"),
+    ("shares", "replicated"),
     [
-        ([slice(0, 24), slice(24, 48)], 1, False),  # each process has prompts of its own
-        ([slice(0, None), slice(0, None)], 2, True),  # both have the same scores of the same candidates
+        ([[ALL[:24]], [ALL[24:]]], False),  # each process has prompts of its own
+        ([[ALL, ALL]], True),  # both have the same scores of the same candidates
+        ([[ALL[:16]] * 2, [ALL[16:32]] * 2, [ALL[32:]] * 2], True),
+        (TEAMS, False),
     ],
 )
 def test_processes_have_what_one_would_have(
-    shares: Sequence[slice], team_size: int, replicated: bool
+    shares: Sequence[Sequence[list[int]]], replicated: bool, same_text: bool
 ) -> None:
+    """However a prompt's videos are spread, also if one text stands in several teams."""
     made, texts = values()
-    alone = moments(["a", "b"], made, texts, Group(), replicated=False)  # type: ignore[arg-type]
-    asked = [Group(team_size) for _ in shares]
-    for share, group in zip(shares, asked, strict=True):
-        moments(["a", "b"], made[share], texts[share], group, replicated=replicated)  # type: ignore[arg-type]
-    together = [Group(team_size, asked[1 - number].given) for number in range(2)]
-    each = [
-        moments(["a", "b"], made[share], texts[share], group, replicated=replicated)  # type: ignore[arg-type]
-        for share, group in zip(shares, together, strict=True)
-    ]
-    assert each[0] == each[1]
-    assert each[0] == pytest.approx(alone, rel=1e-9)
+    if same_text:
+        texts[-EACH:] = texts[:EACH]
+    alone = moments_of(made, texts, texts[::EACH], Group())
+    size, count = len(shares[0]), sum(map(len, shares))
+    each = PROMPTS // len(shares)
+
+    def ask(rank: int, others: Sequence[Tensor] = ()) -> tuple[Group, Any]:
+        team, own = rank // size, shares[rank // size][rank % size]
+        group = Group(rank, count, size, others)
+        prompts = texts[::EACH][team * each : (team + 1) * each]
+        return group, moments_of(
+            made[own], [texts[one] for one in own], prompts, group, replicated=replicated
+        )
+
+    given = [ask(rank)[0].given[0] for rank in range(count)]
+    for rank in range(count):
+        rest = torch.stack([sums for other, sums in enumerate(given) if other != rank]).sum(0)
+        assert ask(rank, [rest])[1] == pytest.approx(alone, rel=1e-9)
 
 
 def test_a_step_without_videos_has_no_statistics() -> None:
     reward: Any = SimpleNamespace(dimensions=("one",))
-    assert WatchedReward(reward).take(Group()) == {}  # type: ignore[arg-type]
+    assert WatchedReward(reward).take(["a"], Group()) == {}  # type: ignore[arg-type]
 
 
 def test_videos_are_measured_as_evaluations_measure_them_and_only_once() -> None:
@@ -105,9 +129,9 @@ def test_videos_are_measured_as_evaluations_measure_them_and_only_once() -> None
     )
     watched, alone = WatchedReward(reward), Group()
     assert watched.score(videos, ["a", "a", "b"])["one"].tolist() == [1, 1, 1]
-    taken = watched.take(alone)  # type: ignore[arg-type]
+    taken = watched.take(["a", "b"], alone)  # type: ignore[arg-type]
     assert taken["watch/brightness"] == pytest.approx(float(found[:, 0].double().mean()), rel=1e-9)
-    assert watched.take(Group()) == {}  # type: ignore[arg-type]
+    assert watched.take(["a", "b"], Group()) == {}  # type: ignore[arg-type]
 
 
 def choices_of(latents: Tensor) -> list[Choice]:

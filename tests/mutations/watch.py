@@ -97,8 +97,15 @@ MUTATIONS = [
     (
         "each candidate is one observation",
         STATISTICS,
-        "numbers[text] for text in texts",
+        "places[text] for text in texts",
         "0 for text in texts",
+        MEASURES,
+    ),
+    (
+        "a prompt of two teams counts as two",
+        STATISTICS,
+        "dict.fromkeys(keys)",
+        "keys",
         MEASURES,
     ),
     (
@@ -111,8 +118,8 @@ MUTATIONS = [
     (
         "a team's candidates count twice",
         STATISTICS,
-        "[1 / team] * 3 if replicated",
-        "[1] * 3 if replicated",
+        "if processes.first_of_team or not replicated:",
+        "if True:",
         MEASURES,
     ),
     (
