@@ -40,7 +40,7 @@ using Scaled = std::tuple<Tensor, Numbers, Numbers>;    // noise, x0_scale, nois
 using Chosen = std::tuple<Numbers, Numbers, bool, double, std::optional<double>>;  // as in contract.Options
 using Graded = std::tuple<Tensor, Tensor, Tensor, std::uintptr_t>;  // policy, target, gradient, coefficient
 
-constexpr std::int64_t kElementsPerThread = 1 << 17;  // with fewer, waking a thread costs more than it saves
+constexpr std::int64_t kElementsPerThread = 1 << 15;  // with fewer, sharing costs more than it saves
 
 // The views of one call, and the merged sizes and strides that they point to.
 class Views {
@@ -126,14 +126,20 @@ bool has_avx512() {
 #endif
 }
 
-// The kernels that this processor can run, the fastest first.
-std::vector<const Kernels*> kernels() {
+std::vector<const Kernels*> detect() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
     if (has_avx512() && has_avx2()) found.push_back(&kAvx512);
     if (has_avx2()) found.push_back(&kAvx2);
 #endif
     found.push_back(&kBaseline);
+    return found;
+}
+
+// Returns the kernels that this processor can run, the fastest first. It asks the processor once, because a virtual
+// machine takes microseconds to answer.
+const std::vector<const Kernels*>& kernels() {
+    static const std::vector<const Kernels*> found = detect();
     return found;
 }
 

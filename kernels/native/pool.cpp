@@ -1,7 +1,12 @@
 // The threads behind for_each. They start at the first loop that needs them and then wait for the next one: awake for a
 // moment, because backward follows forward, then asleep.
+//
+// A helper keeps off the processor that the caller is on. The system may put both on one, where other threads (OpenMP's
+// among them) spin on the others; then the helper would wait for loops in the very time in which the caller could open one.
 
 #include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <condition_variable>
@@ -24,16 +29,38 @@ inline void relax() {
 #endif
 }
 
-// Waits for the condition, at most kAwake; returns whether it came true.
-template <class Condition>
-bool soon(const Condition& condition) {
+// Returns the number of the processor that this thread is on; -1 where that cannot be told or changed.
+inline int processor() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+// Moves this thread away from a processor if it is there; returns whether it is elsewhere now.
+bool keep_off(int taken) noexcept {
+    if (taken < 0 || processor() != taken) return true;
+#if defined(__linux__)
+    cpu_set_t usable;  // by the process: a user may have limited it since this thread began
+    if (sched_getaffinity(getpid(), sizeof(usable), &usable) != 0) return false;
+    CPU_CLR(taken, &usable);
+    return CPU_COUNT(&usable) > 0 && sched_setaffinity(0, sizeof(usable), &usable) == 0;
+#else
+    return false;
+#endif
+}
+
+// Waits for the condition, at most kAwake and as long as it is worth it; returns whether the condition came true.
+template <class Condition, class Worth>
+bool soon(const Condition& condition, const Worth& worth) {
     const auto until = std::chrono::steady_clock::now() + kAwake;
     do {
         for (int i = 0; i < 32; ++i) {
             if (condition()) return true;
             relax();
         }
-    } while (std::chrono::steady_clock::now() < until);
+    } while (worth() && std::chrono::steady_clock::now() < until);
     return false;
 }
 
@@ -53,6 +80,7 @@ class Pool {
         while (threads_ < helpers && start()) ++threads_;
         loop_ = &loop;
         places_ = helpers;
+        caller_at_.store(processor(), std::memory_order_relaxed);
         opened_.fetch_add(1, std::memory_order_release);
         const bool wake = asleep_ > 0;
         lock.unlock();
@@ -65,7 +93,7 @@ class Pool {
         loop_ = nullptr;
         if (inside_ == 0) return;
         lock.unlock();
-        soon([this] { return inside_.load(std::memory_order_acquire) == 0; });
+        soon([this] { return inside_.load(std::memory_order_acquire) == 0; }, [] { return true; });
         lock.lock();
         empty_.wait(lock, [this] { return inside_ == 0; });
     }
@@ -83,10 +111,11 @@ class Pool {
         std::uint64_t seen = 0;
         std::unique_lock<std::mutex> lock(mutex_);
         const auto opened = [&] { return opened_.load(std::memory_order_acquire) != seen; };
+        const auto apart = [this] { return keep_off(caller_at_.load(std::memory_order_relaxed)); };
         for (;;) {
             if (!opened()) {
                 lock.unlock();
-                const bool busy = soon(opened);
+                const bool busy = soon(opened, apart);
                 lock.lock();
                 if (!busy) {
                     ++asleep_;
@@ -100,6 +129,7 @@ class Pool {
             --places_;
             ++inside_;
             lock.unlock();
+            apart();
             loop.take();
             lock.lock();
             if (--inside_ == 0) empty_.notify_one();
@@ -113,6 +143,7 @@ class Pool {
     int threads_ = 0, asleep_ = 0;
     int places_ = 0;  // helpers that may still enter
     std::atomic<int> inside_{0};
+    std::atomic<int> caller_at_{-1};  // the processor on which the last loop was opened
     std::atomic<std::uint64_t> opened_{0};  // number of loops opened so far
 };
 

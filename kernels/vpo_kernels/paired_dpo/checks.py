@@ -35,8 +35,11 @@ def check_tensors(named: Mapping[str, Any]) -> list[Tensor]:
     """
     (name, first), *_ = named.items()
     like = Like(name, first.shape, first.device) if isinstance(first, Tensor) else None
+    _, shape, device = like or (name, None, None)
     for each, tensor in named.items():
-        _check_tensor(each, tensor, like)
+        fits = like is not None and isinstance(tensor, Tensor) and tensor.dtype in _DTYPES
+        if not fits or tensor.shape != shape or tensor.device != device:
+            _check_tensor(each, tensor, like)
     if first.ndim == 0 or first.numel() == 0:
         raise ValueError(
             f"{name} has shape {list(first.shape)}, but must be {'[P, ...]' if len(named) == 6 else '[2P, ...]'} with "

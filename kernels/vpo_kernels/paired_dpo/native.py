@@ -8,6 +8,8 @@ to call (kernels/native/pool.cpp), and a forked child makes its own.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,48 +33,46 @@ def _view(tensor: Tensor) -> extension.Tensor:
     return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride()
 
 
-class _Numbers:
-    """Numbers per pair as the extension takes them; tensors among them are kept alive as long as this object."""
+def _numbers(value: PerPair, alive: list[Tensor]) -> extension.Numbers:
+    """Return numbers per pair as the extension takes them; a tensor's are valid as long as ``alive`` is."""
+    if not isinstance(value, Tensor):
+        return value, 0
+    alive.append(value.to(torch.float64).contiguous())
+    return 0.0, alive[-1].data_ptr()
 
-    def __init__(self) -> None:
-        self._alive: list[Tensor] = []
 
-    def __call__(self, value: PerPair) -> extension.Numbers:
-        if not isinstance(value, Tensor):
-            return value, 0
-        self._alive.append(value.to(torch.float64).contiguous())
-        return 0.0, self._alive[-1].data_ptr()
-
-    def noise(self, noise: TargetNoise | None) -> extension.Noise | None:
-        return None if noise is None else (_view(noise.noise), self(noise.x0_scale), self(noise.noise_scale))
+def _noise(noise: TargetNoise, alive: list[Tensor]) -> extension.Noise:
+    return _view(noise.noise), _numbers(noise.x0_scale, alive), _numbers(noise.noise_scale, alive)
 
 
 def forward(tensors: PairTensors, noise: TargetNoise | None, mask: Mask | None, options: Options) -> Forward:
     """Compute the loss; see ``contract.Backend``."""
-    shape = tensors.policy_winner.shape
+    shape = tensors[0].shape
+    pairs, per_sample = shape[0], float(math.prod(shape[1:]))
     dtype = arithmetic_dtype(*tensors, noise and noise.noise)
     made = Forward(
         torch.empty((), dtype=dtype),
-        torch.empty((PER_PAIR, shape[0]), dtype=dtype),
-        torch.empty((2, shape[0]), dtype=torch.float64),
-        torch.empty((2, shape[0]), dtype=torch.float64),
+        torch.empty((PER_PAIR, pairs), dtype=dtype),
+        torch.empty((2, pairs), dtype=torch.float64),
+        torch.empty((2, pairs), dtype=torch.float64),
     )
-    numbers = _Numbers()
+    beta, pair_weight, reduction, winner_anchor, loser_scaling = options
+    alive: list[Tensor] = []
     extension.forward(
         INSTRUCTION_SET,
         shape,
-        [_view(tensor) for tensor in tensors],
-        numbers.noise(noise),
+        [(each.data_ptr(), _DTYPES[each.dtype], each.stride()) for each in tensors],
+        noise and _noise(noise, alive),
         mask and _view(mask.counted),
-        numbers(float(shape[1:].numel()) if mask is None else mask.counts),
+        (per_sample, 0) if mask is None else _numbers(mask.counts, alive),
         (
-            numbers(options.beta),
-            numbers(options.pair_weight),
-            options.reduction == "mean",
-            options.winner_anchor,
-            options.loser_scaling,
+            _numbers(beta, alive),
+            _numbers(pair_weight, alive),
+            reduction == "mean",
+            winner_anchor,
+            loser_scaling,
         ),
-        dtype == torch.float64,
+        dtype is torch.float64,
         torch.get_num_threads(),
         [result.data_ptr() for result in made],
     )
@@ -84,23 +84,23 @@ def gradient(inputs: GradientInputs) -> tuple[Tensor | None, Tensor | None]:
     policy, target, noise, mask, coefficient, grad_loss, *_ = inputs
     shape = policy[0].shape
     dtype = arithmetic_dtype(*policy, *target, noise and noise.noise)
-    numbers = _Numbers()
     coefficient = coefficient.contiguous()
-    coefficients = coefficient.data_ptr(), coefficient.data_ptr() + shape[0] * coefficient.element_size()
+    first = coefficient.data_ptr()
     grads = inputs.places()
     members = [
-        (_view(policy[member]), _view(target[member]), _view(grad), coefficients[member])
+        (_view(policy[member]), _view(target[member]), _view(grad), first + member * shape[0] * 8)
         for member, grad in enumerate(grads)
         if grad is not None
     ]
+    alive: list[Tensor] = []
     extension.gradient(
         INSTRUCTION_SET,
         shape,
         members,
-        numbers.noise(noise),
+        noise and _noise(noise, alive),
         None if mask is None else _view(mask),
         2 * grad_loss.item(),
-        dtype == torch.float64,
+        dtype is torch.float64,
         torch.get_num_threads(),
     )
     return grads

@@ -59,14 +59,13 @@ def is_observed(tensors: Sequence[Tensor | None]) -> bool:
     Where all tensors are plain ones on the CPU, and no mode, function transform or profiler looks at operators, the
     function behind the operator does the same, without the 20 microseconds that torch.library takes.
     """
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-        or any(each is not None and (type(each) not in _PLAIN or not each.is_cpu) for each in tensors)
-    )
+    others = [each for each in tensors if each is not None and (type(each) not in _PLAIN or not each.is_cpu)]
+    return bool(others) or _modes() > 0 or _transforms() or _profiler()
 
 
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_profiler = torch.autograd._profiler_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -150,10 +149,12 @@ def _run_gradient(
         None if batch is None else _halves([batch]),
     )
     winner, loser = choose_backend("paired_dpo", backend, members[0].device).gradient(inputs)
-    empty = policy[0].new_empty
     if batch is not None:
-        return batch, empty(0)
-    return empty(0) if winner is None else winner, empty(0) if loser is None else loser
+        return batch, batch.new_empty(0)
+    return (
+        members[0].new_empty(0) if winner is None else winner,
+        members[1].new_empty(0) if loser is None else loser,
+    )
 
 
 _gradient = operator("paired_dpo_gradient")(_run_gradient)
