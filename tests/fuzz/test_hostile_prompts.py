@@ -105,8 +105,9 @@ def test_damaged_files(folder: Path, suffix: str, places: list[tuple[int, int]],
 
 
 LINES = 10**5
-"""Lines of a huge file. A check opens it three times and fetches every prompt twice, so a million lines take longer than
-an example may, although nothing is wrong: a file of millions of prompts may be given, and its time is in proportion."""
+"""Lines of a huge file. A check opens it three times and fetches every prompt twice, so a million lines take longer
+than an example may, although nothing is wrong: a file of millions of prompts may be given, and its time is in
+proportion."""
 HUGE = {
     "deep lists": lambda: b"[" * 10**6,
     "deep objects": lambda: b'{"prompt":' * 10**5 + b'"a"' + b"}" * 10**5,

@@ -98,7 +98,7 @@ def candidate_statistics(choices: Sequence[Choice], processes: Processes) -> dic
 
     watch/prompt_share: the share of the variance of the candidates' latents, each averaged to a few places, that lies
     between prompts and not between the candidates of one prompt (the intraclass correlation): 0 if the prompt decides
-    nothing, 1 if it decides everything. It is absent where there are too few prompts or the candidates are all alike.
+    nothing, 1 if it decides everything. It is absent where there are fewer than three prompts or candidates are alike.
     """
     names = [name for name in choices[0].candidates[0].scores if name != MOTION]
     rows = [[one.scores[name] for name in names] for choice in choices for one in choice.candidates]
@@ -108,19 +108,21 @@ def candidate_statistics(choices: Sequence[Choice], processes: Processes) -> dic
     found = moments(labels, torch.tensor(rows), texts, prompts, processes, replicated=True)
     for label in labels:
         del found[f"watch/{label}"]  # the mean is logged already
-    counts, centres = _prompt_sums(choices)
+    totals, of_prompts = _prompt_sums(choices)
+    team, teams = processes.rank // processes.team_size, processes.count // processes.team_size
+    table = of_prompts.new_zeros(teams, *of_prompts.shape)
+    table[team] = of_prompts
     # All members of a team have the same candidates.
-    summed = processes.sum(torch.cat([counts, centres]).to(processes.device)).tolist()
-    summed = [value / processes.team_size for value in summed]
-    return found | _prompt_share(
-        summed[: len(counts)], math.fsum(value**2 for value in summed[len(counts) :])
-    )
+    share = 1 / processes.team_size
+    summed = processes.sum(share * torch.cat([totals, table.flatten()]).to(processes.device)).cpu()
+    return found | _prompt_share(summed[: len(totals)], summed[len(totals) :].view(-1, len(totals)))
 
 
 def _prompt_sums(choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:
-    """Return five sums over prompts of n candidates with pooled latents x, and the sum of all x; float64.
+    """Return sums over this team's prompts, and what each prompt adds to them, [P, sums]; float64.
 
-    The sums are those of 1, n, n squared, n times the square of the mean of x, and the squares of x less that mean.
+    Of a prompt with n candidates and pooled latents x they are 1, n, n squared, n times the square of the mean of x,
+    the squares of x less that mean, and the sum of x, as many numbers as x has.
     """
     sizes = [len(choice.candidates) for choice in choices]
     pooled = [
@@ -130,35 +132,58 @@ def _prompt_sums(choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:
         for choice in choices
     ]
     exact = torch.cat(pooled).cpu().double()
+    candidates = torch.tensor(sizes)
+    numbers = torch.arange(len(sizes)).repeat_interleave(candidates)
     of_prompts = torch.zeros(len(sizes), exact.shape[1], dtype=torch.float64)
-    of_prompts.index_add_(
-        0, torch.tensor([row for row, size in enumerate(sizes) for _ in range(size)]), exact
-    )
+    of_prompts.index_add_(0, numbers, exact)
     squares = of_prompts.square().sum(1).tolist()
     between = math.fsum(square / size for square, size in zip(squares, sizes, strict=True))
     within = max(float(exact.square().sum()) - between, 0.0)
     counts = [len(sizes), sum(sizes), sum(size**2 for size in sizes), between, within]
-    return torch.tensor(counts, dtype=torch.float64), of_prompts.sum(0)
+    totals = torch.cat([torch.tensor(counts, dtype=torch.float64), of_prompts.sum(0)])
+    own = (exact - (of_prompts / candidates[:, None])[numbers]).square().sum(1)
+    columns = (
+        torch.ones(len(sizes)),
+        candidates,
+        candidates**2,
+        of_prompts.square().sum(1) / candidates,
+        own.new_zeros(len(sizes)).index_add_(0, numbers, own),
+    )
+    return totals, torch.cat([torch.stack([each.double() for each in columns], dim=1), of_prompts], dim=1)
 
 
-def _prompt_share(counts: Sequence[float], square_of_total: float) -> dict[str, float]:
+def _prompt_share(totals: Tensor, rows: Tensor) -> dict[str, float]:
     """Return the intraclass correlation and its standard error, or {}.
 
-    It comes from one-way analysis of variance with prompts of any number of candidates. The error is that of a single
-    normal variable (R. A. Fisher; A. Donner, International Statistical Review 1986), an upper bound for several.
+    It comes from one-way analysis of variance with prompts of any number of candidates. The error is the jackknife's:
+    it follows from how the correlation changes when one prompt is left out, whatever the distribution of latents and
+    however many numbers they have, and is too large rather than too small on the average (B. Efron and C. Stein, The
+    jackknife estimate of variance, Annals of Statistics 1981).
     """
-    prompts, candidates, squares, between, within = counts
-    if prompts < 2 or candidates <= prompts:
+    share = _intraclass_correlation(totals)
+    left_out = [_intraclass_correlation(totals - row) for row in rows]
+    known = [value for value in left_out if value is not None]
+    if share is None or len(known) < len(rows):
         return {}
+    mean = math.fsum(known) / len(known)
+    squares = math.fsum((value - mean) ** 2 for value in known)
+    return {
+        "watch/prompt_share": share,
+        "watch/se/prompt_share": math.sqrt((len(known) - 1) / len(known) * squares),
+    }
+
+
+def _intraclass_correlation(sums: Tensor) -> float | None:
+    """Return the share of the variance that lies between prompts; None where sums of too few say nothing."""
+    prompts, candidates, squares, between, within = sums[:5].tolist()
+    if prompts < 2 or candidates <= prompts:
+        return None
     size = (candidates - squares / candidates) / (prompts - 1)
+    square_of_total = math.fsum(value**2 for value in sums[5:].tolist())
     mean_between = (between - square_of_total / candidates) / (prompts - 1)
     mean_within = within / (candidates - prompts)
     total = mean_between + (size - 1) * mean_within
-    if total <= 0:
-        return {}
-    share = (mean_between - mean_within) / total
-    error = (1 - share) * (1 + (size - 1) * share) * math.sqrt(2 / (size * (size - 1) * (prompts - 1)))
-    return {"watch/prompt_share": share, "watch/se/prompt_share": abs(error)}
+    return (mean_between - mean_within) / total if total > 0 else None
 
 
 def moments(

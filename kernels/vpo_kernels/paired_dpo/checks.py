@@ -35,8 +35,10 @@ def check_tensors(named: Mapping[str, Any]) -> list[Tensor]:
     """
     (name, first), *_ = named.items()
     like = Like(name, first.shape, first.device) if isinstance(first, Tensor) else None
+    _, shape, device = like or (name, None, None)
     for each, tensor in named.items():
-        if like is None or not _fits(tensor, like):
+        fits = like is not None and isinstance(tensor, Tensor) and tensor.dtype in _DTYPES
+        if not fits or tensor.shape != shape or tensor.device != device:
             _check_tensor(each, tensor, like)
     if first.ndim == 0 or first.numel() == 0:
         raise ValueError(
@@ -58,17 +60,6 @@ def check_batch(policy: Tensor) -> Like:
             "number has no halves, so drop the sample without a partner"
         )
     return Like("half of policy", torch.Size([policy.shape[0] // 2, *policy.shape[1:]]), policy.device)
-
-
-def _fits(tensor: object, like: Like) -> bool:
-    """Return whether ``_check_tensor`` accepts the tensor, in half of its time."""
-    _, shape, device = like
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.dtype in _DTYPES
-        and tensor.shape == shape
-        and tensor.device == device
-    )
 
 
 def _check_tensor(name: str, tensor: object, like: Like | None) -> None:

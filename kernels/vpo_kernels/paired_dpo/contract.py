@@ -135,11 +135,11 @@ class GradientInputs(NamedTuple):
         """Return the tensors to fill, of winner and loser; None where no gradient is wanted."""
         if self.into is not None:
             return self.into
-        winner, loser = (
-            torch.empty_like(policy) if want else None
-            for policy, want in zip(self.policy, self.wanted, strict=True)
+        winner, loser = self.policy
+        return (
+            torch.empty_like(winner) if self.wanted[0] else None,
+            torch.empty_like(loser) if self.wanted[1] else None,
         )
-        return winner, loser
 
 
 class Backend(Protocol):

@@ -28,7 +28,7 @@ def _compute(tensors: Sequence[Tensor], inputs: tuple[Any, ...], margin_graph: b
         output = run(tensors, *inputs)
     loss, per_pair, *_ = output
     margin, *others = per_pair.unbind()
-    if torch.is_grad_enabled() and any(prediction.requires_grad for prediction in policy):
+    if torch.is_grad_enabled() and (policy[0].requires_grad or policy[-1].requires_grad):
         graphed = AttachGradient.apply((tensors, *inputs), output, margin_graph, *policy)
         loss, margin = (*graphed, margin)[:2]  # the margin comes back with a graph only if it was asked for
     return PairedDPOLoss(loss, margin, *others)

@@ -149,10 +149,12 @@ def _run_gradient(
         None if batch is None else _halves([batch]),
     )
     winner, loser = choose_backend("paired_dpo", backend, members[0].device).gradient(inputs)
-    empty = policy[0].new_empty
     if batch is not None:
-        return batch, empty(0)
-    return empty(0) if winner is None else winner, empty(0) if loser is None else loser
+        return batch, batch.new_empty(0)
+    return (
+        members[0].new_empty(0) if winner is None else winner,
+        members[1].new_empty(0) if loser is None else loser,
+    )
 
 
 _gradient = operator("paired_dpo_gradient")(_run_gradient)
