@@ -1,7 +1,8 @@
 """The native loss and a warmed ``torch.compile`` of the formula, called in turn.
 
-``PYTHONPATH=tests/kernels python bench/loss_in_turn.py THREADS`` prints a row per case: the native loss's median, and two
-ratios, above 1 where it is faster: that of the medians, and that of the fastest fifth, which is nearer to an idle machine.
+``PYTHONPATH=tests/kernels python bench/loss_in_turn.py THREADS`` prints a row per case: the native loss's median, and
+two ratios, above 1 where it is faster: that of the medians, and that of the fastest fifth, which is nearer to an idle
+machine.
 
 Both get the same cold inputs, forward and backward, in the same minute. So a busy machine disturbs both alike, and the
 threads of one meet those of the other, as they do in a trainer.
