@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ if (
 ):  # before torch: each worker, and what it starts, takes its share of cores
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    gc.disable()  # until all is imported and collected: see pytest_collection_finish
 
 sys.path.insert(
     0, str(Path(__file__).parent.parent / "bench")
@@ -40,6 +42,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[LEFT_OUT] = len(long)
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = len(long)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what imports and collection made out of all later searches for garbage; it stays to the end."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter's end find what was left out; libraries report what it does not."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -72,10 +85,10 @@ def measure_quickly() -> None:
 
 
 @pytest.fixture(scope="session")
-def smallest() -> list[str]:
-    """The overrides that make the sprites run one of seconds."""
+def smallest(small_policy: str) -> list[str]:
+    """The overrides that make the sprites run one of seconds, of a policy with few weights."""
     measure_quickly()
-    return list(SMALL)
+    return [*SMALL, small_policy]
 
 
 @pytest.fixture(scope="session")
@@ -91,11 +104,10 @@ def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Callable[..., Config]:
+def small(smallest: list[str], tmp_path: Path) -> Callable[..., Config]:
     """A sprites configuration of seconds, in its own run directory; arguments override settings."""
-    measure_quickly()
 
     def make(*overrides: str) -> Config:
-        return load_config(None, [*SMALL, f"run_dir={tmp_path / 'run'}", *overrides])
+        return load_config(None, [*smallest, f"run_dir={tmp_path / 'run'}", *overrides])
 
     return make

@@ -23,9 +23,9 @@ class NoFakes:
     def __exit__(self, *_: object) -> None: ...
 
 
-def assert_traced_as_real(config: Config) -> None:
+def assert_traced_as_real(config: Config, depth: int | None = None) -> None:
     """Assert that both traces agree in bytes and operations; with real tensors every block and every step runs."""
-    fake, place = trace_step(config, on_gpu=False), "vpo_engine.planning.trace"
+    fake, place = trace_step(config, on_gpu=False, depth=depth), "vpo_engine.planning.trace"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{place}.FakeTensorMode", NoFakes)
         patch.setattr(f"{place}.repeated", lambda *_: nullcontext())
@@ -33,7 +33,7 @@ def assert_traced_as_real(config: Config) -> None:
         patch.setattr(f"{place}.materialise", _random)
         patch.setattr("vpo_engine.planning.parts.materialise", _random)
         torch.manual_seed(0)
-        real = trace_step(config, on_gpu=False)
+        real = trace_step(config, on_gpu=False, depth=depth)
     assert fake.names == real.names
     for name in {"rollout", "update", "optimizer", "refresh"} & set(fake.names):
         assert fake.peak(name) == real.peak(name), name

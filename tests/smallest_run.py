@@ -14,3 +14,5 @@ SMALL = (
     "evaluation.every=2",
     "checkpoint.every=2",
 )
+SHIPPED = "model.policy=null"
+"""The setting with which a run that the fixtures make small has the shipped policy, where a test needs that."""

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from smallest_run import SHIPPED
 
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
@@ -23,12 +24,13 @@ from vpo_engine.runs.checkpoint import save_checkpoint
 Make = Callable[..., Config]
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_a_disk_that_cannot_hold_the_checkpoints_is_noticed_before_the_first_step(
     smallest: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=80 * 2**20))
     run = tmp_path / "run"
-    assert entry.main([*smallest, f"run_dir={run}"]) == 1
+    assert entry.main([*smallest, SHIPPED, f"run_dir={run}"]) == 1
     message = capsys.readouterr().err
     assert f"the disk of {tmp_path} has 0.08 GiB free, but this run needs " in message
     assert " GiB there for 3 checkpoints of 0." in message
@@ -51,7 +53,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_noticed_before_the_first_ste
 def test_the_size_of_a_checkpoint_is_known_before(
     settings: tuple[str, ...], small: Make, tmp_path: Path
 ) -> None:
-    config = small(*settings)
+    config = small(SHIPPED, *settings)  # of whose size the headers of files are a small part
     processes = Processes.start("cpu")
     model = build_model(config, processes, lambda _: None)
     algorithm = OnlineVPO(

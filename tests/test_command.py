@@ -62,6 +62,18 @@ WRONG = {
 }
 
 
+def test_an_adapter_without_peft_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(entry, "find_spec", lambda name: None)
+    assert entry.main(["model.lora.rank=4", "reference.storage=adapter"]) == 1
+    assert (
+        'model.lora needs PEFT, which is not installed; pip install "vpo-engine[lora]"'
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_input_is_one_line(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -98,6 +98,35 @@ def test_tutorials_and_how_to_pages_are_run_or_say_why_not(folder: str) -> None:
     assert missing == []
 
 
+def test_errors_that_a_page_quotes_are_errors_of_the_code() -> None:
+    sources = [
+        path
+        for name in ("vpo_engine", "kernels")
+        for path in (ROOT / name).rglob("*")
+        if path.suffix in (".py", ".txt")
+    ]
+    code = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in sources))
+    page = (ROOT / "docs/how_to/when_it_fails.md").read_text(encoding="utf-8")
+    quoted = [
+        text
+        for cell in re.findall(r'^\| (".*?) \|', page, re.MULTILINE)
+        for text in re.findall('"(.+?)"', cell)
+    ]
+    assert len(quoted) > 12
+    assert [text for text in quoted for piece in text.split("...") if piece.strip() not in code] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_the_engine_stand_in_blocks_that_tests_read(page: Path) -> None:
+    outside = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert (
+        re.findall(
+            r"^ {4}(?:\w+=\S+ )?(?:torchrun|vpo|pytest|python -m vpo_engine\S*) .*$", outside, re.MULTILINE
+        )
+        == []
+    )
+
+
 def test_a_comment_with_an_unknown_line_is_an_error(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- a test runs this page\nad to train: steps=1\n-->\n")

@@ -11,6 +11,7 @@ from lora_case import LORA, PROMPT, Make, same
 from power_cut import copy_cut
 from real_trace import assert_traced_as_real
 from safetensors.torch import load_file
+from small_policy import small_network
 from torch import Tensor
 
 from vpo_engine import sample, training
@@ -18,12 +19,12 @@ from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
-from vpo_engine.data.sprites.assets import load_policy
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.quantised_base import block_linears, frozen_layers
 from vpo_engine.metrics.throughput import count_row_flops
 from vpo_engine.models.lora import adapter_parameters
 from vpo_engine.models.opensora.model import OpenSora
+from vpo_engine.planning.parts import Assumed, blueprint_of
 from vpo_engine.planning.trace import trace_step
 from vpo_engine.runs.log import read_metrics
 
@@ -53,7 +54,7 @@ def finished(smallest: list[str], tmp_path_factory: pytest.TempPathFactory) -> t
 
 def test_a_run_trains_the_adapter_saves_it_alone_and_leaves_the_base(finished: tuple[Path, OpenSora]) -> None:
     run, model = finished
-    fresh = load_policy()
+    fresh = small_network()
     count = len(block_linears(fresh))
     assert len(frozen_layers(model.network)) == count > 0
     saved = tensors(run, 4)
@@ -76,10 +77,10 @@ def test_the_count_of_trained_parameters_is_that_of_any_base(small: Make) -> Non
     plain = said["null"][1]
     assert re.fullmatch(r"LoRA of rank 4 .* [\d,]+ of [\d,]+ parameters are trained \(\d\.\d\d%\)", plain)
     assert re.fullmatch(
-        re.escape(plain) + r"; 42 layers of the base are held in 8 bits \(\d\.\d MiB\)", said["8"][1]
+        re.escape(plain) + r"; 28 layers of the base are held in 8 bits \(\d\.\d MiB\)", said["8"][1]
     )
     assert re.fullmatch(
-        re.escape(plain) + r"; 42 layers of the base are held in 4 bits \(0\.\d MiB\)", said["4"][1]
+        re.escape(plain) + r"; 28 layers of the base are held in 4 bits \(0\.\d MiB\)", said["4"][1]
     )
 
 
@@ -142,9 +143,12 @@ TWO = ("pairs_per_step=2", "objective.timesteps_per_pair=1", "memory.activation_
 
 @pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.long), 4])
 def test_the_plan_counts_the_codes_and_nothing_of_the_full_weights(bits: int) -> None:
-    layers = [layer.weight.numel() for layer in block_linears(load_policy()).values()]
-    plain = trace_step(load_config(None, [*LORA, *TWO]), on_gpu=False)
-    found = trace_step(load_config(None, [*LORA, *TWO, f"memory.base_bits={bits}"]), on_gpu=False)
+    network = blueprint_of(load_config(None), Assumed(), 1).model.network
+    layers = [layer.weight.numel() for layer in block_linears(network).values()]
+    plain, found = (
+        trace_step(load_config(None, [*LORA, *TWO, *more]), on_gpu=False, depth=1, network_only=True)
+        for more in ([], [f"memory.base_bits={bits}"])
+    )
 
     def rounded(size: int) -> int:
         return -(-size // 512) * 512

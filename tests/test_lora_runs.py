@@ -14,13 +14,14 @@ from lora_case import LORA, PROMPT, TARGETS, Make, same
 from power_cut import copy_cut
 from process_group import run_in_group
 from safetensors.torch import load_file
+from small_policy import small_network
 from torch import Tensor
 
 from vpo_engine import evaluate, sample, training
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import Config, LoraConfig
-from vpo_engine.data.sprites.assets import WEIGHTS, load_policy
+from vpo_engine.data.sprites.assets import WEIGHTS
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.lora import adapter_parameters, inject_adapter, save_adapter
 from vpo_engine.models.opensora.model import OpenSora
@@ -61,13 +62,13 @@ def finished(smallest: list[str], tmp_path_factory: pytest.TempPathFactory) -> t
 
 def test_a_run_trains_the_adapter_and_leaves_the_base(finished: tuple[Path, OpenSora]) -> None:
     run, model = finished
-    base = load_policy().state_dict()
+    base = small_network().state_dict()
     now = {name: value for name, value in model.network.state_dict().items() if ".lora_" not in name}
     assert same({name.replace(".base_layer.", "."): value for name, value in now.items()}, dict(base))
     saved = load_file(run / "checkpoints/step_00000004/policy/adapter_model.safetensors")
     assert same(saved, {name: weight.detach() for name, weight in adapter_parameters(model.network).items()})
     assert all(value.any() for value in saved.values())
-    fresh = load_policy()
+    fresh = small_network()
     inject_adapter(fresh, LoraConfig(rank=4, alpha=8.0), TARGETS, seed=0)
     moved = [not torch.equal(weight, saved[name]) for name, weight in adapter_parameters(fresh).items()]
     assert all(moved)
@@ -95,9 +96,9 @@ def test_the_count_of_trained_parameters_is_said_once(small: Make) -> None:
     said: list[str] = []
     model = build_model(small(*LORA), Processes.start("cpu"), said.append)
     trained = sum(weight.numel() for weight in adapter_parameters(model.network).values())
-    total = trained + sum(weight.numel() for weight in load_policy().parameters())
+    total = trained + sum(weight.numel() for weight in small_network().parameters())
     assert said[1:] == [
-        f"LoRA of rank 4 and scale 2 (alpha / rank) in 30 layers: {trained:,} of {total:,} parameters are trained "
+        f"LoRA of rank 4 and scale 2 (alpha / rank) in 20 layers: {trained:,} of {total:,} parameters are trained "
         f"({trained / total:.2%})"
     ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from smallest_run import SHIPPED
 from step_case import places_of, scores_of, step_on
 from torch import Tensor
 
@@ -297,7 +298,7 @@ def test_a_motion_floor_keeps_still_videos_from_winning(small: Make, monkeypatch
         def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
             return {"stillness": -motion(videos)}
 
-    settings = ("reward.dimensions=global", "rollout.candidates=4")
+    settings = (SHIPPED, "reward.dimensions=global", "rollout.candidates=4")
     steps = []
     for floor in ("null", "1.2"):
         algorithm = make_algorithm(small(*settings, f"guards.motion_floor={floor}"), PrefersStillness())

@@ -1,10 +1,11 @@
-"""Record the runs that ``tests/metrics/test_step_watch.py`` replays: honest ones, and ones with a planted fault.
+"""Record the runs that ``tests/metrics/test_step_watch.py`` replays: honest ones, and ones that go wrong.
 
-python tests/watch_traces.py NAME FOLDER
+python -m tests.watch_traces NAME FOLDER
 
-runs the sprites world and writes FOLDER/NAME.json: the rows of its log that the watch reads. A fault is planted before
-step ``PLANTED``; until then the run is an honest one. Of ``rate`` 20 steps were recorded, of candidates that were
-sampled in 8 steps, and only what the loss logs.
+runs the sprites world and writes FOLDER/NAME.json: the rows of its log, as far as alarms depend on them. The runs of
+``FAULTS`` have a fault planted before step ``PLANTED``, and are honest until then; those of ``EXPLOITED`` are trained
+against a reward that is easily exploited. Of ``rate`` 20 steps were recorded, of candidates that were sampled in 8
+steps, and only what the loss logs.
 """
 
 from __future__ import annotations
@@ -16,13 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor
-
-from vpo_engine.metrics.candidate_statistics import WATCHED, video_statistics
 from vpo_engine.online_vpo import OnlineVPO
-from vpo_engine.rewards import guards
 from vpo_engine.runs.log import read_metrics
-from vpo_engine.selection import Selector
 from vpo_engine.train import main
 from vpo_engine.values import Prompt
 
@@ -42,6 +38,42 @@ SHORT = (
 
 
 HONEST = {f"honest_{seed}": (*SHORT, f"seed={seed}") for seed in (1, 2, 3)}
+LATER = {
+    "honest_seed7": (*SHORT, "seed=7"),
+    "honest_eight": (*SHORT, "seed=8", "rollout.candidates=8", "reference.refresh_every=2", "steps=12"),
+    "honest_lora": (
+        *SHORT,
+        "seed=10",
+        "steps=12",
+        "model.lora.rank=8",
+        "reference.storage=adapter",
+        "optimizer.lr=5e-4",
+    ),
+}
+"""Honest runs that took no part in setting tolerances and thresholds."""
+STRONG = (
+    "configs/sprites.yaml",
+    "steps=14",
+    "pairs_per_step=8",
+    "rollout.steps=5",
+    "objective.beta=100",
+    "objective.timesteps_per_pair=1",
+    "objective.updates_per_rollout=4",
+    "optimizer.lr=0.0002",
+    "optimizer.final_lr=1.0",
+    "optimizer.warmup_steps=20",
+    "reward.dimensions=global",
+    "evaluation.every=2",
+    "evaluation.prompts=8",
+    "evaluation.samples_per_prompt=2",
+    "evaluation.samples_between=null",
+)
+"""A policy that learns fast enough to find within a dozen rollouts what its reward pays for."""
+EXPLOITED = {
+    "still": (*STRONG, "reward.kind=tests.exploited_rewards:Stillness"),
+    "red": (*STRONG, "reward.kind=tests.exploited_rewards:Redness"),
+    "colourful": (*STRONG, "reward.kind=examples.own_reward:Colourfulness"),
+}
 
 
 def higher_rate(factor: float) -> Callable[[OnlineVPO], None]:
@@ -60,13 +92,6 @@ def higher_beta(factor: float) -> Callable[[OnlineVPO], None]:
     return plant
 
 
-def choose_by(score: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[OnlineVPO], None]:
-    def plant(method: OnlineVPO) -> None:
-        Selector.scalar = lambda self, scores: score(scores)  # type: ignore[method-assign, assignment]
-
-    return plant
-
-
 def all_of(*plants: Callable[[OnlineVPO], None]) -> Callable[[OnlineVPO], None]:
     def plant(method: OnlineVPO) -> None:
         for each in plants:
@@ -75,19 +100,13 @@ def all_of(*plants: Callable[[OnlineVPO], None]) -> Callable[[OnlineVPO], None]:
     return plant
 
 
-FAULTS: dict[str, tuple[Callable[[OnlineVPO], None], str]] = {
-    # name: what is planted, and the statistic that the extra score "motion" holds
-    "beta": (higher_beta(100), "motion"),
-    "rate": (higher_rate(20), "motion"),
-    "bold": (all_of(higher_rate(4), higher_beta(0.1)), "motion"),
-    "offline": (higher_rate(4), "motion"),
-    "still": (all_of(higher_rate(4), choose_by(lambda scores: -scores["motion"])), "motion"),
-    "colour": (all_of(higher_rate(4), choose_by(lambda scores: scores["motion"])), "saturation"),
-    "blind": (
-        all_of(higher_rate(4), choose_by(lambda scores: scores["visual_quality"] - scores["text_alignment"])),
-        "motion",
-    ),
+FAULTS = {
+    "beta": higher_beta(100),
+    "rate": higher_rate(20),
+    "bold": all_of(higher_rate(4), higher_beta(0.1)),
+    "offline": higher_rate(4),
 }
+"""What is planted in a run that begins as the honest ones."""
 
 
 OWN = {
@@ -99,22 +118,19 @@ OWN = {
 
 def run(name: str, folder: Path) -> None:
     if name in FAULTS:
-        plant, statistic = FAULTS[name]
-        place = WATCHED.index(statistic)
-        guards.motion = lambda videos: video_statistics(videos)[:, place].cpu()  # type: ignore[assignment]
         step = OnlineVPO.step
 
         def planted(self: OnlineVPO, prompts: Sequence[Prompt]) -> Any:
             if prompts[0].position == (PLANTED - 1) * self.config.pairs_per_step:
-                plant(self)
+                FAULTS[name](self)
             return step(self, prompts)
 
         OnlineVPO.step = planted  # type: ignore[method-assign]
+    settings = (HONEST | LATER | EXPLOITED).get(name, (*SHORT, *OWN.get(name, ())))
     with TemporaryDirectory() as made:
-        own = OWN.get(name, ())
-        assert main([*HONEST.get(name, SHORT), *own, f"run_dir={made}/run"]) == 0
+        assert main([*settings, f"run_dir={made}/run"]) == 0
         rows = read_metrics(Path(made) / "run/metrics.jsonl")
-    write([row for row in rows if row["kind"] == "train" or row["step"] == 0], folder / f"{name}.json")
+    write(rows, folder / f"{name}.json")
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -18,18 +18,19 @@ from vpo_engine.config.yaml_values import MOST_BYTES, Settings, read_override, r
 from vpo_engine.texts import read_text, shortened, why_no_file
 
 SPRITES = "sprites.yaml"
-_FOLDERS = (
+_OF_MODEL = (
     ("model.policy", "folder or weights file"),
-    *((key, "folder") for key in ("model.vae", "model.text_encoder", "offline_dpo.dataset")),
+    ("model.vae", "folder"),
+    ("model.text_encoder", "folder"),
 )
-_FILES = tuple(
-    (key, "file")
-    for key in (
-        "prompts.train",
-        "prompts.held_out",
-        "distributed.deepspeed_config",
-        "offline_dpo.file",
-    )
+"""Settings that name what must be there before a model is loaded."""
+_OF_RUN = (
+    *_OF_MODEL,
+    ("offline_dpo.dataset", "folder"),
+    ("prompts.train", "file"),
+    ("prompts.held_out", "file"),
+    ("distributed.deepspeed_config", "file"),
+    ("offline_dpo.file", "file"),
 )
 """Settings that name what must be there when a run begins. Rewards say themselves what they read."""
 _SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
@@ -66,7 +67,16 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
 
 def require_files(config: Config) -> None:
     """Raise ValueError, with the setting, for a file or folder of the configuration that does not exist."""
-    for key, kind in (*_FOLDERS, *_FILES):
+    _require(config, _OF_RUN)
+
+
+def require_model_files(config: Config) -> None:
+    """Raise ValueError, with the setting, for a file or folder of the model that does not exist."""
+    _require(config, _OF_MODEL)
+
+
+def _require(config: Config, settings: Sequence[tuple[str, str]]) -> None:
+    for key, kind in settings:
         section, name = key.rsplit(".", 1)
         owner = config
         for part in section.split("."):
@@ -75,7 +85,8 @@ def require_files(config: Config) -> None:
         if path is None:
             continue
         if not os.path.exists(path):
-            raise ValueError(f"{key}={shortened(str(path))}: there is no such {kind}; check the path")
+            where = "" if os.path.isabs(path) else f" (relative to {os.getcwd()})"
+            raise ValueError(f"{key}={shortened(str(path))}: there is no such {kind}; check the path{where}")
         if kind in ("folder", "file") and os.path.isdir(path) != (kind == "folder"):
             raise ValueError(f"{key}={path} must be a {kind}; check the path")
         if not os.path.isdir(path) and (reason := why_no_file(path, kind)):

@@ -173,7 +173,8 @@ class OnlineVPO(Method):
 
     def _learned(self, choices: list[Choice], pairs: list[Pair], metrics: dict[str, float]) -> Step:
         metrics |= self.selector.metrics(choices)
-        if watched := self.watched.take(self.processes):  # videos were sampled in this step
+        prompts = [choice.prompt.text for choice in choices]
+        if watched := self.watched.take(prompts, self.processes):  # videos were sampled in this step
             metrics |= watched | candidate_statistics(choices, self.processes)
         metrics["reference_age"] = self.optimizer_steps - self.refreshed_at
         metrics |= {f"reference/{name}": value for name, value in self.reference.numbers().items()}

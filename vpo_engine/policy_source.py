@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.config import Config, ModelConfig
-from vpo_engine.config_file import load_config, parse_config
+from vpo_engine.config_file import load_config, parse_config, require_model_files
 from vpo_engine.foreign_files import read_object
 from vpo_engine.runs.checkpoint import (
     checkpoint_name,
@@ -95,7 +95,9 @@ def find_source(path: Path | None, base: Path | None, overrides: Sequence[str]) 
             raise ValueError(f"--base {base} is a run of an adapter; give the folder of a whole model")
         return replace(source, adapter=path)
     if path is None or not path.is_dir():
-        return PolicySource(load_config(path, overrides))
+        config = load_config(path, overrides)
+        require_model_files(config)
+        return PolicySource(config)
     if (path / RECORD).is_file() or is_published(path):
         return PolicySource(folder_config(path, overrides))
     return run_source(path, None, overrides)

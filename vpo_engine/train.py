@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from vpo_engine import settings
 from vpo_engine.command import (
@@ -77,6 +78,7 @@ def train(config: Config) -> int:
             check_prompt_files(config.prompts)
     with same_in_all_processes():
         _check_given_videos(config)
+        _check_peft(config)
         check_shares(config, processes_that_train(config))
         check_deepspeed(config, processes_that_train(config))
     if is_first_process():
@@ -95,6 +97,12 @@ def train(config: Config) -> int:
     from vpo_engine.training import run_training
 
     return run_training(config)
+
+
+def _check_peft(config: Config) -> None:
+    """Raise ValueError for an adapter without the package that makes it, before the policy is read."""
+    if config.model.lora is not None and find_spec("peft") is None:
+        raise ValueError('model.lora needs PEFT, which is not installed; pip install "vpo-engine[lora]"')
 
 
 def _check_given_videos(config: Config) -> None:

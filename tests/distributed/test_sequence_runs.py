@@ -40,8 +40,7 @@ def policy_of(folder: Path, step: int) -> torch.Tensor:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     rows = read_metrics(folder / "metrics.jsonl")
-    # Standard errors over prompts are estimates where the videos of a prompt are spread over processes.
-    clock = ("seconds/", "speed/", "memory/", "kind", "watch/se/")
+    clock = ("seconds/", "speed/", "memory/", "kind")
     return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
 
 

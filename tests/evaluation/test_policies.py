@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from evaluation_case import results_of, run
-from smallest_run import SMALL
 
 from vpo_engine import train
 
@@ -17,10 +16,10 @@ PIXELS = "pixels:sprites"
 
 
 @pytest.fixture(scope="module")
-def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def a_run(smallest: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, whose policy differs a little from the one that it started from."""
     root = tmp_path_factory.mktemp("runs") / "small"
-    words = [*SMALL, "steps=2", "evaluation.every=1", "optimizer.lr=1e-3", f"run_dir={root}"]
+    words = [*smallest, "steps=2", "evaluation.every=1", "optimizer.lr=1e-3", f"run_dir={root}"]
     assert train.main(words) == 0
     return root
 

@@ -11,7 +11,8 @@ second, or what VPO_FUZZ_SECONDS says:
 
     VPO_FUZZ_SECONDS=600 pytest tests/fuzz/test_NAME.py
 
-Hypothesis prints the example that failed, made as small as it can be.
+Hypothesis prints the example that failed, made as small as it can be. Of a hang or an escape, which it lets through at
+once, the error has a note with the example as it was.
 """
 
 from __future__ import annotations
@@ -137,8 +138,10 @@ def _run_rounds(
                 check(**made, **drawn, **({"folder": folder} if wants_folder else {}))
         except hypothesis.errors.UnsatisfiedAssumption:
             raise
-        except BaseException:
+        except BaseException as error:
             state["failed"] = True
+            if not isinstance(error, Exception):
+                error.add_note(f"the example: {drawn!r}")
             raise
 
     number = 0

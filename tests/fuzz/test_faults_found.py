@@ -205,6 +205,19 @@ def test_wrong_prompt_files(tmp_path: Path, name: str) -> None:
     assert time.process_time() - began < MOST_SECONDS
 
 
+@pytest.mark.parametrize("head", ["a.txt", "a.tsv\nprompt\n"], ids=["lines", "an open quote"])
+def test_the_time_of_a_prompt_file_is_in_proportion_to_its_lines(tmp_path: Path, head: str) -> None:
+    name, _, column = head.partition("\n")
+    (tmp_path / name).write_text(f'{column}"' + "a\n" * 20_000)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a fox-0.mp4").touch()
+    began = time.process_time()
+    ended = call(evaluate.main, ["clips", "--prompts", name])
+    assert ended.code == 1
+    assert "prompts 2 and 3 are both 'a'" in ended.err
+    assert time.process_time() - began < MOST_SECONDS
+
+
 STUDY = {
     "study": "s", "arms": {"policy": "n\x1b[2J", "baseline": "o"},
     "pairs": {"pair-000": {"prompt": "a", "left": "policy", "right": "baseline"}},

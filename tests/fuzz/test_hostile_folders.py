@@ -32,7 +32,10 @@ TEXTS = (
 
 
 def make(folder: Path, entries: list[tuple[list[bytes], str]]) -> None:
-    """Make files, folders, links, pipes and devices of odd names, as far as the file system takes them."""
+    """Make files, folders, links, pipes and devices of odd names, as far as the file system takes them.
+
+    What is there is left as it is: to open an earlier pipe or device and write to it would wait, or write elsewhere.
+    """
     for parts, kind in entries:
         parts = [part.replace(b"/", b"_").replace(b"\0", b"_") for part in parts]
         parts = [part if part not in (b".", b"..") else b"_" for part in parts]
@@ -40,7 +43,7 @@ def make(folder: Path, entries: list[tuple[list[bytes], str]]) -> None:
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             if kind == "file":
-                with open(path, "wb") as file:
+                with open(path, "xb") as file:
                     file.write(b"video")
             elif kind == "folder":
                 os.mkdir(path)

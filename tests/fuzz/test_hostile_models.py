@@ -84,6 +84,41 @@ def test_configurations(
     assert sampled(model, folder / "out") in (0, 1)
 
 
+WRONG_SETTINGS = [
+    ("vae/config.json", {"latents_mean": []}, "latents_mean is [], expected a number for each of its 4"),
+    ("vae/config.json", {"latents_std": [1.0]}, "latents_std is [1.0], expected a number for each of its 4"),
+    ("vae/config.json", {"latents_mean": None}, "latents_mean is None, expected a number"),
+    (
+        "vae/config.json",
+        {"out_channels": 4},
+        "vae/config.json does not describe a AutoencoderKLWan that can run",
+    ),
+    (
+        "transformer/config.json",
+        {"out_channels": 3},
+        "does not describe a WanTransformer3DModel that can run",
+    ),
+    ("text_encoder/config.json", {"num_heads": 0}, "text_encoder"),
+]
+
+
+@pytest.mark.parametrize(("file", "changes", "message"), WRONG_SETTINGS)
+def test_settings_that_cannot_run_are_refused_before_weights_are_read(
+    tmp_path: Path,
+    published: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    model = Path(shutil.copytree(published, tmp_path / "model"))
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes))
+    for weights in model.rglob("*.safetensors"):
+        weights.write_bytes(b"nothing reads this")
+    assert sampled(model, tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+
+
 @fuzz(
     file=st.sampled_from(WEIGHTS + CONFIGS),
     places=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=3),

@@ -104,14 +104,18 @@ def test_damaged_files(folder: Path, suffix: str, places: list[tuple[int, int]],
     read(path)
 
 
+LINES = 10**5
+"""Lines of a huge file. A check opens it three times and fetches every prompt twice, so a million lines take longer
+than an example may, although nothing is wrong: a file of millions of prompts may be given, and its time is in
+proportion."""
 HUGE = {
     "deep lists": lambda: b"[" * 10**6,
     "deep objects": lambda: b'{"prompt":' * 10**5 + b'"a"' + b"}" * 10**5,
     "one long line": lambda: b"a" * (3 << 20),
-    "an open quote": lambda: b'prompt,x\n"' + b"a\n" * 10**6,
+    "an open quote": lambda: b'prompt,x\n"' + b"a\n" * LINES,
     "many columns": lambda: b",".join(b"c%d" % number for number in range(10**5)),
     "a number": lambda: b'{"prompt": "a", "n": ' + b"9" * 10**5 + b"}",
-    "nothing but blanks": lambda: b" \n" * 10**6,
+    "nothing but blanks": lambda: b" \n" * LINES,
     "a long key": lambda: b'{"' + b"k" * 10**6 + b'": 1}',
 }
 

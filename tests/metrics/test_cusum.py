@@ -25,6 +25,7 @@ def test_the_threshold_gives_the_wanted_rate_of_false_alarms(monkeypatch: pytest
     The threshold is an approximation, and a step adds at most half of it; both make alarms rarer, never more frequent.
     """
     monkeypatch.setattr(cusum, "STEPS_TO_FALSE_ALARM", 500.0)
+    monkeypatch.setattr(cusum, "_LEAST_CLEARANCE", 0.5)
     lengths = [steps_to_alarm(0.0, seed, 5000) for seed in range(40)]
     assert 300 < sum(lengths) / len(lengths) < 1500
 
@@ -43,7 +44,7 @@ def test_a_change_beyond_the_tolerance_is_noticed_the_sooner_the_larger_it_is(
 def test_no_single_step_raises_an_alarm() -> None:
     test = Cusum(1.0)
     assert [test(step, 1e9, 1.0) for step in (1, 2)] == [0.5, 1.0]
-    assert test.since == 0
+    assert test.since == 1
 
 
 def test_a_step_too_noisy_for_the_tolerance_widens_it() -> None:
@@ -53,10 +54,10 @@ def test_a_step_too_noisy_for_the_tolerance_widens_it() -> None:
 
 
 def test_the_sum_begins_again_where_a_change_ends() -> None:
-    test = Cusum(1.0)
+    test = Cusum(2.0)
     for step in range(1, 4):
-        test(step, 2.0, 1.0)
-    assert (test.total, test.since) == (3.0, 0)
+        test(step, 3.0, 1.0)
+    assert (test.total, test.since) == (3.0, 1)
     for step in range(4, 8):
         test(step, 0.0, 1.0)
     assert (test.total, test.since) == (0.0, 7)
@@ -78,7 +79,7 @@ def test_a_drift_counts_from_the_first_steps_and_in_its_ways(ways: str, sign: in
     assert drift.normal.mean == 60.0
     if raised:
         assert drift.limit() == 60.0 + sign * 5.0
-        assert drift.since == 8  # changes up to half of the deviation of 10 are tolerated
+        assert drift.since == 9  # changes up to half of the deviation of 10 are tolerated
 
 
 def test_a_statistic_that_never_varies_is_never_judged() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from vpo_engine.config_file import load_config
 from vpo_engine.metrics.reward_monitor import RewardMonitor
@@ -19,8 +22,17 @@ from vpo_engine.rewards.guards import Shuffled
 DATA = Path(__file__).parents[1] / "data/watch"
 SOON = 5
 """An alarm comes within so many rollouts of the onset."""
-HONEST = ["honest_1", "honest_2", "honest_3", "bold"]
-"""Three of the recipe, and one with four times the rate and a tenth of beta from step 9 on."""
+LATER = ["honest_seed7"]
+"""Other seeds; eight candidates and a refresh at every second step; LoRA. They took no part in setting thresholds."""
+HONEST = ["honest_1", "honest_2", "honest_3", "bold", *LATER]
+"""Three of the recipe, and one with four times the rate and a tenth of beta from step 9 on; and ``LATER``."""
+EXPLOITED: list[tuple[str, str, set[str]]] = [
+    # name, the alarm, and others that are right later on
+    ("still", "motion", {"style"}),
+    ("red", "prompt_blind", {"style"}),
+    ("colourful", "style", set()),
+]
+"""Real failures: a reward of stillness, one of red beside one of the caption, and one of strong colours."""
 WRONG: list[tuple[str, int, str, set[str]]] = [
     # name, onset, the alarm, and others that are right too
     # A hundred times beta from step 9 on.
@@ -46,9 +58,24 @@ def monitor_of(rows: Sequence[Row]) -> RewardMonitor:
     return monitor
 
 
-def replay(rows: Sequence[Row]) -> Alarms:
-    monitor = monitor_of(rows)
-    return [alarm for row in rows if row["kind"] == "train" for alarm in monitor.step(row["step"], row)[1]]
+def replay(rows: Sequence[Row], evaluations: bool = False) -> Alarms:
+    """Return the alarms of the rows; those of looks at evaluations only if they are wanted."""
+    monitor, alarms = monitor_of(rows), []
+    for row in rows:
+        if row["kind"] == "train":
+            alarms += monitor.step(row["step"], row)[1]
+        elif evaluations:
+            alarms += monitor.observe(row["step"], *looks_of(row))[1]
+    return alarms
+
+
+def looks_of(row: Row) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return looks of two clips before and now that are as far apart as the row of an evaluation says."""
+    distances = {name.removeprefix("guards/"): row[name] for name in row if name.startswith("guards/style/")}
+    before = 10 * torch.tensor([-1.0, 1.0])
+    return dict.fromkeys(distances, before), {
+        name: before + before.std() * far for name, far in distances.items()
+    }
 
 
 def recorded(name: str) -> list[Row]:
@@ -167,6 +194,10 @@ def test_each_failure_raises_its_own_alarm_soon_and_no_other(
     [
         {"reward/blind": towards(0.33, 6)},  # what does not read the prompt rises, and nothing falls
         {"reward/blind": towards(0.33, 6), "reward/reading": towards(0.1, 6)},  # both rise
+        {  # what reads the prompt falls with a rise for two steps only, and later on without one
+            "reward/reading": lambda since: -0.05 * (since < 3 or since > 8),
+            "reward/blind": lambda since: 0.33 if since < 3 else -0.01,
+        },
         {
             "winner_error_change": lambda since: -0.01 * since,
             "loser_error_change": lambda since: 0.01 * since,
@@ -195,6 +226,49 @@ def test_recorded_runs_that_go_wrong_raise_their_alarm_soon(
     alarms = replay(recorded(name))
     assert onset <= first_of(alarms, kind).step <= onset + SOON
     assert {alarm.kind for alarm in alarms} <= {kind, *beside}
+
+
+def onset(rows: Sequence[Row], metric: str) -> int:
+    """Return the first step from which on a number stays outside of what is normal.
+
+    Normal is the mean of the first four steps, give or take two standard errors of the difference.
+    """
+    steps = [row for row in rows if row["kind"] == "train"]
+    error = "watch/se/" + metric.removeprefix("watch/")
+    mean = statistics.fmean(row[metric] for row in steps[:4])
+    noise = math.sqrt(statistics.fmean(row[error] ** 2 for row in steps[:4]) * (1 + 1 / 4))
+    return 1 + max(row["step"] for row in steps if abs(row[metric] - mean) <= 2 * noise)
+
+
+def damage(rows: Sequence[Row]) -> int:
+    """Return the step of the first evaluation at which the judge's score has lost a quarter of what it can lose.
+
+    It cannot fall below 1.
+    """
+    scores = {row["step"]: row["guards/held_out"] for row in rows if row["kind"] == "eval"}
+    return next(step for step, score in scores.items() if score - 1 < 0.75 * (scores[0] - 1))
+
+
+@pytest.mark.parametrize(("name", "kind", "later"), EXPLOITED)
+def test_an_exploited_reward_raises_its_alarm_before_the_judge_sees_the_damage(
+    name: str, kind: str, later: set[str]
+) -> None:
+    rows = recorded(name)
+    alarms = replay(rows, evaluations=True)
+    assert alarms[0].kind == kind
+    assert alarms[0].step < damage(rows)
+    assert {alarm.kind for alarm in alarms} <= {kind, *later}
+
+
+@pytest.mark.parametrize(("name", "kind", "later"), EXPLOITED)
+def test_steps_alone_raise_the_alarm_of_an_exploited_reward_soon(
+    name: str, kind: str, later: set[str]
+) -> None:
+    rows = recorded(name)
+    alarms = replay(rows)
+    assert alarms[0].kind == kind
+    assert 0 <= alarms[0].step - onset(rows, alarms[0].metric) <= SOON
+    assert {alarm.kind for alarm in alarms} <= {kind, *later}
 
 
 def test_an_honest_run_of_thousands_of_steps_raises_no_alarm() -> None:

@@ -34,10 +34,11 @@ MUTATIONS = [
     (
         "a plain percentile bootstrap",
         PAIRED,
-        "tail = _outward_tail(count, confidence)",
+        "tail = 0.5 * math.erfc(quantile * math.sqrt(count / (count - 1)) / math.sqrt(2))",
         "tail = (1 - confidence) / 2",
         STATISTICS,
     ),
+    ("two values that are resampled", PAIRED, "if count < FEWEST:", "if count < 2:", STATISTICS),
     ("ties win", PAIRED, "return 0.5 * (1 + _side(value))", "return float(value >= 0)", STATISTICS),
     ("wins whatever is better", PAIRED, "_win(sign * value)", "_win(value)", STATISTICS),
     (

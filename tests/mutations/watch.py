@@ -46,8 +46,23 @@ MUTATIONS = [
         REPLAYS,
     ),
     ("less motion does not", WATCH, 'Drift(MOTION_TOLERATED, "-",', 'Drift(MOTION_TOLERATED, "+",', REPLAYS),
-    ("a blind score alone raises the alarm", WATCH, "min(rise, fall), error)", "rise, error)", REPLAYS),
-    ("scores that read the prompt should fall", WATCH, "-1 if name in self._read else 1", "1", REPLAYS),
+    ("a blind score alone raises the alarm", WATCH, "step, -change, self", "step, 9.0, self", REPLAYS),
+    ("scores that read the prompt should fall", WATCH, "step, -change, self", "step, change, self", REPLAYS),
+    (
+        "a fall alone raises the alarm",
+        WATCH,
+        "level if self.rise(self.cause) > SCORE_TOLERATED else 0.0",
+        "level",
+        REPLAYS,
+    ),
+    ("a rise long ago counts", WATCH, "self.risen, self.steps = {}, 0", "pass", REPLAYS),
+    (
+        "steps are judged by their own errors",
+        CUSUM,
+        "noise = normal.error /",
+        "noise = max(error, normal.error) /",
+        REPLAYS,
+    ),
     (
         "nothing reads the prompt",
         WATCH,
@@ -76,7 +91,13 @@ MUTATIONS = [
         'Drift(LOOK_TOLERATED * bound, "-",',
         REPLAYS,
     ),
-    ("the sum of scores is not restored", WATCH, 'self._exploited.load(state["exploited"])', "", REPLAYS),
+    (
+        "the sum of scores is not restored",
+        WATCH,
+        "setdefault(name, _Fall()).load(fall)",
+        "setdefault(name, _Fall())",
+        REPLAYS,
+    ),
     (
         "the sum of saturation is not restored",
         WATCH,
@@ -97,8 +118,15 @@ MUTATIONS = [
     (
         "each candidate is one observation",
         STATISTICS,
-        "numbers[text] for text in texts",
+        "places[text] for text in texts",
         "0 for text in texts",
+        MEASURES,
+    ),
+    (
+        "a prompt of two teams counts as two",
+        STATISTICS,
+        "dict.fromkeys(keys)",
+        "keys",
         MEASURES,
     ),
     (
@@ -111,8 +139,8 @@ MUTATIONS = [
     (
         "a team's candidates count twice",
         STATISTICS,
-        "[1 / team] * 3 if replicated",
-        "[1] * 3 if replicated",
+        "if processes.first_of_team or not replicated:",
+        "if True:",
         MEASURES,
     ),
     (

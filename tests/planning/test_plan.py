@@ -36,7 +36,7 @@ def xl(*overrides: str, size: str = "720p") -> Config:
 
 @pytest.fixture(scope="module")
 def sprites() -> Trace:
-    return trace_step(load_config(None), on_gpu=False)
+    return trace_step(load_config(None), on_gpu=False, depth=1)
 
 
 def test_published_sizes_stand_in_for_files_that_are_not_here():
@@ -60,7 +60,7 @@ def test_published_sizes_stand_in_for_files_that_are_not_here():
 
 def test_weights_optimizer_and_gradients_are_counted_in_full(sprites: Trace):
     config = load_config(None)
-    model = blueprint_of(config, Assumed()).model
+    model = blueprint_of(config, Assumed(), 1).model
     numbers = [p.numel() for p in model.network.parameters() if p.requires_grad]
     sizes = [-(-4 * n // 512) * 512 for n in numbers]
     blocks = sum(sizes)
@@ -183,7 +183,7 @@ def test_rewards_that_are_known_by_their_cards_count_with_their_weights():
         "guards.reward.kind=hpsv2",
         "guards.reward.path=h",
     ]
-    trace = trace_step(load_config(None, names), on_gpu=True)
+    trace = trace_step(load_config(None, names), on_gpu=True, depth=1)
     assert sum("only its weights are planned" in note for note in trace.notes) == 2
     held = {}
     for idle, process in ((False, False), (True, False), (True, True)):
@@ -265,9 +265,9 @@ def test_frames_at_each_resolution_follow_the_plan(monkeypatch, capsys):
 
 
 def test_json_and_text_say_the_same(capsys):
-    assert plan.main(["--gpu", "h200", "--json"]) == 0
+    assert plan.main(["rollout.batch_size=64", "--gpu", "h200", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert plan.main(["--gpu", "h200"]) == 0
+    assert plan.main(["rollout.batch_size=64", "--gpu", "h200"]) == 0
     text = capsys.readouterr().out
     assert f"{found['peak_bytes'] / GIB:.2f}" in text
     assert "estimates, not measured by this project" in text
@@ -318,7 +318,7 @@ def test_720p_and_68_frames_fit_in_24_gib():
 
 
 def test_the_sprites_world_has_no_other_sizes(capsys):
-    assert plan.main(["--gpu", "h200"]) == 0
+    assert plan.main(["rollout.batch_size=64", "--gpu", "h200"]) == 0
     assert "longest clips" not in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"the sprites world has videos of one size"):
         most_frames(load_config(None, []), "720p", Straight())
@@ -326,8 +326,8 @@ def test_the_sprites_world_has_no_other_sizes(capsys):
 
 def test_adapters_are_planned():
     config = load_config(None, ["model.lora.rank=4", "reference.storage=adapter", "pairs_per_step=2"])
-    found = trace_step(config, on_gpu=False)
-    model = blueprint_of(config, Assumed()).model
+    found = trace_step(config, on_gpu=False, depth=1, network_only=True)
+    model = blueprint_of(config, Assumed(), 1).model
     from vpo_engine.models.lora import adapter_parameters, inject_adapter
 
     assert config.model.lora is not None

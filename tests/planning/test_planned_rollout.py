@@ -14,11 +14,12 @@ from vpo_engine.planning.tracker import BLOCK
 from vpo_engine.protocols import SamplerSettings
 
 
-def rollout(*overrides: str, network_only: bool = True) -> Trace:
+def rollout(*overrides: str, network_only: bool = True, depth: int | None = 1) -> Trace:
+    """Return the trace of a step; the network has one block in each list, because what is said here holds for any."""
     config = load_config(
         None, ["pairs_per_step=1", "objective.timesteps_per_pair=1", "rollout.steps=6", *overrides]
     )
-    return trace_step(config, on_gpu=False, network_only=network_only)
+    return trace_step(config, on_gpu=False, network_only=network_only, depth=depth)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_exploring_costs_all_candidates_cheaply_and_two_exactly():
 
 @pytest.mark.long
 def test_a_copy_in_8_bits_takes_a_byte_for_each_weight_of_the_blocks():
-    found, plain = rollout("rollout.weights=int8"), rollout()
+    found, plain = rollout("rollout.weights=int8", depth=None), rollout(depth=None)
     weights = [linear.weight for linear in block_linears(load_policy()).values()]
     parts = [size for weight in weights for size in (weight.numel(), 4 * len(weight))]
     assert found.peak("rollout")["sampling copy"] == sum(-(-part // BLOCK) * BLOCK for part in parts)

@@ -19,6 +19,12 @@ RUNS = [name for name, table in TABLES.items() if table.kind == "runs"]
 GLOBAL_REWARD, TEMPORAL = "", "reward.dimensions=[temporal_consistency]"
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out pictures, which take most of the time of a table."""
+    monkeypatch.setattr("vpo_engine.reproducing.pictures.draw", lambda *_: [])
+
+
 def asked(out: Path, *tables: str, seeds: int = 2, **changes: object) -> Asked:
     return replace(Asked(tables, out, jobs=2, seeds=seeds), **changes)
 
@@ -98,6 +104,7 @@ def test_a_table_compares_its_rows_with_the_base_policy_and_the_paper(tmp_path: 
     assert text.split("\n\n", 1)[1].strip() in said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_less_is_better_where_the_measure_says_so(tmp_path: Path) -> None:
     """The distance from clean clips falls by 1 for OnlineVPO and by less elsewhere: that is nearer."""
     fake = FakeCells({"": {"judge/frechet": -1.0}, "method=vader": {"judge/frechet": -0.5}})
@@ -107,6 +114,7 @@ def test_less_is_better_where_the_measure_says_so(tmp_path: Path) -> None:
     assert line.endswith("| **agrees** |")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_failing_row_is_named_and_its_table_is_marked_partial(tmp_path: Path) -> None:
     fake = FakeCells()
     fake.scripts["rollout.candidates=8"] = "import sys; sys.exit('error: out of luck')"
@@ -121,6 +129,7 @@ def test_a_failing_row_is_named_and_its_table_is_marked_partial(tmp_path: Path) 
     assert "| N = 8 |" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tables_share_cells_and_a_second_call_runs_nothing(tmp_path: Path) -> None:
     fake = FakeCells()
     run(asked(tmp_path, "table5a", "table4d", seeds=1), fake)
@@ -131,6 +140,7 @@ def test_tables_share_cells_and_a_second_call_runs_nothing(tmp_path: Path) -> No
     assert "all finished" in said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_first_seed_is_finished_before_the_second_begins(tmp_path: Path) -> None:
     fake = FakeCells()
     run(asked(tmp_path, "table4d", "table4c", jobs=1), fake)
@@ -138,7 +148,9 @@ def test_the_first_seed_is_finished_before_the_second_begins(tmp_path: Path) -> 
     assert seeds == sorted(seeds)
 
 
-def test_a_curve_that_falls_and_an_alarm_are_judged_by_seed(tmp_path: Path) -> None:
+def test_a_curve_that_falls_and_an_alarm_are_judged_by_seed(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     fake = FakeCells()
     fake.curve = [[3.0, 3.0], [3.6, 3.4], [3.2, 2.8]]
     fake.alarms = [{"step": 2, "kind": "divergence", "text": "it diverges"}]
@@ -151,6 +163,7 @@ def test_a_curve_that_falls_and_an_alarm_are_judged_by_seed(tmp_path: Path) -> N
     assert "highest 3.60 at step 1, 3.20 at step 2" in said[0]
     assert "collapsed, divergence at step 2" in said[2]
     fake.alarms = []
+    request.getfixturevalue("undrawn")
     other = tmp_path / "silent"
     run(asked(other, "overoptimisation", seeds=1), fake)
     assert (other / "overoptimisation.md").read_text().count("collapsed, no alarm | **disagrees**") == 4
@@ -173,6 +186,7 @@ def test_a_page_gets_its_tables_between_markers_that_are_checked_first(tmp_path:
     assert (tmp_path / "miniature_table5a.png").stat().st_size > 5000
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_writes_what_is_finished_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

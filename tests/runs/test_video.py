@@ -27,7 +27,7 @@ def smooth_clip(frames: int, height: int, width: int):
 def test_clips_come_back_nearly_unchanged(tmp_path, height, width, stored):
     clip = smooth_clip(9, height, width)
     write_mp4(tmp_path / "clip.mp4", clip, 8)
-    back, fps = read_video(tmp_path / "clip.mp4")
+    back, fps = read_video(str(tmp_path / "clip.mp4"))
     assert fps == 8
     assert back.shape == (9, *stored, 3)
     assert back.dtype == torch.uint8

@@ -7,6 +7,7 @@ intervals and tests here are therefore over prompts. P: prompts.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from vpo_engine.seeding import generator
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+FEWEST = 6
+"""Fewest values that are resampled: smallest and largest of P values enclose their median in 1 - 2^(1-P) of cases."""
 
 Pairs = Mapping[str, Sequence[tuple[float, float]]]
 """For each prompt, its pairs of values: that of the baseline's video, and that of the policy's with the same noise."""
@@ -97,6 +100,9 @@ def bootstrap(
 ) -> tuple[float | None, float | None]:
     """Return the bounds of the mean of P values by a percentile bootstrap; None for a single value.
 
+    The bounds of fewer than ``FEWEST`` values are Student's t: no resample has a mean beyond the values themselves, and
+    two values have the true mean between them only half of the time.
+
     The percentiles are moved outwards for small P, so that the bounds of normal values are as wide as Student's t
     makes them (Hesterberg, The American Statistician 2015, section 4.2.3); plain percentiles are too narrow by the
     factor sqrt((P - 1) / P) times the ratio of the quantiles of the normal distribution and of Student's t.
@@ -104,17 +110,15 @@ def bootstrap(
     count = len(values)
     if count < 2:
         return None, None
-    tail = _outward_tail(count, confidence)
+    quantile = student_t_quantile((1 + confidence) / 2, count - 1)
+    if count < FEWEST:
+        mean, half = statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count)
+        return mean - half, mean + half
+    tail = 0.5 * math.erfc(quantile * math.sqrt(count / (count - 1)) / math.sqrt(2))
     picks = torch.randint(count, (resamples, count), generator=generator(seed, "bootstrap", count))
     means = torch.tensor(values, dtype=torch.float64)[picks].mean(1)
     edges = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return edges[0], edges[1]
-
-
-def _outward_tail(count: int, confidence: float) -> float:
-    """Return the share of resamples that is left out at either side."""
-    quantile = student_t_quantile((1 + confidence) / 2, count - 1)
-    return 0.5 * math.erfc(quantile * math.sqrt(count / (count - 1)) / math.sqrt(2))
 
 
 def sign_test(better: int, worse: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vpo_engine.evaluation.chosen_metrics import HEADINGS, Choice, measure_of, metric_key
 from vpo_engine.evaluation.measuring import ArmVideos
-from vpo_engine.evaluation.paired import CONFIDENCE, RESAMPLES, Comparison, compare_pairs, correct
+from vpo_engine.evaluation.paired import CONFIDENCE, FEWEST, RESAMPLES, Comparison, compare_pairs, correct
 from vpo_engine.evaluation.records import Records
 from vpo_engine.evaluation.vbench_form import quality_scores
 from vpo_engine.metrics.provenance import check_one_column
@@ -230,7 +230,8 @@ def _statistics_text(count: int) -> str:
     """Say how the bounds and p values were made, and what to make of several of them."""
     return (
         f"Bounds are {100 * CONFIDENCE:.0f} % bounds of a percentile bootstrap over prompts ({RESAMPLES} resamples), "
-        "widened for few prompts. The win rate counts ties as half. p: exact sign test over prompts, two-sided. "
+        f"widened for few prompts; of fewer than {FEWEST} they are Student's t. The win rate counts ties as half. "
+        "p: exact sign test over prompts, two-sided. "
         f"There are {count} measures, of which one in twenty would look clear by chance, so p is corrected for "
         "their number by Holm's method, and the bounds are not."
     )

@@ -14,10 +14,12 @@ from typing import Any
 FIRST = 4
 """Steps from which it is learned what is normal."""
 STEPS_TO_FALSE_ALARM = 1.6e7
-"""Mean number of steps to a false alarm of one sum. A run has 13 of them: of 10,000 steps without any change
-about one run in a hundred raises an alarm."""
-_LEAST_CLEARANCE = 0.5
-"""Least distance of the tolerance from what is normal, in standard errors of a step; see ``Cusum``."""
+"""Mean number of steps to a false alarm of one sum. A run has 12 of them, and one for each score that reads the prompt:
+of 10,000 steps without any change about one run in a hundred raises an alarm."""
+_LEAST_CLEARANCE = 1.25
+"""Least distance of the tolerance from what is normal, in standard errors of a step; see ``Cusum``. A change is
+noticed within five steps if it lies threshold(c) / 5 above a tolerance at a distance of c; so it is of the smallest
+change, 2.4 standard errors, at this distance."""
 _OVERSHOOT = 1.166
 """Siegmund's correction for steps that are not infinitely small."""
 
@@ -42,7 +44,7 @@ class Cusum:
     expected: float = 0.0
     total: float = 0.0
     since: int = 0
-    """The step at which the sum was last 0: about where the change began."""
+    """The first step after the sum was last 0: about where the change began."""
 
     def __call__(self, step: int, change: float, error: float, uncertainty: float = 0.0) -> float:
         """Add a step's change and return the sum as a share of the threshold: 1 or more is an alarm.
@@ -52,9 +54,9 @@ class Cusum:
         clearance = (self.tolerance - self.expected - 2 * uncertainty) / error
         limit = threshold(max(clearance, _LEAST_CLEARANCE))
         tolerated = self.tolerance + max(_LEAST_CLEARANCE - clearance, 0.0) * error
-        self.total = max(0.0, self.total + min((change - tolerated) / error, limit / 2))
         if not self.total:
             self.since = step
+        self.total = max(0.0, self.total + min((change - tolerated) / error, limit / 2))
         return self.total / limit
 
     def state(self) -> list[float]:
@@ -69,7 +71,8 @@ class Normal:
 
     mean, unit, error: known after ``FIRST`` steps. The unit is the standard deviation of single videos; with
     ``relative`` it is the mean, so that changes are shares of it. It is 0 where the statistic says nothing. The error
-    is that of a single step.
+    is that of a single step. Later steps are judged by it and not by their own errors, which grow with the damage that
+    is looked for: videos that are spoilt, each in another way, differ more than sound ones.
     """
 
     def __init__(self, relative: bool = False, least_deviation: float = 0.0) -> None:
@@ -116,14 +119,12 @@ class Drift:
         normal = self.normal
         if normal.learn(value, deviation, error) or not normal.unit:
             return 0.0
-        noise = max(error, normal.error) / normal.unit
+        noise = normal.error / normal.unit
         if not noise:
             return 0.0
         change = self.change(value)
         levels = {
-            way: sum_(
-                step, change if way == "+" else -change, noise, normal.error / normal.unit / math.sqrt(FIRST)
-            )
+            way: sum_(step, change if way == "+" else -change, noise, noise / math.sqrt(FIRST))
             for way, sum_ in self.sums.items()
         }
         self.way = max(levels, key=lambda way: levels[way])

@@ -6,11 +6,12 @@ them all. Nothing here needs a held-out set or another network, and a log can be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from vpo_engine.metrics.cusum import Cusum, Drift, Normal
+from vpo_engine.metrics.cusum import FIRST, Cusum, Drift, Normal
 
 if TYPE_CHECKING:
     from vpo_engine.config import Config
@@ -70,6 +71,45 @@ _Found = tuple[AlarmKind, float | None, Alarm | None]
 """A kind, how near it is to its alarm (None: the row says nothing about it), and the alarm to raise from level 1 on."""
 
 
+@dataclass
+class _Fall:
+    """Watches how a score that reads the prompt falls, and how far those that do not have risen since it began to.
+
+    risen: for each of these, the sum of its rises over ``steps`` steps.
+    """
+
+    sum: Cusum = field(default_factory=lambda: Cusum(SCORE_TOLERATED))
+    risen: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+
+    def __call__(self, step: int, fall: float, error: float, rises: Mapping[str, float]) -> float:
+        """Take a step and return how near the alarm is: 0 unless a score has risen by more than is tolerated."""
+        # One standard error of what is normal is taken off, not two: another score would have to rise as well.
+        level = self.sum(step, fall, error, error / math.sqrt(FIRST) / 2)
+        if not self.sum.total:
+            self.risen, self.steps = {}, 0
+            return 0.0
+        self.steps += 1
+        self.risen = {name: self.risen.get(name, 0.0) + rise for name, rise in rises.items()}
+        return level if self.rise(self.cause) > SCORE_TOLERATED else 0.0
+
+    @property
+    def cause(self) -> str:
+        """Return the name of the score that has risen most."""
+        return max(self.risen, key=lambda name: self.risen[name])
+
+    def rise(self, name: str) -> float:
+        """Return the mean rise of a score since the fall began."""
+        return self.risen[name] / self.steps
+
+    def state(self) -> list[Any]:
+        return [self.sum.state(), self.risen, self.steps]
+
+    def load(self, state: Sequence[Any]) -> None:
+        self.sum.load(state[0])
+        self.risen, self.steps = dict(state[1]), int(state[2])
+
+
 class StepWatch:
     """Reads the log's row of every step, and says what goes wrong.
 
@@ -89,7 +129,7 @@ class StepWatch:
         self._motion = Drift(MOTION_TOLERATED, "-", relative=True)
         self._share = Drift(SHARE_TOLERATED, "-", relative=True)
         self._scores: dict[str, Normal] = {}
-        self._exploited = Cusum(SCORE_TOLERATED)
+        self._falls: dict[str, _Fall] = {}
         self._saturation = Cusum(SATURATION_TOLERATED, SATURATION_EXPECTED)
         self._shortcut = Cusum(SHORTCUT_TOLERATED)
         self._read: frozenset[str] = frozenset()
@@ -191,37 +231,37 @@ class StepWatch:
         return "prompt_blind", level, Alarm(step, "prompt_blind", text, "watch/prompt_share", drift.limit())
 
     def _watch_scores(self, step: int, row: Mapping[str, float]) -> _Found:
-        changes: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
+        changes: dict[bool, dict[str, float]] = {True: {}, False: {}}
         for key, error in row.items():
             if key.startswith(_SCORE_ERROR):
                 name = key.removeprefix(_SCORE_ERROR)
                 normal, value = self._scores.setdefault(name, Normal()), row[f"reward/{name}"]
                 learning = normal.learn(value, row[f"watch/sd/reward/{name}"], error)
-                if not learning and normal.unit:
-                    noise = max(error, normal.error) / normal.unit
-                    sign = -1 if name in self._read else 1
-                    changes[name in self._read].append(
-                        (sign * (value - normal.mean) / normal.unit, noise, name)
-                    )
-        if not (changes[True] and changes[False]):
+                if not learning and normal.unit and normal.error:
+                    changes[name in self._read][name] = (value - normal.mean) / normal.unit
+        reading, blind = changes[True], changes[False]
+        if not (reading and blind):
             return "prompt_blind", None, None
-        (fall, fall_error, reading), (rise, rise_error, blind) = max(changes[True]), max(changes[False])
-        error = max(fall_error, rise_error)
-        if not error:
-            return "prompt_blind", 0.0, None
-        # Both would have to go wrong by chance. The smaller of two changes by chance lies half a standard error
-        # below 0, which makes up for what the first steps leave uncertain.
-        level = self._exploited(step, min(rise, fall), error)
-        if level < 1:
-            return "prompt_blind", level, None
-        normal = self._scores[reading]
+        levels = {
+            name: self._falls.setdefault(name, _Fall())(step, -change, self._noise(name), blind)
+            for name, change in reading.items()
+        }
+        name = max(levels, key=lambda each: levels[each])
+        if levels[name] < 1:
+            return "prompt_blind", levels[name], None
+        fall, normal = self._falls[name], self._scores[name]
         text = (
-            f"{blind}, which does not read the prompt, has risen by {rise:.1f} standard deviations of the first "
-            f"candidates' scores, while {reading}, which does, has fallen by {fall:.1f}, since about step "
-            f"{self._exploited.since}: the policy exploits what is blind to the prompt. So {_READ_PROMPTS}"
+            f"{fall.cause}, which does not read the prompt, has risen by {fall.rise(fall.cause):.1f} standard "
+            f"deviations of the first candidates' scores, while {name}, which does, has fallen by "
+            f"{-reading[name]:.1f}, since about step {fall.sum.since}: the policy exploits what is blind to the "
+            f"prompt. So {_READ_PROMPTS}"
         )
-        limit = normal.mean - self._exploited.tolerance * normal.unit
-        return "prompt_blind", level, Alarm(step, "prompt_blind", text, f"reward/{reading}", limit)
+        limit = normal.mean - SCORE_TOLERATED * normal.unit
+        return "prompt_blind", levels[name], Alarm(step, "prompt_blind", text, f"reward/{name}", limit)
+
+    def _noise(self, score: str) -> float:
+        """Return the standard error of a step's mean score, in standard deviations of single candidates."""
+        return self._scores[score].error / self._scores[score].unit
 
     def _watch_looks(self, step: int, row: Mapping[str, float]) -> _Found:
         levels = {
@@ -253,7 +293,7 @@ class StepWatch:
             "motion": self._motion.state(),
             "share": self._share.state(),
             "scores": {name: normal.seen for name, normal in self._scores.items()},
-            "exploited": self._exploited.state(),
+            "falls": {name: fall.state() for name, fall in self._falls.items()},
             "saturation": self._saturation.state(),
             "shortcut": self._shortcut.state(),
             "reads": sorted(self._read),
@@ -269,7 +309,8 @@ class StepWatch:
         for name, drift in self._looks.items():
             if name in state["looks"]:
                 drift.load(state["looks"][name])
-        self._exploited.load(state["exploited"])
+        for name, fall in state["falls"].items():
+            self._falls.setdefault(name, _Fall()).load(fall)
         for name, seen in state["scores"].items():
             self._scores[name] = Normal()
             self._scores[name].load(seen)

@@ -211,9 +211,16 @@ def build_part(name: str, config: Mapping[str, Any], **changes: Any) -> nn.Modul
 
     Buffers that are computed and not stored (position tables, frequencies of rope) are computed, on the CPU.
     changes: settings that are taken in place of the config's while it is built; its own config keeps the latter.
+    ValueError for settings by which it cannot be built.
     """
-    with _EmptyOnMeta():
-        module: Any = diffusers_class(name).from_config({**config, **changes})
+    try:
+        with _EmptyOnMeta():
+            module: Any = diffusers_class(name).from_config({**config, **changes})
+    except Exception as error:  # a class can fail in any way on settings that it never had
+        raise ValueError(
+            f"the {CONFIG} of the {name} does not describe one that can be built ({type(error).__name__}: {error}); "
+            "fetch its folder again"
+        ) from error
     module.register_to_config(**{key: config[key] for key in changes})
     stored = set(module.state_dict())
     for prefix, part in module.named_modules():
@@ -241,13 +248,7 @@ def load_part(
     damaged or do not fit.
     """
     config = part_config(folder, name)
-    try:
-        module = build_part(name, config, **changes)
-    except Exception as error:  # a class can fail in any way on settings that it never had
-        raise ValueError(
-            f"{folder / CONFIG} does not describe a {name} that can be built ({type(error).__name__}: {error}); fetch "
-            "the folder again"
-        ) from error
+    module = build_part(name, config, **changes)
     load_weights(module, folder, name, dtype, mapped(module))
     return module
 

@@ -41,6 +41,7 @@ from vpo_engine.models.diffusers_text import NoText, encoder_loader, text_model
 from vpo_engine.models.gradient_check import check_division
 from vpo_engine.models.guidance import guided, guided_pass, texts_of_pass
 from vpo_engine.models.lora import has_adapter, load_adapter
+from vpo_engine.models.rehearsal import META, Described, once, rehearse
 from vpo_engine.models.step_graph import Predict
 from vpo_engine.video_model import Blueprint, LoadContext, ReadConfig, TextRule, TextSource
 
@@ -199,6 +200,8 @@ class DiffusersModel(BaseModel):
         text = context.text_source(
             load_encoder, f"{folder.text_encoder}, {tokens} tokens, {settings.dtype}", cls.rewrite
         )
+        described = (Described(facts.transformer, folder.transformer), Described(facts.vae, folder.vae))
+        once(lambda: rehearse(cls._bare(setup, torch.float32, 1), *described), cls, setup)
         network = load_part(
             facts.transformer, folder.transformer, mapped=context.base.mapped, **cls.built_with(setup)
         )
@@ -208,7 +211,7 @@ class DiffusersModel(BaseModel):
 
     @classmethod
     def blueprint(cls, settings: ModelConfig, read: ReadConfig, depth: int | None = None) -> Blueprint:
-        facts, meta = cls.facts, torch.device("meta")
+        facts = cls.facts
         name, published = cls.published(settings)
 
         def config(part: str) -> dict[str, Any]:
@@ -226,19 +229,23 @@ class DiffusersModel(BaseModel):
             config("text_encoder"),
         )
         configured = setup.transformer["num_layers"]
-        changes = cls.built_with(setup) | {"num_layers": depth or configured}
-        network = build_part(facts.transformer, setup.transformer, **changes)
-        vae = build_part(facts.vae, setup.vae)
+        model = cls._bare(setup, getattr(torch, settings.dtype), depth or configured)
 
         def text_encoder() -> nn.Module:
-            with meta:
+            with META:
                 encoder = text_model(facts.text_encoder, dict(setup.text_encoder))
             return encoder.eval().requires_grad_(False)
 
-        text = NoText(*cls.text_size(setup.transformer))
-        dtype = getattr(torch, settings.dtype)
-        model = cls(network, vae, text, setup, device=meta, dtype=dtype)
         return Blueprint(model, configured, text_encoder)
+
+    @classmethod
+    def _bare(cls, setup: Setup, dtype: torch.dtype, depth: int) -> Self:
+        """Return the model on the meta device, with a network of ``depth`` layers."""
+        changes = cls.built_with(setup) | {"num_layers": depth}
+        network = build_part(cls.facts.transformer, setup.transformer, **changes)
+        vae = build_part(cls.facts.vae, setup.vae)
+        text = NoText(*cls.text_size(setup.transformer))
+        return cls(network, vae, text, setup, device=META, dtype=dtype)
 
     @classmethod
     def _setup(

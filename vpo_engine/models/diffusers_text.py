@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vpo_engine.foreign_files import load_tokenizer
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_folder import CONFIG, Folder, load_text_encoder, read_config
+from vpo_engine.models.rehearsal import META, Described, once
 from vpo_engine.texts import say
 
 
@@ -22,9 +23,7 @@ class FolderEncoder:
     attends to padding. attended: the model attends to padding too, so all tokens count.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, max_tokens: int, *, masked: bool, attended: bool
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_tokens: int, *, masked: bool, attended: bool) -> None:
         self._model, self._tokenizer, self._max_tokens = model, tokenizer, max_tokens
         self._masked, self._attended = masked, attended
         self._noted = False
@@ -35,21 +34,34 @@ class FolderEncoder:
 
         The first text that is cut is noted on stderr.
         """
-        self._note_cuts(prompts)
-        tokens = self._tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self._max_tokens,
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        try:
+            self._note_cuts(prompts)
+            tokens = self._tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=self._max_tokens,
+                truncation=True,
+                add_special_tokens=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+        except Exception as error:  # a tokenizer can fail in any way on settings that it never had
+            raise ValueError(
+                self._unfit(f"cannot read a prompt ({type(error).__name__}: {error})")
+            ) from error
+        known, last = self._model.get_input_embeddings().num_embeddings, int(tokens["input_ids"].max())
+        if last >= known:
+            raise ValueError(self._unfit(f"gives the token {last}, and the text encoder has {known}"))
         device = next(self._model.parameters()).device
         ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].bool()
         given = {"attention_mask": mask.long().to(device)} if self._masked else {}
         hidden: Tensor = self._model(input_ids=ids, **given)[0]
         return TextEmbedding(hidden, torch.ones_like(mask) if self._attended else mask)
+
+    def _unfit(self, what: str) -> str:
+        return (
+            f"the tokenizer in {self._tokenizer.name_or_path} {what}; fetch the folder of the pipeline again"
+        )
 
     def _note_cuts(self, prompts: list[str]) -> None:
         lengths = [len(ids) for ids in self._tokenizer(prompts)["input_ids"]]
@@ -98,11 +110,17 @@ def encoder_loader(
 ) -> Callable[[], FolderEncoder]:
     """Return a function that loads the encoder; see ``FolderEncoder``. name: its class in transformers.
 
-    Raise ValueError, now, for an encoder of another class.
+    Raise ValueError, now, for an encoder of another class, and for settings with which it cannot run.
     """
     config = read_config(folder.text_encoder / CONFIG)
-    with torch.device("meta"):
-        text_model(name, config)
+
+    def rehearsal() -> None:
+        with META, torch.no_grad():
+            model = text_model(name, config)
+            ids = torch.zeros(1, max_tokens, dtype=torch.long)
+            Described(name, folder.text_encoder).attempt(lambda: model(input_ids=ids))
+
+    once(rehearsal, name, config, max_tokens)
 
     def load() -> FolderEncoder:
         model = load_text_encoder(lambda: text_model(name, config), folder.text_encoder, dtype, device)

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import torch
 
-from vpo_engine.config import CheckpointConfig, Config, DiskConfig, DistributedConfig, EvaluationConfig
+from vpo_engine.config import (
+    CheckpointConfig,
+    Config,
+    DiskConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    GuardsConfig,
+    LogConfig,
+    PairsConfig,
+    PromptsConfig,
+)
 from vpo_engine.disk_plan import describe
 from vpo_engine.planning.disk import planned_disk
 from vpo_engine.planning.estimate import Plan, estimate
@@ -91,9 +101,15 @@ def _trace(config: Config, on_gpu: bool, processes: int) -> Traced:
 def _as_traced(config: Config) -> Config:
     """Return the configuration without settings that do not change the trace, so that traces are shared."""
     memory = config.memory.model_copy(update={"offload_idle": False, "limit_gib": None, "overcommit": False})
+    optimizer = config.optimizer.model_copy(update={"lr": 1.0, "warmup_steps": 0, "final_lr": 1.0})
     same = {
+        "prompts": PromptsConfig(),
+        "pairs": PairsConfig(),
+        "optimizer": optimizer,
+        "guards": GuardsConfig(reward=config.guards.reward),
         "evaluation": EvaluationConfig(),
         "checkpoint": CheckpointConfig(),
+        "log": LogConfig(),
         "distributed": DistributedConfig(),
         "disk": DiskConfig(),
         "seed": 0,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vpo_engine.planning.fake_results import call
 from vpo_engine.planning.flops import FLOPS, SCRATCH, WRITES_NOTHING
 
 BLOCK = 512
@@ -188,7 +189,7 @@ class Tracker(TorchDispatchMode):
             return args[0].fake_device
         if function is torch.ops.aten._local_scalar_dense.default:
             return self._value(args[0])
-        result = function(*args, **kwargs)
+        result = call(function, args, kwargs)
         for tensor in _tensors(result):
             self._follow(tensor)
         self._count(function, args, kwargs, result)

@@ -65,13 +65,19 @@ class Cell:
 
     def config(self) -> Config:
         """Return the resolved configuration. ValueError if a setting is wrong."""
-        return load_config(self.source, [*self.settings, f"seed={self.seed}"])
+        return _load(self.source, (*self.settings, f"seed={self.seed}"))
 
     def resolved(self) -> str:
         """Return what the cell does, as text: its configuration as YAML, or the words of a ranking."""
         if self.kind == "ranking":
             return "\n".join([*self.settings, f"seed={self.seed}"])
         return dump_config(self.config())
+
+
+@cache
+def _load(source: str, settings: tuple[str, ...]) -> Config:
+    """Return a configuration, which is asked for several times in the life of a cell."""
+    return load_config(source, settings)
 
 
 @dataclass

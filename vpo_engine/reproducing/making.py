@@ -96,7 +96,8 @@ def _steps(row: Row, steps: Mapping[str, int]) -> tuple[str, ...]:
 
 def _check(cell: Cell) -> None:
     try:
-        cell.resolved()
+        if cell.kind != "ranking":
+            cell.config()
     except ValueError as error:
         raise ValueError(f"{cell.name} cannot be run: {error}") from None
 

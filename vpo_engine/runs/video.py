@@ -51,12 +51,12 @@ def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = 256) ->
         container.mux(stream.encode())
 
 
-def read_video(path: Path) -> tuple[Tensor, float]:
+def read_video(path: Path | str) -> tuple[Tensor, float]:
     """Read the frames, uint8 [F, H, W, 3], and the frames per second of a video file, as a player shows it.
 
     Raise ValueError for a file without readable video, and for a damaged one (see ``VideoFile.open``).
     """
-    video = VideoFile.open(path)
+    video = VideoFile.open(Path(path))
     return video[:, :][0], video.fps
 
 

@@ -26,6 +26,8 @@ MAX_TOKENS = 512
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MLP = ("ffn.net.0.proj", "ffn.net.2")
+STATISTICS = ("latents_mean", "latents_std")
+"""The VAE's settings with a number for each latent channel."""
 
 
 class Wan(FlowModel):
@@ -100,6 +102,12 @@ class Wan(FlowModel):
                     f"the transformer's {key} is {setup.transformer[key]}: it starts from images; give a model of text "
                     "to video"
                 )
+        for key in STATISTICS:
+            if len(setup.vae[key] or ()) != setup.vae["z_dim"]:
+                raise ValueError(
+                    f"the VAE's {key} is {str(setup.vae[key])[:100]}, expected a number for each of its "
+                    f"{setup.vae['z_dim']} latent channels; fetch its folder again"
+                )
         frames, side = cls.strides(setup.vae)
         patch = setup.transformer["patch_size"]
         SizeRule(frames, 1, exact=True, side=side * patch[1]).check_sides(setup.height, setup.width)
@@ -117,6 +125,6 @@ class Wan(FlowModel):
     def denormalised(self, latents: Tensor) -> Tensor:
         mean, deviation = (
             torch.tensor(self.setup.vae[name], device=latents.device)[:, None, None, None]
-            for name in ("latents_mean", "latents_std")
+            for name in STATISTICS
         )
         return latents * deviation + mean
