@@ -22,8 +22,8 @@ from vpo_engine.rewards.guards import Shuffled
 DATA = Path(__file__).parents[1] / "data/watch"
 SOON = 5
 """An alarm comes within so many rollouts of the onset."""
-LATER = ["honest_seed7"]
-"""Other seeds; eight candidates and a refresh at every second step; LoRA. They took no part in setting thresholds."""
+LATER = ["honest_seed7", "honest_lora"]
+"""Another seed, and LoRA at yet another. They took no part in setting thresholds."""
 HONEST = ["honest_1", "honest_2", "honest_3", "bold", *LATER]
 """Three of the recipe, and one with four times the rate and a tenth of beta from step 9 on; and ``LATER``."""
 EXPLOITED: list[tuple[str, str, set[str]]] = [
