@@ -23,7 +23,8 @@ from torch import Tensor
 from vpo_kernels import available_backends, paired_dpo_loss
 
 LARGE = (1, 64 * 2**20)
-SHAPES = [(1, 4, 10, 30, 53), (8, 4, 10, 30, 53), (1, 4, 20, 90, 160), LARGE]
+SETS = 4096  # of inputs, at most: beyond it, making tensors would take longer than measuring
+SHAPES = [(2, 4, 5, 4, 4), (16, 4, 5, 4, 4), (1, 4, 10, 30, 53), (8, 4, 10, 30, 53), (1, 4, 20, 90, 160), LARGE]
 DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16, f32 targets": (torch.bfloat16, torch.float32),
@@ -59,7 +60,7 @@ class Case:
         first = [each.to(prediction) for each in (*policies, *references)] + [
             each.to(target) for each in targets
         ]
-        for _ in range(rotation_length(sum(each.nbytes for each in first))):
+        for _ in range(min(SETS, rotation_length(sum(each.nbytes for each in first)))):
             copies = [each.clone() for each in first]
             self.sets.append([*(each.requires_grad_() for each in copies[:2]), *copies[2:]])
 

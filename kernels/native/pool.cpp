@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
@@ -20,6 +21,7 @@ namespace vpo {
 namespace {
 
 constexpr auto kAwake = std::chrono::microseconds(200);
+constexpr auto kGlance = std::chrono::microseconds(10);  // more than 32 looks at a condition take
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -51,16 +53,20 @@ bool keep_off(int taken) noexcept {
 #endif
 }
 
-// Waits for the condition, at most kAwake and as long as it is worth it; returns whether the condition came true.
+// Waits for the condition, at most kAwake and as long as it is worth it; returns whether the condition came true. Time in
+// which another thread has the processor does not count, for then the caller is late, too.
 template <class Condition, class Worth>
 bool soon(const Condition& condition, const Worth& worth) {
-    const auto until = std::chrono::steady_clock::now() + kAwake;
-    do {
+    auto before = std::chrono::steady_clock::now();
+    for (std::chrono::nanoseconds left = kAwake; left.count() > 0 && worth();) {
         for (int i = 0; i < 32; ++i) {
             if (condition()) return true;
             relax();
         }
-    } while (worth() && std::chrono::steady_clock::now() < until);
+        const auto now = std::chrono::steady_clock::now();
+        left -= std::min<std::chrono::nanoseconds>(now - before, kGlance);
+        before = now;
+    }
     return false;
 }
 

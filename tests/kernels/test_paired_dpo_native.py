@@ -3,6 +3,7 @@ instruction sets."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -76,6 +77,7 @@ def some_mask(pick: random.Random, shape: tuple[int, ...]) -> Mask | None:
     return Mask(counted, counted.reshape(shape[0], -1).sum(1))
 
 
+@functools.lru_cache(maxsize=2)  # for the instruction sets, which follow each other
 def case(seed: int) -> tuple[PairTensors, TargetNoise | None, Mask | None, Options, tuple[int, ...]]:
     pick = random.Random(seed)
     pairs = pick.choice([1, 2, 4])

@@ -114,8 +114,9 @@ class Storages(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self._made = {key: (ref, size) for key, (ref, size) in self._made.items() if not ref.expired()}
-        self.peak = max(self.peak, self.alive())
-        self.most |= Counter(size for _, size in self._made.values())
+        sizes = [size for _, size in self._made.values()]
+        self.peak = max(self.peak, sum(sizes))
+        self.most |= Counter(sizes)
         return out
 
     def alive(self, besides: Iterable[Tensor] = ()) -> int:

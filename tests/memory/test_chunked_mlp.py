@@ -16,7 +16,8 @@ from vpo_engine.models.opensora.embeddings import Mlp
 POLICIES: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
 MEASURED = 4e-7
 """Largest relative norm of what parts change in a float32 gradient, over the cases below: sums in another order."""
-PARTS = [2, 3, 7, 20, 64]
+PARTS = [3, 20, 64]
+"""Parts of unequal sizes, of one patch each, and more than there are patches."""
 
 
 @pytest.mark.parametrize("parts", PARTS)

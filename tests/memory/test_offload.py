@@ -114,7 +114,6 @@ class Chain:
 @pytest.fixture(autouse=True)
 def without_collector() -> Iterator[None]:
     """Switch the garbage collector off, so that only reference counts free memory, at once."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -22,7 +22,7 @@ from vpo_engine.rewards.guards import Shuffled
 DATA = Path(__file__).parents[1] / "data/watch"
 SOON = 5
 """An alarm comes within so many rollouts of the onset."""
-LATER = ["honest_seed7", "honest_eight", "honest_lora"]
+LATER = ["honest_seed7"]
 """Other seeds; eight candidates and a refresh at every second step; LoRA. They took no part in setting thresholds."""
 HONEST = ["honest_1", "honest_2", "honest_3", "bold", *LATER]
 """Three of the recipe, and one with four times the rate and a tenth of beta from step 9 on; and ``LATER``."""
@@ -194,6 +194,10 @@ def test_each_failure_raises_its_own_alarm_soon_and_no_other(
     [
         {"reward/blind": towards(0.33, 6)},  # what does not read the prompt rises, and nothing falls
         {"reward/blind": towards(0.33, 6), "reward/reading": towards(0.1, 6)},  # both rise
+        {  # what reads the prompt falls with a rise for two steps only, and later on without one
+            "reward/reading": lambda since: -0.05 * (since < 3 or since > 8),
+            "reward/blind": lambda since: 0.33 if since < 3 else -0.01,
+        },
         {
             "winner_error_change": lambda since: -0.01 * since,
             "loser_error_change": lambda since: 0.01 * since,

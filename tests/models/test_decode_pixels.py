@@ -64,12 +64,13 @@ def test_pixels_are_the_videos_before_they_are_rounded_to_bytes(model: Any) -> N
     assert video.float().std() > 5
 
 
-@pytest.mark.parametrize("frames", [[0], [1, 4], [5, 2, 5], [8]])
-def test_chosen_frames_are_those_of_the_whole_video(model: Any, frames: list[int]) -> None:
+def test_chosen_frames_are_those_of_the_whole_video(model: Any) -> None:
     latents = latents_of(model)
-    found, whole = model.decode_pixels(latents, frames), model.decode_pixels(latents)
-    assert found.shape == (2, len(frames), *whole.shape[2:])
-    torch.testing.assert_close(found, whole[:, frames], rtol=0, atol=2e-6)
+    whole = model.decode_pixels(latents)
+    for frames in ([0], [1, 4], [5, 2, 5], [8]):
+        found = model.decode_pixels(latents, frames)
+        assert found.shape == (2, len(frames), *whole.shape[2:])
+        torch.testing.assert_close(found, whole[:, frames], rtol=0, atol=2e-6)
 
 
 def test_only_the_beginning_of_a_causal_video_is_decoded(

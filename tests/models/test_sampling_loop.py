@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from small_policy import shipped_policy_is_small
 from torch import Tensor
 
 from vpo_engine.data.sprites.assets import load_sprites
@@ -53,7 +54,8 @@ class Multistep(OpenSora):
 
 @pytest.fixture(scope="module")
 def model() -> OpenSora:
-    model = load_sprites(Processes.start("cpu"), torch.float32)
+    with shipped_policy_is_small():
+        model = load_sprites(Processes.start("cpu"), torch.float32)
     model.prepare(PROMPTS)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,12 +63,19 @@ def test_shared_text_changes_no_bit_of_a_batch_of_equal_size(guidance: float) ->
     assert torch.equal(sampled(config), batched(noise_of(config), guidance, schedule(STEPS)))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7])
-def test_rows_at_once_change_neither_candidates_nor_pairs(rows: int) -> None:
+@functools.cache
+def all_rows_at_once() -> tuple[Tensor, tuple[list[int], list[int]]]:
     whole = sampled(settings(steps=2))
+    return whole, pairs_of(whole)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_rows_at_once_change_neither_candidates_nor_pairs(rows: int) -> None:
+    """One row, a part of a prompt's four that leaves a rest, and more than a prompt's."""
+    whole, pairs = all_rows_at_once()
     cut = sampled(settings(steps=2, batch_size=rows))
     assert (whole - cut).abs().max() <= 2e-5
-    assert pairs_of(whole) == pairs_of(cut)
+    assert pairs_of(cut) == pairs
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_policy import shipped_policy_is_small
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -36,8 +37,10 @@ STEPS = 5
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("folders")
     cogvideox_pipeline().save_pretrained(root / "cogvideox")
+    with shipped_policy_is_small():
+        sprites = load_sprites(Processes.start("cpu"), torch.float32)
     found = {
-        "sprites": load_sprites(Processes.start("cpu"), torch.float32),
+        "sprites": sprites,
         "cogvideox": load(settings(root / "cogvideox")),
         "wan": load_model("wan", wan_folder(root / "wan")),
         "ltx": load_model("ltx", ltx_folder(root / "ltx")),

@@ -322,14 +322,15 @@ def test_reward_and_judge_agree_on_damaged_clips_but_are_not_the_same():
 
 
 def test_scoring_is_quick_enough_for_a_training_step(scorer):
-    """0.15 s for 64 clips on one core of a quiet server; five times that in the best of five is the alarm."""
+    """0.15 s for 64 clips on one core of a quiet server; five times that in each of five tries is the alarm."""
     clips = sample_clean(64, seeded(14))
-    taken = []
-    for _ in range(5):
+
+    def taken() -> float:
         start = time.process_time()
         scorer.score(clips.videos, clips.captions)
-        taken.append(time.process_time() - start)
-    assert min(taken) < 0.75
+        return time.process_time() - start
+
+    assert any(taken() < 0.75 for _ in range(5))
 
 
 def test_a_destroyed_clip_never_beats_a_clean_one_on_the_whole(scorer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +43,25 @@ def whole(
 Whole = tuple[Path, tuple[str, ...], engine.Recording]
 
 
-@pytest.mark.parametrize(
-    ("step", "refreshed_at"),
-    [(1, 0), (2, 3), (3, 6), (5, 9)],
-    ids=["before any refresh", "after one", "right after one", "after three"],
-)
+REFRESHES = {
+    "before any refresh": (1, 0),
+    "after one": (2, 3),
+    "right after one": (3, 6),
+    "after three": (5, 9),
+}
+"""The step that is resumed after, and the optimizer step of the last refresh before it."""
+
+
+def stops() -> Iterator[object]:
+    """Every stop of a run with a copied reference; for other storages those that restore other kinds of state."""
+    for storage in STORAGES:
+        for name, place in REFRESHES.items():
+            short = storage == "copy" or name == "after one"
+            marks = () if short else pytest.mark.long
+            yield pytest.param(storage, *place, id=f"{storage}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("whole", "step", "refreshed_at"), stops(), indirect=["whole"])
 def test_a_resumed_run_is_the_uninterrupted_one(
     whole: Whole, tmp_path: Path, step: int, refreshed_at: int
 ) -> None:

@@ -79,7 +79,9 @@ def die() -> None:
     raise DeadError
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize(
+    "part", [0, 2, 5, 7, *(pytest.param(part, marks=pytest.mark.long) for part in (1, 3, 4, 6))]
+)
 def test_a_signal_at_any_place_loses_nothing(
     whole: tuple[Path, int],
     part: int,
@@ -102,7 +104,7 @@ def test_a_signal_at_any_place_loses_nothing(
     assert_same(folder / "run", tmp_path / "run", 4)
 
 
-@pytest.mark.parametrize("row", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("row", [1, 3, 4, *(pytest.param(row, marks=pytest.mark.long) for row in (2, 5, 6))])
 def test_a_signal_between_two_steps_is_as_good(
     whole: tuple[Path, int],
     row: int,
@@ -120,7 +122,7 @@ def test_a_signal_between_two_steps_is_as_good(
     assert_same(folder / "run", tmp_path / "run", 4)
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", [1, 3, *(pytest.param(part, marks=pytest.mark.long) for part in (0, 2, 4))])
 def test_a_run_that_dies_at_any_place_goes_on_by_the_same_command(
     whole: tuple[Path, int],
     part: int,

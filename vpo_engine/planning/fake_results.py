@@ -7,7 +7,6 @@ device. What the table cannot hold is left to FakeTensorMode, as everything is w
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,7 +40,7 @@ class _Made:
 _Recipe = _Made | int | None
 """How to make a result again: a new tensor, the place of an argument that is returned as it is, or nothing."""
 
-_known: dict[Hashable, tuple[type, list[_Recipe]]] = {}
+_known: dict[tuple[Any, ...], tuple[type, list[_Recipe]]] = {}
 """For each description of a call, the type that it returned and the recipes of its parts."""
 
 
@@ -50,7 +49,7 @@ def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) if _AVAILABLE else None
     if not isinstance(mode, FakeTensorMode) or not _told_by_descriptions(function):
         return function(*args, **kwargs)
-    key: list[Hashable] = [function, torch.get_default_dtype(), torch._C._get_default_device()]
+    key: list[Any] = [function, torch.get_default_dtype(), torch._C._get_default_device()]
     tensors: list[FakeTensor] = []
     if not (_describe(mode, args, key, tensors) and _describe(mode, kwargs, key, tensors)):
         return function(*args, **kwargs)
@@ -75,7 +74,7 @@ def _told_by_descriptions(function: Any) -> bool:
     return plain and not any(tag in function.tags for tag in _UNTOLD)
 
 
-def _describe(mode: FakeTensorMode, value: Any, key: list[Hashable], tensors: list[FakeTensor]) -> bool:
+def _describe(mode: FakeTensorMode, value: Any, key: list[Any], tensors: list[FakeTensor]) -> bool:
     """Add the description of an argument to ``key`` and its tensors to ``tensors``; return False if it has none."""
     kind = type(value)
     if kind is FakeTensor:
@@ -111,9 +110,8 @@ def _recipes(parts: list[Any], tensors: list[FakeTensor], mutable: bool) -> list
             return []
         memory = part.untyped_storage()
         of = memories.index(memory._cdata) if memory._cdata in memories else None
-        made = _Made(
-            tuple(part.shape), part.stride(), part.storage_offset(), part.dtype, part.fake_device, of
-        )
+        offset = int(part.storage_offset())
+        made = _Made(tuple(part.shape), part.stride(), offset, part.dtype, part.fake_device, of)
         if of is None and (made.offset or memory.nbytes() != _extent(made) * part.element_size()):
             return []
         found.append(made)
