@@ -114,7 +114,7 @@ def test_a_fork_while_another_thread_computes() -> None:
         computing.result()
 
 
-@pytest.mark.parametrize("end", ["", "sys.exit(0)"])
+@pytest.mark.parametrize("end", ["", pytest.param("sys.exit(0)", marks=pytest.mark.long)])
 def test_a_process_ends_while_the_threads_wait(end: str) -> None:
     ran = subprocess.run([sys.executable, "-c", TENSORS_OF_A_CHILD + end], timeout=SECONDS)
     assert ran.returncode == 0
