@@ -131,7 +131,7 @@ def test_threads_stay_on_the_processor_that_a_process_is_limited_to() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("end", ["", "sys.exit(0)"])
+@pytest.mark.parametrize("end", ["", pytest.param("sys.exit(0)", marks=pytest.mark.long)])
 def test_a_process_ends_while_the_threads_wait(end: str) -> None:
     ran = subprocess.run([sys.executable, "-c", TENSORS_OF_A_CHILD + end], timeout=SECONDS)
     assert ran.returncode == 0
