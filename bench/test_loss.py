@@ -24,7 +24,14 @@ from vpo_kernels import available_backends, paired_dpo_loss
 
 LARGE = (1, 64 * 2**20)
 SETS = 4096  # of inputs, at most: beyond it, making tensors would take longer than measuring
-SHAPES = [(2, 4, 5, 4, 4), (16, 4, 5, 4, 4), (1, 4, 10, 30, 53), (8, 4, 10, 30, 53), (1, 4, 20, 90, 160), LARGE]
+SHAPES = [
+    (2, 4, 5, 4, 4),
+    (16, 4, 5, 4, 4),
+    (1, 4, 10, 30, 53),
+    (8, 4, 10, 30, 53),
+    (1, 4, 20, 90, 160),
+    LARGE,
+]
 DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16, f32 targets": (torch.bfloat16, torch.float32),

@@ -99,7 +99,8 @@ def small_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs begin without a plan, which takes seconds for every new configuration."""
+    """Let runs begin without a plan, which takes seconds for every new configuration, and measure quickly."""
+    measure_quickly()
     monkeypatch.setattr("vpo_engine.training.check_fits", lambda config, *_: (config, ""))
 
 

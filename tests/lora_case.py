@@ -1,14 +1,14 @@
-"""Adapters on the sprites policy, with inputs and settings, for tests of LoRA."""
+"""Adapters on a policy of the sprites world, with inputs and settings, for tests of LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from small_policy import small_network
 from torch import Tensor
 
 from vpo_engine.config import Config, LoraConfig
-from vpo_engine.data.sprites.assets import load_policy
 from vpo_engine.models.lora import adapter_parameters
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.stdit3 import STDiT3
@@ -25,7 +25,7 @@ PROMPT = "a red circle moving left"
 
 def inputs(rows: int = 2) -> dict[str, Tensor | float]:
     """A batch for the sprites policy: uneven captions, an odd latent grid."""
-    settings = load_policy().settings
+    settings = small_network().settings
     lengths = torch.arange(rows)[:, None] + 3
     return {
         "x": normal((rows, settings.in_channels, 3, 5, 6), 0, "x"),

@@ -55,6 +55,7 @@ def _member(
     arguments: Any,
 ) -> None:
     from vpo_engine import trainer, training  # which the server has imported
+    from vpo_engine.model_values import RowFlops
 
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -63,6 +64,7 @@ def _member(
     torch.set_num_threads(threads)
     training.check_fits = lambda config, *_: (config, "")
     trainer.matrix_rate = functools.partial(trainer.matrix_rate, seconds=0.03)
+    trainer.count_row_flops = lambda *_: RowFlops(1e9, 3e9)
     sys.exit(function(*arguments))
 
 
@@ -73,7 +75,8 @@ LAST_WORDS = 20.0
 class Group:
     """Processes that call ``function(*arguments)``, started in a group as torchrun starts them, or one alone.
 
-    A run in them is not planned, and the device is measured for a moment only: both take seconds in each process.
+    A run in them is not planned, the device is measured for a moment only, and operations are not counted: each of
+    these takes seconds in every process.
 
     Their store is here, as it is in torchrun's agent: it listens at a port that the system chose for it, so that no
     other group can take the port between the choice and the use.

@@ -41,7 +41,9 @@ def rows(folder: Path, kind: str | None = None) -> list[Row]:
     return check_model.check_model(folder, kind)
 
 
-@pytest.mark.parametrize("kind", sorted(FOLDERS))
+@pytest.mark.parametrize(
+    "kind", ["wan", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("cogvideox", "ltx"))]
+)
 def test_true_descriptions_pass(
     folders: Mapping[str, Path], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

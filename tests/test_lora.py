@@ -15,12 +15,13 @@ import pytest
 import torch
 from lora_case import LAYERS_PER_BLOCK, LORA, SETTINGS, TARGETS, Make, disturb, inputs, merged, same
 from safetensors.torch import load_file, save_file
+from small_policy import small_network
 
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import LoraConfig
 from vpo_engine.config_file import dump_config, load_config
-from vpo_engine.data.sprites.assets import WEIGHTS, load_policy
+from vpo_engine.data.sprites.assets import WEIGHTS
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.memory.optimizer import PolicyOptimizer
@@ -43,7 +44,7 @@ CARD = OpenSora.card
 
 @pytest.fixture
 def network() -> STDiT3:
-    return load_policy().eval()
+    return small_network().eval()
 
 
 # what it computes
@@ -52,7 +53,7 @@ def network() -> STDiT3:
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_policy_starts_as_the_base_bit_for_bit(weights: torch.dtype, autocast: bool) -> None:
-    base, policy = load_policy().eval().to(weights), load_policy().eval().to(weights)
+    base, policy = small_network().eval().to(weights), small_network().eval().to(weights)
     inject_adapter(policy, SETTINGS, TARGETS, seed=0)
     assert {weight.dtype for weight in adapter_parameters(policy).values()} == {torch.float32}
     outputs = []
@@ -67,7 +68,7 @@ def test_the_policy_starts_as_the_base_bit_for_bit(weights: torch.dtype, autocas
 def test_the_adapter_adds_its_scaled_product(network: STDiT3) -> None:
     inject_adapter(network, SETTINGS, TARGETS, seed=0)
     disturb(network)
-    full = load_policy().eval().double()
+    full = small_network().eval().double()
     full.load_state_dict(merged(network), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(network.double()(**inputs()), full(**inputs()), rtol=1e-10, atol=1e-10)
@@ -130,7 +131,7 @@ def test_an_mlp_in_parts_gives_its_adapter_the_same_gradients(network: STDiT3) -
 def test_the_base_is_rounded_and_the_adapter_never(small: Make, weights: str, dtype: str) -> None:
     """Over a rounded base the policy starts as that base, bit for bit, and its float32 weights are what is stepped."""
     config = small(*LORA, f"memory.weights={weights}", f"model.dtype={dtype}")
-    policy, base = load_policy().eval(), load_policy().eval()
+    policy, base = small_network().eval(), small_network().eval()
     prepare_policy(policy, config, OpenSora.card, getattr(torch, dtype))
     hold_in_bfloat16(base, config.memory.weights, getattr(torch, dtype))
     with torch.no_grad():
@@ -156,7 +157,7 @@ def test_the_base_is_rounded_and_the_adapter_never(small: Make, weights: str, dt
 
 
 def test_an_adapter_over_bfloat16_computes_in_bfloat16_and_learns_in_float32() -> None:
-    policy = load_policy().eval().bfloat16()
+    policy = small_network().eval().bfloat16()
     inject_adapter(policy, SETTINGS, TARGETS, seed=0)
     disturb(policy)
     rounded = copy.deepcopy(policy)
@@ -180,7 +181,7 @@ def test_the_start_depends_on_the_seed_and_on_nothing_else() -> None:
     for global_seed, seed in ((1, 0), (2, 0), (1, 7)):
         torch.manual_seed(global_seed)
         before = torch.random.get_rng_state()
-        policy = load_policy()
+        policy = small_network()
         torch.random.set_rng_state(before)
         inject_adapter(policy, SETTINGS, TARGETS, seed)
         assert torch.equal(torch.random.get_rng_state(), before)
@@ -231,9 +232,11 @@ def test_a_named_set_gives_its_layers_an_adapter(
 ) -> None:
     config = small(*LORA, f"model.lora.targets={name}")
     assert config.model.lora is not None
-    found = inject_adapter(load_policy(), config.model.lora, chosen_targets(config.model.lora, CARD), seed=0)
+    found = inject_adapter(
+        small_network(), config.model.lora, chosen_targets(config.model.lora, CARD), seed=0
+    )
     assert found == sorted(
-        layer for layer in block_linears(load_policy()) if endings is None or layer.endswith(endings)
+        layer for layer in block_linears(small_network()) if endings is None or layer.endswith(endings)
     )
     assert len(found) > 0
 
@@ -268,13 +271,13 @@ def test_a_file_that_binds_nothing_or_a_part_is_refused(network: STDiT3, tmp_pat
     before = {name: value.clone() for name, value in network.state_dict().items()}
     first = next(iter(adapter_parameters(network)))
     cases = {
-        rf"holds 60 tensors, and 0 of this adapter's 60 .*begins with diffusion_model\..*where {first} is expected": {
+        rf"holds 40 tensors, and 0 of this adapter's 40 .*begins with diffusion_model\..*where {first} is expected": {
             name.replace("base_model.model.", "diffusion_model."): value for name, value in saved.items()
         },
-        rf"holds 59 tensors, and 59 of this adapter's 60 are among them, without {first}": {
+        rf"holds 39 tensors, and 39 of this adapter's 40 are among them, without {first}": {
             name: value for name, value in saved.items() if name != first
         },
-        r"holds 0 tensors, and 0 of this adapter's 60 .*it is empty": {},
+        r"holds 0 tensors, and 0 of this adapter's 40 .*it is empty": {},
     }
     for text, content in cases.items():
         save_file(content, file)
@@ -320,7 +323,7 @@ def test_peft_loads_the_saved_adapter_on_a_fresh_published_policy(network: STDiT
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 5.0, "LORA")
     assert config["target_modules"] == sorted(SETTINGS.targets)
 
-    loaded = peft.PeftModel.from_pretrained(load_policy().eval(), tmp_path / "policy")
+    loaded = peft.PeftModel.from_pretrained(small_network().eval(), tmp_path / "policy")
     with torch.no_grad():
         assert torch.equal(loaded(**inputs()), network(**inputs()))
     loaded.save_pretrained(tmp_path / "again")
@@ -332,7 +335,7 @@ def test_peft_loads_the_saved_adapter_on_a_fresh_published_policy(network: STDiT
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_an_adapter_comes_back_bit_for_bit(weights: torch.dtype, tmp_path: Path) -> None:
-    one, other = load_policy().to(weights), load_policy().to(weights)
+    one, other = small_network().to(weights), small_network().to(weights)
     for policy, seed in ((one, 0), (other, 1)):
         inject_adapter(policy, SETTINGS, TARGETS, seed)
     disturb(one)
@@ -344,10 +347,10 @@ def test_an_adapter_comes_back_bit_for_bit(weights: torch.dtype, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (SETTINGS.model_copy(update={"rank": 2}), r"is \[3, 128\], expected \[2, 128\].*model\.lora\.rank"),
+        (SETTINGS.model_copy(update={"rank": 2}), r"is \[3, 32\], expected \[2, 32\].*model\.lora\.rank"),
         (
             SETTINGS.model_copy(update={"targets": ("attn.qkv",)}),
-            r"holds 60 tensors, and 12 of this adapter's 12 are among them, beside them base_model.*lora\.targets",
+            r"holds 40 tensors, and 8 of this adapter's 8 are among them, beside them base_model.*lora\.targets",
         ),
     ],
 )
@@ -356,7 +359,7 @@ def test_an_adapter_of_other_settings_is_refused_whole(
 ) -> None:
     inject_adapter(network, SETTINGS, TARGETS, seed=0)
     save_adapter(network, tmp_path)
-    other = load_policy()
+    other = small_network()
     inject_adapter(other, settings, settings.targets, seed=1)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=text):

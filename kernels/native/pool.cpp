@@ -2,7 +2,7 @@
 // moment, because backward follows forward, then asleep.
 //
 // A helper keeps off the processor that the caller is on. The system may put both on one, where other threads (OpenMP's
-// among them) spin on the others; then the helper would wait for loops in the very time in which the caller could open one.
+// among them) spin on the others; then the helper would wait for a loop and so keep the caller from opening it.
 
 #include <pthread.h>
 #include <sched.h>
@@ -53,8 +53,8 @@ bool keep_off(int taken) noexcept {
 #endif
 }
 
-// Waits for the condition, at most kAwake and as long as it is worth it; returns whether the condition came true. Time in
-// which another thread has the processor does not count, for then the caller is late, too.
+// Waits for the condition, at most kAwake and as long as it is worth it; returns whether the condition came true. Time
+// in which another thread has the processor does not count, for then the caller is late, too.
 template <class Condition, class Worth>
 bool soon(const Condition& condition, const Worth& worth) {
     auto before = std::chrono::steady_clock::now();

