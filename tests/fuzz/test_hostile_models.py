@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from tiny_pipelines import FOLDERS
 
 from vpo_engine import sample
+from vpo_engine.models.rehearsal import check_tokens
 
 CONFIGS = (
     "model_index.json",
@@ -117,6 +118,12 @@ def test_settings_that_cannot_run_are_refused_before_weights_are_read(
         weights.write_bytes(b"nothing reads this")
     assert sampled(model, tmp_path / "out") == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [-1, 0, 0.5, None, [], 2**31])
+def test_numbers_of_tokens_that_no_model_has(tokens: Any) -> None:
+    with pytest.raises(ValueError, match=r"a/config.json gives a prompt .* tokens, expected from 1 to 32768"):
+        check_tokens(tokens, Path("a"))
 
 
 @fuzz(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vpo_engine.foreign_files import load_tokenizer
 from vpo_engine.model_values import TextEmbedding
 from vpo_engine.models.diffusers_folder import CONFIG, Folder, load_text_encoder, read_config
-from vpo_engine.models.rehearsal import META, Described, once
+from vpo_engine.models.rehearsal import META, Described, check_tokens, once
 from vpo_engine.texts import say
 
 
@@ -112,6 +112,7 @@ def encoder_loader(
 
     Raise ValueError, now, for an encoder of another class, and for settings with which it cannot run.
     """
+    check_tokens(max_tokens, folder.transformer)
     config = read_config(folder.text_encoder / CONFIG)
 
     def rehearsal() -> None:

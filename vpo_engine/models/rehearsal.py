@@ -58,6 +58,15 @@ class Described:
             ) from error
 
 
+def check_tokens(tokens: object, transformer: Path) -> None:
+    """Raise ValueError unless a transformer's folder gives a prompt a number of tokens to which a model may pad."""
+    if type(tokens) is not int or not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(
+            f"{transformer / CONFIG} gives a prompt {str(tokens)[:100]} tokens, expected from 1 to {MOST_TOKENS}; "
+            "fetch the folder again"
+        )
+
+
 @torch.no_grad()
 def rehearse(model: BaseModel, network: Described, vae: Described) -> None:
     """Let a model on the meta device predict and decode one sample.
@@ -65,11 +74,6 @@ def rehearse(model: BaseModel, network: Described, vae: Described) -> None:
     Raise ValueError if its network or its VAE fails, or gives results of another shape than the model has.
     """
     rule = model.text_rule
-    if not 1 <= rule.max_tokens <= MOST_TOKENS:
-        raise ValueError(
-            f"{network.folder / CONFIG} gives a prompt {rule.max_tokens} tokens, expected from 1 to {MOST_TOKENS}; "
-            "fetch the folder again"
-        )
     model.device = torch.device("cpu")  # the meta device has no autocast
     latents, times = torch.zeros(1, *model.latent_shape, device=META), torch.zeros(1, device=META)
     text = TextEmbedding(
