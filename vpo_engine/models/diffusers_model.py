@@ -30,12 +30,7 @@ from vpo_engine.models.diffusers_folder import (
     part_config,
     read_config,
 )
-from vpo_engine.models.diffusers_network import (
-    CompiledBlocks,
-    Loop,
-    prepare_network,
-    set_activations,
-)
+from vpo_engine.models.diffusers_network import CompiledBlocks, Loop, prepare_network, set_activations
 from vpo_engine.models.diffusers_sequence import divide
 from vpo_engine.models.diffusers_text import NoText, encoder_loader, text_model
 from vpo_engine.models.gradient_check import check_division
@@ -197,9 +192,8 @@ class DiffusersModel(BaseModel):
             dtype=context.dtype,
             device=context.device,
         )
-        text = context.text_source(
-            load_encoder, f"{folder.text_encoder}, {tokens} tokens, {settings.dtype}", cls.rewrite
-        )
+        encoded = f"{folder.text_encoder}, {tokens} tokens, {settings.dtype}"
+        text = context.text_source(load_encoder, encoded, cls.rewrite)
         described = (Described(facts.transformer, folder.transformer), Described(facts.vae, folder.vae))
         once(lambda: rehearse(cls._bare(setup, torch.float32, 1), *described), cls, setup)
         network = load_part(
@@ -244,8 +238,7 @@ class DiffusersModel(BaseModel):
         changes = cls.built_with(setup) | {"num_layers": depth}
         network = build_part(cls.facts.transformer, setup.transformer, **changes)
         vae = build_part(cls.facts.vae, setup.vae)
-        text = NoText(*cls.text_size(setup.transformer))
-        return cls(network, vae, text, setup, device=META, dtype=dtype)
+        return cls(network, vae, NoText(*cls.text_size(setup.transformer)), setup, device=META, dtype=dtype)
 
     @classmethod
     def _setup(
