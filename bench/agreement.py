@@ -39,6 +39,7 @@ SETS = (
     "rollout.steps=6",
     "rollout.cache=0.1",
     "rollout.cache=0.2",
+    "rollout.weights=bf16",
     "rollout.weights=int8",
     "rollout.weights=fp8",
     "rollout.prune.after=0.5 rollout.prune.keep=2",

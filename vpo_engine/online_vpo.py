@@ -195,7 +195,7 @@ class OnlineVPO(Method):
             self.copy.refresh()
 
     def _build_sampler(self) -> CandidateSampler:
-        """Return the sampler of candidates, for which the policy, the reference or an 8-bit copy predicts."""
+        """Return the sampler of candidates, for which the policy, the reference or a rounded copy predicts."""
         config, model, device = self.config.rollout, self.model, self.processes.device
         alone = self.processes.sequence.count == 1 and self.processes.team.couple is None
         batches = Batches(config.batch_limit, halved=alone)

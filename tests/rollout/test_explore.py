@@ -20,8 +20,11 @@ from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rollout import quantised_copy as weights
 from vpo_engine.rollout.quantised_copy import (
+    Bfloat16Linear,
     Bits,
+    Kind,
     QuantisedLinear,
+    RoundedLinear,
     SamplingCopy,
     fp8_product,
     int8_product,
@@ -106,7 +109,7 @@ def test_pairs_are_scored_again_before_they_are_trained_on(small: Make) -> None:
     assert result.work.sampled == 8 + 2 * 4
 
 
-# --- Weights in 8 bits ---
+# --- Rounded weights ---
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -160,27 +163,42 @@ def moved(policy: nn.Module, by: float) -> Iterator[None]:
     policy.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("bits", BITS)
+def test_a_layer_in_bfloat16_multiplies_rounded_factors_and_adds_the_bias_as_it_is() -> None:
+    linear = nn.Linear(64, 48)
+    layer, x = Bfloat16Linear(linear), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))
+    exact = x.bfloat16().double() @ linear.weight.detach().bfloat16().double().T
+    found = layer(x)
+    assert found.dtype == torch.float32
+    # Sums are rounded to bfloat16, by at most 2^-9, and a little before, by the order of adding.
+    bound = exact.abs() * 2**-8 + 1e-3 * exact.abs().max()
+    assert ((found.double() - linear.bias.double() - exact).abs() <= bound).all()
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    layer.refresh()
+    torch.testing.assert_close(layer(x) - linear.bias, 2 * (found - linear.bias))
+
+
+@pytest.mark.parametrize("kind", [*BITS, "bf16"])
 @pytest.mark.long
-def test_the_copy_rounds_the_blocks_matrices_and_shares_everything_else(bits: Bits) -> None:
+def test_the_copy_rounds_the_blocks_matrices_and_shares_everything_else(kind: Kind) -> None:
     policy = sprites()[0].network
-    sampling = SamplingCopy(policy, bits)
+    sampling = SamplingCopy(policy, kind)
     linears = {name for name, one in policy.named_modules() if type(one) is nn.Linear and "blocks." in name}
     own = dict(sampling.network.named_modules())
-    assert {name for name, one in own.items() if isinstance(one, QuantisedLinear)} == linears
+    assert {name for name, one in own.items() if isinstance(one, RoundedLinear)} == linears
     theirs = dict(policy.named_parameters())
     for name, parameter in sampling.network.named_parameters():
         if not name.endswith("._policy"):
             assert parameter is theirs[name], name
     expected = sum(policy.get_submodule(name).weight.numel() for name in linears)  # type: ignore[union-attr, operator]
     rows = sum(len(policy.get_submodule(name).weight) for name in linears)  # type: ignore[arg-type]
-    assert sampling.nbytes == expected + 4 * rows
+    assert sampling.nbytes == (2 * expected if kind == "bf16" else expected + 4 * rows)
     exact, found = sampled(settings()), sampled(settings(), sampling)
-    # Seen: 4 % and 10 %; a wrong scale anywhere gives 100 %.
+    # Seen: 4 % and 10 % in 8 bits; a wrong scale anywhere gives 100 %.
     assert 0 < (found - exact).norm() < 0.3 * exact.norm()
     with moved(policy, 0.01):
         sampling.refresh()
-        fresh = SamplingCopy(policy, bits)
+        fresh = SamplingCopy(policy, kind)
         assert torch.equal(sampled(settings(steps=1), sampling), sampled(settings(steps=1), fresh))
 
 
@@ -231,7 +249,9 @@ def test_an_adapter_is_not_rounded(small: Make) -> None:
         (["rollout.explore.guidance_interval=[0.2,0.8]"], "a guidance that guidance=1.0 turns off"),
         (["rollout.explore.weights=int8", "rollout.source=reference"], "samples from the reference"),
         (["rollout.weights=fp8", "rollout.source=reference"], "samples from the reference"),
-        (["rollout.weights=int4"], "must be one of policy, int8, fp8"),
+        (["rollout.weights=bf16", "model.dtype=bfloat16"], "set rollout.weights=policy"),
+        (["rollout.explore.weights=bf16", "model.dtype=bfloat16"], "set rollout.explore.weights=policy"),
+        (["rollout.weights=int4"], "must be one of policy, bf16, int8, fp8"),
     ],
 )
 def test_nonsense_is_refused(overrides: list[str], message: str) -> None:

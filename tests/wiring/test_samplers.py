@@ -47,6 +47,7 @@ CASES = {
         ("rollout.explore.weights=int8",),
         {("copy", EXACT, None, None), ("policy", EXACT, 0, None)},
     ),
+    "in bfloat16": (("rollout.weights=bf16",), {("copy", EXACT, None, None)}),
     "in 8 bits": (("rollout.weights=int8",), {("copy", EXACT, None, None)}),
     "from the reference": (("rollout.source=reference",), {("reference", EXACT, None, None)}),
 }

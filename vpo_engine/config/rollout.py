@@ -25,7 +25,7 @@ class PruneConfig(Section):
     model decodes on its own; null: all. Finished candidates are always scored whole."""
 
 
-Weights = Literal["policy", "int8", "fp8"]
+Weights = Literal["policy", "bf16", "int8", "fp8"]
 
 
 class ExploreConfig(Section):
@@ -81,8 +81,9 @@ class RolloutConfig(Section):
     """Largest relative change of what the first pair of blocks adds at which a step reuses what the other blocks added
     in the step that last computed them; null: every step computes all blocks."""
     weights: Weights = "policy"
-    """The weights that sample. policy: the policy's own. int8, fp8: a copy whose blocks multiply in 8 bits, rounded
-    again before every rollout. The copy is meant for GPUs that multiply in 8 bits; on other devices it takes longer."""
+    """The weights that sample. policy: the policy's own. bf16: of a float32 model, a copy whose blocks multiply in
+    bfloat16, for processors that do so faster (AMX); it takes longer on others. int8, fp8: a copy whose blocks multiply
+    in 8 bits, for GPUs that do so; it takes longer on other devices. A copy is rounded again before every rollout."""
     explore: ExploreConfig | None = None
     """Cheap sampling of all candidates before the exact sampling of two; null: candidates are sampled once."""
 
@@ -151,7 +152,7 @@ class RolloutConfig(Section):
         self._check_interval(self.guidance_interval)
         if self.source == "reference" and {self.weights, self.first_pass.weights} != {"policy"}:
             raise ValueError(
-                "weights in 8 bits are a copy of the policy, but source=reference samples from the reference; set "
+                "rounded weights are a copy of the policy, but source=reference samples from the reference; set "
                 "weights=policy"
             )
         if self.explore is not None:
@@ -188,7 +189,7 @@ class RolloutConfig(Section):
         if self.first_pass == ExploreConfig(steps=self.steps):
             raise ValueError(
                 "explore samples all candidates at full cost before it samples two of them again; give it fewer steps, "
-                "a guidance_interval, a cache or weights in 8 bits, or set explore=null"
+                "a guidance_interval, a cache or rounded weights, or set explore=null"
             )
 
     def _check_prune(self) -> Self:

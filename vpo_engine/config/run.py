@@ -195,6 +195,12 @@ class Config(Section):
                 f"reward.kind {self.reward.kind} scores the sprites world only; set reward.kind=videoscore with its "
                 "reward.path, or reward.kind=builtin"
             )
+        if self.rollout.first_pass.weights == "bf16" and self.model.dtype == "bfloat16":
+            name = "weights" if self.rollout.weights == "bf16" else "explore.weights"
+            raise ValueError(
+                f"rollout.{name}=bf16 lets a float32 model multiply in bfloat16 while it samples, which "
+                f"model.dtype=bfloat16 does everywhere; set rollout.{name}=policy"
+            )
         held_out = self.guards.reward
         if held_out is not None and (held_out.kind, held_out.path) == (self.reward.kind, self.reward.path):
             raise ValueError(

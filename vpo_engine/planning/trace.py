@@ -266,7 +266,7 @@ class _Tracing:
     def _rollout(self, latents: Tensor, text: TextEmbedding) -> None:
         """Send one group of candidates through the sampling loop; with rollout.prune in two parts, with explore twice.
 
-        A copy in 8 bits is planned like the policy, except for the memory it holds. The step cache is planned as if it
+        A rounded copy is planned like the policy, except for the memory it holds. The step cache is planned as if it
         never applied, because nobody knows beforehand how often it will.
         """
         config = self._config.rollout

@@ -1,4 +1,4 @@
-"""The sampling copy: the policy with the matrices of its blocks in 8 bits, for rollouts only."""
+"""The sampling copy: the policy with the matrices of its blocks in fewer bits, for rollouts only."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vpo_engine.memory.quantised_base import block_linears
 
 Bits = Literal["int8", "fp8"]
+Kind = Literal["bf16"] | Bits
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -21,18 +22,21 @@ class SamplingCopy:
 
     Embedders, the time's projection, modulation tables, norms, biases, the final layer and the weights of an adapter
     are not rounded. ``refresh`` has to be called whenever the policy has changed. It holds a byte for every weight of
-    the blocks, beside the policy.
+    the blocks, beside the policy, or two in bfloat16.
     """
 
-    def __init__(self, policy: nn.Module, bits: Bits) -> None:
+    def __init__(self, policy: nn.Module, kind: Kind) -> None:
         """Make the copy. Raise ValueError for a policy without linear layers in transformer blocks."""
         linears = block_linears(policy)
         if not linears:
             raise ValueError(
-                f"rollout.weights={bits} rounds linear layers of transformer blocks, but the policy "
+                f"rollout.weights={kind} rounds linear layers of transformer blocks, but the policy "
                 f"({type(policy).__name__}) has none; use rollout.weights=policy"
             )
-        self._layers = [QuantisedLinear(linear, bits) for linear in linears.values()]
+        self._layers: list[RoundedLinear] = [
+            Bfloat16Linear(linear) if kind == "bf16" else QuantisedLinear(linear, kind)
+            for linear in linears.values()
+        ]
         memo: dict[int, object] = {id(one): one for one in (*policy.parameters(), *policy.buffers())}
         memo |= {id(linear): layer for linear, layer in zip(linears.values(), self._layers, strict=True)}
         self.network: nn.Module = copy.deepcopy(policy, memo).eval()
@@ -49,10 +53,56 @@ class SamplingCopy:
     @property
     def nbytes(self) -> int:
         """Return the bytes that the copy holds beside the policy."""
-        return sum(layer.codes.nbytes + layer.scales.nbytes for layer in self._layers)
+        return sum(buffer.nbytes for layer in self._layers for buffer in layer.buffers())
 
 
-class QuantisedLinear(nn.Module):
+class RoundedLinear(nn.Module):
+    """nn.Linear with the policy's bias, and with a rounded copy of its weight in buffers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._policy, self.bias = linear.weight, linear.bias
+
+    def refresh(self) -> None:
+        """Round the policy's weight as it is now."""
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Map [rows, in] to [rows, out] without the bias."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out], in the dtype that nn.Linear would return."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        out = self.multiply(x.flatten(0, -2)).to(dtype)
+        if self.bias is not None:
+            out = out + self.bias.to(dtype)
+        return out.unflatten(0, x.shape[:-1])
+
+
+class Bfloat16Linear(RoundedLinear):
+    """nn.Linear whose weight, input and product are rounded to bfloat16.
+
+    Sums are as precise as the device's product of bfloat16 matrices makes them: float32 on GPUs, and on processors that
+    multiply bfloat16 (AMX, AVX512_BF16).
+    """
+
+    rounded_weight: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.register_buffer("rounded_weight", linear.weight.detach().to(torch.bfloat16), persistent=False)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.rounded_weight.copy_(self._policy)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(torch.bfloat16), self.rounded_weight)
+
+
+class QuantisedLinear(RoundedLinear):
     """nn.Linear whose weight and input are rounded to 8 bits, each row of either by its own largest magnitude.
 
     int8: whole numbers to 127; fp8: float8_e4m3fn to 448. On GPUs the product is one of 8-bit matrices where there is
@@ -64,9 +114,8 @@ class QuantisedLinear(nn.Module):
     scales: Tensor
 
     def __init__(self, linear: nn.Linear, bits: Bits) -> None:
-        super().__init__()
+        super().__init__(linear)
         self._bits: Bits = bits
-        self._policy, self.bias = linear.weight, linear.bias
         self.register_buffer("codes", torch.empty_like(linear.weight, dtype=DTYPES[bits]), persistent=False)
         scales = torch.empty(len(linear.weight), device=linear.weight.device)
         self.register_buffer("scales", scales, persistent=False)
@@ -78,16 +127,10 @@ class QuantisedLinear(nn.Module):
         self.codes.copy_(codes)
         self.scales.copy_(scales)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in] to [..., out], in the dtype that nn.Linear would return."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        codes, scales = rounded(x.flatten(0, -2), self._bits)
+    def multiply(self, x: Tensor) -> Tensor:
+        codes, scales = rounded(x, self._bits)
         product = PRODUCTS[self._bits] if _has_8_bit_product(self._bits, codes, self.codes) else multiplied
-        out = product(codes, self.codes, scales, self.scales).to(dtype)
-        if self.bias is not None:
-            out = out + self.bias.to(dtype)
-        return out.unflatten(0, x.shape[:-1])
+        return product(codes, self.codes, scales, self.scales)
 
 
 def rounded(x: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
