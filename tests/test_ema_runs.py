@@ -139,7 +139,7 @@ def test_sample_shows_the_weights_that_were_evaluated(runs: tuple[str, Path, Pat
 
 @pytest.mark.long
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    runs: tuple[str, Path, Path], small: Make, small_policy: str, tmp_path: Path
+    runs: tuple[str, Path, Path], unplanned: None, small: Make, small_policy: str, tmp_path: Path
 ) -> None:
     kind, _, whole = runs
     copy_cut(whole, tmp_path / "run", 2)

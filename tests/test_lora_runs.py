@@ -106,7 +106,7 @@ def test_the_count_of_trained_parameters_is_said_once(small: Make) -> None:
 
 @pytest.mark.long
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    finished: tuple[Path, OpenSora], small: Make, tmp_path: Path
+    finished: tuple[Path, OpenSora], unplanned: None, small: Make, tmp_path: Path
 ) -> None:
     copy_cut(finished[0], tmp_path / "run", 2)
     assert entry.train(small(*LORA, "checkpoint.resume=true")) == 0

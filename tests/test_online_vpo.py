@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from smallest_run import SHIPPED
 from step_case import candidates_of, pairs_of, sample_candidates, step_on, times_and_noise
 from torch import Tensor
 
@@ -306,7 +307,7 @@ def in_bfloat16(config: Config) -> OnlineVPO:
 def test_bfloat16_weights_learn_alike_with_a_copied_and_an_exact_8_bit_reference(
     small: Make, weights: str
 ) -> None:
-    overrides = (f"memory.weights={weights}", "reference.refresh_every=2", "optimizer.lr=1e-4")
+    overrides = (SHIPPED, f"memory.weights={weights}", "reference.refresh_every=2", "optimizer.lr=1e-4")
     runs = []
     for storage in ("copy", "exact8"):
         config = small(*overrides, f"reference.storage={storage}", "reward.dimensions=global")
