@@ -51,13 +51,7 @@ from vpo_engine.video_model import VideoModel
 
 def run_training(config: Config) -> int:
     """Run ``config`` in this process (one of a torchrun group, or alone); return the exit code."""
-    own, divided = config.processes, config.distributed
-    limit = group_limit(divided.stage_minutes)
-    processes = Processes.start(
-        config.model.device, own.per_prompt, own.reward, limit, divided.sequence_parallel
-    )
-    if own.split_guidance and not processes.is_reward_process:
-        processes = processes.in_couples(limit)
+    processes = _start_processes(config)
     ending = Ending(processes)
     with ExitStack() as at_end:
         at_end.callback(processes.stop)
@@ -65,7 +59,7 @@ def run_training(config: Config) -> int:
             return _serve_reward(config, processes, at_end)
         at_end.enter_context(ending.watchdog(config))
         served = None
-        if own.reward:
+        if config.processes.reward:
             assert processes.store is not None
             served = at_end.enter_context(find_reward(processes.store, processes.rank))
         with same_in_all_processes():
@@ -114,6 +108,18 @@ def run_training(config: Config) -> int:
     if outcome.stopped_by and processes.first:
         say(_stopped_text(outcome.stopped_by, outcome.steps, run))
     return outcome.exit_code
+
+
+def _start_processes(config: Config) -> Processes:
+    """Join the processes of the run; with split_guidance two of them share a candidate's branches."""
+    own, divided = config.processes, config.distributed
+    limit = group_limit(divided.stage_minutes)
+    processes = Processes.start(
+        config.model.device, own.per_prompt, own.reward, limit, divided.sequence_parallel
+    )
+    if own.split_guidance and not processes.is_reward_process:
+        return processes.in_couples(limit)
+    return processes
 
 
 def _say_note(note: str | None) -> None:
