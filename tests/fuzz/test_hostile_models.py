@@ -100,6 +100,11 @@ WRONG_SETTINGS = [
         "does not describe a WanTransformer3DModel that can run",
     ),
     ("text_encoder/config.json", {"num_heads": 0}, "text_encoder"),
+    ("scheduler/scheduler_config.json", {"_class_name": []}, "_class_name is []"),
+    *(
+        ("scheduler/scheduler_config.json", wrong, "does not describe a UniPCMultistepScheduler")
+        for wrong in ({"beta_schedule": 0}, {"beta_end": None}, {"beta_start": 1e300})
+    ),
 ]
 
 

@@ -202,16 +202,28 @@ _SHIFT = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteSchedu
 """The settings that hold a scheduler's shift."""
 
 
+def build_scheduler(name: str, config: Mapping[str, Any], source: str) -> Any:
+    """Return diffusers' scheduler ``name`` with a config's settings. ValueError, naming ``source``, if it cannot be."""
+    import diffusers
+
+    try:
+        return getattr(diffusers, name).from_config(dict(config))
+    except Exception as error:  # a class can fail in any way on settings that it never had
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{source} does not describe a {name} that can be built ({type(error).__name__}: {reason}); put the "
+            "published scheduler_config.json there"
+        ) from error
+
+
 def flow_scheduler(config: Mapping[str, Any], source: str, flow_shift: float | None = None) -> Any:
     """Return diffusers' scheduler from the content of a scheduler_config.json.
 
     source: names the file in errors. flow_shift: takes the place of the config's shift, also where that depends on the
     number of tokens. ValueError for a scheduler, or a setting of it, that no solver here reproduces.
     """
-    import diffusers
-
     name = config.get("_class_name")
-    if name not in _REQUIRED:
+    if not isinstance(name, str) or name not in _REQUIRED:
         raise ValueError(
             f"{source}: _class_name is {name}, but the engine samples this model as {' or '.join(_REQUIRED)}; put the "
             "published scheduler_config.json there"
@@ -219,7 +231,7 @@ def flow_scheduler(config: Mapping[str, Any], source: str, flow_shift: float | N
     values = dict(config)
     if flow_shift is not None:
         values |= {_SHIFT[name]: flow_shift, "use_dynamic_shifting": False}
-    scheduler = getattr(diffusers, name).from_config(values)
+    scheduler = build_scheduler(name, values, source)
     for key, needed in _REQUIRED[name].items():
         if (found := scheduler.config[key]) != needed:
             raise ValueError(

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpo_engine.models.solvers import build_scheduler
+
 
 class Schedule:
     """The schedule that a scheduler_config.json describes, computed by diffusers' CogVideoXDDIMScheduler.
 
-    Raise ValueError for a schedule of another prediction type.
+    Raise ValueError for a schedule of another prediction type, and for settings by which none can be built.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        from diffusers import CogVideoXDDIMScheduler
-
-        self._scheduler = CogVideoXDDIMScheduler.from_config(dict(config))
+        self._scheduler = build_scheduler("CogVideoXDDIMScheduler", config, "the scheduler's config")
         if self._scheduler.config.prediction_type != "v_prediction":
             raise ValueError(
                 f"the scheduler's prediction_type is {self._scheduler.config.prediction_type}, and CogVideoX-2B's is "
