@@ -214,7 +214,10 @@ def test_a_file_that_makes_no_sense_is_refused(
             ["distributed.zero_stage=3", "rollout.compile=blocks"],
             r"rollout.compile=blocks compiles .*zero_stage=2",
         ),
-        (["distributed.zero_stage=3", "rollout.weights=int8"], r"an int8 copy of the policy .*zero_stage=2"),
+        (
+            ["distributed.zero_stage=3", "rollout.weights=int8"],
+            r"a copy of the policy in int8 .*zero_stage=2",
+        ),
     ],
 )
 def test_what_a_stage_excludes_is_refused_with_the_remedy(settings: list[str], text: str) -> None:

@@ -261,7 +261,7 @@ def _check_stage(config: Config, stage: int, half: bool) -> None:
         )
     if (bits := rollout.first_pass.weights) != "policy":
         raise ValueError(
-            f"an {bits} copy of the policy for rollouts is made of its whole weights, of which a process has a part "
+            f"a copy of the policy in {bits} for rollouts is made of its whole weights, of which a process has a part "
             "only with ZeRO stage 3; set distributed.zero_stage=2, or let the policy sample (rollout.weights and "
             "rollout.explore.weights)"
         )
