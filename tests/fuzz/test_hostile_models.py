@@ -85,26 +85,58 @@ def test_configurations(
     assert sampled(model, folder / "out") in (0, 1)
 
 
+TRANSFORMER, VAE, TEXT = "transformer/config.json", "vae/config.json", "text_encoder/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 WRONG_SETTINGS = [
-    ("vae/config.json", {"latents_mean": []}, "latents_mean is [], expected a number for each of its 4"),
-    ("vae/config.json", {"latents_std": [1.0]}, "latents_std is [1.0], expected a number for each of its 4"),
-    ("vae/config.json", {"latents_mean": None}, "latents_mean is None, expected a number"),
+    (VAE, {"latents_mean": []}, "sets latents_mean to [], expected a list, each a number"),
+    (VAE, {"latents_mean": None}, "sets latents_mean to null, expected a list"),
+    (VAE, {"latents_std": [1.0]}, "latents_std is [1.0], expected a number for each of its 4"),
     (
-        "vae/config.json",
-        {"out_channels": 4},
-        "vae/config.json does not describe a AutoencoderKLWan that can run",
+        VAE,
+        {"latents_std": [0.0] * 4},
+        "to [0.0, 0.0, 0.0, 0.0], expected a list, each a number above 0",
+    ),
+    (VAE, {"z_dim": True}, "sets z_dim to true, expected a whole number of at least 1"),
+    (
+        VAE,
+        {"scale_factor_temporal": None},
+        "to null, expected a whole number of at least 1;",
     ),
     (
-        "transformer/config.json",
-        {"out_channels": 3},
-        "does not describe a WanTransformer3DModel that can run",
+        VAE,
+        {"scale_factor_spatial": -8},
+        "sets scale_factor_spatial to -8, expected a whole number of at least 1;",
     ),
-    ("text_encoder/config.json", {"num_heads": 0}, "text_encoder"),
-    ("scheduler/scheduler_config.json", {"_class_name": []}, "_class_name is []"),
-    *(
-        ("scheduler/scheduler_config.json", wrong, "does not describe a UniPCMultistepScheduler")
-        for wrong in ({"beta_schedule": 0}, {"beta_end": None}, {"beta_start": 1e300})
+    (
+        VAE,
+        {"temperal_downsample": [1, 0]},
+        "sets temperal_downsample to [1, 0], expected a list, each true or false",
     ),
+    (VAE, {"out_channels": 4}, "vae/config.json does not describe a AutoencoderKLWan that can run"),
+    (TRANSFORMER, {"out_channels": 3}, "does not describe a WanTransformer3DModel that can run"),
+    (
+        TRANSFORMER,
+        {"patch_size": [1, 2]},
+        "sets patch_size to [1, 2], expected a list of 3, each a whole number",
+    ),
+    (TRANSFORMER, {"in_channels": "4"}, 'sets in_channels to "4", expected a whole number of at least 1'),
+    (TRANSFORMER, {"rope_max_seq_len": 2**30}, "expected a whole number from 1 to 1048576"),
+    (TRANSFORMER, {"eps": -1e-6}, "sets eps to -1e-06, expected a number from 0 to 1"),
+    (
+        TEXT,
+        {"num_heads": 0},
+        "text_encoder/config.json sets num_heads to 0, expected a whole number of at least 1",
+    ),
+    (TEXT, {"hidden_size": []}, "text_encoder/config.json sets hidden_size to [], expected a whole number"),
+    (TEXT, {"dropout_rate": 1.5}, "sets dropout_rate to 1.5, expected a number from 0 to 1"),
+    (TEXT, {"relative_attention_num_buckets": 1}, "does not describe a UMT5EncoderModel that can run"),
+    (SCHEDULER, {"_class_name": []}, "_class_name is []"),
+    (SCHEDULER, {"beta_schedule": 0}, "sets beta_schedule to 0, expected a text"),
+    (SCHEDULER, {"beta_schedule": "x"}, "does not describe a UniPCMultistepScheduler that can be built"),
+    (SCHEDULER, {"beta_start": 1e300}, "sets beta_start to 1e+300, expected a number between 0 and 1"),
+    (SCHEDULER, {"flow_shift": 0}, "sets flow_shift to 0, expected a number above 0"),
+    (SCHEDULER, {"flow_shift": 1e30}, "scheduler_config.json does not describe a scheduler that can run"),
+    (SCHEDULER, {"timestep_spacing": "even"}, "expected 'linspace' or 'leading' or 'trailing'"),
 ]
 
 
@@ -128,7 +160,7 @@ def test_settings_that_cannot_run_are_refused_before_weights_are_read(
 @pytest.mark.parametrize("tokens", [-1, 0, 0.5, None, [], 2**31])
 def test_numbers_of_tokens_that_no_model_has(tokens: Any) -> None:
     with pytest.raises(ValueError, match=r"a/config.json gives a prompt .* tokens, expected from 1 to 32768"):
-        check_tokens(tokens, Path("a"))
+        check_tokens(tokens, "a/config.json")
 
 
 @fuzz(
