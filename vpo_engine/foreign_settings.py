@@ -36,14 +36,11 @@ class _Range:
         return inside and math.isfinite(number)
 
     def __str__(self) -> str:
+        low, high = f"{self.low:.7g}", f"{self.high:.7g}"
         if self.high < _FLOAT32:
-            return (
-                f"between {self.low:g} and {self.high:g}"
-                if self.open
-                else f"from {self.low:g} to {self.high:g}"
-            )
+            return f"between {low} and {high}" if self.open else f"from {low} to {high}"
         if self.low > -_FLOAT32:
-            return f"above {self.low:g}" if self.open else f"of at least {self.low:g}"
+            return f"above {low}" if self.open else f"of at least {low}"
         return "that is finite"
 
 

@@ -17,8 +17,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vpo_engine import foreign_settings, weights
+from vpo_engine.config import ModelConfig
 from vpo_engine.foreign_files import read_settings
 from vpo_engine.foreign_settings import check_settings, described_by
+from vpo_engine.model_loading import ReadConfig
 from vpo_engine.models.registry import kind_of_pipeline
 
 INDEX = "model_index.json"
@@ -34,6 +36,10 @@ _TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 """The names of the token table of a text encoder, which checkpoints store once or twice."""
 
 
+Read = dict[str, tuple[str, Mapping[str, Any]]]
+"""{part: (the file that its settings are from, as errors name it; the settings)}."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """The folders of a model's parts. ``scheduler`` is a file."""
@@ -43,6 +49,16 @@ class Folder:
     text_encoder: Path
     tokenizer: Path
     scheduler: Path
+
+    def read(self) -> Read:
+        """Return what the files say. Raise ValueError as ``read_config`` does."""
+        files = {
+            "transformer": self.transformer / CONFIG,
+            "vae": self.vae / CONFIG,
+            "scheduler": self.scheduler,
+            "text_encoder": self.text_encoder / CONFIG,
+        }
+        return {part: (str(file), read_config(file)) for part, file in files.items()}
 
 
 def find_parts(
@@ -139,6 +155,26 @@ def read_config(file: Path) -> dict[str, Any]:
     return read_settings(file)
 
 
+def read_planned(
+    settings: ModelConfig, read: ReadConfig, name: str, published: Mapping[str, Mapping[str, Any]]
+) -> Read:
+    """Return the settings of the parts of a model that is planned, whose folders may be elsewhere.
+
+    read: finds the file of a part, or takes the published settings. name, published: of the published model.
+    """
+    found: Read = {}
+    for part in ("transformer", "vae", "text_encoder"):
+        given: Path | None = getattr(settings, part, None) or settings.policy
+        if given is not None and (given / part).is_dir():
+            given = given / part
+        config = read(given, published[part], f"{name}'s {part}")
+        found[part] = (f"{CONFIG} of {name}'s {part}" if given is None else str(given / CONFIG), config)
+    here = None if settings.policy is None else settings.policy / "scheduler" / SCHEDULER
+    if here is not None and here.is_file():
+        return found | {"scheduler": (str(here), read_config(here))}
+    return found | {"scheduler": (f"{SCHEDULER} of {name}", published["scheduler"])}
+
+
 def pipeline_index(folder: Path) -> dict[str, Any]:
     """Return the content of a pipeline's model_index.json.
 
@@ -162,18 +198,18 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
 
 def part_config(folder: Path, name: str, needed: Collection[str] = ()) -> dict[str, Any]:
     """Return the settings of a part that is of the diffusers class ``name``. needed, and errors: see ``completed``."""
-    return completed(name, read_config(folder / CONFIG), folder / CONFIG, needed)
+    return completed(name, folder / CONFIG, read_config(folder / CONFIG), needed)
 
 
 def completed(
     name: str,
+    where: Path | str,
     config: Mapping[str, Any],
-    where: Path | str = "a part of model.policy",
     needed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the settings of a part with the defaults of its diffusers class for those that its file leaves out.
 
-    needed: those that may not be null. Raise ValueError, which names ``where`` they are from, for settings of another
+    where: the file that they are from. needed: those that may not be null. Raise ValueError for settings of another
     class, and for values that the class cannot take.
     """
     found = config.get("_class_name", name)

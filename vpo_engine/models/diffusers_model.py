@@ -26,15 +26,15 @@ from vpo_engine.models.diffusers_facts import (
     refuse_settings_of_others,
 )
 from vpo_engine.models.diffusers_folder import (
-    CONFIG,
     INDEX,
-    SCHEDULER,
+    Read,
     build_part,
     completed,
     find_parts,
     load_part,
     load_weights,
     read_config,
+    read_planned,
 )
 from vpo_engine.models.diffusers_network import CompiledBlocks, Loop, prepare_network, set_activations
 from vpo_engine.models.diffusers_sequence import divide
@@ -181,13 +181,7 @@ class DiffusersModel(BaseModel):
         )
         if (settings.policy / INDEX).is_file():
             cls.check_index(read_config(settings.policy / INDEX), settings.policy)
-        files = (
-            folder.transformer / CONFIG,
-            folder.vae / CONFIG,
-            folder.scheduler,
-            folder.text_encoder / CONFIG,
-        )
-        setup = cls._setup(settings, Sources(*map(str, files)), *map(read_config, files))
+        setup = cls._setup(settings, folder.read())
         tokens, _ = cls.text_size(setup.transformer)
         load_encoder = encoder_loader(
             facts.text_encoder,
@@ -214,22 +208,7 @@ class DiffusersModel(BaseModel):
     @classmethod
     def blueprint(cls, settings: ModelConfig, read: ReadConfig, depth: int | None = None) -> Blueprint:
         facts = cls.facts
-        name, published = cls.published(settings)
-
-        names = {}
-
-        def config(part: str) -> dict[str, Any]:
-            given: Path | None = getattr(settings, part, None) or settings.policy
-            if given is not None and (given / part).is_dir():
-                given = given / part
-            names[part] = f"{given or name}'s {CONFIG}"
-            return read(given, published[part], f"{name}'s {part}")
-
-        here = None if settings.policy is None else settings.policy / "scheduler" / SCHEDULER
-        parts = config("transformer"), config("vae")
-        scheduler = published["scheduler"] if here is None or not here.is_file() else read_config(here)
-        text = config("text_encoder")
-        setup = cls._setup(settings, Sources(**names), *parts, scheduler, text)
+        setup = cls._setup(settings, read_planned(settings, read, *cls.published(settings)))
         configured = setup.transformer["num_layers"]
         model = cls._bare(setup, getattr(torch, settings.dtype), depth or configured)
 
@@ -249,29 +228,21 @@ class DiffusersModel(BaseModel):
         return cls(network, vae, NoText(*cls.text_size(setup.transformer)), setup, device=META, dtype=dtype)
 
     @classmethod
-    def _setup(
-        cls,
-        settings: ModelConfig,
-        sources: Sources,
-        transformer: Mapping[str, Any],
-        vae: Mapping[str, Any],
-        scheduler: Mapping[str, Any],
-        text_encoder: Mapping[str, Any],
-    ) -> Setup:
-        """Return what the model is built by, from the contents of its files.
+    def _setup(cls, settings: ModelConfig, files: Read) -> Setup:
+        """Return what the model is built by, from its files.
 
         Raise ValueError for settings that a part cannot take, for files that do not go together, and for sizes.
         """
         facts = cls.facts
-        transformer = completed(facts.transformer, transformer, sources.transformer, facts.needed)
-        vae = completed(facts.vae, vae, sources.vae, facts.needed)
-        text_encoder = text_settings(facts.text_encoder, text_encoder, sources.text_encoder)
+        transformer = completed(facts.transformer, *files["transformer"], facts.needed)
+        vae = completed(facts.vae, *files["vae"], facts.needed)
+        text_encoder = text_settings(facts.text_encoder, *files["text_encoder"])
         height, width = cls.native_size(transformer, vae)
         negative = settings.negative_prompt
         setup = Setup(
             transformer,
             vae,
-            scheduler,
+            files["scheduler"][1],
             height=settings.height or height,
             width=settings.width or width,
             num_frames=settings.num_frames,
@@ -279,7 +250,7 @@ class DiffusersModel(BaseModel):
             negative_prompt=facts.negative_prompt if negative is None else negative,
             flow_shift=settings.flow_shift,
             text_encoder=text_encoder,
-            sources=sources,
+            sources=Sources(**{part: file for part, (file, _) in files.items()}),
         )
         cls.card.sizes.check_sides(setup.height, setup.width)
         channels = vae[facts.latent_channels], transformer["in_channels"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class FolderEncoder:
             )
 
 
-def text_settings(name: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def text_settings(name: str, where: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a text encoder with the defaults of its class, ``name`` in transformers.
 
     where: the file that they are from. Raise ValueError for settings of another class, and for values that the class
@@ -95,7 +96,7 @@ def text_settings(name: str, config: Mapping[str, Any], where: str) -> dict[str,
     return completed(config, kind)
 
 
-def text_model(name: str, settings: Mapping[str, Any], where: str) -> nn.Module:
+def text_model(name: str, settings: Mapping[str, Any], where: Path | str = CONFIG) -> nn.Module:
     """Build a text encoder of transformers by the name of its class, with ``text_settings``.
 
     Raise ValueError, which names ``where`` they are from, if it cannot be built by them.
@@ -111,6 +112,22 @@ def _text_class(name: str) -> Any:
     import transformers
 
     return getattr(transformers, name)
+
+
+def rehearse_encoder(name: str, settings: Mapping[str, Any], tokens: int, where: Path | str) -> None:
+    """Let a text encoder read a prompt of ``tokens`` without weights; name, settings: see ``text_settings``.
+
+    Raise ValueError, which names ``where`` they are from, if it fails.
+    """
+
+    def rehearsal() -> None:
+        with META, torch.no_grad():
+            model = text_model(name, settings, where)
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            with rehearsing(where, name):
+                model(input_ids=ids)
+
+    once(rehearsal, name, settings, tokens)
 
 
 def encoder_loader(
@@ -129,16 +146,8 @@ def encoder_loader(
     Raise ValueError, now, for settings with which it cannot run.
     """
     check_tokens(max_tokens, folder.transformer / CONFIG)
-    where = str(folder.text_encoder / CONFIG)
-
-    def rehearsal() -> None:
-        with META, torch.no_grad():
-            model = text_model(name, settings, where)
-            ids = torch.zeros(1, max_tokens, dtype=torch.long)
-            with rehearsing(where, name):
-                model(input_ids=ids)
-
-    once(rehearsal, name, settings, max_tokens)
+    where = folder.text_encoder / CONFIG
+    rehearse_encoder(name, settings, max_tokens, where)
 
     def load() -> FolderEncoder:
         build = partial(text_model, name, settings, where)

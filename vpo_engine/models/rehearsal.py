@@ -41,7 +41,7 @@ def once(rehearsal: Callable[[], object], *what: object) -> None:
 
 
 @contextmanager
-def rehearsing(where: str, name: str) -> Iterator[None]:
+def rehearsing(where: Path | str, name: str) -> Iterator[None]:
     """Raise ValueError, naming the file ``where`` the settings are from, if the part ``name`` fails in the block."""
     with described_by(where, f"{name} that can run", AGAIN), suppress(NotImplementedError):
         yield  # an operation that needs values, or has no shapes, says nothing of the settings
@@ -76,7 +76,7 @@ def rehearse(model: BaseModel, network: tuple[str, str], vae: tuple[str, str]) -
         _check_shape(model.to_video(latents), (1, *model.video_size, 3))
 
 
-def rehearse_solver(solver: Solver, where: str) -> None:
+def rehearse_solver(solver: Solver, where: Path | str) -> None:
     """Let a solver take its steps with one number. Raise ValueError if it fails, or gives a number that is not finite.
 
     where: the file that the settings of its scheduler are from.
