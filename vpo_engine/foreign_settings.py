@@ -178,7 +178,7 @@ class _Allowed:
     def _fits_list(self, value: list[Any], items: list[Any]) -> bool:
         if len(items) > 1:
             return len(value) == len(items) and all(map(self._fits, value, items))
-        may_be_empty = not self.default or self.numbers is _ANY
+        may_be_empty = not self.default or items[0] is bool or self.numbers is _ANY
         length = len(value) == len(self.default) if self.fixed else bool(value) or may_be_empty
         return length and all(self._fits(each, items[0]) for each in value)
 

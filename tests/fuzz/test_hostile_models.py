@@ -88,55 +88,38 @@ def test_configurations(
 TRANSFORMER, VAE, TEXT = "transformer/config.json", "vae/config.json", "text_encoder/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 WRONG_SETTINGS = [
-    (VAE, {"latents_mean": []}, "sets latents_mean to [], expected a list, each a number"),
-    (VAE, {"latents_mean": None}, "sets latents_mean to null, expected a list"),
     (VAE, {"latents_std": [1.0]}, "latents_std is [1.0], expected a number for each of its 4"),
     (
         VAE,
-        {"latents_std": [0.0] * 4},
-        "to [0.0, 0.0, 0.0, 0.0], expected a list, each a number above 0",
-    ),
-    (VAE, {"z_dim": True}, "sets z_dim to true, expected a whole number of at least 1"),
-    (
-        VAE,
         {"scale_factor_temporal": None},
-        "to null, expected a whole number of at least 1;",
-    ),
-    (
-        VAE,
-        {"scale_factor_spatial": -8},
-        "sets scale_factor_spatial to -8, expected a whole number of at least 1;",
-    ),
-    (
-        VAE,
-        {"temperal_downsample": [1, 0]},
-        "sets temperal_downsample to [1, 0], expected a list, each true or false",
+        "config.json sets scale_factor_temporal to null, expected a whole",
     ),
     (VAE, {"out_channels": 4}, "vae/config.json does not describe a AutoencoderKLWan that can run"),
     (TRANSFORMER, {"out_channels": 3}, "does not describe a WanTransformer3DModel that can run"),
     (
         TRANSFORMER,
-        {"patch_size": [1, 2]},
-        "sets patch_size to [1, 2], expected a list of 3, each a whole number",
+        {"in_channels": "4"},
+        'transformer/config.json sets in_channels to "4", expected a whole number',
     ),
-    (TRANSFORMER, {"in_channels": "4"}, 'sets in_channels to "4", expected a whole number of at least 1'),
-    (TRANSFORMER, {"rope_max_seq_len": 2**30}, "expected a whole number from 1 to 1048576"),
-    (TRANSFORMER, {"eps": -1e-6}, "sets eps to -1e-06, expected a number from 0 to 1"),
+    (
+        TRANSFORMER,
+        {"qk_norm": "x"},
+        "transformer/config.json does not describe a WanTransformer3DModel that can be",
+    ),
     (
         TEXT,
         {"num_heads": 0},
         "text_encoder/config.json sets num_heads to 0, expected a whole number of at least 1",
     ),
-    (TEXT, {"hidden_size": []}, "text_encoder/config.json sets hidden_size to [], expected a whole number"),
-    (TEXT, {"dropout_rate": 1.5}, "sets dropout_rate to 1.5, expected a number from 0 to 1"),
     (TEXT, {"relative_attention_num_buckets": 1}, "does not describe a UMT5EncoderModel that can run"),
     (SCHEDULER, {"_class_name": []}, "_class_name is []"),
-    (SCHEDULER, {"beta_schedule": 0}, "sets beta_schedule to 0, expected a text"),
     (SCHEDULER, {"beta_schedule": "x"}, "does not describe a UniPCMultistepScheduler that can be built"),
-    (SCHEDULER, {"beta_start": 1e300}, "sets beta_start to 1e+300, expected a number between 0 and 1"),
-    (SCHEDULER, {"flow_shift": 0}, "sets flow_shift to 0, expected a number above 0"),
+    (
+        SCHEDULER,
+        {"beta_start": 1e300},
+        "sets beta_start to 1e+300, expected a number between 0 and 1; put the",
+    ),
     (SCHEDULER, {"flow_shift": 1e30}, "scheduler_config.json does not describe a scheduler that can run"),
-    (SCHEDULER, {"timestep_spacing": "even"}, "expected 'linspace' or 'leading' or 'trailing'"),
 ]
 
 
