@@ -101,11 +101,7 @@ WRONG_SETTINGS = [
         {"in_channels": "4"},
         'transformer/config.json sets in_channels to "4", expected a whole number',
     ),
-    (
-        TRANSFORMER,
-        {"qk_norm": "x"},
-        "transformer/config.json does not describe a WanTransformer3DModel that can be",
-    ),
+    (TEXT, {"feed_forward_proj": "x"}, "config.json does not describe a UMT5EncoderModel that can be built"),
     (
         TEXT,
         {"num_heads": 0},
