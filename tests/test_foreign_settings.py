@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -116,6 +117,25 @@ def test_a_setting_that_the_engine_needs_is_not_null() -> None:
         ValueError, match="scale_factor_spatial to null, expected a whole number of at least 1;"
     ):
         check_settings({"scale_factor_spatial": None}, WAN_VAE, "a file", needed=["scale_factor_spatial"])
+
+
+@dataclass
+class Inner:
+    size: int = 1
+
+
+@dataclass
+class Outer:
+    inner: Inner | None = None
+
+
+def test_an_object_may_be_left_out_and_is_checked_where_it_is_not() -> None:
+    for taken in ({}, {"inner": None}, {"inner": {}}, {"inner": {"size": 2}}):
+        check_settings(taken, Outer, "a file")
+    with pytest.raises(ValueError, match="a file: inner sets size to 0"):
+        check_settings({"inner": {"size": 0}}, Outer, "a file")
+    with pytest.raises(ValueError, match="inner to 3, expected an object or null"):
+        check_settings({"inner": 3}, Outer, "a file")
 
 
 def test_defaults_are_filled_in_under_the_names_of_the_class() -> None:

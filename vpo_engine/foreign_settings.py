@@ -89,8 +89,8 @@ def check_settings(
     kind: a dataclass, a configuration of transformers, or a class that takes the settings as arguments. needed: the
     settings that may not be null, although the class takes null. where: the file that the settings are from.
     """
-    parts = _parts(kind, settings)
-    for name, (stated, default) in _parameters(kind).items():
+    parts, parameters = _parts(kind, settings), _parameters(kind)
+    for name, (stated, default) in parameters.items():
         if name not in settings:
             continue
         value, hint = settings[name], _MISSTATED.get(name, stated)
@@ -101,6 +101,11 @@ def check_settings(
         if not allowed.accepts(value) or (value is None and name in needed):
             shown, expected = json.dumps(value)[:100], allowed.described(null=name not in needed)
             raise ValueError(f"{where} sets {name} to {shown}, expected {expected}; {remedy}")
+    if (
+        "text_config" in parts and "text_config" not in settings
+    ):  # older files have its settings beside the others
+        rest = {name: value for name, value in settings.items() if name not in parameters}
+        check_settings(rest, parts["text_config"], where, remedy)
 
 
 def completed(settings: Mapping[str, Any], kind: Any) -> dict[str, Any]:
@@ -215,7 +220,9 @@ def _alternatives(hint: Any) -> list[Any]:
     """Return the types of a union one by one. One that JSON does not have counts for nothing beside others."""
     if (get_origin(hint) or hint) not in _UNIONS:
         return [hint]
-    return [each for each in get_args(hint) if (get_origin(each) or each) in _KNOWN] or [Any]
+    return [
+        each for each in get_args(hint) if (get_origin(each) or each) in _KNOWN or is_dataclass(each)
+    ] or [Any]
 
 
 def _as_read(default: Any) -> Any:
@@ -255,7 +262,9 @@ def _parameters(kind: Any) -> dict[str, tuple[Any, Any]]:
 
 def _parts(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return {setting: class} of the settings that are objects which a class describes."""
-    found = {name: hint for name, (hint, _) in _parameters(kind).items() if is_dataclass(hint)}
+    found: dict[str, Any] = {}
+    for name, (hint, _) in _parameters(kind).items():
+        found |= {name: each for each in _alternatives(hint) if is_dataclass(each)}
     for name, part in getattr(kind, "sub_configs", {}).items():
         if part.__name__ == "AutoConfig":
             from transformers import CONFIG_MAPPING
