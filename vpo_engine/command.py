@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -112,13 +113,12 @@ def report_errors(
 
 def _nobody_reads_the_output() -> bool:
     """Return whether the reader of standard output is gone; what is still to be printed is then dropped."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        return True
-    return False
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _explained(error: BaseException) -> str:
