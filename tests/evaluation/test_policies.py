@@ -54,7 +54,9 @@ def test_a_run_against_its_start_on_the_same_noise(
     assert results["settings"]["same_noise"] is True
     assert results["arms"]["baseline"]["label"] == "the policy that small started from"
     assert [row["prompt"] for row in results["videos"][::2]] == _held_out(a_run)
-    assert "baseline" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "baseline" in said.out
+    assert (said.out + said.err).count("attention: ") == 1, "both policies have the same model"
     sampled = tmp_path / "sampled"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(_held_out(a_run)))
