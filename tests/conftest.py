@@ -51,6 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Leave what imports and collection made out of all later searches for garbage; it stays to the end."""
     gc.freeze()
+    gc.set_threshold(20_000)  # a search for every 700 objects takes some per cent of the time
     gc.enable()
 
 
