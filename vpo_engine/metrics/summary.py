@@ -6,6 +6,7 @@ the differences comes from the training, and not from the differences between cl
 
 from __future__ import annotations
 
+import functools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -276,6 +277,7 @@ def format_seeds(groups: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*_wrapped(note), "", *aligned(rows)])
 
 
+@functools.lru_cache(maxsize=1024)
 def student_t_quantile(probability: float, degrees: int) -> float:
     """Return x with P(T <= x) = probability for Student's t with ``degrees`` >= 1 degrees of freedom.
 
