@@ -264,9 +264,9 @@ def _parts(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return {setting: class} of the settings that are objects which a class describes."""
     found: dict[str, Any] = {}
     for name, (hint, _) in _parameters(kind).items():
-        classes = [each for each in _alternatives(hint) if is_dataclass(each)]
-        if classes:
-            found[name] = classes[0]
+        described = [each for each in _alternatives(hint) if is_dataclass(each)]
+        if described:
+            found[name] = described[0]
     for name, part in getattr(kind, "sub_configs", {}).items():
         if part.__name__ == "AutoConfig":
             from transformers import CONFIG_MAPPING

@@ -33,7 +33,7 @@ def model_family(kind: str) -> type[VideoModel]:
     ValueError says what was not found or does not fit, and what to do.
     """
     check_kind(kind, tuple(BUILT_IN), ENTRY_POINTS, "model family", "docs/models.md")
-    place = kind if ":" in kind else _places()[kind]
+    place = BUILT_IN.get(kind) or (kind if ":" in kind else _offered()[kind])
     found = _load(kind, place)
     _check_class(kind, found)
     return found
@@ -125,8 +125,8 @@ def check_loaded(kind: str, model: VideoModel) -> VideoModel:
     return model
 
 
-def _places() -> dict[str, str]:
-    return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)} | BUILT_IN
+def _offered() -> dict[str, str]:
+    return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
 
 
 def _load(kind: str, place: str) -> Any:
@@ -138,7 +138,7 @@ def _load(kind: str, place: str) -> Any:
             raise  # the module is there, and what it imports is not
         raise ValueError(
             f"model.kind={kind}: there is no module {error.name}; install its package, or start from the folder that "
-            "it lies in"
+            "it lies in by python -m (vpo looks there only with PYTHONPATH=.)"
         ) from error
     if not hasattr(module, name):
         classes = [key for key, value in vars(module).items() if _is_model(value)]
