@@ -18,7 +18,8 @@ WAN, WAN_VAE = diffusers.WanTransformer3DModel, diffusers.AutoencoderKLWan
 COG, COG_VAE = diffusers.CogVideoXTransformer3DModel, diffusers.AutoencoderKLCogVideoX
 LTX_VAE, UNIPC = diffusers.AutoencoderKLLTXVideo, diffusers.UniPCMultistepScheduler
 EULER, DDIM = diffusers.FlowMatchEulerDiscreteScheduler, diffusers.CogVideoXDDIMScheduler
-T5, CLIP, IDEFICS = transformers.T5Config, transformers.CLIPConfig, transformers.Idefics2Config
+T5, CLIP = transformers.T5Config, transformers.CLIPConfig
+IDEFICS, QWEN = transformers.Idefics2Config, transformers.Qwen2VLConfig
 
 WRONG = [
     (WAN, {"in_channels": "4"}, 'a file sets in_channels to "4", expected a whole number of at least 1; fetch'),
@@ -62,6 +63,7 @@ WRONG = [
     (CLIP, {"text_config": {"num_hidden_layers": -1}}, "a file: text_config sets num_hidden_layers to -1"),
     (CLIP, {"vision_config": 3}, "vision_config to 3, expected an object or null"),
     (IDEFICS, {"text_config": {"model_type": "mistral", "rms_norm_eps": []}}, "text_config sets rms_norm_eps to"),
+    (QWEN, {"num_hidden_layers": 0}, "num_hidden_layers to 0"),
     (STDiT3Config, {"patch_size": [1, 2, "2"]}, "expected a list of 3, each a whole number of at least 1"),
     (STDiT3Config, {"patch_size": [1, 2]}, "expected a list of 3"),
     (STDiT3Config, {"mlp_ratio": 0}, "mlp_ratio to 0, expected a number above 0"),

@@ -101,9 +101,8 @@ def check_settings(
         if not allowed.accepts(value) or (value is None and name in needed):
             shown, expected = json.dumps(value)[:100], allowed.described(null=name not in needed)
             raise ValueError(f"{where} sets {name} to {shown}, expected {expected}; {remedy}")
-    if (
-        "text_config" in parts and "text_config" not in settings
-    ):  # older files have its settings beside the others
+    if "text_config" in parts and "text_config" not in settings:
+        # Older files have the settings of the text's network beside the others.
         rest = {name: value for name, value in settings.items() if name not in parameters}
         check_settings(rest, parts["text_config"], where, remedy)
 
