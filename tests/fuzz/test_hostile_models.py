@@ -108,7 +108,7 @@ WRONG_SETTINGS = [
         {"in_channels": "4"},
         'transformer/config.json sets in_channels to "4", expected a whole number',
     ),
-    (TEXT, {"feed_forward_proj": "x"}, "config.json does not describe a UMT5EncoderModel that can be built"),
+    (TEXT, {"dense_act_fn": "x"}, "config.json does not describe a UMT5EncoderModel that can be built"),
     (
         TEXT,
         {"num_heads": 0},
