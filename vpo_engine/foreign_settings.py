@@ -51,7 +51,10 @@ _RANGES = (
     (r"dropout|drop_path|_prob$", _SHARE),
     (r"[._]eps(ilon)?$|label_smoothing$", _SHARE),
     (r"\.(beta_start|beta_end|trained_betas)$", _Range(0, 1, open=True)),
-    (r"seq_len|timesteps", _Range(1, 1 << 20)),
+    (r"heads$", _Range(1, 1 << 12)),
+    (r"head_dim$", _Range(1, 1 << 10)),
+    (r"seq_len", _Range(1, 1 << 17)),
+    (r"timesteps", _Range(1, 1 << 20)),
     (r"sample_(height|width)$|image_size$|img_size$", _Range(1, 1 << 13)),
     (
         r"\.(spatial_scaling|scaling_factor|rope_theta|latents_std)$|interpolation_scale$|ratio$|VAE\.scale$",
@@ -59,7 +62,11 @@ _RANGES = (
     ),
     (r"Scheduler\.(flow_|snr_)?shift(_scale)?$", _POSITIVE),
 )
-"""What numbers settings may be, by the first pattern that is found in "Class.setting"."""
+"""What numbers settings may be, by the first pattern that is found in "Class.setting".
+
+Upper bounds are far beyond published models. They bound the tables of positions that classes compute when they are
+built, before any weights are compared.
+"""
 _MISSTATED: dict[str, Any] = {
     "sigma_max": float | None,
     "shift_terminal": float | None,
