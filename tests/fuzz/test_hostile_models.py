@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz_driver import flip, fuzz
+from fuzz_driver import flip, fuzz, limits
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from tiny_pipelines import FOLDERS, SMALL
 
 from vpo_engine import sample
+from vpo_engine.models.diffusers_folder import build_part, completed
 from vpo_engine.models.rehearsal import check_tokens
 
 CONFIGS = (
@@ -112,7 +113,7 @@ WRONG_SETTINGS = [
     (
         TEXT,
         {"num_heads": 0},
-        "text_encoder/config.json sets num_heads to 0, expected a whole number of at least 1",
+        "text_encoder/config.json sets num_heads to 0, expected a whole number from 1 to 4096",
     ),
     (TEXT, {"relative_attention_num_buckets": 1}, "does not describe a UMT5EncoderModel that can run"),
     (SCHEDULER, {"_class_name": []}, "_class_name is []"),
@@ -141,6 +142,13 @@ def test_settings_that_cannot_run_are_refused_before_weights_are_read(
         weights.write_bytes(b"nothing reads this")
     assert sampled(model, tmp_path / "out", "wan") == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_part_of_absurd_sizes_is_built_without_memory() -> None:
+    settings = completed("AutoencoderKLWan", "a file", {"base_dim": 1 << 26})
+    with limits(None):
+        part = build_part("AutoencoderKLWan", settings)
+    assert all(parameter.is_meta for parameter in part.parameters())
 
 
 @pytest.mark.parametrize("tokens", [-1, 0, 0.5, None, [], 2**31])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vpo_engine import foreign_settings, weights
@@ -32,6 +32,7 @@ _LIBRARIES = ("diffusers", "transformers")
 """The packages whose classes a pipeline may name."""
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 AGAIN = "fetch the folder again"
+_LARGEST_VECTOR = 1 << 20
 _TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 """The names of the token table of a text encoder, which checkpoints store once or twice."""
 
@@ -345,7 +346,10 @@ def _encoder_files(folder: Path) -> list[Path]:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """A context in which tensors that are only allocated, as the parameters of layers are, are on the meta device."""
+    """A context in which tensors that are only allocated, as the parameters of layers are, are on the meta device.
+
+    So are tensors of ones or zeros that are larger than any vector of a norm: a config may ask for more than it has.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -353,4 +357,8 @@ class _EmptyOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+        elif func in (torch.ones, torch.zeros):
+            sketch: Tensor = func(*args, **{**kwargs, "device": "meta"})
+            if sketch.numel() > _LARGEST_VECTOR:
+                return sketch
         return func(*args, **kwargs)
