@@ -153,8 +153,10 @@ class TestFrameRates:
 
 
 @pytest.mark.long
-def test_a_child_process_reads_the_file_itself(path: Path) -> None:
-    file, own = VideoFile.open(path), RewardSpec("process_rewards:Scripted")
+def test_a_child_process_reads_the_file_itself(tmp_path: Path) -> None:
+    path, own = tmp_path / "a.mp4", RewardSpec("process_rewards:Scripted")
+    write_mp4(path, noise(*OWN_SIZES["builtin"], 3), 8)
+    file = VideoFile.open(path)
     here = Builtin().score(file, [""])
     with start_reward(RewardSpec("builtin")) as there:
         found = there.score(file, [""])
