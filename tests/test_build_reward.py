@@ -36,7 +36,7 @@ def test_a_run_in_which_nothing_reads_the_prompt_is_told_so(small: Make) -> None
     note = blind_reward_note(small(*blind))
     assert note is not None
     assert "reward.kind=builtin does not read the prompt" in note
-    assert "(guards.reward.kind, for example clip)" in note
+    assert "guards.reward.kind; python -m vpo_engine.rank --list" in note
     assert blind_reward_note(small(*blind, "guards.reward.kind=brisque")) == note
     assert blind_reward_note(small(*blind, "guards.reward.kind=sprites")) is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_help_and_version_name_the_commands_and_load_no_torch():
 def test_what_is_no_command_is_refused_with_what_was_meant(capsys, words, hint):
     assert cli.main(words) == 2
     assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
+def test_a_help_fits_a_terminal_of_80_columns(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    with suppress(SystemExit):
+        cli.main([name, "--help"] if name else ["--help"])
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if len(line) > 80] == []
+    assert "usage: " in printed
+    assert "``" not in printed, "a help is no page"
+    commands = [line for line in printed.splitlines() if line.startswith("    python -m vpo_engine")]
+    assert all(line.count("[") == line.count("]") for line in commands), "a command stays on its line"
 
 
 def test_a_command_gets_its_arguments_and_its_exit_code_comes_back(capsys, tmp_path):

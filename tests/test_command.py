@@ -39,6 +39,15 @@ def test_a_file_with_an_equals_sign_in_its_path_is_a_file(tmp_path: Path) -> Non
     assert split_words([str(path), "steps=4"]) == (str(path), ["steps=4"])
 
 
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vpo_engine.rank", "--list"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 WRONG = {
     "--steps 10": "--steps is no option of this command; settings are given as key.path=value, for example steps=...",
     "--steps=10": "--steps=10 is no option of this command",

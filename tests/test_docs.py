@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import vpo_kernels
@@ -12,6 +14,9 @@ import yaml
 from doc_pages import PAGES, ROOT
 
 from vpo_engine.cli import COMMANDS
+from vpo_engine.config import Config
+from vpo_engine.train import train
+from vpo_engine.trainer import Trainer
 
 DOCS = ROOT / "docs"
 TOUR = ROOT / "docs" / "architecture.md"
@@ -31,6 +36,36 @@ def test_every_file_in_the_tables_of_the_tour_exists() -> None:
     names = {name for row in rows for code in re.findall(r"`([^`]+)`", row) for name in _files(code)}
     assert len(names) > 30
     assert sorted(name for name in names if not _exists(name)) == []
+
+
+@pytest.mark.usefixtures("unplanned")
+def test_a_prompt_takes_the_hops_of_the_tour_in_this_order(
+    small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The functions that the tour names are called in its order between the prompt and the optimizer step."""
+    called: list[tuple[str, str]] = []
+    train_step = Trainer._train_step
+
+    def followed(trainer: Trainer, step: int) -> None:
+        sys.setprofile(_note_calls(called))
+        try:
+            train_step(trainer, step)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(Trainer, "_train_step", followed)
+    train(small("steps=1", "evaluation.every=null"))
+    tour = TOUR.read_text(encoding="utf-8").partition("\n## One prompt")[2].partition("\n## ")[0]
+    hops = re.findall(r"^\| \d+ \| [^`|]*`([^`]+)`.*\| `([^`]+)` \|$", tour, re.MULTILINE)
+    first = [
+        next(i for i, (file, name) in enumerate(called) if _is_hop(file, name, place, function))
+        for function, place in hops
+    ]
+    assert first == sorted(first)
+    files = len({place for _, place in hops})
+    assert f"That is {len(hops)} hops through {files} files" in tour
+    assert len(hops) <= 20
+    assert files <= 12
 
 
 def test_the_page_of_a_new_model_followed_word_by_word_gives_its_file() -> None:
@@ -99,6 +134,23 @@ def _leaves(entries: object) -> Iterator[str]:
     elif isinstance(entries, list):
         for entry in entries:
             yield from _leaves(entry)
+
+
+def _note_calls(called: list[tuple[str, str]]) -> Callable[[FrameType, str, object], None]:
+    """Return a profiler that appends the file and the name of every Python function that is called."""
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            called.append((frame.f_code.co_filename, frame.f_code.co_qualname))
+
+    return note
+
+
+def _is_hop(file: str, name: str, place: str, function: str) -> bool:
+    """Return whether a call is that of the tour's ``function``, in the file that the tour writes as ``place``."""
+    if place == "rewards/NAME.py":
+        return "/vpo_engine/rewards/" in file and name.endswith(f".{function}")
+    return file.endswith(f"/{place}") and name == function
 
 
 def _files(code: str) -> list[str]:

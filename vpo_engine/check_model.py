@@ -1,6 +1,6 @@
 """Prove by numbers that the description of a model's family fits a folder.
 
-    python -m vpo_engine.check_model FOLDER [--kind KIND] [--frames N] [--size HEIGHTxWIDTH] [key.path=value ...]
+    python -m vpo_engine.check_model FOLDER [key.path=value ...]
 
 FOLDER is a text-to-video model in diffusers' layout; the family is found by its model_index.json, or named by --kind.
 Each line of the table compares one entry of the family's description with the diffusers pipeline of the folder itself:
@@ -13,7 +13,6 @@ published one should run on a GPU. The exit code is 1 if an entry is wrong.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vpo_engine.command import Parser, report_errors
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.policy_source import folder_config, nearest
 from vpo_engine.sample import parse_size
 from vpo_engine.texts import refuse_undecodable, say
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m vpo_engine.check_model",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a published model")
     parser.add_argument(

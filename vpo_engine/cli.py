@@ -65,7 +65,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "With several GPUs, start a run by: torchrun --nproc_per_node N -m vpo_engine train [CONFIG.yaml] ...",
+            "With several GPUs, start a run by:",
+            "  torchrun --nproc_per_node N -m vpo_engine train [CONFIG.yaml] ...",
             "Completion of commands and settings: source <(vpo completion bash)",
         ]
     )

@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ USER_ERRORS = (ValueError, OSError, CheckpointError, RewardProcessError, LostPro
 """Errors that a command prints as one line."""
 INTERRUPTED = 130
 """The exit code of a program that SIGINT ended."""
+NOBODY_READS = 141
+"""The exit code of a program that SIGPIPE ended: what reads the output, such as ``head``, has enough of it."""
 _REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path, of which a part is a file",
@@ -97,6 +100,8 @@ def report_errors(
     try:
         return command() or 0
     except USER_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():
+            return NOBODY_READS
         message = f"error: {_explained(error)}"
         say(message, sys.stderr)
         tell_torchrun(printable(message))
@@ -104,6 +109,16 @@ def report_errors(
     except KeyboardInterrupt as error:
         say(f"{interrupted}{f' ({error})' if str(error) else ''}", sys.stderr)
         return INTERRUPTED
+
+
+def _nobody_reads_the_output() -> bool:
+    """Return whether the reader of standard output is gone; what is still to be printed is then dropped."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _explained(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Print the script that completes the words of ``vpo`` in a shell: commands, configurations and settings.
+"""Print the script that completes the words of vpo in a shell: commands, configurations and settings.
 
 source <(vpo completion bash)         in ~/.bashrc
 source <(vpo completion zsh)          in ~/.zshrc, after compinit
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from vpo_engine.cli import COMMANDS
 from vpo_engine.config_file import shipped_configurations
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.reproducing.tables import TABLES
 from vpo_engine.settings import groups
 
@@ -96,7 +97,7 @@ def script(shell: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="vpo completion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="vpo completion", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("shell", choices=("bash", "zsh"))
     print(script(parser.parse_args(arguments).shell), end="")

@@ -13,6 +13,7 @@ from vpo_engine.full_disk import free_bytes
 from vpo_engine.run_gallery import MOST_CLIPS, MOST_PAIR_FILES, MOST_PAIRS
 from vpo_engine.runs.disk_use import SPARE_BYTES, bytes_of
 from vpo_engine.runs.tensorboard_clips import LARGEST_SIDE
+from vpo_engine.texts import counted
 from vpo_engine.video_model import VideoModel
 
 _GIB = 2**30
@@ -71,7 +72,7 @@ def describe(config: Config, model: VideoModel, prompts: int) -> str:
     whole, text = sum(part.bytes for part in parts), _size(embedding_bytes(config, model, prompts))
     limit = "" if config.disk.limit_gib is None else f"; disk.limit_gib={config.disk.limit_gib:g}"
     return (
-        f"disk: about {_size(whole)} after {config.steps} steps: {listed}; text embeddings, "
+        f"disk: about {_size(whole)} after {counted(config.steps, 'step')}: {listed}; text embeddings, "
         f"which runs share, at most {text}{limit}"
     )
 

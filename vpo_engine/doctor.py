@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import vpo_engine
+from vpo_engine.help_text import HelpFormatter
 
 PACKAGES = (
     "torch",
@@ -67,9 +68,7 @@ Check = Callable[[], str | Sequence[str]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="vpo doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="vpo doctor", description=__doc__, formatter_class=HelpFormatter)
     parser.parse_args(arguments)
     obstacle = cannot_run()
     for line in report(obstacle):

@@ -1,7 +1,7 @@
 """Measure and compare policies by videos: sampled from them, or in folders. Or compare what finished runs measured.
 
     python -m vpo_engine.evaluate RUN [RUN ...]
-    python -m vpo_engine.evaluate WHAT [--baseline [OTHER]] [--metrics NAME,...] [--prompts FILE|vbench] [OPTIONS]
+    python -m vpo_engine.evaluate WHAT [--baseline [OTHER]] [OPTIONS]
     python -m vpo_engine.evaluate --study FOLDER [--votes FILE ...]
     python -m vpo_engine.evaluate --list
 
@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vpo_engine.command import Parser, report_errors, split_settings
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.texts import refuse_undecodable
 
 
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m vpo_engine.evaluate",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("what", nargs="*", metavar="RUN | WHAT | key.path=value", help="see above")

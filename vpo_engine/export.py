@@ -1,6 +1,6 @@
 """Export the policy of a run as the files that other programs load.
 
-    python -m vpo_engine.export RUN --out FOLDER [--step N] [--merge] [--format diffusers|original|peft]
+    python -m vpo_engine.export RUN --out FOLDER [--step N] [--merge]
 
 RUN is a run directory (its newest checkpoint is used, or that of --step) or a checkpoint. A run that trains all weights
 becomes a complete folder, as the model's project publishes it: the policy, and the untouched parts of model.policy's
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from vpo_engine.command import Parser, report_errors
 from vpo_engine.exporting.folder import refuse_occupied
 from vpo_engine.exporting.options import DTYPES, FORMATS, ExportOptions
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.policy_source import INDEX, PolicySource, nearest, run_source
 from vpo_engine.texts import refuse_undecodable, say
 
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m vpo_engine.export",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory or checkpoint")
     parser.add_argument(

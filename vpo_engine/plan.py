@@ -1,7 +1,7 @@
 """Plan what a run will take: memory, operations and seconds of every phase of a step, without a GPU or weights.
 
-    python -m vpo_engine.plan [CONFIG.yaml] [key.path=value ...] [--gpu a100-80g] [--no-frames] [--json]
-    python -m vpo_engine.plan [CONFIG.yaml] [key.path=value ...] --gpus 8 [--nodes 2] [--gpu h100-80g] [--json]
+    python -m vpo_engine.plan [CONFIG.yaml] [key.path=value ...]
+    python -m vpo_engine.plan CONFIG.yaml --gpus 8 [--nodes 2]
 
 It also says which setting would make a run fit that does not, and how long clips may be at each resolution. With
 --gpus it compares ways to divide the run among several GPUs instead: the memory of a process, what it sends and the
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from vpo_engine.command import Parser, report_errors, split_words
 from vpo_engine.config_file import load_config
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.planning.gpus import DEFAULT, GPUS, check_gpu_name, find_gpu
 from vpo_engine.planning.links import BETWEEN, WITHIN, Cluster, make_cluster
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m vpo_engine.plan",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "words",

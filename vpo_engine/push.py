@@ -1,6 +1,6 @@
 """Publish the policy of a finished run on the Hugging Face Hub, with a model card made from the run.
 
-    vpo push RUN USER/NAME [--private] [--dry-run]        (or python -m vpo_engine.push)
+    vpo push RUN USER/NAME [--dry-run]     (or python -m vpo_engine.push)
 
 What is published is what vpo_engine.export makes of the run, where the model has a diffusers pipeline: a complete
 folder, or an adapter. Of other models it is the policy in its own layout, or the adapter in PEFT's format.
@@ -10,7 +10,6 @@ hf auth login, or set HF_TOKEN. Neither prompts nor local paths are published.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -22,6 +21,7 @@ from vpo_engine.config_file import load_config
 from vpo_engine.export import export
 from vpo_engine.exporting.folder import link_or_copy
 from vpo_engine.exporting.options import ExportOptions
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.model_card import card
 from vpo_engine.models.registry import model_family
 from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete, verify_checkpoint
@@ -32,9 +32,7 @@ _ADAPTER = "adapter_config.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="vpo push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="vpo push", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
     parser.add_argument(
         "repo", metavar="USER/NAME", help="repository on the Hub; it is made if it is not there"

@@ -1,7 +1,6 @@
 """Score video files with a reward model, and see how well it agrees with what people prefer.
 
-    python -m vpo_engine.rank VIDEOS --reward NAME [--reward-path DIR] [--preferences FILE] [--out DIR]
-                              [--time-limit SECONDS]
+    python -m vpo_engine.rank VIDEOS --reward NAME [--preferences FILE]
     python -m vpo_engine.rank --list [NAME]
 
 VIDEOS is a folder of video files. Prompts stand beside them in prompts.jsonl ({"video": .., "prompt": ..} a line, as
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING
 from vpo_engine.command import Parser, report_errors
 from vpo_engine.data.clips import Clip, Preference, find_clips, read_preferences
 from vpo_engine.errors import RewardProcessError
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.rewards.kinds import NAMES, find_entry, format_table, is_own
 from vpo_engine.texts import refuse_undecodable, say
 
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m vpo_engine.rank",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("videos", nargs="?", type=Path, metavar="VIDEOS")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Reproduce the paper's tables and figures on the sprites world, and say for each whether its directions agree.
 
-    python -m vpo_engine.reproduce TABLE [TABLE ...] [--quick] [--seeds 3] [--jobs 2] [--out runs/reproduce]
+    python -m vpo_engine.reproduce TABLE [TABLE ...] [--quick] [OPTIONS]
     python -m vpo_engine.reproduce all
     python -m vpo_engine.reproduce --list
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vpo_engine.command import Parser, report_errors
 from vpo_engine.config.errors import nearest
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.reproducing.tables import TABLES
 from vpo_engine.texts import refuse_undecodable, say
 
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m vpo_engine.reproduce",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)}, or {ALL}")

@@ -1,6 +1,6 @@
 """Sample videos from a policy and write them as mp4 files, with their prompts beside them.
 
-    python -m vpo_engine.sample RUN --prompt "a red circle moving left" --out clips
+    python -m vpo_engine.sample RUN --prompt "a red circle moving left"
 
 RUN is one of:
   a run directory     its newest checkpoint is used
@@ -23,7 +23,7 @@ import argparse
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from vpo_engine.command import Parser, report_errors, split_settings
 from vpo_engine.data.clips import PromptRecord
 from vpo_engine.data.prompts import PromptFile, PromptList
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.policy_source import PolicySource, find_source
 from vpo_engine.texts import say
 
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m vpo_engine.sample",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "run", nargs="*", metavar="RUN | key.path=value", help="what to sample from, see above; and settings"
@@ -189,8 +190,9 @@ def sample(
         for name, video in zip(copies, videos, strict=True):
             files.append(record.add(name, prompt, partial(write_mp4, frames=video, fps=model.fps)))
             say(str(files[-1]))
+    made = "1 video and its prompt" if len(files) == 1 else f"{len(files)} videos and their prompts"
     say(
-        f"{len(files)} videos and their prompts ({record.path.name}) are in {out}; open {files[0]}, or score them: "
+        f"{made} ({record.path.name}) are in {out}; open {files[0]}, or score them: "
         f"python -m vpo_engine.rank {out} --reward builtin"
     )
     return files
@@ -277,15 +279,18 @@ def changed_config(config: Config, options: SampleOptions) -> Config:
     return config.model_copy(update={"model": model, "rollout": rollout})
 
 
-def load_source(source: PolicySource) -> VideoModel:
-    """Load a model with its policy. An adapter from elsewhere is read in any dialect, see ``exporting.adapter``."""
+def load_source(source: PolicySource, say: Callable[[str], None] = print) -> VideoModel:
+    """Load a model with its policy. An adapter from elsewhere is read in any dialect, see ``exporting.adapter``.
+
+    say: is told which attention was chosen, and why.
+    """
     from vpo_engine.build import build_model
     from vpo_engine.distributed.processes import Processes
     from vpo_engine.models.lora import load_adapter
 
     config, processes = source.config, Processes.start(source.config.model.device)
     if source.adapter is None or config.model.lora is not None:
-        model = build_model(config, processes)
+        model = build_model(config, processes, say)
         if source.adapter is not None:
             load_adapter(model.network, source.adapter)
         return model

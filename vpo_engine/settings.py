@@ -1,9 +1,9 @@
 """Print what every setting does, or write the reference of all settings.
 
-    python -m vpo_engine.settings [SECTION]     print the settings, or those of one section
-    python -m vpo_engine.settings --write       write docs/settings.md and configs/schema.json of this checkout
+    python -m vpo_engine.settings [SECTION]     print all, or one section
+    python -m vpo_engine.settings --write       for developers of the engine
 
-Everything is taken from the types and docstrings of ``vpo_engine.config``.
+Everything is taken from the types and docstrings of vpo_engine.config.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from vpo_engine.config import Config, Section
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.texts import say
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vpo_engine.settings",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("section", nargs="?", help="such as rollout or rollout.prune; default: all")
     parser.add_argument("--write", action="store_true", help="write docs/settings.md and configs/schema.json")

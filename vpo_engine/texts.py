@@ -31,6 +31,11 @@ _MARKS = re.compile(r"[\\`*\[\]<>#|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _DEEP = "lists and objects lie too deep inside one another"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return "1 video", "2 videos" and so on, of a noun that takes an "s"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def why_no_file(path: Path, what: str = "file") -> str | None:
     """Return why a path cannot be read as a file, with the remedy; None if it is a regular file.
 

@@ -1,7 +1,7 @@
 """Train a text-to-video policy by online video preference optimization.
 
     torchrun -m vpo_engine.train [CONFIG.yaml] [key.path=value ...]
-    python -m vpo_engine.train --help settings [SECTION]          what every setting does
+    python -m vpo_engine.train --help settings [SECTION]
 
 Without a configuration it trains the embedded sprites world, which needs nothing but this package. Under torchrun
 with several processes each (with processes.per_prompt each team of them) takes its own prompts; gradients are averaged.
@@ -12,7 +12,6 @@ A run that was stopped goes on when the same command is given again with its run
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -31,6 +30,7 @@ from vpo_engine.config.notes import notes
 from vpo_engine.config_file import load_config, require_files
 from vpo_engine.distributed.deepspeed_settings import check_deepspeed
 from vpo_engine.distributed.shares import check_shares
+from vpo_engine.help_text import HelpFormatter
 from vpo_engine.runs.lock import refuse_held
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="torchrun -m vpo_engine.train",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "words",

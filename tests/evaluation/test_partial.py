@@ -53,7 +53,7 @@ def test_a_missing_video_makes_the_results_partial(
     assert results["partial"] is True
     assert results["problems"]["policy"] == {f"{PROMPTS[1]}-1.mp4": "is missing"}
     assert results["measures"]["pixels/sharpness"]["policy"]["provenance"]["count"] == 3
-    assert "1 videos of the policy are missing" in " ".join(capsys.readouterr().out.split())
+    assert "- 1 video of the policy is missing:" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_row_that_another_process_did_not_finish_is_left_out(tmp_path: Path) -> None:

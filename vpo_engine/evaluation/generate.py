@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.evaluation.arms import Arm
 from vpo_engine.evaluation.folders import Video, video_name
 from vpo_engine.sample import frames_of, load_source, starting_noise
-from vpo_engine.texts import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,11 +31,20 @@ def planned_videos(plan: Sequence[Planned], folder: Path) -> list[Video]:
     ]
 
 
-def generate(arm: Arm, plan: Sequence[Planned], folder: Path, processes: Processes, seed: int) -> None:
+def generate(
+    arm: Arm,
+    plan: Sequence[Planned],
+    folder: Path,
+    processes: Processes,
+    seed: int,
+    say: Callable[[str], None] = print,
+) -> None:
     """Sample the planned videos that ``folder`` does not have; a file is there only when it is complete.
 
     The noise of a video depends on the seed, the number of its prompt and its own number, and on nothing else: so two
     arms start from the same noise, and it does not matter which process samples, or when. All processes must call this.
+
+    say: is told what the model says of the prompts and of itself.
     """
     assert arm.source is not None
     batches = _batches(plan, _at_once(arm.source.config))[processes.rank :: processes.count]
@@ -45,8 +52,8 @@ def generate(arm: Arm, plan: Sequence[Planned], folder: Path, processes: Process
     todo = [batch for batch in batches if not all((folder / video_name(*row)).exists() for row in batch)]
     if not processes.any(bool(todo)):
         return
-    _say_notes(arm, plan, processes)
-    model = load_source(arm.source)
+    _say_notes(arm, plan, processes, say)
+    model = load_source(arm.source, say)
     model.prepare(list(dict.fromkeys(prompt for _, prompt, _ in plan)))
     folder.mkdir(parents=True, exist_ok=True)
     hidden = None if processes.first else True
@@ -92,11 +99,11 @@ def _at_once(config: Config) -> int:
     return max(1, min(config.rollout.batch_limit or config.rollout.candidates, config.rollout.candidates))
 
 
-def _say_notes(arm: Arm, plan: Sequence[Planned], processes: Processes) -> None:
-    """Print what the model says about the prompts. Raise ValueError for one of which it would read nothing."""
+def _say_notes(arm: Arm, plan: Sequence[Planned], processes: Processes, say: Callable[[str], None]) -> None:
+    """Say what the model says about the prompts. Raise ValueError for one of which it would read nothing."""
     from vpo_engine.build import check_prompts
 
     assert arm.source is not None
     for note in check_prompts(arm.source.config, list(dict.fromkeys(prompt for _, prompt, _ in plan))):
         if processes.first:
-            say(note, sys.stderr)
+            say(note)

@@ -25,6 +25,7 @@ from vpo_engine.evaluation.folders import Video, read_folder, suite_of, write_pr
 from vpo_engine.evaluation.output import OutputFolder, default_folder
 from vpo_engine.evaluation.suites import Suite, given_suite, read_suite
 from vpo_engine.sample import MOST_VIDEOS
+from vpo_engine.texts import say
 
 if TYPE_CHECKING:
     from vpo_engine.distributed.processes import Processes
@@ -157,12 +158,18 @@ def _videos_of_arms(plan: Plan, processes: Processes) -> list[ArmVideos]:
     from vpo_engine.evaluation.measuring import ArmVideos
 
     planned = {(prompt, index) for _, prompt, index in plan.videos}
-    sides = []
+    sides, said = [], set[str]()
+
+    def say_once(line: str) -> None:  # both arms have the same prompts, and mostly the same model
+        if line not in said:
+            said.add(line)
+            say(line, sys.stderr)
+
     for arm in plan.arms:
         videos = plan.folders.get(arm.role, [])
         if arm.source is not None:
             folder = plan.out.videos / arm.role
-            generate(arm, plan.videos, folder, processes, plan.seed)
+            generate(arm, plan.videos, folder, processes, plan.seed, say_once)
             videos = planned_videos(plan.videos, folder)
         sides.append(ArmVideos(arm, {video.key: video for video in videos if video.key in planned}))
     return sides

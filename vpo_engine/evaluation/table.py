@@ -10,6 +10,7 @@ from vpo_engine.evaluation.chosen_metrics import HEADINGS
 from vpo_engine.evaluation.paired import Comparison, verdict
 from vpo_engine.evaluation.results import all_measures
 from vpo_engine.metrics.summary import WIDTH, aligned, places_for
+from vpo_engine.texts import counted
 
 _NAMED = 5
 """Files that are named of those with a problem; the page names all."""
@@ -76,7 +77,11 @@ def problem_lines(results: Mapping[str, Any]) -> list[str]:
     for role, problems in results["problems"].items():
         absent = [name for name, why in problems.items() if why == "is missing"]
         if absent:
-            lines.append(f"{len(absent)} videos of the {role} are missing, such as {absent[0]!r}")
+            lines.append(
+                f"1 video of the {role} is missing: {absent[0]!r}"
+                if len(absent) == 1
+                else f"{len(absent)} videos of the {role} are missing, such as {absent[0]!r}"
+            )
         lines += _some(role, {name: why for name, why in problems.items() if why != "is missing"})
     for (name, role), failed in failures(results).items():
         lines += _some(f"{role}, {name}", failed)
@@ -134,14 +139,14 @@ def _p_text(p: float) -> str:
 def heading(results: Mapping[str, Any]) -> str:
     """Say in a sentence what was compared."""
     settings, arms = results["settings"], results["arms"]
-    prompts = settings["prompts"]["count"]
+    prompts = counted(settings["prompts"]["count"], "prompt")
     size = f"{settings['frames']} frames of {settings['height']} x {settings['width']} at {settings['fps']:g} fps"
     if "baseline" not in arms:
-        return f"{arms['policy']['label']}: {arms['policy']['videos']} videos of {prompts} prompts, {size}"
+        return f"{arms['policy']['label']}: {counted(arms['policy']['videos'], 'video')} of {prompts}, {size}"
     noise = "the same prompts and noise" if settings["same_noise"] else "the same prompts"
     return (
         f"{arms['policy']['label']} against {arms['baseline']['label']}: {arms['policy']['videos']} and "
-        f"{arms['baseline']['videos']} videos of {prompts} prompts, {noise}, {size}"
+        f"{counted(arms['baseline']['videos'], 'video')} of {prompts}, {noise}, {size}"
     )
 
 

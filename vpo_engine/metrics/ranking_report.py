@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from vpo_engine.metrics.ranking import Estimate, Ranking
+from vpo_engine.texts import counted
 
 Scores = dict[tuple[str, str], dict[str, float]]
 """{(name of a video, its prompt): {dimension: score}}, all with the same dimensions."""
@@ -22,7 +23,9 @@ def format_ranking(rankings: Mapping[str, Ranking], confidence: float = 0.95) ->
     rows = [("", *(_heading(name) for name in first.measures))]
     rows += [(label, *(_cell(value) for value in each.measures.values())) for label, each in rankings.items()]
     rows += [("chance", *(f"{100 * value:.2f}" for value in first.chance.values()))]
-    note = f"{first.prompts} prompts; per cent, in brackets {confidence:.0%} confidence over prompts"
+    note = (
+        f"{counted(first.prompts, 'prompt')}; per cent, in brackets {confidence:.0%} confidence over prompts"
+    )
     return "\n".join([*_align(rows), "", note])
 
 
@@ -78,7 +81,7 @@ def format_scores(scores: Scores) -> str:
     rows = [("", *dimensions)]
     rows += [(name, *(f"{row[key]:.4f}" for key in dimensions)) for (name, _), row in scores.items()]
     means = [sum(row[key] for row in scores.values()) / len(scores) for key in dimensions]
-    rows += [(f"mean of {len(scores)} videos", *(f"{mean:.4f}" for mean in means))]
+    rows += [(f"mean of {counted(len(scores), 'video')}", *(f"{mean:.4f}" for mean in means))]
     return "\n".join(_align(rows))
 
 

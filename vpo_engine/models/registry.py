@@ -138,7 +138,7 @@ def _load(kind: str, place: str) -> Any:
             raise  # the module is there, and what it imports is not
         raise ValueError(
             f"model.kind={kind}: there is no module {error.name}; install its package, or start from the folder that "
-            "it lies in"
+            "it lies in by python -m (vpo looks there only with PYTHONPATH=.)"
         ) from error
     if not hasattr(module, name):
         classes = [key for key, value in vars(module).items() if _is_model(value)]

@@ -78,7 +78,7 @@ def check_fits(
         changes = fitting_changes(config, plan, lambda changed: plan_run(changed, gpu, processes))
         raise ValueError(shortfall(plan, next(changes, None)))
     size = config.rollout.batch_size
-    granted_size = f"; {size} candidates at once" if size else ""
+    granted_size = f"; {size} candidates at once" if size and config.card.candidates else ""
     disk = planned_disk(config, describe, prompts)
     lines = [line(plan) + granted_size, disk] if gpu is None else [disk, whole(plan) + granted_size]
     return config, "\n".join(filter(None, [presets, *lines]))

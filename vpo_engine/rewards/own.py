@@ -42,7 +42,7 @@ def own_class(kind: str) -> Any:
             ) from error
         raise ValueError(
             f"reward {kind!r}: there is no module {error.name}; install its package, or start from the folder that it "
-            "lies in"
+            "lies in by python -m (vpo looks there only with PYTHONPATH=.)"
         ) from error
     found = getattr(module, name, None)
     if not inspect.isclass(found):

@@ -28,7 +28,7 @@ from vpo_engine.runs.report_numbers import Summary, summary_section, tiles
 from vpo_engine.runs.report_rows import MetricRows
 from vpo_engine.runs.report_time import time_section
 from vpo_engine.runs.summary_file import read_summary
-from vpo_engine.texts import printable, read_text, say, shortened
+from vpo_engine.texts import counted, printable, read_text, say, shortened
 
 USAGE = "usage: python -m vpo_engine.runs.report RUN_DIRECTORY"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -84,7 +84,7 @@ def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, 
         )
     else:
         title, text = "Not started yet", "No step has been logged."
-    facts = [f"{rows.steps} steps"]
+    facts = [counted(rows.steps, "step")]
     for keys, label in (
         (("pairs_per_step",), "pairs per step"),
         (("rollout", "candidates"), "candidates per prompt"),

@@ -12,6 +12,7 @@ from vpo_engine.runs.charts import format_number
 from vpo_engine.runs.report_html import cells, missing, table
 from vpo_engine.runs.report_rows import MetricRows
 from vpo_engine.runs.report_time import short_seconds, whole_account
+from vpo_engine.texts import counted
 
 _SCORES = {"reward/selected": "Held-out reward", "judge/selected": "Independent judge"}
 _PIXELS = ("pixels/jitter", "pixels/colour_change", "pixels/displacement", "pixels/motion")
@@ -30,7 +31,9 @@ def tiles(summary: Summary | None, rows: MetricRows) -> str:
     if typical is not None:
         whole = whole_account(summary["timings"] if summary else None, rows).whole
         steps = rows.count("seconds/step")
-        detail = f"mean {short_seconds(whole / steps)}\n{steps} steps, {short_seconds(whole)} in all"
+        detail = (
+            f"mean {short_seconds(whole / steps)}\n{counted(steps, 'step')}, {short_seconds(whole)} in all"
+        )
         shown.append(_tile("Median time per step", short_seconds(typical), detail))
     return f'<div class="tiles">{"".join(shown)}</div>' if shown else ""
 

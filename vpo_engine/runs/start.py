@@ -112,7 +112,8 @@ def check_same_run(config: Config, saved_config: Path) -> None:
     if different:
         raise ValueError(
             f"{saved_config.parent} holds a run with other settings (there -> now): {'; '.join(different)}. Resume it "
-            f"with its own settings (only {', '.join(_FREE_TO_CHANGE)} may change), or give another run_dir"
+            f"with its own settings (only {', '.join(_FREE_TO_CHANGE)} may change, but not evaluation.steps and "
+            "evaluation.samples_per_prompt), or give another run_dir"
         )
 
 
