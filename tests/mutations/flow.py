@@ -105,7 +105,7 @@ MUTATIONS = [
     (
         "flow: two experts are one model",
         WAN,
-        'if index.get("boundary_ratio") is not None or second[0] is not None:',
+        'if index.get("boundary_ratio") is not None or second not in (None, [None, None]):',
         "if False:",
         TESTS_WAN,
     ),
