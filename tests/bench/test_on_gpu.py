@@ -117,7 +117,7 @@ def test_an_import_that_ends_the_process_is_missing_and_the_others_are_tried(
 def test_a_check_that_hangs_is_ended_with_its_children_and_the_next_goes_on(tmp_path: Path) -> None:
     """The check gets more time where the machine is too busy for it to start its child."""
     note, code = tmp_path / "child", LEAVES.format(note=str(tmp_path / "new")) + RENAMED + HANGS
-    for seconds in (1.0, 4.0, 16.0, 64.0):
+    for seconds in (0.5, 2.0, 8.0, 32.0, 128.0):
         out = tmp_path / f"out {seconds:g}"
         assert call(out, [fake("hangs", code.format(tmp_path), seconds=seconds), fake("next")]) == 1
         if note.exists():

@@ -7,8 +7,8 @@
             read_prompts(folder / "prompts.txt")
 
 Examples are the same in every run, and come in the same order; time decides only how many of them run. So a short run
-finds nothing that a longer one on the same code has not found. All tests of a file together take one second, or what
-VPO_FUZZ_SECONDS says:
+finds nothing that a longer one on the same code has not found. All tests of a file together take half a second, or
+what VPO_FUZZ_SECONDS says:
 
     VPO_FUZZ_SECONDS=600 pytest tests/fuzz/test_NAME.py
 
@@ -89,7 +89,7 @@ def fuzz(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
         test.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         )
-        return pytest.mark.parametrize("fuzz_seconds", [pytest.param(1.0, id="short")])(test)
+        return pytest.mark.parametrize("fuzz_seconds", [pytest.param(0.5, id="short")])(test)
 
     return decorate
 

@@ -136,49 +136,49 @@ def same(ours: Forward, theirs: Forward) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("seed", range(54))
-def test_equals_the_formula_in_float64(seed: int, instruction_set: str) -> None:
-    tensors, noise, mask, options, shape = case(seed)
-    found = native.forward(tensors, noise, mask, options)
-    dtype = found.out.loss.dtype
-    exact = PairTensors(*(tensor.double() for tensor in targets_formed(tensors, noise, dtype)))
-    wanted = reference.forward(exact, None, mask, options)
-    assert found.coefficient.dtype == torch.float64
-    assert found.coefficient.shape == (2, shape[0])
-    for member, (ours, theirs) in enumerate(zip(found.out[2:4], wanted.out[2:4], strict=True)):
-        assert ours.dtype == dtype
-        assert ((ours.double() - theirs).abs() <= allowed(exact, mask, options, member)).all()
-    off = allowed(exact, mask, options, 0) + allowed(exact, mask, options, 1)
-    beta = torch.as_tensor(options.beta).double()
-    margin_off = (found.out.margin.double() - wanted.out.margin).abs()
-    assert (margin_off <= beta / 2 * off + ROUNDING * wanted.out.margin.abs()).all()
-    torch.testing.assert_close(found.out.loss.double(), wanted.out.loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.coefficient, wanted.coefficient, rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(found.slope, wanted.slope, rtol=1e-4, atol=1e-9)
-    for ours, theirs in zip(found.out[4:], wanted.out[4:], strict=True):
-        assert ours.dtype == dtype
-        assert ((ours.double() - theirs).abs() <= (ROUNDINGS + 1) * ROUNDING * theirs).all()
-    dense = PairTensors(*(tensor.contiguous() for tensor in tensors))
-    assert same(found, native.forward(dense, noise, mask, options))
+def test_equals_the_formula_in_float64(instruction_set: str) -> None:
+    for seed in range(54):
+        tensors, noise, mask, options, shape = case(seed)
+        found = native.forward(tensors, noise, mask, options)
+        dtype = found.out.loss.dtype
+        exact = PairTensors(*(tensor.double() for tensor in targets_formed(tensors, noise, dtype)))
+        wanted = reference.forward(exact, None, mask, options)
+        assert found.coefficient.dtype == torch.float64
+        assert found.coefficient.shape == (2, shape[0])
+        for member, (ours, theirs) in enumerate(zip(found.out[2:4], wanted.out[2:4], strict=True)):
+            assert ours.dtype == dtype
+            assert ((ours.double() - theirs).abs() <= allowed(exact, mask, options, member)).all()
+        off = allowed(exact, mask, options, 0) + allowed(exact, mask, options, 1)
+        beta = torch.as_tensor(options.beta).double()
+        margin_off = (found.out.margin.double() - wanted.out.margin).abs()
+        assert (margin_off <= beta / 2 * off + ROUNDING * wanted.out.margin.abs()).all()
+        torch.testing.assert_close(found.out.loss.double(), wanted.out.loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.coefficient, wanted.coefficient, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(found.slope, wanted.slope, rtol=1e-4, atol=1e-9)
+        for ours, theirs in zip(found.out[4:], wanted.out[4:], strict=True):
+            assert ours.dtype == dtype
+            assert ((ours.double() - theirs).abs() <= (ROUNDINGS + 1) * ROUNDING * theirs).all()
+        dense = PairTensors(*(tensor.contiguous() for tensor in tensors))
+        assert same(found, native.forward(dense, noise, mask, options))
 
 
-@pytest.mark.parametrize("seed", range(54))
-def test_gradient_equals_the_reference_bitwise(seed: int, instruction_set: str) -> None:
+def test_gradient_equals_the_reference_bitwise(instruction_set: str) -> None:
     """The gradient is elementwise, so that there is one right answer."""
-    tensors, noise, mask, _, shape = case(seed)
-    counted = mask and mask.counted
-    coefficient, grad_loss = normal((2, shape[0])), torch.tensor(1.7)
-    for wanted in ((True, True), (False, True), (True, False)):
-        inputs = GradientInputs(
-            tensors.policy, tensors.target, noise, counted, coefficient, grad_loss, wanted
-        )
-        found, expected = native.gradient(inputs), reference.gradient(inputs)
-        for ours, theirs, policy in zip(found, expected, tensors[:2], strict=True):
-            if theirs is None:
-                assert ours is None
-                continue
-            assert (ours.dtype, ours.stride()) == (policy.dtype, torch.empty_like(policy).stride())
-            assert torch.equal(ours, theirs)
+    for seed in range(54):
+        tensors, noise, mask, _, shape = case(seed)
+        counted = mask and mask.counted
+        coefficient, grad_loss = normal((2, shape[0])), torch.tensor(1.7)
+        for wanted in ((True, True), (False, True), (True, False)):
+            inputs = GradientInputs(
+                tensors.policy, tensors.target, noise, counted, coefficient, grad_loss, wanted
+            )
+            found, expected = native.gradient(inputs), reference.gradient(inputs)
+            for ours, theirs, policy in zip(found, expected, tensors[:2], strict=True):
+                if theirs is None:
+                    assert ours is None
+                    continue
+                assert (ours.dtype, ours.stride()) == (policy.dtype, torch.empty_like(policy).stride())
+                assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtypes", [(d, t) for d in DTYPES[:3] for t in DTYPES[:3]], ids=str)

@@ -52,8 +52,8 @@ def values(seed: int = 0) -> tuple[Tensor, list[str]]:
     return made.flatten(0, 1), [f"prompt {number}" for number in range(PROMPTS) for _ in range(EACH)]
 
 
-def moments_of(made: Tensor, texts: Sequence[str], prompts: Sequence[str], group: Any, **how: bool) -> Any:
-    return moments(["a", "b"], made, texts, prompts, group, **{"replicated": False, **how})
+def moments_of(made: Tensor, texts: Sequence[str], prompts: Sequence[str], group: Any) -> Any:
+    return moments(["a", "b"], made, texts, prompts, group)
 
 
 def test_the_standard_error_takes_each_prompt_as_one_observation() -> None:
@@ -76,17 +76,15 @@ TEAMS = [[[0, 1, 4, 5, 6, 7, 8, 12], [2, 3, 9, 10, 11, 13, 14, 15]], [ALL[16:32]
 
 @pytest.mark.parametrize("same_text", [False, True])
 @pytest.mark.parametrize(
-    ("shares", "replicated"),
+    "shares",
     [
-        ([[ALL[:24]], [ALL[24:]]], False),  # each process has prompts of its own
-        ([[ALL, ALL]], True),  # both have the same scores of the same candidates
-        ([[ALL[:16]] * 2, [ALL[16:32]] * 2, [ALL[32:]] * 2], True),
-        (TEAMS, False),
+        [[ALL[:24]], [ALL[24:]]],  # each process has prompts of its own
+        [[ALL, ALL]],  # both have the same scores of the same candidates
+        [[ALL[:16]] * 2, [ALL[16:32]] * 2, [ALL[32:]] * 2],
+        TEAMS,
     ],
 )
-def test_processes_have_what_one_would_have(
-    shares: Sequence[Sequence[list[int]]], replicated: bool, same_text: bool
-) -> None:
+def test_processes_have_what_one_would_have(shares: Sequence[Sequence[list[int]]], same_text: bool) -> None:
     """However a prompt's videos are spread, also if one text stands in several teams."""
     made, texts = values()
     if same_text:
@@ -99,9 +97,7 @@ def test_processes_have_what_one_would_have(
         team, own = rank // size, shares[rank // size][rank % size]
         group = Group(rank, count, size, others)
         prompts = texts[::EACH][team * each : (team + 1) * each]
-        return group, moments_of(
-            made[own], [texts[one] for one in own], prompts, group, replicated=replicated
-        )
+        return group, moments_of(made[own], [texts[one] for one in own], prompts, group)
 
     given = [ask(rank)[0].given[0] for rank in range(count)]
     for rank in range(count):
@@ -189,11 +185,10 @@ def test_teams_have_the_share_and_the_error_that_one_process_would_have() -> Non
     choices = choices_of(torch.randn(PROMPTS, EACH, 2, 2, 2, 2, generator=generator))
     alone = candidate_statistics(choices, Group())  # type: ignore[arg-type]
     parts = choices[: PROMPTS // 2], choices[PROMPTS // 2 :]
-    first, second = Group(0, 4, 2), Group(2, 4, 2)  # the first members of two teams of two
-    for group, part in zip((first, second), parts, strict=True):
-        candidate_statistics(part, group)  # type: ignore[arg-type]
-    # The other members leave scores to the first, and add their part of the sums of latents.
-    rest = [second.given[0], first.given[1] + 2 * second.given[1]]
+    members = [Group(rank, 4, 2) for rank in range(4)]  # of two teams of two
+    for group in members:
+        candidate_statistics(parts[group.rank // 2], group)  # type: ignore[arg-type]
+    rest = [sum(given) for given in zip(*(group.given for group in members[1:]), strict=True)]
     together = candidate_statistics(parts[0], Group(0, 4, 2, rest))  # type: ignore[arg-type]
     assert together == pytest.approx(alone, rel=1e-9)
     assert {"watch/prompt_share", "watch/se/prompt_share"} < set(together)

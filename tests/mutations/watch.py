@@ -137,13 +137,6 @@ MUTATIONS = [
         MEASURES,
     ),
     (
-        "a team's candidates count twice",
-        STATISTICS,
-        "if processes.first_of_team or not replicated:",
-        "if True:",
-        MEASURES,
-    ),
-    (
         "the variance within prompts counts as between",
         STATISTICS,
         "(mean_between - mean_within) / total",

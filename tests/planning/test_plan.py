@@ -29,6 +29,10 @@ TRAINED = 1_207_643_972 - 36 - 6_048_000
 """Of STDiT3-XL/2: without rope and caption projection (tests/models/test_real_size.py)."""
 
 
+FEW = ("pairs_per_step=2", "rollout.candidates=2", "evaluation.prompts=2", "evaluation.samples_per_prompt=1")
+"""Settings of sprites runs whose plans take half of the time."""
+
+
 def xl(*overrides: str, size: str = "720p") -> Config:
     """Paths of this configuration do not exist, here or anywhere: nothing can be loaded."""
     return load_config(f"opensora_v1_2_{size}.yaml", overrides)
@@ -97,7 +101,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(monkeypatc
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(training, "build_model", loads)
-    assert train.main(["memory.limit_gib=0.001", "model.device=cpu"]) == 1
+    assert train.main(["memory.limit_gib=0.001", "model.device=cpu", *FEW]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: the run needs 0.")
     assert "GiB in update, most of it activations" in error
@@ -108,12 +112,12 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(monkeypatc
 
 @pytest.mark.long
 def test_the_nearest_change_that_fits_is_named_and_true():
-    peaks = plan_run(load_config(None), None)
-    limit = 0.8 * peaks.peak.total / GIB
+    peaks = plan_run(load_config(None, FEW), None)
+    limit = f"memory.limit_gib={0.8 * peaks.peak.total / GIB}"
     with pytest.raises(ValueError, match="it fits with ") as refused:
-        check_fits(load_config(None, [f"memory.limit_gib={limit}"]), CPU)
+        check_fits(load_config(None, [*FEW, limit]), CPU)
     named = str(refused.value).split("it fits with ")[1].split(" (")[0]
-    assert "plan: " in check_fits(load_config(None, [f"memory.limit_gib={limit}", named]), CPU)[1]
+    assert "plan: " in check_fits(load_config(None, [*FEW, limit, named]), CPU)[1]
 
 
 def test_on_a_gpu_a_run_begins_with_the_plan_that_the_command_prints(monkeypatch, capsys):
@@ -125,7 +129,7 @@ def test_on_a_gpu_a_run_begins_with_the_plan_that_the_command_prints(monkeypatch
 
 @pytest.mark.long
 def test_overcommit_goes_on():
-    _, line = check_fits(load_config(None, ["memory.limit_gib=0.001", "memory.overcommit=true"]), CPU)
+    _, line = check_fits(load_config(None, [*FEW, "memory.limit_gib=0.001", "memory.overcommit=true"]), CPU)
     assert "limit 0.00 GiB" in line
 
 

@@ -53,10 +53,10 @@ REFRESHES = {
 
 
 def stops() -> Iterator[object]:
-    """Every stop of a run with a copied reference; for other storages those that restore other kinds of state."""
+    """Stops in a short time after a refresh and right after one; the others say the same of other steps."""
     for storage in STORAGES:
         for name, place in REFRESHES.items():
-            short = storage == "copy" or name == "after one"
+            short = name == "after one" or (storage, name) == ("copy", "right after one")
             marks = () if short else pytest.mark.long
             yield pytest.param(storage, *place, id=f"{storage}-{name}", marks=marks)
 

@@ -209,3 +209,8 @@ def scores_of(video: Tensor, prompt: str) -> tuple[float, float, float]:
 def toy_motion(videos: Tensor) -> Tensor:
     """Stands for the measure of motion: the mean change between frames, in levels; float32 [B]."""
     return (videos[:, 1:].double() - videos[:, :-1].double()).abs().mean(dim=(1, 2, 3, 4)).float()
+
+
+def toy_change(luma: Tensor) -> Tensor:
+    """The same of luminance [B, F, 1, h, w]."""
+    return (luma[:, 1:] - luma[:, :-1]).abs().flatten(1).mean(1)

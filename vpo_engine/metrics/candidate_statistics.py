@@ -56,7 +56,7 @@ class WatchedReward:
         seen, self._seen = self._seen, []
         values = torch.cat([torch.zeros(0, len(WATCHED)), *(each.cpu() for each, _ in seen)])
         texts = [text for _, prompts in seen for text in prompts]
-        return moments(WATCHED, values, texts, prompts, processes, replicated=False)
+        return moments(WATCHED, values, texts, prompts, processes)
 
 
 def video_statistics(videos: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def candidate_statistics(choices: Sequence[Choice], processes: Processes) -> dic
     texts = [choice.prompt.text for choice in choices for _ in choice.candidates]
     labels = [f"reward/{name}" for name in names]
     prompts = [choice.prompt.text for choice in choices]
-    found = moments(labels, torch.tensor(rows), texts, prompts, processes, replicated=True)
+    found = moments(labels, torch.tensor(rows), texts, prompts, processes)
     for label in labels:
         del found[f"watch/{label}"]  # the mean is logged already
     totals, of_prompts = _prompt_sums(choices)
@@ -192,17 +192,15 @@ def moments(
     texts: Sequence[str],
     prompts: Sequence[str],
     processes: Processes,
-    *,
-    replicated: bool,
 ) -> dict[str, float]:
     """Return means, deviations and standard errors of values [n, len(names)] of videos of the prompts ``texts``.
 
     They are those of the values of all processes; {} if there are none. watch/<name>: the mean. watch/sd/<name>: the
     standard deviation. watch/se/<name>: the standard error of the mean; videos of one prompt resemble each other, so
     each prompt counts as one observation. prompts: those of this process's team, as many as every other team has.
-    replicated: whether all members of a team have the same values, and not each a part of them.
+    Each member of a team gives a part of the team's values, or all members give all of them.
     """
-    by_prompt = _by_prompt(values, texts, prompts, processes, replicated)
+    by_prompt = _by_prompt(values, texts, prompts, processes)
     products = by_prompt.T @ by_prompt
     totals, squares, weighted = (
         part.tolist() for part in (by_prompt.sum(0), products.diagonal(), products[-1])
@@ -222,9 +220,7 @@ def moments(
     return found
 
 
-def _by_prompt(
-    values: Tensor, texts: Sequence[str], prompts: Sequence[str], processes: Processes, replicated: bool
-) -> Tensor:
+def _by_prompt(values: Tensor, texts: Sequence[str], prompts: Sequence[str], processes: Processes) -> Tensor:
     """Return sums over the videos of each distinct prompt that any process has seen, [prompts, 2 m + 1] in float64.
 
     They are sums of values [n, m], of their squares, and of 1. Each process adds its part to the row of a prompt, so
@@ -237,9 +233,8 @@ def _by_prompt(
     table = rows.new_zeros(processes.count // processes.team_size * size, 1 + rows.shape[1])
     if processes.first_of_team:
         table[mine, 0] = torch.tensor([_key(text) for text in prompts], dtype=table.dtype)
-    if processes.first_of_team or not replicated:
-        places = {text: number for number, text in enumerate(prompts)}
-        table[mine, 1:].index_add_(0, torch.tensor([places[text] for text in texts], dtype=torch.int64), rows)
+    places = {text: number for number, text in enumerate(prompts)}
+    table[mine, 1:].index_add_(0, torch.tensor([places[text] for text in texts], dtype=torch.int64), rows)
     table = processes.sum(table.to(processes.device)).cpu()
     keys = table[:, 0].tolist()
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
