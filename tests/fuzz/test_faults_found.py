@@ -66,6 +66,10 @@ WRONG_CONFIGURATIONS: dict[str, tuple[Make, str]] = {
         "cannot be read (Too many levels of symbolic links)",
     ),
     "a large file": (holes, "has more than 131,072 bytes, so it is no configuration file"),
+    "a name that is a line break": (
+        text('checkpoint:\n  background: {"\\n": ""}\n'),
+        "must be true or false",
+    ),
     "half a character": (text('name: "\\ud800"\n'), "must be text, without halves of surrogate pairs"),
 }
 

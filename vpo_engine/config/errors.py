@@ -157,7 +157,7 @@ def shown(value: object) -> str:
     if isinstance(value, (str, Path)):
         return one_line(shortened(str(value)))
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000, sort_keys=False)
-    return shortened(text.removesuffix("...\n").strip())
+    return one_line(shortened(text.removesuffix("...\n").strip()))
 
 
 def _nearest_key(keys: tuple[str, ...], kind: type[Section]) -> str:

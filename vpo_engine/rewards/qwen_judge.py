@@ -99,6 +99,7 @@ class QwenJudge:
             raise FileNotFoundError(f"no model.safetensors and no index of its shards in {folder}; {remedy}")
         network = _read_network(folder, dtype, name, remedy)
         config = network.config
+        qwen_vl.check_rope(config, folder / "config.json", remedy)
         expected = {qwen_vl.VIDEO: config.video_token_id, qwen_vl.IMAGE: config.image_token_id}
         marks = (qwen_vl.VISION_START, qwen_vl.VISION_END, qwen_vl.TURN_START, qwen_vl.TURN_END, *DIGITS)
         rows = config.text_config.vocab_size

@@ -7,7 +7,11 @@ Letters: f frames that are seen, t = ceil(f / 2) temporal patches, N patches of 
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +32,26 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
 Grid = tuple[int, int, int]
 """The numbers of patches along time, height and width."""
+
+
+def check_rope(config: Any, where: Path, remedy: str) -> None:
+    """Raise ValueError for rotary embeddings that a configuration of Qwen, of the file ``where``, cannot have."""
+    text = config.text_config
+    rope = text.rope_parameters
+    if not isinstance(rope, Mapping):
+        rope = {}
+    sections, theta = rope.get("mrope_section"), rope.get("rope_theta")
+    half = text.hidden_size // text.num_attention_heads // 2
+    whole = isinstance(sections, list) and all(type(each) is int and each >= 1 for each in sections)
+    if not whole or len(sections) != 3 or sum(sections) != half:
+        raise ValueError(
+            f"{where} sets mrope_section to {json.dumps(sections)[:100]}, expected three whole numbers of at least 1 "
+            f"that add up to {half}, half the channels of a head; {remedy}"
+        )
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise ValueError(
+            f"{where} sets rope_theta to {json.dumps(theta)[:100]}, expected a number above 0; {remedy}"
+        )
 
 
 def frame_indices(num_frames: int, video_fps: float, fps: float) -> list[int]:

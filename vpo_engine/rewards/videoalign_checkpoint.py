@@ -13,7 +13,7 @@ from transformers import Qwen2VLConfig
 
 from vpo_engine import foreign_settings
 from vpo_engine.rewards import qwen_vl
-from vpo_engine.rewards.loading import parse_config, read_config, read_tokenizer
+from vpo_engine.rewards.loading import CONFIG, parse_config, read_config, read_tokenizer
 
 DIMENSIONS = ("visual_quality", "motion_quality", "text_alignment")
 MARKS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
@@ -154,7 +154,9 @@ def read_base_config(folder: Path, weights: Mapping[str, Tensor]) -> Qwen2VLConf
     embeddings = weights.get("model.embed_tokens.weight")
     if embeddings is not None:
         fields = {**fields, "vocab_size": len(embeddings)}
-    return parse_config(Qwen2VLConfig, fields, folder, REMEDY)
+    config = parse_config(Qwen2VLConfig, fields, folder, REMEDY)
+    qwen_vl.check_rope(config, folder / CONFIG, REMEDY)
+    return config
 
 
 def read_marked_tokenizer(folder: Path, checkpoint: Path, config: Qwen2VLConfig) -> Tokenizer:
