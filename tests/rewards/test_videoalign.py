@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Qwen2VLConfig
 
 from vpo_engine.rewards import qwen_vl
+from vpo_engine.rewards.qwen_vl import check_rope
 from vpo_engine.rewards.videoalign import (
     CARD,
     TEMPLATE,
@@ -335,3 +336,21 @@ class TestLoading:
         write_tokenizer(copy / "checkpoint-11352" / "tokenizer" / "tokenizer.json", special)
         with pytest.raises(ValueError, match=r"gives <\|VQ_reward\|> the id None, expected one"):
             VideoAlign.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"mrope_section": 0}, "mrope_section to 0, expected three whole numbers .* add up to 8"),
+        ({"mrope_section": [0, 4, 4]}, "expected three whole numbers of at least 1"),
+        ({"mrope_section": [2, 3, 4]}, "add up to 8, half the channels of a head"),
+        ({"mrope_section": [4, 4]}, "expected three whole numbers"),
+        ({"mrope_section": [2, 3, 3], "rope_theta": 0}, "rope_theta to 0, expected a number above 0"),
+    ],
+)
+def test_rotary_embeddings_that_do_not_fit_the_head(rope: dict, message: str) -> None:
+    config = Qwen2VLConfig(
+        hidden_size=64, num_attention_heads=4, rope_scaling={"type": "mrope", "rope_theta": 1e6} | rope
+    )
+    with pytest.raises(ValueError, match=message):
+        check_rope(config, Path("config.json"), "fetch it again")
