@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from vpo_engine.models.rehearsal import rehearse_solver
 from vpo_engine.models.solvers import FlowEuler, UniPC, flow_scheduler, flow_solver, shift_of
 
 UNIPC = {
@@ -188,3 +189,12 @@ def test_one_step_has_no_levels_that_end_at_a_terminal_shift() -> None:
         ValueError, match=r"no noise levels for 1 steps: shift_terminal=0\.1 .* at least 2 steps"
     ):
         flow_solver(flow_scheduler(DYNAMIC, "a file"), 1, 64, from_one=True)
+
+
+@pytest.mark.parametrize("levels", [(0.5, 0.9, 0.0), (0.5, 0.5, 0.0), (1.5, 0.5, 0.0), (0.5, -0.1, 0.0)])
+def test_a_rehearsal_refuses_noise_that_does_not_fall_from_1_to_0(levels: tuple[float, ...]) -> None:
+    rehearse_solver(FlowEuler([1000.0, 500.0], [1.0, 0.5, 0.0]), "a file")
+    with pytest.raises(
+        ValueError, match="a file does not describe a scheduler that can run .*falls from 1 to 0"
+    ):
+        rehearse_solver(FlowEuler([1000.0, 500.0], levels), "a file")

@@ -94,7 +94,7 @@ MUTATIONS = [
         "vpo_engine/models/rehearsal.py",
         " and level < before",
         "",
-        MODEL_TESTS,
+        ("tests/models/test_solvers.py",),
     ),
     (
         "the solver of CogVideoX-2B is not rehearsed",
