@@ -195,6 +195,6 @@ def test_one_step_has_no_levels_that_end_at_a_terminal_shift() -> None:
 def test_a_rehearsal_refuses_noise_that_does_not_fall_from_1_to_0(levels: tuple[float, ...]) -> None:
     rehearse_solver(FlowEuler([1000.0, 500.0], [1.0, 0.5, 0.0]), "a file")
     with pytest.raises(
-        ValueError, match="a file does not describe a scheduler that can run .*falls from 1 to 0"
+        ValueError, match=r"a file does not describe a scheduler that can run .*falls from 1 to 0"
     ):
         rehearse_solver(FlowEuler([1000.0, 500.0], levels), "a file")
