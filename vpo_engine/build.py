@@ -221,8 +221,8 @@ def blind_reward_note(config: Config) -> str | None:
     return (
         f"reward.kind={config.reward.kind} does not read the prompt, so a policy can raise it by ignoring prompts, and "
         "runs have collapsed to noise that way within 20 rollouts. Name a held-out reward that reads the prompt "
-        "(guards.reward.kind; python -m vpo_engine.rank --list NAME says whether one does), take another reward.kind, or "
-        "watch the alarms (docs/guards.md)"
+        "(guards.reward.kind; python -m vpo_engine.rank --list NAME says whether one does), take another reward.kind, "
+        "or watch the alarms (docs/guards.md)"
     )
 
 
