@@ -1,4 +1,8 @@
-"""Shared by all tests: the two tiers of the suite, and the sprites world at its smallest for tests of whole runs."""
+"""Shared by all tests: the two tiers of the suite, and the sprites world at its smallest for tests of whole runs.
+
+Torch and the engine are imported where they are used, so that the process that only hands tests to pytest-xdist's
+workers starts them seconds earlier.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if (
     "PYTEST_XDIST_WORKER_COUNT" in os.environ
@@ -22,11 +26,11 @@ sys.path.insert(
 )  # as pytest does for the benchmarks themselves
 
 import pytest
-from small_policy import write_small_policy
+import unsynced  # noqa: F401  # before anything asks for os.fsync
 from smallest_run import SMALL
 
-from vpo_engine.config import Config
-from vpo_engine.config_file import load_config
+if TYPE_CHECKING:
+    from vpo_engine.config import Config
 
 LEFT_OUT = pytest.StashKey[int]()
 
@@ -47,6 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Leave what imports and collection made out of all later searches for garbage; it stays to the end."""
     gc.freeze()
+    gc.set_threshold(20_000)  # a search for every 700 objects takes some per cent of the time
     gc.enable()
 
 
@@ -94,6 +99,8 @@ def smallest(small_policy: str) -> list[str]:
 @pytest.fixture(scope="session")
 def small_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The setting that makes a run one of a policy with few, random weights, which takes a fraction of the time."""
+    from small_policy import write_small_policy
+
     return write_small_policy(tmp_path_factory.mktemp("small_policy") / "policy")
 
 
@@ -107,6 +114,7 @@ def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small(smallest: list[str], tmp_path: Path) -> Callable[..., Config]:
     """A sprites configuration of seconds, in its own run directory; arguments override settings."""
+    from vpo_engine.config_file import load_config
 
     def make(*overrides: str) -> Config:
         return load_config(None, [*smallest, f"run_dir={tmp_path / 'run'}", *overrides])

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 PRELOADED = [
+    "unsynced",
     "pytest",
     "torch.distributed.fsdp",
     "torch.multiprocessing",

@@ -244,10 +244,11 @@ class TestFiles:
 
 class TestOtherFamilies:
     @pytest.mark.parametrize("options", [("full",), ("lora",), ("lora", "--merge")], ids="-".join)
-    def test_sprites(self, tmp_path: Path, options: tuple[str, ...]) -> None:
+    def test_sprites(self, tmp_path: Path, small_policy: str, options: tuple[str, ...]) -> None:
         """A policy, an adapter (in PEFT's format) and a merged one; whole ones are sampled as they are."""
         name, *more = options
-        run = trained(run_config("sprites", None, tmp_path / name, *(LORA if name == "lora" else ())))
+        lora = LORA if name == "lora" else ()
+        run = trained(run_config("sprites", None, tmp_path / name, small_policy, *lora))
         out = exported(run, tmp_path / "out", *more)
         if options == ("lora",):
             assert (out / "adapter_model.safetensors").is_file()
@@ -255,9 +256,9 @@ class TestOtherFamilies:
             assert largest_difference(engine_frames(run)[0], engine_frames(out)[0]) <= 1
 
     def test_a_dialect_that_nothing_would_read(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, small_policy: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        run = trained(run_config("sprites", None, tmp_path / "lora", *LORA))
+        run = trained(run_config("sprites", None, tmp_path / "lora", small_policy, *LORA))
         capsys.readouterr()
         error = fails(capsys, run, "--out", tmp_path / "x", "--format", "diffusers")
         assert (

@@ -12,7 +12,7 @@ from evaluation_case import results_of, run
 from vpo_engine import train
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import withheld_captions
-from vpo_engine.metrics.summary import student_t_quantile
+from vpo_engine.metrics.student_t import student_t_quantile
 from vpo_engine.policy_source import find_source
 from vpo_engine.rewards.sprites import SpritesJudge
 from vpo_engine.sample import load_source

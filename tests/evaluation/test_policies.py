@@ -20,7 +20,9 @@ def a_run(smallest: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run of two steps, whose policy differs a little from the one that it started from."""
     root = tmp_path_factory.mktemp("runs") / "small"
     words = [*smallest, "steps=2", "evaluation.every=1", "optimizer.lr=1e-3", f"run_dir={root}"]
-    assert train.main(words) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vpo_engine.training.check_fits", lambda config, *_: (config, ""))
+        assert train.main(words) == 0
     return root
 
 
@@ -43,7 +45,7 @@ def test_a_run_against_its_start_on_the_same_noise(
         "--metrics",
         f"{PIXELS},reward:sprites",
         "--samples",
-        "2",
+        "1",
         "--seed",
         "4",
         "--out",
@@ -53,14 +55,14 @@ def test_a_run_against_its_start_on_the_same_noise(
     results = results_of(out)
     assert results["settings"]["same_noise"] is True
     assert results["arms"]["baseline"]["label"] == "the policy that small started from"
-    assert [row["prompt"] for row in results["videos"][::2]] == _held_out(a_run)
+    assert [row["prompt"] for row in results["videos"]] == _held_out(a_run)
     said = capsys.readouterr()
     assert "baseline" in said.out
     assert (said.out + said.err).count("attention: ") == 1, "both policies have the same model"
     sampled = tmp_path / "sampled"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(_held_out(a_run)))
-    common = ["--prompts", str(prompts), "--count", "2", "--seed", "4", "--out"]
+    common = ["--prompts", str(prompts), "--count", "1", "--seed", "4", "--out"]
     assert sample.main([str(a_run), *common, str(sampled / "policy")]) == 0
     assert sample.main([str(a_run / "config.yaml"), *common, str(sampled / "baseline")]) == 0
     for role in ("policy", "baseline"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from after_torch import run_after_torch
 from vpo_kernels.paired_dpo.contract import Forward, GradientInputs, Options, PairTensors
 
 native: Any = pytest.importorskip("vpo_kernels.paired_dpo.native", exc_type=ImportError)
@@ -133,8 +134,7 @@ def test_threads_stay_on_the_processor_that_a_process_is_limited_to() -> None:
 
 @pytest.mark.parametrize("end", ["", pytest.param("sys.exit(0)", marks=pytest.mark.long)])
 def test_a_process_ends_while_the_threads_wait(end: str) -> None:
-    ran = subprocess.run([sys.executable, "-c", TENSORS_OF_A_CHILD + end], timeout=SECONDS)
-    assert ran.returncode == 0
+    assert run_after_torch(TENSORS_OF_A_CHILD + end) == (0, "")
 
 
 @pytest.mark.long

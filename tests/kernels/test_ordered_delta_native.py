@@ -1,13 +1,12 @@
 """The native deltas: all instruction sets and numbers of threads give plain torch's bits."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from after_torch import run_after_torch
 from test_ordered_delta import bits, random_weights, same
 from vpo_kernels import OrderedDelta, decode_delta, encode_delta
 
@@ -84,6 +83,4 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in heavy))
 
 
 def test_use_on_a_cpu_loads_nothing_heavy() -> None:
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    assert run_after_torch(PROBE) == (0, "[]\n")

@@ -29,7 +29,7 @@ T5 = {"d_model": 32}
 
 
 def built(name: str, config: dict[str, Any], weights: str) -> nn.Module:
-    module = build_part(name, completed(name, config))
+    module = build_part(name, completed(name, "a file", config))
     module.load_state_dict(load_file(DATA / weights), strict=True, assign=True)
     return module
 
@@ -38,8 +38,8 @@ def model_of(frames: int, height: int, width: int) -> CogVideoX:
     """The recorded networks as a model of videos of this size."""
     facts = CogVideoX.facts
     setup = Setup(
-        completed(facts.transformer, TRANSFORMER["config"]),
-        completed(facts.vae, VAE["config"]),
+        completed(facts.transformer, "a file", TRANSFORMER["config"]),
+        completed(facts.vae, "a file", VAE["config"]),
         SCHEDULER["config"],
         height=height,
         width=width,
@@ -213,7 +213,7 @@ def test_the_published_keys_shapes_and_parameters(part: str, config: dict[str, A
     assert {name: value for name, value in saved.items() if not name.startswith("_")} == config
     name = getattr(CogVideoX.facts, part)
     with torch.device("meta"):
-        module = build_part(name, completed(name, config))
+        module = build_part(name, completed(name, "a file", config))
     keys = json.loads((DATA / f"cogvideox_2b_{part}_keys.json").read_text())
     shapes = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
     assert shapes == {key: shape for key, (shape, _) in keys.items()}

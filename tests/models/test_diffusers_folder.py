@@ -133,6 +133,7 @@ def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: P
     )
     change(folder / "text_encoder" / "config.json", model_type="umt5")
     assert "the text encoder is a umt5, and the model was trained with a t5" in refused(folder)
+    change(folder / "text_encoder" / "config.json", model_type="t5")
     change(folder / "vae" / "config.json", latent_channels=8)
     assert "the VAE gives 8 latent channels and the transformer takes 4" in refused(folder)
 

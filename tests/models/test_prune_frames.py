@@ -68,7 +68,7 @@ def overrides(root: Path, run: Path, *more: str) -> list[str]:
 def assert_prefix(model: Any, asked: int, expected: tuple[int, int]) -> None:
     """The first latents decode to the first frames of the whole video, whatever comes after them."""
     random = torch.Generator().manual_seed(3)
-    latents = torch.randn(2, *model.latent_shape, generator=random)
+    latents = torch.randn(1, *model.latent_shape, generator=random)
     length, frames = found = model.prefix(asked)
     assert found == expected
     whole, cut = model.decode(latents), model.decode(latents[:, :, :length])
@@ -82,9 +82,10 @@ def assert_prefix(model: Any, asked: int, expected: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("wide", [False, True], ids=["2.1", "2.2"])
 def test_a_beginning_of_wan_is_that_of_the_whole_video(tmp_path: Path, wide: bool) -> None:
-    model = load_model("wan", wan_folder(tmp_path / "wan", wide=wide), height=64, width=64)
-    for asked, expected in ((1, (1, 1)), (2, (2, 5)), (5, (2, 5))):
+    model = load_model("wan", wan_folder(tmp_path / "wan", wide=wide), height=32, width=32)
+    for asked, expected in ((1, (1, 1)), (5, (2, 5))):
         assert_prefix(model, asked, expected)
+    assert model.prefix(2) == (2, 5)
     assert model.prefix(6) == model.prefix(9) == (3, 9)
 
 
@@ -99,8 +100,9 @@ def test_a_beginning_of_cogvideox_is_made_of_whole_groups(
     cogvideox_pipeline().save_pretrained(tmp_path)
     settings = {"height": 32, "width": 32, "num_frames": frames, "negative_prompt": None}
     model = load_model("cogvideox", tmp_path, **settings)
-    for asked, expected in beginnings.items():
-        assert_prefix(model, asked, expected)
+    for expected in set(beginnings.values()):
+        assert_prefix(model, expected[1], expected)
+    assert {asked: model.prefix(asked) for asked in beginnings} == beginnings
     assert model.prefix(frames) == (model.latent_shape[1], frames)
 
 

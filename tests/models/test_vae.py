@@ -310,8 +310,19 @@ def test_uint8_refuses_values_that_are_not_finite(bad):
     ("change", "message"),
     [
         ({"scale": [1.0] * 3}, "scale has 3 values for embed_dim=4 latent channels; give one per channel"),
-        ({"micro_frame_size": 0}, "micro_frame_size is 0; a chunk needs 1 frame or more"),
-        ({"micro_batch_size": 0}, "micro_batch_size is 0; it counts frames"),
+        ({"micro_frame_size": 0}, "sets micro_frame_size to 0, expected a whole number of at least 1"),
+        (
+            {"micro_batch_size": 0},
+            "sets micro_batch_size to 0, expected a whole number of at least 1 or null",
+        ),
+        ({"scale": [1.0, 1.0, 0.0, 1.0]}, "sets scale to .*, expected a list, each a number above 0"),
+        ({"vae_2d": []}, "sets vae_2d to .*, expected an object"),
+        (
+            {"spatial_config": {"in_channels": "3"}},
+            'spatial_config sets in_channels to "3", expected a whole number',
+        ),
+        ({"temporal_config": {"filters": 24}}, "does not describe a VAE that can be built"),
+        ({"temporal_config": {"temporal_downsample": [1, 1, 0]}}, "temporal_config sets temporal_downsample"),
         ({"temporal_config": {"in_out_channels": 8}}, r"makes 4 latent channels .* in_out_channels=8"),
         ({"temporal_config": {"filter": 8}}, r"unknown keys \['filter'\]; known: in_out_channels"),
         ({"temporal_config": {"temporal_downsample": [True]}}, r"1 entries for 4 channel_multipliers; .* 3"),

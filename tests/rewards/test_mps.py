@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPConfig
 
 from vpo_engine.rewards.frames import VideoOfFrames
-from vpo_engine.rewards.mps import CARD, CONDITION, CROSS_MODEL, MPS, MPSNetwork, kept_tokens
+from vpo_engine.rewards.mps import CARD, CONDITION, MPS, CrossSizes, MPSNetwork, kept_tokens
 
 DATA = Path(__file__).parents[1] / "data" / "rewards" / "mps"
 IO, WEIGHTS = load_file(DATA / "io.safetensors"), load_file(DATA / "weights.safetensors")
@@ -65,7 +66,7 @@ def images(count: int, size: tuple[int, int] = (40, 56)) -> Tensor:
 class TestNetwork:
     def test_condition_is_the_published_one(self) -> None:
         assert META["condition_overall"] == CONDITION
-        assert CONFIG["published_cross_model"] == CROSS_MODEL
+        assert CONFIG["published_cross_model"] == asdict(CrossSizes())
 
     def test_ids(self, scorer: MPS) -> None:
         ids = torch.cat([IO["condition_ids"], IO["input_ids"]])
@@ -107,7 +108,7 @@ class TestNetwork:
             {"projection_dim": 1024, "text_config": text, "vision_config": vision | {"patch_size": 14}}
         )
         with torch.device("meta"):
-            network = MPSNetwork(config, CROSS_MODEL)
+            network = MPSNetwork(config, asdict(CrossSizes()))
         assert sum(weight.numel() for weight in network.parameters()) == CARD.parameters
 
 

@@ -2,13 +2,13 @@
 
 import inspect
 import re
-import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
 import torch
+from after_torch import run_after_torch
 
 from vpo_engine.rewards import kinds, registry
 from vpo_engine.rewards.builtin import Builtin
@@ -161,7 +161,8 @@ def test_importing_registry_and_server_imports_no_reward_and_no_settings() -> No
         "print(*sorted(m for m in sys.modules if m.startswith('vpo_engine.'))); "
         "print({'transformers', 'torch._dynamo', 'av'} & set(sys.modules))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    returned, out = run_after_torch(code)
+    assert returned == 0, out
     rooms = [
         "vpo_engine.errors",
         "vpo_engine.importing",

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from vpo_engine.metrics.student_t import student_t_quantile
 from vpo_engine.metrics.summary import (
     change,
     format_seeds,
@@ -13,7 +14,6 @@ from vpo_engine.metrics.summary import (
     headline,
     number_texts,
     paired_difference,
-    student_t_quantile,
     summarise,
     summarise_seeds,
     verdict,

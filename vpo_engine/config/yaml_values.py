@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -37,6 +38,10 @@ _MOST_VALUES = 20_000
 """Values of a configuration, counted as often as aliases repeat them."""
 _DEEP = "lists and groups lie too deep inside one another; no setting is like that"
 _BRACKETS, _DEEPEST = re.compile(r"[][{}]"), 20
+_FASTEST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""PyYAML's parser in C, which takes a tenth of the time, where PyYAML was built with it."""
+_PLAIN, _COMPACT = re.compile(r"[\n \"->@-~]*"), re.compile(r"(?:[-:] +){20}")
+"""Text that both parsers read alike; and groups so deep inside one another in a line that the one in C might crash."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -103,6 +108,9 @@ def _compose(text: str) -> yaml.Node | None:
         depth += 1 if bracket[0] in "[{" else -1
         if depth > _DEEPEST:
             raise RecursionError
+    if _PLAIN.fullmatch(text) and not _COMPACT.search(text):
+        with suppress(yaml.YAMLError):  # the parser in Python says more clearly what is wrong
+            return yaml.compose(text, Loader=_FASTEST)
     return yaml.compose(text, Loader=yaml.SafeLoader)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vpo_engine.metrics.summary import student_t_quantile
+from vpo_engine.metrics.student_t import student_t_quantile
 from vpo_engine.seeding import generator
 
 CONFIDENCE = 0.95

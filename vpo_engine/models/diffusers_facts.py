@@ -41,7 +41,8 @@ class Parts:
     transformer, vae: names of classes of diffusers. text_encoder: of a class of transformers. published: the contents
     of the published config files, {"transformer", "vae", "text_encoder", "scheduler": settings}, by which the planner
     goes where there is no folder. size: height and width in pixels that the published model was made for.
-    latent_channels: the key of the VAE's config.json that says how many channels latents have. layout: the order in
+    latent_channels: the key of the VAE's config.json that says how many channels latents have. needed: settings of
+    transformer and VAE that may not be null, although their classes take null. layout: the order in
     which the transformer takes the dimensions of latents [B, C, T, H, W]. text_layers: the layers that see only the
     text.
     padding: see ``TextRule``. encoder_mask: whether the text encoder is given the mask of a prompt's tokens.
@@ -56,6 +57,7 @@ class Parts:
     published: Mapping[str, Mapping[str, Any]]
     size: tuple[int, int]
     latent_channels: str = "latent_channels"
+    needed: tuple[str, ...] = ()
     layout: tuple[int, ...] = (0, 1, 2, 3, 4)
     text_layers: tuple[TextLayers, ...] = ()
     padding: Padding = "attended"
@@ -66,10 +68,21 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Sources:
+    """The files that the settings of a model's parts are from, as errors name them."""
+
+    transformer: str = "config.json of the transformer"
+    vae: str = "config.json of the VAE"
+    scheduler: str = "scheduler_config.json of the pipeline"
+    text_encoder: str = "config.json of the text encoder"
+
+
+@dataclass(frozen=True)
 class Setup:
     """The settings that one model is built by: those in its parts' files, and the size of its videos.
 
     flow_shift: model.flow_shift. negative_prompt: of guidance. fps: frames a second.
+    sources: the files.
     """
 
     transformer: Mapping[str, Any]
@@ -82,6 +95,7 @@ class Setup:
     negative_prompt: str
     flow_shift: float | None = None
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
+    sources: Sources = Sources()
 
 
 _ELSEWHERE = ("resolution", "aspect", "aesthetic_score")

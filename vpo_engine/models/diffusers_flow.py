@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vpo_engine.models.diffusers_facts import Setup
 from vpo_engine.models.diffusers_model import DiffusersModel
+from vpo_engine.models.rehearsal import REHEARSED, rehearse_solver, rehearsing
 from vpo_engine.models.solvers import (
     FlowEuler,
     UniPC,
@@ -19,8 +20,6 @@ from vpo_engine.models.solvers import (
     shift_of,
 )
 from vpo_engine.video_model import TextSource
-
-_SOURCE = "scheduler_config.json of the pipeline"
 
 
 class FlowModel(DiffusersModel):
@@ -46,14 +45,19 @@ class FlowModel(DiffusersModel):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(network, vae, text, setup, device=device, dtype=dtype)
-        self._scheduler: Any = flow_scheduler(setup.scheduler, _SOURCE, setup.flow_shift)
+        self._scheduler: Any = flow_scheduler(setup.scheduler, setup.sources.scheduler, setup.flow_shift)
         self.tokens = math.prod(self.latent_shape[1:])
         self._whole_times = has_whole_times(self._scheduler)
 
     @classmethod
     def check_configs(cls, setup: Setup) -> None:
-        """See ``DiffusersModel``. The scheduler must be one that a solver reproduces."""
-        flow_scheduler(setup.scheduler, _SOURCE)
+        """See ``DiffusersModel``. The scheduler must be one that a solver reproduces, and have noise levels."""
+        source, tokens = setup.sources.scheduler, math.prod(cls.latent_size(setup)[1:])
+        scheduler = flow_scheduler(setup.scheduler, source, setup.flow_shift)
+        with rehearsing(source, "scheduler"):
+            shift_of(scheduler, tokens)
+            solver = flow_solver(scheduler, REHEARSED, tokens, from_one=cls.levels_from_one)
+        rehearse_solver(solver, source)
 
     @property
     def shift(self) -> float:

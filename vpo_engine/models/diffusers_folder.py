@@ -7,7 +7,6 @@ nothing here reaches the network.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vpo_engine import weights
+from vpo_engine import foreign_settings, weights
+from vpo_engine.config import ModelConfig
 from vpo_engine.foreign_files import read_settings
+from vpo_engine.foreign_settings import check_settings, described_by
+from vpo_engine.model_loading import ReadConfig
 from vpo_engine.models.registry import kind_of_pipeline
 
 INDEX = "model_index.json"
@@ -29,8 +31,13 @@ _OTHER_WEIGHTS = ("diffusion_pytorch_model.bin",)
 _LIBRARIES = ("diffusers", "transformers")
 """The packages whose classes a pipeline may name."""
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+AGAIN = "fetch the folder again"
 _TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 """The names of the token table of a text encoder, which checkpoints store once or twice."""
+
+
+Read = dict[str, tuple[str, Mapping[str, Any]]]
+"""{part: (the file that its settings are from, as errors name it; the settings)}."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,16 @@ class Folder:
     text_encoder: Path
     tokenizer: Path
     scheduler: Path
+
+    def read(self) -> Read:
+        """Return what the files say. Raise ValueError as ``read_config`` does."""
+        files = {
+            "transformer": self.transformer / CONFIG,
+            "vae": self.vae / CONFIG,
+            "scheduler": self.scheduler,
+            "text_encoder": self.text_encoder / CONFIG,
+        }
+        return {part: (str(file), read_config(file)) for part, file in files.items()}
 
 
 def find_parts(
@@ -138,6 +155,26 @@ def read_config(file: Path) -> dict[str, Any]:
     return read_settings(file)
 
 
+def read_planned(
+    settings: ModelConfig, read: ReadConfig, name: str, published: Mapping[str, Mapping[str, Any]]
+) -> Read:
+    """Return the settings of the parts of a model that is planned, whose folders may be elsewhere.
+
+    read: finds the file of a part, or takes the published settings. name, published: of the published model.
+    """
+    found: Read = {}
+    for part in ("transformer", "vae", "text_encoder"):
+        given: Path | None = getattr(settings, part, None) or settings.policy
+        if given is not None and (given / part).is_dir():
+            given = given / part
+        config = read(given, published[part], f"{name}'s {part}")
+        found[part] = (f"{CONFIG} of {name}'s {part}" if given is None else str(given / CONFIG), config)
+    here = None if settings.policy is None else settings.policy / "scheduler" / SCHEDULER
+    if here is not None and here.is_file():
+        return found | {"scheduler": (str(here), read_config(here))}
+    return found | {"scheduler": (f"{SCHEDULER} of {name}", published["scheduler"])}
+
+
 def pipeline_index(folder: Path) -> dict[str, Any]:
     """Return the content of a pipeline's model_index.json.
 
@@ -159,44 +196,28 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def part_config(folder: Path, name: str) -> dict[str, Any]:
-    """Return the settings of a part that is of the diffusers class ``name``; ValueError for another class."""
-    return completed(name, read_config(folder / CONFIG), folder)
+def part_config(folder: Path, name: str, needed: Collection[str] = ()) -> dict[str, Any]:
+    """Return the settings of a part that is of the diffusers class ``name``. needed, and errors: see ``completed``."""
+    return completed(name, folder / CONFIG, read_config(folder / CONFIG), needed)
 
 
 def completed(
-    name: str, config: Mapping[str, Any], where: Path | str = "a part of model.policy"
+    name: str,
+    where: Path | str,
+    config: Mapping[str, Any],
+    needed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the settings of a part with the defaults of its diffusers class for those that its file leaves out.
 
-    ValueError, which names ``where`` they are from, for settings of another class.
+    where: the file that they are from. needed: those that may not be null. Raise ValueError for settings of another
+    class, and for values that the class cannot take.
     """
     found = config.get("_class_name", name)
     if found != name:
         raise ValueError(f"{where} is of a {found}, expected a {name}; give the folder of such a part")
-    parameters = inspect.signature(diffusers_class(name).__init__).parameters.values()
-    defaults = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
-    for key in defaults.keys() & config.keys():
-        if not _is_alike(config[key], defaults[key]):
-            raise ValueError(
-                f"{where} sets {key} to {str(config[key])[:100]!r}, where a {name} has {defaults[key]!r} by default; "
-                "fetch the folder again"
-            )
-    return defaults | dict(config)
-
-
-def _is_alike(value: object, default: object) -> bool:
-    """Return whether a value of a JSON file can stand where a class has this default."""
-    if value is None or default is None:
-        return True
-    if isinstance(value, list):  # some classes take one number for all blocks, or a list of them
-        alike = default if isinstance(default, (list, tuple)) else [default]
-        return not alike or all(any(_is_alike(each, one) for one in alike) for each in value)
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, (int, float)):
-        return isinstance(value, (int, float))
-    return isinstance(value, type(default))
+    kind = diffusers_class(name)
+    check_settings(config, kind, where, AGAIN, needed=needed)
+    return foreign_settings.completed(config, kind)
 
 
 def diffusers_class(name: str) -> Any:
@@ -206,21 +227,17 @@ def diffusers_class(name: str) -> Any:
     return getattr(diffusers, name)
 
 
-def build_part(name: str, config: Mapping[str, Any], **changes: Any) -> nn.Module:
+def build_part(
+    name: str, config: Mapping[str, Any], where: Path | str = "a part of model.policy", **changes: Any
+) -> nn.Module:
     """Build a part of a diffusers class without weights: its parameters and stored buffers are on the meta device.
 
     Buffers that are computed and not stored (position tables, frequencies of rope) are computed, on the CPU.
     changes: settings that are taken in place of the config's while it is built; its own config keeps the latter.
-    ValueError for settings by which it cannot be built.
+    ValueError, which names ``where`` the settings are from, if it cannot be built by them.
     """
-    try:
-        with _EmptyOnMeta():
-            module: Any = diffusers_class(name).from_config({**config, **changes})
-    except Exception as error:  # a class can fail in any way on settings that it never had
-        raise ValueError(
-            f"the {CONFIG} of the {name} does not describe one that can be built ({type(error).__name__}: {error}); "
-            "fetch its folder again"
-        ) from error
+    with described_by(where, f"{name} that can be built", AGAIN), _EmptyOnMeta():
+        module: Any = diffusers_class(name).from_config({**config, **changes})
     module.register_to_config(**{key: config[key] for key in changes})
     stored = set(module.state_dict())
     for prefix, part in module.named_modules():
@@ -247,8 +264,7 @@ def load_part(
     Raise FileNotFoundError for missing weight files, ValueError for a folder of another class and for weights that are
     damaged or do not fit.
     """
-    config = part_config(folder, name)
-    module = build_part(name, config, **changes)
+    module = build_part(name, part_config(folder, name), folder / CONFIG, **changes)
     load_weights(module, folder, name, dtype, mapped(module))
     return module
 

@@ -18,25 +18,31 @@ from vpo_engine.memory.checkpointing import Activations, recomputed
 from vpo_engine.memory.rounding import is_kept_in_float32
 from vpo_engine.model_values import Network, SamplerSettings, TextEmbedding
 from vpo_engine.models.base import BaseModel
-from vpo_engine.models.diffusers_facts import Parts, Setup, check_parts_fit, refuse_settings_of_others
+from vpo_engine.models.diffusers_facts import (
+    Parts,
+    Setup,
+    Sources,
+    check_parts_fit,
+    refuse_settings_of_others,
+)
 from vpo_engine.models.diffusers_folder import (
     INDEX,
-    SCHEDULER,
+    Read,
     build_part,
     completed,
     find_parts,
     load_part,
     load_weights,
-    part_config,
     read_config,
+    read_planned,
 )
 from vpo_engine.models.diffusers_network import CompiledBlocks, Loop, prepare_network, set_activations
 from vpo_engine.models.diffusers_sequence import divide
-from vpo_engine.models.diffusers_text import NoText, encoder_loader, text_model
+from vpo_engine.models.diffusers_text import NoText, encoder_loader, text_model, text_settings
 from vpo_engine.models.gradient_check import check_division
 from vpo_engine.models.guidance import guided, guided_pass, texts_of_pass
 from vpo_engine.models.lora import has_adapter, load_adapter
-from vpo_engine.models.rehearsal import META, Described, once, rehearse
+from vpo_engine.models.rehearsal import META, once, rehearse
 from vpo_engine.models.step_graph import Predict
 from vpo_engine.video_model import Blueprint, LoadContext, ReadConfig, TextRule, TextSource
 
@@ -175,17 +181,12 @@ class DiffusersModel(BaseModel):
         )
         if (settings.policy / INDEX).is_file():
             cls.check_index(read_config(settings.policy / INDEX), settings.policy)
-        setup = cls._setup(
-            settings,
-            part_config(folder.transformer, facts.transformer),
-            part_config(folder.vae, facts.vae),
-            read_config(folder.scheduler),
-            read_config(folder.text_encoder / "config.json"),
-        )
+        setup = cls._setup(settings, folder.read())
         tokens, _ = cls.text_size(setup.transformer)
         load_encoder = encoder_loader(
             facts.text_encoder,
             folder,
+            setup.text_encoder,
             tokens,
             masked=facts.encoder_mask,
             attended=facts.padding == "attended",
@@ -194,8 +195,8 @@ class DiffusersModel(BaseModel):
         )
         encoded = f"{folder.text_encoder}, {tokens} tokens, {settings.dtype}"
         text = context.text_source(load_encoder, encoded, cls.rewrite)
-        described = (Described(facts.transformer, folder.transformer), Described(facts.vae, folder.vae))
         if cls.__module__.startswith("vpo_engine."):  # a user's own class may need values
+            described = (setup.sources.transformer, facts.transformer), (setup.sources.vae, facts.vae)
             once(lambda: rehearse(cls._bare(setup, torch.float32, 1), *described), cls, setup)
         network = load_part(
             facts.transformer, folder.transformer, mapped=context.base.mapped, **cls.built_with(setup)
@@ -207,28 +208,13 @@ class DiffusersModel(BaseModel):
     @classmethod
     def blueprint(cls, settings: ModelConfig, read: ReadConfig, depth: int | None = None) -> Blueprint:
         facts = cls.facts
-        name, published = cls.published(settings)
-
-        def config(part: str) -> dict[str, Any]:
-            given: Path | None = getattr(settings, part, None) or settings.policy
-            if given is not None and (given / part).is_dir():
-                given = given / part
-            return read(given, published[part], f"{name}'s {part}")
-
-        here = None if settings.policy is None else settings.policy / "scheduler" / SCHEDULER
-        setup = cls._setup(
-            settings,
-            completed(facts.transformer, config("transformer")),
-            completed(facts.vae, config("vae")),
-            published["scheduler"] if here is None or not here.is_file() else read_config(here),
-            config("text_encoder"),
-        )
+        setup = cls._setup(settings, read_planned(settings, read, *cls.published(settings)))
         configured = setup.transformer["num_layers"]
         model = cls._bare(setup, getattr(torch, settings.dtype), depth or configured)
 
         def text_encoder() -> nn.Module:
             with META:
-                encoder = text_model(facts.text_encoder, dict(setup.text_encoder))
+                encoder = text_model(facts.text_encoder, setup.text_encoder, setup.sources.text_encoder)
             return encoder.eval().requires_grad_(False)
 
         return Blueprint(model, configured, text_encoder)
@@ -237,36 +223,37 @@ class DiffusersModel(BaseModel):
     def _bare(cls, setup: Setup, dtype: torch.dtype, depth: int) -> Self:
         """Return the model on the meta device, with a network of ``depth`` layers."""
         changes = cls.built_with(setup) | {"num_layers": depth}
-        network = build_part(cls.facts.transformer, setup.transformer, **changes)
-        vae = build_part(cls.facts.vae, setup.vae)
+        network = build_part(cls.facts.transformer, setup.transformer, setup.sources.transformer, **changes)
+        vae = build_part(cls.facts.vae, setup.vae, setup.sources.vae)
         return cls(network, vae, NoText(*cls.text_size(setup.transformer)), setup, device=META, dtype=dtype)
 
     @classmethod
-    def _setup(
-        cls,
-        settings: ModelConfig,
-        transformer: Mapping[str, Any],
-        vae: Mapping[str, Any],
-        scheduler: Mapping[str, Any],
-        text_encoder: Mapping[str, Any],
-    ) -> Setup:
-        """Return what the model is built by. Raise ValueError for files that do not go together, and for sizes."""
+    def _setup(cls, settings: ModelConfig, files: Read) -> Setup:
+        """Return what the model is built by, from its files.
+
+        Raise ValueError for settings that a part cannot take, for files that do not go together, and for sizes.
+        """
+        facts = cls.facts
+        transformer = completed(facts.transformer, *files["transformer"], facts.needed)
+        vae = completed(facts.vae, *files["vae"], facts.needed)
+        text_encoder = text_settings(facts.text_encoder, *files["text_encoder"])
         height, width = cls.native_size(transformer, vae)
         negative = settings.negative_prompt
         setup = Setup(
             transformer,
             vae,
-            scheduler,
+            files["scheduler"][1],
             height=settings.height or height,
             width=settings.width or width,
             num_frames=settings.num_frames,
             fps=settings.fps,
-            negative_prompt=cls.facts.negative_prompt if negative is None else negative,
+            negative_prompt=facts.negative_prompt if negative is None else negative,
             flow_shift=settings.flow_shift,
             text_encoder=text_encoder,
+            sources=Sources(**{part: file for part, (file, _) in files.items()}),
         )
         cls.card.sizes.check_sides(setup.height, setup.width)
-        channels = vae[cls.facts.latent_channels], transformer["in_channels"]
+        channels = vae[facts.latent_channels], transformer["in_channels"]
         of_text = text_encoder["d_model"], cls.text_size(transformer)[1]
         check_parts_fit([("latent channels", "VAE", *channels), ("text channels", "text encoder", *of_text)])
         cls.check_configs(setup)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vpo_engine.foreign_files import load_tokenizer
+from vpo_engine.foreign_settings import check_settings, completed, described_by
 from vpo_engine.model_values import TextEmbedding
-from vpo_engine.models.diffusers_folder import CONFIG, Folder, load_text_encoder, read_config
-from vpo_engine.models.rehearsal import META, Described, check_tokens, once
+from vpo_engine.models.diffusers_folder import AGAIN, CONFIG, Folder, load_text_encoder
+from vpo_engine.models.rehearsal import META, check_tokens, once, rehearsing
 from vpo_engine.texts import say
 
 
@@ -76,31 +79,61 @@ class FolderEncoder:
             )
 
 
-def text_model(name: str, config: dict[str, Any]) -> nn.Module:
-    """Build a text encoder of transformers by the name of its class. Raise ValueError for the config of another one."""
-    import transformers
+def text_settings(name: str, where: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a text encoder with the defaults of its class, ``name`` in transformers.
 
-    family: Any = getattr(transformers, name)
-    own = family.config_class.model_type
-    if config.get("model_type", own) != own:
+    where: the file that they are from. Raise ValueError for settings of another class, and for values that the class
+    cannot take.
+    """
+    kind = _text_class(name).config_class
+    found = config.get("model_type", kind.model_type)
+    if found != kind.model_type:
         raise ValueError(
-            f"the text encoder is a {config['model_type']}, and the model was trained with a {own}; give the text "
+            f"the text encoder is a {found}, and the model was trained with a {kind.model_type}; give the text "
             "encoder of its pipeline"
         )
-    settings = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
-    try:
-        model: nn.Module = family(family.config_class(**settings))
-    except Exception as error:  # a class can fail in any way on settings that it never had
-        raise ValueError(
-            f"the settings of the text encoder do not describe a {name} that can be built ({type(error).__name__}: "
-            f"{error}); fetch its folder again"
-        ) from error
+    check_settings(config, kind, where, AGAIN)
+    return completed(config, kind)
+
+
+def text_model(name: str, settings: Mapping[str, Any], where: Path | str = CONFIG) -> nn.Module:
+    """Build a text encoder of transformers by the name of its class, with ``text_settings``.
+
+    Raise ValueError, which names ``where`` they are from, if it cannot be built by them.
+    """
+    family = _text_class(name)
+    given = {key: value for key, value in settings.items() if key not in ("torch_dtype", "dtype")}
+    with described_by(where, f"{name} that can be built", AGAIN):
+        model: nn.Module = family(family.config_class(**given))
     return model
+
+
+def _text_class(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def rehearse_encoder(name: str, settings: Mapping[str, Any], tokens: int, where: Path | str) -> None:
+    """Let a text encoder read a prompt of ``tokens`` without weights; name, settings: see ``text_settings``.
+
+    Raise ValueError, which names ``where`` they are from, if it fails.
+    """
+
+    def rehearsal() -> None:
+        with META, torch.no_grad():
+            model = text_model(name, settings, where)
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            with rehearsing(where, name):
+                model(input_ids=ids)
+
+    once(rehearsal, name, settings, tokens)
 
 
 def encoder_loader(
     name: str,
     folder: Folder,
+    settings: Mapping[str, Any],
     max_tokens: int,
     *,
     masked: bool,
@@ -108,23 +141,17 @@ def encoder_loader(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Callable[[], FolderEncoder]:
-    """Return a function that loads the encoder; see ``FolderEncoder``. name: its class in transformers.
+    """Return a function that loads the encoder; see ``FolderEncoder``. name, settings: see ``text_settings``.
 
-    Raise ValueError, now, for an encoder of another class, and for settings with which it cannot run.
+    Raise ValueError, now, for settings with which it cannot run.
     """
-    check_tokens(max_tokens, folder.transformer)
-    config = read_config(folder.text_encoder / CONFIG)
-
-    def rehearsal() -> None:
-        with META, torch.no_grad():
-            model = text_model(name, config)
-            ids = torch.zeros(1, max_tokens, dtype=torch.long)
-            Described(name, folder.text_encoder).attempt(lambda: model(input_ids=ids))
-
-    once(rehearsal, name, config, max_tokens)
+    check_tokens(max_tokens, folder.transformer / CONFIG)
+    where = folder.text_encoder / CONFIG
+    rehearse_encoder(name, settings, max_tokens, where)
 
     def load() -> FolderEncoder:
-        model = load_text_encoder(lambda: text_model(name, config), folder.text_encoder, dtype, device)
+        build = partial(text_model, name, settings, where)
+        model = load_text_encoder(build, folder.text_encoder, dtype, device)
         tokenizer = load_tokenizer(folder.tokenizer)
         return FolderEncoder(model, tokenizer, max_tokens, masked=masked, attended=attended)
 

@@ -33,7 +33,7 @@ def model_family(kind: str) -> type[VideoModel]:
     ValueError says what was not found or does not fit, and what to do.
     """
     check_kind(kind, tuple(BUILT_IN), ENTRY_POINTS, "model family", "docs/models.md")
-    place = kind if ":" in kind else _places()[kind]
+    place = BUILT_IN.get(kind) or (kind if ":" in kind else _offered()[kind])
     found = _load(kind, place)
     _check_class(kind, found)
     return found
@@ -125,8 +125,8 @@ def check_loaded(kind: str, model: VideoModel) -> VideoModel:
     return model
 
 
-def _places() -> dict[str, str]:
-    return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)} | BUILT_IN
+def _offered() -> dict[str, str]:
+    return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
 
 
 def _load(kind: str, place: str) -> Any:

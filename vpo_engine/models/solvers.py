@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vpo_engine.foreign_settings import check_settings, described_by
+
 
 @dataclass(frozen=True)
 class EulerFlow:
@@ -176,6 +178,7 @@ def _log_snr(level: Tensor) -> Tensor:
     return torch.log(1 - level) - torch.log(level)
 
 
+_PUT = "put the published scheduler_config.json there"
 _REQUIRED: dict[str, dict[str, Any]] = {
     "UniPCMultistepScheduler": {
         "prediction_type": "flow_prediction",
@@ -203,17 +206,16 @@ _SHIFT = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteSchedu
 
 
 def build_scheduler(name: str, config: Mapping[str, Any], source: str) -> Any:
-    """Return diffusers' scheduler ``name`` with a config's settings. ValueError, naming ``source``, if it cannot be."""
+    """Return diffusers' scheduler ``name`` with a config's settings.
+
+    ValueError, naming ``source``, for settings that it cannot take, or by which it cannot be built.
+    """
     import diffusers
 
-    try:
-        return getattr(diffusers, name).from_config(dict(config))
-    except Exception as error:  # a class can fail in any way on settings that it never had
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"{source} does not describe a {name} that can be built ({type(error).__name__}: {reason}); put the "
-            "published scheduler_config.json there"
-        ) from error
+    kind = getattr(diffusers, name)
+    check_settings(config, kind, source, _PUT)
+    with described_by(source, f"{name} that can be built", _PUT):
+        return kind.from_config(dict(config))
 
 
 def flow_scheduler(config: Mapping[str, Any], source: str, flow_shift: float | None = None) -> Any:
@@ -225,8 +227,8 @@ def flow_scheduler(config: Mapping[str, Any], source: str, flow_shift: float | N
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in _REQUIRED:
         raise ValueError(
-            f"{source}: _class_name is {name}, but the engine samples this model as {' or '.join(_REQUIRED)}; put the "
-            "published scheduler_config.json there"
+            f"{source}: _class_name is {name}, but the engine samples this model as {' or '.join(_REQUIRED)}; "
+            f"{_PUT}"
         )
     values = dict(config)
     if flow_shift is not None:
@@ -235,8 +237,7 @@ def flow_scheduler(config: Mapping[str, Any], source: str, flow_shift: float | N
     for key, needed in _REQUIRED[name].items():
         if (found := scheduler.config[key]) != needed:
             raise ValueError(
-                f"{source}: {key} is {found}, but must be {needed} for the engine's {name}; put the published "
-                "scheduler_config.json there"
+                f"{source}: {key} is {found}, but must be {needed} for the engine's {name}; {_PUT}"
             )
     return scheduler
 

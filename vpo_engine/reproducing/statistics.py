@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vpo_engine.metrics.summary import CONFIDENCE, student_t_quantile
+from vpo_engine.metrics.student_t import student_t_quantile
+from vpo_engine.metrics.summary import CONFIDENCE
 
 Verdict = Literal["agrees", "disagrees", "cannot tell", "not run"]
 Clips = Mapping[int, Sequence[float]]

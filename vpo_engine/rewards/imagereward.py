@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel
 
+from vpo_engine.foreign_settings import check_settings, described_by
 from vpo_engine.rewards.card import image_card
 from vpo_engine.rewards.clip import (
     ClipScorer,
@@ -28,11 +29,12 @@ from vpo_engine.rewards.clip import (
 )
 from vpo_engine.rewards.frames import check_special_tokens
 from vpo_engine.rewards.laion_aesthetic import AestheticHead
-from vpo_engine.rewards.loading import find_file, read_json
+from vpo_engine.rewards.loading import build, find_file, read_json, read_plain_tokenizer
 from vpo_engine.rewards.vit import Block
 from vpo_engine.weights import read_file
 
 NAME = "ImageReward"
+_SIZES = "med_config.json"
 REMEDY = (
     "ImageReward needs a local folder with ImageReward.pt and med_config.json of THUDM/ImageReward and tokenizer.json "
     "or vocab.txt of bert-base-uncased"
@@ -153,8 +155,7 @@ class ImageReward(ClipScorer):
         text = _read_text_config(folder, shape)
         tokenizer = _read_tokenizer(folder, text)
         preprocess = ImagePreprocessor.named(preprocessing, shape.image_size)
-        with torch.device("meta"):
-            network = ImageRewardNetwork(shape, text)
+        network = build(lambda: ImageRewardNetwork(shape, text), folder / _SIZES, NAME, REMEDY)
         path = find_file(folder, ["ImageReward.safetensors", "ImageReward.pt"], REMEDY)
         load_clip(
             network,
@@ -194,7 +195,8 @@ class ImageReward(ClipScorer):
 
 def _read_text_config(folder: Path, shape: VisionShape) -> BlipTextConfig:
     """Read BERT's sizes from med_config.json; the width of what it attends to is the image tower's."""
-    fields: dict[str, Any] = read_json(folder, "med_config.json", REMEDY)
+    fields: dict[str, Any] = read_json(folder, _SIZES, REMEDY)
+    check_settings(fields, BlipTextConfig, folder / _SIZES, REMEDY)
     names = (
         "vocab_size",
         "hidden_size",
@@ -207,18 +209,17 @@ def _read_text_config(folder: Path, shape: VisionShape) -> BlipTextConfig:
     )
     missing = [name for name in names if name not in fields]
     if missing:
-        raise ValueError(f"{folder / 'med_config.json'} has no {', '.join(missing)}; {REMEDY}")
+        raise ValueError(f"{folder / _SIZES} has no {', '.join(missing)}; {REMEDY}")
     sizes = {name: fields[name] for name in names}
     special = {"bos_token_id": None, "eos_token_id": None, "sep_token_id": None, "pad_token_id": 0}
-    return BlipTextConfig(**sizes, **special, encoder_hidden_size=shape.width, is_decoder=True)
+    with described_by(folder / _SIZES, "BERT", REMEDY):
+        return BlipTextConfig(**sizes, **special, encoder_hidden_size=shape.width, is_decoder=True)
 
 
 def _read_tokenizer(folder: Path, config: BlipTextConfig) -> Tokenizer:
     """Read a tokenizer of lower-cased word pieces, from tokenizer.json or else from vocab.txt."""
     if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+        tokenizer = read_plain_tokenizer(folder / "tokenizer.json", REMEDY)
     elif (folder / "vocab.txt").is_file():
         tokenizer = Tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)

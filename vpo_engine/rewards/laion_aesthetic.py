@@ -24,7 +24,7 @@ from vpo_engine.rewards.clip import (
     ImagePreprocessor,
     load_clip,
 )
-from vpo_engine.rewards.loading import find_file, read_config, read_weights
+from vpo_engine.rewards.loading import CONFIG, build, find_file, parse_config, read_config, read_weights
 from vpo_engine.weights import load_strict, read_file
 
 NAME = "LAION's aesthetic predictor"
@@ -110,11 +110,10 @@ class LaionAesthetic(ClipScorer):
         """
         folder = Path(folder)
         fields = read_config(folder, "clip", REMEDY)
-        config = CLIPConfig.from_dict(fields).vision_config
-        config.projection_dim = fields.get("projection_dim", config.projection_dim)
+        config = parse_config(CLIPConfig, fields, folder, REMEDY).vision_config
+        config.projection_dim = fields.get("projection_dim") or config.projection_dim
         preprocess = ImagePreprocessor.named(preprocessing, config.image_size)
-        with torch.device("meta"):
-            clip = CLIPVisionModelWithProjection(config)
+        clip = build(lambda: CLIPVisionModelWithProjection(config), folder / CONFIG, "CLIP", REMEDY)
         load_clip(
             clip,
             read_weights(folder, REMEDY),

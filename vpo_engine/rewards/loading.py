@@ -6,15 +6,21 @@ should hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpo_engine.foreign_files import read_settings
+from vpo_engine.foreign_settings import check_settings, described_by
 from vpo_engine.weights import WHOLE, check_tensors, read_file, read_files, weight_files
+
+CONFIG = "config.json"
+Parsed = TypeVar("Parsed")
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def local_folder(folder: str | Path, remedy: str) -> Path:
@@ -38,14 +44,45 @@ def read_json(folder: str | Path, name: str, remedy: str) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path, model_type: str, remedy: str) -> dict[str, Any]:
-    """Return the object in config.json. Raise what ``read_json`` does, and ValueError for another ``model_type``."""
-    fields = read_json(folder, "config.json", remedy)
+    """Return the object in config.json, the settings of a model of transformers.
+
+    Raise what ``read_json`` does, and ValueError for another ``model_type`` and for values that it cannot have.
+    """
+    from transformers import CONFIG_MAPPING
+
+    fields, file = read_json(folder, CONFIG, remedy), Path(folder) / CONFIG
     kind = fields.get("model_type")
     if kind != model_type:
-        raise ValueError(
-            f"{Path(folder) / 'config.json'} has model_type {kind!r}, expected {model_type!r}; {remedy}"
-        )
+        raise ValueError(f"{file} has model_type {kind!r}, expected {model_type!r}; {remedy}")
+    check_settings(fields, CONFIG_MAPPING[model_type], file, remedy)
     return fields
+
+
+def parse_config(kind: type[Parsed], fields: Mapping[str, Any], folder: str | Path, remedy: str) -> Parsed:
+    """Return the configuration of transformers that config.json in the folder describes; ValueError if it does not."""
+    with described_by(Path(folder) / CONFIG, kind.__name__, remedy):
+        parsed: Parsed = kind.from_dict(dict(fields))  # type: ignore[attr-defined]
+    return parsed
+
+
+def build(make: Callable[[], Network], where: str | Path, name: str, remedy: str) -> Network:
+    """Return the network that ``make`` makes, on the meta device.
+
+    ValueError, which names ``where`` its sizes are from, if it cannot be made.
+    """
+    with described_by(where, f"{name} that can be built", remedy), torch.device("meta"):
+        return make()
+
+
+def read_plain_tokenizer(path: Path, remedy: str) -> Tokenizer:
+    """Read a tokenizer.json; the tokenizer takes texts of any length, and does not pad. ValueError for another file."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the only class it raises
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def find_file(folder: Path, names: Sequence[str], remedy: str) -> Path:
@@ -96,12 +133,7 @@ def read_tokenizer(path: Path, expected: Mapping[str, int | None], vocabulary: i
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}; {remedy}")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the only class it raises
-        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer = read_plain_tokenizer(path, remedy)
     for token, wanted in expected.items():
         found = tokenizer.token_to_id(token)
         if found is None or (wanted is not None and found != wanted):

@@ -10,90 +10,11 @@ Letters: B videos, f frames of each, N images, S pixels a side, Q queries, L tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _field(fields: Mapping[str, Any], name: str) -> Any:
-    if name not in fields:
-        raise ValueError(f"the configuration of mPLUG-Owl2 lacks {name!r}; take the published config.json")
-    return fields[name]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StackConfig:
-    """A stack of transformer layers."""
-
-    width: int
-    hidden: int
-    depth: int
-    heads: int
-    eps: float
-
-    @staticmethod
-    def from_dict(fields: Mapping[str, Any], eps: str) -> StackConfig:
-        """``eps``: the name of the field that holds the norms' epsilon."""
-        config = StackConfig(
-            width=_field(fields, "hidden_size"),
-            hidden=_field(fields, "intermediate_size"),
-            depth=_field(fields, "num_hidden_layers"),
-            heads=_field(fields, "num_attention_heads"),
-            eps=_field(fields, eps),
-        )
-        if config.width % config.heads:
-            raise ValueError(
-                f"hidden_size {config.width} is no multiple of num_attention_heads {config.heads}; "
-                "take the published config.json"
-            )
-        return config
-
-
-@dataclass(frozen=True, kw_only=True)
-class MplugOwl2Config:
-    """The sizes of the parts. queries: vectors of a frame without its end; rope_theta: base of the rotary embedding."""
-
-    vision: StackConfig
-    abstractor: StackConfig
-    language: StackConfig
-    image_size: int
-    patch_size: int
-    queries: int
-    vocabulary: int
-    rope_theta: float
-
-    @property
-    def positions(self) -> int:
-        """Return the number of vectors of an image: one for each patch, and one for the whole."""
-        return (self.image_size // self.patch_size) ** 2 + 1
-
-    @staticmethod
-    def from_dict(fields: Mapping[str, Any]) -> MplugOwl2Config:
-        """Read the published config.json. Raise ValueError for another model, or an option that is not built here."""
-        if fields.get("model_type") != "mplug_owl2":
-            raise ValueError(
-                f"model_type is {fields.get('model_type')!r}, expected 'mplug_owl2': the model is another one"
-            )
-        if fields.get("rope_scaling") is not None:
-            raise ValueError(
-                f"rope_scaling is {fields['rope_scaling']}, expected none; take q-future/one-align"
-            )
-        visual = _field(fields, "visual_config")
-        vision, abstractor = _field(visual, "visual_model"), _field(visual, "visual_abstractor")
-        return MplugOwl2Config(
-            vision=StackConfig.from_dict(vision, "layer_norm_eps"),
-            abstractor=StackConfig.from_dict(abstractor, "layer_norm_eps"),
-            language=StackConfig.from_dict(fields, "rms_norm_eps"),
-            image_size=_field(vision, "image_size"),
-            patch_size=_field(vision, "patch_size"),
-            queries=_field(abstractor, "num_learnable_queries"),
-            vocabulary=_field(fields, "vocab_size"),
-            rope_theta=fields.get("rope_theta", 10000.0),
-        )
+from vpo_engine.rewards.mplug_owl2_config import MplugOwl2Config, StackConfig
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

@@ -11,6 +11,7 @@ Letters: B images, L text tokens, C condition tokens, N image tokens, D channels
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
+from vpo_engine.foreign_settings import check_settings, completed
 from vpo_engine.rewards.card import image_card
 from vpo_engine.rewards.clip import (
     ClipScorer,
@@ -27,7 +29,7 @@ from vpo_engine.rewards.clip import (
     load_clip,
     paired_cosine,
 )
-from vpo_engine.rewards.loading import read_config, read_weights
+from vpo_engine.rewards.loading import CONFIG, build, parse_config, read_config, read_weights
 from vpo_engine.weights import read_file
 
 NAME = "MPS"
@@ -49,7 +51,6 @@ CONDITION = (
 """The condition that the overall preference was trained with (README of Kwai-Kolors/MPS)."""
 THRESHOLD = 0.01
 """The threshold of the README and of the network's forward; the authors' two evaluation scripts have 0.3."""
-CROSS_MODEL = {"dim": 1024, "layer_num": 4, "dim_head": 64, "heads": 16, "ff_mult": 4}
 FILES = ("MPS_overall.safetensors", "MPS_overall.pth")
 FREQUENCIES = ".rotary_emb.inv_freq"
 """Keys of the checkpoint that hold no weights; ``rotate`` makes them, in float32."""
@@ -236,10 +237,10 @@ class MPS(ClipScorer):
         """
         folder = Path(folder)
         fields = read_config(folder, "clip", REMEDY)
-        config = CLIPConfig.from_dict(fields)
+        config = parse_config(CLIPConfig, fields, folder, REMEDY)
         preprocess = ImagePreprocessor.named(preprocessing, config.vision_config.image_size)
         tokenizer = ClipTokenizer.of_config(folder, config, REMEDY)
-        network = _read_network(folder, config, fields.get("cross_model", CROSS_MODEL), dtype, device)
+        network = _read_network(folder, config, _cross_sizes(fields, folder), dtype, device)
         return cls(network, tokenizer, preprocess, threshold=threshold)
 
     def _check_prompt(self, prompt: str) -> None:
@@ -254,6 +255,28 @@ class MPS(ClipScorer):
             tokens, ends = self.network.texts(self.tokenizer([CONDITION, *texts]).to(device))
             kept = kept_tokens(tokens[1:], tokens[0], self.threshold)
         return self.network(pixel_values.to(device), tokens[1:][rows], ends[1:][rows], kept[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossSizes:
+    """The sizes of the cross model; the defaults are the published ones."""
+
+    dim: int = 1024
+    layer_num: int = 4
+    dim_head: int = 64
+    heads: int = 16
+    ff_mult: int = 4
+
+
+@dataclass(frozen=True)
+class _Fields:
+    cross_model: CrossSizes
+
+
+def _cross_sizes(fields: Mapping[str, Any], folder: Path) -> Mapping[str, int]:
+    """Return the sizes of the cross model. ValueError for values that it cannot have."""
+    check_settings(fields, _Fields, folder / CONFIG, REMEDY)
+    return completed(fields.get("cross_model", {}), CrossSizes)
 
 
 def _read_network(
@@ -276,8 +299,7 @@ def _read_network(
                 f"{error}; the authors' own file, a whole pickled module, is not read: {REMEDY}"
             ) from error
     weights = {key: weight for key, weight in weights.items() if not key.endswith(FREQUENCIES)}
-    with torch.device("meta"):
-        network = MPSNetwork(config, cross_model)
+    network = build(lambda: MPSNetwork(config, cross_model), folder / CONFIG, NAME, REMEDY)
     load_clip(
         network,
         weights,

@@ -25,7 +25,7 @@ from vpo_engine.rewards.clip import (
     load_clip,
     paired_cosine,
 )
-from vpo_engine.rewards.loading import read_config, read_weights
+from vpo_engine.rewards.loading import CONFIG, build, parse_config, read_config, read_weights
 
 NAME = "PickScore"
 REMEDY = (
@@ -67,11 +67,10 @@ class PickScore(ClipScorer):
         ``dtype`` is the towers'; cosines are float32. ``preprocessing``: a name of ``clip.CONVENTIONS``.
         Raise FileNotFoundError for a missing file, ValueError for files of another model.
         """
-        config = CLIPConfig.from_dict(read_config(folder, "clip", REMEDY))
+        config = parse_config(CLIPConfig, read_config(folder, "clip", REMEDY), folder, REMEDY)
         tokenizer = ClipTokenizer.of_config(folder, config, REMEDY)
         preprocess = ImagePreprocessor.named(preprocessing, config.vision_config.image_size)
-        with torch.device("meta"):
-            network = CLIPModel(config)
+        network = build(lambda: CLIPModel(config), Path(folder) / CONFIG, NAME, REMEDY)
         load_clip(
             network,
             read_weights(folder, REMEDY),

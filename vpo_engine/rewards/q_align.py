@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from vpo_engine.foreign_settings import check_settings
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import (
     batches,
@@ -34,8 +34,9 @@ from vpo_engine.rewards.frames import (
     counted_frames,
     spread_frames,
 )
-from vpo_engine.rewards.loading import read_json, read_weights
-from vpo_engine.rewards.mplug_owl2 import MplugOwl2, MplugOwl2Config
+from vpo_engine.rewards.loading import CONFIG, build, read_json, read_plain_tokenizer, read_weights
+from vpo_engine.rewards.mplug_owl2 import MplugOwl2
+from vpo_engine.rewards.mplug_owl2_config import MplugOwl2Config
 from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos, frame_rate
 from vpo_engine.weights import load_strict
@@ -174,7 +175,7 @@ class QAlign:
         forward. Raise FileNotFoundError for a missing file, ValueError for files of another model.
         """
         fields = read_json(path, "config.json", REMEDY)
-        config = MplugOwl2Config.from_dict(fields)
+        config = MplugOwl2Config.from_dict(fields, Path(path) / CONFIG)
         processor = _read_processor(path, config.image_size)
         encode = _read_tokenizer(Path(path), config.vocabulary)
         weights = {
@@ -182,8 +183,7 @@ class QAlign:
             for key, weight in read_weights(path, REMEDY).items()
             if not key.endswith("rotary_emb.inv_freq")  # old versions of transformers stored what is computed
         }
-        with torch.device("meta"):
-            network = MplugOwl2(config)
+        network = build(lambda: MplugOwl2(config), Path(path) / CONFIG, "Q-Align", REMEDY)
         load_strict(network, weights, where=path, model="Q-Align", remedy=REMEDY, dtype=dtype, device=device)
         return cls(
             network,
@@ -268,13 +268,20 @@ class QAlign:
         return torch.stack(answers, dim=1) @ worth
 
 
+@dataclass(frozen=True)
+class _Processor:
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+
 def _read_processor(folder: str | Path, size: int) -> SquareFrames:
     """Read preprocessor_config.json, which has to agree with the network's image size."""
     name = "preprocessor_config.json"
     fields = read_json(folder, name, REMEDY)
+    check_settings(fields, _Processor, Path(folder) / name, REMEDY)
     sides = fields.get("crop_size")
-    found = set(sides.values()) if isinstance(sides, Mapping) else {sides}
-    if found != {size}:
+    found = list(sides.values()) if isinstance(sides, Mapping) else [sides]
+    if not found or any(side != size for side in found):
         raise ValueError(f"{Path(folder) / name} has crop_size {sides}, but the model sees {size}; {REMEDY}")
     channels: list[Any] = [fields.get(key) for key in ("image_mean", "image_std")]
     if not all(isinstance(value, list) and len(value) == 3 for value in channels):
@@ -288,12 +295,13 @@ def _read_tokenizer(folder: Path, vocabulary: int) -> Callable[[str], list[int]]
     if (folder / "tokenizer.model").is_file():
         from sentencepiece import SentencePieceProcessor
 
-        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        try:
+            pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise ValueError(f"{folder / 'tokenizer.model'} cannot be read ({error}); {REMEDY}") from error
         size, encode = pieces.get_piece_size(), pieces.encode
     elif (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+        tokenizer = read_plain_tokenizer(folder / "tokenizer.json", REMEDY)
         size = tokenizer.get_vocab_size()
 
         def encode(text: str) -> list[int]:

@@ -33,7 +33,7 @@ from vpo_engine.rewards.frames import (
     check_video_pixels,
     check_videos,
 )
-from vpo_engine.rewards.loading import read_json, read_weights, special_tokens
+from vpo_engine.rewards.loading import build, read_json, read_weights, special_tokens
 from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videoalign_checkpoint import (
     DIMENSIONS,
@@ -323,8 +323,7 @@ def _read_network(
     dtype: torch.dtype,
     device: torch.device,
 ) -> VideoAlignNetwork:
-    with torch.device("meta"):
-        network = VideoAlignNetwork(config)
+    network = build(lambda: VideoAlignNetwork(config), where, NAME, REMEDY)
     load_strict(
         network,
         weights,

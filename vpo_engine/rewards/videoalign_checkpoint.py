@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen2VLConfig
 
+from vpo_engine import foreign_settings
 from vpo_engine.rewards import qwen_vl
-from vpo_engine.rewards.loading import read_config, read_tokenizer
+from vpo_engine.rewards.loading import parse_config, read_config, read_tokenizer
 
 DIMENSIONS = ("visual_quality", "motion_quality", "text_alignment")
 MARKS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
@@ -61,8 +63,41 @@ def merge_lora(weights: Mapping[str, Tensor], *, scale: float) -> dict[str, Tens
     return plain
 
 
+@dataclass(frozen=True)
+class _Data:
+    fps: float = 2.0
+    max_frame_pixels: int = 448 * 448
+
+
+@dataclass(frozen=True)
+class _Lora:
+    lora_r: int = 64
+    lora_alpha: float = 128.0
+    use_rslora: bool = False
+
+
+@dataclass(frozen=True)
+class _Inference:
+    VQ_mean: float
+    MQ_mean: float
+    TA_mean: float
+    VQ_std: float
+    MQ_std: float
+    TA_std: float
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is read of model_config.json, beside what must have one value."""
+
+    data_config: _Data
+    peft_lora_config: _Lora
+    inference_config: _Inference | None = None
+
+
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for settings of another model than VideoReward."""
+    """Raise ValueError for settings of another model than VideoReward, and for values that it cannot have."""
+    foreign_settings.check_settings(settings, _Settings, folder / "model_config.json", REMEDY)
     expected: dict[str, dict[str, object]] = {
         "data_config": {
             "prompt_template_type": "detailed_special",
@@ -119,7 +154,7 @@ def read_base_config(folder: Path, weights: Mapping[str, Tensor]) -> Qwen2VLConf
     embeddings = weights.get("model.embed_tokens.weight")
     if embeddings is not None:
         fields = {**fields, "vocab_size": len(embeddings)}
-    return Qwen2VLConfig.from_dict(fields)
+    return parse_config(Qwen2VLConfig, fields, folder, REMEDY)
 
 
 def read_marked_tokenizer(folder: Path, checkpoint: Path, config: Qwen2VLConfig) -> Tokenizer:

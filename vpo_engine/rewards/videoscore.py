@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Idefics2Config, Idefics2Model
 
+from vpo_engine.foreign_settings import check_settings
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import (
     batches,
@@ -35,7 +36,15 @@ from vpo_engine.rewards.frames import (
     check_video_pixels,
     check_videos,
 )
-from vpo_engine.rewards.loading import read_config, read_json, read_tokenizer, special_tokens
+from vpo_engine.rewards.loading import (
+    CONFIG,
+    build,
+    parse_config,
+    read_config,
+    read_json,
+    read_tokenizer,
+    special_tokens,
+)
 from vpo_engine.rewards.quantize import Bits, check_bits, quantise
 from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos
@@ -236,7 +245,7 @@ class VideoScore:
         """
         check_bits(bits)
         folder = Path(folder)
-        config = Idefics2Config.from_dict(read_config(folder, "idefics2", REMEDY))
+        config = parse_config(Idefics2Config, read_config(folder, "idefics2", REMEDY), folder, REMEDY)
         processor = _read_processor(folder)
         tokenizer = _read_tokenizer(folder, config)
         network = _read_network(folder, config, dtype, torch.device(device), bits)
@@ -311,6 +320,17 @@ class VideoScore:
         return torch.tensor(ids if ids[0] == start else [start, *ids])
 
 
+@dataclass(frozen=True)
+class _Edges:
+    shortest_edge: int
+    longest_edge: int
+
+
+@dataclass(frozen=True)
+class _Processor:
+    size: _Edges
+
+
 def _read_processor(folder: Path) -> FrameProcessor:
     name = "preprocessor_config.json"
     fields = read_json(folder, name, REMEDY)
@@ -318,6 +338,7 @@ def _read_processor(folder: Path) -> FrameProcessor:
     for key, value in expected.items():
         if fields.get(key, value) != value:
             raise ValueError(f"{folder / name} has {key} {fields[key]}, expected {value}; {REMEDY}")
+    check_settings(fields, _Processor, folder / name, REMEDY)
     size = fields.get("size", {})
     if not {"shortest_edge", "longest_edge"} <= set(size):
         raise ValueError(
@@ -339,8 +360,7 @@ def _read_network(
     if not (paths := weight_files(folder)):
         raise FileNotFoundError(f"no weight file {WHOLE[0]} in {folder}; {REMEDY}")
     weights = read_files(paths)
-    with torch.device("meta"):
-        network = VideoScoreNetwork(config)
+    network = build(lambda: VideoScoreNetwork(config), folder / CONFIG, NAME, REMEDY)
     errors: dict[str, Any] = {"where": folder, "model": NAME, "remedy": REMEDY}
     check_weights(network, weights, **errors)
     for key, layer in (_quantised_layers(network) if bits != 16 else {}).items():

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpo_engine.foreign_settings import check_settings
 from vpo_engine.rewards.card import RewardCard
 from vpo_engine.rewards.frames import (
     batches,
@@ -30,7 +31,7 @@ from vpo_engine.rewards.frames import (
     check_videos,
 )
 from vpo_engine.rewards.imagenet import square_clips
-from vpo_engine.rewards.loading import local_folder, read_json
+from vpo_engine.rewards.loading import build, local_folder, read_json
 from vpo_engine.rewards.refusals import refusal
 from vpo_engine.rewards.videos import Videos
 from vpo_engine.rewards.vit import Block
@@ -265,8 +266,7 @@ class VJepa:
         if (folder / "config.json").is_file():
             config = _config(read_json(folder, "config.json", REMEDY), folder)
         weights = _flat(read_file(path), path)
-        with torch.device("meta"):
-            network = VJepaNetwork(config)
+        network = build(lambda: VJepaNetwork(config), folder, NAME, REMEDY)
         load_strict(network, weights, where=path, model=NAME, remedy=REMEDY, dtype=dtype, device=device)
         return cls(network, seed=seed, detach_targets=detach_targets, batch_size=batch_size)
 
@@ -325,6 +325,7 @@ def _config(given: Mapping[str, int], folder: Path) -> VJepaConfig:
     missing = [name for name in names if name not in given]
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}; {REMEDY}")
+    check_settings(given, VJepaConfig, folder / "config.json", REMEDY)
     return VJepaConfig(**{name: given[name] for name in names})
 
 

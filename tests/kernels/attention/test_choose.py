@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from after_torch import run_after_torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from vpo_kernels.attention import (
@@ -223,8 +223,7 @@ print(sorted({"flash_attn", "flash_attn_interface", "xformers"} & set(Asked.name
 
 
 def test_importing_and_choosing_on_a_cpu_looks_for_no_package() -> None:
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
-    assert done.stdout == "[]\n", done.stderr
+    assert run_after_torch(PROBE) == (0, "[]\n")
 
 
 # --- How the packages are called ---

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from after_torch import run_after_torch
 from cases import HEADS, MODULATED, Case, modulated, normed_heads, residual, results, short_sequences
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -290,6 +288,4 @@ def test_plain_paths_import_no_triton() -> None:
         "x = torch.ones(2, 3, requires_grad=True); f(x, x, x).sum().backward(); "
         "print('triton' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "False"
+    assert run_after_torch(probe) == (0, "False\n")

@@ -23,6 +23,7 @@ from vpo_engine.models.opensora.checkpoint import load_config, load_strict, save
 from vpo_engine.models.opensora.model import Geometry, OpenSora
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow
 from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.opensora.stdit3_config import CONFIG
 from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
 from vpo_engine.models.opensora.vae import OpenSoraVAE, to_uint8
 from vpo_engine.video_model import Blueprint, LoadContext, ReadConfig
@@ -41,7 +42,16 @@ GEOMETRY = Geometry(height=SIZE, width=SIZE, num_frames=FRAMES, fps=int(FPS))
 
 
 def load_policy(folder: Path | None = None) -> STDiT3:
-    return _load(STDiT3.from_config, folder or WEIGHTS / "policy")
+    """Load the shipped policy, or that of a folder, in float32.
+
+    Its sizes are compared with those of its weights before they take memory.
+    """
+
+    def build(config: dict[str, Any]) -> STDiT3:
+        with torch.device("meta"):
+            return STDiT3.from_config(config, CONFIG if folder is None else str(folder / CONFIG))
+
+    return _load(build, folder or WEIGHTS / "policy").float()
 
 
 def load_vae(folder: Path | None = None) -> OpenSoraVAE:

@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjec
 
 from vpo_engine.metrics.networks.checkpoints import depth_of, size_of
 from vpo_engine.rewards.clip import load_clip
-from vpo_engine.rewards.loading import read_config, read_weights
+from vpo_engine.rewards.loading import build, parse_config, read_config, read_weights
 
 B32_FILE, L14_FILE = "ViT-B-32.pt", "ViT-L-14.pt"
 _PLACES = {
@@ -70,8 +70,8 @@ def clip_from_folder(
     """Make the image tower of a folder with config.json and weights of transformers' CLIP, in float32."""
     remedy = f"give the folder of {name} as transformers saves it, or OpenAI's archive"
     fields = read_config(folder, "clip", remedy)
-    config = CLIPConfig.from_dict(fields).vision_config
-    config.projection_dim = fields.get("projection_dim", config.projection_dim)
+    config = parse_config(CLIPConfig, fields, folder, remedy).vision_config
+    config.projection_dim = fields.get("projection_dim") or config.projection_dim
     return _load(config, read_weights(folder, remedy), where=folder, name=name, remedy=remedy, device=device)
 
 
@@ -84,8 +84,7 @@ def _load(
     remedy: str,
     device: torch.device | str,
 ) -> CLIPVisionModelWithProjection:
-    with torch.device("meta"):
-        network = CLIPVisionModelWithProjection(config)
+    network = build(lambda: CLIPVisionModelWithProjection(config), where, name, remedy)
     load_clip(
         network,
         weights,

@@ -15,6 +15,7 @@ from vpo_engine.models.diffusers_facts import OPTIONS, Parts, Setup
 from vpo_engine.models.diffusers_model import DiffusersModel
 from vpo_engine.models.diffusers_network import TextLayers
 from vpo_engine.models.diffusers_sequence import TokenInputs
+from vpo_engine.models.rehearsal import REHEARSED, rehearse_solver, rehearsing
 from vpo_engine.video_model import ModelCard, SizeRule, TextSource
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -69,7 +70,7 @@ class CogVideoX(DiffusersModel):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.schedule = Schedule(setup.scheduler)
+        self.schedule = Schedule(setup.scheduler, setup.sources.scheduler)
         super().__init__(network, vae, text, setup, device=device, dtype=dtype)
 
     @classmethod
@@ -106,7 +107,11 @@ class CogVideoX(DiffusersModel):
                 "the transformer has rotary position embeddings, as CogVideoX-5B and 1.5 do; model.kind=cogvideox "
                 "trains CogVideoX-2B, which has none"
             )
-        Schedule(setup.scheduler)
+        source = setup.sources.scheduler
+        schedule = Schedule(setup.scheduler, source)
+        with rehearsing(source, "scheduler"):
+            solver = schedule.solver(min(REHEARSED, schedule.num_times))
+        rehearse_solver(solver, source)
 
     def prefix(self, frames: int) -> tuple[int, int]:
         """See ``VideoModel``. The VAE decodes latents in pairs, and an odd one together with the first pair; its norms

@@ -21,8 +21,9 @@ class Schedule:
     Raise ValueError for a schedule of another prediction type, and for settings by which none can be built.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._scheduler = build_scheduler("CogVideoXDDIMScheduler", config, "the scheduler's config")
+    def __init__(self, config: Mapping[str, Any], source: str = "the scheduler's config") -> None:
+        """source: the file that ``config`` is from."""
+        self._scheduler = build_scheduler("CogVideoXDDIMScheduler", config, source)
         if self._scheduler.config.prediction_type != "v_prediction":
             raise ValueError(
                 f"the scheduler's prediction_type is {self._scheduler.config.prediction_type}, and CogVideoX-2B's is "

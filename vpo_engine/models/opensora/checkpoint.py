@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from vpo_engine import weights
 from vpo_engine.foreign_files import read_settings
+from vpo_engine.models.opensora.stdit3_config import CONFIG
 
 WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 TRAINED = "model"
 """The folder of the weights in a folder that Open-Sora's training wrote, and that its ``--ckpt-path`` reads."""
 _INDEX = ".index.json"
@@ -38,12 +38,20 @@ _NO_MODEL = (
 
 def load_config(path: str | Path) -> dict[str, Any]:
     """Return the config.json of a model folder (or of the folder that a weights file lies in)."""
+    return read_settings(config_file(path), "download it again")
+
+
+def config_file(path: str | Path) -> Path:
+    """Return the path of the config.json of a model folder, or of that which a weights file lies in.
+
+    FileNotFoundError where there is none.
+    """
     path = Path(path)
     file = weights.config_file(path)
     if file is None:
         missing = (path if path.is_dir() else path.parent) / CONFIG
         raise FileNotFoundError(f"{missing} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
-    return read_settings(file, "download it again")
+    return file
 
 
 def load_strict(

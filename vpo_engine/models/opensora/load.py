@@ -26,9 +26,11 @@ def load_stdit3(path: Path, base: HeldBase | None = None) -> STDiT3:
     if is_first_process():
         for note in _notes(path, files[0]):
             say(f"note: {note}", sys.stderr)
-    known = config_file(path) is not None
+    known = config_file(path)
     with torch.device("meta"):
-        network = STDiT3.from_config(load_config(path) if known else STDIT3_XL2)
+        network = (
+            STDiT3.from_config(load_config(path), str(known)) if known else STDiT3.from_config(STDIT3_XL2)
+        )
     base = base or HeldBase()
     mapped = base.mapped(network)
     if known:

@@ -10,12 +10,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
 from vpo_engine.config import MemoryConfig, ModelConfig
 from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.memory.checkpointing import Activations
 from vpo_engine.models.base import BaseModel
+from vpo_engine.models.diffusers_text import text_model, text_settings
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout, write_public_index
 from vpo_engine.models.opensora.compiled import CompiledBlocks
 from vpo_engine.models.opensora.geometry import CHUNK_FRAMES, named_size, pixel_size
@@ -30,7 +30,7 @@ from vpo_engine.models.opensora.rectified_flow import (
 )
 from vpo_engine.models.opensora.reuse import Reuse
 from vpo_engine.models.opensora.stdit3 import STDiT3
-from vpo_engine.models.opensora.stdit3_config import STDiT3Config
+from vpo_engine.models.opensora.stdit3_config import CONFIG, STDiT3Config
 from vpo_engine.models.opensora.text import MAX_LENGTH, T5Encoder, prepare_prompt, without_scores
 from vpo_engine.models.opensora.vae import OpenSoraVAE
 from vpo_engine.models.opensora.vae_gradient import decode_with_gradients
@@ -199,7 +199,7 @@ class OpenSora(BaseModel):
 
         def text_encoder() -> nn.Module:
             with meta:
-                encoder = T5EncoderModel(T5Config(**text_config()))
+                encoder = text_model("T5EncoderModel", text_settings("T5EncoderModel", CONFIG, text_config()))
             return encoder.eval().requires_grad_(False)
 
         model = cls(network, vae, _NoText(), geometry, flow, device=meta, dtype=dtype)

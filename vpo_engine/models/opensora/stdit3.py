@@ -31,6 +31,7 @@ from vpo_kernels.fused_ops import BackendName as FusedOpsBackend
 from vpo_kernels.fused_ops import uses_triton
 
 from vpo_engine.distributed.sequence import alone
+from vpo_engine.foreign_settings import described_by
 from vpo_engine.memory.checkpointing import Activations, checkpointed
 from vpo_engine.memory.offload import ForwardPass, OffloadedInputs
 from vpo_engine.models.opensora.blocks import Backed, Backends, Block, FinalLayer, KeysValues, rotary_tables
@@ -41,7 +42,7 @@ from vpo_engine.models.opensora.embeddings import (
     position_embedding,
 )
 from vpo_engine.models.opensora.reuse import Constants, Reuse
-from vpo_engine.models.opensora.stdit3_config import STDiT3Config
+from vpo_engine.models.opensora.stdit3_config import CONFIG, STDiT3Config
 
 _CACHE_ENTRIES = 4
 """The number of position embeddings, and of layouts of captions, that are kept on the device."""
@@ -84,9 +85,10 @@ class STDiT3(nn.Module):
             self.y_embedder.requires_grad_(False)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> STDiT3:
-        """Build the network from the contents of a published config.json, freshly initialised."""
-        return cls(STDiT3Config.from_dict(config))
+    def from_config(cls, config: Mapping[str, Any], where: str = CONFIG) -> STDiT3:
+        """Build the network from the contents of a published config.json, the file ``where``, freshly initialised."""
+        with described_by(where, "STDiT3 that can be built", "download it again"):
+            return cls(STDiT3Config.from_dict(config, where))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -110,15 +112,13 @@ class STDiT3(nn.Module):
 
         attention: as for ``vpo_kernels.attention.choose_attention``. fused_ops: backend of the modulated norm,
         the gated residual, the query-key norm with rope, and, where its kernel is taken, of temporal attention.
-        dtype: that of the arithmetic, which is autocast's where the network will run under it. Raise ValueError for an
-        implementation that does not run on the weights' device.
+        dtype: that of the arithmetic; under autocast, autocast's. Raise ValueError for an implementation that does not
+        run on the weights' device.
         """
         weight = self.x_embedder.proj.weight
         head_dim = self.settings.hidden_size // self.settings.num_heads
         choice = choose_attention(attention, device=weight.device, dtype=dtype, head_dim=head_dim)
-        uses_triton(
-            "modulated_norm", fused_ops, weight
-        )  # refuses a device without kernels now, not in a step
+        uses_triton("modulated_norm", fused_ops, weight)  # refuses devices without kernels now
         self._backends = Backends(choice.name, fused_ops)
         for module in self.modules():
             if isinstance(module, Backed):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from vpo_engine.foreign_settings import check_settings
+
+CONFIG = "config.json"
 _IGNORED_KEYS = frozenset(
     {
         "_name_or_path",
@@ -66,9 +70,11 @@ class STDiT3Config:
             )
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> STDiT3Config:
-        """Build the configuration from the contents of config.json. Raise ValueError for an unknown key or another
-        model's file."""
+    def from_dict(cls, config: Mapping[str, Any], where: Path | str = CONFIG) -> STDiT3Config:
+        """Build the configuration from the contents of config.json, the file ``where``.
+
+        Raise ValueError for an unknown key, a value that the network cannot have, or another model's file.
+        """
         if config.get("model_type", "STDiT3") != "STDiT3":
             raise ValueError(f"config.json says model_type={config['model_type']!r}, expected 'STDiT3'")
         known = {field.name for field in fields(cls)}
@@ -78,6 +84,7 @@ class STDiT3Config:
             raise ValueError(
                 f"STDiT3 config: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}"
             )
+        check_settings(values, cls, where, "download it again")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from vpo_engine.foreign_files import load_tokenizer
-from vpo_engine.models.opensora.checkpoint import load_config, read_weights
+from vpo_engine.models.diffusers_text import rehearse_encoder, text_model, text_settings
+from vpo_engine.models.opensora.checkpoint import config_file, load_config, read_weights
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.weights import move_in_order
 
@@ -206,10 +207,12 @@ class T5Encoder(nn.Module):
         ``device`` shard by shard in ``dtype``, so loading takes the memory of the encoder and of one shard.
         """
         folder = Path(folder)
-        config = load_config(folder)
+        where = config_file(folder)
+        settings = text_settings("T5EncoderModel", where, load_config(folder))
+        rehearse_encoder("T5EncoderModel", settings, max_length, where)
         tokenizer = PieceTokenizer(folder, max_length)
         with torch.device("meta"):
-            model = T5EncoderModel(T5Config(**config))
+            model: Any = text_model("T5EncoderModel", settings, where)
         _load_tied(model, folder, dtype, device)
         return cls(model.eval(), tokenizer)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,20 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from vpo_engine.models.opensora.checkpoint import load_config, load_strict
+from vpo_engine.foreign_settings import check_settings, described_by
+from vpo_engine.models.opensora.checkpoint import config_file, load_config, load_strict
+from vpo_engine.models.opensora.stdit3_config import CONFIG
+from vpo_engine.models.opensora.vae_architectures import (
+    PublishedParts,
+    spatial_architecture,
+    temporal_architecture,
+)
 from vpo_engine.models.opensora.vae_strips import StripDecoder
 from vpo_engine.models.opensora.vae_temporal import Posterior, TemporalConfig, TemporalVAE
 
+_AGAIN = "download it again"
 SPATIAL_SCALING = 0.18215
 """The published factor, in force although the spatial part's own config says 0.13025."""
-
-SPATIAL_ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers": {
-        "act_fn": "silu",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "in_channels": 3,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "sample_size": 512,
-        "scaling_factor": 0.13025,
-    }
-}
-"""AutoencoderKL arguments by the hub id that a published config names. Never downloaded."""
-
-TEMPORAL_ARCHITECTURES: dict[str, TemporalConfig] = {"VAE_Temporal_SD": TemporalConfig()}
 
 
 class SpatialVAE(nn.Module):
@@ -139,27 +127,33 @@ class OpenSoraVAE(nn.Module):
         self.config: dict[str, Any] = {}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> OpenSoraVAE:
+    def from_config(cls, config: Mapping[str, Any], where: Path | str = CONFIG) -> OpenSoraVAE:
         """Build from a published ``config.json``, or from one with explicit architectures.
 
         Read: ``scale``, ``shift``, ``micro_frame_size`` (17), ``vae_2d.micro_batch_size`` or
         ``micro_batch_size`` (4; None: all frames at once), ``spatial_scaling`` (0.18215), and the
         architectures: ``spatial_config`` (AutoencoderKL arguments) or the hub id in
-        ``vae_2d.from_pretrained``; ``temporal_config`` or the name in ``vae_temporal.type``.
+        ``vae_2d.from_pretrained``; ``temporal_config`` or the name in ``vae_temporal.type``. ``where``: the file
+        that it is from. Raise ValueError for values that the VAE cannot have.
         """
         missing = [key for key in ("scale", "shift") if key not in config]
         if missing:
             raise ValueError(f"the VAE config lacks {missing}; is it the config.json of an Open-Sora VAE?")
+        for kind in (cls, PublishedParts):
+            check_settings(config, kind, where, _AGAIN)
         vae_2d = config.get("vae_2d", {})
-        vae = cls(
-            _spatial_architecture(config),
-            _temporal_architecture(config),
-            scale=config["scale"],
-            shift=config["shift"],
-            micro_frame_size=config.get("micro_frame_size", 17),
-            micro_batch_size=config.get("micro_batch_size", vae_2d.get("micro_batch_size", 4)),
-            spatial_scaling=config.get("spatial_scaling", SPATIAL_SCALING),
-        )
+        spatial = spatial_architecture(config)
+        check_settings(spatial, AutoencoderKL, f"{where}: spatial_config", _AGAIN)
+        with described_by(where, "VAE that can be built", _AGAIN):
+            vae = cls(
+                spatial,
+                temporal_architecture(config),
+                scale=config["scale"],
+                shift=config["shift"],
+                micro_frame_size=config.get("micro_frame_size", 17),
+                micro_batch_size=config.get("micro_batch_size", vae_2d.get("micro_batch_size", 4)),
+                spatial_scaling=config.get("spatial_scaling", SPATIAL_SCALING),
+            )
         vae.config = copy.deepcopy(dict(config))
         return vae
 
@@ -168,7 +162,7 @@ class OpenSoraVAE(nn.Module):
         """Load a local copy of hpcai-tech/OpenSora-VAE-v1.2: config.json, model.safetensors; its dtype is kept."""
         config = load_config(folder)
         with torch.device("meta"):
-            vae = cls.from_config(config)
+            vae = cls.from_config(config, config_file(folder))
         load_strict(vae, folder)
         return vae
 
@@ -343,31 +337,3 @@ def to_uint8(video: Tensor) -> Tensor:
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
-
-
-def _spatial_architecture(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "spatial_config" in config:
-        return config["spatial_config"]
-    name = config.get("vae_2d", {}).get("from_pretrained")
-    if name not in SPATIAL_ARCHITECTURES:
-        raise ValueError(
-            f"vae_2d.from_pretrained is {name!r}, an architecture not known here "
-            f"(known: {', '.join(SPATIAL_ARCHITECTURES)}); give AutoencoderKL arguments as 'spatial_config'"
-        )
-    return SPATIAL_ARCHITECTURES[name]
-
-
-def _temporal_architecture(config: Mapping[str, Any]) -> TemporalConfig:
-    if "temporal_config" in config:
-        known = [field.name for field in fields(TemporalConfig)]
-        unknown = sorted(set(config["temporal_config"]) - set(known))
-        if unknown:
-            raise ValueError(f"temporal_config has unknown keys {unknown}; known: {', '.join(known)}")
-        return TemporalConfig(**config["temporal_config"])
-    name = config.get("vae_temporal", {}).get("type")
-    if name not in TEMPORAL_ARCHITECTURES:
-        raise ValueError(
-            f"vae_temporal.type is {name!r}, an architecture not known here "
-            f"(known: {', '.join(TEMPORAL_ARCHITECTURES)}); give its sizes as 'temporal_config'"
-        )
-    return TEMPORAL_ARCHITECTURES[name]

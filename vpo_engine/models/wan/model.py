@@ -55,6 +55,7 @@ class Wan(FlowModel):
         published=PUBLISHED["1.3B"][1],
         size=(480, 832),
         latent_channels="z_dim",
+        needed=("scale_factor_temporal", "scale_factor_spatial"),
         text_layers=(
             TextLayers("condition_embedder", (("text_embedder", None),)),
             TextLayers("attn2", CROSS_ATTENTION_LAYERS),
