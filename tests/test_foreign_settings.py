@@ -18,7 +18,8 @@ WAN, WAN_VAE = diffusers.WanTransformer3DModel, diffusers.AutoencoderKLWan
 COG, COG_VAE = diffusers.CogVideoXTransformer3DModel, diffusers.AutoencoderKLCogVideoX
 LTX_VAE, UNIPC = diffusers.AutoencoderKLLTXVideo, diffusers.UniPCMultistepScheduler
 EULER, DDIM = diffusers.FlowMatchEulerDiscreteScheduler, diffusers.CogVideoXDDIMScheduler
-T5, CLIP, IDEFICS = transformers.T5Config, transformers.CLIPConfig, transformers.Idefics2Config
+T5, CLIP = transformers.T5Config, transformers.CLIPConfig
+IDEFICS, QWEN = transformers.Idefics2Config, transformers.Qwen2VLConfig
 
 WRONG = [
     (WAN, {"in_channels": "4"}, 'a file sets in_channels to "4", expected a whole number of at least 1; fetch'),
@@ -32,7 +33,8 @@ WRONG = [
     (WAN, {"patch_size": 2}, "patch_size to 2"),
     (WAN, {"cross_attn_norm": 1}, "cross_attn_norm to 1, expected true or false"),
     (WAN, {"qk_norm": {}}, "qk_norm to {}, expected a text or null"),
-    (WAN, {"rope_max_seq_len": 2**30}, "expected a whole number from 1 to 1048576"),
+    (WAN, {"rope_max_seq_len": 2**30}, "expected a whole number from 1 to 131072"),
+    (WAN, {"num_attention_heads": 2**20}, "expected a whole number from 1 to 4096"),
     (WAN, {"eps": -1e-6}, "eps to -1e-06, expected a number from 0 to 1"),
     (WAN, {"eps": 10**400}, "expected a number from 0 to 1"),
     (WAN_VAE, {"latents_mean": []}, r"latents_mean to \[\], expected a list, each a number that is finite"),
@@ -62,6 +64,7 @@ WRONG = [
     (CLIP, {"text_config": {"num_hidden_layers": -1}}, "a file: text_config sets num_hidden_layers to -1"),
     (CLIP, {"vision_config": 3}, "vision_config to 3, expected an object or null"),
     (IDEFICS, {"text_config": {"model_type": "mistral", "rms_norm_eps": []}}, "text_config sets rms_norm_eps to"),
+    (QWEN, {"num_hidden_layers": 0}, "num_hidden_layers to 0"),
     (STDiT3Config, {"patch_size": [1, 2, "2"]}, "expected a list of 3, each a whole number of at least 1"),
     (STDiT3Config, {"patch_size": [1, 2]}, "expected a list of 3"),
     (STDiT3Config, {"mlp_ratio": 0}, "mlp_ratio to 0, expected a number above 0"),
@@ -85,7 +88,7 @@ UNUSUAL: list[tuple[Any, dict[str, Any]]] = [
         WAN,
         {"num_layers": 1, "num_attention_heads": 7, "eps": 0, "qk_norm": None, "added_by_a_finetune": [{}]},
     ),
-    (WAN, {"patch_size": [1, 4, 4], "out_channels": 1, "rope_max_seq_len": 1 << 20}),
+    (WAN, {"patch_size": [1, 4, 4], "out_channels": 1, "rope_max_seq_len": 1 << 17}),
     (WAN_VAE, {"dim_mult": [1], "attn_scales": [], "temperal_downsample": [], "latents_mean": [-3]}),
     (COG, {"freq_shift": 0, "dropout": 1, "spatial_interpolation_scale": 2, "patch_size_t": None}),
     (

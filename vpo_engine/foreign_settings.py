@@ -51,7 +51,10 @@ _RANGES = (
     (r"dropout|drop_path|_prob$", _SHARE),
     (r"[._]eps(ilon)?$|label_smoothing$", _SHARE),
     (r"\.(beta_start|beta_end|trained_betas)$", _Range(0, 1, open=True)),
-    (r"seq_len|timesteps", _Range(1, 1 << 20)),
+    (r"heads$", _Range(1, 1 << 12)),
+    (r"head_dim$", _Range(1, 1 << 10)),
+    (r"seq_len", _Range(1, 1 << 17)),
+    (r"timesteps", _Range(1, 1 << 20)),
     (r"sample_(height|width)$|image_size$|img_size$", _Range(1, 1 << 13)),
     (
         r"\.(spatial_scaling|scaling_factor|rope_theta|latents_std)$|interpolation_scale$|ratio$|VAE\.scale$",
@@ -59,7 +62,11 @@ _RANGES = (
     ),
     (r"Scheduler\.(flow_|snr_)?shift(_scale)?$", _POSITIVE),
 )
-"""What numbers settings may be, by the first pattern that is found in "Class.setting"."""
+"""What numbers settings may be, by the first pattern that is found in "Class.setting".
+
+Upper bounds are far beyond published models. They bound the tables of positions that classes compute when they are
+built, before any weights are compared.
+"""
 _MISSTATED: dict[str, Any] = {
     "sigma_max": float | None,
     "shift_terminal": float | None,
@@ -101,9 +108,8 @@ def check_settings(
         if not allowed.accepts(value) or (value is None and name in needed):
             shown, expected = json.dumps(value)[:100], allowed.described(null=name not in needed)
             raise ValueError(f"{where} sets {name} to {shown}, expected {expected}; {remedy}")
-    if (
-        "text_config" in parts and "text_config" not in settings
-    ):  # older files have its settings beside the others
+    if "text_config" in parts and "text_config" not in settings:
+        # Older files have the settings of the text's network beside the others.
         rest = {name: value for name, value in settings.items() if name not in parameters}
         check_settings(rest, parts["text_config"], where, remedy)
 

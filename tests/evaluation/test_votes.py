@@ -83,20 +83,22 @@ def test_one_rater_has_no_agreement_and_may_leave_pairs_out(
 
 def test_sides_are_balanced_and_a_seed_repeats_them(comparison: Path, tmp_path: Path) -> None:
     keys = []
-    for number, (seed, pairs) in enumerate([(3, 7), (3, 7), (4, 7)]):
+    for number, (seed, pairs) in enumerate([(3, 7), (3, 7), (4, 7), (5, 8), (6, 8), (7, 8)]):
         folder = Path(shutil.copytree(comparison, tmp_path / str(number)))
         assert run("--study", folder, "--seed", str(seed), "--pairs", str(pairs)) == 0
         key = json.loads((folder / "study_key.json").read_text())
         assert key["seed"] == seed
         lefts = [pair["left"] for pair in key["pairs"].values()]
-        assert abs(lefts.count("policy") - lefts.count("baseline")) == 1
+        assert abs(lefts.count("policy") - lefts.count("baseline")) == pairs % 2
         assert all({pair["left"], pair["right"]} == {"policy", "baseline"} for pair in key["pairs"].values())
         shown = [(pair["prompt"], pair["index"]) for pair in key["pairs"].values()]
-        assert len(set(shown)) == 7
+        assert len(set(shown)) == pairs
         assert len({prompt for prompt, _ in shown}) == 4
         keys.append((lefts, shown))
     assert keys[0] == keys[1]
-    assert keys[0] != keys[2]
+    for one, other in ((keys[0], keys[2]), (keys[3], keys[4]), (keys[4], keys[5])):
+        assert one[0] != other[0], "the seed decides the sides"
+        assert one[1] != other[1], "and the order"
 
 
 def test_the_videos_of_a_pair_are_those_of_the_key(folder: Path) -> None:

@@ -42,7 +42,10 @@ VALUES = st.one_of(
         st.sampled_from(["a", "AutoTokenizer"]), st.sampled_from(["hostile.Class", 1]), max_size=1
     ),
 )
-ADDED = ["auto_map", "attn_implementation", "quantization_config", "_class_name", "tokenizer_class", "dtype"]
+ADDED = [
+    *("auto_map", "attn_implementation", "quantization_config", "_class_name", "tokenizer_class", "dtype"),
+    *("transformer_2", "boundary_ratio", "hidden_size", "num_hidden_layers", "num_attention_heads", "self"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ WRONG_SETTINGS = [
         {"in_channels": "4"},
         'transformer/config.json sets in_channels to "4", expected a whole number',
     ),
-    (TEXT, {"feed_forward_proj": "x"}, "config.json does not describe a UMT5EncoderModel that can be built"),
+    (TEXT, {"dense_act_fn": "x"}, "config.json does not describe a UMT5EncoderModel that can be built"),
     (
         TEXT,
         {"num_heads": 0},

@@ -138,6 +138,14 @@ def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: P
     assert "the VAE gives 8 latent channels and the transformer takes 4" in refused(folder)
 
 
+def test_a_schedule_without_noise_is_refused(folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    change(file, beta_start=1e-30, beta_end=1e-30, rescale_betas_zero_snr=False)
+    message = refused(folder)
+    assert f"{file} does not describe a scheduler that can run" in message
+    assert "where noise falls from 1 to 0" in message
+
+
 def test_a_text_encoder_of_zeros_is_refused(folder: Path) -> None:
     """Whichever of the two names the file stores the token table under, and whatever the other holds."""
     file = folder / "text_encoder" / "model.safetensors"

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vpo_engine.data.sprites.assets import load_policy
 from vpo_engine.models.opensora.checkpoint import (
     load_config,
     load_strict,
@@ -308,3 +309,11 @@ def test_the_public_loader_reads_a_saved_policy(folder, state):
     module.load_state_dict(loaded, strict=True)
     assert_holds(module, state)
     assert_holds(load_stdit3(folder), state)
+
+
+def test_a_policy_whose_config_asks_for_more_than_it_has_is_refused_by_its_weights(folder):
+    config = load_config(folder)
+    sizes = {"hidden_size": 1 << 20, "depth": 1}  # the weights would take some 100 TB
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    with pytest.raises(ValueError, match=r"is not a checkpoint of STDiT3, .* weights disagree"):
+        load_policy(folder)

@@ -182,6 +182,7 @@ def test_float32_modules_are_those_that_diffusers_keeps(folder: Path) -> None:
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
             r"has two transformers",
         ),
+        ("model_index.json", {"transformer_2": 3}, r"has two transformers"),
         ("transformer/config.json", {"image_dim": 1280}, r"image_dim is 1280: it starts from images"),
         ("scheduler/scheduler_config.json", {"solver_order": 3}, r"solver_order is 3, but must be 2"),
         (

@@ -15,6 +15,7 @@ from mutations import (
     starting,
     state,
     step,
+    strangers,
     survival,
     update,
     watch,
@@ -38,4 +39,5 @@ MUTATIONS = [
     *evaluation.MUTATIONS,
     *methods.MUTATIONS,
     *watch.MUTATIONS,
+    *strangers.MUTATIONS,
 ]

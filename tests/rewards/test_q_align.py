@@ -305,7 +305,11 @@ class TestLoading:
                 "hidden_size 32 is no multiple of num_attention_heads 5",
             ),
             ("preprocessor_config.json", {"crop_size": 448}, "has crop_size 448, but the model sees 28"),
-            ("preprocessor_config.json", {"image_mean": None}, "lacks image_mean or image_std"),
+            (
+                "preprocessor_config.json",
+                {"image_mean": None},
+                "sets image_mean to null, expected a list of 3",
+            ),
         ],
     )
     def test_wrong_settings(self, copy: Path, name: str, change: dict, message: str) -> None:

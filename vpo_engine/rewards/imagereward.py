@@ -221,7 +221,11 @@ def _read_tokenizer(folder: Path, config: BlipTextConfig) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_plain_tokenizer(folder / "tokenizer.json", REMEDY)
     elif (folder / "vocab.txt").is_file():
-        tokenizer = Tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
+        try:
+            words = models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]")
+        except Exception as error:  # the only class it raises
+            raise ValueError(f"{folder / 'vocab.txt'} cannot be read ({error}); {REMEDY}") from error
+        tokenizer = Tokenizer(words)
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     else:

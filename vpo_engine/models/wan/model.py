@@ -86,8 +86,8 @@ class Wan(FlowModel):
     @classmethod
     def check_index(cls, index: Mapping[str, Any], folder: Path) -> None:
         """See ``DiffusersModel``. Two experts would have to be trained in turn, which the engine does not do."""
-        second = index.get("transformer_2") or [None]
-        if index.get("boundary_ratio") is not None or second[0] is not None:
+        second = index.get("transformer_2")
+        if index.get("boundary_ratio") is not None or second not in (None, [None, None]):
             raise ValueError(
                 f"model.policy={folder} has two transformers (transformer_2, boundary_ratio="
                 f"{index.get('boundary_ratio')}), as Wan 2.2 A14B; the engine trains one. Give Wan2.1-T2V-1.3B, "
