@@ -171,6 +171,7 @@ class TestStrategies:
 
 
 class TestSequence:
+    @pytest.mark.long
     def test_a_process_that_holds_a_slice_computes_and_keeps_a_part(self) -> None:
         """Of two processes each has one prompt of its own, or a slice of both: at most three of five latent frames."""
         words = [
