@@ -70,6 +70,27 @@ def test_sprites_agree_with_themselves(capsys: pytest.CaptureFixture[str]) -> No
         assert f"\n{name} " in f"\n{shown}"
 
 
+@pytest.mark.parametrize(("scale", "wrong"), [(1.0, []), (1.01, ["guidance"])])
+def test_rounding_that_depends_on_the_batch_is_not_taken_for_wrong_guidance(
+    monkeypatch: pytest.MonkeyPatch, scale: float, wrong: list[str]
+) -> None:
+    """A trained network enlarges the rounding in which a batch of one differs from one of two."""
+    from vpo_engine.data.sprites.assets import WEIGHTS
+    from vpo_engine.models.opensora.model import OpenSora
+
+    exact = OpenSora.predict
+
+    def predict(
+        self: OpenSora, network: Any, latents: Tensor, t: Tensor, text: Any, guidance: float = 1.0
+    ) -> Tensor:
+        if guidance != 1.0:
+            return exact(self, network, latents, t, text, scale * guidance)
+        return exact(self, network, latents, t, text) * (1 + 1e-3 * (len(latents) == 1))
+
+    monkeypatch.setattr(OpenSora, "predict", predict)
+    assert [row.name for row in rows(WEIGHTS / "policy", "sprites") if row.ok is False] == wrong
+
+
 def _solver(steps: int) -> EulerFlow:
     return EulerFlow([1000 - 1000 * k / steps for k in range(steps)], [-1 / steps] * steps)
 

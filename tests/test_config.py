@@ -61,7 +61,7 @@ def test_overrides_replace_and_scientific_notation_is_a_number() -> None:
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("objective.betta=3", "unknown key objective.betta; did you mean objective.beta?"),
+        ("objective.betta=3", "argument: unknown key objective.betta; did you mean objective.beta?"),
         ("lr=1", "did you mean optimizer.lr?"),
         ("rolout.candidates=4", "unknown key rolout; did you mean rollout?"),
         ("rollout.candidates=1", "argument rollout.candidates=1 must be at least 2"),

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import vpo_engine
 from tools import sbom, wheels
+from vpo_engine import cli
 
 ROOT = Path(__file__).parents[1]
 ENGINE_METADATA = (
@@ -159,3 +161,54 @@ def test_the_container_installs_packages_within_the_bounds() -> None:
         assert each.specifier.contains(pinned[name]), (
             f"container/constraints.txt has {name} {pinned[name]}, not {each}"
         )
+
+
+def test_the_container_names_what_exists() -> None:
+    """Its files, its Python, the packages of the system that it calls, and the commands of the engine."""
+    text = (ROOT / "Containerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    copied = [line.split()[1:-1] for line in text.splitlines() if re.match(r"COPY (?!--from)", line)]
+    files = [file for files in copied for file in files]
+    assert "container/constraints.txt" in files
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert not {*files, "container", "vpo_engine", "kernels", "tools", "configs"} & set(ignored)
+    assert "!vpo_engine/**/*.safetensors" in ignored, "the shipped weights are part of the wheel"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pythons = set(re.findall(r"python(3\.\d+)", text))
+    page = (ROOT / "docs/how_to/container.md").read_text(encoding="utf-8")
+    assert len(pythons) == 1
+    (python,) = pythons
+    assert SpecifierSet(project["requires-python"]).contains(python)
+    assert f"Python {python}" in page
+    assert f"--python-version {python} " in page
+    installed = [set(found.split()) for found in re.findall(r"--no-install-recommends ([^&]+)&&", text)]
+    assert all({f"python{python}-venv", f"python{python}-dev"} <= each for each in installed)
+    assert {"g++", "make"} <= installed[0], "the kernels are compiled in the first stage"
+    assert {"gcc", "tini"} <= installed[1], "Triton compiles, and the container begins with tini"
+    assert (
+        set(re.findall(r"(?:^RUN |\[\")vpo\W+(\w+)", text, re.MULTILINE)) == {"doctor"} <= set(cli.COMMANDS)
+    )
+
+
+def test_the_container_builds_the_wheels_that_it_installs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "Containerfile").read_text(encoding="utf-8")
+    found = re.search(r"^RUN python -m tools\.wheels (\S+) (.+)$", text, re.MULTILINE)
+    assert found is not None
+    with pytest.raises(SystemExit):
+        wheels.main(["--help"])
+    known = capsys.readouterr().out
+    assert [word for word in found[2].split() if f"{word} " not in known] == []
+    assert f"COPY --from=build {found[1]} /tmp/wheels" in text
+    assert all(f"/tmp/wheels/{name}" in text for name in ("vpo_engine-*.whl", "vpo_kernels-*-abi3-*.whl"))
+
+
+def test_the_image_of_cuda_is_not_newer_than_the_cuda_of_torch() -> None:
+    """The driver that the base asks for is one that torch's CUDA libraries run with: the same major version."""
+    base = re.search(r"nvidia/cuda:(\d+)\.(\d+)", (ROOT / "Containerfile").read_text(encoding="utf-8"))
+    pinned = re.search(
+        r"cuda-toolkit==(\d+)\.(\d+)", (ROOT / "container/constraints.txt").read_text(encoding="utf-8")
+    )
+    assert base is not None
+    assert pinned is not None
+    assert base[1] == pinned[1]
+    assert int(base[2]) <= int(pinned[2])

@@ -244,7 +244,6 @@ def with_options(source: PolicySource, options: SampleOptions) -> PolicySource:
 
 def changed_config(config: Config, options: SampleOptions) -> Config:
     """Return the settings changed by options. Raise ValueError for what the model's family cannot do."""
-    from vpo_engine.config_file import dump_config, parse_config
     from vpo_engine.models.registry import model_family
 
     family = model_family(config.model.kind)
@@ -262,7 +261,7 @@ def changed_config(config: Config, options: SampleOptions) -> Config:
         if options.size is not None:
             changed |= family.size_settings(*options.size)
         model = config.model.model_copy(update=changed)
-        config = parse_config(dump_config(config.model_copy(update={"model": model})), "the settings")
+        config = _validated(config.model_copy(update={"model": model}))
         family.check(model)
     except ValueError as error:
         height, width = options.size or (0, 0)
@@ -277,6 +276,18 @@ def changed_config(config: Config, options: SampleOptions) -> Config:
         }
     )
     return config.model_copy(update={"model": model, "rollout": rollout})
+
+
+def _validated(config: Config) -> Config:
+    """Return the configuration checked as a whole. Raise ValueError for settings that do not go together."""
+    from pydantic import ValidationError
+
+    from vpo_engine.config.errors import explain
+
+    try:
+        return type(config).model_validate(config.model_dump())
+    except ValidationError as error:
+        raise ValueError(explain(error, type(config), {})) from error
 
 
 def load_source(source: PolicySource, say: Callable[[str], None] = print) -> VideoModel:

@@ -17,6 +17,7 @@ from vpo_engine.planning.estimate import PhasePlan, Plan
 from vpo_engine.planning.gpus import GIB, GPUS
 from vpo_engine.planning.links import EFFICIENCY, Cluster, make_cluster
 from vpo_engine.planning.parts import Assumed, blueprint_of
+from vpo_engine.planning.planner import plan_run
 from vpo_engine.planning.scaling_report import comparison, started
 from vpo_engine.planning.sequence_bytes import sequence_bytes
 from vpo_engine.planning.strategies import Refused, Row, Strategy, compare, divided, recommended
@@ -170,6 +171,25 @@ class TestStrategies:
 
 
 class TestSequence:
+    @pytest.mark.long
+    def test_a_process_that_holds_a_slice_computes_and_keeps_a_part(self) -> None:
+        """Of two processes each has one prompt of its own, or a slice of both: at most three of five latent frames."""
+        words = [
+            "pairs_per_step=2",
+            "rollout.candidates=2",
+            "rollout.steps=2",
+            "objective.micro_batch_size=1",
+        ]
+        own, slices = (
+            {phase.name: phase for phase in plan_run(config, GPUS["h200"], 2).phases}
+            for config in (
+                load_config(None, [*words, f"distributed.sequence_parallel={size}"]) for size in (1, 2)
+            )
+        )
+        for name in ("rollout", "update"):
+            assert 0.95 < slices[name].flops / own[name].flops < 2 * 3 / 5 * 1.05
+        assert slices["update"].bytes["activations"] < 0.8 * own["update"].bytes["activations"]
+
     def test_bytes_of_a_pass_without_values_are_those_of_the_formulas(self) -> None:
         """The slices of the sprites world's five latent frames are three and two: the first process sends of three."""
         config = load_config(None, ["distributed.sequence_parallel=2", "model.dtype=float32"])

@@ -78,7 +78,8 @@ def _explain_one(
 ) -> str:
     key, first = ".".join(keys), items[0]
     if first["type"] == "extra_forbidden":
-        return f"{_place(key, origins)}unknown key {one_line(shortened(key))}{_nearest_key(keys, kind)}"
+        place = _place(key, origins).replace(f"{ARGUMENT} ", f"{ARGUMENT}: ")
+        return f"{place}unknown key {one_line(shortened(key))}{_nearest_key(keys, kind)}"
     message = " or ".join(dict.fromkeys(_constraint(item) for item in items))
     if not keys:
         return message + _named_places(message, kind, origins)

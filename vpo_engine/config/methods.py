@@ -39,7 +39,7 @@ class MethodCard:
     reward_gradient: bool = False
     seen: str = (
         "{prompts:,} prompts were drawn in {steps:,} steps, and {videos:,} videos sampled for them by the policy "
-        "itself; {pairs:,} pairs of best and worst were learned from, the others were ties."
+        "itself; {pairs:,} pairs of best and worst were learned from; ties were left out."
     )
     unused: tuple[str, ...] = ()
 

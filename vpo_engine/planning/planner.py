@@ -110,7 +110,7 @@ def _as_traced(config: Config) -> Config:
         "evaluation": EvaluationConfig(),
         "checkpoint": CheckpointConfig(),
         "log": LogConfig(),
-        "distributed": DistributedConfig(),
+        "distributed": DistributedConfig(sequence_parallel=config.distributed.sequence_parallel),
         "disk": DiskConfig(),
         "seed": 0,
     }
