@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         upload_folder=upload,
         repo_info=lambda repo: SimpleNamespace(private=True),
     )
+    importlib.import_module("transformers.utils.hub")  # it derives types from the class of the library
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
     return api
 
