@@ -107,9 +107,9 @@ class TestComparison:
         self, sprites: list[Row]
     ) -> None:
         whole, shared = (of(sprites, f"data parallel, {name}") for name in ("own prompts", "a video over 2"))
-        assert category(shared, "activations") == category(whole, "activations"), (
-            "halves of twice as many pairs"
-        )
+        # Halves of twice as many pairs: of five latent frames one process has three, and each has the whole text.
+        ratio = category(shared, "activations") / category(whole, "activations")
+        assert 1 < ratio < 2 * 3 / 5, "whole videos would be twice as much"
         assert {transfer.purpose: transfer.ranks for transfer in shared.sends} == {
             "gradients": 4,
             "sequence": 2,
