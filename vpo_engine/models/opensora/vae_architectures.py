@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from vpo_engine.models.opensora.vae_temporal import TemporalConfig
+
+Architecture = TypeVar("Architecture")
 
 SPATIAL_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers": {
@@ -52,18 +54,16 @@ class PublishedParts:
 
 
 def spatial_architecture(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of AutoencoderKL for the spatial half. ValueError for a name that is not known."""
     if "spatial_config" in config:
         return config["spatial_config"]
     name = config.get("vae_2d", {}).get("from_pretrained")
-    if name not in SPATIAL_ARCHITECTURES:
-        raise ValueError(
-            f"vae_2d.from_pretrained is {name!r}, an architecture not known here "
-            f"(known: {', '.join(SPATIAL_ARCHITECTURES)}); give AutoencoderKL arguments as 'spatial_config'"
-        )
-    return SPATIAL_ARCHITECTURES[name]
+    remedy = "give AutoencoderKL arguments as 'spatial_config'"
+    return _named("vae_2d.from_pretrained", name, SPATIAL_ARCHITECTURES, remedy)
 
 
 def temporal_architecture(config: Mapping[str, Any]) -> TemporalConfig:
+    """Return the sizes of the temporal half. ValueError for unknown keys, and for a name that is not known."""
     if "temporal_config" in config:
         known = [field.name for field in fields(TemporalConfig)]
         unknown = sorted(set(config["temporal_config"]) - set(known))
@@ -71,9 +71,12 @@ def temporal_architecture(config: Mapping[str, Any]) -> TemporalConfig:
             raise ValueError(f"temporal_config has unknown keys {unknown}; known: {', '.join(known)}")
         return TemporalConfig(**config["temporal_config"])
     name = config.get("vae_temporal", {}).get("type")
-    if name not in TEMPORAL_ARCHITECTURES:
+    return _named("vae_temporal.type", name, TEMPORAL_ARCHITECTURES, "give its sizes as 'temporal_config'")
+
+
+def _named(key: str, name: str | None, known: Mapping[str, Architecture], remedy: str) -> Architecture:
+    if name is None or name not in known:
         raise ValueError(
-            f"vae_temporal.type is {name!r}, an architecture not known here "
-            f"(known: {', '.join(TEMPORAL_ARCHITECTURES)}); give its sizes as 'temporal_config'"
+            f"{key} is {name!r}, an architecture not known here (known: {', '.join(known)}); {remedy}"
         )
-    return TEMPORAL_ARCHITECTURES[name]
+    return known[name]
