@@ -8,7 +8,7 @@ from vpo_engine.reproducing.cells import Cell
 _CANDIDATE, _CACHED, _DECODED, _SAMPLE = 0.073, 0.58, 0.022, 0.052
 """Processor seconds of a candidate's 12 sampling steps; the share of that with rollout.cache; of decoding and scoring a
 video; of a pair at one timestep in an update. Measured on one core of an Intel Xeon."""
-_CLIP, _START, _GROUP, _PLAN = 0.12, 12.0, 11.0, 30.0
+_CLIP, _START, _GROUP, _PLAN = 0.095, 8.0, 11.0, 30.0
 """Processor seconds of a held-out clip with its scores; of a run's start and report; of a ranked group; of a plan."""
 
 
