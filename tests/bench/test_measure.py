@@ -61,6 +61,7 @@ def test_a_rotation_outgrows_the_caches(set_bytes: int) -> None:
     assert length * set_bytes >= 4 * cache_bytes()
 
 
+@pytest.mark.long
 def test_copy_rate_is_that_of_memory() -> None:
     assert 1e8 < copy_bytes_per_second(2**20) < 1e13
 

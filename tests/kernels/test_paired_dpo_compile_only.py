@@ -30,6 +30,11 @@ pytestmark = pytest.mark.skipif(
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
+def long(*values: Any, id: str | None = None) -> Any:
+    """A case that CI compiles, and that a shorter run leaves to the others."""
+    return pytest.param(*values, id=id, marks=pytest.mark.long)
+
+
 @pytest.fixture(autouse=True)
 def launched_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "launches", lambda _: backend._GPU)
@@ -76,9 +81,9 @@ EVERYTHING = Options(500.0, 1.0, "mean", 0.1, 0.5)
     ("capability", "dtypes", "extras"),
     [
         (A100, (BF16, BF16, FP32), False),
-        (H100, (BF16, BF16, BF16), False),
+        long(H100, (BF16, BF16, BF16), False),
         (H100, (FP32, FP32, FP32), True),
-        (B200, (BF16, BF16, FP32), False),
+        long(B200, (BF16, BF16, FP32), False),
     ],
 )
 def test_contiguous_samples_move_in_16_bytes(
@@ -108,12 +113,11 @@ def test_finish(capability: int, options: Options | None) -> None:
 @pytest.mark.parametrize(
     ("capability", "variant"),
     [
-        (A100, {"shape": ODD}),
-        (A100, {"shape": P720, "offset": 1}),
-        (H100, {"shape": P720, "mask": (1, 1, 20, 1, 1)}),
-        (H100, {"shape": P720, "channels_last": True, "wanted": (True, False)}),
+        long(A100, {"shape": ODD}, id="odd size"),
+        long(A100, {"shape": P720, "offset": 1}, id="odd address"),
+        pytest.param(H100, {"shape": P720, "mask": (1, 1, 20, 1, 1)}, id="mask"),
+        long(H100, {"shape": P720, "channels_last": True, "wanted": (True, False)}, id="strides"),
     ],
-    ids=["odd size", "odd address", "mask", "strides"],
 )
 def test_other_samples_compile_without_spills(capability: int, variant: dict[str, Any]) -> None:
     launched = run(dtypes=(BF16, BF16, FP32), **variant)
@@ -125,6 +129,7 @@ def test_other_samples_compile_without_spills(capability: int, variant: dict[str
             assert binary.vector_loads >= 12
 
 
+@pytest.mark.long
 def test_rocm() -> None:
     launched = run(P720, (BF16, BF16, FP32), noise=True, options=EVERYTHING)
     for launch in launched.values():

@@ -125,7 +125,7 @@ class OneBlock(nn.Module):
     ("channels", "lr", "steps", "rounding"),
     [
         *((144, 8e-5, 25, rounding) for rounding in ROUNDINGS),
-        *((1152, 1e-4, 2, rounding) for rounding in ROUNDINGS),
+        *(pytest.param(1152, 1e-4, 2, rounding, marks=pytest.mark.long) for rounding in ROUNDINGS),
     ],
 )
 def test_on_a_block_with_noise_and_drift(rounding: str, channels: int, lr: float, steps: int) -> None:

@@ -52,7 +52,16 @@ def launch_temporal_attention(samples: int, frames: int, patches: int) -> None:
 LAUNCHERS = [launch_modulated_norm, launch_gated_residual, launch_qk_norm_rope, launch_temporal_attention]
 
 
-@pytest.mark.parametrize(("size", "capability"), [(size, gpu) for size in SIZES for gpu in (A100, H100)])
+@pytest.mark.parametrize(
+    ("size", "capability"),
+    [
+        ("720p x 68", H100),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("720p x 68", A100), ("240p x 17", H100), ("240p x 17", A100))
+        ),
+    ],
+)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_compiles_without_spills_and_with_whole_vectors(launcher, size: str, capability: int) -> None:
     modules = (modulated_norm, gated_residual, qk_norm_rope, temporal_attention, triton_parts)
