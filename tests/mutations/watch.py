@@ -28,7 +28,13 @@ MUTATIONS = [
         SUMS,
     ),
     ("a drift down counts as one up", CUSUM, 'change if way == "+" else -change', "change", SUMS),
-    ("what is normal is learned for ever", CUSUM, "len(self.seen) >= FIRST", "len(self.seen) >= 99", SUMS),
+    (
+        "what is normal is learned for ever",
+        CUSUM,
+        "len(self.seen) >= self.first",
+        "len(self.seen) >= 99",
+        SUMS,
+    ),
     (
         "saturation is tolerated",
         WATCH,
