@@ -52,8 +52,14 @@ MUTATIONS = [
         REPLAYS,
     ),
     ("less motion does not", WATCH, 'Drift(MOTION_TOLERATED, "-",', 'Drift(MOTION_TOLERATED, "+",', REPLAYS),
-    ("a blind score alone raises the alarm", WATCH, "step, -change, self", "step, 9.0, self", REPLAYS),
-    ("scores that read the prompt should fall", WATCH, "step, -change, self", "step, change, self", REPLAYS),
+    ("a blind score alone raises the alarm", WATCH, "step, -change, *self", "step, 9.0, *self", REPLAYS),
+    (
+        "scores that read the prompt should fall",
+        WATCH,
+        "step, -change, *self",
+        "step, change, *self",
+        REPLAYS,
+    ),
     (
         "a fall alone raises the alarm",
         WATCH,
