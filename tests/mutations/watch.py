@@ -27,6 +27,27 @@ MUTATIONS = [
         "math.log(steps) / (4 * clearance)",
         SUMS,
     ),
+    (
+        "two prompts a step are learned from for four steps",
+        CUSUM,
+        "max(FIRST, math.ceil(_FREEDOM / (prompts - 1)))",
+        "FIRST",
+        SUMS,
+    ),
+    (
+        "the spread of many steps says nothing about their noise",
+        CUSUM,
+        "if len(seen) >= _FREEDOM:",
+        "if False:",
+        SUMS,
+    ),
+    (
+        "a run learns as if it had eight prompts a step",
+        WATCH,
+        "first = steps_to_learn(config.pairs_per_step)",
+        "first = steps_to_learn(8)",
+        REPLAYS,
+    ),
     ("a drift down counts as one up", CUSUM, 'change if way == "+" else -change', "change", SUMS),
     (
         "what is normal is learned for ever",
