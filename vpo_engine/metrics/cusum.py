@@ -16,10 +16,10 @@ FIRST = 4
 """Fewest steps from which it is learned what is normal."""
 _FREEDOM = 28
 """Least degrees of freedom of the standard error that is learned: those of 4 steps of 8 prompts. With the 4 of 4 steps
-of 2 prompts the error is often far too small, and a third of 300 honest steps of four looks raises an alarm."""
+of 2 prompts the error is often far too small: a third of honest runs of 300 steps raised an alarm."""
 STEPS_TO_FALSE_ALARM = 1.6e7
 """Mean number of steps to a false alarm of one sum. A run has 12 of them, and one for each score that reads the prompt:
-of 10,000 steps without any change about one run in a hundred raises an alarm."""
+of 10,000 steps without any change about one run in a hundred would raise an alarm if the noise were known exactly."""
 _LEAST_CLEARANCE = 1.25
 """Least distance of the tolerance from what is normal, in standard errors of a step; see ``Cusum``. A change is
 noticed within five steps if it lies threshold(c) / 5 above a tolerance at a distance of c; so it is of the smallest
