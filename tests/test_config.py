@@ -251,7 +251,9 @@ def test_only_a_bare_name_means_a_shipped_file(tmp_path: Path, monkeypatch: pyte
 def test_what_a_valid_configuration_does_unexpectedly_is_noted() -> None:
     assert notes(load_config(None)) == []
     (short,) = notes(load_config(None, ["steps=4"]))
-    assert "optimizer.warmup_steps=5 is not below the 4 optimizer steps" in short
+    assert "optimizer.warmup_steps=5 is not below the 4 optimizer steps of" in short
+    (single,) = notes(load_config(None, ["steps=1"]))
+    assert "optimizer.warmup_steps=5 is not below the 1 optimizer step of" in single
     (single,) = notes(load_config(None, ["reference.refresh_every=1"]))
     assert "the margin is always 0" in single
 

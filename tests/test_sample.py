@@ -196,6 +196,11 @@ class TestStart:
             1,
             "model.policy=gone: there is no such folder or weights file; check the path (relative to",
         ),
+        (
+            ["model.policy=/gone", "--prompt", RED],
+            1,
+            "check the path; docs/tutorials says where models are published",
+        ),
         (["RUN1", "RUN2"], 2, "give one RUN, got 2: RUN1, RUN2; call sample for each of them"),
         (["--count", "0"], 1, "--count 0 must be from 1 to 10000 videos for each prompt"),
         (["--prompt", " "], 1, "--prompt number 1 is ' '; give it words, or leave it out"),

@@ -86,7 +86,10 @@ def _require(config: Config, settings: Sequence[tuple[str, str]]) -> None:
             continue
         if not os.path.exists(path):
             where = "" if os.path.isabs(path) else f" (relative to {os.getcwd()})"
-            raise ValueError(f"{key}={shortened(str(path))}: there is no such {kind}; check the path{where}")
+            published = "; docs/tutorials says where models are published" if (key, kind) in _OF_MODEL else ""
+            raise ValueError(
+                f"{key}={shortened(str(path))}: there is no such {kind}; check the path{where}{published}"
+            )
         if kind in ("folder", "file") and os.path.isdir(path) != (kind == "folder"):
             raise ValueError(f"{key}={path} must be a {kind}; check the path")
         if not os.path.isdir(path) and (reason := why_no_file(path, kind)):

@@ -22,6 +22,7 @@ from vpo_engine.method import embed_prompts
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.rollout.preference_dataset import PairRecorder, SampledPairs, StoredPairs
 from vpo_engine.rollout.preferred_files import FilePairs
+from vpo_engine.texts import counted
 from vpo_engine.values import Choice, Prompt
 
 
@@ -55,6 +56,19 @@ class OfflineDPO(OnlineVPO):
                 self._sample_pairs(self.stream, folder, say)
             else:
                 self.stream.check(self.model.latent_shape)
+        self._say_pairs(len(self.stream), say)
+
+    def _say_pairs(self, count: int, say: Callable[[str], None]) -> None:
+        """Say how many pairs there are, and what follows where a step has room for more."""
+        size = self.config.pairs_per_step
+        ties = self.stream.ties
+        say(f"pairs: {count}" + (f", of which {counted(ties, 'tie')} will not be trained on" if ties else ""))
+        if count < size:
+            say(
+                f"note: that is fewer than pairs_per_step={size}, so every step trains on the same pairs, each "
+                f"{size / count:.2g} times with noise of its own. The policy soon knows them by heart, and its videos "
+                f"of other prompts may get worse. Give more pairs, or set pairs_per_step={count} and few steps"
+            )
 
     def _sample_pairs(self, stream: SampledPairs, folder: Path, say: Callable[[str], None]) -> None:
         """Let the policy of the start sample, step by step as in OnlineVPO, what is not in ``folder`` yet."""

@@ -58,7 +58,8 @@ def _plan(given: argparse.Namespace, unknown: Sequence[str]) -> int:
     if cluster is not None:
         from vpo_engine.planning.answer import print_comparison
 
-        print_comparison(config, find_gpu(given.gpu), cluster, machine=given.json)
+        words = [*([] if source is None else [str(source)]), *overrides]
+        print_comparison(config, find_gpu(given.gpu), cluster, given=words, machine=given.json)
         return 0
     from vpo_engine.planning.answer import print_plan
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import statistics
 
 import pytest
 
 from vpo_engine.metrics import cusum
-from vpo_engine.metrics.cusum import Cusum, Drift, threshold
+from vpo_engine.metrics.cusum import FIRST, Cusum, Drift, steps_to_learn, threshold
 
 
 def steps_to_alarm(change: float, seed: int, most: int, tolerance: float = 1.0) -> int:
@@ -80,6 +81,37 @@ def test_a_drift_counts_from_the_first_steps_and_in_its_ways(ways: str, sign: in
     if raised:
         assert drift.limit() == 60.0 + sign * 5.0
         assert drift.since == 9  # changes up to half of the deviation of 10 are tolerated
+
+
+def first_alarm(prompts: int, seed: int, first: int, shift: float = 0.0) -> int | None:
+    """Return when 150 steps raise an alarm; ``shift``: a change after step 50, in deviations of a prompt's videos.
+
+    Prompts differ with a deviation of 1, and the videos of one prompt, of which a step has four, with 0.5.
+    """
+    noise, drift = random.Random(seed), Drift(0.75, "+-", first=first)
+    for step in range(1, 151):
+        means = [noise.gauss(shift * (step > 50), (1 + 0.25 / 4) ** 0.5) for _ in range(prompts)]
+        error = 0.5 if prompts == 1 else statistics.stdev(means) / prompts**0.5
+        if drift(step, statistics.fmean(means), 1.25**0.5, error) >= 1:
+            return step
+    return None
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 4])
+def test_steps_of_few_prompts_are_learned_from_for_longer_so_that_honest_ones_raise_no_alarm(
+    prompts: int,
+) -> None:
+    """The four steps that are enough for eight prompts take the noise of one or two for far smaller than it is."""
+    first = steps_to_learn(prompts)
+    assert [first_alarm(prompts, seed, first) for seed in range(40)] == [None] * 40
+    if prompts < 4:
+        assert sum(first_alarm(prompts, seed, FIRST) is not None for seed in range(40)) >= 4
+    late = [first_alarm(prompts, seed, first, shift=6.0) for seed in range(10)]
+    assert all(step is not None and 50 < step <= 56 for step in late)
+
+
+def test_steps_of_eight_prompts_or_more_are_learned_from_as_ever() -> None:
+    assert [steps_to_learn(prompts) for prompts in (1, 2, 3, 4, 8, 16)] == [29, 28, 14, 10, FIRST, FIRST]
 
 
 def test_a_statistic_that_never_varies_is_never_judged() -> None:

@@ -281,6 +281,20 @@ def test_honest_runs_of_ten_thousand_steps_raise_no_alarm(seed: int) -> None:
     assert replay(synthetic(1, 10_000, seed=seed)) == []
 
 
+def test_a_run_of_two_prompts_a_step_learns_for_longer_what_is_normal() -> None:
+    """What changes at step 9 belongs to what such a run still calls normal; with eight prompts it is an alarm."""
+    fall = {"watch/brightness": towards(-20.0, 5), "watch/motion": towards(-1.0, 5)}
+    rows = synthetic(9, 27, **fall)
+    levels = {}
+    for prompts in (2, 8):
+        watch = StepWatch(load_config(None, [f"pairs_per_step={prompts}"]))
+        found = [watch.observe(row["step"], row)[0] for row in rows if row["kind"] == "train"]
+        for kind in ("style", "motion"):
+            levels[prompts, kind] = max(row[f"guards/level/{kind}"] for row in found)
+    assert (levels[2, "style"], levels[2, "motion"]) == (0.0, 0.0)
+    assert min(levels[8, "style"], levels[8, "motion"]) >= 1.0
+
+
 def test_a_resumed_watch_goes_on_as_if_never_stopped() -> None:
     """The state goes through JSON, as a checkpoint's does."""
     rows = synthetic(6, 20, **UNIRL, sigmoid_saturation=lambda since: 0.9)

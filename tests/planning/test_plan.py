@@ -104,7 +104,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(monkeypatc
     assert train.main(["memory.limit_gib=0.001", "model.device=cpu", *FEW]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: the run needs 0.")
-    assert "GiB in update, most of it activations" in error
+    assert "GiB in update, the largest part activations" in error
     assert "may take 0.00 GiB (memory.limit_gib=0.001)" in error
     assert "no single setting makes it fit" in error
     assert "memory.overcommit=true" in error

@@ -273,17 +273,21 @@ class TestCommand:
         settings = {"distributed.engine": "deepspeed", "distributed.offload_optimizer": True}
         rows[1] = replace(rows[1], strategy=Strategy("zero", settings))
         refused = [Refused(Strategy(name, {}), "because") for name in ("one", "two")]
-        said = comparison(machines, rows, refused)
+        given = ["mine.yaml", "prompts.train=my prompts.txt"]
+        said = comparison(machines, rows, refused, given)
         lines = said.splitlines()
         assert lines[0] == "16 GPUs (2 machines of 8; nvlink3 within, 8x-hdr between them)"
         assert "NO" in next(line for line in lines if line.startswith("whole"))
         assert "yes" in next(line for line in lines if line.startswith("zero"))
         assert "left out: one; two: because" in lines
         assert "a model, not a measurement" in said
-        assert started(rows[1], machines) == (
+        command = started(rows[1], machines, given)
+        assert lines[-1] == f"  {command}"
+        assert max(map(len, lines[:-1])) <= 118
+        assert command == (
             "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-id=mine --rdzv-endpoint=FIRST_MACHINE:29500 "
-            "--nproc-per-node=8 -m vpo_engine.train CONFIG distributed.engine=deepspeed "
-            "distributed.offload_optimizer=true"
+            "--nproc-per-node=8 -m vpo_engine.train mine.yaml 'prompts.train=my prompts.txt' "
+            "distributed.engine=deepspeed distributed.offload_optimizer=true"
         )
 
     @pytest.mark.long

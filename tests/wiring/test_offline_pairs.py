@@ -70,6 +70,17 @@ def test_pairs_of_a_file_reach_the_loss_in_their_order_again_and_again(
     assert not all(torch.equal(value, engine.policy_of(run, 3)[name]) for name, value in final.items())
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_run_says_how_many_pairs_there_are_and_if_a_step_has_room_for_more(
+    tmp_path: Path, preferences: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    engine.train(from_file(tmp_path, preferences, f"pairs_per_step={size}", "steps=1"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "pairs: 3 " in said
+    assert ("that is fewer than pairs_per_step=4" in said) == (size == 4)
+    assert ("each 1.3 times with noise of its own" in said) == (size == 4)
+
+
 def test_a_json_file_gives_the_same_run(tmp_path: Path, preferences: Path) -> None:
     engine.train(from_file(tmp_path / "csv", preferences))
     lines = [line.split(",") for line in preferences.read_text().splitlines()[1:]]

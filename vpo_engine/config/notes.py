@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vpo_engine.config.run import Config
+from vpo_engine.texts import counted
 
 
 def notes(config: Config) -> list[str]:
@@ -11,8 +12,8 @@ def notes(config: Config) -> list[str]:
     warmup, steps = config.optimizer.warmup_steps, config.optimizer_steps
     if warmup >= steps:
         found.append(
-            f"optimizer.warmup_steps={warmup} is not below the {steps} optimizer steps of the run: the learning rate "
-            f"reaches optimizer.lr at the last step"
+            f"optimizer.warmup_steps={warmup} is not below the {counted(steps, 'optimizer step')} of the run: the "
+            "learning rate reaches optimizer.lr at the last step"
         )
     if config.left_out:
         found.append(

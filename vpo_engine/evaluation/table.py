@@ -9,7 +9,7 @@ from typing import Any
 from vpo_engine.evaluation.chosen_metrics import HEADINGS
 from vpo_engine.evaluation.paired import Comparison, verdict
 from vpo_engine.evaluation.results import all_measures
-from vpo_engine.metrics.summary import WIDTH, aligned, places_for
+from vpo_engine.metrics.summary import PLACES, WIDTH, aligned, places_for
 from vpo_engine.texts import counted
 
 _NAMED = 5
@@ -30,9 +30,25 @@ def format_results(results: Mapping[str, Any]) -> str:
             group = entry["group"]
             rows.append((f"{HEADINGS[group]}:", *[""] * (len(heads) - 1)))
         rows.append(tuple(_compared_row(entry) if compared else _single_row(entry)))
-    lines = [*_wrapped(heading(results)), "", *aligned(rows), *_wrapped(quality_line(results)), ""]
+    lines = [*_wrapped(heading(results)), "", *_fitted(rows), *_wrapped(quality_line(results)), ""]
     lines += _wrapped(results["statistics"]) if results["statistics"] else []
     return "\n".join([*lines, *note_lines(results), *problem_lines(results)]).rstrip()
+
+
+def _fitted(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align rows; where that is wider than a terminal, each label gets a line of its own, above its numbers."""
+    lines = aligned(rows)
+    if max(map(len, lines)) <= WIDTH:
+        return lines
+    # A row without a p, such as a number of all videos, has no verdict but a remark, which follows its label.
+    remarked = [row[-1] != "" and row[-2] == "" for row in rows]
+    numbers = aligned(
+        [("  ", *row[1:-1], "" if remark else row[-1]) for row, remark in zip(rows, remarked, strict=True)]
+    )
+    labels = [
+        f"{row[0]}: {row[-1]}" if remark else row[0] for row, remark in zip(rows, remarked, strict=True)
+    ]
+    return [line for pair in zip(labels, numbers, strict=True) for line in pair if line]
 
 
 def quality_line(results: Mapping[str, Any]) -> str:
@@ -42,10 +58,10 @@ def quality_line(results: Mapping[str, Any]) -> str:
     return f"VBench's quality score, of its seven dimensions: {found}" if found else ""
 
 
-def number_cells(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of an entry's numbers, with as many digits as the bounds justify."""
+def number_cells(entry: Mapping[str, Any], most: int = 8) -> dict[str, str]:
+    """Return the texts of an entry's numbers, with as many decimal places as the bounds justify, at most ``most``."""
     found = entry.get("comparison")
-    places = places_for(found["low"], found["high"]) if found else 4
+    places = places_for(found["low"], found["high"], most) if found else 4
     cells = {role: _number(entry.get(role), places) for role in ("policy", "baseline")}
     if found is None:
         return {**cells, "difference": "", "bounds": "", "wins": "", "p": "", "result": _set_result(entry)}
@@ -108,7 +124,7 @@ def _some(where: str, problems: Mapping[str, str]) -> list[str]:
 
 
 def _compared_row(entry: Mapping[str, Any]) -> list[str]:
-    cells = number_cells(entry)
+    cells = number_cells(entry, PLACES)
     keys = ("baseline", "policy", "difference", "bounds", "wins", "p", "result")
     return [f" {title(entry)}", *(cells[key] for key in keys)]
 

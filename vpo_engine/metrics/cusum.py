@@ -7,15 +7,19 @@ from the wanted rate of false alarms by Siegmund's approximation (D. Siegmund, S
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 FIRST = 4
-"""Steps from which it is learned what is normal."""
+"""Fewest steps from which it is learned what is normal."""
+_FREEDOM = 28
+"""Least degrees of freedom of the standard error that is learned: those of 4 steps of 8 prompts. With the 4 of 4 steps
+of 2 prompts the error is often far too small: a third of honest runs of 300 steps raised an alarm."""
 STEPS_TO_FALSE_ALARM = 1.6e7
 """Mean number of steps to a false alarm of one sum. A run has 12 of them, and one for each score that reads the prompt:
-of 10,000 steps without any change about one run in a hundred raises an alarm."""
+of 10,000 steps without any change about one run in a hundred would raise an alarm if the noise were known exactly."""
 _LEAST_CLEARANCE = 1.25
 """Least distance of the tolerance from what is normal, in standard errors of a step; see ``Cusum``. A change is
 noticed within five steps if it lies threshold(c) / 5 above a tolerance at a distance of c; so it is of the smallest
@@ -28,6 +32,14 @@ def threshold(clearance: float) -> float:
     """Return the threshold of a sum of unit normal steps that fall by ``clearance`` on the average."""
     steps = 2 * clearance**2 * STEPS_TO_FALSE_ALARM
     return max(math.log(steps) / (2 * clearance) - _OVERSHOOT, 1.0)
+
+
+def steps_to_learn(prompts: int) -> int:
+    """Return from how many steps of ``prompts`` prompts it is learned what is normal.
+
+    A step of a single prompt does not tell how much prompts differ; as many steps as are needed do.
+    """
+    return max(FIRST, math.ceil(_FREEDOM / (prompts - 1))) if prompts > 1 else _FREEDOM + 1
 
 
 @dataclass
@@ -69,20 +81,20 @@ class Cusum:
 class Normal:
     """The normal state of a statistic: its mean over the first steps, the unit of its changes, and its standard error.
 
-    mean, unit, error: known after ``FIRST`` steps. The unit is the standard deviation of single videos; with
+    mean, unit, error: known after ``first`` steps. The unit is the standard deviation of single videos; with
     ``relative`` it is the mean, so that changes are shares of it. It is 0 where the statistic says nothing. The error
     is that of a single step. Later steps are judged by it and not by their own errors, which grow with the damage that
     is looked for: videos that are spoilt, each in another way, differ more than sound ones.
     """
 
-    def __init__(self, relative: bool = False, least_deviation: float = 0.0) -> None:
-        self._relative, self._least_deviation = relative, least_deviation
+    def __init__(self, relative: bool = False, least_deviation: float = 0.0, first: int = FIRST) -> None:
+        self._relative, self._least_deviation, self.first = relative, least_deviation, first
         self.seen: list[list[float]] = []
         self.mean = self.unit = self.error = 0.0
 
     def learn(self, value: float, deviation: float, error: float) -> bool:
         """Take one of the first steps, and return True; False once they are all known."""
-        if len(self.seen) >= FIRST:
+        if len(self.seen) >= self.first:
             return False
         self.load([*self.seen, [value, deviation, error]])
         return True
@@ -94,6 +106,8 @@ class Normal:
             return
         values, deviations, errors = zip(*seen, strict=True)
         self.mean, self.error = math.fsum(values) / len(seen), _root_mean_square(errors)
+        if len(seen) >= _FREEDOM:  # so many steps tell by themselves how far one lies from the others
+            self.error = max(self.error, statistics.stdev(values))
         spread = max(_root_mean_square(deviations), self._least_deviation)
         self.unit = abs(self.mean) if self._relative else spread
 
@@ -106,10 +120,15 @@ class Drift:
     """Watches how far a statistic has gone from where it began, upwards, downwards or both ways."""
 
     def __init__(
-        self, tolerance: float, ways: str, relative: bool = False, least_deviation: float = 0.0
+        self,
+        tolerance: float,
+        ways: str,
+        relative: bool = False,
+        least_deviation: float = 0.0,
+        first: int = FIRST,
     ) -> None:
-        """``ways``: "+", "-" or "+-". ``tolerance``: in the unit of ``Normal``."""
-        self.normal = Normal(relative, least_deviation)
+        """``ways``: "+", "-" or "+-". ``tolerance``: in the unit of ``Normal``. ``first``: steps to learn from."""
+        self.normal = Normal(relative, least_deviation, first)
         self.sums = {way: Cusum(tolerance) for way in ways}
         self.way = ways[0]
         """The way whose sum is larger."""
@@ -124,7 +143,7 @@ class Drift:
             return 0.0
         change = self.change(value)
         levels = {
-            way: sum_(step, change if way == "+" else -change, noise, noise / math.sqrt(FIRST))
+            way: sum_(step, change if way == "+" else -change, noise, noise / math.sqrt(normal.first))
             for way, sum_ in self.sums.items()
         }
         self.way = max(levels, key=lambda way: levels[way])

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from vpo_engine.metrics.cusum import FIRST, Cusum, Drift, Normal
+from vpo_engine.metrics.cusum import Cusum, Drift, Normal, steps_to_learn
 
 if TYPE_CHECKING:
     from vpo_engine.config import Config
@@ -82,10 +82,12 @@ class _Fall:
     risen: dict[str, float] = field(default_factory=dict)
     steps: int = 0
 
-    def __call__(self, step: int, fall: float, error: float, rises: Mapping[str, float]) -> float:
+    def __call__(
+        self, step: int, fall: float, error: float, uncertainty: float, rises: Mapping[str, float]
+    ) -> float:
         """Take a step and return how near the alarm is: 0 unless a score has risen by more than is tolerated."""
         # One standard error of what is normal is taken off, not two: another score would have to rise as well.
-        level = self.sum(step, fall, error, error / math.sqrt(FIRST) / 2)
+        level = self.sum(step, fall, error, uncertainty / 2)
         if not self.sum.total:
             self.risen, self.steps = {}, 0
             return 0.0
@@ -118,16 +120,17 @@ class StepWatch:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._first = first = steps_to_learn(config.pairs_per_step)
         every, section = config.refresh_every, "reference" if config.offline_dpo is None else "offline_dpo"
         self._refreshes = f"{section}.refresh_every={'null' if every is None else every}"
         bound = config.guards.style_bound
         self._looks = (
             {}
             if bound is None
-            else {name: Drift(LOOK_TOLERATED * bound, "+-", False, LEAST_LOOK) for name in LOOKS}
+            else {name: Drift(LOOK_TOLERATED * bound, "+-", False, LEAST_LOOK, first) for name in LOOKS}
         )
-        self._motion = Drift(MOTION_TOLERATED, "-", relative=True)
-        self._share = Drift(SHARE_TOLERATED, "-", relative=True)
+        self._motion = Drift(MOTION_TOLERATED, "-", relative=True, first=first)
+        self._share = Drift(SHARE_TOLERATED, "-", relative=True, first=first)
         self._scores: dict[str, Normal] = {}
         self._falls: dict[str, _Fall] = {}
         self._saturation = Cusum(SATURATION_TOLERATED, SATURATION_EXPECTED)
@@ -235,7 +238,10 @@ class StepWatch:
         for key, error in row.items():
             if key.startswith(_SCORE_ERROR):
                 name = key.removeprefix(_SCORE_ERROR)
-                normal, value = self._scores.setdefault(name, Normal()), row[f"reward/{name}"]
+                normal, value = (
+                    self._scores.setdefault(name, Normal(first=self._first)),
+                    row[f"reward/{name}"],
+                )
                 learning = normal.learn(value, row[f"watch/sd/reward/{name}"], error)
                 if not learning and normal.unit and normal.error:
                     changes[name in self._read][name] = (value - normal.mean) / normal.unit
@@ -243,7 +249,7 @@ class StepWatch:
         if not (reading and blind):
             return "prompt_blind", None, None
         levels = {
-            name: self._falls.setdefault(name, _Fall())(step, -change, self._noise(name), blind)
+            name: self._falls.setdefault(name, _Fall())(step, -change, *self._noise(name), blind)
             for name, change in reading.items()
         }
         name = max(levels, key=lambda each: levels[each])
@@ -259,9 +265,10 @@ class StepWatch:
         limit = normal.mean - SCORE_TOLERATED * normal.unit
         return "prompt_blind", levels[name], Alarm(step, "prompt_blind", text, f"reward/{name}", limit)
 
-    def _noise(self, score: str) -> float:
-        """Return the standard error of a step's mean score, in standard deviations of single candidates."""
-        return self._scores[score].error / self._scores[score].unit
+    def _noise(self, score: str) -> tuple[float, float]:
+        """Return the standard errors of a step's mean score and of the first steps', in deviations of candidates."""
+        error = self._scores[score].error / self._scores[score].unit
+        return error, error / math.sqrt(self._first)
 
     def _watch_looks(self, step: int, row: Mapping[str, float]) -> _Found:
         levels = {
@@ -312,5 +319,5 @@ class StepWatch:
         for name, fall in state["falls"].items():
             self._falls.setdefault(name, _Fall()).load(fall)
         for name, seen in state["scores"].items():
-            self._scores[name] = Normal()
+            self._scores[name] = Normal(first=self._first)
             self._scores[name].load(seen)

@@ -23,7 +23,7 @@ CONFIDENCE = 0.95
 
 WIDTH = 79
 """Most columns of a line in the terminal."""
-_PLACES = 5
+PLACES = 5
 """Most decimal places in the terminal."""
 _PREFIX = "held_out/"
 
@@ -220,7 +220,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         if kind != group:
             group = kind
             rows.append((f"{GROUPS.get(kind, kind)}:", "", "", "", "", "", ""))
-        base, final, difference, _ = number_texts(numbers, _PLACES)
+        base, final, difference, _ = number_texts(numbers, PLACES)
         relative = relative_text(numbers)
         label = f" {describe(name, measures).title}"
         rows.append(
@@ -299,7 +299,7 @@ def _half_width(numbers: Mapping[str, Any]) -> str:
     """Format the distance of either bound from the change."""
     if numbers["low"] is None:
         return "none"
-    return f"{(numbers['high'] - numbers['low']) / 2:.{_places(numbers, _PLACES)}f}"
+    return f"{(numbers['high'] - numbers['low']) / 2:.{_places(numbers, PLACES)}f}"
 
 
 def _heading(clips: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -53,14 +53,19 @@ def print_plan(config: Config, gpu: Gpu | None, *, frames: bool, machine: bool) 
             print(_clip_line(resolution, count, config.model.fps), flush=True)
 
 
-def print_comparison(config: Config, gpu: Gpu, cluster: Cluster, *, machine: bool) -> None:
-    """Print the ways to divide a run among the GPUs of ``cluster``, each a ``gpu``. machine: print JSON."""
+def print_comparison(
+    config: Config, gpu: Gpu, cluster: Cluster, *, given: Sequence[str], machine: bool
+) -> None:
+    """Print the ways to divide a run among the GPUs of ``cluster``, each a ``gpu``. machine: print JSON.
+
+    given: the words of the command line that ``config`` was made of.
+    """
     config, presets = resolve_presets(config, lambda changed: plan_run(changed, gpu).fits)
     rows, refused = compare(config, gpu, cluster)
     if machine:
         print(json.dumps(comparison_as_json(cluster, rows, refused) | {"gpu": gpu.name}, indent=1))
         return
-    say("\n".join(filter(None, [presets, comparison(cluster, rows, refused)])))
+    say("\n".join(filter(None, [presets, comparison(cluster, rows, refused, given)])))
 
 
 def _clip_line(resolution: str, frames: int, fps: int) -> str:

@@ -44,13 +44,13 @@ def table(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Return a sentence: whether the run fits, its peak, what takes most of it, and the time of a step."""
+    """Return a sentence: whether the run fits, its peak, its largest part, and the time of a step."""
     peak = plan.peak
     fits = "fits" if plan.fits else "does not fit"
     time = "" if plan.seconds is None else f"; {duration(plan.seconds)} a step"
     return (
-        f"{fits} in {_gib(plan.limit)} GiB ({plan.limited_by}): peak {_gib(peak.total)} GiB in {peak.name}, most of it "
-        f"{peak.largest} ({_gib(peak.bytes[peak.largest])} GiB){time}"
+        f"{fits} in {_gib(plan.limit)} GiB ({plan.limited_by}): peak {_gib(peak.total)} GiB in {peak.name}, the "
+        f"largest part {peak.largest} ({_gib(peak.bytes[peak.largest])} GiB){time}"
     )
 
 
@@ -93,7 +93,7 @@ def shortfall(plan: Plan, change: Change | None) -> str:
     if change is not None:
         remedy = f"it fits with {change} ({_gib(change.plan.peak.total)} GiB)"
     return (
-        f"the run needs {_gib(peak.total)} GiB in {peak.name}, most of it {peak.largest} "
+        f"the run needs {_gib(peak.total)} GiB in {peak.name}, the largest part {peak.largest} "
         f"({_gib(peak.bytes[peak.largest])} GiB), and may take {_gib(plan.limit)} GiB ({plan.limited_by}); {remedy}. "
         "To try it all the same, set memory.overcommit=true"
     )

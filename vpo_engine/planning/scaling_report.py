@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ WIDTH = 118
 HEADER = ("strategy", "peak GiB", "fits", "sends GiB", "computes", "exchanges", "step")
 
 
-def comparison(cluster: Cluster, rows: Sequence[Row], refused: Sequence[Refused]) -> str:
-    """Return the table of strategies, what was left out and why, and the recommendation."""
+def comparison(
+    cluster: Cluster, rows: Sequence[Row], refused: Sequence[Refused], given: Sequence[str] = ()
+) -> str:
+    """Return the table of strategies, what was left out and why, and what is recommended. given: see ``started``."""
     lines = [str(cluster), *table([HEADER, *map(cells, rows)])]
     for reason in dict.fromkeys(one.reason for one in refused):
         names = "; ".join(one.strategy.name for one in refused if one.reason == reason)
@@ -25,8 +28,8 @@ def comparison(cluster: Cluster, rows: Sequence[Row], refused: Sequence[Refused]
     chosen, why = recommended(rows)
     if chosen is None:
         return "\n".join([*lines, f"no recommendation: {why}"])
-    lines.append(f"recommended: {chosen.strategy.name}: {why}")
-    lines.append(f"  {started(chosen, cluster)}")
+    lines += textwrap.wrap(f"recommended: {chosen.strategy.name}: {why}", WIDTH, subsequent_indent="  ")
+    lines.append(f"  {started(chosen, cluster, given)}")
     return "\n".join(lines)
 
 
@@ -71,8 +74,8 @@ def notes(cluster: Cluster, rows: Sequence[Row]) -> Iterator[str]:
     )
 
 
-def started(row: Row, cluster: Cluster) -> str:
-    """Return the command that starts a strategy; CONFIG stands for what the plan was given."""
+def started(row: Row, cluster: Cluster, given: Sequence[str]) -> str:
+    """Return the command that starts a strategy. given: the configuration and settings that the plan was made of."""
     machines = (
         ""
         if cluster.nodes == 1
@@ -80,8 +83,8 @@ def started(row: Row, cluster: Cluster) -> str:
             f"--nnodes={cluster.nodes} --rdzv-backend=c10d --rdzv-id=mine --rdzv-endpoint=FIRST_MACHINE:29500 "
         )
     )
-    command = f"torchrun {machines}--nproc-per-node={cluster.gpus} -m vpo_engine.train CONFIG"
-    return f"{command} {row.strategy.arguments}".rstrip()
+    command = f"torchrun {machines}--nproc-per-node={cluster.gpus} -m vpo_engine.train"
+    return " ".join(filter(None, [command, shlex.join(given), row.strategy.arguments]))
 
 
 def as_json(cluster: Cluster, rows: Sequence[Row], refused: Sequence[Refused]) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class StoredPairs:
         self._pairs = list(read_dataset(path))
         self._min_gap = min_gap
         untied = [pair for pair in self._pairs if not self._is_tied(pair)]
+        self.ties = len(self._pairs) - len(untied)
         if not untied:
             raise ValueError(
                 f"all {len(self._pairs)} pairs of the preference dataset at {path} are ties; nothing is learned"
@@ -151,6 +152,12 @@ class SampledPairs:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def ties(self) -> int:
+        """Return how many of the pairs are ties, once they have been read."""
+        assert self._stored is not None, "the pairs have not been read"
+        return self._stored.ties
 
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1`` of the stream, as a ``PromptStream`` does."""

@@ -29,6 +29,8 @@ class FilePairs:
     Place q of the stream is row q modulo the number of rows. No pair has scores, and none is a tie.
     """
 
+    ties = 0
+
     def __init__(self, path: Path) -> None:
         """Read the file; for its errors see ``PreferenceFile``."""
         self.rows: Sequence[PreferredFiles] = PreferenceFile(path)
