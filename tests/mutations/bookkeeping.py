@@ -72,6 +72,13 @@ MUTATIONS = [
         STORES,
     ),
     (
+        "a refresh encodes weights that 8 bits cannot tell",
+        STORE,
+        'if self._storage == "exact8": check_on_grid({name: policy',
+        "if False:\n            check_on_grid({name: policy",
+        ("tests/reference/test_exact8.py",),
+    ),
+    (
         "a student's answer with its shares exchanged",
         CONSISTENCY,
         "skip * latents + out * clean",
@@ -114,6 +121,20 @@ MUTATIONS = [
         'model.idle_offload.register("judge", lambda: module_tensors(network))',
         "pass",
         OFFLOAD,
+    ),
+    (
+        "decoder and reward take turns with every batch",
+        "vpo_engine/rollout/sampler.py",
+        "if self._take_turns:",
+        "if False:",
+        ("tests/rollout/test_overlap.py",),
+    ),
+    (
+        "copies are written before they are complete",
+        "vpo_engine/runs/saving.py",
+        "copy.deepcopy(dict(state)) self._copies.wait()",
+        "copy.deepcopy(dict(state))",
+        ("tests/runs/test_saving.py",),
     ),
     # Who judges, and what it is compared with.
     (
@@ -166,7 +187,35 @@ MUTATIONS = [
         WATCHED,
     ),
     ("no fall of motion is tolerated", WATCH, "MOTION_TOLERATED = 0.25", "MOTION_TOLERATED = 0.0", WATCHED),
-    # The run's directory.
+    # The run's directory, its start and its end.
+    (
+        "training prompts that the model does not read are taken",
+        BUILD,
+        "notes += check_prompts(config, train, rows)",
+        "pass",
+        ("tests/test_opensora_run.py",),
+    ),
+    (
+        "alarms are not written",
+        TRAINER,
+        "write_alarms(self._run, [asdict(alarm) for alarm in self._monitor.alarms])",
+        "pass",
+        ("tests/test_train.py::test_a_run_leaves_everything_it_promises",),
+    ),
+    (
+        "a full disk ends a run as if it were finished",
+        TRAINER,
+        '"a disk without room", exit_code=1',
+        '"a disk without room", exit_code=0',
+        ("tests/wiring/test_full_disk.py",),
+    ),
+    (
+        "a full disk does not stop a run",
+        TRAINER,
+        "return answer > 0 or self._alarmed",
+        "return answer > 0 and self._alarmed",
+        ("tests/wiring/test_full_disk.py",),
+    ),
     (
         "room is looked for on another disk",
         TRAINING,
