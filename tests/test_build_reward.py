@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from vpo_engine import train as entry
-from vpo_engine.build import blind_reward_note, build_reward
+from vpo_engine.build import blind_reward_note, build_reward, judged_dimensions
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.rewards import registry
 from vpo_engine.rewards.builtin import Builtin
-from vpo_engine.rewards.sprites import SpritesReward
+from vpo_engine.rewards.sprites import SpritesJudge, SpritesReward
 
 Make = Callable[..., Config]
 CPU = torch.device("cpu")
@@ -39,6 +39,18 @@ def test_a_run_in_which_nothing_reads_the_prompt_is_told_so(small: Make) -> None
     assert "guards.reward.kind; python -m vpo_engine.rank --list" in note
     assert blind_reward_note(small(*blind, "guards.reward.kind=brisque")) == note
     assert blind_reward_note(small(*blind, "guards.reward.kind=sprites")) is None
+
+
+def test_the_judge_averages_what_is_trained_on_where_it_has_that_and_else_all(small: Make) -> None:
+    """None stands for the dimensions that are trained on."""
+    judge, own = SpritesJudge(), ("reward.kind=builtin", "reward.dimensions=naturalness")
+    assert "naturalness" not in judge.dimensions
+    for dimensions in ("global", "visual_quality", "[visual_quality, text_alignment]"):
+        assert judged_dimensions(small(f"reward.dimensions={dimensions}"), judge) is None
+    assert judged_dimensions(small(*own), judge) == ("global",)
+    assert judged_dimensions(small(*own), None) is None
+    chosen = ("guards.reward.kind=sprites", "guards.reward.dimensions=[text_alignment]")
+    assert judged_dimensions(small(*own, *chosen), SpritesReward()) == ("text_alignment",)
 
 
 def test_everything_a_scorer_needs_reaches_it(

@@ -273,8 +273,9 @@ def judged_dimensions(config: Config, judge: Reward | None) -> Sequence[str] | N
     on, if the judge has them; or else all."""
     if config.guards.reward is not None:
         return config.guards.reward.dimensions
-    known = {"global"} if judge is None else {"global", *judge.dimensions}
-    return None if judge is None or set(config.reward.dimensions) <= known else ("global",)
+    if judge is None or set(config.reward.dimensions) <= {"global", *judge.dimensions}:
+        return None
+    return ("global",)
 
 
 def build_held_out(

@@ -16,6 +16,7 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.idle_offload import IdleOffload, module_tensors, needs_of
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
+from vpo_engine.rewards.sprites import SpritesReward
 
 PROMPTS = ("a red circle moving left", "a blue square moving up")
 Make = Callable[..., Config]
@@ -122,3 +123,32 @@ def test_a_run_in_phases_is_the_same_run(small: Make, monkeypatch: pytest.Monkey
         with idle_offload.phase(phase):
             assert device.live == idle_offload.nbytes(phase), f"{phase}: bytes that no phase gives back"
     assert device.peak < sum(idle_offload.nbytes(phase) for phase in ("decode", "update", "optimizer"))
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("judged", [False, True])
+def test_every_part_is_registered_under_its_name(
+    small: Make, monkeypatch: pytest.MonkeyPatch, on_host: bool, judged: bool
+) -> None:
+    """A moving average that lies on the host is no part; the network of the sprites reward is one, in either role."""
+    judge = ("reward.kind=builtin", "reward.dimensions=global", "guards.reward.kind=sprites")
+    averaged = ("memory.weights=fp32_master", "ema.decay=0.9", f"ema.on_host={on_host}")
+    run = Run(small(*averaged, *(judge if judged else ())), monkeypatch, FakeDevice())
+    algorithm = run.algorithm
+    assert algorithm.average is not None
+    policy, reference = module_tensors(run.model.network), run.reference.tensors()
+    optimizer, average = algorithm.optimizer.tensors(), algorithm.average.tensors()
+    stepped = [*policy, *optimizer]
+    scorer = nbytes(module_tensors(SpritesReward().network))
+    assert nbytes(stepped) > nbytes(policy)
+    assert min(nbytes(reference), nbytes(average), scorer) > 0
+    offload = run.model.idle_offload
+    assert offload.nbytes("rollout") == nbytes(policy)
+    assert offload.nbytes("update") == nbytes([*policy, *reference])
+    assert offload.nbytes("optimizer") == nbytes(stepped if on_host else [*stepped, *average])
+    assert (offload.nbytes("reward"), offload.nbytes("judge")) == ((0, scorer) if judged else (scorer, 0))
+
+
+def nbytes(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of tensors, of which one that is there twice counts once."""
+    return sum(each.nbytes for each in {id(one): one for one in tensors}.values())

@@ -9,7 +9,12 @@ import torch
 from baselines import ARRAYS, RECORDED, double, opensora_of
 
 from vpo_engine.model_values import SamplerSettings, TextEmbedding
-from vpo_engine.objectives.consistency import boundary_scalings, guidance_embedding, pseudo_huber
+from vpo_engine.objectives.consistency import (
+    boundary_scalings,
+    consistency_output,
+    guidance_embedding,
+    pseudo_huber,
+)
 from vpo_engine.objectives.reward_losses import AESTHETIC, HPS, PICKSCORE, mixed, refl_loss, segmental_loss
 from vpo_engine.rewards.frames import segment_weights
 from vpo_engine.rollout.reward_gradient import denoise_with_gradients, first_of_partial
@@ -108,6 +113,16 @@ def test_boundary_scalings() -> None:
     skip, out = boundary_scalings(double(TURBO["timesteps"]))
     torch.testing.assert_close(skip, double(TURBO["c_skip"]), rtol=1e-12, atol=0)
     torch.testing.assert_close(out, double(TURBO["c_out"]), rtol=1e-12, atol=0)
+
+
+def test_a_students_answer_goes_from_the_latents_at_time_0_to_the_clean_ones() -> None:
+    """At 10 t = sigma = 0.5, c_skip is a half and c_out the root of a half."""
+    latents, clean = torch.randn(2, 2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    times = double([0.0, 0.05])
+    found = consistency_output(latents, times, clean, noise_at_zero=True)
+    assert torch.equal(found[0], latents[0])
+    torch.testing.assert_close(found[1], 0.5 * latents[1] + 0.5**0.5 * clean[1], rtol=1e-12, atol=0)
+    assert consistency_output(latents, times, clean, noise_at_zero=False) is clean
 
 
 def test_the_embedding_of_guidance_scales() -> None:

@@ -207,6 +207,9 @@ def test_each_failure_raises_its_own_alarm_soon_and_no_other(
             "loser_error_change": lambda since: -0.01 * since,
         },
         {"watch/motion": lambda since: 0.1 * since},  # more motion
+        # Less of a change than is tolerated: 3 % of the reference's error, 15 % of the motion.
+        {"winner_error_change": lambda since: 0.0045, "loser_error_change": lambda since: 0.0045},
+        {"watch/motion": lambda since: -0.15 * 1.3},
         {"watch/prompt_share": towards(0.4, 3)},  # prompts are told apart better
     ],
 )

@@ -2,6 +2,7 @@
 
 from mutations import (
     adapters,
+    bookkeeping,
     evaluation,
     flow,
     gradients,
@@ -40,4 +41,5 @@ MUTATIONS = [
     *methods.MUTATIONS,
     *watch.MUTATIONS,
     *strangers.MUTATIONS,
+    *bookkeeping.MUTATIONS,
 ]

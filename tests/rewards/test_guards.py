@@ -161,6 +161,12 @@ class TestMotion:
         assert torch.equal(lowered[:, 0], consistency[:, 0])
         assert torch.equal(lowered[:, 1], consistency.amin(1))
 
+    def test_a_video_that_moves_just_as_much_as_the_floor_asks_for_may_win(self) -> None:
+        """So with a floor of 0 every video may."""
+        for floor in (0.0, 0.5):
+            moved = torch.tensor([[floor - 0.01, floor, floor + 0.01]])
+            assert MotionFloor(floor).still({"motion": moved}).tolist() == [[True, False, False]]
+
 
 class TestBarredCandidates:
     """In 200 groups of drawn scores, whatever the rule."""

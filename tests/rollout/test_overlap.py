@@ -196,6 +196,24 @@ def test_a_run_with_overlap_makes_the_same_step(small: Callable[..., Config]) ->
     assert whole.metrics == overlapped.metrics
 
 
+@pytest.mark.parametrize("take_turns", [False, True])
+def test_parts_that_take_turns_do_so_once(take_turns: bool) -> None:
+    """All videos are decoded before the first is scored, so that neither part comes to the device twice."""
+    calls: list[str] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        calls.append("decode")
+        return torch.zeros(len(latents), 2, 4, 4, 3, dtype=torch.uint8)
+
+    def score(videos: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
+        calls.append("score")
+        return {"quality": torch.zeros(len(videos))}
+
+    scorer = VideoScorer(decode, score, ("quality",), Batches(2), take_turns=take_turns)
+    scorer(torch.zeros(2, 2, 1, 1, 1, 1), ["one", "two"])
+    assert calls == (["decode"] * 2 + ["score"] * 2 if take_turns else ["decode", "score"] * 2)
+
+
 def test_parts_that_take_turns_cannot_overlap() -> None:
     with pytest.raises(
         ValueError, match=r"rollout\.overlap=true .* set rollout\.overlap=false, or memory\.offload_idle"

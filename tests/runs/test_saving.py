@@ -75,6 +75,30 @@ def test_training_goes_on_and_changes_nothing_of_what_is_written(tmp_path: Path,
     assert load_checkpoint(tmp_path / "step_00000003").state == {"guards": [1]}
 
 
+def test_copies_that_a_device_makes_meanwhile_are_complete_before_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU makes them while the host goes on; here they are made when they are waited for."""
+    under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+    reserve = HostCopies.tensor
+
+    def tensor(self: HostCopies, source: torch.Tensor) -> torch.Tensor:
+        under_way.append((reserve(self, torch.zeros_like(source)), source))
+        return under_way[-1][0]
+
+    def wait(self: HostCopies) -> None:
+        for made, source in under_way:
+            made.copy_(source)
+
+    monkeypatch.setattr(HostCopies, "tensor", tensor)
+    monkeypatch.setattr(HostCopies, "wait", wait)
+    weights = torch.ones(1000)
+    with saver(tmp_path) as writing:
+        save(writing, 3, weights)
+        weights.zero_()
+    assert torch.equal(saved(tmp_path, 3), torch.ones(1000))
+
+
 def test_a_second_save_waits_for_the_first_and_says_so(tmp_path: Path, gate: Gate) -> None:
     said: list[str] = []
 

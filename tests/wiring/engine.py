@@ -285,6 +285,24 @@ def metrics_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     ]
 
 
+def work_of(run: Path) -> list[tuple[int, int, int]]:
+    """The inputs that went through the network in rollout and update of each step, and its videos, by the speeds that
+    the log has.
+
+    An input of the toy costs one operation, with a backward pass too, and its device makes one a second.
+    """
+    found = []
+    for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        if row["kind"] == "train":
+            inputs = [
+                row.get(f"speed/{stage}_mfu", 0) * row[f"seconds/{stage}"] for stage in ("rollout", "update")
+            ]
+            between = sum(row.get(f"seconds/{stage}", 0) for stage in ("evaluate", "checkpoint"))
+            videos = row["speed/samples_per_second"] * (row["seconds/step"] - between)
+            found.append((round(inputs[0]), round(inputs[1]), round(videos)))
+    return found
+
+
 def summary_of(run: Path) -> dict[str, dict[str, float]]:
     """{measure: before, after, difference, ...} of a finished run."""
     return json.loads((run / "summary.json").read_text())["measures"]

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import engine
 import pytest
+import torch
 from oracle import Oracle
 from torch import Tensor
-from toy import ToyNetwork, scores_of, video_of
+from toy import ToyNetwork, ToyReward, scores_of, video_of
 
+from vpo_engine.build import build_model
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.metrics.appearance import appearance, style_distance
+from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.seeding import normal
 
 SETTINGS = (
@@ -89,3 +94,31 @@ def test_the_held_out_gallery_shows_the_clips_before_and_after(run: Path) -> Non
         for clip, found, (prompt, video) in zip(clips, scores, expected, strict=True):
             assert (clip.int() - video.int()).abs().max() <= 1
             assert found == close(dict(zip(WEIGHTS, scores_of(video, prompt), strict=True)))
+
+
+def test_the_look_of_an_evaluation_is_told_as_its_distance_from_the_base(run: Path) -> None:
+    base, *later = engine.metrics_of(run, "eval")
+    names = [name for name in base if name.startswith("guards/style/")]
+    assert names
+    assert [base[name] for name in names] == [0.0] * len(names)
+    before, after = (
+        appearance(torch.stack([video for _, video in clips_after(run, step, 2)])) for step in (0, 5)
+    )
+    expected = {f"guards/style/{name}": value for name, value in style_distance(before, after).items()}
+    assert {name: later[-1][name] for name in names} == pytest.approx(expected, rel=2e-2, abs=2e-2)
+    assert max(map(abs, expected.values())) > 0.5
+
+
+def test_a_reward_is_checked_on_clips_with_their_own_prompts_and_then_with_others() -> None:
+    config = engine.load_config(None, [*engine.SETTINGS, *SETTINGS])
+    processes, reward = Processes.start("cpu"), ToyReward()
+    scorers = HeldOutScorers(reward, lambda videos, _: {})
+    held_out = HeldOut(config, build_model(config, processes), engine.HELD_OUT, scorers, processes)
+    videos = torch.randint(256, (2, 3, 4, 4, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert held_out.check_reward(videos, range(2), exchange=False) == {}
+    assert [prompt for _, prompt in reward.seen] == [engine.HELD_OUT[0]] * len(reward.seen)
+    assert all(torch.equal(video, videos[0]) for video, _ in reward.seen)
+    found = held_out.check_reward(videos, range(2), exchange=True)
+    assert found.keys() == WEIGHTS.keys()
+    assert {one.clips for one in found.values()} == {2}
+    assert held_out.check_reward(videos[:1], range(1), exchange=True) == {}

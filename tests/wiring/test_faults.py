@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from toy import ToyReward
 
+from vpo_engine.runs.lock import RunLock
+
 
 class BrokenReward(ToyReward):
     """One score of the given value, after ``count`` videos."""
@@ -136,3 +138,32 @@ def test_a_run_stops_after_twenty_steps_in_a_row_without_a_pair(
     else:
         engine.train(config, reward)
     assert [row["step"] for row in engine.metrics_of(tmp_path / "run") if row["pairs"]] == [11]
+
+
+class LooksAtTheLock(ToyReward):
+    """Tries to take the lock of the run's directory, whenever it scores."""
+
+    def __init__(self, runs: Path, pattern: str) -> None:
+        super().__init__()
+        self.runs, self.pattern = runs, pattern
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        (root,) = self.runs.glob(self.pattern)
+        with pytest.raises(ValueError, match="is in use by process"):
+            RunLock(root)
+        return super().score(videos, prompts)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_holds_the_lock_of_its_directory_from_the_start_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """Also of one that it names itself, under runs/."""
+    monkeypatch.chdir(tmp_path)
+    config = engine.make_config(tmp_path, "steps=1", "name=own", *(() if named else ("run_dir=null",)))
+    looking = LooksAtTheLock(tmp_path, "run") if named else LooksAtTheLock(tmp_path / "runs", "own-*")
+    engine.train(config, looking)
+    (root,) = looking.runs.glob(looking.pattern)
+    assert looking.seen
+    with RunLock(root), pytest.raises(ValueError, match="is in use by process"):
+        engine.train(engine.make_config(tmp_path, "steps=2", f"run_dir={root}"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import engine
 import pytest
 import torch
-from checks import CASES, check_lines, check_metrics, check_policies, check_rows, expected_of
+from checks import CASES, check_lines, check_metrics, check_policies, check_rows, config_of, expected_of
 from toy import caption_of, scores_of
 
 
@@ -79,6 +79,19 @@ def test_the_report_shows_the_widest_pairs_with_the_winner_as_the_winner(replay:
                 wanted = {name: found[name] for name in candidate.scores}
                 assert wanted == pytest.approx(candidate.scores, rel=1e-3, abs=1e-3), (case, step, side)
                 assert scores_of(clip, line.prompt)[0] == pytest.approx(found["visual_quality"], abs=1e-3)
+
+
+def test_the_log_counts_every_input_of_the_networks_once(replay: Replay) -> None:
+    """A sample of the update is a winner and a loser in the policy and the reference, and with guidance each twice."""
+    case, run, recording = replay
+    work = engine.work_of(run)
+    branches = 2 if "objective.branch=guided" in CASES[case] else 1
+    assert sum(update for _, update, _ in work) == 4 * branches * len(recording.rows)
+    prompts, sampled = 4, {"plain": 3 * 4, "pruned by the first frames": 4 * 2 + 2 * 2}
+    if case in sampled:
+        assert {rollout for rollout, _, _ in work} == {prompts * sampled[case]}
+    config = config_of(case)
+    assert {videos for _, _, videos in work} == {config.pairs_per_step * config.rollout.candidates}
 
 
 def test_predictions_of_the_update_are_as_the_branch_says(replay: Replay) -> None:
