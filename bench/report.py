@@ -14,6 +14,7 @@ from pathlib import Path
 from rows import Environment, Row, read
 
 LABELS = {"seconds": "median", "low_seconds": "20 %", "high_seconds": "80 %"}
+_MOST_COLUMNS = 24
 START, END = "<!-- rows -->\n", "<!-- end -->"
 
 
@@ -147,7 +148,14 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {"loss": loss_table}
 
 
 def table(topic: str, rows: Sequence[Row]) -> Table:
-    return TABLES.get(topic, plain_table)(rows)
+    """Return the table of a topic's rows. If it would be too wide to read, each number has a line of its own."""
+    found = TABLES.get(topic, plain_table)(rows)
+    return _turned(found) if len(found.header) > _MOST_COLUMNS else found
+
+
+def _turned(table: Table) -> Table:
+    header, *lines = (list(line) for line in zip(table.header, *table.lines, strict=True))
+    return Table(header, lines, [])
 
 
 def by_environment(rows: Sequence[Row]) -> dict[Environment, list[Row]]:

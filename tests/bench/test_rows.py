@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from report import START, duration, loss_table, main, markdown, plain_table, replace_rows, size
+from report import START, duration, loss_table, main, markdown, plain_table, replace_rows, size, table
 from rows import RESULTS, Environment, Row, commit, environment, quantiles, read, record
 
 HERE = Environment(
@@ -130,6 +130,14 @@ def test_plain_table_shows_every_number() -> None:
     found = plain_table([Row("step", {"world": "sprites"}, numbers, HERE)])
     assert found.header == ["world", "median", "20 %", "rollout", "peak bytes"]
     assert found.lines == [["sprites", "5 s", "4.5 s", "250 ms", "2 KiB"]]
+
+
+def test_a_table_of_too_many_numbers_has_a_line_for_each() -> None:
+    numbers = {f"part_{part}_bytes": 1024.0 * part for part in range(30)}
+    found = table("soak", [Row("soak", {"model": name}, numbers, HERE) for name in ("own", "sprites")])
+    assert found.header == ["model", "own", "sprites"]
+    assert found.lines[1] == ["part 1 bytes", "1 KiB", "1 KiB"]
+    assert len(found.lines) == 30
 
 
 def test_markdown_names_machine_versions_commit_and_command(tmp_path: Path) -> None:
