@@ -353,6 +353,13 @@ MUTATIONS = [
         ("tests/test_no_foreign_code.py",),
     ),
     (
+        "videos of 240p are enlarged",
+        "vpo_engine/runs/video.py",
+        "2 * side >= min_side",
+        "side >= min_side",
+        ("tests/runs/test_video.py",),
+    ),
+    (
         "playlists are opened",
         "vpo_engine/runs/video_file.py",
         '"format_whitelist": _FORMATS, "protocol_whitelist": "file", ',

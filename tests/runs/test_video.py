@@ -19,6 +19,9 @@ def smooth_clip(frames: int, height: int, width: int):
     [
         (256, 320, (256, 320)),
         (257, 301, (258, 302)),
+        (240, 424, (240, 424)),  # videos of real models are written as they were made
+        (128, 130, (128, 130)),
+        (127, 140, (382, 420)),
         (33, 47, (264, 376)),
         (32, 32, (256, 256)),
         (5, 7, (260, 364)),

@@ -19,8 +19,6 @@ from vpo_engine.video_model import VideoModel
 from vpo_engine.weights import read_files
 
 _NAME = "latents"
-_SHOWN_SIDE = 256
-"""Shorter side to which the files of ``vpo_engine.sample`` enlarge small videos, by a whole factor."""
 
 
 class FilePairs:
@@ -134,8 +132,10 @@ def _encoded(model: VideoModel, path: Path, place: str) -> Tensor:
 def _as_made(frames: Tensor, size: tuple[int, int, int]) -> Tensor:
     """Return frames [F, H, W, 3] that ``vpo_engine.sample`` enlarged to be seen in their own size; others as they
     are."""
+    from vpo_engine.runs.video import shown_factor
+
     _, height, width = size
-    factor = -(-_SHOWN_SIDE // min(height, width))
+    factor = shown_factor(height, width)
     if factor == 1 or tuple(frames.shape[1:3]) != (factor * height, factor * width):
         return frames
     squares = frames.unflatten(2, (width, factor)).unflatten(1, (height, factor))

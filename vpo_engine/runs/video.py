@@ -12,18 +12,30 @@ from torch import Tensor
 
 from vpo_engine.runs.video_file import VideoFile
 
+SHOWN_SIDE = 256
+"""Pixels of the shorter side at which a clip of a toy model can be looked at."""
 _CRF = "6"
 """Constant rate factor: visually lossless by a wide margin (0 is lossless, 23 the encoder's default)."""
 _BT709, _LIMITED = 1, 1
 """Numbers of ISO/IEC 23091-2 for colour primaries, transfer and matrix, and for the limited sample range."""
 
 
-def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = 256) -> None:
+def shown_factor(height: int, width: int, min_side: int = SHOWN_SIDE) -> int:
+    """Return the whole factor by which a clip is enlarged to be seen: 1 unless it is less than half of ``min_side``.
+
+    Otherwise it is the smallest that brings the shorter side to ``min_side``. So clips of toy models can be looked at,
+    and those of real ones, from 144p on, are written as they were made.
+    """
+    side = min(height, width)
+    return 1 if 2 * side >= min_side else -(-min_side // side)
+
+
+def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = SHOWN_SIDE) -> None:
     """Write uint8 frames [F, H, W, 3] as H.264 with a constant frame rate, which any browser can play.
 
-    A clip whose shorter side is below ``min_side`` is enlarged by the smallest whole factor that reaches it; each
-    pixel becomes a square. The format needs even sizes, so the last row or column of an odd size is repeated.
-    Brightness keeps the full resolution, colour has half of it (4:2:0, BT.709, limited range).
+    A clip whose shorter side is below half of ``min_side`` is enlarged (see ``shown_factor``); each pixel becomes a
+    square. The format needs even sizes, so the last row or column of an odd size is repeated. Brightness keeps the
+    full resolution, colour has half of it (4:2:0, BT.709, limited range).
     """
     if frames.dim() != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8 or not frames.numel():
         raise ValueError(
@@ -31,8 +43,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float, *, min_side: int = 256) ->
         )
     if not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")
-    factor = -(-min_side // min(frames.shape[1], frames.shape[2]))
-    frames = _even(enlarge(frames, max(1, factor)))
+    frames = _even(enlarge(frames, shown_factor(frames.shape[1], frames.shape[2], min_side)))
     rate = Fraction(fps).limit_denominator(1001)
     with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": _CRF, "preset": "medium"})
