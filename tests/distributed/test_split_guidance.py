@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.couples import Couples
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.stopping import StepAbandonedError
 from vpo_engine.models.registry import check_model
 from vpo_engine.planning.trace import trace_step
 from vpo_engine.rollout.batches import Batches
@@ -86,6 +88,31 @@ def test_two_couples_train_as_one_process_does(more: tuple[str, ...], tmp_path: 
             difference = float((members[0][name] - whole).norm() / whole.norm())
             assert difference <= ROUNDING, (number, name, difference)
         assert [member["rows"] for member in members] == [expected["rows"] / 4] * 4  # type: ignore[operator]
+
+
+def asked_in_the_middle(folder: Path) -> None:
+    """Make a step as a couple, of which rank 1 is asked to stop in the second of four passes."""
+    limit, passes = timedelta(seconds=30), 0  # after which one that waits for the other in vain fails
+    processes = Processes.start("cpu", 2, limit=limit).in_couples(limit)
+    algorithm = make((*CASE, *SPLIT, "processes.per_prompt=2", "rollout.steps=4"), processes)
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    algorithm.model.network.register_forward_pre_hook(count)
+    algorithm.stopping.requested = lambda: processes.rank == 1 and passes >= 2
+    with pytest.raises(StepAbandonedError):
+        test_teams.step_on(algorithm, PROMPTS[:2], [0, 1])
+    torch.save(passes, folder / f"{processes.rank}.pt")
+    processes.stop()
+
+
+@pytest.mark.long
+def test_a_couple_goes_on_to_the_end_of_the_rollout_before_it_gives_the_step_up(tmp_path: Path) -> None:
+    """Each half waits for the predictions of the other, so none may leave alone."""
+    run_in_group(tmp_path, 2, asked_in_the_middle, tmp_path)
+    assert [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)] == [4, 4]
 
 
 def test_couples_are_neighbours_and_the_first_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,16 @@ MUTATIONS = [
         ("tests/test_opensora_run.py",),
     ),
     (
+        "one half of a couple leaves the other waiting",
+        STEP,
+        "together=self.processes.team.count > 1",
+        "together=False",
+        (
+            "tests/distributed/test_split_guidance.py"
+            "::test_a_couple_goes_on_to_the_end_of_the_rollout_before_it_gives_the_step_up",
+        ),
+    ),
+    (
         "alarms are not written",
         TRAINER,
         "write_alarms(self._run, [asdict(alarm) for alarm in self._monitor.alarms])",

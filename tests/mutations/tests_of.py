@@ -2,7 +2,7 @@
 
 REPLAY = ("tests/wiring/test_replay.py",)
 RESUME = ("tests/wiring/test_resume.py",)
-TWO = ("tests/wiring/test_two_processes.py",)
+TWO = ("tests/wiring/test_two_processes.py::test_two_processes_do_what_one_does",)
 LEARNING = ("tests/wiring/test_learning.py",)
 RANDOMNESS = ("tests/wiring/test_randomness.py",)
 SAMPLERS = ("tests/wiring/test_samplers.py",)
