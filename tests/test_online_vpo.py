@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from vpo_engine.config import Config, OptimizerConfig
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.optimizer import learning_rate
 from vpo_engine.method import Step
-from vpo_engine.objectives.dpo import DPO
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
 from vpo_engine.run_state import capture, restore
@@ -149,17 +147,6 @@ def test_the_pair_order_reaches_the_policy_the_right_way_round(small: Make) -> N
     assert margins[0] > 0 > margins[1]
 
 
-def test_each_pair_has_its_weight_also_where_that_of_another_is_one(small: Make) -> None:
-    """Right after a refresh every loss is ln 2 times the weight of its pair."""
-    algorithm = make_algorithm(small("objective.timesteps_per_pair=1"))
-    latents = torch.randn(2, 2, *algorithm.model.latent_shape, generator=torch.Generator().manual_seed(1))
-    pairs = pairs_of(latents[:, 0], latents[:, 1], algorithm.model.embed(PROMPTS), [0, 1])
-    weighted = [replace(pair, weight=weight) for pair, weight in zip(pairs, (1.0, 0.25), strict=True)]
-    assert algorithm.objective.backward(weighted, algorithm.reference)["loss"] == pytest.approx(
-        1.25 * math.log(2), rel=1e-6
-    )
-
-
 class Recorder:
     """Stands before a network and keeps what went in and came out."""
 
@@ -264,27 +251,6 @@ def margin_away_from_the_reference(algorithm: OnlineVPO) -> dict[str, float]:
     latents = torch.randn(2, 1, *algorithm.model.latent_shape, generator=torch.Generator().manual_seed(4))
     text = algorithm.model.embed(PROMPTS[:1])
     return algorithm.objective.backward(pairs_of(latents[0], latents[1], text, [3]), algorithm.reference)
-
-
-def test_the_log_has_the_saturation_and_the_error_of_the_mean_of_single_samples(small: Make) -> None:
-    """The saturation is |2 sigmoid(margin) - 1|; the error is that of the mean over pairs."""
-    algorithm = make_algorithm(small("objective.timesteps_per_pair=4"))
-    margin_away_from_the_reference(algorithm)
-    latents = torch.randn(2, 2, *algorithm.model.latent_shape, generator=torch.Generator().manual_seed(4))
-    pairs = pairs_of(latents[0], latents[1], algorithm.model.embed(PROMPTS), [3, 4])
-    single = [
-        algorithm.objective.backward(pairs, algorithm.reference, samples=range(number, number + 1))
-        for number in range(8)
-    ]
-    for one in single:
-        assert one["sigmoid_saturation"] == pytest.approx(abs(math.tanh(one["margin"] / 2)), rel=1e-5)
-    assert any(one["sigmoid_saturation"] > 0.01 for one in single)
-    changes = torch.tensor([one["winner_error_change"] for one in single], dtype=torch.float64)
-    sums = [sum(one[name] for one in single) for name in DPO.METRICS]
-    means = DPO.means(sums, 8, 2)
-    assert means["winner_error_change"] == pytest.approx(float(changes.mean()), rel=1e-6)
-    error = float(changes.std(correction=0)) / 2**0.5
-    assert means["watch/se/winner_error_change"] == pytest.approx(error, rel=1e-3)
 
 
 def test_candidates_depend_on_the_stream_position_only(small: Make) -> None:

@@ -13,8 +13,8 @@ HELD_OUT = "vpo_engine/metrics/held_out.py"
 WATCH = "vpo_engine/metrics/step_watch.py"
 CONSISTENCY = "vpo_engine/objectives/consistency.py"
 
-STEPS = ("tests/test_online_vpo.py",)
-STORES = ("tests/reference/test_reference_store.py",)
+SUMS = ("tests/test_dpo_sums.py",)
+STORES = ("tests/reference/test_gathered_refresh.py",)
 OFFLOAD = ("tests/memory/test_idle_offload_run.py",)
 BUILT = ("tests/test_build_reward.py",)
 ROOM = ("tests/test_checkpoint_size.py",)
@@ -40,23 +40,23 @@ MUTATIONS = [
         "self.config.rollout.candidates",
         REPLAY,
     ),
-    ("the saturation of twice the margin", DPO, "(result.margin / 2).tanh()", "result.margin.tanh()", STEPS),
+    ("the saturation of twice the margin", DPO, "(result.margin / 2).tanh()", "result.margin.tanh()", SUMS),
     (
         "the error of a mean that never falls below one",
         DPO,
         "max(variance, 0.0)",
         "max(variance, 1.0)",
-        STEPS,
+        SUMS,
     ),
     (
         "the samples of a pair count as many",
         DPO,
         "max(variance, 0.0) / pairs",
         "max(variance, 0.0) / samples",
-        STEPS,
+        SUMS,
     ),
     # Weights.
-    ("one weight of 1 makes all weights 1", DPO, "(weights == 1).all()", "(weights == 1).any()", STEPS),
+    ("one weight of 1 makes all weights 1", DPO, "(weights == 1).all()", "(weights == 1).any()", SUMS),
     (
         "a refresh does not gather what other processes hold",
         STORE,
