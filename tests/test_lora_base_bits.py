@@ -76,7 +76,7 @@ def test_the_count_of_trained_parameters_is_that_of_any_base(small: Make) -> Non
             small(*LORA, f"memory.base_bits={bits}"), Processes.start("cpu"), said.setdefault(bits, []).append
         )
     plain = said["null"][1]
-    assert re.fullmatch(r"LoRA of rank 4 .* [\d,]+ of [\d,]+ parameters are trained \(\d\.\d\d%\)", plain)
+    assert re.fullmatch(r"LoRA of rank 4 .* with [\d,]+ of [\d,]+ parameters \(\d\.\d\d%\)", plain)
     assert re.fullmatch(
         re.escape(plain) + r"; 28 layers of the base are held in 8 bits \(\d\.\d MiB\)", said["8"][1]
     )

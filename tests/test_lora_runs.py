@@ -99,7 +99,7 @@ def test_the_count_of_trained_parameters_is_said_once(small: Make) -> None:
     trained = sum(weight.numel() for weight in adapter_parameters(model.network).values())
     total = trained + sum(weight.numel() for weight in small_network().parameters())
     assert said[1:] == [
-        f"LoRA of rank 4 and scale 2 (alpha / rank) in 20 layers: {trained:,} of {total:,} parameters are trained "
+        f"LoRA of rank 4 and scale 2 (alpha / rank) in 20 layers, with {trained:,} of {total:,} parameters "
         f"({trained / total:.2%})"
     ]
 
