@@ -71,7 +71,12 @@ class Environment:
         """Run the embedding example. It must learn, with exactly these backends at hand."""
         found = sorted(self.run("python", "-c", _BACKENDS).split())
         if found != backends.split():
-            raise ValueError(f"the backends that run are {' '.join(found)}, not {backends}")
+            hint = (
+                "; the folder may lack a wheel with the C++ kernels for this Python (tools.wheels --python)"
+            )
+            raise ValueError(
+                f"the backends that run are {' '.join(found)}, not {backends}{hint if 'native' not in found else ''}"
+            )
         shutil.copy(ROOT / "examples" / "embed_loss.py", self.folder / "work")
         said = self.run("python", "embed_loss.py").strip()
         numbers = re.fullmatch(r"margin at the first step (\S+), just before the first refresh (\S+)", said)
@@ -162,8 +167,8 @@ class Checks:
             self.check(f"engine, {python}, torch {torch}: install", install)
             if made:
                 self.check("  vpo doctor", lambda: f"{len(made[0].run('vpo', 'doctor').splitlines())} lines")
-                self.check("  default training", lambda: train_by_default(made[0], whole))
                 self.check("  embedding example", lambda: made[0].embed_loss("native reference"))
+                self.check("  default training", lambda: train_by_default(made[0], whole))
 
     def kernels(self, python: str, torch: str) -> None:
         """Check vpo-kernels alone: the wheel that pip picks, and the one for every machine."""
