@@ -39,8 +39,8 @@ def prepare_policy(
     layers = inject_adapter(network, lora, chosen_targets(lora, card), config.seed, config.model.policy)
     trained, total = count_parameters(network)
     return (
-        f"LoRA of rank {lora.rank} and scale {lora.scale:g} (alpha / rank) in {len(layers)} layers, with {trained:,} of "
-        f"{total:,} parameters ({trained / total:.2%}){_bits(network)}"
+        f"LoRA of rank {lora.rank} and scale {lora.scale:g} (alpha / rank) in {len(layers)} layers, with {trained:,} "
+        f"of {total:,} parameters ({trained / total:.2%}){_bits(network)}"
     )
 
 
