@@ -15,6 +15,7 @@ from rows import Environment, Row, read
 
 LABELS = {"seconds": "median", "low_seconds": "20 %", "high_seconds": "80 %"}
 _MOST_COLUMNS = 24
+"""Most columns that a page shows side by side."""
 START, END = "<!-- rows -->\n", "<!-- end -->"
 
 

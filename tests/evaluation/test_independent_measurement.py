@@ -59,7 +59,6 @@ def test_an_aligned_policy_against_its_start_agrees_with_an_independent_measurem
         assert found["low"] <= middle + half, name
         assert middle - half <= found["high"], name
     quality = results_of(out)["measures"]["judge:sprites/mean"]["comparison"]
-    print("QQ", quality)
     assert quality["low"] > 0, "twenty optimizer steps make the policy better by the judge"
 
 
