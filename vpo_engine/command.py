@@ -98,7 +98,9 @@ def report_errors(
     interrupted: what is printed on Ctrl-C.
     """
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()  # or Python does it at its end, and reports a reader that is gone as an exception
+        return code
     except USER_ERRORS as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():
             return NOBODY_READS

@@ -25,7 +25,7 @@ Commands = Mapping[str, Sequence[str]]
 CELLS, FAILED, REPLACED = "cells", "failed", "replaced"
 """Folders of an output folder: cells, cells that failed, and finished ones that were made again."""
 _POLL_SECONDS = 0.05
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def commands_of(cell: Cell, folder: Path) -> Commands:
@@ -222,7 +222,7 @@ class _Work:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | dict.fromkeys(_THREADS, "1"),
+                env=os.environ | _ENVIRONMENT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
             )
 
