@@ -26,6 +26,7 @@ CELLS, FAILED, REPLACED = "cells", "failed", "replaced"
 """Folders of an output folder: cells, cells that failed, and finished ones that were made again."""
 _POLL_SECONDS = 0.05
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+"""What a cell's processes find: a thread each, and logs whose lines are in the order in which they were printed."""
 
 
 def commands_of(cell: Cell, folder: Path) -> Commands:

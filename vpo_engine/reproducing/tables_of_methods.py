@@ -187,8 +187,8 @@ OVEROPTIMISATION = Table(
     "overoptimisation",
     "Over-optimisation: three times the usual length",
     "Reward, judge and pixel measures of held-out clips while ReFL, VADER and OnlineVPO are trained for three times as "
-    "long as in the other tables; and ReFL with thirty times the learning rate, which is made to collapse. Dotted lines: "
-    "alarms of the guards (docs/guards.md).",
+    "long as in the other tables; and ReFL with thirty times the learning rate, which is made to collapse. Dotted "
+    "lines: alarms of the guards (docs/guards.md).",
     rows=(
         Row(ONLINE, LONG, quick=QUICK_LONG),
         REFL.timed(evaluations=12, length=LENGTH),
