@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -38,7 +39,7 @@ def plan_run(config: Config, gpu: Gpu | None, processes: int = 1) -> Plan:
     if config.rollout.batch_size == "auto" and config.card.candidates:
         config = granted(config, gpu, processes)
         plan = plan_run(config, gpu, processes)
-        note = f"rollout.batch_size=auto grants {config.rollout.batch_size or 'all'} candidates at once"
+        note = f"rollout.batch_size=auto grants {_at_once(config.rollout.batch_size)}"
         return replace(plan, notes=(*plan.notes, note))
     given = config.memory.limit_gib
     if given is not None:
@@ -78,10 +79,16 @@ def check_fits(
         changes = fitting_changes(config, plan, lambda changed: plan_run(changed, gpu, processes))
         raise ValueError(shortfall(plan, next(changes, None)))
     size = config.rollout.batch_size
-    granted_size = f"; {size} candidates at once" if size and config.card.candidates else ""
+    granted_size = f"; {_at_once(size)}" if size and config.card.candidates else ""
     disk = planned_disk(config, describe, prompts)
     lines = [line(plan) + granted_size, disk] if gpu is None else [disk, whole(plan) + granted_size]
     return config, "\n".join(filter(None, [presets, *lines]))
+
+
+def _at_once(size: int | Literal["auto"] | None) -> str:
+    if size is None:
+        return "all candidates at once"
+    return "one candidate at a time" if size == 1 else f"{size} candidates at once"
 
 
 def available_memory() -> int:
