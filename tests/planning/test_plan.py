@@ -177,7 +177,9 @@ def test_a_run_takes_the_rows_that_its_plan_grants(monkeypatch, capsys, tmp_path
             train.main([*settings, f"run_dir={tmp_path / 'run'}"])
         assert built.value.args == (rows,)
         said = capsys.readouterr().out
-        assert [size for size, words in granted.items() if words and words in said] == ([rows] if rows else [])
+        assert [size for size, words in granted.items() if words and words in said] == (
+            [rows] if rows else []
+        )
 
 
 def test_rewards_that_are_known_by_their_cards_count_with_their_weights():
