@@ -18,6 +18,7 @@ from vpo_engine.data.sprites.damage import KINDS, damaged
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.metrics.appearance import STATISTICS, appearance, style_distance
 from vpo_engine.metrics.reward_monitor import RewardMonitor
+from vpo_engine.metrics.step_watch import Alarm
 from vpo_engine.rewards.guards import Shuffled, motion
 from vpo_engine.rewards.sprites import DIMENSIONS, SpritesReward
 from vpo_engine.runs.log import read_metrics
@@ -62,17 +63,28 @@ class TestDivergenceOfEvaluations:
             == []
         )
 
-    def test_a_trend_that_no_single_change_shows(self) -> None:
-        """Clips vary by more than the change, the means follow a line."""
+    @staticmethod
+    def alarms_of_lines(fall: float) -> list[Alarm]:
+        """Clips vary by more than the change, and the means follow a line that rises, and one that falls."""
         monitor, base = RewardMonitor(GuardsConfig(window=4), 12), evaluation(2.0, 3.0)
         said = []
         for step in range(5):
             now = evaluation(2.0, 3.0, spread=2.0)
-            for name, sign in (("reward/selected", 1), ("judge/selected", -1)):
-                now[name] = now[name] - now[name].mean() + 2.5 + sign * 0.1 * step
+            for name, change in (("reward/selected", 0.1), ("judge/selected", -fall)):
+                now[name] = now[name] - now[name].mean() + 2.5 + change * step
             said += monitor.observe(step, base, now)[1]
-        assert [alarm.step for alarm in said] == [3]
-        assert "from step 0 to 3 the training reward rose" in said[0].text
+        return said
+
+    def test_a_trend_that_no_single_change_shows(self) -> None:
+        (alarm,) = self.alarms_of_lines(0.1)
+        assert alarm.step == 3
+        assert "from step 0 to 3 the training reward rose" in alarm.text
+
+    def test_a_fall_too_small_to_notice_is_none_however_clear(self) -> None:
+        """As at the end of long runs. The bound is a tenth of the base policy's deviation, through three steps."""
+        bound = 0.1 * float(torch.linspace(-1, 1, 12).std()) / 3
+        assert self.alarms_of_lines(0.98 * bound) == []
+        assert len(self.alarms_of_lines(1.02 * bound)) == 1
 
     def test_only_clips_of_every_evaluation_are_compared(self) -> None:
         monitor, base = RewardMonitor(GuardsConfig(), 4), evaluation(2.0, 3.0, clips=12)
@@ -83,7 +95,7 @@ class TestDivergenceOfEvaluations:
 
     def test_a_resumed_watch_goes_on_as_if_never_stopped(self) -> None:
         base, whole = evaluation(2.0, 3.0), RewardMonitor(GuardsConfig(window=4), 12)
-        nows = [evaluation(2.0 + 0.01 * step, 3.0 - 0.01 * step, brightness=4 * step) for step in range(6)]
+        nows = [evaluation(2.0 + 0.03 * step, 3.0 - 0.03 * step, brightness=4 * step) for step in range(6)]
         for now in nows:
             now["judge/selected"] = now["judge/selected"] + torch.linspace(
                 -3, 3, 12

@@ -38,6 +38,18 @@ SHORT = (
 
 
 HONEST = {f"honest_{seed}": (*SHORT, f"seed={seed}") for seed in (1, 2, 3)}
+LONG = {
+    f"honest_long_{seed}": (
+        "configs/sprites_fast.yaml",
+        f"seed={seed}",
+        "steps=42",
+        "optimizer.warmup_steps=15",
+        "evaluation.every=4",
+        "evaluation.samples_between=4",
+    )
+    for seed in (0, 2)
+}
+"""Honest runs of three times the usual length: from step 20 on the reward is nearly as high as it can be."""
 LATER = {
     "honest_seed7": (*SHORT, "seed=7"),
     "honest_eight": (*SHORT, "seed=8", "rollout.candidates=8", "reference.refresh_every=2", "steps=12"),
@@ -126,7 +138,7 @@ def run(name: str, folder: Path) -> None:
             return step(self, prompts)
 
         OnlineVPO.step = planted  # type: ignore[method-assign]
-    settings = (HONEST | LATER | EXPLOITED).get(name, (*SHORT, *OWN.get(name, ())))
+    settings = (HONEST | LONG | LATER | EXPLOITED).get(name, (*SHORT, *OWN.get(name, ())))
     with TemporaryDirectory() as made:
         assert main([*settings, f"run_dir={made}/run"]) == 0
         rows = read_metrics(Path(made) / "run/metrics.jsonl")

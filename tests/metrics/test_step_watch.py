@@ -24,8 +24,10 @@ SOON = 5
 """An alarm comes within so many rollouts of the onset."""
 LATER = ["honest_seed7", "honest_eight", "honest_lora"]
 """Other seeds; eight candidates and a refresh at every second step; LoRA. They took no part in setting thresholds."""
-HONEST = ["honest_1", "honest_2", "honest_3", "bold", *LATER]
-"""Three of the recipe, and one with four times the rate and a tenth of beta from step 9 on; and ``LATER``."""
+LONG = ["honest_long_0", "honest_long_2"]
+HONEST = ["honest_1", "honest_2", "honest_3", "bold", *LONG, *LATER]
+"""Three of the recipe, one with four times the rate and a tenth of beta from step 9 on, and two that are three times as
+long as usual; and ``LATER``."""
 EXPLOITED: list[tuple[str, str, set[str]]] = [
     # name, the alarm, and others that are right later on
     ("still", "motion", {"style"}),

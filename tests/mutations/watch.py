@@ -5,6 +5,11 @@ STATISTICS, MONITOR = "vpo_engine/metrics/candidate_statistics.py", "vpo_engine/
 SUMS = ("tests/metrics/test_cusum.py",)
 REPLAYS = ("tests/metrics/test_step_watch.py",)
 MEASURES = ("tests/metrics/test_candidate_statistics.py",)
+GUARDS = "vpo_engine/rewards/guards.py"
+TRENDS = (
+    "tests/rewards/test_guards.py::TestDivergence",
+    "tests/test_reward_monitor.py::TestDivergenceOfEvaluations",
+)
 REPORTS = ("tests/runs/test_alarms.py",)
 STOPS = (
     "tests/test_reward_monitor.py::test_an_alarm_of_a_step_reaches_terminal_log_and_report_and_stops_the_run",
@@ -140,6 +145,15 @@ MUTATIONS = [
     ),
     ("first scores are not restored", WATCH, "self._scores[name].load(seen)", "", REPLAYS),
     ("first looks are not restored", CUSUM, 'self.normal.load(state["normal"])', "", REPLAYS),
+    (
+        "honest runs' late rises are a shortcut",
+        WATCH,
+        "SHORTCUT_TOLERATED = 0.08",
+        "SHORTCUT_TOLERATED = 0.05",
+        REPLAYS,
+    ),
+    ("any clear fall counts", MONITOR, "LEAST_FALL = 0.1", "LEAST_FALL = 0.0", TRENDS),
+    ("how far the reward fell is not asked", GUARDS, "or rise > -least_fall", "", TRENDS),
     ("the watch is not saved", MONITOR, '{"watch": self._watch.state()}', "{}", REPLAYS),
     (
         "an old state is refused",

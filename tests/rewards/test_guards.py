@@ -241,6 +241,13 @@ class TestDivergence:
         assert self.observe(DivergenceAlarm(window=4), [0.1] * 4, line[::-1]) == []
         assert self.observe(DivergenceAlarm(window=4), line, [0.1] * 4) == []
 
+    def test_a_fall_is_measured_along_its_line(self) -> None:
+        line = [float(index) for index in range(4)]  # from first to last it falls by 3
+        for least, raised in ((2.99, 1), (3.01, 0)):
+            alarm = DivergenceAlarm(window=4)
+            said = [alarm(index, value, -value, least) for index, value in enumerate(line)]
+            assert len([text for text in said if text]) == raised
+
     def test_a_window_shows_a_trend(self) -> None:
         with pytest.raises(ValueError, match="window is 3, expected at least 4"):
             DivergenceAlarm(window=3)

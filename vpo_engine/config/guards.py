@@ -43,8 +43,9 @@ class GuardsConfig(Section):
     """The held-out reward; null: the judge of the sprites world there, and none for other models."""
     window: int = Field(5, ge=4)
     """Number of evaluations over which slopes are taken. An alarm is raised when in them the training reward rises and
-    the held-out reward falls, each by more than two standard errors. Whatever the window, an alarm is also raised when
-    both changes since the base policy are clear of zero at 95 %."""
+    the held-out reward falls, each by more than two standard errors, and the fall is at least a tenth of the standard
+    deviation of single clips. Whatever the window, an alarm is also raised when both changes since the base policy are
+    clear of zero at 95 %."""
     style_bound: float | None = Field(1.0, gt=0, allow_inf_nan=False)
     """The largest change of mean brightness, contrast, saturation or sharpness of the held-out clips without an alarm,
     in standard deviations of the base policy's clips; null: any distance. Of the candidates of the training steps three

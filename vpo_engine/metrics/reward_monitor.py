@@ -17,6 +17,9 @@ from vpo_engine.metrics.step_watch import Alarm, StepWatch
 from vpo_engine.metrics.summary import WIDTH, paired_difference
 from vpo_engine.rewards.guards import DivergenceAlarm, Shuffled
 
+LEAST_FALL = 0.1
+"""Least fall of the held-out reward through a window that counts as one, in standard deviations of the base policy's
+single clips."""
 Measured = Mapping[str, Tensor]
 """The result of ``HeldOut.evaluate``."""
 
@@ -34,7 +37,7 @@ class RewardMonitor:
     def __init__(self, settings: GuardsConfig, clips: int, watch: StepWatch | None = None) -> None:
         self._settings, self._clips, self._watch = settings, clips, watch
         self._trend = DivergenceAlarm(settings.window)
-        self._observations: deque[tuple[int, float, float]] = deque(maxlen=settings.window)
+        self._observations: deque[tuple[int, float, float, float]] = deque(maxlen=settings.window)
         self.alarms: list[Alarm] = []
 
     def prompts(self, found: Mapping[str, Shuffled]) -> list[Alarm]:
@@ -73,8 +76,8 @@ class RewardMonitor:
             ]
             training, held_out = (float(values.double().mean()) for values in sides[1::2])
             numbers |= {"guards/training": training, "guards/held_out": held_out}
-            self._observations.append((step, training, held_out))
-            said = self._trend(step, training, held_out) or _since_base(step, *sides)
+            spread = float(sides[2].double().std()) if self._clips > 1 else 0.0
+            said = self._follow(step, training, held_out, LEAST_FALL * spread) or _since_base(step, *sides)
             if said is not None:
                 alarms += self._raise(Alarm(step, "divergence", said))
         names = [f"style/{name}" for name in STATISTICS]
@@ -87,6 +90,10 @@ class RewardMonitor:
             numbers |= {f"guards/style/{name}": value for name, value in distances.items()}
             alarms += self._style(step, distances)
         return numbers, alarms
+
+    def _follow(self, step: int, training: float, held_out: float, least_fall: float = 0.0) -> str | None:
+        self._observations.append((step, training, held_out, least_fall))
+        return self._trend(step, training, held_out, least_fall)
 
     def _style(self, step: int, distances: Mapping[str, float]) -> list[Alarm]:
         bound = self._settings.style_bound
@@ -123,11 +130,11 @@ class RewardMonitor:
         """Load a saved state into a new monitor, which then continues as if the run had never stopped.
 
         A state without a watch is one of an earlier version: the watch learns from the next steps what is normal.
+        Observations of an earlier version have no least fall.
         """
         self.alarms = [Alarm(**fields) for fields in state["alarms"]]
-        for step, training, held_out in state["observations"]:
-            self._observations.append((step, training, held_out))
-            self._trend(step, training, held_out)
+        for observation in state["observations"]:
+            self._follow(*observation)
         if self._watch is not None and "watch" in state:
             self._watch.load(state["watch"])
 

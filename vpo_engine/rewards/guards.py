@@ -142,7 +142,9 @@ class DivergenceAlarm:
     """Says once that the training reward rises while the held-out reward falls: the policy exploits its reward.
 
     Both trends are straight lines through the last ``window`` observations, clear of zero by ``CLEAR`` standard
-    errors, so that noise alone rarely sets it off. Its state is what it has observed.
+    errors, so that noise alone rarely sets it off. Once a run has reached all that its rewards can give, evaluations
+    hardly differ, and a fall can be clear that nobody would notice; so a least fall can be asked for. Its state is what
+    it has observed.
     """
 
     def __init__(self, window: int = 8) -> None:
@@ -152,12 +154,13 @@ class DivergenceAlarm:
         self._seen: deque[tuple[int, float, float]] = deque(maxlen=window)
         self._raised = False
 
-    def __call__(self, step: int, training: float, held_out: float) -> str | None:
+    def __call__(self, step: int, training: float, held_out: float, least_fall: float = 0.0) -> str | None:
         """Observe both rewards after a step.
 
         Return the message, once, or None. Raise ValueError for a number that is not finite.
 
-        held_out: of videos of prompts outside of the training, by a reward that is not trained against.
+        held_out: of videos of prompts outside of the training, by a reward that is not trained against. least_fall: how
+        far the held-out reward must have fallen, along its line.
         """
         for name, value in (("training", training), ("held_out", held_out)):
             if not math.isfinite(value):
@@ -166,7 +169,10 @@ class DivergenceAlarm:
         if self._raised or len(self._seen) < (self._seen.maxlen or 0):
             return None
         steps, rising, falling = zip(*self._seen, strict=True)
-        if _trend(rising) < CLEAR or _trend(falling) > -CLEAR:
+        if _trend(rising)[1] < CLEAR:
+            return None
+        rise, clear = _trend(falling)
+        if clear > -CLEAR or rise > -least_fall:
             return None
         self._raised = True
         return (
@@ -176,10 +182,10 @@ class DivergenceAlarm:
         )
 
 
-def _trend(values: Sequence[float]) -> float:
-    """Return the slope of the straight line through values at equal steps, in its standard errors.
+def _trend(values: Sequence[float]) -> tuple[float, float]:
+    """Return how far the straight line through values at equal steps rises, and the same in its standard errors.
 
-    The slope is 0 if all values are the same.
+    Both are 0 if all values are the same.
     """
     y = torch.tensor(values, dtype=torch.float64)
     x = torch.arange(len(y), dtype=torch.float64)
@@ -187,5 +193,5 @@ def _trend(values: Sequence[float]) -> float:
     slope = (x @ y) / (x @ x)
     error = ((y - slope * x).square().sum() / (len(y) - 2) / (x @ x)).sqrt()
     if slope.abs() <= torch.finfo(torch.float64).eps * max(map(abs, values)):
-        return 0.0
-    return float(slope / error)  # infinite for points on a line
+        return 0.0, 0.0
+    return float(slope * (len(y) - 1)), float(slope / error)  # infinite for points on a line
