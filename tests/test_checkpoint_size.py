@@ -13,13 +13,14 @@ from smallest_run import SHIPPED
 
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
-from vpo_engine.checkpoint_size import checkpoint_bytes
+from vpo_engine.checkpoint_size import check_disk, checkpoint_bytes
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
 from vpo_engine.run_state import average_writer, capture
 from vpo_engine.runs.checkpoint import save_checkpoint
+from vpo_engine.runs.disk_use import SPARE_BYTES
 
 Make = Callable[..., Config]
 
@@ -75,3 +76,18 @@ def test_the_size_of_a_checkpoint_is_known_before(
     )
     actual = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert actual == pytest.approx(expected, rel=0.1)
+
+
+def test_checkpoints_that_are_there_need_no_more_room(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that are kept and one that is written, one is there, so that two more must fit."""
+    config, network = small("checkpoint.keep=2"), torch.nn.Linear(1000, 1000)
+    (tmp_path / "checkpoints" / "step_00000020").mkdir(parents=True)
+    need = 2 * checkpoint_bytes(config, network) + SPARE_BYTES
+    free = types.SimpleNamespace(free=need)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    check_disk(config, network, tmp_path)
+    free.free = need - 1
+    with pytest.raises(ValueError, match="there for 2 checkpoints of"):
+        check_disk(config, network, tmp_path)

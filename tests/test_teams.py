@@ -85,7 +85,7 @@ def steps(case: str, processes: Processes) -> list[dict[str, object]]:
                 "metrics": {name: value for name, value in step.metrics.items() if "memory/" not in name},
                 "pairs": torch.tensor([winners, losers, [not choice.tied for choice in step.choices]]),
                 "candidates": candidates_of(step),
-                "rows": step.work.sampled,
+                "rows": torch.tensor([step.work.sampled, step.work.compared, step.work.trained]),
                 "gradient": gradients[-1],
             }
         )
@@ -105,10 +105,10 @@ def test_two_processes_share_the_candidates_of_a_prompt_and_train_as_one(tmp_pat
     for case in CASES:
         for number, alone in enumerate(steps(case, Processes.start("cpu"))):
             one, other = (member[case][number] for member in team)
-            for name in ("pairs", "candidates", "gradient"):
+            for name in ("pairs", "candidates", "gradient", "rows"):
                 assert torch.equal(one[name], other[name]), (case, name)
             assert one["metrics"] == other["metrics"]
-            assert one["rows"] == other["rows"] == alone["rows"] / 2  # type: ignore[operator]
+            assert torch.equal(2 * one["rows"], alone["rows"])  # type: ignore[arg-type]
             assert torch.equal(one["pairs"], alone["pairs"]), case  # type: ignore[arg-type]
             torch.testing.assert_close(one["candidates"], alone["candidates"], rtol=1e-4, atol=1e-4, msg=case)
             expected = alone["gradient"]

@@ -152,3 +152,23 @@ def test_every_part_is_registered_under_its_name(
 def nbytes(tensors: Sequence[Tensor]) -> int:
     """Return the bytes of tensors, of which one that is there twice counts once."""
     return sum(each.nbytes for each in {id(one): one for one in tensors}.values())
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_decoder_and_reward_take_turns_where_parts_are_moved(
+    small: Make, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    calls: list[str] = []
+    run = Run(small("rollout.batch_size=2"), monkeypatch, FakeDevice() if moved else None)
+
+    def noted(name: str, method: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object) -> object:
+            calls.append(name)
+            return method(*given)
+
+        return call
+
+    monkeypatch.setattr(run.model, "decode", noted("decode", run.model.decode))
+    monkeypatch.setattr(SpritesReward, "score", noted("score", SpritesReward.score))
+    step_on(run.algorithm, PROMPTS, [0, 1])
+    assert calls == (["decode"] * 2 + ["score"] * 2 if moved else ["decode", "score"] * 2)

@@ -293,4 +293,32 @@ MUTATIONS = [
         "steps=rollout.steps",
         SAMPLERS,
     ),
+    (
+        "rollout.overlap has no effect",
+        "vpo_engine/online_vpo.py",
+        "overlap=config.overlap,",
+        "overlap=False,",
+        ("tests/wiring/test_samplers.py::test_batches_are_scored_between_others_only_with_overlap",),
+    ),
+    (
+        "parts that are moved come to the device with every batch",
+        "vpo_engine/online_vpo.py",
+        "take_turns=self.idle_offload.active,",
+        "take_turns=False,",
+        ("tests/memory/test_idle_offload_run.py::test_decoder_and_reward_take_turns_where_parts_are_moved",),
+    ),
+    (
+        "what another thread has halved is halved again",
+        BATCHES,
+        "self.size is None or len(batch) <= self.size",
+        "True",
+        ("tests/rollout/test_rollout_memory.py::test_two_that_run_out_of_memory_at_once_halve_once",),
+    ),
+    (
+        "the second pass is not compiled",
+        SAMPLER,
+        "config.cache, config.compile, split",
+        'config.cache, "none", split',
+        SAMPLERS,
+    ),
 ]

@@ -220,4 +220,11 @@ MUTATIONS = [
         "if False:",
         ("tests/test_checkpoint_size.py",),
     ),
+    (
+        "a moving average may begin when a run goes on",
+        START,
+        '"checkpoint", "processes", "distributed", "log" )',
+        '"checkpoint", "ema", "processes", "distributed", "log")',
+        ("tests/wiring/test_faults.py::test_a_run_is_not_resumed_with_other_settings",),
+    ),
 ]

@@ -372,4 +372,11 @@ MUTATIONS = [
         "max(steps), {})",
         DIVISIONS,
     ),
+    (
+        "no accuracy after a soft refresh",
+        STEP,
+        "and self.config.reference.refresh_share == 1",
+        "",
+        ("tests/wiring/test_replay.py::test_the_accuracy_is_logged_where_a_refresh_has_left_a_difference",),
+    ),
 ]

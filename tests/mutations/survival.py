@@ -109,4 +109,36 @@ MUTATIONS = [
         "",
         ("tests/test_command.py",),
     ),
+    (
+        "the checkpoint that is being written is not waited for after divergence",
+        "vpo_engine/trainer.py",
+        "self._saver.settle()",
+        "pass",
+        (
+            "tests/wiring/test_background.py::test_a_run_that_diverges_names_the_checkpoint_that_was_still_being_written",
+        ),
+    ),
+    (
+        "an alarm of the last step stops the run before its end",
+        "vpo_engine/trainer.py",
+        "if self._must_stop(stop) and step < total:",
+        "if self._must_stop(stop):",
+        ("tests/wiring/test_stopping.py::test_an_alarm_of_the_last_step_does_not_keep_the_run_from_its_end",),
+    ),
+    (
+        "the background keeps one checkpoint more",
+        SAVING,
+        "tensors=kept, state=said, keep=self._keep",
+        "tensors=kept, state=said, keep=self._keep + 1",
+        ("tests/runs/test_saving.py::test_the_background_keeps_as_many_as_it_is_told",),
+    ),
+    (
+        "a disk is judged while a checkpoint is written to it",
+        "vpo_engine/trainer.py",
+        "and not self._saver.writing",
+        "",
+        (
+            "tests/wiring/test_background.py::test_the_room_on_the_disk_is_not_judged_while_a_checkpoint_is_written_to_it",
+        ),
+    ),
 ]

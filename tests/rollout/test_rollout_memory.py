@@ -111,3 +111,20 @@ def test_batches_are_never_larger_than_the_limit_and_cover_every_candidate_once(
     assert max(sizes) <= (size or 12)
     assert len(sizes) == {None: 1, 12: 1, 11: 2, 8: 2, 7: 3, 5: 3, 4: 3, 3: 6, 2: 6, 1: 12}[size]
     assert seen == [(prompt, candidate) for prompt in range(3) for candidate in range(4)]
+
+
+def test_two_that_run_out_of_memory_at_once_halve_once() -> None:
+    """The scorer's thread fails while the sampler's batch is computed, which then fails too."""
+    rows = Batches(None, lambda _: None)
+
+    def score(batch: Batch) -> int:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("full")
+        return len(batch)
+
+    def sample(batch: Batch) -> int:
+        if rows.size is None:
+            assert list(rows.run(score, 2, 2)) == [2, 2]
+        return score(batch)
+
+    assert list(rows.run(sample, 2, 2)) == [2, 2]

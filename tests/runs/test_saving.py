@@ -245,3 +245,10 @@ def test_the_foreground_writes_at_once(tmp_path: Path) -> None:
         assert writing.begin(1) is None
         writing.save(1, tensors={"optimizer": {"m": torch.ones(2)}}, state={}, write_policy=None)
         assert newest_complete(tmp_path) is not None
+
+
+def test_the_background_keeps_as_many_as_it_is_told(tmp_path: Path) -> None:
+    with saver(tmp_path, keep=2) as writing:
+        for step in (1, 2, 3):
+            save(writing, step, torch.ones(5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ import pytest
 import safetensors.torch
 from test_resume import assert_same
 
-from vpo_engine.errors import CheckpointError
+from vpo_engine.errors import CheckpointError, NotFiniteError
+from vpo_engine.method import Step
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.runs import saving
+from vpo_engine.runs.disk_use import DiskWatch
 from vpo_engine.runs.saving import CheckpointSaver
+from vpo_engine.values import Prompt
 
 SETTINGS = (
     "steps=4",
@@ -136,3 +141,28 @@ def test_the_copies_must_fit_into_the_memory_of_the_host(
         engine.train(engine.make_config(tmp_path, *SETTINGS, BACKGROUND))
     assert not (tmp_path / "run/checkpoints").exists()
     engine.train(engine.make_config(tmp_path, *SETTINGS, "steps=1"))
+
+
+def test_a_run_that_diverges_names_the_checkpoint_that_was_still_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: None
+) -> None:
+    step, steps = OnlineVPO.step, []
+
+    def diverge(algorithm: OnlineVPO, prompts: Sequence[Prompt]) -> Step:
+        steps.append(prompts)
+        if len(steps) == 2:
+            raise NotFiniteError("the loss is inf")
+        return step(algorithm, prompts)
+
+    monkeypatch.setattr(OnlineVPO, "step", diverge)
+    with pytest.raises(ValueError, match="the policy has diverged in step 2") as caught:
+        engine.train(engine.make_config(tmp_path, *SETTINGS, BACKGROUND))
+    assert f"the last good checkpoint is {engine.checkpoint(tmp_path / 'run', 1)}." in str(caught.value)
+
+
+def test_the_room_on_the_disk_is_not_judged_while_a_checkpoint_is_written_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: None
+) -> None:
+    """A part of the room for it is taken already; after step 1 the checkpoint is still being written."""
+    monkeypatch.setattr(DiskWatch, "exhausted", lambda *_: "no room for another checkpoint")
+    engine.train(engine.make_config(tmp_path, *SETTINGS, "steps=2", BACKGROUND))

@@ -58,6 +58,7 @@ CHANGED = (
     "optimizer.lr=1e-3",
     "memory.sequential=true",
     "guards.motion_floor=1",
+    "ema.decay=0.9",
     "evaluation.steps=7",
 )
 

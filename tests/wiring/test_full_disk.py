@@ -6,15 +6,19 @@ import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import engine
 import pytest
 import torch
 from full_disk import full_disk
 
+from vpo_engine.distributed.processes import Processes
 from vpo_engine.errors import CheckpointError, DiskFullError
 from vpo_engine.runs.checkpoint import newest_complete, verify_checkpoint
 from vpo_engine.runs.disk_use import SPARE_BYTES, DiskWatch
+from vpo_engine.trainer import Trainer
 
 SETTINGS = ("steps=3", "evaluation.every=2", "checkpoint.keep=9")
 WRITERS = {
@@ -151,3 +155,38 @@ def test_latents_are_counted_as_they_come(tmp_path: Path) -> None:
     for rank in (0, 1):
         (latents / f"step_00000002_{rank:04d}.safetensors").write_bytes(bytes(3500))
     assert "preference_dataset" in str(watch.exhausted(2))
+
+
+def test_latents_of_all_processes_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer of the first of two processes watches what the second one writes, too."""
+    made: list[DiskWatch] = []
+
+    def make(*given: Any) -> DiskWatch:
+        made.append(DiskWatch(*given))
+        return made[0]
+
+    monkeypatch.setattr("vpo_engine.trainer.DiskWatch", make)
+    run, algorithm = tmp_path / "run", mock.MagicMock()
+    algorithm.model.network = torch.nn.Linear(1, 1)
+    config = engine.make_config(tmp_path, f"disk.limit_gib={(SPARE_BYTES + 10_000) / 2**30}")
+    given = mock.MagicMock(), mock.MagicMock(), mock.MagicMock(root=run)
+    Trainer(config, algorithm, *given, Processes(0, 2, torch.device("cpu")))
+    latents = run / "preference_dataset" / "latents"
+    latents.mkdir(parents=True)
+    (watch,) = made
+    assert watch.exhausted(1) is None
+    (latents / "step_00000002_0001.safetensors").write_bytes(bytes(10_000))
+    assert "preference_dataset" in str(watch.exhausted(2))
+
+
+def test_a_run_near_its_end_needs_the_room_of_the_rest_only(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step takes 1 GiB here. With 2 GiB free, three steps do not fit, and the third does."""
+    engine.train(engine.make_config(tmp_path, *SETTINGS, "steps=2"))
+    monkeypatch.setattr("vpo_engine.disk_plan._ROW_BYTES", 2**30)
+    disk(2 * 2**30)
+    with pytest.raises(ValueError, match=r"has 2\.00 GiB free, but to its last step this run writes 3\."):
+        engine.train(engine.make_config(tmp_path, *SETTINGS, f"run_dir={tmp_path / 'new'}"))
+    engine.train(engine.make_config(tmp_path, *SETTINGS))
+    assert len(engine.metrics_of(tmp_path / "run")) == 3

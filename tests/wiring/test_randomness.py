@@ -9,7 +9,10 @@ from pathlib import Path
 
 import engine
 import pytest
+import torch
 from torch import Tensor
+
+from vpo_engine.seeding import integer
 
 SETTINGS = (
     "steps=2",
@@ -88,3 +91,24 @@ def test_noise_depends_on_the_position_and_not_on_the_batch(run: engine.Recordin
     again = {tuple(noise.flatten().tolist()) for noise in rollout_again}
     # Which prompts need more candidates depends on the policy; the first candidates of all positions are the same.
     assert len(first & again) >= 2 * 4 * 2
+
+
+@pytest.mark.parametrize("drawn", [0.0, 1.0])
+def test_a_time_is_never_the_end_of_the_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: float
+) -> None:
+    """A uniform number can be 0, or be rounded to 1, and there the normal number of the same rank is infinite."""
+    monkeypatch.setattr(torch, "rand", lambda count, generator: torch.full((count,), drawn))
+    rows = engine.train(
+        engine.make_config(tmp_path, *SETTINGS, "steps=1", "objective.timesteps_per_pair=1")
+    ).rows
+    assert rows
+    assert all(0 < row.time < 1000 for row in rows)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_every_integer_below_the_count_is_drawn_about_equally_often(count: int) -> None:
+    """Of 300 draws for each, five standard deviations are less than 90; the draws are always the same."""
+    drawn = Counter(integer(count, 5, "place", number) for number in range(300 * count))
+    assert sorted(drawn) == list(range(count))
+    assert all(abs(times - 300) < 90 for times in drawn.values())

@@ -182,3 +182,16 @@ def test_stored_pairs_are_ties_up_to_a_wider_min_gap_and_go_round(tmp_path: Path
             mean = sum(one.gap for one in kept) / len(kept)
             assert row.weight == pytest.approx(line.gap / mean, rel=1e-5)
     assert next(rows, None) is None
+
+
+def test_the_accuracy_is_logged_where_a_refresh_has_left_a_difference(tmp_path: Path) -> None:
+    """Half-way to the policy the reference is another network still, so that margins are not 0."""
+    rows = {}
+    for share in (0.5, 1.0):
+        settings = ("steps=2", "reference.refresh_every=1", f"reference.refresh_share={share}")
+        engine.train(engine.make_config(tmp_path / str(share), *settings))
+        rows[share] = engine.metrics_of(tmp_path / str(share) / "run")[1]
+    assert rows[0.5]["margin"] != 0
+    assert 0 <= rows[0.5]["implicit_accuracy"] <= 1
+    assert rows[1.0]["margin"] == 0
+    assert "implicit_accuracy" not in rows[1.0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import engine
 import pytest
 import torch
+from toy import ToyReward
 
 from vpo_engine.protocols import SamplerSettings
 
@@ -24,6 +26,13 @@ CASES = {
     "own settings": (
         ("rollout.guidance_interval=[0.2, 0.7]", "rollout.cache=0.2"),
         {("policy", SamplerSettings(6, 2.0, (0.2, 0.7), 0.2), None, None)},
+    ),
+    "pruned, compiled": (
+        ("rollout.prune.after=0.34", "rollout.prune.keep=2", "rollout.compile=blocks"),
+        {
+            ("policy", SamplerSettings(6, 2.0, compile="blocks"), first, last)
+            for first, last in ((0, 2), (2, None))
+        },
     ),
     "pruned": (
         ("rollout.prune.after=0.34", "rollout.prune.keep=2", "rollout.cache=0.2"),
@@ -97,3 +106,24 @@ def test_the_copy_in_8_bits_follows_the_policy(tmp_path: Path) -> None:
             latents = engine.sampled_alone(run, step, line.prompt, line.position, line.winner, 4, 6, 2.0)
             errors.append(float((latents - line.latents()[0]).norm()))
         assert errors[2] < 0.2 * min(errors[:2])
+
+
+class Places(ToyReward):
+    """Notes how many batches were sampled whenever prompts of the training are scored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sampled: list[int] = []
+
+    def score(self, videos: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        if prompts[0] in engine.PROMPTS:
+            self.sampled.append(len(engine.RecordingModel.recording.sampled))
+        return super().score(videos, prompts)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_batches_are_scored_between_others_only_with_overlap(tmp_path: Path, overlap: bool) -> None:
+    reward, batches = Places(), ("pairs.resample=0", "rollout.batch_size=4")
+    engine.train(engine.make_config(tmp_path, *BASE, *batches, f"rollout.overlap={overlap}"), reward)
+    last = max(reward.sampled)
+    assert reward.sampled == ([last - 3, last - 2, last - 1, last] if overlap else [last] * 4)

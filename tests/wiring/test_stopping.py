@@ -14,6 +14,8 @@ from test_resume import assert_same
 
 from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.method import Step
+from vpo_engine.metrics.reward_monitor import RewardMonitor
+from vpo_engine.metrics.step_watch import Alarm
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.runs.log import RunLog
 from vpo_engine.values import Prompt
@@ -267,3 +269,14 @@ def test_a_policy_that_diverges_is_named_with_its_settings_and_the_last_checkpoi
     assert f"the last good checkpoint is {last}. Start a run with a lower optimizer.lr" in message
     assert all(torch.isfinite(value).all() for value in engine.policy_of(tmp_path / "run", 2).values())
     assert [path.name for path in last.parent.iterdir()] == [last.name]
+
+
+def test_an_alarm_of_the_last_step_does_not_keep_the_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alarm = Alarm(1, "saturation", "the log-sigmoid is saturated")
+    monkeypatch.setattr(RewardMonitor, "step", lambda *_: ({}, [alarm]))
+    engine.train(engine.make_config(tmp_path, "steps=1", "guards.on_alarm=stop"))
+    run = tmp_path / "run"
+    assert [row["step"] for row in engine.metrics_of(run, "eval")] == [0, 1]
+    assert (run / "summary.json").is_file()

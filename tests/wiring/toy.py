@@ -89,7 +89,13 @@ class ToyModel(BaseModel):
     card = ModelCard(
         name="toy",
         supports=frozenset(
-            {"rollout.guidance", "rollout.guidance_interval", "rollout.cache", "rollout.prune.frames"}
+            {
+                "rollout.guidance",
+                "rollout.guidance_interval",
+                "rollout.cache",
+                "rollout.compile=blocks",  # changes nothing: the toy has nothing to compile
+                "rollout.prune.frames",
+            }
         ),
     )
 
