@@ -9,6 +9,7 @@ from torch import nn
 from vpo_engine.config import Config
 from vpo_engine.full_disk import disk_of, free_bytes
 from vpo_engine.runs.disk_use import SPARE_BYTES
+from vpo_engine.texts import counted
 
 _GIB = 2**30
 
@@ -43,8 +44,9 @@ def check_disk(config: Config, network: nn.Module, root: Path) -> None:
     if free < number * size + SPARE_BYTES:
         raise ValueError(
             f"the disk of {place} has {free / _GIB:.2f} GiB free, but this run needs {number * size / _GIB:.2f} GiB "
-            f"there for {number} checkpoints of {size / _GIB:.2f} GiB (checkpoint.keep={config.checkpoint.keep}, and "
-            "the one that is being written); free some space, keep fewer, or give a run_dir on another disk"
+            f"there for {counted(number, 'checkpoint')} of {size / _GIB:.2f} GiB "
+            f"(checkpoint.keep={config.checkpoint.keep}, and the one that is being written); free "
+            "some space, keep fewer, or give a run_dir on another disk"
         )
 
 

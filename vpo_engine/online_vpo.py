@@ -118,7 +118,10 @@ class OnlineVPO(Method):
         mine = team.rank_range(len(pairs) * self.config.objective.timesteps_per_pair)
         total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // self.processes.team_size
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=here)
-        refreshed = self.optimizer_steps == self.refreshed_at and self.config.reference.refresh_share == 1
+        whole = (
+            self.config.reference.refresh_share == 1 or not self.optimizer_steps
+        )  # it starts as the policy
+        refreshed = self.optimizer_steps == self.refreshed_at and whole
         rate = self._begin_update()
         unchanged = update == 0 and not self.config.memory.step_in_backward
         together = self.optimizer.in_lockstep

@@ -9,6 +9,7 @@ TRAINER = "vpo_engine/trainer.py"
 SETTINGS = "vpo_engine/distributed/deepspeed_settings.py"
 ZERO_OPTIMIZER = "vpo_engine/memory/zero.py"
 
+ACCURACY = ("tests/wiring/test_replay.py::test_the_accuracy_is_logged_where_a_refresh_has_left_a_difference",)
 MUTATIONS = [
     (
         "winner and loser exchanged in the pair, seen by what is learned",
@@ -375,8 +376,15 @@ MUTATIONS = [
     (
         "no accuracy after a soft refresh",
         STEP,
-        "and self.config.reference.refresh_share == 1",
-        "",
-        ("tests/wiring/test_replay.py::test_the_accuracy_is_logged_where_a_refresh_has_left_a_difference",),
+        "refreshed = self.optimizer_steps == self.refreshed_at and whole",
+        "refreshed = self.optimizer_steps == self.refreshed_at",
+        ACCURACY,
+    ),
+    (
+        "an accuracy of margins of 0 before the first update",
+        STEP,
+        "== 1 or not self.optimizer_steps",
+        "== 1",
+        ACCURACY,
     ),
 ]

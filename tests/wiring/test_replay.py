@@ -190,7 +190,9 @@ def test_the_accuracy_is_logged_where_a_refresh_has_left_a_difference(tmp_path: 
     for share in (0.5, 1.0):
         settings = ("steps=2", "reference.refresh_every=1", f"reference.refresh_share={share}")
         engine.train(engine.make_config(tmp_path / str(share), *settings))
-        rows[share] = engine.metrics_of(tmp_path / str(share) / "run")[1]
+        first, rows[share] = engine.metrics_of(tmp_path / str(share) / "run")
+        assert first["margin"] == 0
+        assert "implicit_accuracy" not in first, "before the first update the reference is the policy"
     assert rows[0.5]["margin"] != 0
     assert 0 <= rows[0.5]["implicit_accuracy"] <= 1
     assert rows[1.0]["margin"] == 0
