@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -268,9 +269,7 @@ class Oracle:
         if not kept:
             return metrics
         self.policy.zero_grad()
-        sums = dict.fromkeys(
-            ("loss", "margin", "implicit_accuracy", "winner_error_change", "loser_error_change"), 0.0
-        )
+        sums: dict[str, float] = defaultdict(float)
         count = len(kept) * objective.timesteps_per_pair
         for line in kept:
             for row in self.draws(line, update):
@@ -336,7 +335,7 @@ class Oracle:
             "implicit_accuracy": float(margin > 0),
             "winner_error_change": winner.item(),
             "loser_error_change": loser.item(),
-        }
+        } | {f"reference_{side}_error": errors[f"reference {side}"].item() for side in ("winner", "loser")}
         return row.weight * loss, values
 
     def rate(self) -> float:

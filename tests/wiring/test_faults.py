@@ -168,3 +168,36 @@ def test_a_run_holds_the_lock_of_its_directory_from_the_start_to_the_end(
     assert looking.seen
     with RunLock(root), pytest.raises(ValueError, match="is in use by process"):
         engine.train(engine.make_config(tmp_path, "steps=2", f"run_dir={root}"))
+
+
+def test_a_run_begins_where_another_process_has_left_it_before_it_gave_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one saves step 2 after this one has found step 1, and before this one has the lock."""
+    engine.train(engine.make_config(tmp_path, "steps=2"))
+    newest, aside, enter = engine.checkpoint(tmp_path / "run", 2), tmp_path / "aside", RunLock.__enter__
+    newest.rename(aside)
+
+    def entered(lock: RunLock) -> RunLock:
+        aside.rename(newest)
+        return enter(lock)
+
+    monkeypatch.setattr(RunLock, "__enter__", entered)
+    recording = engine.train(engine.make_config(tmp_path, "steps=3"))
+    assert len(recording.rows) == engine.metrics_of(tmp_path / "run")[-1]["pairs"], "step 3 alone"
+
+
+class DriftingReward(ToyReward):
+    """Scores the same video a little higher every time."""
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        drift = 1e-3 * len(self.seen)
+        return {name: values + drift for name, values in super().score(videos, prompts).items()}
+
+
+def test_a_reward_that_is_no_longer_deterministic_stops_a_run_when_it_is_resumed(tmp_path: Path) -> None:
+    engine.train(engine.make_config(tmp_path, "steps=1"))
+    reward = DriftingReward()
+    with pytest.raises(ValueError, match="when scored again; rewards have to be deterministic"):
+        engine.train(engine.make_config(tmp_path, "steps=2"), reward)
+    assert len(reward.seen) == 2, "nothing but the check was scored"

@@ -203,6 +203,16 @@ def test_a_resumed_run_reads_its_pairs_and_is_the_uninterrupted_one(tmp_path: Pa
     assert all(text in engine.HELD_OUT for _, text in resumed.scored)
 
 
+def test_a_longer_run_takes_its_pairs_again_and_samples_none_by_the_trained_policy(tmp_path: Path) -> None:
+    engine.train(engine.make_config(tmp_path, *SAMPLED, "steps=1"))
+    kept = [line for line in engine.lines_of(tmp_path / "run") if line.kept]
+    rows = engine.train(engine.make_config(tmp_path, *SAMPLED, "steps=2")).rows
+    assert len(engine.lines_of(tmp_path / "run")) == 4
+    assert len(rows) == len(kept) > 0
+    for row, line in zip(rows, kept, strict=True):
+        assert all(map(torch.equal, (row.winner, row.loser), line.latents()))
+
+
 def test_sampling_goes_on_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After two of three steps of pairs, and in the middle of the third line."""
     settings = (*SAMPLED, "offline_dpo.pairs=12")

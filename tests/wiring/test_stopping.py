@@ -13,9 +13,12 @@ import torch
 from test_resume import assert_same
 
 from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.method import Step
 from vpo_engine.metrics.reward_monitor import RewardMonitor
 from vpo_engine.metrics.step_watch import Alarm
+from vpo_engine.metrics.held_out import HeldOut
+from vpo_engine.objectives.dpo import DPO
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.runs.log import RunLog
 from vpo_engine.values import Prompt
@@ -159,6 +162,34 @@ def test_a_signal_is_followed_at_the_next_look_and_not_at_the_end_of_the_step(
     assert len(looks) == 40
 
 
+def test_a_step_that_changes_weights_in_the_backward_pass_is_not_given_up(
+    tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal comes while the micro-batch of step 2 is made; afterwards the weights of step 1 are gone."""
+    early = ("steps=3", "memory.step_in_backward=true", "optimizer.clip=null")
+    engine.train(engine.make_config(tmp_path / "whole", *early))
+    at(DPO, "micro_batch", 2, terminate)
+    config = engine.make_config(tmp_path / "stopped", *early)
+    engine.train(config, exit_code=143)
+    monkeypatch.undo()
+    assert [row["step"] for row in engine.metrics_of(tmp_path / "stopped/run")] == [1, 2]
+    engine.train(config)
+    assert_same(tmp_path / "whole/run", tmp_path / "stopped/run", 3)
+
+
+def test_a_process_does_not_leave_an_update_that_processes_make_in_lockstep(
+    tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal comes while the first micro-batch is made: the others follow before the step is given up."""
+    monkeypatch.setattr(PolicyOptimizer, "in_lockstep", True)
+    settings = ("steps=1", "objective.micro_batch_size=1")
+    whole = engine.train(engine.make_config(tmp_path / "whole", *settings))
+    at(DPO, "micro_batch", 1, terminate)
+    stopped = engine.train(engine.make_config(tmp_path / "stopped", *settings), exit_code=143)
+    assert len(stopped.rows) == len(whole.rows) > 1
+    assert not engine.metrics_of(tmp_path / "stopped/run")
+
+
 def test_ctrl_c_has_its_own_exit_code_and_a_second_one_stops_at_once(
     tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +233,23 @@ def test_a_run_that_dies_after_its_summary_is_not_taken_for_finished(
     assert_same(folder / "run", tmp_path / "run", 4)
     engine.train(config)
     assert again == [1]
+
+
+def test_a_longer_run_that_is_stopped_in_its_last_evaluation_is_not_finished(
+    tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The summary of the shorter run is still there."""
+    engine.train(engine.make_config(tmp_path, "steps=1"))
+    summary = engine.summary_of(tmp_path / "run")
+    longer = engine.make_config(tmp_path, "steps=2")
+    at(HeldOut, "evaluate", 1, terminate)
+    engine.train(longer, exit_code=143)
+    monkeypatch.undo()
+    assert engine.checkpoint(tmp_path / "run", 2).is_dir()
+    assert engine.summary_of(tmp_path / "run") == summary
+    engine.train(longer)
+    assert [row["step"] for row in engine.metrics_of(tmp_path / "run", "eval")] == [0, 1, 2]
+    assert engine.summary_of(tmp_path / "run") != summary
 
 
 def test_a_run_goes_on_from_a_checkpoint_that_is_named(whole: tuple[Path, int], tmp_path: Path) -> None:
