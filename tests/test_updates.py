@@ -15,6 +15,7 @@ from vpo_engine.build import build_held_out, build_model, build_reward
 from vpo_engine.config import Config
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.method import Step
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
@@ -72,6 +73,27 @@ def test_two_updates_are_two_steps_on_the_same_pairs_with_other_draws(
     alone = make(small("optimizer.lr=1e-4"))
     step(alone)
     assert all(torch.equal(one, other) for one, other in zip(after[2], weights(alone), strict=True))
+
+
+def test_a_process_with_fewer_micro_batches_makes_passes_that_add_nothing(
+    small: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six samples in micro-batches of four take two passes, and the other process makes three."""
+    config = small("objective.timesteps_per_pair=3", "objective.micro_batch_size=4")
+    alone, behind = make(config), make(config)
+    metrics = step(alone).metrics
+    add_noise, sizes = behind.model.add_noise, []
+
+    def noted(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        sizes.append(len(latents))
+        return add_noise(latents, noise, t)
+
+    monkeypatch.setattr(behind.model, "add_noise", noted)
+    monkeypatch.setattr(PolicyOptimizer, "in_lockstep", True)
+    monkeypatch.setattr(Processes, "largest", lambda _, number: max(number, 3))
+    assert step(behind).metrics == metrics
+    assert sizes == [4, 4, 2, 2, 1, 1]  # winners and losers, three times
+    assert all(torch.equal(one, other) for one, other in zip(weights(alone), weights(behind), strict=True))
 
 
 def test_the_reference_is_refreshed_between_the_updates_of_a_step(small: Make) -> None:

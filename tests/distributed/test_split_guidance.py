@@ -22,6 +22,7 @@ from vpo_engine.distributed.couples import Couples
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StepAbandonedError
 from vpo_engine.models.registry import check_model
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.trace import trace_step
 from vpo_engine.rollout.batches import Batches
 
@@ -183,6 +184,23 @@ def test_a_batch_that_does_not_fit_is_not_halved_behind_the_other_process() -> N
         torch.OutOfMemoryError, match=r"a batch of 4 candidates .*; set rollout.batch_size to 2"
     ):
         list(Batches(None, halved=False).run(work, 1, 4))
+
+
+@pytest.mark.parametrize("shared", ["slices", "branches"])
+def test_a_step_that_two_processes_compute_together_does_not_halve_its_batch(
+    monkeypatch: pytest.MonkeyPatch, shared: str
+) -> None:
+    two = Processes(0, 2, torch.device("cpu"))
+    parts = {"slices": {"_sequence": two}, "branches": {"_team": replace(two, _pair=two)}}
+    one = make(CASE, Processes.start("cpu"))
+    algorithm = OnlineVPO(one.config, one.model, one.reward, one.reference, replace(two, **parts[shared]))
+
+    def does_not_fit(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(algorithm.model, "denoise", does_not_fit)
+    with pytest.raises(torch.OutOfMemoryError, match=r"in the memory of the device; set rollout.batch_size"):
+        test_teams.step_on(algorithm, PROMPTS[:2], [0, 1])
 
 
 @pytest.mark.long
