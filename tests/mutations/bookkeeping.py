@@ -289,4 +289,33 @@ MUTATIONS = [
         "len(pairs)",
         ("tests/test_teams.py::test_two_processes_share_the_candidates_of_a_prompt_and_train_as_one",),
     ),
+    # What the log says of the reference.
+    *(
+        (
+            f"the reference's error of the {member} is that of the {other}",
+            DPO,
+            f'"reference_{member}_error": result.reference_{member}_error',
+            f'"reference_{member}_error": result.reference_{other}_error',
+            ("tests/wiring/test_replay.py::test_the_log_says_what_the_rules_give",),
+        )
+        for member, other in (("winner", "loser"), ("loser", "winner"))
+    ),
+    # Processes that keep step with each other.
+    (
+        "a last small micro-batch is no pass",
+        STEP,
+        "-(-samples // size)",
+        "samples // size",
+        ("tests/test_updates.py::test_a_process_with_fewer_micro_batches_makes_passes_that_add_nothing",),
+    ),
+    (
+        "a batch is halved behind the other process",
+        STEP,
+        "Batches(config.batch_limit, halved=alone)",
+        "Batches(config.batch_limit)",
+        (
+            "tests/distributed/test_split_guidance.py::"
+            "test_a_step_that_two_processes_compute_together_does_not_halve_its_batch",
+        ),
+    ),
 ]

@@ -5,6 +5,7 @@ from mutations.tests_of import RANDOMNESS, REPLAY, SAMPLERS, TWO
 SAMPLER = "vpo_engine/rollout/sampler.py"
 BATCHES = "vpo_engine/rollout/batches.py"
 HELD_OUT = "vpo_engine/metrics/held_out.py"
+STORED = "vpo_engine/rollout/preference_dataset.py"
 
 MUTATIONS = [
     ("explore takes the rollout's steps", SAMPLER, "first.steps or config.steps", "config.steps", SAMPLERS),
@@ -320,5 +321,22 @@ MUTATIONS = [
         "config.cache, config.compile, split",
         'config.cache, "none", split',
         SAMPLERS,
+    ),
+    (
+        "seeds of 15 bits",
+        "vpo_engine/seeding.py",
+        "digest[:8]",
+        "digest[:2]",
+        ("tests/wiring/test_randomness.py::test_each_purpose_and_position_has_a_seed_of_its_own",),
+    ),
+    (
+        "a longer offline run samples more pairs by the trained policy",
+        STORED,
+        "self._count = done * size",
+        "pass",
+        (
+            "tests/wiring/test_offline_pairs.py::"
+            "test_a_longer_run_takes_its_pairs_again_and_samples_none_by_the_trained_policy",
+        ),
     ),
 ]

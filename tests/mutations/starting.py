@@ -11,6 +11,7 @@ CONFIG_FILE = "vpo_engine/config_file.py"
 EVALUATE = "vpo_engine/evaluation/finished_runs.py"
 STEP = "vpo_engine/online_vpo.py"
 METHOD = "vpo_engine/method.py"
+TRAINING = "vpo_engine/training.py"
 
 STOPS = ("tests/wiring/test_stopping.py",)
 STARTS = ("tests/runs/test_start.py",)
@@ -66,6 +67,47 @@ MUTATIONS = [
         "unchanged = update == 0 and",
         "unchanged = True and",
         STOPS,
+    ),
+    (
+        "a step that has changed weights in its backward pass is given up",
+        STEP,
+        "update == 0 and not self.config.memory.step_in_backward",
+        "update == 0",
+        (f"{STOPS[0]}::test_a_step_that_changes_weights_in_the_backward_pass_is_not_given_up",),
+    ),
+    (
+        "a process leaves an update in lockstep alone",
+        STEP,
+        "self.stopping.stoppable(together) if unchanged",
+        "self.stopping.stoppable() if unchanged",
+        (f"{STOPS[0]}::test_a_process_does_not_leave_an_update_that_processes_make_in_lockstep",),
+    ),
+    (
+        "a run that was stopped counts as finished",
+        TRAINING,
+        "finished=outcome.stopped_by is None",
+        "finished=True",
+        (f"{STOPS[0]}::test_a_longer_run_that_is_stopped_in_its_last_evaluation_is_not_finished",),
+    ),
+    (
+        "a run begins where it was before its lock was free",
+        TRAINING,
+        "start = find_start(config)  # another process may have ended meanwhile",
+        "pass",
+        (
+            "tests/wiring/test_faults.py::"
+            "test_a_run_begins_where_another_process_has_left_it_before_it_gave_the_lock",
+        ),
+    ),
+    (
+        "a resumed run does not check its reward",
+        TRAINER,
+        "self._check_reward(exchange=False)",
+        "pass",
+        (
+            "tests/wiring/test_faults.py::"
+            "test_a_reward_that_is_no_longer_deterministic_stops_a_run_when_it_is_resumed",
+        ),
     ),
     (
         "a loss that is not finite is stepped by",

@@ -15,9 +15,9 @@ from test_resume import assert_same
 from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.method import Step
+from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.metrics.reward_monitor import RewardMonitor
 from vpo_engine.metrics.step_watch import Alarm
-from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.objectives.dpo import DPO
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.runs.log import RunLog
