@@ -217,6 +217,29 @@ def test_processes_that_all_wait_for_each_other_are_noticed(clock: Clock, two: l
         )
 
 
+def test_processes_that_meet_late_are_not_taken_for_a_deadlock(clock: Clock, two: list[Member]) -> None:
+    """One waits for a long time; the other one has only just begun to."""
+    one, late = two
+    with one.stages("update"), one.stages.waiting(), late.stages("reward"):
+        clock.now += 58
+        with late.stages.waiting():
+            clock.now += 4
+            for _ in range(2):
+                assert [each.watchdog.look() for each in two] == [None, None]
+
+
+def test_auto_lets_all_wait_for_each_other_for_half_an_hour(clock: Clock) -> None:
+    store = dist.HashStore()
+    one, other = (Member(clock, "auto", rank, 2, store) for rank in range(2))
+    with one.stages("update"), one.stages.waiting(), other.stages("reward"), other.stages.waiting():
+        clock.now += 1799
+        for _ in range(2):
+            assert [each.watchdog.look() for each in (one, other)] == [None, None]
+        clock.now += 2
+        other.watchdog.look()
+        assert (one.watchdog.look() or "").startswith("all processes wait for each other")
+
+
 def test_a_process_that_is_gone_ends_the_others_after_some_seconds(
     clock: Clock, two: list[Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +278,19 @@ def test_the_group_waits_longer_than_any_watchdog() -> None:
         limit = group_limit(minutes)  # type: ignore[arg-type]
         assert limit >= timedelta(hours=24)
         assert not isinstance(minutes, float) or limit > timedelta(minutes=minutes)
+
+
+def test_every_group_has_the_limit_that_the_run_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr("vpo_engine.distributed.processes.meet", lambda store, rank, count: store)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(dist, name, lambda *_, timeout=None, **__: limits.append(timeout))
+    given = timedelta(hours=30)
+    Processes.start("cpu", per_team=2, limit=given)
+    assert limits == [given, given], "of all processes, and of the one team"
 
 
 class HaltedClock:

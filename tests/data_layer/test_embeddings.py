@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from vpo_engine.data import embeddings
 from vpo_engine.data.embeddings import EmbeddingCache
+from vpo_engine.data.text_source import TextSource
+from vpo_engine.distributed.processes import Processes
 from vpo_engine.protocols import TextEmbedding
 
 CHANNELS = 6
@@ -82,6 +84,25 @@ def test_only_missing_prompts_are_encoded_and_each_once(tmp_path: Path) -> None:
     cache.fill(["a", "b", "a"], encoder, batch_size=1)
     assert cache.fill(iter(["b", "c", "a", "c", "d", "e"]), encoder, batch_size=2) == 3
     assert encoder.seen == [["a"], ["b"], ["c", "d"], ["e"]]
+
+
+def test_processes_divide_the_same_list_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own set of them, whose order differs between interpreters."""
+    monkeypatch.setattr(Processes, "encoder_share", lambda self: slice(self.rank, None, self.count))
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    prompts = [f"Prompt {number:02d}" for number in range(24)]
+    for rank in range(2):
+        seen: list[str] = []
+
+        class Encoder:
+            def encode(self, texts: list[str]) -> TextEmbedding:
+                seen.extend(texts)  # noqa: B023
+                return ByteEncoder()(texts)
+
+        cache = EmbeddingCache(tmp_path / str(rank), "bytes")
+        member = Processes(rank, 2, torch.device("cpu"))
+        TextSource(cache, Encoder, member, str.lower).prepare([*reversed(prompts), *prompts])
+        assert seen == [prompt.lower() for prompt in prompts[rank::2]]
 
 
 def test_encoders_do_not_share(tmp_path: Path) -> None:

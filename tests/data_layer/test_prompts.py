@@ -253,12 +253,14 @@ def test_missing_file(tmp_path: Path) -> None:
             PromptFile(path)
 
 
-def test_file_changed_after_indexing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["fox\ncat\ndog\n", "fox\ndog\n"])
+def test_file_changed_after_indexing(tmp_path: Path, content: str) -> None:
+    """It may be as long as before."""
     path = write(tmp_path / "p.txt", "fox\ncat\n")
     prompts = PromptFile(path)
     assert prompts[1] == "cat"
-    with path.open("a") as file:
-        file.write("dog\n")
+    later = path.stat().st_mtime_ns + 1000
+    os.utime(write(path, content), ns=(later, later))
     with pytest.raises(
         ValueError, match=r"p\.txt: the file was changed after the run had opened it; restart"
     ):

@@ -18,8 +18,10 @@ from vpo_engine.data.preference_dataset import read_dataset
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.sequence import SequenceGroup, planned
 from vpo_engine.distributed.sequence_traffic import sequence_traffic
+from vpo_engine.distributed.stopping import StepAbandonedError, StopPoints
 from vpo_engine.models.registry import check_model, model_family
 from vpo_engine.planning.trace import trace_step
+from vpo_engine.rollout.shared_scores import SharedScorer
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.train import train
 
@@ -86,6 +88,35 @@ def test_units_hold_slices_and_teams_have_units(monkeypatch: pytest.MonkeyPatch)
         ValueError, match=r"parallel=2 times processes.per_prompt=8 .* their product is a divisor"
     ):
         Processes(0, 8, CPU).in_teams(8, 2)
+
+
+def test_a_process_with_a_slice_goes_on_to_the_end_of_the_block_before_it_gives_the_step_up() -> None:
+    """The others of its unit wait for its part of every layer."""
+    points = StopPoints(replace(Processes.start("cpu"), _sequence=Processes(0, 2, CPU)))
+    points.requested = lambda: True
+    layers: list[str] = []
+    compute = points.before(layers.append)
+    with pytest.raises(StepAbandonedError), points.stoppable():
+        compute("the only one")
+    assert layers
+
+
+def test_a_process_without_a_candidate_to_score_gets_the_scores_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two candidates are shared by four processes. A scorer of no videos at all may fail."""
+
+    def score(candidates: torch.Tensor, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        assert candidates.shape == (2, 1, 4, 3, 2, 2)
+        return {"mean": candidates.flatten(2).mean(2)}
+
+    monkeypatch.setattr(Processes, "sum", lambda self, values: values)
+    candidates = torch.arange(2 * 2 * 48.0).view(2, 2, 4, 3, 2, 2)
+    found = [
+        SharedScorer(score, ["mean"], Processes(rank, 4, CPU))(candidates, ["a", "b"])["mean"]
+        for rank in range(4)
+    ]
+    assert torch.equal(sum(found), candidates.flatten(2).mean(2))
 
 
 @pytest.mark.parametrize(("total", "count"), [(20, 8), (5, 4), (30, 8), (7, 7)])

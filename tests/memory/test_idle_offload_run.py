@@ -16,6 +16,7 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.memory.idle_offload import IdleOffload, module_tensors, needs_of
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
+from vpo_engine.rewards.builtin import Builtin
 from vpo_engine.rewards.sprites import SpritesReward
 
 PROMPTS = ("a red circle moving left", "a blue square moving up")
@@ -147,6 +148,28 @@ def test_every_part_is_registered_under_its_name(
     assert offload.nbytes("update") == nbytes([*policy, *reference])
     assert offload.nbytes("optimizer") == nbytes(stepped if on_host else [*stepped, *average])
     assert (offload.nbytes("reward"), offload.nbytes("judge")) == ((0, scorer) if judged else (scorer, 0))
+
+
+def builtin_scores(reward: Builtin, videos: Tensor, _: Sequence[str]) -> dict[str, Tensor]:
+    return dict.fromkeys(reward.dimensions, torch.zeros(len(videos)))
+
+
+@pytest.mark.parametrize("role", ["reward", "judge"])
+def test_the_scorers_of_an_evaluation_are_on_the_device_when_they_score(
+    small: Make, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    judge = ("reward.kind=builtin", "reward.dimensions=global", "guards.reward.kind=sprites")
+    device, there, score = FakeDevice(), list[bool](), SpritesReward.score
+    monkeypatch.setattr(Builtin, "score", builtin_scores)  # the frames are too small for the true ones
+    run = Run(small(*(judge if role == "judge" else ())), monkeypatch, device)
+
+    def watched(reward: SpritesReward, *given: object) -> object:
+        there.append(device.has(module_tensors(reward.network)))
+        return score(reward, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SpritesReward, "score", watched)
+    run.held_out.evaluate(run.model.network, 1)
+    assert there == [True]
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from vpo_engine.rewards.sprites import SpritesReward
 
+PRECISIONS = ("highest", "high", "medium")
+"""Those of float32 matrix products; a scripted reward tells the index of its own."""
+
 
 class UnportableError(Exception):
     """Cannot be made again from the arguments that it holds."""
@@ -41,7 +44,12 @@ class Scripted:
             case ["unportable"]:
                 raise UnportableError(2, 3)
             case ["fact", name]:
-                facts = {"threads": torch.get_num_threads(), "pid": os.getpid(), "parent": os.getppid()}
+                facts = {
+                    "threads": torch.get_num_threads(),
+                    "precision": PRECISIONS.index(torch.get_float32_matmul_precision()),
+                    "pid": os.getpid(),
+                    "parent": os.getppid(),
+                }
                 return {"mean": torch.full((len(videos),), float(facts[name]))}
         return {"mean": videos.flatten(1).double().mean(1).float()}
 

@@ -49,9 +49,20 @@ def fact(reward: RemoteReward, name: str) -> int:
     return int(ask(reward, f"fact {name}")[0])
 
 
+PRECISION = "high"
+"""Of float32 matrix products in the process of ``reward``; torch's default is another."""
+
+
 @pytest.fixture(scope="module")
 def reward() -> Iterator[RemoteReward]:
-    with start_reward(SCRIPTED) as made:
+    before = torch.get_float32_matmul_precision()
+    assert before != PRECISION
+    torch.set_float32_matmul_precision(PRECISION)
+    try:
+        made = start_reward(SCRIPTED)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with made:
         yield made
 
 
@@ -104,6 +115,9 @@ class TestScores:
     def test_as_many_threads_there_as_here(self, reward: RemoteReward) -> None:
         assert fact(reward, "threads") == torch.get_num_threads()
         assert fact(reward, "pid") != os.getpid() == fact(reward, "parent")
+
+    def test_with_the_matrix_precision_of_the_process_that_starts_it(self, reward: RemoteReward) -> None:
+        assert process_rewards.PRECISIONS[fact(reward, "precision")] == PRECISION
 
 
 class TestErrors:

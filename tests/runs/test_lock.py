@@ -42,6 +42,12 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
     assert not (tmp_path / LOCK_NAME).exists()
 
 
+def test_nothing_is_left_of_the_longer_name_of_a_dead_holder(tmp_path: Path) -> None:
+    (tmp_path / LOCK_NAME).write_text(json.dumps({"host": "h" * 500}))
+    with RunLock(tmp_path), pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on"):
+        RunLock(tmp_path)
+
+
 def test_a_lock_that_was_removed_by_its_holder_is_not_taken_for_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,12 +77,16 @@ def hold_as(root: Path, **holder: object) -> RunLock:
     return lock
 
 
-def test_the_lock_that_outlives_a_dead_process_is_taken_over(tmp_path: Path) -> None:
-    """A child of the dead process still has the file open."""
+@pytest.mark.parametrize("waited", [True, False])
+def test_the_lock_that_outlives_a_dead_process_is_taken_over(tmp_path: Path, waited: bool) -> None:
+    """A child of the dead process still has the file open. Its parent may not have waited for it yet."""
     with subprocess.Popen(["true"]) as dead:
-        pass
-    old = hold_as(tmp_path, pid=dead.pid)
-    with RunLock(tmp_path):
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        if waited:
+            dead.wait()
+        old = hold_as(tmp_path, pid=dead.pid)
+        mine = RunLock(tmp_path)
+    with mine:
         with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on"):
             RunLock(tmp_path)
         old.close()
@@ -123,6 +133,16 @@ def test_the_lock_of_a_lost_machine_goes_to_a_later_attempt_of_the_same_job(
             return
         with pytest.raises(ValueError, match=r"is in use by process .* on lost"):
             RunLock(tmp_path)
+
+
+def test_a_process_of_this_job_that_runs_here_keeps_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be started twice in one allocation of Slurm, or restarted while the earlier attempt still runs."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with RunLock(tmp_path), pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on"):
+        RunLock(tmp_path)
 
 
 def test_a_file_system_without_locks_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

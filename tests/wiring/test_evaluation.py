@@ -13,9 +13,11 @@ from toy import ToyNetwork, ToyReward, scores_of, video_of
 
 from vpo_engine.build import build_model
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.errors import NotFiniteError
 from vpo_engine.metrics.appearance import appearance, style_distance
 from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.seeding import normal
+from vpo_engine.video_model import VideoModel
 
 SETTINGS = (
     "steps=5",
@@ -109,11 +111,29 @@ def test_the_look_of_an_evaluation_is_told_as_its_distance_from_the_base(run: Pa
     assert max(map(abs, expected.values())) > 0.5
 
 
-def test_a_reward_is_checked_on_clips_with_their_own_prompts_and_then_with_others() -> None:
+def make_held_out(reward: ToyReward) -> tuple[HeldOut, VideoModel]:
     config = engine.load_config(None, [*engine.SETTINGS, *SETTINGS])
-    processes, reward = Processes.start("cpu"), ToyReward()
+    processes = Processes.start("cpu")
     scorers = HeldOutScorers(reward, lambda videos, _: {})
-    held_out = HeldOut(config, build_model(config, processes), engine.HELD_OUT, scorers, processes)
+    model = build_model(config, processes)
+    return HeldOut(config, model, engine.HELD_OUT, scorers, processes), model
+
+
+def test_an_evaluation_says_that_latents_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number is enough, and the decoder is not blamed for it."""
+    held_out, model = make_held_out(ToyReward())
+    model.prepare(engine.HELD_OUT)
+    latents = torch.zeros(2, *engine.SHAPE)
+    monkeypatch.setattr(model, "sample", lambda *_, **__: latents)
+    assert held_out.evaluate(model.network, 1)
+    latents[1, 0, -1, 0, 0] = float("nan")
+    with pytest.raises(NotFiniteError, match="the policy samples latents that are not finite"):
+        held_out.evaluate(model.network, 1)
+
+
+def test_a_reward_is_checked_on_clips_with_their_own_prompts_and_then_with_others() -> None:
+    reward = ToyReward()
+    held_out, _ = make_held_out(reward)
     videos = torch.randint(256, (2, 3, 4, 4, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     assert held_out.check_reward(videos, range(2), exchange=False) == {}
     assert [prompt for _, prompt in reward.seen] == [engine.HELD_OUT[0]] * len(reward.seen)
