@@ -21,6 +21,7 @@ ROOM = ("tests/test_checkpoint_size.py",)
 WATCHED = ("tests/metrics/test_step_watch.py",)
 GUARDS = ("tests/rewards/test_guards.py",)
 FORMULAS = ("tests/methods/test_baselines.py",)
+NOT_FINITE = ("tests/wiring/test_evaluation.py::test_an_evaluation_says_that_latents_are_not_finite",)
 
 MUTATIONS = [
     # What the log counts.
@@ -316,6 +317,40 @@ MUTATIONS = [
         (
             "tests/distributed/test_split_guidance.py::"
             "test_a_step_that_two_processes_compute_together_does_not_halve_its_batch",
+        ),
+    ),
+    (
+        "latents of which one number is finite are decoded",
+        "vpo_engine/values.py",
+        "if not torch.isfinite(latents).all():",
+        "if not torch.isfinite(latents).any():",
+        NOT_FINITE,
+    ),
+    (
+        "an evaluation decodes whatever is sampled",
+        HELD_OUT,
+        "return self._model.decode(check_latents(latents))",
+        "return self._model.decode(latents)",
+        NOT_FINITE,
+    ),
+    (
+        "the judge scores while the reward is on the device",
+        HELD_OUT,
+        'self._idle_offload.phase("reward" if name == "reward" else "judge"):',
+        'self._idle_offload.phase("reward"):',
+        (
+            "tests/memory/test_idle_offload_run.py::"
+            "test_the_scorers_of_an_evaluation_are_on_the_device_when_they_score",
+        ),
+    ),
+    (
+        "the process of a reward multiplies matrices with torch's precision",
+        "vpo_engine/rewards/process.py",
+        '"matmul_precision": torch.get_float32_matmul_precision(),',
+        '"matmul_precision": "highest",',
+        (
+            "tests/rewards/test_process.py::TestScores::"
+            "test_with_the_matrix_precision_of_the_process_that_starts_it",
         ),
     ),
 ]

@@ -101,4 +101,18 @@ MUTATIONS = [
     ),
     ("no record of prompts", "vpo_engine/training.py", "write_record(run.root, texts)", "pass", RUN_TESTS),
     ("bounds of one clip", SUMMARY, "if len(before) == 1:", "if len(before) == 0:", RUN_TESTS),
+    (
+        "a file of prompts that is as long as before counts as unchanged",
+        PROMPTS,
+        "return now.st_size, now.st_mtime_ns",
+        "return now.st_size, 0",
+        ("tests/data_layer/test_prompts.py::test_file_changed_after_indexing",),
+    ),
+    (
+        "each process divides the texts in an order of its own",
+        "vpo_engine/data/text_source.py",
+        "sorted({self._rewrite(prompt) for prompt in prompts})",
+        "list({self._rewrite(prompt) for prompt in prompts})",
+        ("tests/data_layer/test_embeddings.py::test_processes_divide_the_same_list_of_texts",),
+    ),
 ]

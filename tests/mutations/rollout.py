@@ -339,4 +339,14 @@ MUTATIONS = [
             "test_a_longer_run_takes_its_pairs_again_and_samples_none_by_the_trained_policy",
         ),
     ),
+    (
+        "a process without a candidate scores no videos",
+        "vpo_engine/rollout/shared_scores.py",
+        "if len(mine):",
+        "if True:",
+        (
+            "tests/distributed/test_sequence_runs.py::"
+            "test_a_process_without_a_candidate_to_score_gets_the_scores_of_the_others",
+        ),
+    ),
 ]

@@ -141,4 +141,63 @@ MUTATIONS = [
             "tests/wiring/test_background.py::test_the_room_on_the_disk_is_not_judged_while_a_checkpoint_is_written_to_it",
         ),
     ),
+    (
+        "one who came late to a meeting is counted as long there as the first",
+        WATCHDOG,
+        "min(word.seconds for word in everyone) > limit",
+        "max(word.seconds for word in everyone) > limit",
+        ("tests/test_watchdog.py::test_processes_that_meet_late_are_not_taken_for_a_deadlock",),
+    ),
+    (
+        "auto lets all wait for each other for ten minutes only",
+        WATCHDOG,
+        "isinstance(self._minutes, float) else LEAST_MINUTES)",
+        "isinstance(self._minutes, float) else TIMES_LONGEST)",
+        ("tests/test_watchdog.py::test_auto_lets_all_wait_for_each_other_for_half_an_hour",),
+    ),
+    (
+        "the group of all processes has torch's limit",
+        "vpo_engine/distributed/processes.py",
+        "world_size=count, timeout=limit)",
+        "world_size=count)",
+        ("tests/test_watchdog.py::test_every_group_has_the_limit_that_the_run_gives",),
+    ),
+    (
+        "the groups of teams have torch's limit",
+        "vpo_engine/distributed/processes.py",
+        "dist.new_group(ranks, timeout=limit)",
+        "dist.new_group(ranks)",
+        ("tests/test_watchdog.py::test_every_group_has_the_limit_that_the_run_gives",),
+    ),
+    (
+        "a process leaves the others of its unit in the middle of a pass",
+        STOPPING,
+        "sliced = self._processes.sequence.count > 1",
+        "sliced = False",
+        (
+            "tests/distributed/test_sequence_runs.py::"
+            "test_a_process_with_a_slice_goes_on_to_the_end_of_the_block_before_it_gives_the_step_up",
+        ),
+    ),
+    (
+        "a process of this machine counts as one of a machine that is lost",
+        LOCK,
+        'or holder.get("host") == socket.gethostname():',
+        "or False:",
+        ("tests/runs/test_lock.py::test_a_process_of_this_job_that_runs_here_keeps_its_lock",),
+    ),
+    (
+        "the end of a longer name stays in the lock",
+        LOCK,
+        "os.truncate(self._file, 0)",
+        "pass",
+        ("tests/runs/test_lock.py::test_nothing_is_left_of_the_longer_name_of_a_dead_holder",),
+    ),
+    (
+        "a zombie counts as running",
+        "vpo_engine/distributed/machine.py",
+        'not in ("Z", "X")',
+        'not in ("X",)',
+        ("tests/runs/test_lock.py::test_the_lock_that_outlives_a_dead_process_is_taken_over",),
+    ),
 ]
