@@ -3,6 +3,8 @@
 All random numbers of a run come from generators keyed by (seed, purpose, position), never from a generator whose
 state advances during the run. So a resumed run, a run on another number of processes and a run with another batch
 size get the same numbers, and the position in the prompt stream is the only state.
+
+torch's CPU generator takes 32 bits of a seed: of a million draws about two hundred have their noise from another one.
 """
 
 from __future__ import annotations
@@ -21,9 +23,7 @@ def generator(seed: int, *key: str | int) -> torch.Generator:
 
 def integer(count: int, seed: int, *key: str | int) -> int:
     """Draw one of 0, ..., count - 1 for this seed and key, without a tensor."""
-    return (
-        _number(seed, *key) % count
-    )  # of 2^64 numbers, so the remainders of small counts are equally likely
+    return _number(seed, *key) % count  # of 2^64 numbers, so that small remainders are equally likely
 
 
 def _number(seed: int, *key: str | int) -> int:
