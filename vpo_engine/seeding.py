@@ -4,7 +4,7 @@ All random numbers of a run come from generators keyed by (seed, purpose, positi
 state advances during the run. So a resumed run, a run on another number of processes and a run with another batch
 size get the same numbers, and the position in the prompt stream is the only state.
 
-torch's CPU generator takes 32 bits of a seed: of a million draws about two hundred have their noise from another one.
+torch's CPU generator takes 32 bits of a seed: of a million draws about a hundred repeat another's noise.
 """
 
 from __future__ import annotations
