@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from vpo_engine.config import GuardsConfig
 from vpo_engine.config_file import load_config
 from vpo_engine.metrics.reward_monitor import RewardMonitor
 from vpo_engine.metrics.step_watch import Alarm, StepWatch
-from vpo_engine.rewards.guards import Shuffled
+from vpo_engine.rewards.guards import DivergenceAlarm, Shuffled
 
 DATA = Path(__file__).parents[1] / "data/watch"
 SOON = 5
@@ -222,6 +223,16 @@ def test_what_is_no_failure_raises_no_alarm(changes: dict[str, Callable[[int], f
 @pytest.mark.parametrize("name", HONEST)
 def test_recorded_runs_that_go_well_raise_no_alarm(name: str) -> None:
     assert replay(recorded(name)) == []
+
+
+@pytest.mark.parametrize(("least", "steps"), [(0.04, []), (0.0, [42])])
+def test_the_end_of_a_long_run_is_no_divergence(least: float, steps: list[int]) -> None:
+    """The last evaluations of ``honest_long_0``: the judge falls by 0.002; a tenth of its deviation over clips is 0.04."""
+    training = 3.9699056, 3.9722426, 3.9733804, 3.9738699, 3.9741958
+    judge = 3.9704139, 3.9713569, 3.9705681, 3.9693026, 3.9692832
+    alarm = DivergenceAlarm(GuardsConfig().window)
+    said = [alarm(*seen, least) for seen in zip((28, 32, 36, 40, 42), training, judge, strict=True)]
+    assert [step for step, text in zip((28, 32, 36, 40, 42), said, strict=True) if text] == steps
 
 
 @pytest.mark.parametrize(("name", "onset", "kind", "beside"), WRONG)
