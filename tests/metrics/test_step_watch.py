@@ -227,7 +227,7 @@ def test_recorded_runs_that_go_well_raise_no_alarm(name: str) -> None:
 
 @pytest.mark.parametrize(("least", "steps"), [(0.04, []), (0.0, [42])])
 def test_the_end_of_a_long_run_is_no_divergence(least: float, steps: list[int]) -> None:
-    """The last evaluations of ``honest_long_0``: the judge falls by 0.002; a tenth of its deviation over clips is 0.04."""
+    """The last evaluations of ``honest_long_0``: the judge falls by 0.002, and a tenth of its deviation is 0.04."""
     training = 3.9699056, 3.9722426, 3.9733804, 3.9738699, 3.9741958
     judge = 3.9704139, 3.9713569, 3.9705681, 3.9693026, 3.9692832
     alarm = DivergenceAlarm(GuardsConfig().window)
