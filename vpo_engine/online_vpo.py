@@ -111,17 +111,15 @@ class OnlineVPO(Method):
         """Make one optimizer step on the pairs of all processes, or none where there are no pairs.
 
         spare: any choice of this process, for the passes that add nothing, in which a process with fewer micro-batches
-        keeps step with the others. Right after a refresh the policy is the reference, every
-        margin is 0, and there is no implicit accuracy.
+        keeps step with the others. At the start and right after a whole refresh the policy is the
+        reference, every margin is 0, and there is no implicit accuracy.
         """
         team, here = self.processes.team, self.processes.device
         mine = team.rank_range(len(pairs) * self.config.objective.timesteps_per_pair)
         total = int(self.processes.sum(torch.tensor(len(pairs), device=here))) // self.processes.team_size
         sums = torch.zeros(len(DPO.METRICS) + 1, dtype=torch.float64, device=here)
-        whole = (
-            self.config.reference.refresh_share == 1 or not self.optimizer_steps
-        )  # it starts as the policy
-        refreshed = self.optimizer_steps == self.refreshed_at and whole
+        whole = self.config.reference.refresh_share == 1
+        refreshed = self.optimizer_steps == self.refreshed_at and (whole or not self.optimizer_steps)
         rate = self._begin_update()
         unchanged = update == 0 and not self.config.memory.step_in_backward
         together = self.optimizer.in_lockstep

@@ -376,15 +376,15 @@ MUTATIONS = [
     (
         "no accuracy after a soft refresh",
         STEP,
-        "refreshed = self.optimizer_steps == self.refreshed_at and whole",
+        "refreshed = self.optimizer_steps == self.refreshed_at and (whole or not self.optimizer_steps)",
         "refreshed = self.optimizer_steps == self.refreshed_at",
         ACCURACY,
     ),
     (
         "an accuracy of margins of 0 before the first update",
         STEP,
-        "== 1 or not self.optimizer_steps",
-        "== 1",
+        "(whole or not self.optimizer_steps)",
+        "whole",
         ACCURACY,
     ),
 ]

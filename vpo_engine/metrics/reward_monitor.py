@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import deque
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ class RewardMonitor:
     def __init__(self, settings: GuardsConfig, clips: int, watch: StepWatch | None = None) -> None:
         self._settings, self._clips, self._watch = settings, clips, watch
         self._trend = DivergenceAlarm(settings.window)
-        self._observations: deque[tuple[int, float, float, float]] = deque(maxlen=settings.window)
+        self._observations: deque[tuple[int, float, float]] = deque(maxlen=settings.window)
         self.alarms: list[Alarm] = []
 
     def prompts(self, found: Mapping[str, Shuffled]) -> list[Alarm]:
@@ -76,8 +77,9 @@ class RewardMonitor:
             ]
             training, held_out = (float(values.double().mean()) for values in sides[1::2])
             numbers |= {"guards/training": training, "guards/held_out": held_out}
-            spread = float(sides[2].double().std()) if self._clips > 1 else 0.0
-            said = self._follow(step, training, held_out, LEAST_FALL * spread) or _since_base(step, *sides)
+            self._observations.append((step, training, held_out))
+            least = LEAST_FALL * float(sides[2].double().std()) if self._clips > 1 else 0.0
+            said = self._trend(step, training, held_out, least) or _since_base(step, *sides)
             if said is not None:
                 alarms += self._raise(Alarm(step, "divergence", said))
         names = [f"style/{name}" for name in STATISTICS]
@@ -90,10 +92,6 @@ class RewardMonitor:
             numbers |= {f"guards/style/{name}": value for name, value in distances.items()}
             alarms += self._style(step, distances)
         return numbers, alarms
-
-    def _follow(self, step: int, training: float, held_out: float, least_fall: float = 0.0) -> str | None:
-        self._observations.append((step, training, held_out, least_fall))
-        return self._trend(step, training, held_out, least_fall)
 
     def _style(self, step: int, distances: Mapping[str, float]) -> list[Alarm]:
         bound = self._settings.style_bound
@@ -130,11 +128,11 @@ class RewardMonitor:
         """Load a saved state into a new monitor, which then continues as if the run had never stopped.
 
         A state without a watch is one of an earlier version: the watch learns from the next steps what is normal.
-        Observations of an earlier version have no least fall.
         """
         self.alarms = [Alarm(**fields) for fields in state["alarms"]]
-        for observation in state["observations"]:
-            self._follow(*observation)
+        for step, training, held_out in state["observations"]:
+            self._observations.append((step, training, held_out))
+            self._trend(step, training, held_out, math.inf)  # what was raised is among the alarms
         if self._watch is not None and "watch" in state:
             self._watch.load(state["watch"])
 
