@@ -74,7 +74,7 @@ class OfflineDPO(OnlineVPO):
         """Let the policy of the start sample, step by step as in OnlineVPO, what is not in ``folder`` yet."""
         size, recorder = self.config.pairs_per_step, None
         done = stream.find(folder, size, started=self.optimizer_steps > 0, processes=self.processes)
-        if self.processes.team.first:
+        if self.processes.first_of_team:
             recorder = PairRecorder(self.config.seed, folder, self.processes.rank, with_latents=True)
         if done * size < len(stream):
             say(

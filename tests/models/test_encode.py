@@ -141,3 +141,29 @@ def test_a_family_that_does_not_encode_asks_for_latents(
     monkeypatch.delattr(OpenSora, "to_latents")
     with pytest.raises(ValueError, match=r"line 2: .* does not encode videos"):
         encoded(file, sprites, tmp_path / "cache")
+
+
+def test_processes_share_the_videos(
+    file: Path, sprites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    monkeypatch.setattr(
+        "vpo_engine.rollout.preferred_files._encoded",
+        lambda model, path, place: made.append(path.name) or torch.zeros(1),
+    )
+    for rank in range(2):
+        member = Processes(rank, 2, torch.device("cpu"))
+        FilePairs(file).encode(sprites, tmp_path / str(rank), member, lambda line: None)
+    assert made == ["a.mp4", "b.mp4"]
+
+
+def test_a_process_that_comes_late_still_encodes_its_share(
+    file: Path, sprites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so whatever the first one has written by then."""
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    cache = tmp_path / "cache"
+    for rank in range(2):
+        FilePairs(file).encode(sprites, cache, Processes(rank, 2, torch.device("cpu")), lambda line: None)
+    assert len(list(cache.glob("*.safetensors"))) == 2

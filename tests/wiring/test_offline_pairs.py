@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import engine
 import pytest
@@ -14,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from toy import SHAPE
 
 from vpo_engine import train as entry
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.offline_dpo import OfflineDPO
 from vpo_engine.online_vpo import OnlineVPO
-from vpo_engine.rollout.preference_dataset import SampledPairs
+from vpo_engine.rollout.preference_dataset import SampledPairs, StoredPairs
+from vpo_engine.rollout.preferred_files import FilePairs
 
 PROMPTS = ("red", "green square", "white dog")
 SAMPLED = ("method=offline_dpo", "pairs.dataset=none", "reference.refresh_every=200", "steps=5")
@@ -277,3 +282,53 @@ def test_the_stream_of_sampled_pairs_goes_round() -> None:
             return list(range(cursor, cursor + count))
 
     assert SampledPairs(Numbers(), 3).take(2, 5) == [2, 0, 1, 2, 0]  # type: ignore[arg-type]
+
+
+def test_processes_with_slices_of_the_same_videos_record_their_pairs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sampled:
+        def __len__(self) -> int:
+            return 4
+
+        def find(self, *_: object, **__: object) -> int:
+            return 1
+
+        def read(self, *_: object) -> None: ...
+
+    made: list[int] = []
+    monkeypatch.setattr(
+        "vpo_engine.offline_dpo.PairRecorder", lambda seed, folder, rank, with_latents: made.append(rank)
+    )
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    for rank in range(2):
+        slices = Processes(rank, 2, torch.device("cpu"))
+        config = engine.make_config(tmp_path, *SAMPLED)
+        method = SimpleNamespace(
+            config=config, processes=replace(slices, _sequence=slices), optimizer_steps=0
+        )
+        OfflineDPO._sample_pairs(method, Sampled(), tmp_path, print)  # type: ignore[arg-type]
+    assert made == [0]
+
+
+def test_encoded_videos_are_kept_where_the_settings_say(
+    tmp_path: Path, preferences: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    monkeypatch.setattr(FilePairs, "encode", lambda self, model, folder, *_: folders.append(folder))
+    shared = tmp_path / "shared"
+    engine.train(from_file(tmp_path / "one", preferences, "steps=1"))
+    engine.train(from_file(tmp_path / "two", preferences, "steps=1", f"offline_dpo.cache={shared}"))
+    assert folders == [tmp_path / "one/encoded_videos", shared]
+
+
+def test_a_stored_pair_that_was_turned_round_is_told(tmp_path: Path) -> None:
+    """The record of a run tells it, so that a resumed run refuses to go on with other pairs."""
+    engine.train(engine.make_config(tmp_path, "steps=1"))
+    [file] = (tmp_path / "run/preference_dataset").glob("pairs_*.jsonl")
+    before = StoredPairs(tmp_path / "run").texts()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["winner"], lines[0]["loser"] = lines[0]["loser"], lines[0]["winner"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    after = StoredPairs(tmp_path / "run").texts()
+    assert [one != other for one, other in zip(before, after, strict=True)] == [True, False, False, False]

@@ -62,14 +62,15 @@ class FilePairs:
         if videos:
             vae = _weights_hash(model)
             self._kept = {path: folder / f"{content_hash(path)}_{vae}{LATENTS}" for path in videos}
-            missing = [path for path in videos if not self._kept[path].is_file()]
+            missing = sum(not kept.is_file() for kept in self._kept.values())
             if missing and processes.first:
-                say(
-                    f"encoding {len(missing)} of {len(videos)} videos of {self.path}; they are kept in {folder}"
-                )
+                say(f"encoding {missing} of {len(videos)} videos of {self.path}; they are kept in {folder}")
             folder.mkdir(parents=True, exist_ok=True)
-            for path in missing[processes.rank :: processes.count]:
-                _keep(self._kept[path], _encoded(model, path, videos[path]))
+            for path in list(videos)[
+                processes.rank :: processes.count
+            ]:  # of all, since others may have begun
+                if not self._kept[path].is_file():
+                    _keep(self._kept[path], _encoded(model, path, videos[path]))
         processes.wait()
 
     def choices(
