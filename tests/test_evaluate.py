@@ -58,6 +58,10 @@ def test_seeds_of_one_setting_share_a_column(a_run: Make, capsys: pytest.Capture
         "prompts.cache=/c",
         "model.device=cpu",
         "log.wandb=mine",
+        "distributed.stage_minutes=60",
+        "disk.limit_gib=50",
+        "memory.limit_gib=4",
+        "memory.overcommit=true",
         selected=0.2,
     )
     assert evaluate.main([str(one), str(two), str(three)]) == 0
