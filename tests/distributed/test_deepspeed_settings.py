@@ -278,3 +278,15 @@ def test_weights_of_two_types_are_refused_before_a_model_is_loaded() -> None:
     ):
         check_model(divided)
     check_model(load_config("wan2_1_14b_lora.yaml", [DEEPSPEED, "memory.offload_idle=false"]))
+
+
+def test_the_file_alone_can_send_the_state_to_the_host(write: Callable[..., Config]) -> None:
+    def offload(values: dict[str, Any], *settings: str) -> Any:
+        config = write({"zero_optimization": {"offload_optimizer": values}}, *settings)
+        return resolve(config, 2)["zero_optimization"]["offload_optimizer"]
+
+    asked = {"device": "cpu", "pin_memory": True}
+    assert offload(asked) == asked
+    assert offload({"device": "none"}) == {"device": "none"}
+    automatic = {"device": "auto", "pin_memory": "auto"}
+    assert offload(automatic, "distributed.offload_optimizer=true") == {"device": "cpu"}

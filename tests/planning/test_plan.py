@@ -15,7 +15,15 @@ from vpo_engine import plan, train, training
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.planning import answer
-from vpo_engine.planning.estimate import CONTEXT, FRAGMENTATION, PhasePlan, Plan, estimate
+from vpo_engine.planning.estimate import (
+    CONTEXT,
+    FRAGMENTATION,
+    MATRIX_EFFICIENCY,
+    TRAFFIC_EFFICIENCY,
+    PhasePlan,
+    Plan,
+    estimate,
+)
 from vpo_engine.planning.fit import most_frames, with_granted_batch_size, with_setting
 from vpo_engine.planning.gpus import GIB, GPUS, find_gpu
 from vpo_engine.planning.parts import Assumed, blueprint_of, build_reward_network
@@ -353,3 +361,29 @@ def test_weights_of_dimensions_can_be_planned(capsys: pytest.CaptureFixture[str]
     weighted = load_config(None, ["reward.dimensions={temporal_consistency: 2, visual_quality: 1}"])
     _, plan = check_fits(weighted, torch.device("cpu"))
     assert plan.startswith("plan: ")
+
+
+def test_a_run_of_several_processes_is_planned_as_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def planner(config: Config, gpu: object, processes: int = 1) -> Plan:
+        asked.append(processes)
+        return Plan((PhasePlan("rollout", {"activations": 1}, 0, 0.0, None),), 10, "a test", None, ())
+
+    monkeypatch.setattr("vpo_engine.planning.planner.plan_run", planner)
+    monkeypatch.setattr("vpo_engine.planning.planner.planned_disk", lambda *_: "")
+    check_fits(load_config(None, ["memory.preset=balanced"]), CPU, 4)
+    assert len(asked) >= 3
+    assert set(asked) == {4}
+
+
+def test_a_step_takes_the_seconds_of_its_products_and_bytes_without_the_text(sprites: Trace):
+    found = estimate(load_config(None), sprites, A100, 2**40, "a test")
+    expected = {
+        name: sprites.flops(name) / (MATRIX_EFFICIENCY * A100.flops)
+        + sprites.traffic(name) / (TRAFFIC_EFFICIENCY * A100.bandwidth)
+        for name in sprites.names
+    }
+    assert {phase.name: phase.seconds for phase in found.phases} == pytest.approx(expected)
+    assert expected.pop("text") > 0
+    assert found.seconds == pytest.approx(sum(expected.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -307,3 +308,29 @@ class TestCommand:
         assert said.startswith("2 GPUs (one machine of 2; nvlink3 within)\n")
         assert all(name in said for name in names)
         assert "recommended: data parallel, own prompts: " in said
+
+
+def test_the_process_of_the_reward_model_scores_for_all_and_sampling_hides_a_part() -> None:
+    phases = tuple(
+        PhasePlan(name, {}, 0, 0.0, seconds) for name, seconds in (("rollout", 5.0), ("reward", 2.0))
+    )
+    known = replace(row("whole", 40, 1.0), plan=Plan(phases, GIB, "a test", A100, ()))
+    for overlap, expected in (("false", 16.0), ("true", 11.0)):
+        config = load_config(None, ["processes.reward=true", f"rollout.overlap={overlap}"])
+        given = (Exchanged(trained=1, weight_bytes=4), Division(ranks=3), (), [known])
+        assert strategies._waits(config, cluster(4), *given) == {"reward": expected}
+
+
+def test_an_optimizer_that_the_json_file_keeps_on_the_host_takes_the_time_of_one(tmp_path: Path) -> None:
+    """Its steps are not those of the GPU, and gradients and weights are copied."""
+    file = tmp_path / "ds.json"
+    phase = PhasePlan("optimizer", {}, 0, 0.0, 4.0)
+    found = []
+    for device in ("cpu", "none"):
+        file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": device}}}))
+        config = load_config(None, ["distributed.engine=deepspeed", f"distributed.deepspeed_config={file}"])
+        step, shared = Exchanged(trained=10**9, weight_bytes=4), Division(ranks=8, stage=2)
+        waits = strategies._waits(config, cluster(8), step, shared, (), [])
+        one = Row(Strategy("zero", {}), config, 8, Plan((phase,), GIB, "a test", A100, ()), (), waits)
+        found.append((one.computing, set(waits)))
+    assert found == [(0.0, {"host"}), (0.5, set())]

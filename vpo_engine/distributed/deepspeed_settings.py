@@ -202,6 +202,14 @@ def _zero(config: Config, given: Settings, where: str, stage: int) -> Settings:
     return own
 
 
+def offloads_optimizer(config: Config, processes: int) -> bool:
+    """Return whether the optimizer's state stays on the host, by the settings or by DeepSpeed's JSON file."""
+    if config.distributed.engine != "deepspeed":
+        return False
+    zero: Settings = resolve(config, processes)["zero_optimization"]
+    return zero["offload_optimizer"]["device"] == "cpu"
+
+
 def _zero_keys() -> tuple[str, ...]:
     return ("stage", "offload_optimizer", "overlap_comm", "memory_efficient_linear", *_PASSED_ZERO)
 

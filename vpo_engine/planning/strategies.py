@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from vpo_engine.config import Config
 from vpo_engine.config.errors import explain
-from vpo_engine.distributed.deepspeed_settings import check_deepspeed
+from vpo_engine.distributed.deepspeed_settings import check_deepspeed, offloads_optimizer
 from vpo_engine.distributed.shares import check_shares
 from vpo_engine.distributed.traffic import Division, Exchanged, Transfer, step_transfers
 from vpo_engine.models.registry import check_model, model_family
@@ -75,8 +75,8 @@ class Row:
             return None
         zero = self.config.distributed.engine == "deepspeed" and self.config.distributed.zero_stage != 0
         spared = [phase.seconds or 0.0 for phase in self.plan.phases if phase.name == "optimizer" and zero]
-        offloads = bool(self.config.distributed.offload_optimizer)
-        return self.plan.seconds - sum(spared) * (1.0 if offloads else 1 - 1 / self.processes)
+        share = 0.0 if offloads_optimizer(self.config, self.processes) else 1 / self.processes
+        return self.plan.seconds - sum(spared) * (1 - share)
 
     @property
     def seconds(self) -> float | None:
@@ -216,7 +216,7 @@ def _waits(
     waits: dict[str, float] = {}
     for transfer in sends:
         waits[transfer.purpose] = cluster.seconds(transfer)
-    if config.distributed.offload_optimizer:
+    if offloads_optimizer(config, shared.ranks):
         each = step.updates * step.trained / shared.ranks
         waits["host"] = each * _HOST_BYTES * cluster.gpus / HOST_RATE
         waits["host"] += each * (4 + step.weight_bytes) / (EFFICIENCY * WITHIN["pcie4"].rate)
