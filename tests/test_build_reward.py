@@ -130,3 +130,13 @@ def test_wrong_rewards_are_refused_before_anything_is_loaded(
 def test_sprites_rewards_score_the_sprites_world_only() -> None:
     with pytest.raises(ValueError, match=re.escape("reward.kind sprites scores the sprites world only")):
         load_config("opensora_v1_2_240p.yaml", ["reward.kind=sprites", "reward.path=null"])
+
+
+def test_a_reward_is_told_the_frame_rate_of_the_models_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(registry, "build_reward", lambda *_, **options: seen.update(options))
+    words = ["reward.kind=videoalign", f"reward.path={tmp_path}", "reward.dimensions=global", "model.fps=16"]
+    build_reward(load_config("opensora_v1_2_240p.yaml", words), CPU)
+    assert seen["fps"] == 16

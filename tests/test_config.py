@@ -270,3 +270,34 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         match=r"there is no configuration file absent\.yaml\. Shipped ones: .*opensora.*, sprites, ",
     ):
         load_config("absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["prompts.train=null"], "prompts.train"),
+        (["prompts.held_out=null"], "prompts.held_out"),
+        (["prompts.train=null", "prompts.held_out=null"], "prompts.train and prompts.held_out"),
+    ],
+)
+def test_models_without_prompts_of_their_own_need_files(words: list[str], names: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(names)} must name a file; only the sprites world has"):
+        load_config("opensora_v1_2_240p.yaml", words)
+
+
+def test_stored_pairs_take_the_place_of_training_prompts() -> None:
+    config = load_config("opensora_v1_2_240p.yaml", ["method=offline_dpo", "offline_dpo.dataset=runs/a"])
+    assert config.prompts.train is None
+
+
+def test_what_a_preset_sets_is_not_refused_where_a_method_does_not_use_it() -> None:
+    assert load_config(None, ["method=refl", "memory.preset=lean"]).memory.sequential
+    with pytest.raises(ValueError, match=r"memory\.sequential=true has no meaning for method=refl"):
+        load_config(None, ["method=refl", "memory.sequential=true"])
+
+
+def test_settings_of_the_file_that_the_method_leaves_out_are_named() -> None:
+    (note,) = notes(load_config(None, ["method=refl"]))
+    said, _, keys = note.partition(": ")
+    assert said == "method=refl (ReFL) does not use these settings of the file, which are left out"
+    assert {"rollout.candidates", "objective.beta", "reference.refresh_every"} <= set(keys.split(", "))

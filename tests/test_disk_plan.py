@@ -10,7 +10,7 @@ import pytest
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import Config
-from vpo_engine.disk_plan import disk_parts, embedding_bytes
+from vpo_engine.disk_plan import DiskPart, check_run_fits, disk_parts, embedding_bytes
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.planning.disk import planned_disk
 from vpo_engine.runs.disk_use import bytes_of
@@ -49,3 +49,18 @@ def test_the_plan_is_near_what_a_run_writes(small: Make, tmp_path: Path) -> None
     assert bytes_of(run / "gallery") <= planned["galleries"]
     written = bytes_of(run / "metrics.jsonl") + bytes_of(run / "tensorboard")
     assert 0.3 < written / (planned["log"] + planned["clips in TensorBoard"]) < 1.5
+
+
+def test_what_the_disk_holds_already_needs_no_room_again(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = DiskPart("checkpoints", 3 * 2**30, False, "lower checkpoint.keep=2")
+    monkeypatch.setattr("vpo_engine.disk_plan.disk_parts", lambda *_: [part])
+    monkeypatch.setattr("vpo_engine.disk_plan.free_bytes", lambda _: 2**30)
+    with pytest.raises(ValueError, match=r"this run writes 3\.06 GiB more"):
+        check_run_fits(small(), None, tmp_path, 0)  # type: ignore[arg-type]
+    for name in ("checkpoints", "gallery"):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "all.bin").open("wb") as file:
+            file.truncate(3 * 2**29)
+    check_run_fits(small(), None, tmp_path, 2)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -14,11 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 from export_case import Case, exported, fails, make_case
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import FOLDERS, LORA, NEGATIVE, PROMPT, run_config, sized, trained
 from torch import Tensor
 
 from vpo_engine import sample
+from vpo_engine.exporting import write
+from vpo_engine.exporting.options import ExportOptions
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.load import load_stdit3
 from vpo_engine.models.opensora.stdit3 import STDiT3
@@ -301,3 +304,30 @@ class TestOtherFamilies:
         capsys.readouterr()
         error = fails(capsys, run, "--out", tmp_path / "out", "--format", "original")
         assert "--format original: CogVideoX-2B has no other names of its layers" in error
+
+
+class TestParts:
+    def test_parts_that_a_run_names_stand_beside_its_policy(self, tmp_path: Path) -> None:
+        """A part's folder is named, or that of a pipeline which holds it."""
+        base, other, own = tmp_path / "base", tmp_path / "other", tmp_path / "encoder"
+        for folder in (base, other):
+            for part in ("transformer", "vae", "text_encoder", "scheduler"):
+                (folder / part).mkdir(parents=True)
+            (folder / "model_index.json").touch()
+        config: Any = SimpleNamespace(model=SimpleNamespace(vae=other, text_encoder=own))
+        assert write._parts(base, config) == {
+            "scheduler": base / "scheduler",
+            "model_index.json": base / "model_index.json",
+            "vae": other / "vae",
+            "text_encoder": own,
+        }
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_a_whole_policy_keeps_the_type_of_most_of_its_weights(
+        self, tmp_path: Path, dtype: torch.dtype
+    ) -> None:
+        weights = {name: torch.ones(2, dtype=dtype) for name in ("a", "b")}
+        save_file(weights | {"norm": torch.ones(2)}, tmp_path / "model.safetensors")
+        model = SimpleNamespace(lora=None, policy=tmp_path)
+        source: Any = SimpleNamespace(config=SimpleNamespace(model=model))
+        assert write._dtype(source, ExportOptions()) == dtype

@@ -264,3 +264,16 @@ def test_patterns_that_would_be_matched_for_ever(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"alpha_pattern": {pattern: 8}}))
     with pytest.raises(ValueError, match=words):
         read(tmp_path)
+
+
+def test_a_pattern_may_be_the_end_of_a_name_and_the_first_that_fits_counts(
+    tmp_path: Path, layers: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    """As PEFT reads alpha_pattern."""
+    write_peft(tmp_path, layers, alpha_pattern={r"attn1\.to_q": 12.0, "to_q": 24.0})
+    scales = {name: float((up / layers[name][1]).mean()) for name, (_, up) in read(tmp_path).layers.items()}
+    expected = dict.fromkeys(LAYERS, ALPHA / RANK)
+    for block in (0, 1):
+        for part, alpha in (("attn1", 12.0), ("attn2", 24.0)):
+            expected[f"blocks.{block}.{part}.to_q"] = alpha / RANK
+    assert scales == pytest.approx(expected)

@@ -25,6 +25,7 @@ from vpo_engine.data.sprites.assets import WEIGHTS
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.models.lora import adapter_parameters, inject_adapter, save_adapter
 from vpo_engine.models.opensora.model import OpenSora
+from vpo_engine.models.policy import prepare_policy
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.runs.video import write_mp4
 from vpo_engine.seeding import normal
@@ -162,3 +163,13 @@ def test_two_processes_hold_the_same_adapter(smallest: list[str], small_policy: 
     first, second = (load_file(tmp_path / rank / "adapter_model.safetensors") for rank in "01")
     assert same(first, second)
     assert same(first, load_file(tmp_path / "run/checkpoints/step_00000004/policy/adapter_model.safetensors"))
+
+
+def test_runs_of_other_seeds_start_from_other_adapters(small: Make) -> None:
+    starts = []
+    for seed in (3, 3, 4):
+        policy = small_network()
+        prepare_policy(policy, small(*LORA, f"seed={seed}"), OpenSora.card, torch.float32)
+        starts.append({name: weight.detach() for name, weight in adapter_parameters(policy).items()})
+    assert same(starts[0], starts[1])
+    assert not any(torch.equal(starts[0][name], starts[2][name]) for name in starts[0] if ".lora_A." in name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.stdit3 import STDiT3
-from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder
+from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder, prepare_prompt
 from vpo_engine.models.opensora.vae import OpenSoraVAE
 from vpo_engine.planning.parts import configurations_are_here
+from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.runs.video import read_video
@@ -332,3 +334,41 @@ def test_the_folder_of_a_training_run_and_its_averages_are_policies(
         assert configurations_are_here(config)
         model = build_model(config, Processes.start("cpu"))
         assert torch.equal(model.network.state_dict()[name], expected.float())
+
+
+def test_times_are_shifted_by_the_size_of_the_videos(checkpoints: Path) -> None:
+    """In sampling and in training, as published: 144 x 256 pixels, 17 frames that are 5 latent ones."""
+    config = load_config(SHIPPED, settings(checkpoints, checkpoints / "run")[1:])
+    model = build_model(config, Processes.start("cpu"))
+    ratio = (144 * 256) ** 0.5 / 512 * 5**0.5
+    expected = [1000 * ratio * u / (1 + (ratio - 1) * u) for u in (1.0, 0.75, 0.5, 0.25)]
+    assert list(model.solver(4).times) == pytest.approx(expected, rel=1e-5)
+    assert float(model.draw_timesteps(torch.tensor([0.5]))) == pytest.approx(expected[2], rel=1e-5)
+
+
+def test_prompts_are_encoded_with_the_score_of_the_settings(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, seen = T5Encoder.encode, list[str]()
+
+    def noted(encoder: T5Encoder, prompts: Sequence[str]) -> TextEmbedding:
+        seen.extend(prompts)
+        return encode(encoder, prompts)
+
+    monkeypatch.setattr(T5Encoder, "encode", noted)
+    given = [*settings(checkpoints, tmp_path / "run")[1:], "model.aesthetic_score=5.5"]
+    build_model(load_config(SHIPPED, given), Processes.start("cpu")).prepare(PROMPTS[:1])
+    assert seen == [prepare_prompt(PROMPTS[0], aes=5.5)]
+    assert "5.5" in seen[0]
+
+
+def test_embeddings_are_found_again_by_their_encoder_and_its_type(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[str] = []
+    monkeypatch.setattr("vpo_engine.build.EmbeddingCache", lambda folder, name: ids.append(name))
+    other = shutil.copytree(checkpoints / "text_encoder", tmp_path / "other")
+    for more in ([], ["model.dtype=bfloat16"], [f"model.text_encoder={other}"]):
+        config = load_config(SHIPPED, [*settings(checkpoints, tmp_path / "run")[1:], *more])
+        build_model(config, Processes.start("cpu"))
+    assert len(ids) == len(set(ids)) == 3

@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import FOLDERS, LORA, PROMPT, run_config, sized, trained
 
 from vpo_engine import export, sample
+from vpo_engine.config_file import dump_config
 from vpo_engine.data.clips import find_clips
 from vpo_engine.models.registry import model_family
 from vpo_engine.policy_source import find_source
+from vpo_engine.runs.checkpoint import save_checkpoint
+from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.sample import SampleOptions, load_source, sample_frames, with_options
 
 SMALL = ("--frames", "5", "--size", "32x48", "--steps", "2")
@@ -211,3 +214,35 @@ class TestRefusals:
                 config.read_text().replace("WanTransformer3DModel", "LTXVideoTransformer3DModel")
             )
         assert words in fails(capsys, folder, *SMALL)
+
+
+def test_words_win_over_what_an_adapter_records(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    record = {"kind": "wan", "settings": {"rollout.steps": 3, "rollout.guidance": 2.0}}
+    for folder, name, content in (
+        (base, "model_index.json", {"_class_name": "WanPipeline"}),
+        (adapter, "adapter_config.json", {}),
+        (adapter, "vpo_export.json", record),
+    ):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    rollout = find_source(adapter, base, ["rollout.steps=7"]).config.rollout
+    assert (rollout.steps, rollout.guidance) == (7, 2.0)
+
+
+def test_a_run_keeps_the_parts_that_it_names(tmp_path: Path) -> None:
+    """Those that it does not name are those of the pipeline that it started from."""
+    base, own = tmp_path / "published", tmp_path / "vae"
+    for folder in (base, own):
+        folder.mkdir()
+    (base / "model_index.json").write_text("{}")
+    config = run_config("wan", base, tmp_path / "run", f"model.vae={own}")
+    run = RunDirectory.create_at(tmp_path / "run", dump_config(config))
+
+    def write(folder: Path) -> None:
+        (folder / "weights").write_bytes(b"weights")
+
+    save_checkpoint(run.checkpoints, 2, tensors={}, state={}, write_policy=write, keep=1)
+    model = find_source(run.root, None, []).config.model
+    assert (model.vae, model.text_encoder) == (own, base)
+    assert model.policy == run.checkpoints / "step_00000002" / "policy"

@@ -229,3 +229,18 @@ def test_texts_are_encoded_once_and_on_cpus_by_one_process_of_each_machine(
         monkeypatch.setenv("LOCAL_RANK", str(local))
         found.append(list(range(5))[Processes(rank, len(local_ranks), torch.device(device)).encoder_share()])
     assert found == shares
+
+
+def test_a_process_takes_the_gpu_of_its_number_on_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the second process of the second machine of eight GPUs."""
+    for name, value in {"WORLD_SIZE": "16", "RANK": "9", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    taken: list[torch.device] = []
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda url: iter([(store, 9, 16)]))
+    monkeypatch.setattr("vpo_engine.distributed.processes.meet", lambda store, rank, count: store)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    assert Processes.start("cuda").device == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", 1)]

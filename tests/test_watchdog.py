@@ -385,3 +385,16 @@ def start(tmp_path: Path) -> object:
     for group in groups:
         for process in group.processes:
             process.kill()
+
+
+def test_a_process_that_fails_takes_no_leave(
+    clock: Clock, two: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, failing = two
+    failing.watchdog.look()
+    with pytest.raises(KeyError), failing.watchdog:
+        raise KeyError("a mistake")
+    monkeypatch.setattr("vpo_engine.distributed.board.is_running", lambda pid: False)
+    assert one.watchdog.look() is None
+    clock.now += 11
+    assert "has ended; it was in " in (one.watchdog.look() or "")

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from vpo_engine.data.preference_dataset import DatasetWriter, StoredPair, read_dataset, truncate_dataset
+from vpo_engine.rollout.preference_dataset import StoredPairs
 from vpo_engine.runs.alarms import read_alarms
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.values import Prompt
 
 
 def pair(step: int, position: int, row: int | None = None) -> StoredPair:
@@ -186,3 +188,22 @@ def test_a_score_is_found_by_the_number_of_its_candidate() -> None:
         pair(1, 0), candidates=numbers, scores={"a": (0.1, 0.2, 0.4, 0.7), "b": (1.0, 2.0, 4.0, 7.0)}
     )
     assert [one.score(number) for number in numbers] == [{"a": n / 10, "b": float(n)} for n in numbers]
+
+
+def test_ties_of_the_run_that_wrote_a_dataset_stay_ties(tmp_path: Path) -> None:
+    """Whatever their gap: that run had a larger pairs.min_gap, or a floor of motion that nobody reached."""
+    write(tmp_path, 2)
+    DatasetWriter(tmp_path / "preference_dataset", 0).write(3, [pair(3, 8)])
+    assert all(one.gap > 0 for one in read_dataset(tmp_path))
+    stored = StoredPairs(tmp_path)
+    assert (len(stored), stored.ties) == (9, 5)
+
+
+def test_winner_and_loser_of_a_stored_pair_have_their_own_scores(tmp_path: Path) -> None:
+    write(tmp_path, 1, ranks=1)
+    stored = list(read_dataset(tmp_path))[1]
+    prompt = Prompt(stored.prompt, None, 1)  # type: ignore[arg-type]
+    [choice] = StoredPairs(tmp_path).choices([prompt], (2, 1, 2, 3), torch.device("cpu"))
+    assert choice.winner.scores == stored.score(5)
+    assert choice.loser.scores == stored.score(0) != stored.score(5)
+    assert choice.selected == (stored.selected[2], stored.selected[0])

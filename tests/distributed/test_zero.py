@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import zero_runs
 from process_group import run_in_group
+from torch import nn
 from zero_runs import (
     CLIPPED,
     HALF,
@@ -31,6 +33,7 @@ from zero_runs import (
 
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.errors import NotFiniteError
+from vpo_engine.memory.zero import ZeroOptimizer
 
 # Not imported here: that takes seconds in every worker, also where these tests are left out.
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -242,3 +245,45 @@ def refuse_infinity(folder: Path) -> None:
 @pytest.mark.long
 def test_a_gradient_that_is_not_finite_in_one_process_changes_nothing_in_any(tmp_path: Path) -> None:
     run_in_group(tmp_path, 2, refuse_infinity, tmp_path)
+
+
+class Stepped:
+    """Stands in for DeepSpeed's engine; a step changes the weights."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        self._weights = weights
+
+    def buffered_allreduce_fallback(self) -> None: ...
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for weight in self._weights:
+            weight.add_(1.0)
+
+    def get_global_grad_norm(self) -> float:
+        return 2.0
+
+    def was_step_applied(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stage", "kept"), [(0, 2), (1, 2), (2, 2), (3, 0)])
+def test_the_reference_keeps_its_values_while_deepspeed_changes_the_weights(stage: int, kept: int) -> None:
+    """Not with stage 3, which no such reference goes with."""
+    weights, seen = [nn.Parameter(torch.zeros(2)) for _ in range(2)], list[nn.Parameter]()
+    for weight in weights:
+        weight.grad = torch.ones(2)
+
+    @contextmanager
+    def preserve(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        assert not any(bool(weight.any()) for weight in weights)
+        yield
+        assert all(bool(weight.all()) for weight in weights)
+        seen.extend(parameters)
+
+    optimizer: Any = object.__new__(ZeroOptimizer)
+    optimizer._engine, optimizer._stage, optimizer._preserve_reference = Stepped(weights), stage, preserve
+    optimizer.parameters, optimizer.steps = weights, 0
+    assert optimizer.step() == pytest.approx(2.0)
+    assert optimizer.steps == 1
+    assert [id(one) for one in seen] == [id(one) for one in weights[:kept]]

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from evaluation_case import PROMPTS, clip, results_of, run, videos
 
-from vpo_engine.evaluation.chosen_metrics import OF_THE_ENGINE
+from vpo_engine.evaluation.chosen_metrics import OF_THE_ENGINE, metric_key
+from vpo_engine.evaluation.engine_metrics import MetricOfMeasures, adapted
 from vpo_engine.evaluation.folders import read_folder, video_name
 from vpo_engine.evaluation.suites import read_suite, vbench_suite
-from vpo_engine.metrics.registry import metric_card
+from vpo_engine.metrics.pixels import pixel_measures
+from vpo_engine.metrics.registry import build_metric, metric_card
 from vpo_engine.runs.video import write_mp4
 
 QUICK = "pixels,proxy_flicker"
@@ -362,3 +364,15 @@ def test_the_help_is_there_without_torch() -> None:
         "assert code == 1; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_records_of_other_weights_or_settings_are_not_taken() -> None:
+    card = OF_THE_ENGINE["pixels"]
+    one, same, other = (
+        MetricOfMeasures(card, pixel_measures, ("motion",), sprites=False, weights={"a.pth": digit * 64})
+        for digit in "112"
+    )
+    assert metric_key(one) == metric_key(same)
+    assert metric_key(one) != metric_key(other)
+    flicker = build_metric("proxy_flicker")
+    assert metric_key(adapted(flicker, sprites=True)) != metric_key(adapted(flicker, sprites=False))

@@ -64,3 +64,25 @@ def test_a_row_that_another_process_did_not_finish_is_left_out(tmp_path: Path) -
     first = own.read_bytes().partition(b"\n")[0]
     (own.parent / "process_1.jsonl").write_bytes(first + b"\n" + first[: len(first) // 2])
     assert run(*words) == 0
+
+
+def test_a_metric_that_cannot_be_loaded_makes_the_results_partial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = videos(tmp_path / "clips", 150, PROMPTS[:1]), tmp_path / "out"
+    weights = tmp_path / "raft-things.pth"
+    weights.write_bytes(b"no weights")
+    words = ("--metrics", "pixels,devil_flow", "--weights", f"devil_flow={weights}", "--out", out)
+    assert run(folder, *words) == 1
+    results = results_of(out)
+    assert results["partial"] is True
+    assert set(results["unloaded"]) == {"devil_flow"}
+    assert results["measures"]["pixels/motion"]["policy"]["provenance"]["count"] == 2
+    assert "devil_flow could not be loaded" in " ".join(capsys.readouterr().out.split())
+
+
+def test_equal_videos_of_one_prompt_count_as_two(tmp_path: Path) -> None:
+    folder, out = videos(tmp_path / "clips", 150, PROMPTS[:1], count=1), tmp_path / "out"
+    shutil.copyfile(folder / f"{PROMPTS[0]}-0.mp4", folder / f"{PROMPTS[0]}-1.mp4")
+    assert run(folder, "--metrics", "pixels", "--out", out) == 0
+    assert results_of(out)["measures"]["pixels/motion"]["policy"]["provenance"]["count"] == 2

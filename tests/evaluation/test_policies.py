@@ -11,6 +11,11 @@ import pytest
 from evaluation_case import results_of, run
 
 from vpo_engine import train
+from vpo_engine.config_file import load_config
+from vpo_engine.evaluation.arms import Arm, find_arm, sampling_settings
+from vpo_engine.evaluation.output import OutputFolder
+from vpo_engine.evaluation.session import Options, plan_evaluation
+from vpo_engine.policy_source import PolicySource
 
 PIXELS = "pixels:sprites"
 
@@ -186,3 +191,51 @@ def _held_out(root: Path) -> list[str]:
     from vpo_engine.config_file import load_config
 
     return list(build_prompts(load_config(root / "config.yaml"))[1])
+
+
+SPRITES = Path(__file__).parents[2] / "configs" / "sprites.yaml"
+
+
+def test_videos_of_other_sampling_settings_are_not_taken_for_these(tmp_path: Path) -> None:
+    one, other = (find_arm("policy", SPRITES, None, [f"rollout.guidance={scale}"]) for scale in (1, 3))
+    out = OutputFolder(tmp_path / "out")
+    out.begin({"policy": one.identity()})
+    out.check({"policy": one.identity()})
+    with pytest.raises(ValueError, match=r"policy\.sampling\.rollout\.guidance: 1\.0 -> 3\.0"):
+        out.check({"policy": other.identity()})
+
+
+def test_an_adapter_that_was_written_anew_is_another_policy(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"one")
+    arm = Arm("policy", "an adapter", PolicySource(load_config(None), tmp_path))
+    before = arm.identity()
+    assert arm.identity() == before
+    file.write_bytes(b"another")
+    assert arm.identity() != before
+
+
+def test_a_policy_is_evaluated_with_as_many_steps_as_its_run_did() -> None:
+    source = find_arm("policy", SPRITES, None, ["evaluation.steps=7"]).source
+    assert source is not None
+    assert sampling_settings(source.config)["rollout.steps"] == 7
+
+
+def test_without_a_number_there_are_as_many_videos_as_the_run_evaluates(tmp_path: Path) -> None:
+    settings = ("evaluation.prompts=2", "evaluation.samples_per_prompt=3")
+    planned = plan_evaluation(Options(target=SPRITES, overrides=settings, out=tmp_path / "out"))
+    assert [index for _, _, index in planned.videos] == [0, 1, 2] * 2
+
+
+def test_each_process_of_an_evaluation_has_a_device_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a cat on a mat-0.mp4").touch()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    given = Options(
+        tmp_path / "clips", metrics=("pixels",), devices=("cuda:0", "cuda:1"), out=tmp_path / "out"
+    )
+    for local, device in enumerate(given.devices):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert plan_evaluation(given).device == device

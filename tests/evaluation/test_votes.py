@@ -174,3 +174,16 @@ def test_studies_that_cannot_be_made_are_refused(folder: Path, capsys: pytest.Ca
     (folder / "results.json").write_text(json.dumps(results))
     assert run("--study", folder) == 1
     assert "evaluate with --baseline OTHER first" in capsys.readouterr().err
+
+
+def test_the_share_of_left_videos_is_counted_without_ties(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--study", folder) == 0
+    pairs = json.loads((folder / "study_key.json").read_text())["pairs"]
+    sides = ("left", "left", "right", "tie")
+    votes = [{"pair": pair, "choice": side} for pair, side in zip(pairs, sides, strict=True)]
+    assert run("--study", folder, "--votes", ballot(folder, "Ann", [], votes=votes)) == 0
+    left = json.loads((folder / "study_results.json").read_text())["left_chosen"]
+    assert left == {"share": 2 / 3, "bounds": list(wilson(2, 3)), "votes": 3}
+    assert "The left video was chosen in 67 % of the votes" in capsys.readouterr().out

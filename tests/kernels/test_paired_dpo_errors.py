@@ -182,3 +182,9 @@ def test_float8_is_refused() -> None:
     tensors[2] = tensors[2].to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"reference_winner has dtype torch.float8_e4m3fn, .*bfloat16\(\)"):
         paired_dpo_loss(*tensors)
+
+
+@pytest.mark.parametrize("scaling", [-0.5, -1e-9])
+def test_a_loser_scaling_below_zero_is_refused(scaling: float) -> None:
+    with pytest.raises(ValueError, match=rf"loser_scaling={scaling!r} must be None or a number from 0 to 1"):
+        paired_dpo_loss(*random_tensors(2, 3), loser_scaling=scaling)

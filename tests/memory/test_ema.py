@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpo_engine.config import EmaConfig, MemoryConfig, OptimizerConfig
 from vpo_engine.memory.ema import PolicyAverage, effective_decay
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.memory.rounding import hold_in_bfloat16
+from vpo_engine.memory.zero_average import DividedAverage
 
 MODES = ("float32", "fp32_master", "stochastic_rounding")
 
@@ -123,3 +125,25 @@ def test_files_are_written_from_and_read_into_the_float32_averages() -> None:
 )
 def test_the_decay_warms_up(decay: float, updates: int, expected: float) -> None:
     assert effective_decay(decay, updates) == expected
+
+
+class Shards:
+    """The part of an optimizer with divided weights that the average asks first."""
+
+    def __init__(self, *shards: Tensor) -> None:
+        self._shards = list(shards)
+
+    def shards(self) -> list[Tensor]:
+        return self._shards
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_an_average_lies_where_the_setting_says(on_host: bool) -> None:
+    """Fake tensors may be on a GPU where there is none."""
+    settings = EmaConfig(decay=0.9, on_host=on_host)
+    with FakeTensorMode():
+        weight = torch.empty(3, device="cuda")
+        whole = PolicyAverage([], lambda: [weight], settings)
+        divided = DividedAverage(Shards(weight), settings)  # type: ignore[arg-type]
+        places = [one.device.type for average in (whole, divided) for one in average.tensors()]
+    assert places == ["cpu" if on_host else "cuda"] * 2

@@ -363,3 +363,11 @@ def test_on_a_gpu(small: Make) -> None:
         with idle_offload.phase("rollout"):
             assert torch.cuda.memory_allocated() == before
             assert torch.equal(big.weight, expected)
+
+
+def test_the_teacher_is_there_while_the_gradient_of_the_reward_is_made(small: Make) -> None:
+    """T2V-Turbo asks its frozen reference for the target in that phase."""
+    unused = ("rollout.candidates=4", "objective.timesteps_per_pair=1", "reference.refresh_every=200")
+    needs = default_needs(small, "method=t2v_turbo", *unused)
+    there = {name for name, part in needs.items() if "reward_gradient" in part.phases}
+    assert there == {"policy", "reference", "vae", "reward"}

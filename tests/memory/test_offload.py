@@ -333,3 +333,13 @@ def test_on_a_gpu_gradients_are_the_same_bits_and_host_memory_is_pinned() -> Non
     hosts = free_hosts(model.offloaded)
     assert len(hosts) == BLOCKS
     assert all(host.is_pinned() for host in hosts)
+
+
+def test_free_host_memory_of_another_type_is_left_alone() -> None:
+    store, third = OffloadedInputs(), torch.full((2, 3), 1 / 3, dtype=torch.bfloat16)
+    store.send(torch.ones(2, 3), None)  # dropped at once, so that its host memory is free
+    sent = store.send(third, None)
+    sent.release()
+    found = sent.fetch()
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, third)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,19 @@ from vpo_engine.objectives.consistency import (
     guidance_embedding,
     pseudo_huber,
 )
-from vpo_engine.objectives.reward_losses import AESTHETIC, HPS, PICKSCORE, mixed, refl_loss, segmental_loss
+from vpo_engine.objectives.reward_losses import (
+    AESTHETIC,
+    HPS,
+    PICKSCORE,
+    Goal,
+    mixed,
+    refl_loss,
+    segmental_loss,
+    vader_goal,
+)
 from vpo_engine.rewards.frames import segment_weights
 from vpo_engine.rollout.reward_gradient import denoise_with_gradients, first_of_partial
+from vpo_engine.rollout.scored_frames import frame_of_each_segment, random_frames
 
 VADER = RECORDED["vader_truncated_backprop_rflow"]
 TURBO = RECORDED["t2v_turbo"]
@@ -130,3 +141,39 @@ def test_the_embedding_of_guidance_scales() -> None:
     assert found.shape == (len(TURBO["w"]), 256)
     torch.testing.assert_close(found.sum(1), double(TURBO["w_embedding_sums"]), rtol=0, atol=1e-10)
     assert guidance_embedding(double(TURBO["w"]), 7)[:, -1].tolist() == [0.0] * len(TURBO["w"])
+
+
+def test_the_frames_of_a_step_are_drawn_from_all_and_anew() -> None:
+    model: Any = SimpleNamespace(video_size=(17, 32, 32))
+    drawn = [random_frames(4, model, seed, "vader", step) or [] for seed in (0, 1) for step in range(60)]
+    assert all(len(frames) == 4 and frames == sorted(set(frames)) for frames in drawn)
+    assert {number for frames in drawn for number in frames} == set(range(17))
+    assert len({tuple(frames) for frames in drawn}) > 90
+    assert random_frames(None, model, 0, "vader", 0) is None
+
+
+def test_every_segment_has_a_frame_of_its_own_draw() -> None:
+    drawn = [frame_of_each_segment(4, 17, 0, "segments", place) for place in range(60)]
+    for part, numbers in enumerate(zip(*drawn, strict=True)):
+        assert set(numbers) == set(range(4 * part, 4 * part + 4))
+    assert len({tuple(number % 4 for number in frames) for frames in drawn}) > 30
+
+
+@pytest.mark.parametrize(
+    ("reward", "value", "scale", "goal"),
+    [
+        ("laion_aesthetic", "auto", None, AESTHETIC),
+        ("hpsv2", "auto", None, HPS),
+        ("hpsv2_1", "auto", None, HPS),
+        ("pickscore", "auto", None, PICKSCORE),
+        ("sprites", "auto", None, Goal(None, 1.0)),
+        ("pickscore", "auto", 0.5, Goal(100.0, 0.5)),
+        ("pickscore", 30.0, None, Goal(30.0, 1.0)),
+        ("pickscore", None, None, Goal(None, 1.0)),
+        ("hpsv2", 2.0, 3.0, Goal(2.0, 3.0)),
+    ],
+)
+def test_vaders_goal_is_the_published_one_unless_another_is_given(
+    reward: str, value: Any, scale: float | None, goal: Goal
+) -> None:
+    assert vader_goal(reward, value, scale) == goal

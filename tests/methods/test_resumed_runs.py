@@ -26,8 +26,10 @@ METHODS: dict[MethodName, tuple[str, ...]] = {
 def of_run(run: Path, step: int) -> dict[str, Tensor]:
     """Everything that a checkpoint holds, by file and name."""
     found: dict[str, Tensor] = {}
-    for file in sorted((run / f"checkpoints/step_{step:08d}").rglob("*.safetensors")):
-        found |= {f"{file.name}/{name}": value for name, value in load_file(file).items()}
+    folder = run / f"checkpoints/step_{step:08d}"
+    for file in sorted(folder.rglob("*.safetensors")):
+        place = file.relative_to(folder).as_posix()
+        found |= {f"{place}/{name}": value for name, value in load_file(file).items()}
     return found
 
 
@@ -58,4 +60,4 @@ def test_a_method_learns_and_its_resumed_run_is_the_uninterrupted_one(
     assert rows_of(again) == rows_of(run)
     earlier = of_run(run, 2)
     moved = [name for name, value in expected.items() if not torch.equal(value, earlier[name])]
-    assert any(name.startswith("model.safetensors/") for name in moved)
+    assert any(name.startswith("policy/model.safetensors/") for name in moved)

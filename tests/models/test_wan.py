@@ -247,3 +247,14 @@ def test_parts_are_on_the_device_that_is_asked_for(folder: Path) -> None:
     model = load_model("wan", folder)
     assert model.device == CPU
     assert model.video_size == (9, 64, 96)
+
+
+def test_embeddings_are_found_again_by_their_encoder_and_its_type(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[str] = []
+    monkeypatch.setattr("flow_case.EmbeddingCache", lambda cache, name: ids.append(name))
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    for more in ({}, {"dtype": "bfloat16"}, {"text_encoder": other / "text_encoder"}):
+        load_model("wan", folder, **more)
+    assert len(ids) == len(set(ids)) == 3

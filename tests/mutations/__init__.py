@@ -6,9 +6,11 @@ from mutations import (
     evaluation,
     flow,
     gradients,
+    memory,
     methods,
     models,
     parts,
+    planning,
     prompts,
     rollout,
     runs,
@@ -42,4 +44,6 @@ MUTATIONS = [
     *watch.MUTATIONS,
     *strangers.MUTATIONS,
     *bookkeeping.MUTATIONS,
+    *planning.MUTATIONS,
+    *memory.MUTATIONS,
 ]

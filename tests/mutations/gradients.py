@@ -20,6 +20,10 @@ OF_PIXELS = ("tests/rewards/test_pixel_gradients.py",)
 OF_NUMBERS = ("tests/methods/test_baselines.py",)
 OF_RUNS = ("tests/wiring/test_gradient_methods.py",)
 
+FRAMES = "vpo_engine/rollout/scored_frames.py"
+GIVEN = "vpo_engine/rollout/given_videos.py"
+GRADIENT = "vpo_engine/reward_gradient_method.py"
+
 MUTATIONS = [
     (
         "gradients: steps are cut off from each other",
@@ -188,5 +192,142 @@ MUTATIONS = [
         "with torch.no_grad():",
         "if True:",
         OF_RUNS,
+    ),
+    (
+        "gradients: of a file of pairs the losers are the given videos",
+        GIVEN,
+        "PreferredFiles(each.winner, each.winner, each.prompt, each.place)",
+        "PreferredFiles(each.loser, each.loser, each.prompt, each.place)",
+        ("tests/wiring/test_methods.py::test_videos_of_a_file_of_pairs_are_its_winners",),
+    ),
+    (
+        "gradients: files of given videos in the same order for every seed",
+        GIVEN,
+        'generator(seed, "given videos")',
+        'generator(0, "given videos")',
+        ("tests/wiring/test_gradient_methods.py::test_given_videos_are_the_winners_of_a_file",),
+    ),
+    (
+        "gradients: the same videos drawn for every seed",
+        GIVEN,
+        "return DrawnVideos(prompts, seed)",
+        "return DrawnVideos(prompts, 0)",
+        ("tests/wiring/test_gradient_methods.py::test_drawn_videos_follow_the_seed_and_the_place",),
+    ),
+    (
+        "gradients: T2V-Turbo lowers its second reward",
+        TURBO,
+        "loss - self.own.second.weight * others.mean()",
+        "loss + self.own.second.weight * others.mean()",
+        ("tests/wiring/test_gradient_methods.py::test_t2v_turbo_follows_a_second_reward_too",),
+    ),
+    (
+        "gradients: T2V-Turbo's second reward sees the frames of the first",
+        TURBO,
+        "self._frames(self.second_frames, prompts)",
+        "self._frames(self.frames, prompts)",
+        ("tests/wiring/test_gradient_methods.py::test_a_second_reward_of_videos_sees_all_frames",),
+    ),
+    (
+        "gradients: instructvideo.attenuation has no effect",
+        INSTRUCT,
+        "decay = 1.0 if self.own.attenuation is None else self.own.attenuation",
+        "decay = 1.0",
+        ("tests/wiring/test_gradient_methods.py::test_instructvideo_scores_a_frame_of_each_segment",),
+    ),
+    (
+        "gradients: every video of a run has the same frames scored",
+        INSTRUCT,
+        '"segments", prompt.position)',
+        '"segments", 0)',
+        ("tests/wiring/test_gradient_methods.py::test_instructvideo_scores_a_frame_of_each_segment",),
+    ),
+    (
+        "gradients: the frames of all segments are of the first one",
+        FRAMES,
+        "span * part + integer(span, seed, *key, part)",
+        "integer(span, seed, *key, part)",
+        (
+            "tests/wiring/test_gradient_methods.py::test_instructvideo_scores_a_frame_of_each_segment",
+            "tests/methods/test_baselines.py",
+        ),
+    ),
+    (
+        "gradients: the same place in every segment",
+        FRAMES,
+        "integer(span, seed, *key, part)",
+        "integer(span, seed, *key)",
+        ("tests/methods/test_baselines.py::test_every_segment_has_a_frame_of_its_own_draw",),
+    ),
+    (
+        "gradients: the same frames are scored in every step",
+        FRAMES,
+        'integer(2**62, seed, *key, "frames")',
+        'integer(2**62, seed, "frames")',
+        ("tests/methods/test_baselines.py::test_the_frames_of_a_step_are_drawn_from_all_and_anew",),
+    ),
+    (
+        "gradients: VADER's second reward has the goal of the first",
+        VADER,
+        'vader_goal(self.own.second.kind, "auto", None)',
+        'vader_goal(self.config.reward.kind, "auto", None)',
+        ("tests/wiring/test_gradient_methods.py::test_vaders_second_reward_has_a_goal_of_its_own",),
+    ),
+    (
+        "gradients: VADER scores the same random frames in every step",
+        VADER,
+        'random_frames(self.frames, self.model, self.config.seed, "vader", number)',
+        'random_frames(self.frames, self.model, self.config.seed, "vader", 0)',
+        (
+            "tests/wiring/test_gradient_methods.py::test_vader_decodes_so_many_random_frames_anew_in_every_step",
+        ),
+    ),
+    (
+        "gradients: vader.frames has no effect",
+        VADER,
+        "self.frames = frames_of_step(kind, self.own.frames, default=1)",
+        "self.frames = frames_of_step(kind, None, default=1)",
+        (
+            "tests/wiring/test_gradient_methods.py::test_vader_decodes_so_many_random_frames_anew_in_every_step",
+        ),
+    ),
+    (
+        "gradients: VADER's goals of PickScore and HPSv2.1 exchanged",
+        LOSSES,
+        '"hpsv2_1": HPS, "pickscore": PICKSCORE',
+        '"hpsv2_1": PICKSCORE, "pickscore": HPS',
+        ("tests/methods/test_baselines.py",),
+    ),
+    (
+        "gradients: vader.scale ignored beside the published goal",
+        LOSSES,
+        "return published if scale is None else replace(published, scale=scale)",
+        "return published",
+        ("tests/methods/test_baselines.py",),
+    ),
+    (
+        "gradients: ReFL's step is drawn once for the whole run",
+        "vpo_engine/refl.py",
+        'self.config.seed, "refl", self._step_number(prompts)',
+        'self.config.seed, "refl", 0',
+        ("tests/wiring/test_methods.py::test_refl_draws_its_step_anew_in_every_step",),
+    ),
+    (
+        "gradients: the log's means are sums over the processes",
+        GRADIENT,
+        "(sums / self.processes.count).tolist()",
+        "sums.tolist()",
+        (
+            "tests/wiring/test_gradient_methods.py::test_the_log_of_a_method_without_pairs_is_a_mean_over_processes",
+        ),
+    ),
+    (
+        "gradients: the two branches of guidance count as one input",
+        GRADIENT,
+        "videos * len(steps) * (1 if self.sampling.guidance == 1.0 else 2)",
+        "videos * len(steps)",
+        (
+            "tests/wiring/test_gradient_methods.py::test_the_log_counts_the_inputs_with_and_without_a_gradient",
+        ),
     ),
 ]

@@ -1,6 +1,7 @@
 """Every reward by name: cards that are complete, builders that refuse clearly, variants that differ as they should."""
 
 import inspect
+import json
 import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
@@ -15,6 +16,7 @@ from vpo_engine.rewards.builtin import Builtin
 from vpo_engine.rewards.frames import VideoOfFrames
 from vpo_engine.rewards.kinds import ENTRIES, NAMES, format_table
 from vpo_engine.rewards.registry import (
+    RewardSpec,
     build_reward,
     check_reward,
     format_card,
@@ -205,3 +207,9 @@ def test_builtin_is_built_on_the_device_asked_for() -> None:
     reward = build_reward("builtin", device="cpu")
     assert isinstance(reward, Builtin)
     assert reward.device == torch.device("cpu")
+
+
+def test_everything_about_a_reward_reaches_another_process(tmp_path: Path) -> None:
+    placed = {"device": torch.device("cuda", 1), "dtype": torch.bfloat16}
+    spec = RewardSpec("q_align", tmp_path, **placed, fps=8.0, settings={"batch_size": 2, "frames": 4})
+    assert RewardSpec.from_fields(json.loads(json.dumps(spec.to_fields()))) == spec

@@ -184,3 +184,11 @@ def test_a_state_that_is_no_json_is_not_hidden(a_run: Make) -> None:
     manifest = root / "checkpoints/step_00000020/manifest.json"
     manifest.write_text(json.dumps({"step": 20}))
     assert re.search("is not the manifest of a checkpoint", refused(root))
+
+
+def test_a_resumed_run_keeps_the_memory_settings_that_were_planned(a_run: Make) -> None:
+    root = a_run(20)
+    config = load_config(None, ["memory.preset=balanced", "memory.mlp_chunks=2"])
+    (root / "config.yaml").write_text(dump_config(config))
+    check_same_run(load_config(None, ["memory.preset=balanced"]), root / "config.yaml")
+    assert "memory.preset: balanced -> fast" in refused(root, "memory.preset=fast")

@@ -337,8 +337,10 @@ def state_of(run: Path, step: int) -> dict[str, Any]:
 def saved_tensors(run: Path, step: int) -> dict[str, Tensor]:
     """Everything that a checkpoint holds, by file and name."""
     found = {}
-    for file in sorted(checkpoint(run, step).rglob("*.safetensors")):
-        found |= {f"{file.name}/{name}": value for name, value in load_file(file).items()}
+    folder = checkpoint(run, step)
+    for file in sorted(folder.rglob("*.safetensors")):
+        place = file.relative_to(folder).as_posix()
+        found |= {f"{place}/{name}": value for name, value in load_file(file).items()}
     return found
 
 

@@ -166,3 +166,13 @@ def test_the_room_on_the_disk_is_not_judged_while_a_checkpoint_is_written_to_it(
     """A part of the room for it is taken already; after step 1 the checkpoint is still being written."""
     monkeypatch.setattr(DiskWatch, "exhausted", lambda *_: "no room for another checkpoint")
     engine.train(engine.make_config(tmp_path, *SETTINGS, "steps=2", BACKGROUND))
+
+
+def test_the_average_is_written_in_the_background_as_it_was(tmp_path: Path, late: None) -> None:
+    settings = (*SETTINGS, "ema.decay=0.5")
+    engine.train(engine.make_config(tmp_path, *settings))
+    engine.train(engine.make_config(tmp_path, *settings, BACKGROUND, f"run_dir={tmp_path / 'other'}"))
+    waited, written = files_of(tmp_path / "run"), files_of(tmp_path / "other")
+    average, policy = (f"step_00000004/{name}/model.safetensors" for name in ("ema", "policy"))
+    assert waited[average] != waited[policy]
+    assert written == waited

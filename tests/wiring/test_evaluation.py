@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import engine
@@ -142,3 +143,11 @@ def test_a_reward_is_checked_on_clips_with_their_own_prompts_and_then_with_other
     assert found.keys() == WEIGHTS.keys()
     assert {one.clips for one in found.values()} == {2}
     assert held_out.check_reward(videos[:1], range(1), exchange=True) == {}
+
+
+def test_the_time_of_the_last_evaluation_is_in_the_summary(run: Path) -> None:
+    """It is in no row, since no step comes after it."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timings = json.loads((run / "summary.json").read_text())["timings"]
+    for stage in ("evaluate", "step"):
+        assert timings[stage] > sum(row.get(f"seconds/{stage}", 0.0) for row in rows) + 1e-5, stage

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from toy import ToyReward
 
+from vpo_engine.config import Config
 from vpo_engine.runs.lock import RunLock
 
 
@@ -201,3 +202,19 @@ def test_a_reward_that_is_no_longer_deterministic_stops_a_run_when_it_is_resumed
     with pytest.raises(ValueError, match="when scored again; rewards have to be deterministic"):
         engine.train(engine.make_config(tmp_path, "steps=2"), reward)
     assert len(reward.seen) == 2, "nothing but the check was scored"
+
+
+def test_a_resumed_run_is_planned_with_what_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def planned(config: Config, *_: object) -> tuple[Config, str]:
+        asked.append(config.rollout.batch_size)
+        return config.model_copy(update={"rollout": config.rollout.model_copy(update={"batch_size": 6})}), ""
+
+    monkeypatch.setattr("vpo_engine.training.configurations_are_here", lambda config: True)
+    monkeypatch.setattr("vpo_engine.training.check_fits", planned)
+    for steps in (1, 2):
+        engine.train(engine.make_config(tmp_path, f"steps={steps}"))
+    assert asked == ["auto", 6]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine
@@ -10,8 +14,9 @@ import gradient_toy
 import pytest
 import torch
 from gradient_toy import GradientReward, latents_of, pixel_scores, pixels_of
+from safetensors.torch import save_file
 from torch import Tensor
-from toy import SHAPE, ToyNetwork, caption_of, sampling_times, velocity
+from toy import SHAPE, ToyNetwork, caption_of, numbers_of, sampling_times, velocity
 
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
@@ -19,7 +24,12 @@ from vpo_engine.config import Config
 from vpo_engine.data.preference_dataset import read_dataset
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.model_values import TextEmbedding
+from vpo_engine.objectives import reward_losses
+from vpo_engine.refl import ReFL
+from vpo_engine.rollout.given_videos import open_given_videos
 from vpo_engine.seeding import generator, integer, normal
+from vpo_engine.values import Prompt
 
 METHODS = {
     "vader": ("method=vader", "vader.steps=5", "vader.last_steps=3", "vader.guidance=2"),
@@ -28,6 +38,8 @@ METHODS = {
     "t2v_turbo": ("method=t2v_turbo", "t2v_turbo.steps=6", "t2v_turbo.reward_weight=0.3"),
 }
 BATCH = 4
+OTHER = "test_gradient_methods:Other"
+NO_TEXT = TextEmbedding(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 
 
 def make_config(folder: Path, *settings: str) -> Config:
@@ -225,3 +237,157 @@ def test_a_model_without_videos_of_its_own_needs_some(
         ValueError, match=r"instructvideo\.videos is not set, and toy has no videos of its own"
     ):
         entry.train(config)
+
+
+class Other(GradientReward):
+    """The same reward under another kind."""
+
+
+def liked(frame: Tensor, prompt: str) -> Tensor:
+    """What the prompt likes of a frame [3, H, W], as ``toy.scores_of`` has it."""
+    return 4.0 * (frame.mean(dim=(1, 2)) * numbers_of(prompt, 3)).sum()
+
+
+class Alignment(GradientReward):
+    """A reward of single frames."""
+
+    dimensions = ("text_alignment",)
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"text_alignment": super().score(videos, prompts)["text_alignment"]}
+
+    def score_pixels(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        pairs = zip(videos, prompts, strict=True)
+        return {"text_alignment": torch.stack([liked(video[0], prompt) for video, prompt in pairs])}
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...] | None]:
+    """The frames that each call of the decoder was asked for, of a reward of single frames; OTHER scores videos."""
+    found: list[tuple[int, ...] | None] = []
+    to_pixels = gradient_toy.GradientModel.to_pixels
+
+    def noted(model: Any, latents: Tensor, frames: Sequence[int] | None) -> Tensor:
+        found.append(None if frames is None else tuple(frames))
+        return to_pixels(model, latents, frames)
+
+    monkeypatch.setattr("vpo_engine.rollout.scored_frames.scores_single_frames", lambda kind: kind != OTHER)
+    monkeypatch.setattr(gradient_toy.GradientModel, "video_size", (3, 4, 4))
+    monkeypatch.setattr(gradient_toy.GradientModel, "to_pixels", noted)
+    return found
+
+
+@pytest.mark.usefixtures("decoded")
+@pytest.mark.parametrize("segments", [1, 3])
+def test_instructvideo_scores_a_frame_of_each_segment(tmp_path: Path, segments: int) -> None:
+    """Another one for each video, and the less it counts the farther it is from the middle frame."""
+    own = (*METHODS["instructvideo"], "instructvideo.strength=0.2", "instructvideo.attenuation=0.5")
+    more = (f"instructvideo.segments={segments}", "reward.dimensions=text_alignment", "steps=1")
+    config = make_config(tmp_path, *own, *more)
+    engine.train(config, Alignment())
+    [row] = engine.metrics_of(tmp_path / "run")
+    first, span = First(config), 3 // segments
+    x = 0.8 * first.real() + 0.2 * first.noise("edit")
+    videos = pixels_of(first.euler(x, range(4, 5), 3.0))
+    found = []
+    for place, (video, prompt) in enumerate(zip(videos, first.prompts, strict=True)):
+        drawn = [integer(span, config.seed, "segments", place, part) for part in range(segments)]
+        frames = [span * part + number for part, number in enumerate(drawn)]
+        scores = [math.exp(-0.5 * abs(frame - 1)) * liked(video[frame], prompt) for frame in frames]
+        found.append(torch.stack(scores).mean())
+    rewards = torch.stack(found)
+    first.assert_row(row, (1 - rewards).mean(), rewards)
+
+
+def test_vader_decodes_so_many_random_frames_anew_in_every_step(
+    tmp_path: Path, decoded: list[tuple[int, ...] | None]
+) -> None:
+    """They are the same for all videos of a step, whatever its micro-batches."""
+    few = ("vader.frames=2", "objective.micro_batch_size=2", "steps=8", "checkpoint.every=null")
+    train(make_config(tmp_path, *METHODS["vader"], *few))
+    assert decoded[::2] == decoded[1::2]
+    assert len(decoded) == 2 * 8
+    assert set(decoded) <= {(0, 1), (0, 2), (1, 2)}
+    assert len(set(decoded)) > 1
+
+
+def test_vaders_second_reward_has_a_goal_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steadiness is at most 30, so that the distance from 40 is 40 less its mean."""
+    monkeypatch.setitem(reward_losses._VADER_GOALS, OTHER, reward_losses.Goal(40.0, 0.5))
+    second = f"vader.second={{kind: {OTHER}, dimensions: [temporal_consistency], weight: 0.5}}"
+    train(make_config(tmp_path, *METHODS["vader"], second, "vader.weight=2", "steps=1"))
+    [row] = engine.metrics_of(tmp_path / "run")
+    losses = -row["reward/selected"], 0.5 * (40 - row["reward/second"])
+    assert row["loss"] == pytest.approx((2 * losses[0] + 0.5 * losses[1]) / 2, rel=1e-5)
+
+
+def test_t2v_turbo_follows_a_second_reward_too(tmp_path: Path) -> None:
+    second = "t2v_turbo.second={kind: gradient_toy:GradientReward, dimensions: [temporal_consistency], weight: 0.5}"
+    rows = []
+    for name, more in (("one", ()), ("two", (second,))):
+        train(make_config(tmp_path / name, *METHODS["t2v_turbo"], "steps=1", *more))
+        rows += engine.metrics_of(tmp_path / name / "run")
+    one, two = rows
+    assert two["reward/second"] == pytest.approx(two["reward/temporal_consistency"], rel=1e-6)
+    assert two["loss"] == pytest.approx(one["loss"] - 0.5 * two["reward/second"], rel=1e-4)
+    assert two["grad_norm"] != one["grad_norm"]
+
+
+def test_a_second_reward_of_videos_sees_all_frames(
+    tmp_path: Path, decoded: list[tuple[int, ...] | None]
+) -> None:
+    """It does so though the first one scores some of them."""
+    second = f"t2v_turbo.second={{kind: {OTHER}, dimensions: [temporal_consistency]}}"
+    train(make_config(tmp_path, *METHODS["t2v_turbo"], "t2v_turbo.frames=2", second, "steps=1"))
+    some, every = decoded
+    assert some in {(0, 1), (0, 2), (1, 2)}
+    assert every is None
+
+
+def test_the_log_of_a_method_without_pairs_is_a_mean_over_processes() -> None:
+    """The other process has a loss of 3 and a reward of 8."""
+    method: Any = object.__new__(ReFL)
+    others, stepped = torch.tensor([3.0, 8.0]), []
+    method.processes = SimpleNamespace(count=2, sum=lambda values: values + others)
+    method.stopping = SimpleNamespace(stoppable=nullcontext)
+    method._begin_update = lambda: 0.1
+    method._backward = lambda prompts: {"loss": torch.tensor(1.0), "reward/a": torch.tensor(2.0)}
+    method._end_update = lambda loss: stepped.append(loss) or 0.5
+    assert method._update([]) == {"loss": 2.0, "reward/a": 5.0, "lr": 0.1, "grad_norm": 0.5}
+    assert stepped == [2.0]
+
+
+def test_the_log_counts_the_inputs_with_and_without_a_gradient(tmp_path: Path) -> None:
+    """There are two steps without and three with it, of four videos, each with both branches of guidance."""
+    train(make_config(tmp_path, *METHODS["vader"], "steps=2"))
+    assert engine.work_of(tmp_path / "run") == [(2 * 2 * BATCH, 3 * 2 * BATCH, BATCH)] * 2
+
+
+def test_given_videos_are_the_winners_of_a_file(tmp_path: Path) -> None:
+    """Each comes with its own prompt, in an order that the seed draws."""
+    rows = ["winner,loser,prompt"]
+    for number in range(8):
+        for kind, level in (("winner", number), ("loser", -1 - number)):
+            save_file({"latents": torch.full(SHAPE, float(level))}, tmp_path / f"{kind}_{number}.safetensors")
+        rows.append(f"winner_{number}.safetensors,loser_{number}.safetensors,prompt {number}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    model: Any = SimpleNamespace(latent_shape=SHAPE, device=torch.device("cpu"))
+    family, orders = gradient_toy.GradientModel, []
+    for seed in (0, 1):
+        videos, _ = open_given_videos("x.videos", tmp_path / "pairs.csv", engine.PROMPTS, seed, family)
+        orders.append([item.text for item in videos.take(0, 8)])
+        for place, text in enumerate(orders[-1]):
+            found = videos.latents(model, Prompt(text, NO_TEXT, place))
+            assert torch.equal(found, torch.full(SHAPE, float(text.split()[1])))
+    assert sorted(orders[0]) == sorted(orders[1]) == [f"prompt {number}" for number in range(8)]
+    assert orders[0] != orders[1]
+
+
+def test_drawn_videos_follow_the_seed_and_the_place() -> None:
+    family = gradient_toy.GradientModel
+    model: Any = SimpleNamespace(real_video=family.real_video, encode=lambda videos: videos)
+    drawn = []
+    for seed in (0, 1):
+        videos, _ = open_given_videos("x.videos", None, engine.PROMPTS, seed, family)
+        drawn += [videos.latents(model, Prompt("red", NO_TEXT, place)) for place in (0, 1)]
+    assert len({video.numpy().tobytes() for video in drawn}) == 4

@@ -19,7 +19,7 @@ from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.seeding import integer, normal
+from vpo_engine.seeding import generator, integer, normal
 
 REFL = ("method=refl", "refl.steps=5", "refl.last_steps=3", "refl.margin=3", "refl.scale=0.1")
 VIDEOS = "videos.csv"
@@ -92,6 +92,25 @@ def test_a_step_of_refl_is_the_formula(tmp_path: Path, guidance: float) -> None:
     assert row["reward/temporal_consistency"] == pytest.approx(float(scores[:, 1].mean()), rel=1e-5)
     assert "pairs" not in row
     assert "reference_age" not in row
+
+
+def test_refl_draws_its_step_anew_in_every_step(tmp_path: Path) -> None:
+    config = make_config(tmp_path, *REFL, "steps=3")
+    late = [stop.stop for _, settings, stop, _ in train(config).sampled if settings.steps == 5]
+    assert late == [2 + integer(3, config.seed, "refl", step) for step in range(3)]
+    assert len(set(late)) > 1
+
+
+def test_videos_of_a_file_of_pairs_are_its_winners(tmp_path: Path) -> None:
+    """They come in the order that the seed draws; ``make_config`` writes winner 2 n and loser 2 n + 1 of prompt n."""
+    config = make_config(tmp_path, *METHODS["instructvideo"], "instructvideo.strength=0.2", "steps=1")
+    [noised] = [latents for _, settings, _, latents in train(config).sampled if settings.steps == 5]
+    order = torch.randperm(3, generator=generator(config.seed, "given videos")).tolist()
+    for place, latents in enumerate(noised):
+        drawn = torch.Generator().manual_seed(2 * order[place % 3])
+        expected = 0.8 * torch.randn(*SHAPE, generator=drawn)
+        expected += 0.2 * normal((1, *SHAPE), config.seed, "edit", place)[0]
+        torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

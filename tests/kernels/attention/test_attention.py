@@ -295,3 +295,12 @@ def test_a_backend_that_was_not_chosen_is_refused() -> None:
     q, k, v = qkv(1, 3, 1, 8)
     with pytest.raises(ValueError, match=r"backend='flash3' has not been chosen.*choose_attention"):
         attention(q, k, v, "flash3")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_video_tokens_than_planned_are_refused(way: str) -> None:
+    q, k, v = packed(WAYS[way])
+    with pytest.raises(
+        ValueError, match=r"q is \[\d, 6, 2, 8\], but the text is planned for \[\d, 7, heads, D\]"
+    ):
+        text_attention(q[:, :6], k, v, plan(WAYS[way]))

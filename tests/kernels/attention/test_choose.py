@@ -279,3 +279,12 @@ def test_torchs_variable_length_call_serves_gpus(monkeypatch: pytest.MonkeyPatch
     plan = plan_text(LENGTHS, queries=5, device=CPU, dtype=torch.float32, head_dim=8)
     assert (plan.way, plan.backend) == ("packed", "sdpa")
     assert torch.allclose(text_attention(q, k, v, plan), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("capability", "fits"), [(TURING, False), ((8, 0), True), (BLACKWELL, True)])
+def test_torchs_variable_length_call_is_for_ampere_and_newer(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert text._has_varlen(GPU, torch.bfloat16, 72) is fits
+    assert not text._has_varlen(GPU, torch.bfloat16, 264)

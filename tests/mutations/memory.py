@@ -1,0 +1,97 @@
+"""Mistakes in what is held in memory: optimizers, moments, averages, offload, and the choice of attention."""
+
+MUTATIONS = [
+    (
+        "the learning rate of 8-bit AdamW never set",
+        "vpo_engine/memory/optimizer.py",
+        'self._group["lr"] = rate',
+        "pass",
+        ("tests/memory/test_policy_optimizer.py",),
+    ),
+    (
+        "8-bit AdamW with the library's own weight decay",
+        "vpo_engine/memory/optimizer.py",
+        "self._library = AdamW8bit(list(weights), *arguments)",
+        "self._library = AdamW8bit(list(weights), *arguments[:3])",
+        ("tests/memory/test_policy_optimizer.py",),
+    ),
+    (
+        "8-bit moments under DeepSpeed resumed as if no step had been made",
+        "vpo_engine/memory/moments.py",
+        "{STEP: step, **self.pack(values)}",
+        "{STEP: 0, **self.pack(values)}",
+        ("tests/memory/test_policy_optimizer.py",),
+    ),
+    (
+        "8-bit AdamW under DeepSpeed with the library's own weight decay",
+        "vpo_engine/memory/moments.py",
+        "made = AdamW8bit(list(weights), *arguments)",
+        "made = AdamW8bit(list(weights), *arguments[:3])",
+        ("tests/memory/test_policy_optimizer.py",),
+    ),
+    (
+        "the same random rounding for every seed",
+        "vpo_engine/memory/make_optimizer.py",
+        "seed=config.seed,",
+        "seed=0,",
+        ("tests/memory/test_policy_optimizer.py",),
+    ),
+    (
+        "a reference of differences follows the policy through DeepSpeed's steps",
+        "vpo_engine/memory/zero.py",
+        "with self._preserve_reference(self.parameters if self._stage < 3 else []):",
+        "with self._preserve_reference([]):",
+        (
+            "tests/distributed/test_zero.py::test_the_reference_keeps_its_values_while_deepspeed_changes_the_weights",
+        ),
+    ),
+    (
+        "the teacher not on the device where it is asked",
+        "vpo_engine/memory/idle_offload.py",
+        "for part in (policy, reference, vae, reward):",
+        "for part in (policy, vae, reward):",
+        ("tests/memory/test_idle_offload.py",),
+    ),
+    (
+        "the average stays on the GPU whatever ema.on_host says",
+        "vpo_engine/memory/ema.py",
+        'one.detach().to("cpu" if settings.on_host else one.device, torch.float32, copy=True)',
+        "one.detach().to(one.device, torch.float32, copy=True)",
+        ("tests/memory/test_ema.py",),
+    ),
+    (
+        "the divided average stays on the GPU whatever ema.on_host says",
+        "vpo_engine/memory/zero_average.py",
+        'shard.detach().to("cpu" if settings.on_host else shard.device, copy=True)',
+        "shard.detach().to(shard.device, copy=True)",
+        ("tests/memory/test_ema.py",),
+    ),
+    (
+        "host memory of another type used again for inputs of blocks",
+        "vpo_engine/memory/offload.py",
+        "(tensor.shape, tensor.stride(), tensor.dtype, tensor.device), []",
+        "(tensor.shape, tensor.stride(), tensor.device), []",
+        ("tests/memory/test_offload.py",),
+    ),
+    (
+        "text attention with a plan for other video tokens",
+        "kernels/vpo_kernels/attention/op.py",
+        "if q.shape[0] != text.batch_size or q.shape[1] != text.queries:",
+        "if q.shape[0] != text.batch_size:",
+        ("tests/kernels/attention/test_attention.py::test_other_video_tokens_than_planned_are_refused",),
+    ),
+    (
+        "torch's variable-length attention on GPUs before Ampere",
+        "kernels/vpo_kernels/attention/text.py",
+        "torch.cuda.get_device_capability(device) >= (8, 0)",
+        "torch.cuda.get_device_capability(device) >= (7, 0)",
+        ("tests/kernels/attention/test_choose.py",),
+    ),
+    (
+        "a loser_scaling below zero taken",
+        "kernels/vpo_kernels/paired_dpo/checks.py",
+        "0 <= float(loser_scaling) <= 1",
+        "float(loser_scaling) <= 1",
+        ("tests/kernels/test_paired_dpo_errors.py",),
+    ),
+]
