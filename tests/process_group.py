@@ -7,6 +7,7 @@ imports it once per pytest worker, and every process of every test is a fork of 
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import time
@@ -28,6 +29,8 @@ PRELOADED = [
     "vpo_engine.train",
     "vpo_engine.training",
     "peft",
+    "bitsandbytes",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
 ]
 
 
@@ -63,6 +66,8 @@ def _member(
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(threads)
+    gc.freeze()  # what the server imported stays to the end: no search for garbage goes through it
+    gc.set_threshold(20_000)
     training.check_fits = lambda config, *_: (config, "")
     trainer.matrix_rate = functools.partial(trainer.matrix_rate, seconds=0.03)
     trainer.count_row_flops = lambda *_: RowFlops(1e9, 3e9)
