@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vpo_engine import push
 from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.exporting.options import ExportOptions
 from vpo_engine.metrics.summary import summarise
 from vpo_engine.runs.checkpoint import save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
@@ -184,3 +185,19 @@ def test_what_was_changed_since_it_was_saved_is_not_published(tmp_path, hub, cap
     assert push.main([str(run.root), "ann/x"]) == 1
     assert "notes.txt' was added after the checkpoint was saved" in capsys.readouterr().err
     assert hub.asked == []
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_the_weights_that_the_run_evaluated_are_exported_with_the_base(tmp_path, hub, monkeypatch, average):
+    run, base, asked = finished(tmp_path / "run", []), tmp_path / "base", []
+    pipelines = SimpleNamespace(card=SimpleNamespace(pipelines=("WanPipeline",)))
+
+    def export(checkpoint: Path, out: Path, options: ExportOptions) -> None:
+        out.mkdir()
+        asked.append((checkpoint, options))
+
+    monkeypatch.setattr(push, "export", export)
+    monkeypatch.setattr(push, "model_family", lambda kind: pipelines)
+    monkeypatch.setattr(push, "evaluated_policy", lambda newest: newest / ("ema" if average else "policy"))
+    assert push.main([str(run.root), "ann/x", "--dry-run", "--base", str(base)]) == 0
+    assert asked == [(run.checkpoints / "step_00000003", ExportOptions(ema=average, base=base))]

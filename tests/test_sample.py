@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -247,3 +249,10 @@ class TestStart:
     ) -> None:
         (tmp_path / "clips").touch()
         assert "clips is a file; give a folder for the videos" in fails(capsys, "--out", tmp_path / "clips")
+
+
+def test_every_video_has_noise_of_its_own_however_many_are_asked_for() -> None:
+    model: Any = SimpleNamespace(latent_shape=(2, 1, 3, 3))
+    drawn = [sample.starting_noise(model, seed, number, 2) for seed in (0, 1) for number in (0, 1, 2)]
+    assert len({tuple(noise.flatten().tolist()) for both in drawn for noise in both}) == 2 * 3 * 2
+    assert torch.equal(sample.starting_noise(model, 1, 2, 3)[:2], drawn[-1])

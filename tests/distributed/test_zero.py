@@ -33,6 +33,7 @@ from zero_runs import (
 
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.errors import NotFiniteError
+from vpo_engine.memory.optimizer_state import STEP, StateFormat
 from vpo_engine.memory.zero import ZeroOptimizer
 
 # Not imported here: that takes seconds in every worker, also where these tests are left out.
@@ -287,3 +288,17 @@ def test_the_reference_keeps_its_values_while_deepspeed_changes_the_weights(stag
     assert optimizer.step() == pytest.approx(2.0)
     assert optimizer.steps == 1
     assert [id(one) for one in seen] == [id(one) for one in weights[:kept]]
+
+
+def test_weights_that_were_stepped_at_different_times_are_refused() -> None:
+    optimizer: Any = object.__new__(ZeroOptimizer)
+    optimizer._format, optimizer.steps = StateFormat("float32", 32, [(2,), (2,)]), 0
+    state = optimizer._format.header(3)
+    for number, step in enumerate((3.0, 2.0)):
+        entry = {STEP: torch.tensor(step), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+        state |= {f"{number}.{name}": value for name, value in entry.items()}
+    with pytest.raises(
+        ValueError, match=r"were stepped 2 and others that were stepped 3 times; .*data_parallel"
+    ):
+        optimizer.load_state_dict(state)
+    assert optimizer.steps == 0

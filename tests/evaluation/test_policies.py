@@ -13,8 +13,9 @@ from evaluation_case import results_of, run
 from vpo_engine import train
 from vpo_engine.config_file import load_config
 from vpo_engine.evaluation.arms import Arm, find_arm, sampling_settings
+from vpo_engine.evaluation.generate import _at_once, _batches
 from vpo_engine.evaluation.output import OutputFolder
-from vpo_engine.evaluation.session import Options, plan_evaluation
+from vpo_engine.evaluation.session import Options, plan_evaluation, run_evaluation
 from vpo_engine.policy_source import PolicySource
 
 PIXELS = "pixels:sprites"
@@ -239,3 +240,37 @@ def test_each_process_of_an_evaluation_has_a_device_of_its_own(
     for local, device in enumerate(given.devices):
         monkeypatch.setenv("LOCAL_RANK", str(local))
         assert plan_evaluation(given).device == device
+
+
+def test_a_policy_is_sampled_on_the_device_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def load(source: PolicySource, *_: object) -> None:
+        seen.append(source.config.model.device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vpo_engine.evaluation.generate.load_source", load)
+    given = Options(SPRITES, metrics=("pixels",), samples=1, devices=("cpu",), out=tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(plan_evaluation(given))
+    assert seen == ["cpu"]
+
+
+def test_policies_are_sampled_alike_whatever_their_rollouts_approximate() -> None:
+    """An evaluation uses neither a cache of steps nor guidance in a part of them."""
+    exact, fast = (
+        find_arm("policy", SPRITES, None, [f"rollout.preset={name}"]) for name in ("exact", "fast")
+    )
+    assert exact.source is not None
+    assert fast.source is not None
+    assert fast.source.config.rollout != exact.source.config.rollout
+    assert sampling_settings(fast.source.config) == sampling_settings(exact.source.config)
+
+
+@pytest.mark.parametrize(("limit", "count"), [("auto", 4), ("3", 3), ("9", 4)])
+def test_no_more_videos_are_sampled_at_once_than_candidates_fit(limit: str, count: int) -> None:
+    assert _at_once(load_config(None, ["rollout.candidates=4", f"rollout.batch_size={limit}"])) == count
+    plan = [*((0, "a", index) for index in range(5)), (1, "b", 0)]
+    assert [len(batch) for batch in _batches(plan, 3)] == [3, 2, 1]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_cells import CLIPS, FakeCells
 
 from vpo_engine import reproduce
-from vpo_engine.reproducing import making
+from vpo_engine.reproducing import estimating, making
+from vpo_engine.reproducing.cells import Cell
 from vpo_engine.reproducing.making import Asked, grid_of, make
-from vpo_engine.reproducing.spec import BASE
+from vpo_engine.reproducing.results import _judge_alarms
+from vpo_engine.reproducing.spec import BASE, AlarmClaim
 from vpo_engine.reproducing.tables import TABLES
 
 RUNS = [name for name, table in TABLES.items() if table.kind == "runs"]
@@ -234,3 +238,17 @@ def test_list_names_every_table_and_its_time(capsys: pytest.CaptureFixture[str])
     assert [line.split()[0] for line in lines] == [*TABLES, "together"]
     minutes = {line.split()[0]: int(line.split(" cells ")[1].split()[0]) for line in lines}
     assert all(minutes[name] <= 10 for name in TABLES)
+
+
+def test_an_estimate_counts_the_evaluations_that_a_run_makes() -> None:
+    """Of 14 steps the seventh is evaluated in between, on two clips of each of 16 prompts."""
+    cells = (Cell("run", (f"evaluation.every={every}",), 0) for every in ("7", "null"))
+    some, none = map(estimating.processor_seconds, cells)
+    assert some - none == pytest.approx(2 * 16 * estimating._CLIP)
+
+
+def test_an_alarm_of_the_prompt_check_says_nothing_of_a_collapse() -> None:
+    curve = [{"held_out/judge/selected": value} for value in (3.0, 3.5)]
+    honest: Any = SimpleNamespace(curve=curve, alarms=[{"kind": "prompt", "step": 0}])
+    found = _judge_alarms(AlarmClaim("guards", "row"), {0: honest})
+    assert (found.verdict, found.here) == ("agrees", "seed 0: judge 3.00 -> 3.50, honest, no alarm")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from fake_cells import TINY
 
-from vpo_engine.reproducing.cells import RUN, Record
+from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.reproducing.cells import RUN, Cell, Record
 from vpo_engine.reproducing.making import Asked, grid_of, make
-from vpo_engine.reproducing.measuring import frechet, frechet_by_clip
+from vpo_engine.reproducing.measuring import frechet, frechet_by_clip, measured_config
 from vpo_engine.reproducing.reading import read_run
 from vpo_engine.reproducing.runner import CELLS
 from vpo_engine.runs.directory import RunDirectory
@@ -72,3 +73,34 @@ def test_a_tiny_table_of_real_runs(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / CELLS).glob("*/result.json")} == before
     with (tmp_path / "table4d.csv").open(newline="") as file:
         assert {row["row"] for row in csv.DictReader(file)} == {"base policy", "offline DPO", "OnlineVPO"}
+
+
+def test_a_policy_is_measured_with_the_seed_and_the_steps_of_its_own_evaluations(tmp_path: Path) -> None:
+    settings = ["seed=3", "evaluation.steps=7", "evaluation.samples_per_prompt=5"]
+    trained = dump_config(load_config("sprites_fast.yaml", settings))
+    found = measured_config(trained, tmp_path / "policy", tmp_path / "run")
+    assert (found.seed, found.held_out_steps, found.evaluation.samples_per_prompt) == (3, 7, 5)
+    assert found.model.policy == tmp_path / "policy"
+    assert measured_config(trained, None, tmp_path / "run").model.policy is None
+
+
+REFL = ("method=refl", "refl.steps=12", "refl.last_steps=3", "refl.margin=null")
+
+
+@pytest.mark.parametrize(("settings", "videos"), [((), 2 * 16 * 4), (REFL, 2 * 16)])
+def test_a_run_costs_what_its_steps_took_and_the_videos_that_were_scored(
+    tmp_path: Path, settings: tuple[str, ...], videos: int
+) -> None:
+    """Of 50 seconds by the clock 20 were spent in steps, and so were two fifths of 100 seconds of processors."""
+    cell = Cell("run", settings, 0)
+    record = Record.of(cell)
+    record.add("train", 100.0, 50.0)
+    record.finished = True
+    record.write(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps({"clips": {"judge/mean": [1.0]}}))
+    run = RunDirectory.create_at(tmp_path / RUN, cell.resolved())
+    run.metrics.write_text("".join(json.dumps({"step": step, "kind": "train"}) + "\n" for step in (1, 2)))
+    timings = {"rollout": 12.0, "update": 8.0, "text": 1.0, "evaluate": 15.0, "checkpoint": 4.0, "step": 40.0}
+    run.summary.write_text(json.dumps({"clips": 1, "measures": {}, "timings": timings}))
+    ran = read_run(tmp_path)
+    assert (ran.training_seconds, ran.videos) == (pytest.approx(40.0), videos)

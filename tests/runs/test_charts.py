@@ -1,4 +1,5 @@
 import base64
+import html
 import io
 import itertools
 import math
@@ -11,6 +12,8 @@ from PIL import Image
 
 from vpo_engine.runs.charts import Chart, Series, format_number, line_chart, nice_ticks, running_mean
 from vpo_engine.runs.frame_sheets import make_frame_sheet
+from vpo_engine.runs.report_curves import chart_section
+from vpo_engine.runs.report_rows import MetricRows
 
 
 def test_shares_begin_at_zero():
@@ -128,3 +131,33 @@ def test_a_chart_stays_within_its_frame():
 
 def test_a_chart_without_points_is_left_out():
     assert line_chart(Chart("t", [Series("s", [], 1)])) == ""
+
+
+def test_the_curves_of_the_report_are_those_that_their_names_say():
+    names = (
+        "reward/selected",
+        "judge/selected",
+        "reward/visual_quality",
+        "pixels/jitter",
+        "pixels/sharpness",
+    )
+    first, last = (
+        {"step": step, "kind": "eval"} | {f"held_out/{n}": v for n, v in zip(names, values, strict=True)}
+        for step, values in ((0, (1.0, 3.0, 2.0, 2.0, 4.0)), (4, (1.5, 2.5, 2.25, 1.0, 6.0)))
+    )
+    numbers = {"margin": 0.5, "winner_error_change": 0.25, "loser_error_change": 0.75}
+    steps = [
+        {"step": step, "kind": "train", "reference_age": age, "optimizer_steps": made} | numbers
+        for step, age, made in ((1, 0, 0), (2, 1, 1), (3, 0, 2), (4, 1, 3))
+    ]
+    page = chart_section(MetricRows([first, *steps, last]))
+    spoken = html.unescape(page).replace("\N{NO-BREAK SPACE}", " ")
+    for text in (
+        "Reward: held out from 1 at step 0 to 1.5 at step 4; judge, held out from 3 at step 0 to 2.5 at step 4",
+        "Reward by dimension: visual quality from 0 at step 0 to 0.25 at step 4",
+        "Damage: jitter from 100 % at step 0 to 50 % at step 4",
+        "Motion and detail: sharpness from 100 % at step 0 to 150 % at step 4",
+        "winner from 0.25 at step 1 to 0.25 at step 4; loser from 0.75 at step 1 to 0.75 at step 4",
+    ):
+        assert f'{text}"' in spoken, text
+    assert re.findall(r'class="mark" x1="([\d.]+)"', page) == ["209.3"] * 2, "of margin and errors, at step 3"

@@ -1,13 +1,18 @@
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from fake_run import CONFIG, make_run
+from PIL import Image
 
 from vpo_engine.metrics.summary import format_summary
 from vpo_engine.runs.checkpoint import save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
+from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, write_held_out, write_pairs
 from vpo_engine.runs.log import RunLog, read_metrics
 from vpo_engine.runs.report import main, write_report
 
@@ -320,3 +325,59 @@ def test_a_page_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
     run.report.mkdir()
     with pytest.raises(SystemExit, match=r"^error: .*report\.html"):
         main([str(run.root)])
+
+
+def test_the_score_of_a_clip_is_the_weighted_one_that_was_trained_on(tmp_path):
+    given = CONFIG.replace(
+        CONFIG[CONFIG.index("  dimensions:") : CONFIG.index("objective:")],
+        "  dimensions: {visual_quality: 3.0, text_alignment: 1.0}\n",
+    )
+    run = RunDirectory.create_at(tmp_path / "run", given)
+    clips = torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8)
+    before = [{"visual_quality": 1.0, "text_alignment": 5.0, "dynamic_degree": 9.0}]
+    after = [{"visual_quality": 2.0, "text_alignment": 5.0, "dynamic_degree": 0.0}]
+    write_held_out(
+        run.held_out_gallery, HeldOutGallery(clips, clips.clone(), ["a"], before, after, 8, "3 steps")
+    )
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    shown = [values["aria-label"] for tag, values in page.elements if tag == "canvas"]
+    assert shown == ["Clip before training: a; score 2.00", "Clip after training: a; score 2.75"]
+
+
+def test_every_clip_stands_beside_its_own_score_and_the_widest_pair_comes_first(tmp_path):
+    def clips(*levels):
+        return torch.stack([torch.full((2, 16, 16, 3), level, dtype=torch.uint8) for level in levels])
+
+    def scored(*values):
+        return [{"visual_quality": value} for value in values]
+
+    run = RunDirectory.create_at(tmp_path / "run", CONFIG)
+    sides = (scored(1.0, 3.0), scored(2.0, 4.0))
+    held_out = HeldOutGallery(clips(10, 20), clips(110, 120), ["a", "b"], *sides, 8, "3 steps")
+    write_held_out(run.held_out_gallery, held_out)
+    two = PairGallery(
+        clips(130, 140), clips(30, 40), ["c", "d"], scored(5.1, 5.5), scored(5.0, 5.0), [0.1, 0.5], 8
+    )
+    write_pairs(run.pairs_file(1), two)
+    write_pairs(
+        run.pairs_file(2), PairGallery(clips(150), clips(50), ["e"], scored(5.3), scored(5.0), [0.3], 8)
+    )
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    urls = [values["src"].partition(",")[2] for tag, values in page.elements if tag == "img"]
+    levels = [Image.open(io.BytesIO(base64.b64decode(url))).convert("L").getpixel((0, 0)) for url in urls]
+    spoken = [values["aria-label"] for tag, values in page.elements if tag == "canvas"]
+    assert list(zip(spoken, levels, strict=True)) == [
+        ("Clip before training: a; score 1.00", 10),
+        ("Clip after training: a; score 2.00", 110),
+        ("Clip before training: b; score 3.00", 20),
+        ("Clip after training: b; score 4.00", 120),
+        ("Clip that lost its pair: d; score 5.00", 40),
+        ("Clip that won its pair: d; score 5.50", 140),
+        ("Clip that lost its pair: e; score 5.00", 50),
+        ("Clip that won its pair: e; score 5.30", 150),
+        ("Clip that lost its pair: c; score 5.00", 30),
+        ("Clip that won its pair: c; score 5.10", 130),
+    ]
+    assert "The score is higher after training in 2 of 2 clips" in page.text
+    found = re.findall(r"step (\d), wide gap ([\d.]+)", page.text)
+    assert found == [("1", "0.500"), ("2", "0.300"), ("1", "0.100")]

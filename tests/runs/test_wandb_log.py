@@ -264,3 +264,14 @@ def entries(content: bytes) -> Iterator[bytes]:
         if kind in (1, 4):
             yield entry
             entry = b""
+
+
+def test_the_evaluation_at_the_end_that_is_made_again_is_not_sent_twice(wandb, run):
+    with RunLog(run, "dpo") as log:
+        log.write(2, "train", {"loss": 0.5})
+        log.write(2, "eval", {"held_out/reward/selected": 3.0})
+    with RunLog(run, "dpo") as log:
+        assert not log.resume(2, last=2)
+        log.write(2, "eval", {"held_out/reward/selected": 3.0})
+    assert [list(row)[1] for row in wandb.rows] == ["train/loss", "held_out/reward/selected"]
+    assert [row["kind"] for row in read_metrics(run.metrics)] == ["train", "eval"]

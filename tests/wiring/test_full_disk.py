@@ -190,3 +190,12 @@ def test_a_run_near_its_end_needs_the_room_of_the_rest_only(
         engine.train(engine.make_config(tmp_path, *SETTINGS, f"run_dir={tmp_path / 'new'}"))
     engine.train(engine.make_config(tmp_path, *SETTINGS))
     assert len(engine.metrics_of(tmp_path / "run")) == 3
+
+
+def test_the_latents_of_a_step_count_once(tmp_path: Path) -> None:
+    latents = tmp_path / "preference_dataset" / "latents"
+    latents.mkdir(parents=True)
+    watch = DiskWatch(tmp_path, 1000, (SPARE_BYTES + 10_000) / 2**30, writers=1)
+    for step in (1, 2):
+        (latents / f"step_{step:08d}_0000.safetensors").write_bytes(bytes(3500))
+        assert watch.exhausted(step) is None

@@ -119,7 +119,7 @@ def _inner_list(entries: Sequence[_Entry], column: str | None) -> _Entry | None:
     if len(entries) == 1 and lists:
         return lists[0]
     named = [entry for entry in lists if entry.key == column]
-    if column is None:
+    if not named:
         named = [entry for entry in lists if str(entry.key).strip().casefold() in _LISTS]
     return named[0] if len(named) == 1 else None
 
@@ -166,7 +166,7 @@ def _prompts(
             yield entry.line, check_text(lines, f"entry {number + 1}", entry.value, entry.line)
             continue
         row = entry.value
-        if column is None and _is_name_with_text(row):
+        if column is None and key is None and _is_name_with_text(row):
             prompt = next(iter(row.values()))
             yield entry.line, check_text(lines, f"entry {number + 1}", prompt, entry.line)
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from vpo_engine.sample import SampleOptions, with_options
 Role = Literal["policy", "baseline"]
 _NO_SAMPLING = ("policy", "vae", "text_encoder", "device", "lora", "attention", "fused_ops")
 """Settings of the model that do not say how videos are sampled."""
-_SAMPLING = ("steps", "guidance", "guidance_interval", "cache")
-"""Settings of the rollout that do."""
+_SAMPLING = ("steps", "guidance")
+"""Settings of the rollout that do. Evaluations use neither rollout.cache nor rollout.guidance_interval."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,16 @@ def sampling_settings(config: Config) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in model.items()} | {
         f"rollout.{name}": value for name, value in rollout.items()
     }
+
+
+def on_device(arm: Arm, device: str) -> Arm:
+    """Return an arm whose policy is sampled on ``device``, whatever its configuration says."""
+    if arm.source is None:
+        return arm
+    model = arm.source.config.model.model_copy(update={"device": device})
+    return replace(
+        arm, source=replace(arm.source, config=arm.source.config.model_copy(update={"model": model}))
+    )
 
 
 def held_out_prompts(arm: Arm) -> list[str] | None:

@@ -17,6 +17,7 @@ from vpo_engine.evaluation.arms import (
     check_alike,
     find_arm,
     held_out_prompts,
+    on_device,
     settings_of,
     starting_policy,
 )
@@ -97,11 +98,15 @@ def plan_evaluation(options: Options) -> Plan:
             f"--samples {options.samples} must be from 1 to {MOST_VIDEOS} videos for each prompt"
         )
     _check_devices(options.devices)
-    arms = _arms(options)
+    arms, device = _arms(options), _device(options.devices)
+    if options.devices:
+        arms = [on_device(arm, device) for arm in arms]
     suite, folders = _suite(options, arms)
     choice = choose(options.metrics, options.weights, options.reference, _sprites(arms, suite))
     out = OutputFolder(options.out or default_folder(arms))
-    plan = Plan(arms, suite, choice, out, options.seed, _device(options.devices), folders)
+    plan = Plan(arms, suite, choice, out, options.seed, device, folders)
+    for arm in arms:
+        _check_numbers(plan, arm)
     if is_first_process():  # the others may look while it makes the folder
         out.check(plan.identity())
     return plan
@@ -262,6 +267,19 @@ def _suite(options: Options, arms: Sequence[Arm]) -> tuple[Suite, dict[str, list
     assert arms[0].source is not None
     count = options.samples or arms[0].source.config.evaluation.samples_per_prompt
     return given_suite(prompts, "held-out prompts", count), folders
+
+
+def _check_numbers(plan: Plan, arm: Arm) -> None:
+    """Raise ValueError if a folder has none of the planned videos, by their prompts and numbers."""
+    planned = [(prompt, index) for _, prompt, index in plan.videos]
+    found = {video.key for video in plan.folders.get(arm.role, ())}
+    if found and not found.intersection(planned):
+        (prompt, index), (other, number) = planned[0], min(found)
+        raise ValueError(
+            f"{arm.folder} has none of the {len(planned)} videos that are asked for, such as number {index} of "
+            f"{prompt!r}; it has others, such as number {number} of {other!r}. Number the videos of a prompt from "
+            f"{index} on, or give other --prompts or another --samples"
+        )
 
 
 def _sprites(arms: Sequence[Arm], suite: Suite) -> bool:

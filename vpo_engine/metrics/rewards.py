@@ -18,7 +18,15 @@ from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.registry import build_reward, knows_frame_rate, made_for_one_rate, reward_card
 from vpo_engine.rewards.videos import FileReward
 
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt")
+_WEIGHT_FILES = (
+    *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.pth.tar"),
+    *(
+        "checkpoint-*/*.safetensors",
+        "checkpoint-*/*.pth",
+        "model_config.json",
+    ),  # of VideoAlign, with its scale
+)
+"""Files whose content decides the scores. Not all below the folder: below the sprites' own lies their policy."""
 _SOURCES = Path(__file__).parents[2]
 """The folder that the package lies in, from which cards name the weights that come with it."""
 
@@ -58,6 +66,7 @@ class RewardMetric(VideoMetric):
         super().__init__(card, backbone=f"{kind} ({card.source})", weights=weights)
         self._kind, self._folder, self._device = kind, folder, device
         self._one_rate = made_for_one_rate(kind)
+        self._by_rate = knows_frame_rate(kind)  # then the reward refuses sizes by the rate of its first video
         self._fps: float | None = None
         self._reward: FileReward | None = None if knows_frame_rate(kind) else self._build(None)
         self.outputs = tuple(reward_card(kind).dimensions)
@@ -71,7 +80,9 @@ class RewardMetric(VideoMetric):
         return build_reward(self._kind, self._folder, device=self._device, fps=fps)
 
     def refuse_size(self, frames: int, height: int, width: int) -> str | None:
-        reason = None if self._reward is None else size_refusal(self._reward, frames, height, width)
+        reason = None
+        if self._reward is not None and not self._by_rate:
+            reason = size_refusal(self._reward, frames, height, width)
         return reason or super().refuse_size(frames, height, width)
 
     def _measure(self, video: Tensor, prompt: str, fps: float) -> Measurement:
@@ -82,7 +93,9 @@ class RewardMetric(VideoMetric):
                 f"{self.card.name} is made for one frame rate, {self._fps:g} of its first video, and this one has "
                 f"{fps:g}; measure videos of one rate at a time"
             )
-        if reason := size_refusal(self._reward, *video.shape[:3]) or refusals(self._reward, [prompt]).get(0):
+        of_this_rate = fps == self._fps or not self._by_rate
+        reason = size_refusal(self._reward, *video.shape[:3]) if of_this_rate else None
+        if reason := reason or refusals(self._reward, [prompt]).get(0):
             raise ValueError(reason)
         scores = self._reward.score(_Clip(video[None], fps), [prompt])
         return Measurement({name: float(scores[name][0]) for name in self.outputs})
@@ -113,4 +126,4 @@ def _hashes(card: MetricCard, folder: Path | None) -> dict[str, str]:
     if place is None or not place.is_dir():
         return {}
     files = sorted({path for pattern in _WEIGHT_FILES for path in place.glob(pattern)})
-    return {path.name: hash_file(path) for path in files}
+    return {path.relative_to(place).as_posix(): hash_file(path) for path in files}

@@ -24,7 +24,7 @@ def processor_seconds(cell: Cell) -> float:
     if cell.kind == "base":
         return _START + clips * _CLIP
     between = 16 * (evaluation.samples_between or evaluation.samples_per_prompt)
-    evaluations = 0 if evaluation.every is None else (config.optimizer_steps - 1) // evaluation.every
+    evaluations = 0 if evaluation.every is None else (config.steps - 1) // evaluation.every
     evaluating = (3 * clips + evaluations * between) * _CLIP
     return _START + evaluating + config.steps * _step(cell)
 

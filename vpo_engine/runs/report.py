@@ -22,7 +22,7 @@ from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.log import iterate_metrics
 from vpo_engine.runs.readable import readable
 from vpo_engine.runs.report_clips import held_out_section, pairs_section
-from vpo_engine.runs.report_curves import DIMENSIONS, chart_section
+from vpo_engine.runs.report_curves import chart_section
 from vpo_engine.runs.report_html import command, page
 from vpo_engine.runs.report_numbers import Summary, summary_section, tiles
 from vpo_engine.runs.report_rows import MetricRows
@@ -42,13 +42,13 @@ def write_report(run: RunDirectory) -> Path:
     config = _read_config(run)
     summary = _read_summary(run)
     rows = MetricRows(iterate_metrics(run.metrics))
-    dimensions = _trained_dimensions(config)
+    weights = _trained_weights(config)
     sections = [
         _header(run, config, summary, rows),
         alarm_section(read_alarms(run), rows.first("eval", "guards/prompt/"), rows),
-        held_out_section(run, dimensions),
+        held_out_section(run, weights),
         chart_section(rows),
-        pairs_section(run, dimensions),
+        pairs_section(run, weights),
         time_section(summary["timings"] if summary else None, rows),
         summary_section(summary),
         _commands_section(run),
@@ -146,11 +146,14 @@ def _lookup(config: dict[str, Any], keys: Sequence[str]) -> Any:
     return value
 
 
-def _trained_dimensions(config: dict[str, Any]) -> Sequence[str]:
+def _trained_weights(config: dict[str, Any]) -> dict[str, float]:
+    """Return the weights of the dimensions that were trained on; none where all weigh alike."""
     chosen = _lookup(config, ("reward", "dimensions"))
-    return (
-        DIMENSIONS if not isinstance(chosen, list) or "global" in chosen else [str(name) for name in chosen]
-    )
+    if isinstance(chosen, dict):
+        return {str(name): weight for name, weight in chosen.items() if isinstance(weight, int | float)}
+    if not isinstance(chosen, list) or "global" in chosen:
+        return {}
+    return {str(name): 1.0 for name in chosen}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,6 +18,8 @@ from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, pair_gaps, read
 from vpo_engine.runs.readable import readable
 from vpo_engine.runs.report_html import missing
 
+_MOTION = "motion"
+"""The extra score beside a reward's dimensions where guards.motion_floor is set, as ``rewards.combine`` names it."""
 _MAX_HELD_OUT = 16
 _MAX_PAIRS = 4
 """Number of pairs with the widest gaps, and of those with the narrowest."""
@@ -45,14 +47,14 @@ class _Card:
     scores: tuple[dict[str, float], dict[str, float]]
 
 
-def held_out_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
-    """Show held-out clips of the base and of the trained policy. dimensions: those whose mean was trained on."""
+def held_out_section(run: RunDirectory, weights: Mapping[str, float]) -> str:
+    """Show held-out clips of the base and of the trained policy. weights: of the dimensions trained on."""
     if not run.held_out_gallery.is_file():
         return missing("Before and after", "No held-out gallery was saved yet; a run writes it when it ends.")
     with readable(run.held_out_gallery, _REMEDY):
         gallery = read_held_out(run.held_out_gallery)
     cards = _held_out_cards(gallery)
-    rises = sum(_selected(c.scores[1], dimensions) > _selected(c.scores[0], dimensions) for c in cards)
+    rises = sum(_selected(c.scores[1], weights) > _selected(c.scores[0], weights) for c in cards)
     total = len(gallery.prompts)
     shown = f"All {total} clips" if total == len(cards) else f"The first {len(cards)} of {total} clips"
     lead = (
@@ -60,13 +62,11 @@ def held_out_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
         f"same prompt and the same noise. The score is higher after training in {rises} of {len(cards)} clips; one "
         f"clip alone does not tell a change from chance. Sampled with {gallery.settings.rstrip('.')}."
     )
-    body = "".join(
-        _card_html(card, ("base", "trained"), dimensions, _HELD_OUT_BYTES, cards) for card in cards
-    )
+    body = "".join(_card_html(card, ("base", "trained"), weights, _HELD_OUT_BYTES, cards) for card in cards)
     return _section("Before and after", lead, body, gallery.before[0], gallery.fps)
 
 
-def pairs_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
+def pairs_section(run: RunDirectory, weights: Mapping[str, float]) -> str:
     """Show the saved training pairs with the widest and with the narrowest score gap."""
     found = []
     for path in sorted(run.pairs_gallery.glob("step_*.safetensors")):
@@ -84,7 +84,7 @@ def pairs_section(run: RunDirectory, dimensions: Sequence[str]) -> str:
         f"The run saved {len(found)} training pairs. These are the {len(widest)} with the largest difference between "
         f"the winner's and the loser's score{then}."
     )
-    body = "".join(_card_html(card, ("loser", "winner"), dimensions, _PAIR_BYTES, cards) for card in cards)
+    body = "".join(_card_html(card, ("loser", "winner"), weights, _PAIR_BYTES, cards) for card in cards)
     return _section("Training pairs", lead, body, first.winner[0], first.fps)
 
 
@@ -135,10 +135,10 @@ def _section(title: str, lead: str, cards: str, clip: Tensor, fps: int) -> str:
 
 
 def _card_html(
-    card: _Card, labels: tuple[str, str], dimensions: Sequence[str], budget: int, cards: Sequence[_Card]
+    card: _Card, labels: tuple[str, str], weights: Mapping[str, float], budget: int, cards: Sequence[_Card]
 ) -> str:
     clips = "".join(
-        _clip_html(video, label, card.prompt, _selected(scores, dimensions), budget // (2 * len(cards)))
+        _clip_html(video, label, card.prompt, _selected(scores, weights), budget // (2 * len(cards)))
         for video, label, scores in zip(card.clips, labels, card.scores, strict=True)
     )
     meta = f'<p class="meta">{escape(card.meta)}</p>' if card.meta else ""
@@ -168,7 +168,9 @@ def _clip_html(video: Tensor, label: str, prompt: str, score: float, budget: int
     )
 
 
-def _selected(scores: dict[str, float], dimensions: Sequence[str]) -> float:
-    """Return a clip's score: the mean over the trained dimensions, or over all if it has none of them."""
-    chosen = [scores[name] for name in dimensions if name in scores] or list(scores.values())
-    return math.fsum(chosen) / len(chosen) if chosen else math.nan
+def _selected(scores: dict[str, float], weights: Mapping[str, float]) -> float:
+    """Return a clip's score, the weighted mean of what was trained on; without weights the mean of all but motion."""
+    chosen = {name: weight for name, weight in weights.items() if name in scores and weight > 0}
+    chosen = chosen or dict.fromkeys(scores.keys() - {_MOTION} or scores, 1.0)
+    total = math.fsum(weight * scores[name] for name, weight in chosen.items())
+    return total / math.fsum(chosen.values()) if chosen else math.nan

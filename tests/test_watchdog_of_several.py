@@ -1,0 +1,54 @@
+"""The watchdog in groups of three, of several machines, and between stages."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+from test_watchdog import Clock, Member
+
+
+def members(clock: Clock, began: int, count: int) -> list[Member]:
+    store = dist.HashStore()
+    return [Member(clock, 1.0, rank, count, store) for rank in range(began)]
+
+
+def test_a_process_of_another_machine_is_not_looked_for_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    one, far = members(clock, 2, 2)
+    monkeypatch.setattr(far.watchdog, "_place", "another machine")
+    far.watchdog.look()
+    monkeypatch.setattr("vpo_engine.distributed.board.is_running", lambda pid: False)
+    for _ in range(3):
+        assert one.watchdog.look() is None
+        clock.now += 30
+
+
+def test_two_that_wait_for_a_third_which_works_do_not_blame_each_other() -> None:
+    clock = Clock()
+    one, other, busy = members(clock, 3, 3)
+    waiting = one.stages.waiting(), other.stages.waiting()
+    with one.stages("update"), other.stages("update"), busy.stages("rollout"), waiting[0], waiting[1]:
+        for _ in range(4):
+            clock.now += 40
+            busy.stages.reached()
+            assert [each.watchdog.look() for each in (busy, other, one)] == [None] * 3
+
+
+def test_those_that_wait_for_one_who_has_not_begun_are_not_taken_for_a_deadlock() -> None:
+    clock = Clock()
+    one, other = members(clock, 2, 3)
+    with one.stages("update"), one.stages.waiting(), other.stages("update"), other.stages.waiting():
+        clock.now += 61
+        for _ in range(2):
+            assert [each.watchdog.look() for each in (one, other)] == [None, None]
+
+
+def test_auto_limits_work_between_stages_like_a_stage_that_has_ended() -> None:
+    clock = Clock()
+    one = Member(clock, "auto")
+    for stage in ("text", "rollout"):
+        with one.stages(stage):
+            pass
+    clock.now += 1801
+    said = one.watchdog.look() or ""
+    assert "work between stages of step 0 for 1801 s, longer than its limit of 1800 s" in said
