@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -12,11 +13,12 @@ from smallest_run import SMALL
 from test_online_vpo import PROMPTS, ScriptedReward, make_algorithm, run_step
 from torch import Tensor, nn
 
-from vpo_engine.config import Config
+from vpo_engine.config import Config, ObjectiveConfig
 from vpo_engine.config_file import load_config
 from vpo_engine.method import embed_prompts
+from vpo_engine.objectives.dpo import DPO, MicroBatch
 from vpo_engine.online_vpo import OnlineVPO
-from vpo_engine.protocols import Network
+from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.train import train
 from vpo_engine.values import Candidate, Pair
@@ -137,3 +139,19 @@ def test_the_reference_of_a_run_is_moved_by_its_share(small_policy: str, tmp_pat
         assert torch.allclose(soft, (found["never"][name] + found["hard"][name]) / 2, rtol=1e-6, atol=1e-8)
         moved += not torch.equal(soft, found["never"][name])
     assert moved > 10
+
+
+def test_whole_targets_have_the_scales_of_their_own_samples() -> None:
+    """Those of v-prediction depend on the time. There are as many samples as columns, so no wrong shape tells."""
+    model = SimpleNamespace(target_scales=lambda times: (times / 1000, 1 - times / 500))
+    settings = ObjectiveConfig(noise="trajectory")
+    objective = DPO(model, settings, 1.0, 0, sampled_from=lambda candidate: torch.zeros(1))  # type: ignore[arg-type]
+    drawn = torch.Generator().manual_seed(0)
+    winner, loser, noise, other = torch.randn(4, 2, 3, 1, 1, 2, generator=drawn)
+    text = TextEmbedding(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool))
+    times = torch.tensor([250.0, 750.0])
+    found = objective._targets(MicroBatch(winner, loser, text, times, noise, None, other))
+    for name, clean, own in (("winner", winner, noise), ("loser", loser, other)):
+        for row, share in enumerate((0.25, 0.75)):
+            expected = share * clean[row] + (1 - 2 * share) * own[row]
+            torch.testing.assert_close(found[f"target_{name}"][row], expected)

@@ -20,6 +20,7 @@ from vpo_engine.config_file import dump_config, load_config, require_files
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
+from vpo_engine.models.opensora.rectified_flow import null_captions
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.text import ByteTokenizer, T5Encoder, prepare_prompt
 from vpo_engine.models.opensora.vae import OpenSoraVAE
@@ -372,3 +373,23 @@ def test_embeddings_are_found_again_by_their_encoder_and_its_type(
         config = load_config(SHIPPED, [*settings(checkpoints, tmp_path / "run")[1:], *more])
         build_model(config, Processes.start("cpu"))
     assert len(ids) == len(set(ids)) == 3
+
+
+def test_prompts_are_encoded_in_the_type_and_to_the_length_of_the_model(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    """A policy that reads 7 tokens gets no more of a longer prompt."""
+    shorter = Path(shutil.copytree(checkpoints / "policy", tmp_path / "policy"))
+    config = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps({**config, "model_max_length": 7}))
+    weights = load_file(shorter / "model.safetensors")
+    weights["y_embedder.y_embedding"] = weights["y_embedder.y_embedding"][:7].contiguous()
+    save_file(weights, shorter / "model.safetensors")
+    given = [*settings(checkpoints, tmp_path / "run")[1:], "model.dtype=bfloat16"]
+    for policy, length in ((checkpoints / "policy", None), (shorter, 7)):
+        model = build_model(load_config(SHIPPED, [*given, f"model.policy={policy}"]), Processes.start("cpu"))
+        model.prepare(PROMPTS[:1])
+        text = model.embed(PROMPTS[:1])
+        assert text.embeddings.dtype == torch.bfloat16
+        assert length is None or text.embeddings.shape[1] == length
+        null_captions(text.embeddings, model.network.y_embedder.y_embedding)

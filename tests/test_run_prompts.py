@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vpo_engine import sample
 from vpo_engine import train as entry
+from vpo_engine.build import build_prompts
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.data.prompts import PromptStream
@@ -345,3 +346,9 @@ def test_the_command_ends_with_one_line(
     assert entry.main([*smallest, *files([*TRAIN, STRANGE])]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+
+
+def test_so_many_held_out_prompts_of_a_file_are_used(small: Make, files: Callable[..., list[str]]) -> None:
+    for count, expected in (("1", HELD_OUT[:1]), ("null", HELD_OUT)):
+        _, held_out = build_prompts(small(*files(), f"evaluation.prompts={count}"))
+        assert list(held_out) == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch.distributed as dist
 from test_watchdog import Clock, Member
@@ -52,3 +54,15 @@ def test_auto_limits_work_between_stages_like_a_stage_that_has_ended() -> None:
     clock.now += 1801
     said = one.watchdog.look() or ""
     assert "work between stages of step 0 for 1801 s, longer than its limit of 1800 s" in said
+
+
+def test_a_process_says_where_it_is_as_soon_as_it_begins() -> None:
+    """It may be frozen before it looks for the second time, and the others would wait for it for ever."""
+    one, other = members(Clock(), 2, 2)
+    board, interval = one.watchdog._board, other.watchdog._interval
+    assert board is not None
+    with other.watchdog:
+        until = time.monotonic() + 0.9 * interval
+        while board._get("1") is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert board._get("1") is not None

@@ -87,7 +87,7 @@ class Selector:
             means["guards/still"] = self._floor.still(scores).float().mean()
         means["reward/gap"] = torch.tensor([choice.gap for choice in choices]).mean()
         means["tie_rate"] = tied.float().mean()
-        if config.pairs.resample:
+        if config.pairs.resample and config.offline_dpo is None:
             resampled = torch.tensor([len(choice.candidates) > count for choice in choices])
             means["tie_rate_before_resample"] = (tied | resampled).float().mean()
         summed = self._processes.sum(torch.stack([*means.values()]).to(self._processes.device))

@@ -87,6 +87,7 @@ class Trainer:
         self._alarmed = self._disk_is_full = False
         self._done = self._saved_at = self._resumed_at = 0
         self._evaluation_missing = False
+        self._where = "before the first step"
         self._last_metrics: Mapping[str, float] = {}
 
     def run(self) -> Outcome:
@@ -175,7 +176,7 @@ class Trainer:
         """Return what is known about a policy that has diverged."""
         self._saver.settle()
         last, norm = newest_complete(self._run.checkpoints), self._last_metrics.get("grad_norm")
-        return after_divergence(self._config, self._done + 1, error, norm, last)
+        return after_divergence(self._config, self._where, error, norm, last)
 
     def _open_recorder(self, start: int) -> PairRecorder | None:
         """Return what writes the run's preference dataset, without the steps after ``start``; one process of each team
@@ -210,6 +211,7 @@ class Trainer:
         return Throughput(flops, ceiling)
 
     def _train_step(self, step: int) -> None:
+        self._where = f"in step {step}"
         self._processes.stages.begin_step(step)
         self._saver.check()
         first = (step - 1) * self._config.pairs_per_step
@@ -246,6 +248,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         """Evaluate the policy between the first and the last step."""
+        self._where = f"in the evaluation after step {step}"
         settings = self._config.evaluation
         with self._stage("evaluate"):
             samples = settings.samples_between or settings.samples_per_prompt
@@ -303,6 +306,7 @@ class Trainer:
             write_alarms(self._run, [asdict(alarm) for alarm in self._monitor.alarms])
 
     def _finish(self, step: int) -> dict[str, object]:
+        self._where = f"in the evaluation after step {step}"
         with self._stage("evaluate"):
             self._progress.stage("evaluating the trained policy")
             network = self._algorithm.model.network

@@ -80,6 +80,11 @@ def test_only_a_newline_ends_a_line(tmp_path: Path, kind: str) -> None:
 
 
 REFUSED = {
+    "missing key beside a single other one": (
+        "p.json",
+        '[{"prompt": "a", "id": "1"},\n{"id": "2"}]',
+        r"line 2: the prompt \('prompt'\) of entry 2 is missing",
+    ),
     "utf-16": (
         "p.txt",
         A.encode("utf-16"),
@@ -227,3 +232,12 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     path.chmod(0)
     with pytest.raises(ValueError, match=r"p\.txt: the file cannot be opened \(Permission denied\)"):
         PromptFile(path)
+
+
+@pytest.mark.parametrize("beside", [{}, {"version": 2}])
+def test_a_column_chooses_among_the_objects_of_a_list_under_a_name(
+    tmp_path: Path, beside: dict[str, int]
+) -> None:
+    rows = [{"prompt": "no", "long": A}, {"prompt": "no", "long": B}]
+    path = write(tmp_path / "p.json", json.dumps({**beside, "prompts": rows}))
+    assert list(PromptFile(path, "long")) == [A, B]

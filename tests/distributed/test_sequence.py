@@ -13,12 +13,16 @@ import torch
 import zero_runs
 from process_group import run_in_group
 from sequence_runs import CASES, DIVIDED, FEW, LAYOUTS, SAMPLED, SETTINGS, kept, relative
+from tiny_pipelines import FOLDERS, run_config, sized
 from zero_runs import assert_same_training
+
+from vpo_engine.build import build_model
+from vpo_engine.distributed.sequence import SequenceGroup
+from vpo_engine.model_values import SamplerSettings, TextEmbedding
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 import family_slices
-from tiny_pipelines import FOLDERS
 
 from vpo_engine.distributed.processes import Processes
 
@@ -97,3 +101,33 @@ def test_families_of_diffusers_compute_what_one_process_does(
     folders: Path, tmp_path: Path, count: int, check: Callable[[Path], None]
 ) -> None:
     run_in_group(tmp_path, count, check, folders)
+
+
+class Noting:
+    """A network that predicts its latents, and keeps what the calls of a sampling loop share."""
+
+    def __call__(self, x: torch.Tensor, *_: Any, reuse: Any = None, loop: Any = None, **named: Any) -> Any:
+        self.shared = reuse or loop
+        return x if loop is None else (x,)
+
+
+@pytest.mark.parametrize("kind", ["sprites", "wan"])
+def test_processes_with_slices_decide_together_what_a_step_reuses(
+    kind: str, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has changed in this process's slice, and much in that of the other one."""
+    if kind == "sprites":
+        config = small()
+    else:
+        config = run_config(kind, FOLDERS[kind](tmp_path / kind), tmp_path / "run", *sized(kind))
+    model: Any = build_model(config, Processes.start("cpu"), lambda _: None)
+    model.network.sequence = SequenceGroup(Processes(0, 2, torch.device("cpu")))
+    text = TextEmbedding(torch.zeros(1, 5, model.text_rule.channels), torch.ones(1, 5, dtype=torch.bool))
+    network = Noting()
+    predict = model.predictor(network, text, SamplerSettings(2, cache=0.5), 1.0)
+    predict(torch.zeros(1, *model.latent_shape), torch.tensor([500.0]))
+    blocks, first = network.shared.blocks, torch.ones(1, 3)
+    monkeypatch.setattr(SequenceGroup, "sum", lambda self, values: values + torch.tensor([[9.0], [1.0]]))
+    assert blocks.after_first(first) is None
+    blocks.keep(first)
+    assert blocks.after_first(first) is None

@@ -12,6 +12,7 @@ import torch
 from process_group import run_in_group
 from safetensors.torch import load_file
 
+from vpo_engine.build import build_model
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.data.preference_dataset import read_dataset
@@ -202,3 +203,13 @@ def test_bytes_of_the_paper_s_size() -> None:
     )
     assert heads.block_forward == 4 * axes.exchange
     assert heads.block_backward == 8 * axes.exchange
+
+
+def test_a_model_refuses_more_processes_than_it_has_latent_frames(small: Callable[..., Config]) -> None:
+    model: Any = build_model(small(), Processes.start("cpu"), lambda _: None)
+    with pytest.raises(
+        ValueError, match=r"=6 divides the latent frames of a video .* there are 5; set it to 5"
+    ):
+        model.share_sequence(planned(6))
+    model.share_sequence(planned(5))
+    assert model.network.sequence.count == 5

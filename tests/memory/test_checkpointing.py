@@ -204,3 +204,15 @@ def test_the_configuration_reaches_the_network(small: Callable[..., Config]) -> 
     )
     model = build_model(config, Processes.start("cpu"), say=lambda _: None)
     assert model.network.activations == Activations("block", offload=True, mlp_chunks=3)
+
+
+def test_the_decoder_takes_as_many_frames_and_rows_as_the_configuration_says(
+    small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small("memory.decode_frames=2", "memory.decode_strip_height=16")
+    model: Any = build_model(config, Processes.start("cpu"), say=lambda _: None)
+    seen: list[tuple[Any, ...]] = []
+    decode = model.vae.decode_uint8
+    monkeypatch.setattr(model.vae, "decode_uint8", lambda z, *how: seen.append(how) or decode(z, *how))
+    model.decode(torch.zeros(1, *model.latent_shape))
+    assert seen == [(model.num_frames, 2, 16)]

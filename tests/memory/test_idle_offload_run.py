@@ -195,3 +195,12 @@ def test_decoder_and_reward_take_turns_where_parts_are_moved(
     monkeypatch.setattr(SpritesReward, "score", noted("score", SpritesReward.score))
     step_on(run.algorithm, PROMPTS, [0, 1])
     assert calls == (["decode"] * 2 + ["score"] * 2 if moved else ["decode", "score"] * 2)
+
+
+def test_videos_are_encoded_with_the_vae_on_the_device(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(small(), monkeypatch, FakeDevice())
+    vae = run.model.vae
+    run._watch_module("encoder", vae.spatial_vae.module.encoder, lambda: module_tensors(vae))
+    with run.model.idle_offload.phase("rollout"):
+        run.model.encode(torch.zeros(1, *run.model.video_size, 3, dtype=torch.uint8))
+    assert "encoder" in run.used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -192,3 +193,36 @@ def test_teams_have_the_share_and_the_error_that_one_process_would_have() -> Non
     together = candidate_statistics(parts[0], Group(0, 4, 2, rest))  # type: ignore[arg-type]
     assert together == pytest.approx(alone, rel=1e-9)
     assert {"watch/prompt_share", "watch/se/prompt_share"} < set(together)
+
+
+def test_the_look_is_that_of_the_whole_video() -> None:
+    """By its first frames a video that goes dark in its second half looks as ever."""
+    video = torch.full((1, 16, 16, 16, 3), 100, dtype=torch.uint8)
+    video[:, 8:] = 20
+    assert appearance(video)["brightness"].tolist() == pytest.approx([60])
+    assert video_statistics(video)[:, WATCHED.index("brightness")].tolist() == pytest.approx([60])
+
+
+def test_prompts_with_more_candidates_weigh_as_the_analysis_of_variance_says() -> None:
+    """By its definition; a prompt that was a tie has more candidates than others."""
+    generator = torch.Generator().manual_seed(5)
+    latents = [
+        torch.randn(1, 2, 2, 2, 2, generator=generator) + torch.randn(size, 2, 2, 2, 2, generator=generator)
+        for size in (2, 4, 2, 6)
+    ]
+
+    def share(given: Sequence[Tensor]) -> float:
+        groups = [each.flatten(1).double() for each in given]
+        whole, prompts = torch.cat(groups), len(groups)
+        middle, total = whole.mean(0), len(whole)
+        between = sum(len(each) * float((each.mean(0) - middle).square().sum()) for each in groups)
+        within = sum(float((each - each.mean(0)).square().sum()) for each in groups) / (total - prompts)
+        size = (total - sum(len(each) ** 2 for each in groups) / total) / (prompts - 1)
+        between /= prompts - 1
+        return (between - within) / (between + (size - 1) * within)
+
+    found = candidate_statistics(choices_of(latents), Group())  # type: ignore[arg-type]
+    assert found["watch/prompt_share"] == pytest.approx(share(latents), rel=1e-6)
+    without = [share(latents[:number] + latents[number + 1 :]) for number in range(4)]
+    error = math.sqrt(3 / 4 * sum((one - statistics.mean(without)) ** 2 for one in without))
+    assert found["watch/se/prompt_share"] == pytest.approx(error, rel=1e-6)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_diffusers import PROMPTS, TOKENS, cogvideox_pipeline, load, settings
+from tiny_diffusers import PROMPTS, TOKENS, cogvideox_pipeline, load, settings, tiny_t5
 from torch import Tensor
 
+from vpo_engine.models.diffusers_text import FolderEncoder
 from vpo_engine.models.registry import kind_of_folder
 from vpo_engine.protocols import SamplerSettings, TextEmbedding
 
@@ -212,3 +213,30 @@ def test_every_time_has_a_finite_error_and_margin_zero_holds_at_the_last(model: 
     assert model.predict(model.network, noised, t, text).isfinite().all()
     clean, of_noise = model.target_scales(t)
     assert (float(clean[0]), float(of_noise[0])) == (-1.0, 0.0)
+
+
+class Tokens:
+    """A tokenizer by which every prompt is four times the same token."""
+
+    name_or_path = "a folder"
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, prompts: list[str], **_: Any) -> dict[str, Tensor]:
+        ids = torch.full((len(prompts), 4), self.token)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_the_ends_of_what_the_text_encoder_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last token, and a prompt of as many tokens as the model reads."""
+    encoder = tiny_t5(0)
+    known = encoder.get_input_embeddings().num_embeddings
+    read = FolderEncoder(encoder, Tokens(known - 1), 4, masked=False, attended=True).encode(["a"])
+    assert read.embeddings.shape[:2] == (1, 4)
+    assert "note:" not in capsys.readouterr().err
+    beyond = FolderEncoder(encoder, Tokens(known), 4, masked=False, attended=True)
+    with pytest.raises(
+        ValueError, match=f"a folder gives the token {known}, and the text encoder has {known}"
+    ):
+        beyond.encode(["a"])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_diffusers import PROMPTS, cogvideox_pipeline, load, settings
 
-from vpo_engine.models.diffusers_folder import build_part, diffusers_class
+from vpo_engine.models.diffusers_folder import build_part, diffusers_class, find_parts
 from vpo_engine.models.registry import kind_of_folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -212,3 +212,17 @@ def test_buffers_that_no_checkpoint_holds_are_computed(original: Path) -> None:
         assert computed
         for key, buffer in computed.items():
             assert torch.equal(dict(built.named_buffers())[key], buffer), key
+
+
+def test_parts_of_another_pipeline_stand_beside_the_policys_own_schedule(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The tokenizer is the text encoder's. A transformer alone has the schedule of the VAE's pipeline."""
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    schedule, pipelines = Path("scheduler/scheduler_config.json"), ("CogVideoXPipeline",)
+    found = find_parts(folder, other, other / "text_encoder", pipelines, "cogvideox")
+    assert found.scheduler == folder / schedule
+    assert (found.transformer, found.vae) == (folder / "transformer", other / "vae")
+    assert (found.text_encoder, found.tokenizer) == (other / "text_encoder", other / "tokenizer")
+    alone = find_parts(folder / "transformer", other, folder, pipelines, "cogvideox")
+    assert alone.scheduler == other / schedule

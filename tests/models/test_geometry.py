@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from vpo_engine.config import ModelConfig
 from vpo_engine.models.opensora import geometry
+from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.opensora.published import VAE_V1_2
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.models.opensora.vae import OpenSoraVAE
+from vpo_engine.protocols import TextEmbedding
 
 DATA = Path(__file__).parent.parent / "data" / "opensora"
 TABLE = json.loads((DATA / "aspect_table.json").read_text())
@@ -76,3 +79,26 @@ def test_unknown_names_list_the_known_ones():
         geometry.pixel_size("241p", "9:16")
     with pytest.raises(ValueError, match=r"aspect \(height:width\) is '16/9'; known: .*9:16"):
         geometry.pixel_size("240p", "16/9")
+
+
+def test_a_size_has_the_name_that_it_is_found_by():
+    for resolution in geometry.RESOLUTIONS:
+        for aspect in geometry.ASPECTS:
+            assert geometry.named_size(*geometry.pixel_size(resolution, aspect)) == (resolution, aspect)
+
+
+def test_the_network_is_told_the_size_and_frame_rate_of_the_settings():
+    """In pixels as published, not in those that whole latents make."""
+    settings = ModelConfig(kind="opensora", resolution="480p", aspect="9:16", num_frames=51, fps=12)
+    model = OpenSora.blueprint(settings, lambda folder, published, name: dict(published), depth=1).model
+    model.device = torch.device("cpu")
+    assert (model.fps, model.video_size) == (12, (51, 480, 848))
+    told = {}
+
+    def network(z, t, y, mask, **named):
+        told.update(named)
+        return z
+
+    text = TextEmbedding(torch.zeros(1, 2, 4096), torch.ones(1, 2, dtype=torch.bool))
+    model.predict(network, torch.zeros(1, *model.latent_shape), torch.tensor([500.0]), text)
+    assert told == {"fps": 12.0, "height": 480, "width": 854}

@@ -168,3 +168,23 @@ def test_repeating_blocks_are_the_outermost_lists() -> None:
     inner = nn.Sequential(nn.ModuleList([nn.Linear(1, 1)]))
     network = nn.Sequential(nn.ModuleList([inner, inner]), nn.Sequential(nn.ModuleList([nn.Linear(1, 1)])))
     assert list(repeating_blocks(network)) == ["0", "1.0"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("opensora", "model.height=240"),
+        ("opensora", "model.width=426"),
+        ("opensora", "model.flow_shift=3.0"),
+        ("opensora", "model.negative_prompt=dull"),
+        ("cogvideox", "model.flow_shift=3.0"),
+        ("cogvideox", "model.fused_ops=reference"),
+        ("wan", "memory.decode_strip_height=16"),
+        ("ltx", "model.attention=sdpa"),
+        ("ltx", "rollout.compile=graphs"),
+    ],
+)
+def test_a_setting_that_would_have_no_effect_is_refused(kind: str, setting: str) -> None:
+    parts = [f"model.{name}=p" for name in ("policy", "vae", "text_encoder")]
+    message = refused(f"model.kind={kind}", "model.num_frames=17", *parts, setting)
+    assert f"{setting} is not supported by model.kind={kind}" in message

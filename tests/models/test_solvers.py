@@ -198,3 +198,12 @@ def test_a_rehearsal_refuses_noise_that_does_not_fall_from_1_to_0(levels: tuple[
         ValueError, match=r"a file does not describe a scheduler that can run .*falls from 1 to 0"
     ):
         rehearse_solver(FlowEuler([1000.0, 500.0], levels), "a file")
+
+
+def test_a_linear_shift_is_the_same_in_training_and_in_sampling() -> None:
+    config = {name: value for name, value in DYNAMIC.items() if name != "shift_terminal"}
+    scheduler = flow_scheduler(config | {"time_shift_type": "linear"}, "a file")
+    shift = 0.95 + (2000 - 1024) * (2.05 - 0.95) / (4096 - 1024)
+    assert shift_of(scheduler, 2000) == pytest.approx(shift)
+    middle = flow_solver(scheduler, 4, 2000, from_one=True).levels[2]
+    assert middle == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5))

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vpo_kernels.attention import TextPlan, plan_text
+from vpo_kernels.attention import TextPlan, attention, plan_text
 
 from vpo_engine.build import build_model
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.models.opensora import stdit3
+from vpo_engine.models.opensora import blocks, stdit3
 from vpo_engine.models.opensora.blocks import Backed, Backends
 from vpo_engine.models.opensora.rectified_flow import RectifiedFlow, guided_velocity
 from vpo_engine.models.opensora.stdit3 import STDiT3
@@ -221,3 +221,17 @@ def test_the_names_and_the_signature_are_the_public_ones() -> None:
         ValueError, match=r"force_drop_ids is \[3\], expected a number for each caption: \[2\]"
     ):
         network(x, t, y, fps=24.0, height=32.0, width=32.0, force_drop_ids=torch.zeros(3))
+
+
+def test_the_kernel_for_short_sequences_serves_blocks_over_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latents have 2 frames with 4 patches each."""
+    lengths: list[int] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, _: str) -> Tensor:
+        lengths.append(q.shape[1])
+        return attention(q, k, v)
+
+    monkeypatch.setattr(blocks, "uses_triton", lambda *_: True)
+    monkeypatch.setattr(blocks, "temporal_attention", kernel)
+    network()(**arguments(2), **GEOMETRY)
+    assert lengths == [2, 2]

@@ -14,6 +14,7 @@ from flow_case import CPU, changed, load_model, noise_for, relative, repeated, s
 from flow_folders import NEGATIVE, PROMPTS, load, wan_folder
 from safetensors.torch import load_file, save_file
 
+from vpo_engine.config import ModelConfig
 from vpo_engine.memory.rounding import hold_in_bfloat16
 
 ODD = "  A  caf&amp;eacute; <3,\n by the  “sea” â€” at night "
@@ -258,3 +259,16 @@ def test_embeddings_are_found_again_by_their_encoder_and_its_type(
     for more in ({}, {"dtype": "bfloat16"}, {"text_encoder": other / "text_encoder"}):
         load_model("wan", folder, **more)
     assert len(ids) == len(set(ids)) == 3
+
+
+def test_prompts_are_encoded_in_the_type_of_the_model(folder: Path) -> None:
+    model = load_model("wan", folder, dtype="bfloat16")
+    model.prepare(PROMPTS)
+    assert model.embed(PROMPTS).embeddings.dtype == torch.bfloat16
+
+
+def test_an_attention_that_cannot_run_here_is_refused(folder: Path) -> None:
+    model = load_model("wan", folder)
+    asked = ModelConfig.model_validate({"kind": "wan", "attention": "flash2"})
+    with pytest.raises(ValueError, match="attention='flash2' cannot run here"):
+        model.choose_backends(asked)

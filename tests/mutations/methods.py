@@ -171,4 +171,57 @@ MUTATIONS = [
         '"settings": {},',
         ("tests/rewards/test_registry.py::test_everything_about_a_reward_reaches_another_process",),
     ),
+    (
+        "a stored tie has no latents for passes that add nothing",
+        STORED,
+        "(torch.zeros(latent_shape),) * 2 if tied",
+        "(torch.empty(0),) * 2 if tied",
+        (
+            "tests/wiring/test_offline_pairs.py::test_a_process_whose_pair_is_a_tie_makes_passes_that_add_nothing",
+        ),
+    ),
+    (
+        "pairs that were sampled once tell of resampling",
+        "vpo_engine/selection.py",
+        "if config.pairs.resample and config.offline_dpo is None:",
+        "if config.pairs.resample:",
+        (
+            "tests/wiring/test_offline_pairs.py::test_the_log_of_pairs_that_were_sampled_once_tells_nothing_of_resampling",
+        ),
+    ),
+    (
+        "latents are written where scores were asked for",
+        "vpo_engine/trainer.py",
+        'config.pairs.dataset == "latents"',
+        'config.pairs.dataset != "none"',
+        ("tests/wiring/test_replay.py::test_a_dataset_of_scores_holds_no_latents",),
+    ),
+    (
+        "a recorder writes latents whatever it is told",
+        STORED,
+        "enumerate(weights)} if self._with_latents else {}",
+        "enumerate(weights)}",
+        ("tests/wiring/test_replay.py::test_a_dataset_of_scores_holds_no_latents",),
+    ),
+    (
+        "what the reference has begun is finished by the policy",
+        "vpo_engine/online_vpo.py",
+        'CountedRows(exact if config.weights == "policy" else first, check)',
+        'CountedRows(model.network if config.weights == "policy" else first, check)',
+        ("tests/wiring/test_samplers.py",),
+    ),
+    (
+        "scales of whole targets lie along the width",
+        "vpo_engine/objectives/dpo.py",
+        "scale.to(dtype).view(-1, *[1] * (latents.dim() - 1))",
+        "scale.to(dtype)",
+        ("tests/test_ablations.py::test_whole_targets_have_the_scales_of_their_own_samples",),
+    ),
+    (
+        "the error of steps without pairs names the step before",
+        "vpo_engine/online_vpo.py",
+        "1 + choices[0].prompt.position // self.config.pairs_per_step",
+        "choices[0].prompt.position // self.config.pairs_per_step",
+        ("tests/wiring/test_faults.py::test_a_run_stops_after_twenty_steps_in_a_row_without_a_pair",),
+    ),
 ]

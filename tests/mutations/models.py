@@ -241,8 +241,8 @@ MUTATIONS = [
     (
         "Open-Sora takes embeddings of any encoder",
         "vpo_engine/models/opensora/model.py",
-        'f"{folder}, {MAX_LENGTH} tokens, {settings.dtype}"',
-        'f"{MAX_LENGTH} tokens, {settings.dtype}"',
+        'f"{folder}, {tokens} tokens, {settings.dtype}"',
+        'f"{tokens} tokens, {settings.dtype}"',
         ("tests/test_opensora_run.py::test_embeddings_are_found_again_by_their_encoder_and_its_type",),
     ),
     (

@@ -115,4 +115,32 @@ MUTATIONS = [
         "list({self._rewrite(prompt) for prompt in prompts})",
         ("tests/data_layer/test_embeddings.py::test_processes_divide_the_same_list_of_texts",),
     ),
+    (
+        "the column is forgotten for a list under a name",
+        "vpo_engine/data/prompt_json.py",
+        "column = None if inner.key == column else column",
+        "column = None",
+        ("tests/data_layer/test_prompt_layouts.py",),
+    ),
+    (
+        "a row whose prompt is missing is read by its only other key",
+        "vpo_engine/data/prompt_json.py",
+        "if column is None and key is None and _is_name_with_text(row):",
+        "if column is None and _is_name_with_text(row):",
+        ("tests/data_layer/test_prompt_layouts.py",),
+    ),
+    (
+        "a list under a known name is not found beside other entries",
+        "vpo_engine/data/prompt_json.py",
+        "if not named: named",
+        "if column is None:\n        named",
+        ("tests/data_layer/test_prompt_layouts.py",),
+    ),
+    (
+        "all held-out prompts of a file are used whatever their number",
+        "vpo_engine/data/prompts.py",
+        "range(len(file))[:count]",
+        "range(len(file))",
+        ("tests/test_run_prompts.py::test_so_many_held_out_prompts_of_a_file_are_used",),
+    ),
 ]

@@ -239,6 +239,16 @@ class TestReward:
         assert "Apache License" in text
         assert "Scikit-Video Developers" in text
 
+    def test_pixels_score_as_bytes(self) -> None:
+        """Of twelve frames eight are looked at as pictures; the second, which is black, is none of them."""
+        frames = [CLEAN[16:112, start : start + 192] for start in range(0, 48, 4)]
+        video = torch.from_numpy(np.stack(frames)).unsqueeze(0)
+        video[:, 1] = 0
+        found = Builtin().score_pixels(video.permute(0, 1, 4, 2, 3) / 255, [""])
+        expected = Builtin().score(video, [""])
+        for name in DIMENSIONS:
+            assert found[name].item() == pytest.approx(expected[name].item(), abs=1e-5)
+
 
 class TestBuiltinRefusals:
     @pytest.mark.parametrize(

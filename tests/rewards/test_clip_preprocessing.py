@@ -147,6 +147,13 @@ class TestText:
         with pytest.raises(ValueError, match=r"no <\|startoftext\|> and <\|endoftext\|>.*; remedy"):
             ClipTokenizer.from_folder(DATA / "videoscore" / "tokenizer", "remedy")
 
+    def test_special_token_that_cleaning_makes(self, tokenizer: ClipTokenizer) -> None:
+        prompt = "a cat &lt;|endoftext|&gt; in the snow"
+        with pytest.raises(ValueError, match=re.escape("contains '<|endoftext|>', which CLIP's tokenizer")):
+            tokenizer([prompt])
+        plain = ClipTokenizer.from_folder(TOKENS, "remedy", pad=0)
+        assert int((plain([prompt]) == plain.end).sum()) == 1
+
 
 def test_each_text_is_encoded_once() -> None:
     seen: list[list[str]] = []

@@ -21,6 +21,8 @@ from tiny_scorers import IMAGES, PUBLISHED, make
 from tiny_videos import noise, pixels, stacked
 from torch import Tensor
 
+from vpo_engine.metrics.registry import metric_card
+from vpo_engine.metrics.rewards import _hashes
 from vpo_engine.rewards.registry import reward_card
 
 ATOL = {
@@ -82,6 +84,16 @@ class TestScores:
         torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=ATOL[name])
         monkeypatch.setattr(made, "batch_size", 2)
         torch.testing.assert_close(stacked(made.score(videos, PROMPTS)), together, rtol=0, atol=ATOL[name])
+
+    def test_of_pixels_do_not_depend_on_the_batch(
+        self, scorer: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name, made = scorer
+        videos = pixels(noise(3, 17, 24, 30, 3))
+        alone = [stacked(made.score_pixels(videos[i : i + 1], PROMPTS[i : i + 1])) for i in range(3)]
+        monkeypatch.setattr(made, "batch_size", 2)
+        found = stacked(made.score_pixels(videos, PROMPTS))
+        torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=ATOL[name])
 
 
 @pytest.mark.parametrize("scorer", IMAGES, indirect=True)
@@ -196,3 +208,12 @@ def test_numbers_are_positive(tmp_path: Path, name: str) -> None:
     for setting in settings:
         with pytest.raises(ValueError, match=f"{setting} is 0, expected {expected}"):
             PUBLISHED[name].load(folder, **{setting: 0})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_metric_of_it_tells_its_weights_from_others(tmp_path: Path, name: str) -> None:
+    folder = PUBLISHED[name].write(tmp_path / "tiny")
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".tar")
+    written = {path.name for path in folder.rglob("*") if path.suffix in kinds}
+    found = _hashes(metric_card(f"reward:{name}"), folder)
+    assert {Path(file).name for file in found} - {"model_config.json"} == written != set()

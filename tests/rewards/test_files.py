@@ -15,6 +15,7 @@ from tiny_videos import noise
 from torch import Tensor
 
 from vpo_engine import rank as rank_module
+from vpo_engine.metrics.registry import build_metric
 from vpo_engine.rewards.builtin import Builtin
 from vpo_engine.rewards.process import start_reward
 from vpo_engine.rewards.registry import RewardSpec
@@ -150,6 +151,20 @@ class TestFrameRates:
             numbers[fps] = asked[-1]
         assert len(numbers[2.0]) == {"q_align": 24}.get(name, 48)
         assert len(numbers[8.0]) == {"q_align": 6}.get(name, 12)
+
+    def test_a_metric_refuses_a_video_by_its_own_rate(self, tmp_path: Path) -> None:
+        """17 frames are two seconds at 8 a second, and less than one at the rate of the video before."""
+        metric = build_metric("reward:q_align", weights=PUBLISHED["q_align"].write(tmp_path / "tiny"))
+        for frames, fps in ((30, 24.0), (17, 8.0)):
+            assert set(metric.measure(noise(frames, 28, 28, 3), "", fps).values) == {"quality", "aesthetics"}
+
+    def test_a_metric_takes_the_rate_of_each_video(self, weights: Path) -> None:
+        metric, video = build_metric("reward:videoalign", weights=weights), noise(12, 28, 28, 3)
+        for fps in (24.0, 2.0):
+            alone = VideoAlign.from_pretrained(weights, dtype=torch.float32, fps=fps)
+            expected = alone.score(video.unsqueeze(0), ["w3 a cat"])
+            found = metric.measure(video, "w3 a cat", fps).values
+            assert found == pytest.approx({name: value.item() for name, value in expected.items()}, abs=2e-6)
 
 
 @pytest.mark.long

@@ -156,6 +156,12 @@ class TestSegments:
         with pytest.raises(ValueError, match="3 frames for 4 segments; set segments to at most 3"):
             VideoOfFrames(Brightness(), reduce="segments").score(clips(frames=3), ["a"] * 3)
 
+    def test_too_few_frames_are_told_beforehand(self) -> None:
+        reward = VideoOfFrames(Brightness(), reduce="segments")
+        assert "3 frames for 4 segments" in str(reward.refuse_size(3, 4, 5))
+        assert reward.refuse_size(4, 4, 5) is None
+        assert VideoOfFrames(Brightness()).refuse_size(3, 4, 5) is None
+
 
 def test_gradients_reach_the_frames_that_are_scored() -> None:
     videos = (clips().permute(0, 1, 4, 2, 3) / 255).requires_grad_()

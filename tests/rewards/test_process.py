@@ -55,13 +55,16 @@ PRECISION = "high"
 
 @pytest.fixture(scope="module")
 def reward() -> Iterator[RemoteReward]:
-    before = torch.get_float32_matmul_precision()
+    """Made by a process with another precision, and one thread more, than a fresh one has."""
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     assert before != PRECISION
     torch.set_float32_matmul_precision(PRECISION)
+    torch.set_num_threads(threads + 1)
     try:
         made = start_reward(SCRIPTED)
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
     with made:
         yield made
 
@@ -113,7 +116,7 @@ class TestScores:
                 }
 
     def test_as_many_threads_there_as_here(self, reward: RemoteReward) -> None:
-        assert fact(reward, "threads") == torch.get_num_threads()
+        assert fact(reward, "threads") == torch.get_num_threads() + 1
         assert fact(reward, "pid") != os.getpid() == fact(reward, "parent")
 
     def test_with_the_matrix_precision_of_the_process_that_starts_it(self, reward: RemoteReward) -> None:

@@ -10,6 +10,8 @@ import torch
 from rollout_case import STEPS, Counting, batched, noise_of, sampled, schedule, settings, sprites
 
 from vpo_engine.config_file import load_config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.sequence import SequenceGroup
 from vpo_engine.models.step_cache import BlockCache
 from vpo_engine.protocols import SamplerSettings
 
@@ -140,3 +142,13 @@ def test_nonsense_is_refused(overrides: list[str], message: str) -> None:
 def test_everything_is_exact_unless_asked_for() -> None:
     rollout = load_config(None).rollout
     assert (rollout.guidance_interval, rollout.prune, rollout.cache) == (None, None, None)
+
+
+def test_slices_count_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four values, three are here and have not changed; the one of the other process has doubled."""
+    cache = BlockCache(0.3, SequenceGroup(Processes(0, 2, torch.device("cpu"))))
+    monkeypatch.setattr(SequenceGroup, "sum", lambda self, values: values + torch.ones(2, 1))
+    first = torch.ones(1, 3)
+    assert cache.after_first(first) is None
+    cache.keep(first)
+    assert cache.after_first(first) is first

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch._dynamo
 from rollout_case import CPU, PROMPTS, sampled, settings, sprites
+from torch import Tensor
 
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
+from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.models.opensora.compiled import CompiledBlocks
 from vpo_engine.models.opensora.reuse import Reuse
 from vpo_engine.models.opensora.stdit3 import STDiT3
+from vpo_engine.models.step_graph import StepGraph
 from vpo_engine.protocols import Compile, SamplerSettings
 from vpo_engine.rewards.combine import combine
 from vpo_engine.rewards.sprites import SpritesReward
@@ -143,3 +147,30 @@ def test_the_sampler_loop_never_waits_for_the_gpu(compiled: Compile) -> None:
         model.denoise(model.network, state, text, given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_every_replayed_step_is_of_its_own_latents_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a CUDA graph: to replay is to compute again from the tensors that were there at the capture."""
+
+    def formula(z: Tensor, t: Tensor) -> Tensor:
+        return z * t[:, None] + 1
+
+    class Graph:
+        def replay(self) -> None:
+            step._out.copy_(formula(step._z, step._t))
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, **named: nullcontext())
+    network = CountedRows(formula)
+    step = StepGraph(network, network)
+    for number in (1.0, 2.0, 3.0, 4.0):
+        z = torch.full((2, 3), number).as_subclass(OnGpu)
+        t = torch.full((2,), 7 + number).as_subclass(OnGpu)
+        assert torch.equal(step(z, t), formula(z, t))
+    assert network.rows == 4 * 2

@@ -192,3 +192,20 @@ def test_a_resumed_run_keeps_the_memory_settings_that_were_planned(a_run: Make) 
     (root / "config.yaml").write_text(dump_config(config))
     check_same_run(load_config(None, ["memory.preset=balanced"]), root / "config.yaml")
     assert "memory.preset: balanced -> fast" in refused(root, "memory.preset=fast")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "disk.limit_gib=9",
+        "name=other",
+        "distributed.stage_minutes=60",
+        "evaluation.every=7",
+        "checkpoint.keep=9",
+        "processes.reward=true",
+        "log.wandb=mine",
+    ],
+)
+def test_what_changes_no_result_may_differ_when_a_run_goes_on(a_run: Make, changed: str) -> None:
+    root = a_run(20)
+    assert start_of(root, changed) == Start(root, root / "checkpoints/step_00000020", exists=True)

@@ -353,3 +353,14 @@ def test_a_few_blank_frames_are_left_out_not_averaged_in():
 def test_measure_refuses_what_it_cannot_measure(videos, prompts, message):
     with pytest.raises(ValueError, match=message):
         measure(videos, prompts)
+
+
+def test_a_sprite_that_shows_in_every_second_frame_has_the_worst_jitter():
+    """Nothing tells how it moves, though more than half of the frames show it."""
+    clips = sample_clean(4, seeded(24))
+    videos = clips.videos.clone()
+    videos[:, 1::2] = videos[:, 1::2, :1, :1]
+    values = measure(videos, clips.captions)
+    torch.testing.assert_close(values["blank_rate"], torch.full((4,), 8 / FRAMES))
+    assert (values["jitter"] == MEASURES["jitter"].worst).all()
+    assert (values["sharpness"] > 0).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import engine
 import pytest
@@ -151,3 +152,54 @@ def test_the_time_of_the_last_evaluation_is_in_the_summary(run: Path) -> None:
     timings = json.loads((run / "summary.json").read_text())["timings"]
     for stage in ("evaluate", "step"):
         assert timings[stage] > sum(row.get(f"seconds/{stage}", 0.0) for row in rows) + 1e-5, stage
+
+
+def test_the_gallery_shows_the_average_that_was_evaluated(tmp_path: Path) -> None:
+    engine.train(engine.make_config(tmp_path, *SETTINGS, "ema.decay=0.9"))
+    run = tmp_path / "run"
+    saved = engine.saved_tensors(run, 5)
+    policy, average = (saved[f"{name}/model.safetensors/blocks.0.weight"] for name in ("policy", "ema"))
+    assert not torch.equal(policy, average)
+    last, shown = engine.metrics_of(run, "eval")[-1], engine.held_out_gallery(run).after_scores
+    assert len(shown) == 4
+    for name in WEIGHTS:
+        mean = sum(scores[name] for scores in shown) / 4
+        assert mean == pytest.approx(last[f"held_out/reward/{name}"], rel=1e-5), name
+
+
+def test_an_evaluation_samples_in_batches_of_the_rollout_and_keeps_four_videos(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held_out, model = make_held_out(ToyReward())
+    model.prepare(engine.HELD_OUT)
+    sizes: list[int] = []
+
+    def sampled(network: Any, noise: Tensor, *_: Any, **__: Any) -> Tensor:
+        sizes.append(len(noise))
+        return noise
+
+    monkeypatch.setattr(model, "sample", sampled)
+    held_out.evaluate(model.network, 3)
+    assert sizes == [3, 3]
+    assert len(held_out.kept) == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "where"), [(1, "before the first step"), (2, "after step 2"), (4, "after step 5")]
+)
+def test_a_policy_that_diverges_in_an_evaluation_is_named_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
+) -> None:
+    evaluate, calls = HeldOut.evaluate, []
+
+    def failing(*arguments: Any) -> dict[str, Tensor]:
+        calls.append(arguments)
+        if len(calls) == number:
+            raise NotFiniteError("the policy samples latents that are not finite")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(HeldOut, "evaluate", failing)
+    with pytest.raises(
+        ValueError, match=rf"the policy has diverged (in the evaluation )?{where}: the policy samples"
+    ):
+        engine.train(engine.make_config(tmp_path, *SETTINGS, "evaluation.every=2", "steps=5"))

@@ -135,7 +135,7 @@ def test_a_run_stops_after_twenty_steps_in_a_row_without_a_pair(
     first = SCORED_FIRST + 2 * 10
     reward = TiesBut(first, first + 2)
     if stops:
-        with pytest.raises(ValueError, match="every pair of the last 20 steps"):
+        with pytest.raises(ValueError, match=r"every pair of the last 20 steps \(to step 31\) was a tie"):
             engine.train(config, reward)
     else:
         engine.train(config, reward)

@@ -17,6 +17,7 @@ from toy import SHAPE
 
 from vpo_engine import train as entry
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.offline_dpo import OfflineDPO
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.rollout.preference_dataset import SampledPairs, StoredPairs
@@ -332,3 +333,27 @@ def test_a_stored_pair_that_was_turned_round_is_told(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     after = StoredPairs(tmp_path / "run").texts()
     assert [one != other for one, other in zip(before, after, strict=True)] == [True, False, False, False]
+
+
+def test_a_process_whose_pair_is_a_tie_makes_passes_that_add_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with DeepSpeed, where processes make equally many; here there is one more in every step."""
+    engine.train(engine.make_config(tmp_path / "online", "steps=3"))
+    stored = f"offline_dpo.dataset={tmp_path / 'online/run'}"
+    settings = (*engine.OFFLINE, stored, "steps=12", "pairs_per_step=1", "checkpoint.every=null")
+    assert not all(line.kept for line in engine.lines_of(tmp_path / "online/run"))
+    engine.train(engine.make_config(tmp_path / "alone", *settings))
+    monkeypatch.setattr(PolicyOptimizer, "in_lockstep", True)
+    monkeypatch.setattr(OnlineVPO, "_passes_behind", lambda self, samples: 1)
+    engine.train(engine.make_config(tmp_path / "together", *settings))
+    one, other = (engine.policy_of(tmp_path / name / "run", 12) for name in ("alone", "together"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_log_of_pairs_that_were_sampled_once_tells_nothing_of_resampling(tmp_path: Path) -> None:
+    """A stored pair holds winner and loser alone, so that nobody knows any more how many candidates there were."""
+    engine.train(engine.make_config(tmp_path, *SAMPLED, "steps=1", "pairs.resample=1"))
+    [row] = engine.metrics_of(tmp_path / "run")
+    assert "tie_rate" in row
+    assert "tie_rate_before_resample" not in row

@@ -197,3 +197,11 @@ def test_the_accuracy_is_logged_where_a_refresh_has_left_a_difference(tmp_path: 
     assert 0 <= rows[0.5]["implicit_accuracy"] <= 1
     assert rows[1.0]["margin"] == 0
     assert "implicit_accuracy" not in rows[1.0]
+
+
+def test_a_dataset_of_scores_holds_no_latents(tmp_path: Path) -> None:
+    engine.train(engine.make_config(tmp_path, "steps=1", "pairs.dataset=scores"))
+    lines = engine.lines_of(tmp_path / "run")
+    assert any(line.kept for line in lines)
+    assert all((line.row, line.latents_file) == (None, None) for line in lines)
+    assert not (tmp_path / "run/preference_dataset/latents").exists()

@@ -146,3 +146,15 @@ def test_a_run_that_was_finished_can_be_made_longer(tmp_path: Path) -> None:
     engine.train(whole)
     assert engine.metrics_of(tmp_path / "run") == engine.metrics_of(tmp_path / "whole")
     assert [line.position for line in engine.lines_of(tmp_path / "run")] == list(range(28))
+
+
+def test_the_average_of_a_resumed_run_goes_on_by_optimizer_steps(tmp_path: Path) -> None:
+    """Two are made in a step, and the decay rises with each."""
+    settings = (*SETTINGS, "steps=2", "ema.decay=0.9")
+    engine.train(engine.make_config(tmp_path, *settings))
+    run, again = tmp_path / "run", tmp_path / "again"
+    shutil.copytree(run, again)
+    engine.forget_after(again, 1)
+    assert engine.state_of(again, 1)["optimizer_steps"] == 2
+    engine.train(engine.make_config(tmp_path, *settings, f"run_dir={again}", "checkpoint.resume=true"))
+    assert_same(run, again, 2)

@@ -23,6 +23,10 @@ BASE = (
 EXACT = SamplerSettings(6, 2.0)
 CASES = {
     "plain": ((), {("policy", EXACT, None, None)}),
+    "pruned, from the reference": (
+        ("rollout.prune.after=0.34", "rollout.prune.keep=2", "rollout.source=reference"),
+        {("reference", EXACT, first, last) for first, last in ((0, 2), (2, None))},
+    ),
     "own settings": (
         ("rollout.guidance_interval=[0.2, 0.7]", "rollout.cache=0.2"),
         {("policy", SamplerSettings(6, 2.0, (0.2, 0.7), 0.2), None, None)},

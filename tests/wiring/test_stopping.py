@@ -328,3 +328,23 @@ def test_an_alarm_of_the_last_step_does_not_keep_the_run_from_its_end(
     run = tmp_path / "run"
     assert [row["step"] for row in engine.metrics_of(run, "eval")] == [0, 1]
     assert (run / "summary.json").is_file()
+
+
+def test_a_reward_that_reads_no_prompt_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RewardMonitor, "prompts", lambda *_: [Alarm(0, "prompt", "it reads none")])
+    engine.train(engine.make_config(tmp_path, "steps=2", "guards.on_alarm=stop"))
+    assert [row["step"] for row in engine.metrics_of(tmp_path / "run")] == [1, 2]
+
+
+def test_a_resumed_run_that_is_stopped_in_its_first_step_says_where_it_is(
+    tmp_path: Path, at: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine.train(engine.make_config(tmp_path, "steps=1"))
+    capfd.readouterr()
+    at(DPO, "micro_batch", 1, terminate)
+    engine.train(engine.make_config(tmp_path, "steps=2"), exit_code=143)
+    said = capfd.readouterr()
+    assert "then saving step 1;" in said.err
+    assert "stopped by SIGTERM after step 1, which is saved" in said.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine
@@ -16,6 +17,9 @@ from process_group import run_in_group
 
 from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.rollout.sampler import CandidateSampler
+from vpo_engine.runs.log import NullLog
+from vpo_engine.runs.signals import StopRequest
+from vpo_engine.trainer import Trainer
 
 
 def in_two(folder: Path) -> None:
@@ -132,3 +136,35 @@ def test_a_team_is_stopped_in_the_middle_of_a_rollout_and_goes_on_bit_for_bit(tm
 def fingerprint(row: engine.Row | oracle.LossRow) -> tuple[float, ...]:
     """The noise of a row tells it from all others."""
     return tuple(row.noise.flatten()[:4].tolist())
+
+
+def test_all_make_the_evaluation_that_one_of_them_misses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process has the log, and the others hear from it."""
+    kept = SimpleNamespace(tensors={}, state={}, policy=tmp_path, average=tmp_path)
+    monkeypatch.setattr("vpo_engine.trainer.load_checkpoint", lambda path: kept)
+    monkeypatch.setattr("vpo_engine.trainer.restore", lambda *_: (2, {}))
+    trainer = SimpleNamespace(
+        _config=engine.make_config(tmp_path, "evaluation.every=2"),
+        _start_from=tmp_path,
+        _algorithm=None,
+        _log=NullLog(),
+        _monitor=SimpleNamespace(load=lambda state: None),
+        _processes=SimpleNamespace(any=lambda flag: True),
+        _due=Trainer._due,
+    )
+    assert Trainer._resume(trainer) == 2  # type: ignore[arg-type]
+    assert trainer._evaluation_missing
+
+
+@pytest.mark.parametrize(("heard", "full"), [(1, False), (2, True)])
+def test_a_process_stops_after_the_step_in_which_another_one_must(heard: int, full: bool) -> None:
+    """That one was asked to stop, or has found the disk full."""
+    trainer = SimpleNamespace(
+        _processes=SimpleNamespace(first=False, largest=lambda number: max(number, heard)),
+        _stop_elsewhere=lambda: False,
+        _alarmed=False,
+    )
+    assert Trainer._must_stop(trainer, StopRequest())  # type: ignore[arg-type]
+    assert trainer._disk_is_full == full

@@ -151,10 +151,12 @@ class Watchdog:
         return None
 
     def _run(self) -> None:
-        while not self._leaving.wait(self._interval):
+        """Look at once, so that the others know of this process before anything happens to it, and then repeatedly."""
+        while not self._leaving.is_set():
             if (reason := self.look()) is not None:
                 self._end(f"{reason}. The run ends; the same command goes on from its newest checkpoint")
                 return
+            self._leaving.wait(self._interval)
 
 
 def _over(word: Word, grace: float = 0.0) -> bool:

@@ -112,7 +112,7 @@ class StoredPairs:
     ) -> list[Choice]:
         """Return the stored choices of prompts of this stream, each of the winner and the loser alone.
 
-        Latents are [*latent_shape] on ``device``, and empty where a pair is a tie. Raise ValueError if the stored
+        Latents are [*latent_shape] on ``device``, and zeros where a pair is a tie. Raise ValueError if the stored
         ones are of another shape.
         """
         return [self._choice(prompt, tuple(latent_shape), device) for prompt in prompts]
@@ -120,7 +120,7 @@ class StoredPairs:
     def _choice(self, prompt: Prompt, latent_shape: tuple[int, ...], device: torch.device) -> Choice:
         stored = self._pairs[prompt.position % len(self)]
         tied = self._is_tied(stored)
-        latents = (torch.empty(0), torch.empty(0)) if tied else _latents(stored, latent_shape)
+        latents = (torch.zeros(latent_shape),) * 2 if tied else _latents(stored, latent_shape)
         winner, loser = (
             Candidate(prompt, number, value.to(device), stored.score(number))
             for number, value in zip((stored.winner, stored.loser), latents, strict=True)

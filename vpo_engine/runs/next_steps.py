@@ -29,11 +29,12 @@ def closing_lines(run: RunDirectory) -> str:
 
 
 def after_divergence(
-    settings: Config, step: int, error: Exception, norm: float | None, last: Path | None
+    settings: Config, where: str, error: Exception, norm: float | None, last: Path | None
 ) -> str:
-    """Return what is known about a policy that has diverged in ``step``, and what to do.
+    """Return what is known about a policy that has diverged, and what to do.
 
-    norm: the last gradient norm; None if there is none. last: the last complete checkpoint; None without one.
+    where: "in step 3", for example. norm: the last gradient norm; None if there is none. last: the last complete
+    checkpoint; None without one.
     """
     paired = settings.card.pairs
     beta = f", objective.beta={settings.objective.beta:g}" if paired else ""
@@ -42,6 +43,6 @@ def after_divergence(
     whole = last is not None and settings.model.lora is None
     start = f", for example from model.policy={last}/policy" if whole else ""
     return (
-        f"the policy has diverged in step {step}: {error}; optimizer.lr={settings.optimizer.lr:g}{beta}{numbers}; "
+        f"the policy has diverged {where}: {error}; optimizer.lr={settings.optimizer.lr:g}{beta}{numbers}; "
         f"{saved}. Start a run with a lower optimizer.lr{' or objective.beta' if paired else ''}{start}"
     )

@@ -149,16 +149,21 @@ class OpenSora(BaseModel):
         assert settings.vae is not None
         assert folder is not None
 
+        network = load_stdit3(settings.policy, context.base)
+        tokens = min(MAX_LENGTH, network.config["model_max_length"])
+
         def load_encoder() -> T5Encoder:
-            return T5Encoder.from_pretrained(folder, dtype=context.dtype, device=context.device)
+            return T5Encoder.from_pretrained(
+                folder, max_length=tokens, dtype=context.dtype, device=context.device
+            )
 
         text = context.text_source(
             load_encoder,
-            f"{folder}, {MAX_LENGTH} tokens, {settings.dtype}",
+            f"{folder}, {tokens} tokens, {settings.dtype}",
             lambda prompt: prepare_prompt(prompt, aes=settings.aesthetic_score),
         )
         return cls(
-            load_stdit3(settings.policy, context.base),
+            network,
             OpenSoraVAE.from_pretrained(settings.vae),
             text,
             _geometry(settings),

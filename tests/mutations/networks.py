@@ -1,0 +1,156 @@
+"""Mistakes in how families of models are built and asked: their parts, types, sizes, settings, caches and graphs."""
+
+MUTATIONS = [
+    (
+        "Open-Sora's step cache is decided by each process's own slice",
+        "vpo_engine/models/opensora/model.py",
+        "Reuse(settings.cache, run, self.network.sequence)",
+        "Reuse(settings.cache, run)",
+        (
+            "tests/distributed/test_sequence.py::test_processes_with_slices_decide_together_what_a_step_reuses",
+        ),
+    ),
+    (
+        "the step cache of diffusers' families is decided by each process's own slice",
+        "vpo_engine/models/diffusers_model.py",
+        "Loop(samples, settings.cache, run, self.network.sequence)",
+        "Loop(samples, settings.cache, run)",
+        (
+            "tests/distributed/test_sequence.py::test_processes_with_slices_decide_together_what_a_step_reuses",
+        ),
+    ),
+    (
+        "replayed steps are all at the time of the second",
+        "vpo_engine/models/step_graph.py",
+        "self._t.copy_(t)",
+        "pass",
+        ("tests/rollout/test_compiled_rollout.py::test_every_replayed_step_is_of_its_own_latents_and_time",),
+    ),
+    (
+        "the noise schedule of the VAE's pipeline in place of the policy's",
+        "vpo_engine/models/diffusers_folder.py",
+        "around = (policy, found_vae.parent, found_text.parent)",
+        "around = (found_vae.parent, found_text.parent, policy)",
+        (
+            "tests/models/test_diffusers_folder.py::test_parts_of_another_pipeline_stand_beside_the_policys_own_schedule",
+        ),
+    ),
+    (
+        "Open-Sora's text encoder computes in float32 whatever model.dtype says",
+        "vpo_engine/models/opensora/model.py",
+        "folder, max_length=tokens, dtype=context.dtype, device=context.device",
+        "folder, max_length=tokens, device=context.device",
+        ("tests/test_opensora_run.py::test_prompts_are_encoded_in_the_type_and_to_the_length_of_the_model",),
+    ),
+    (
+        "Open-Sora's text encoder reads more than the policy",
+        "vpo_engine/models/opensora/model.py",
+        'tokens = min(MAX_LENGTH, network.config["model_max_length"])',
+        "tokens = MAX_LENGTH",
+        ("tests/test_opensora_run.py::test_prompts_are_encoded_in_the_type_and_to_the_length_of_the_model",),
+    ),
+    (
+        "text encoders of diffusers' families compute in float32 whatever model.dtype says",
+        "vpo_engine/models/diffusers_model.py",
+        'attended=facts.padding == "attended", dtype=context.dtype,',
+        'attended=facts.padding == "attended",\n            dtype=torch.float32,',
+        ("tests/models/test_wan.py::test_prompts_are_encoded_in_the_type_of_the_model",),
+    ),
+    (
+        "CogVideoX takes a shift of noise levels and ignores it",
+        "vpo_engine/models/cogvideox/model.py",
+        'supports=(OPTIONS - {"model.flow_shift"}) | {"rollout.prune.frames"}',
+        'supports=OPTIONS | {"rollout.prune.frames"}',
+        ("tests/models/test_model_registry.py::test_a_setting_that_would_have_no_effect_is_refused",),
+    ),
+    (
+        "Open-Sora takes a width in pixels and ignores it",
+        "vpo_engine/models/registry.py",
+        '"model.width": (model.width, None)',
+        '"model.width": (model.height, None)',
+        ("tests/models/test_model_registry.py::test_a_setting_that_would_have_no_effect_is_refused",),
+    ),
+    (
+        "families of diffusers ignore model.attention",
+        "vpo_engine/models/diffusers_model.py",
+        "self.network.choose_backends(settings.attention, dtype=self.dtype)",
+        'self.network.choose_backends("auto", dtype=self.dtype)',
+        ("tests/models/test_wan.py::test_an_attention_that_cannot_run_here_is_refused",),
+    ),
+    (
+        "--size 240x426 makes upright videos of 426 x 240",
+        "vpo_engine/models/opensora/geometry.py",
+        "return sizes[height, width]",
+        "return sizes[width, height]",
+        ("tests/models/test_geometry.py",),
+    ),
+    (
+        "Open-Sora is told 24 frames a second whatever model.fps says",
+        "vpo_engine/models/opensora/model.py",
+        "Geometry(*size, settings.num_frames, settings.fps)",
+        "Geometry(*size, settings.num_frames, 24)",
+        ("tests/models/test_geometry.py",),
+    ),
+    (
+        "videos are encoded by a VAE that may be on the host",
+        "vpo_engine/models/base.py",
+        'with self.idle_offload.phase("decode"): parts = [',
+        "if True:\n            parts = [",
+        ("tests/memory/test_idle_offload_run.py::test_videos_are_encoded_with_the_vae_on_the_device",),
+    ),
+    (
+        "decode_frames and decode_strip_height exchanged",
+        "vpo_engine/models/opensora/model.py",
+        "self.decode_frames, self.decode_strip_height = memory.decode_frames, memory.decode_strip_height",
+        "self.decode_frames, self.decode_strip_height = memory.decode_strip_height, memory.decode_frames",
+        (
+            "tests/memory/test_checkpointing.py::test_the_decoder_takes_as_many_frames_and_rows_as_the_configuration_says",
+        ),
+    ),
+    (
+        "training times of a linear shift are shifted exponentially",
+        "vpo_engine/models/solvers.py",
+        'return math.exp(mu) if config.time_shift_type == "exponential" else mu',
+        "return math.exp(mu)",
+        ("tests/models/test_solvers.py::test_a_linear_shift_is_the_same_in_training_and_in_sampling",),
+    ),
+    (
+        "slices of other sizes count alike in the step cache",
+        "vpo_engine/models/step_cache.py",
+        "torch.stack(sizes) * first[0].numel()",
+        "torch.stack(sizes)",
+        ("tests/rollout/test_approximations.py::test_slices_count_by_their_tokens",),
+    ),
+    (
+        "more processes than latent frames are not refused",
+        "vpo_engine/models/opensora/model.py",
+        "latent_frames=frames, patches_of_a_frame",
+        "patches_of_a_frame",
+        (
+            "tests/distributed/test_sequence_runs.py::test_a_model_refuses_more_processes_than_it_has_latent_frames",
+        ),
+    ),
+    (
+        "attention over space by the kernel for short sequences",
+        "vpo_engine/models/opensora/blocks.py",
+        "if self.temporal and uses_triton(",
+        "if uses_triton(",
+        (
+            "tests/models/test_stdit3_text.py::test_the_kernel_for_short_sequences_serves_blocks_over_time_only",
+        ),
+    ),
+    (
+        "a token just beyond the text encoder's table is taken",
+        "vpo_engine/models/diffusers_text.py",
+        "if last >= known:",
+        "if last > known:",
+        ("tests/models/test_cogvideox_pipeline.py::test_the_ends_of_what_the_text_encoder_reads",),
+    ),
+    (
+        "a prompt that just fits is said to be cut",
+        "vpo_engine/models/diffusers_text.py",
+        "if longest > self._max_tokens",
+        "if longest >= self._max_tokens",
+        ("tests/models/test_cogvideox_pipeline.py::test_the_ends_of_what_the_text_encoder_reads",),
+    ),
+]
