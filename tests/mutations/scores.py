@@ -303,8 +303,8 @@ MUTATIONS = [
     (
         "other weights of VideoAlign and V-JEPA are the same for an evaluation",
         "vpo_engine/metrics/rewards.py",
-        '"*.pth.tar"),',
-        '"*.pt"),',
+        '"*.pth.tar", *_OF_VIDEOALIGN)',
+        ")",
         ("tests/rewards/test_every_scorer.py::test_a_metric_of_it_tells_its_weights_from_others",),
     ),
     (

@@ -18,14 +18,8 @@ from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.registry import build_reward, knows_frame_rate, made_for_one_rate, reward_card
 from vpo_engine.rewards.videos import FileReward
 
-_WEIGHT_FILES = (
-    *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.pth.tar"),
-    *(
-        "checkpoint-*/*.safetensors",
-        "checkpoint-*/*.pth",
-        "model_config.json",
-    ),  # of VideoAlign, with its scale
-)
+_OF_VIDEOALIGN = ("checkpoint-*/*.safetensors", "checkpoint-*/*.pth", "model_config.json")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.pth.tar", *_OF_VIDEOALIGN)
 """Files whose content decides the scores. Not all below the folder: below the sprites' own lies their policy."""
 _SOURCES = Path(__file__).parents[2]
 """The folder that the package lies in, from which cards name the weights that come with it."""

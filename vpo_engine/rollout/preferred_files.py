@@ -66,9 +66,8 @@ class FilePairs:
             if missing and processes.first:
                 say(f"encoding {missing} of {len(videos)} videos of {self.path}; they are kept in {folder}")
             folder.mkdir(parents=True, exist_ok=True)
-            for path in list(videos)[
-                processes.rank :: processes.count
-            ]:  # of all, since others may have begun
+            mine = list(videos)[processes.rank :: processes.count]  # of all, since others may have begun
+            for path in mine:
                 if not self._kept[path].is_file():
                     _keep(self._kept[path], _encoded(model, path, videos[path]))
         processes.wait()
