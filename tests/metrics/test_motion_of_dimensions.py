@@ -42,6 +42,7 @@ def test_the_filter_of_still_videos_looks_at_the_fastest_fiftieth(pixels: float,
 
 
 def test_the_stand_in_for_smoothness_takes_the_mean_of_both_neighbours() -> None:
-    levels = torch.tensor([0, 10, 40, 50, 80], dtype=torch.uint8).view(-1, 1, 1, 1)
+    """Those of the second frame have a mean of 20, and those of the fourth 60."""
+    levels = torch.tensor([0, 10, 40, 90, 80], dtype=torch.uint8).view(-1, 1, 1, 1)
     found = build_metric("proxy_motion_smoothness_blend").measure(levels.expand(-1, 8, 8, 3), "", 8.0)
-    assert found.values[""] == pytest.approx((255 - 10) / 255)
+    assert found.values[""] == pytest.approx((255 - 20) / 255)

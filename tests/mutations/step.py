@@ -350,7 +350,13 @@ MUTATIONS = [
         'metrics["reference_age"] = self.refreshed_at',
         REPLAY,
     ),
-    ("passes that keep step add a gradient", STEP, "samples=range(1), processes=0", "samples=range(1)", ZERO),
+    (
+        "passes that keep step add a gradient",
+        STEP,
+        "samples=range(1), processes=0",
+        "samples=range(1)",
+        ("tests/wiring/test_two_processes.py::test_passes_that_keep_step_with_other_processes_add_nothing",),
+    ),
     (
         "no limit becomes DeepSpeed's own",
         SETTINGS,

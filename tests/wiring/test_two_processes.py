@@ -16,6 +16,8 @@ from checks import CASES, check_lines, check_metrics, check_policies, check_rows
 from process_group import run_in_group
 
 from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.memory.optimizer import PolicyOptimizer
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.rollout.sampler import CandidateSampler
 from vpo_engine.runs.log import NullLog
 from vpo_engine.runs.signals import StopRequest
@@ -168,3 +170,15 @@ def test_a_process_stops_after_the_step_in_which_another_one_must(heard: int, fu
     )
     assert Trainer._must_stop(trainer, StopRequest())  # type: ignore[arg-type]
     assert trainer._disk_is_full == full
+
+
+def test_passes_that_keep_step_with_other_processes_add_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's processes make equally many; here there are two more in every step, of a pair that was trained on."""
+    engine.train(engine.make_config(tmp_path / "alone", "steps=2"))
+    monkeypatch.setattr(PolicyOptimizer, "in_lockstep", True)
+    monkeypatch.setattr(OnlineVPO, "_passes_behind", lambda self, samples: 2)
+    engine.train(engine.make_config(tmp_path / "together", "steps=2"))
+    one, other = (engine.policy_of(tmp_path / name / "run", 2) for name in ("alone", "together"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
