@@ -15,6 +15,7 @@ from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.checkpoint_size import check_disk, checkpoint_bytes
 from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.reference.store import build_reference
@@ -91,3 +92,11 @@ def test_checkpoints_that_are_there_need_no_more_room(
     free.free = need - 1
     with pytest.raises(ValueError, match="there for 2 checkpoints of"):
         check_disk(config, network, tmp_path)
+
+
+def test_a_method_without_a_reference_needs_no_room_for_one() -> None:
+    network = torch.nn.Linear(1000, 1000)
+    online, refl = (
+        checkpoint_bytes(load_config(None, [f"method={name}"]), network) for name in ("online_vpo", "refl")
+    )
+    assert online - refl == 4 * sum(parameter.numel() for parameter in network.parameters())

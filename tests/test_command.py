@@ -187,3 +187,10 @@ def test_a_run_in_use_is_refused_before_torch_is_imported(
         assert entry.main([f"run_dir={run}"]) == 1
         assert f"{run} is in use by process {os.getpid()} on " in capsys.readouterr().err
     assert not list(run.iterdir())
+
+
+def test_a_missing_file_is_named_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        entry.main(["model.policy=/nowhere"])

@@ -301,3 +301,26 @@ def test_settings_of_the_file_that_the_method_leaves_out_are_named() -> None:
     said, _, keys = note.partition(": ")
     assert said == "method=refl (ReFL) does not use these settings of the file, which are left out"
     assert {"rollout.candidates", "objective.beta", "reference.refresh_every"} <= set(keys.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["rollout.prune.after=0.5", "rollout.prune.keep=2"],
+            "rollout.prune={after: 0.5, keep: 2} has no meaning",
+        ),
+        (["rollout.explore.steps=6"], "rollout.explore={steps: 6} has no meaning"),
+    ],
+)
+def test_a_group_that_the_method_does_not_use_is_refused_with_its_values(
+    settings: list[str], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_config(None, ["method=refl", *settings])
+
+
+@pytest.mark.parametrize("setting", ["memory.step_in_backward=true", "memory.sequential=true"])
+def test_a_preset_does_not_hide_what_a_method_does_not_use(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(setting)} has no meaning for method=refl"):
+        load_config(None, ["method=refl", "memory.preset=fast", "optimizer.clip=null", setting])

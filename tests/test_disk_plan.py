@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import Config
+from vpo_engine.config_file import load_config
 from vpo_engine.disk_plan import DiskPart, check_run_fits, disk_parts, embedding_bytes
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.planning.disk import planned_disk
@@ -64,3 +66,18 @@ def test_what_the_disk_holds_already_needs_no_room_again(
         with (tmp_path / name / "all.bin").open("wb") as file:
             file.truncate(3 * 2**29)
     check_run_fits(small(), None, tmp_path, 2)  # type: ignore[arg-type]
+
+
+def test_pairs_that_offline_dpo_samples_before_its_first_step_are_planned() -> None:
+    def planned(*settings: str) -> tuple[int, int]:
+        """Return the bytes of the dataset, and the numbers of a video's latents."""
+        config = load_config(None, ["method=offline_dpo", "steps=6", "pairs_per_step=2", *settings])
+        parts, numbers = planned_disk(
+            config, lambda own, model, _: (disk_parts(own, model), math.prod(model.latent_shape))
+        )
+        return sum(part.bytes for part in parts if part.name == "preference dataset"), numbers
+
+    size, numbers = planned()
+    assert size > 12 * 2 * 4 * numbers
+    assert 3 * planned("offline_dpo.pairs=4")[0] == size
+    assert planned("offline_dpo.dataset=runs/a")[0] == 0

@@ -227,6 +227,24 @@ class TestFiles:
         saved = load_file(second / "checkpoints/step_00000002/policy/diffusion_pytorch_model.safetensors")
         assert all(torch.equal(made.transformer.state_dict()[name], weight) for name, weight in saved.items())
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"attention: auto": "attention: flash2"},
+            {"num_frames: 5": "num_frames: 9", "prune: null": "prune: {after: 0.5, keep: 2, frames: 9}"},
+        ],
+    )
+    def test_settings_of_the_runs_device_and_of_its_rollouts(
+        self, wan: Case, tmp_path: Path, changes: dict[str, str]
+    ) -> None:
+        run = Path(shutil.copytree(wan.full, tmp_path / "run"))
+        text = (run / "config.yaml").read_text()
+        for before, now in changes.items():
+            assert text.count(before) == 1
+            text = text.replace(before, now)
+        (run / "config.yaml").write_text(text)
+        assert (exported(run, tmp_path / "out") / "model_index.json").is_file()
+
     def test_the_moving_average(self, wan: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run = Path(shutil.copytree(wan.full, tmp_path / "run"))
         assert "has no moving average" in fails(capsys, run, "--ema", "--out", tmp_path / "out")

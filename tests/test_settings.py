@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,8 @@ def test_help_prints_all_settings_or_those_of_a_section(capsys: pytest.CaptureFi
     assert "memory." not in out.replace("memory.offload_idle", "")
     assert settings.main(["rolout"]) == 1
     assert "there is no section rolout; the sections are: model, model.lora, " in capsys.readouterr().err
+
+
+def test_every_row_of_the_reference_has_five_cells() -> None:
+    rows = [line for line in settings.markdown().splitlines() if line.startswith("| `")]
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {7}

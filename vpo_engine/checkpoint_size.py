@@ -27,6 +27,8 @@ def checkpoint_bytes(config: Config, network: nn.Module) -> int:
     reference = {"bf16": 2.0 * count, "int8": 1.1 * count, "exact8": 1.1 * count}.get(
         config.reference.storage, policy
     )
+    if not config.card.reference:
+        reference = 0.0
     average = 0 if config.ema.decay is None else policy - weights + 4 * count
     return int(policy + average + moments + master + reference)
 

@@ -96,7 +96,8 @@ def check_run_fits(config: Config, model: VideoModel, root: Path, done: int) -> 
         for part in disk_parts(config, model)
     ]
     fixed = sum(part.bytes for part in parts if not part.grows)
-    fixed_here = bytes_of(root / "checkpoints") + bytes_of(root / "gallery")
+    early = ("checkpoints", "gallery", *(("preference_dataset",) if _samples_before(config) else ()))
+    fixed_here = sum(bytes_of(root / name) for name in early)
     more = sum(part.bytes for part in parts if part.grows) + max(0, fixed - fixed_here) + SPARE_BYTES
     free, limit = free_bytes(root), config.disk.limit_gib
     if more > free:
@@ -120,16 +121,24 @@ def _refuse(room: str, more: int, parts: list[DiskPart], remedy: str) -> None:
 
 def _dataset(config: Config, model: VideoModel) -> list[DiskPart]:
     """Return the preference dataset's part, [] if the run keeps none."""
-    kept = config.pairs.dataset
+    kept, pairs, early = config.pairs.dataset, config.steps * config.pairs_per_step, _samples_before(config)
+    if early:
+        assert config.offline_dpo is not None
+        kept, pairs = "latents", config.offline_dpo.pairs or pairs
     if kept == "none" or not config.card.candidates:
         return []
     scored = config.rollout.candidates * (1 + config.pairs.resample)
     each = _PAIR_BYTES + scored * _SCORE_BYTES * (1 + len(config.reward.dimensions))
     if kept == "latents":
         each += 2 * 4 * math.prod(model.latent_shape)
-    size = config.steps * config.pairs_per_step * each
     less = "scores" if kept == "latents" else "none"
-    return [DiskPart("preference dataset", size, True, f"set pairs.dataset={less}")]
+    remedy = f"lower offline_dpo.pairs={pairs}" if early else f"set pairs.dataset={less}"
+    return [DiskPart("preference dataset", pairs * each, not early, remedy)]
+
+
+def _samples_before(config: Config) -> bool:
+    """Return whether the run samples all of its pairs before the first step, and keeps them."""
+    return config.offline_dpo is not None and config.offline_dpo.given is None
 
 
 def _videos(config: Config, model: VideoModel) -> list[DiskPart]:

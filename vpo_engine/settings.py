@@ -141,7 +141,13 @@ def markdown() -> str:
         parts.append("\n| key | type | default | meaning | source |\n|---|---|---|---|---|\n")
         for setting in group.settings:
             key = f"{group.key}.{setting.name}" if group.key else setting.name
-            cells = (f"`{key}`", setting.type, f"`{setting.default}`", setting.meaning, setting.source)
+            cells = (
+                f"`{key}`",
+                setting.type,
+                f"`{setting.default}`",
+                setting.meaning.replace("|", r"\|"),
+                setting.source,
+            )
             parts.append(f"| {' | '.join(cells)} |\n".replace("``", "`").replace("|  |", "| |"))
     return "".join(parts)
 

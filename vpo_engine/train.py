@@ -18,6 +18,7 @@ from importlib.util import find_spec
 
 from vpo_engine import settings
 from vpo_engine.command import (
+    USER_ERRORS,
     Parser,
     is_first_process,
     processes_that_train,
@@ -70,7 +71,8 @@ def train(config: Config) -> int:
     torch and the models are imported after everything has been checked that the configuration and the run directory
     tell.
     """
-    require_files(config)
+    with same_in_all_processes():
+        require_files(config)
     if config.prompts.train is not None or config.prompts.held_out is not None:
         from vpo_engine.data.prompt_settings import check_prompt_files
 
@@ -94,9 +96,19 @@ def train(config: Config) -> int:
             check_wandb(config.log.wandb)
         for note in notes(config):
             say(wrap_for(sys.stderr, f"note: {note}"), sys.stderr)
+    elif _is_finished(config):
+        return 0
     from vpo_engine.training import run_training
 
     return run_training(config)
+
+
+def _is_finished(config: Config) -> bool:
+    """Return whether the run is finished, in a process that says nothing: the first one tells what is wrong."""
+    try:
+        return find_start(config).finished
+    except USER_ERRORS:
+        return False
 
 
 def _check_peft(config: Config) -> None:

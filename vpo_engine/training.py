@@ -218,6 +218,7 @@ def _open_run(
             at_end.enter_context(RunLock(start.root))
             start = find_start(config)  # another process may have ended meanwhile
         run = start.open(config)
+        run.summary.unlink(missing_ok=True)  # the result of an earlier end, which the run goes beyond now
         if start.checkpoint is None:
             write_record(run.root, texts)
         if start.root is None:

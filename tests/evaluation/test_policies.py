@@ -274,3 +274,11 @@ def test_no_more_videos_are_sampled_at_once_than_candidates_fit(limit: str, coun
     assert _at_once(load_config(None, ["rollout.candidates=4", f"rollout.batch_size={limit}"])) == count
     plan = [*((0, "a", index) for index in range(5)), (1, "b", 0)]
     assert [len(batch) for batch in _batches(plan, 3)] == [3, 2, 1]
+
+
+def test_steps_that_are_asked_for_win_over_those_of_the_runs_evaluations(tmp_path: Path) -> None:
+    config = tmp_path / "turbo.yaml"
+    config.write_text("evaluation: {steps: 7}\n")
+    source = find_arm("policy", config, None, ["rollout.steps=5"]).source
+    assert source is not None
+    assert sampling_settings(source.config)["rollout.steps"] == 5

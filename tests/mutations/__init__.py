@@ -3,6 +3,7 @@
 from mutations import (
     adapters,
     bookkeeping,
+    commands,
     evaluation,
     flow,
     gradients,
@@ -49,5 +50,6 @@ MUTATIONS = [
     *planning.MUTATIONS,
     *networks.MUTATIONS,
     *reports.MUTATIONS,
+    *commands.MUTATIONS,
     *memory.MUTATIONS,
 ]

@@ -177,8 +177,8 @@ MUTATIONS = [
     (
         "an evaluation samples with the steps of training",
         "vpo_engine/evaluation/arms.py",
-        "steps=source.config.held_out_steps",
-        "steps=source.config.rollout.steps",
+        "if own else source.config.held_out_steps",
+        "if True else source.config.held_out_steps",
         ("tests/evaluation/test_policies.py::test_a_policy_is_evaluated_with_as_many_steps_as_its_run_did",),
     ),
     (

@@ -11,7 +11,7 @@ MUTATIONS = [
     (
         "a preset is refused where a method does not use one of its settings",
         "vpo_engine/config/methods.py",
-        'elif value != default and not (sections == ["memory"] and owner.preset is not None):',
+        'elif value != default and not (sections == ["memory"] and _of_preset(owner.preset, leaf, value)):',
         "elif value != default:",
         ("tests/test_config.py",),
     ),

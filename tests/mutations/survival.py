@@ -210,7 +210,7 @@ MUTATIONS = [
     (
         "a resumed run chooses its memory settings again",
         "vpo_engine/runs/start.py",
-        'sections["memory"] = saved.memory',
+        'sections["memory"] = config.memory.model_copy(update=chosen)',
         "pass",
         ("tests/runs/test_start.py::test_a_resumed_run_keeps_the_memory_settings_that_were_planned",),
     ),

@@ -381,3 +381,11 @@ def test_every_clip_stands_beside_its_own_score_and_the_widest_pair_comes_first(
     assert "The score is higher after training in 2 of 2 clips" in page.text
     found = re.findall(r"step (\d), wide gap ([\d.]+)", page.text)
     assert found == [("1", "0.500"), ("2", "0.300"), ("1", "0.100")]
+
+
+def test_the_head_has_no_settings_that_the_method_does_not_use(tmp_path):
+    run = RunDirectory.create_at(tmp_path / "run", CONFIG + "method: refl\n")
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "learning rate 0.0001" in text
+    for unused in ("candidates per prompt", "beta 250.0", "K 10"):
+        assert unused not in text

@@ -204,8 +204,37 @@ def test_a_resumed_run_keeps_the_memory_settings_that_were_planned(a_run: Make) 
         "checkpoint.keep=9",
         "processes.reward=true",
         "log.wandb=mine",
+        "memory.overcommit=true",
+        "memory.limit_gib=99",
+        "prompts.cache=texts",
     ],
 )
 def test_what_changes_no_result_may_differ_when_a_run_goes_on(a_run: Make, changed: str) -> None:
     root = a_run(20)
     assert start_of(root, changed) == Start(root, root / "checkpoints/step_00000020", exists=True)
+
+
+@pytest.mark.parametrize("name", ["my_run", "a run", "sprites"])
+def test_what_is_started_again_finds_its_own_run_and_no_other(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = Start(None).open(load_config(None, [f"name={name}"])).root
+    Start(None).open(load_config(None, [f"name={name}-fast"]))
+    os.utime(own / "config.yaml", (1, 1))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find_start(load_config(None, [f"name={name}"])) == Start(own, exists=True)
+
+
+def test_memory_settings_that_no_plan_chooses_are_not_dropped_when_a_run_goes_on(a_run: Make) -> None:
+    root = a_run(20)
+    (root / "config.yaml").write_text(dump_config(load_config(None, ["memory.preset=balanced"])))
+    message = refused(root, "memory.preset=balanced", "memory.optimizer_bits=8", "memory.mlp_chunks=4")
+    assert "memory.optimizer_bits: 32 -> 8" in message
+    assert "memory.mlp_chunks: 1 -> 4" in message
+
+
+def test_another_number_of_held_out_prompts_is_refused_by_its_setting(a_run: Make) -> None:
+    assert "evaluation.prompts: null -> 3, and the base was evaluated so" in refused(
+        a_run(20), "evaluation.prompts=3"
+    )

@@ -113,8 +113,8 @@ def test_the_look_of_an_evaluation_is_told_as_its_distance_from_the_base(run: Pa
     assert max(map(abs, expected.values())) > 0.5
 
 
-def make_held_out(reward: ToyReward) -> tuple[HeldOut, VideoModel]:
-    config = engine.load_config(None, [*engine.SETTINGS, *SETTINGS])
+def make_held_out(reward: ToyReward, *more: str) -> tuple[HeldOut, VideoModel]:
+    config = engine.load_config(None, [*engine.SETTINGS, *SETTINGS, *more])
     processes = Processes.start("cpu")
     scorers = HeldOutScorers(reward, lambda videos, _: {})
     model = build_model(config, processes)
@@ -203,3 +203,20 @@ def test_a_policy_that_diverges_in_an_evaluation_is_named_with_its_place(
         ValueError, match=rf"the policy has diverged (in the evaluation )?{where}: the policy samples"
     ):
         engine.train(engine.make_config(tmp_path, *SETTINGS, "evaluation.every=2", "steps=5"))
+
+
+@pytest.mark.parametrize(("size", "most"), [("auto", 12), ("null", 12), ("5", 5)])
+def test_no_more_clips_are_sampled_at_once_than_a_step_makes_videos(
+    size: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out, model = make_held_out(ToyReward(), f"rollout.batch_size={size}")
+    model.prepare(engine.HELD_OUT)
+    sizes: list[int] = []
+
+    def sample(_: object, noise: Tensor, *__: object, **___: object) -> Tensor:
+        sizes.append(len(noise))
+        return torch.zeros_like(noise)
+
+    monkeypatch.setattr(model, "sample", sample)
+    held_out.evaluate(model.network, 20)
+    assert (max(sizes), sum(sizes)) == (most, 40)

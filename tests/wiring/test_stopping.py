@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from test_resume import assert_same
 
 from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.evaluation.finished_runs import compare
 from vpo_engine.memory.optimizer import PolicyOptimizer
 from vpo_engine.method import Step
 from vpo_engine.metrics.held_out import HeldOut
@@ -238,7 +240,7 @@ def test_a_run_that_dies_after_its_summary_is_not_taken_for_finished(
 def test_a_longer_run_that_is_stopped_in_its_last_evaluation_is_not_finished(
     tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The summary of the shorter run is still there."""
+    """Nor has it the summary of the shorter run any more."""
     engine.train(engine.make_config(tmp_path, "steps=1"))
     summary = engine.summary_of(tmp_path / "run")
     longer = engine.make_config(tmp_path, "steps=2")
@@ -246,7 +248,7 @@ def test_a_longer_run_that_is_stopped_in_its_last_evaluation_is_not_finished(
     engine.train(longer, exit_code=143)
     monkeypatch.undo()
     assert engine.checkpoint(tmp_path / "run", 2).is_dir()
-    assert engine.summary_of(tmp_path / "run") == summary
+    assert not (tmp_path / "run/summary.json").exists()
     engine.train(longer)
     assert [row["step"] for row in engine.metrics_of(tmp_path / "run", "eval")] == [0, 1, 2]
     assert engine.summary_of(tmp_path / "run") != summary
@@ -348,3 +350,24 @@ def test_a_resumed_run_that_is_stopped_in_its_first_step_says_where_it_is(
     said = capfd.readouterr()
     assert "then saving step 1;" in said.err
     assert "stopped by SIGTERM after step 1, which is saved" in said.out
+
+
+def test_a_run_that_was_made_longer_has_no_result_until_it_ends_again(
+    whole: tuple[Path, int], tmp_path: Path, at: Callable[..., None]
+) -> None:
+    run = Path(shutil.copytree(whole[0] / "run", tmp_path / "run"))
+    at(StopPoints, "check", 1, terminate)
+    engine.train(engine.make_config(whole[0], *SETTINGS, "steps=6", f"run_dir={run}"), exit_code=143)
+    with pytest.raises(ValueError, match="the run has not finished"):
+        compare([run])
+
+
+def test_every_process_of_a_finished_run_ends_at_once(
+    whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "vpo_engine.training.run_training", lambda _: pytest.fail("it would wait for the first one")
+    )
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    engine.train(engine.make_config(whole[0], *SETTINGS))

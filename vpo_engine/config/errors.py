@@ -155,6 +155,8 @@ def _named_places(message: str, kind: type[Section], origins: Mapping[str, str],
 
 def shown(value: object) -> str:
     """Return a setting's value as it is written in YAML."""
+    if isinstance(value, Section):
+        value = value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, (str, Path)):
         return one_line(shortened(str(value)))
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000, sort_keys=False)

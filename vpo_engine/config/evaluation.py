@@ -12,7 +12,7 @@ class EvaluationConfig(Section):
     trained on."""
 
     every: int | None = Field(200, ge=1)
-    """Optimizer steps between evaluations; null: only at the start and at the end."""
+    """Steps between evaluations; null: only at the start and at the end."""
     samples_per_prompt: int = Field(1, ge=1)
     """Number of videos per held-out prompt."""
     prompts: int | None = Field(None, ge=1)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from vpo_engine.config.presets import MEMORY_PRESETS
 from vpo_engine.config.reward import RewardKind
 from vpo_engine.config.section import Section
 
@@ -304,8 +305,16 @@ def unused_settings(config: Section, names: Sequence[str]) -> Iterator[tuple[str
         value, default = getattr(owner, leaf), type(owner).model_fields[leaf].default
         if isinstance(default, Section):
             yield from unused_settings(config, [f"{name}.{key}" for key in type(default).model_fields])
-        elif value != default and not (sections == ["memory"] and owner.preset is not None):
+        elif value != default and not (sections == ["memory"] and _of_preset(owner.preset, leaf, value)):
             yield name, value, default
+
+
+def _of_preset(preset: str | None, name: str, value: Any) -> bool:
+    """Return whether memory.preset gives a setting this value; balanced may give any of those it chooses."""
+    if preset == "balanced":
+        return name in MEMORY_PRESETS["lean"]
+    values = MEMORY_PRESETS.get(preset or "", {})
+    return name in values and values[name] == value
 
 
 def refuse_beside_gradients(config: Any) -> None:

@@ -91,8 +91,8 @@ class OptimizerConfig(Section):
 
 
 class EmaConfig(Section):
-    """An exponential moving average of the trained weights, in float32. Held-out evaluations and exports use it;
-    rollout and reference never do."""
+    """An exponential moving average of the trained weights, in float32. Held-out evaluations use it, and
+    export --ema does; rollout and reference never do."""
 
     decay: float | None = Field(None, gt=0, lt=1)
     """Decay d of the average, which becomes d * average + (1 - d) * weights after every optimizer step; null: there is

@@ -52,7 +52,7 @@ def find_arm(role: Role, path: Path, base: Path | None, overrides: Sequence[str]
         return Arm(role, str(path), folder=path)
     source = find_source(path, base if holds_adapter(path) else None, overrides)
     label = str(path) if source.step is None else f"{path}, step {source.step}"
-    return Arm(role, label, source=_as_evaluated(source))
+    return Arm(role, label, source=_as_evaluated(source, overrides))
 
 
 def starting_policy(arm: Arm, overrides: Sequence[str]) -> Arm:
@@ -66,7 +66,11 @@ def starting_policy(arm: Arm, overrides: Sequence[str]) -> Arm:
         )
     root = checkpoint.resolve().parent.parent
     config = load_config(root / CONFIG_NAME, [f"run_dir={root}", *overrides])
-    return Arm("baseline", f"the policy that {root.name} started from", _as_evaluated(PolicySource(config)))
+    return Arm(
+        "baseline",
+        f"the policy that {root.name} started from",
+        _as_evaluated(PolicySource(config), overrides),
+    )
 
 
 def check_alike(policy: Arm, baseline: Arm) -> None:
@@ -119,9 +123,12 @@ def held_out_prompts(arm: Arm) -> list[str] | None:
     return list(build_prompts(config)[1])
 
 
-def _as_evaluated(source: PolicySource) -> PolicySource:
-    """Return a source that samples with as many steps as the run's own evaluations."""
-    return with_options(source, SampleOptions(steps=source.config.held_out_steps))
+def _as_evaluated(source: PolicySource, overrides: Sequence[str]) -> PolicySource:
+    """Return a source that samples with as many steps as the run's own evaluations, unless others are asked for."""
+    asked = {word.partition("=")[0] for word in overrides}
+    own = "rollout.steps" in asked and "evaluation.steps" not in asked
+    steps = source.config.rollout.steps if own else source.config.held_out_steps
+    return with_options(source, SampleOptions(steps=steps))
 
 
 def _digest(source: PolicySource) -> str:

@@ -76,9 +76,13 @@ def write_export(source: PolicySource, out: Path, options: ExportOptions) -> Exp
 
 def _load(config: Config, **changed: Any) -> VideoModel:
     """Load the model of a run on the CPU, with weights and arithmetic in float32, for videos of a small size."""
-    plain = {"device": "cpu", "dtype": "float32"} | small_size(config.model.kind) | changed
+    plain = {"device": "cpu", "dtype": "float32", "attention": "auto", "fused_ops": "auto"}
+    plain |= small_size(config.model.kind) | changed
     settings = config.model.model_copy(update=plain)
-    config = config.model_copy(update={"model": settings, "memory": MemoryConfig()})
+    rollout = config.rollout.model_copy(
+        update={"prune": None}
+    )  # its previews may be longer than a small video
+    config = config.model_copy(update={"model": settings, "memory": MemoryConfig(), "rollout": rollout})
     return build_model(config, Processes.start("cpu"), say=lambda line: None)
 
 

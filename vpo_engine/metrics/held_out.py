@@ -116,8 +116,15 @@ class HeldOut:
         return self.prompts[clip % len(self.prompts)]
 
     def _chunks(self, clips: Sequence[int]) -> list[Sequence[int]]:
-        size = self._config.rollout.batch_limit or 64
+        size = self._config.rollout.batch_limit or self._videos_of_a_step()
         return [clips[start : start + size] for start in range(0, len(clips), size)]
+
+    def _videos_of_a_step(self) -> int:
+        """Return how many videos this process makes in a step, which its memory is known to hold; at most 64."""
+        config, team = self._config, self._processes.team_size
+        prompts = max(1, config.pairs_per_step * team // self._processes.count)
+        each = config.rollout.candidates // config.processes.sharers if config.card.candidates else 1
+        return min(64, prompts * max(1, each))
 
     @torch.no_grad()
     def _sample(self, network: Network, clips: Sequence[int]) -> Tensor:

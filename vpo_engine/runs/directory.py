@@ -26,7 +26,7 @@ class RunDirectory:
     @classmethod
     def create(cls, label: str, config_yaml: str, *, parent: Path = Path(RUNS)) -> RunDirectory:
         """Make the directory ``parent/<label>-<date>-<time>``; append ``-2``, ``-3``, ... if that name is taken."""
-        stem = f"{_slug(label)}-{datetime.now():%Y%m%d-%H%M%S}"
+        stem = f"{slug(label)}-{datetime.now():%Y%m%d-%H%M%S}"
         parent.mkdir(parents=True, exist_ok=True)
         name, attempt = stem, 1
         while True:
@@ -154,9 +154,9 @@ def _point_to_latest(root: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
     """Keep only letters, digits, dots and dashes, so that the name is valid on every file system."""
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")
-    if not slug:
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")
+    if not name:
         raise ValueError(f"the name of a run must have a letter or a digit, got {label!r}")
-    return slug
+    return name

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.config import Config
+from vpo_engine.config.methods import GIVEN, METHODS, card_of
 from vpo_engine.config.yaml_values import MOST_BYTES, read_settings
 from vpo_engine.full_disk import write_whole
 from vpo_engine.metrics.summary import headline, verdict
@@ -84,16 +85,17 @@ def _header(run: RunDirectory, config: dict[str, Any], summary: Summary | None, 
         )
     else:
         title, text = "Not started yet", "No step has been logged."
-    facts = [counted(rows.steps, "step")]
+    facts, unused = [counted(rows.steps, "step")], _unused(config)
     for keys, label in (
         (("pairs_per_step",), "pairs per step"),
         (("rollout", "candidates"), "candidates per prompt"),
         (("objective", "beta"), "beta"),
         (("reference", "refresh_every"), "K"),
+        (("offline_dpo", "refresh_every"), "K"),
         (("optimizer", "lr"), "learning rate"),
         (("seed",), "seed"),
     ):
-        value = _lookup(config, keys)
+        value = None if {".".join(keys), keys[0]} & unused else _lookup(config, keys)
         if value is not None:
             shown = shortened(str(value), 40)
             facts.append(f"{shown} {label}" if "per" in label else f"{label} {shown}")
@@ -144,6 +146,15 @@ def _lookup(config: dict[str, Any], keys: Sequence[str]) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _unused(config: dict[str, Any]) -> set[str]:
+    """Return the settings, and sections, that the run's method does not use."""
+    method = config.get("method", "online_vpo")
+    if method not in METHODS:
+        return set()
+    given = next((name for name in GIVEN if _lookup(config, (method, name)) is not None), None)
+    return set(card_of(method, given).unused)
 
 
 def _trained_weights(config: dict[str, Any]) -> dict[str, float]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vpo_engine.config import Config, Section
+from vpo_engine.config.presets import MEMORY_PRESETS
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.runs.attempts import was_cut_short
 from vpo_engine.runs.checkpoint import checkpoint_name, complete_checkpoints, unusable_checkpoints
-from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory
+from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory, slug
 from vpo_engine.runs.lock import LOCK_NAME
 
 _FREE_TO_CHANGE = (
@@ -26,8 +28,13 @@ _FREE_TO_CHANGE = (
     "processes",
     "distributed",
     "log",
+    "memory.limit_gib",
+    "memory.overcommit",
+    "prompts.cache",
 )
-"""Settings that may differ when a run is resumed."""
+"""Settings, and sections of them, that may differ when a run is resumed."""
+_WHEN = re.compile(r"\d+(-\d{6}(-\d+)?)?")
+"""The end of a run directory's name behind the run's: date, time, and a number where that was taken."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +107,22 @@ def check_same_run(config: Config, saved_config: Path) -> None:
     different = [
         f"{key}: {show_value(before)} -> {show_value(now)}"
         for key, before, now in differences(saved, config)
-        if key.partition(".")[0] not in _FREE_TO_CHANGE
+        if key not in _FREE_TO_CHANGE and key.partition(".")[0] not in _FREE_TO_CHANGE
     ]
     if saved.held_out_steps != config.held_out_steps:
         different.append(
             f"evaluation.steps: {saved.held_out_steps} -> {config.held_out_steps}, and the base was evaluated so"
         )
-    samples, now = saved.evaluation.samples_per_prompt, config.evaluation.samples_per_prompt
-    if samples != now:
-        different.append(f"evaluation.samples_per_prompt: {samples} -> {now}, and the base was evaluated so")
+    for name in ("samples_per_prompt", "prompts"):
+        before, now = getattr(saved.evaluation, name), getattr(config.evaluation, name)
+        if before != now:
+            changed = f"{show_value(before)} -> {show_value(now)}"
+            different.append(f"evaluation.{name}: {changed}, and the base was evaluated so")
     if different:
         raise ValueError(
             f"{saved_config.parent} holds a run with other settings (there -> now): {'; '.join(different)}. Resume it "
-            f"with its own settings (only {', '.join(_FREE_TO_CHANGE)} may change, but not evaluation.steps and "
-            "evaluation.samples_per_prompt), or give another run_dir"
+            f"with its own settings (only {', '.join(_FREE_TO_CHANGE)} may change, but not evaluation.steps, "
+            "evaluation.samples_per_prompt and evaluation.prompts), or give another run_dir"
         )
 
 
@@ -124,7 +133,9 @@ def resolved_as_before(config: Config, saved: Config) -> Config:
     if config.rollout.batch_size == "auto":
         sections["rollout"] = config.rollout.model_copy(update={"batch_size": saved.rollout.batch_size})
     if config.memory.preset == saved.memory.preset == "balanced":
-        sections["memory"] = saved.memory
+        names = [name for name in MEMORY_PRESETS["lean"] if config.memory.chooses(name)]
+        chosen = {name: getattr(saved.memory, name) for name in names}
+        sections["memory"] = config.memory.model_copy(update=chosen)
     return config.model_copy(update=sections) if sections else config
 
 
@@ -171,7 +182,12 @@ def _root(config: Config, asked: bool) -> Path | None:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if not (asked or (restarted and config.checkpoint.resume is not False)):
         return None
-    earlier = Path("runs").glob(f"{config.name}-*/{CONFIG_NAME}")
+    stem = f"{slug(config.name)}-"
+    earlier = [
+        path
+        for path in Path("runs").glob(f"{stem}*/{CONFIG_NAME}")
+        if _WHEN.fullmatch(path.parent.name.removeprefix(stem))  # not of a longer name
+    ]
     newest = max(earlier, key=lambda path: path.stat().st_mtime, default=None)
     return None if newest is None else newest.parent
 
