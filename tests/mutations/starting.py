@@ -265,8 +265,8 @@ MUTATIONS = [
     (
         "a moving average may begin when a run goes on",
         START,
-        '"checkpoint", "processes", "distributed", "log" )',
-        '"checkpoint", "ema", "processes", "distributed", "log")',
+        '"distributed", "log", "memory.limit_gib",',
+        '"distributed", "log", "ema", "memory.limit_gib",',
         ("tests/wiring/test_faults.py::test_a_run_is_not_resumed_with_other_settings",),
     ),
 ]
