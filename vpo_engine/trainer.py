@@ -34,7 +34,7 @@ from vpo_engine.rewards.registry import reward_card
 from vpo_engine.rollout.preference_dataset import PairRecorder
 from vpo_engine.run_gallery import keep_held_out, keep_pairs, shown_clips
 from vpo_engine.run_state import average_writer, capture, policy_writer, restore
-from vpo_engine.runs.alarms import write_alarms
+from vpo_engine.runs.alarms import read_alarms, write_alarms
 from vpo_engine.runs.checkpoint import load_checkpoint, newest_complete
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.disk_use import DiskWatch
@@ -109,6 +109,8 @@ class Trainer:
             ):
                 try:
                     self._prepare(start)
+                    if self._alarmed and start < total:
+                        return self._stopped(stop)
                     for step in range(start + 1, total + 1):
                         self._train_step(step)
                         if self._must_stop(stop) and step < total:
@@ -368,6 +370,11 @@ class Trainer:
             self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy, checkpoint.average
         )
         self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
+        known = (
+            read_alarms(self._run) or () if self._processes.first else ()
+        )  # also of evaluations after the save
+        text = self._processes.broadcast_text(json.dumps([each for each in known if each["step"] <= step]))
+        self._monitor.recall(json.loads(text))
         self._saved_at = self._resumed_at = step
         evaluated = self._log.resume(step, total)
         due = self._due(self._config.evaluation.every, step) and step < total

@@ -16,6 +16,7 @@ from test_teams import PROMPTS
 from torch import Tensor
 from zero_runs import make
 
+from vpo_engine import training
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.couples import Couples
@@ -214,3 +215,14 @@ def test_the_plan_of_a_process_of_a_couple_is_of_half_a_pass() -> None:
     # Keys and values of the text are made once a prompt, by every process.
     whole, part = trace(1), trace(4, "processes.per_prompt=4", *SPLIT)
     assert part.flops("rollout") == pytest.approx(whole.flops("rollout") / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_run_makes_couples_of_its_processes_only_when_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, split: bool
+) -> None:
+    monkeypatch.setattr("torch.distributed.new_group", lambda ranks, timeout: list(ranks))
+    team = Processes(1, 2, torch.device("cpu")).in_teams(2)
+    monkeypatch.setattr(Processes, "start", staticmethod(lambda *_: team))
+    given = ["processes.per_prompt=2", "rollout.guidance=4", f"processes.split_guidance={split}"]
+    assert (training._start_processes(load_config(None, given)).team.couple is not None) == split

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import engine
+import gradient_toy
 import pytest
 import torch
 from oracle import Oracle
 from torch import Tensor
 from toy import ToyNetwork, ToyReward, scores_of, video_of
 
+from vpo_engine import trainer as loop
 from vpo_engine.build import build_model
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.errors import NotFiniteError
@@ -220,3 +223,38 @@ def test_no_more_clips_are_sampled_at_once_than_a_step_makes_videos(
     monkeypatch.setattr(model, "sample", sample)
     held_out.evaluate(model.network, 20)
     assert (max(sizes), sum(sizes)) == (most, 40)
+
+
+def test_a_method_without_candidates_evaluates_no_more_clips_at_once_than_its_micro_batches() -> None:
+    more = ("method=refl", *gradient_toy.SETTINGS, "rollout.batch_size=auto", "objective.micro_batch_size=2")
+    held_out, _ = make_held_out(ToyReward(), *more)
+    assert [len(chunk) for chunk in held_out._chunks(range(5))] == [2, 2, 1]
+
+
+class Blind(ToyReward):
+    reads_prompt = False
+
+
+@pytest.mark.parametrize(("kind", "reward"), [("toy:ToyReward", ToyReward), ("test_evaluation:Blind", Blind)])
+def test_prompts_are_exchanged_only_for_a_reward_that_reads_them(
+    tmp_path: Path, kind: str, reward: type[ToyReward]
+) -> None:
+    engine.train(engine.make_config(tmp_path, "steps=1", f"reward.kind={kind}"), reward())
+    first, *_ = engine.metrics_of(tmp_path / "run", "eval")
+    assert any(name.startswith("guards/prompt/") for name in first) == (reward is ToyReward)
+
+
+def test_measuring_the_device_is_charged_to_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes half a second here, and the step with all that is around it far less than the rest of that."""
+
+    def count(*given: Any) -> Any:
+        time.sleep(0.5)
+        return flops(*given)
+
+    flops = loop.count_row_flops
+    monkeypatch.setattr(loop, "count_row_flops", count)
+    engine.train(engine.make_config(tmp_path, "steps=1"))
+    rows = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    row = next(row for row in rows if row["kind"] == "train")
+    stages = ("text", "evaluate", "rollout", "update", "checkpoint")
+    assert row["seconds/step"] - sum(row.get(f"seconds/{name}", 0.0) for name in stages) < 0.4

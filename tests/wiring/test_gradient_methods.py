@@ -173,9 +173,10 @@ def test_a_step_of_instructvideo_is_the_formula(
     first.assert_row(row, (1 - rewards).mean(), rewards)
 
 
-def test_a_step_of_t2v_turbo_is_the_formula(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_step_of_t2v_turbo_is_the_formula(tmp_path: Path, seed: int) -> None:
     """Pseudo-Huber between two answers x + t v, one of them behind the teacher's guided step, minus the reward."""
-    config = make_config(tmp_path, *METHODS["t2v_turbo"], "steps=1")
+    config = make_config(tmp_path, *METHODS["t2v_turbo"], "steps=1", f"seed={seed}")
     train(config)
     [row] = engine.metrics_of(tmp_path / "run")
     first = First(config)
@@ -278,11 +279,16 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...] | None]:
 
 
 @pytest.mark.usefixtures("decoded")
-@pytest.mark.parametrize("segments", [1, 3])
-def test_instructvideo_scores_a_frame_of_each_segment(tmp_path: Path, segments: int) -> None:
+@pytest.mark.parametrize(("segments", "seed"), [(1, 0), (3, 0), (3, 1)])
+def test_instructvideo_scores_a_frame_of_each_segment(tmp_path: Path, segments: int, seed: int) -> None:
     """Another one for each video, and the less it counts the farther it is from the middle frame."""
     own = (*METHODS["instructvideo"], "instructvideo.strength=0.2", "instructvideo.attenuation=0.5")
-    more = (f"instructvideo.segments={segments}", "reward.dimensions=text_alignment", "steps=1")
+    more = (
+        f"instructvideo.segments={segments}",
+        "reward.dimensions=text_alignment",
+        "steps=1",
+        f"seed={seed}",
+    )
     config = make_config(tmp_path, *own, *more)
     engine.train(config, Alignment())
     [row] = engine.metrics_of(tmp_path / "run")

@@ -101,9 +101,11 @@ def test_refl_draws_its_step_anew_in_every_step(tmp_path: Path) -> None:
     assert len(set(late)) > 1
 
 
-def test_videos_of_a_file_of_pairs_are_its_winners(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_videos_of_a_file_of_pairs_are_its_winners(tmp_path: Path, seed: int) -> None:
     """They come in the order that the seed draws; ``make_config`` writes winner 2 n and loser 2 n + 1 of prompt n."""
-    config = make_config(tmp_path, *METHODS["instructvideo"], "instructvideo.strength=0.2", "steps=1")
+    own = (*METHODS["instructvideo"], "instructvideo.strength=0.2", "steps=1", f"seed={seed}")
+    config = make_config(tmp_path, *own)
     [noised] = [latents for _, settings, _, latents in train(config).sampled if settings.steps == 5]
     order = torch.randperm(3, generator=generator(config.seed, "given videos")).tolist()
     for place, latents in enumerate(noised):
@@ -263,3 +265,21 @@ def test_a_family_without_gradients_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"method=refl sends the gradient .* \(toy\) does not support; set method"
     ):
         train(config)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_refl_draws_its_steps_and_its_noise_by_the_seed(tmp_path: Path, seed: int) -> None:
+    config = make_config(tmp_path, *REFL, "steps=4", f"seed={seed}")
+    found = [(stop.stop, noise) for _, own, stop, noise in train(config).sampled if own.steps == 5]
+    assert [late for late, _ in found] == [2 + integer(3, seed, "refl", step) for step in range(4)]
+    for step, (_, noise) in enumerate(found):
+        places = range(4 * step, 4 * step + 4)
+        expected = torch.cat([normal((1, *SHAPE), seed, "rollout", place) for place in places])
+        assert torch.equal(noise, expected)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_vader_draws_how_many_steps_it_trains_by_the_seed(tmp_path: Path, seed: int) -> None:
+    config = make_config(tmp_path, *METHODS["vader, random"], "vader.steps=6", "steps=3", f"seed={seed}")
+    stops = [stop.stop for _, own, stop, _ in train(config).sampled if own.steps == 6]
+    assert stops == [6 - (1 + integer(6, seed, "vader", step)) for step in range(3)]

@@ -13,7 +13,7 @@ import engine
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy import SHAPE
+from toy import SHAPE, ToyReward
 
 from vpo_engine import train as entry
 from vpo_engine.distributed.processes import Processes
@@ -357,3 +357,27 @@ def test_the_log_of_pairs_that_were_sampled_once_tells_nothing_of_resampling(tmp
     [row] = engine.metrics_of(tmp_path / "run")
     assert "tie_rate" in row
     assert "tie_rate_before_resample" not in row
+
+
+class OtherReward(ToyReward):
+    """Scores a dimension that the run which made the pairs does not have."""
+
+    dimensions = ("sharpness",)
+
+    def score(self, videos: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {"sharpness": super().score(videos, prompts)["visual_quality"]}
+
+
+def test_pairs_that_another_reward_has_scored_are_trained_on(tmp_path: Path) -> None:
+    engine.train(engine.make_config(tmp_path / "online", "steps=2"))
+    other = ("reward.kind=test_offline_pairs:OtherReward", "reward.dimensions=sharpness", "steps=2")
+    stored = f"offline_dpo.dataset={tmp_path / 'online/run'}"
+    engine.train(engine.make_config(tmp_path / "offline", *engine.OFFLINE, *other, stored), OtherReward())
+    rows = engine.metrics_of(tmp_path / "offline/run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["pairs"] for row in rows)
+
+
+def test_pairs_that_are_sampled_once_name_their_seed(tmp_path: Path) -> None:
+    engine.train(engine.make_config(tmp_path, *SAMPLED, "steps=1", "seed=1"))
+    assert {line.seed for line in engine.lines_of(tmp_path / "run")} == {1}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vpo_engine.data.prompts import PromptStream
 from vpo_engine.seeding import generator, integer
 
 SETTINGS = (
@@ -120,3 +121,13 @@ def test_each_purpose_and_position_has_a_seed_of_its_own() -> None:
     seeds = [generator(0, purpose, place).initial_seed() for purpose in purposes for place in range(15_000)]
     assert len(set(seeds)) == len(seeds)
     assert generator(7, "noise", 3, 1).initial_seed() == 4946945047529232929
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_seed_orders_the_prompts_and_stands_beside_the_pairs(tmp_path: Path, seed: int) -> None:
+    engine.train(engine.make_config(tmp_path, "steps=1", f"seed={seed}"))
+    lines = engine.lines_of(tmp_path / "run")
+    expected = PromptStream(engine.PROMPTS, seed).take(0, 4)
+    assert [line.prompt for line in lines] == [one.text for one in expected]
+    assert {line.seed for line in lines} == {seed}
+    assert engine.state_of(tmp_path / "run", 1)["seed"] == seed

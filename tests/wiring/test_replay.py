@@ -205,3 +205,12 @@ def test_a_dataset_of_scores_holds_no_latents(tmp_path: Path) -> None:
     assert any(line.kept for line in lines)
     assert all((line.row, line.latents_file) == (None, None) for line in lines)
     assert not (tmp_path / "run/preference_dataset/latents").exists()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_winners_and_losers_go_through_the_networks_one_after_the_other_only_if_told(
+    tmp_path: Path, sequential: bool
+) -> None:
+    run = engine.train(engine.make_config(tmp_path, "steps=1", f"memory.sequential={sequential}"))
+    assert len(run.rows) > 1
+    assert len(run.asked[-1]["inputs"]) == len(run.rows) * (1 if sequential else 2)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import engine
 import pytest
 import torch
 from toy import ToyReward
+
+from vpo_engine.metrics.held_out import HeldOut
+from vpo_engine.online_vpo import OnlineVPO
 
 SETTINGS = (
     "steps=7",
@@ -158,3 +165,58 @@ def test_the_average_of_a_resumed_run_goes_on_by_optimizer_steps(tmp_path: Path)
     assert engine.state_of(again, 1)["optimizer_steps"] == 2
     engine.train(engine.make_config(tmp_path, *settings, f"run_dir={again}", "checkpoint.resume=true"))
     assert_same(run, again, 2)
+
+
+LOOKS = (
+    "steps=4",
+    "evaluation.every=2",
+    "guards.style_bound=0.01",
+    "optimizer.lr=3e-2",
+    "optimizer.warmup_steps=0",
+    "optimizer.final_lr=1.0",
+)
+"""The look of the clips is beyond the bound at the first evaluation, that after step 2."""
+
+
+def style_alarms(run: Path) -> list[int]:
+    lines = map(json.loads, (run / "alarms.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if line["kind"] == "style"]
+
+
+def stopped_at(config: Any, owner: type, name: str, number: int) -> None:
+    """Run until a signal comes before call ``number`` of a method."""
+    calls, method = count(1), getattr(owner, name)
+
+    def stopped(*given: Any) -> Any:
+        if next(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return method(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, stopped)
+        engine.train(config, exit_code=143)
+
+
+def test_a_longer_run_knows_the_alarm_of_the_evaluation_at_its_first_end(tmp_path: Path) -> None:
+    for steps in (2, 4):
+        engine.train(engine.make_config(tmp_path, *LOOKS, f"steps={steps}"))
+        assert style_alarms(tmp_path / "run") == [2]
+
+
+def test_the_alarm_of_an_evaluation_that_was_made_up_for_outlives_the_next_stop(tmp_path: Path) -> None:
+    """The run is stopped in the evaluation after step 2, and again in step 3, before anything else is saved."""
+    config = engine.make_config(tmp_path, *LOOKS)
+    stopped_at(config, HeldOut, "evaluate", 2)
+    stopped_at(config, OnlineVPO, "step", 1)
+    engine.train(config)
+    assert style_alarms(tmp_path / "run") == [2]
+
+
+def test_an_alarm_of_an_evaluation_that_is_made_up_for_stops_before_another_step(tmp_path: Path) -> None:
+    """The next start goes on, as after every alarm."""
+    config = engine.make_config(tmp_path, *LOOKS, "guards.on_alarm=stop")
+    stopped_at(config, HeldOut, "evaluate", 2)
+    engine.train(config, exit_code=1)
+    assert [row["step"] for row in engine.metrics_of(tmp_path / "run")] == [1, 2]
+    engine.train(config)
+    assert [row["step"] for row in engine.metrics_of(tmp_path / "run")] == [1, 2, 3, 4]

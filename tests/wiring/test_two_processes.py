@@ -152,8 +152,8 @@ def test_all_make_the_evaluation_that_one_of_them_misses(
         _start_from=tmp_path,
         _algorithm=None,
         _log=NullLog(),
-        _monitor=SimpleNamespace(load=lambda state: None),
-        _processes=SimpleNamespace(any=lambda flag: True),
+        _monitor=SimpleNamespace(load=lambda state: None, recall=lambda alarms: None),
+        _processes=SimpleNamespace(any=lambda flag: True, first=False, broadcast_text=lambda text: text),
         _due=Trainer._due,
     )
     assert Trainer._resume(trainer) == 2  # type: ignore[arg-type]

@@ -123,8 +123,9 @@ class HeldOut:
         """Return how many videos this process makes in a step, which its memory is known to hold; at most 64."""
         config, team = self._config, self._processes.team_size
         prompts = max(1, config.pairs_per_step * team // self._processes.count)
-        each = config.rollout.candidates // config.processes.sharers if config.card.candidates else 1
-        return min(64, prompts * max(1, each))
+        if not config.card.candidates:
+            return min(64, prompts, config.objective.micro_batch_size or prompts)
+        return min(64, prompts * max(1, config.rollout.candidates // config.processes.sharers))
 
     @torch.no_grad()
     def _sample(self, network: Network, clips: Sequence[int]) -> Tensor:

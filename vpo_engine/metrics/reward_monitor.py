@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -115,6 +115,11 @@ class RewardMonitor:
             return []
         self.alarms.append(alarm)
         return [alarm]
+
+    def recall(self, alarms: Iterable[Mapping[str, Any]]) -> None:
+        """Take alarms for raised that were raised after the state was saved, {"step", "kind", "text", ...} each."""
+        for fields in alarms:
+            self._raise(Alarm(**fields))
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON data."""
