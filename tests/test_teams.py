@@ -11,7 +11,7 @@ import torch
 from process_group import run_in_group
 from small_policy import shipped_policy_is_small
 from step_case import candidates_of, places_of, step_on
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpo_engine.build import build_model
 from vpo_engine.config import Config
@@ -244,3 +244,12 @@ def test_a_process_takes_the_gpu_of_its_number_on_its_machine(monkeypatch: pytes
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
     assert Processes.start("cuda").device == torch.device("cuda", 1)
     assert taken == [torch.device("cuda", 1)]
+
+
+def test_a_missing_gradient_counts_as_zero_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process has a gradient of 4 for both weights."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values, group: values.add_(4.0))
+    weights = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    weights[0].grad = torch.full((2,), 2.0)
+    Processes(0, 2, torch.device("cpu")).average_gradients(weights)
+    assert [weight.grad.tolist() for weight in weights if weight.grad is not None] == [[3.0, 3.0], [2.0, 2.0]]

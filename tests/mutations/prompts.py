@@ -9,6 +9,11 @@ BUILD = "vpo_engine/build.py"
 SUMMARY = "vpo_engine/metrics/summary.py"
 LAYOUT_TESTS = ("tests/data_layer/test_prompt_layouts.py",)
 RUN_TESTS = ("tests/test_run_prompts.py",)
+ASKED = (
+    "tests/test_run_prompts.py::test_the_judge_and_rewards_of_ones_own_are_asked_too",
+    "tests/test_run_prompts.py::test_of_a_long_file_all_prompts_are_asked_that_the_run_takes",
+)
+RESUMED = ("tests/test_run_prompts.py::test_other_prompts_are_refused_when_a_run_is_resumed",)
 OPENSORA_TESTS = ("tests/test_opensora_run.py",)
 
 MUTATIONS = [
@@ -61,7 +66,7 @@ MUTATIONS = [
         CHECKS,
         "sorted(used.union(range(LOOKED_AT)))",
         "range(LOOKED_AT)",
-        RUN_TESTS,
+        ASKED,
     ),
     (
         "training prompts are not asked about",
@@ -82,22 +87,22 @@ MUTATIONS = [
         BUILD,
         "_ask(judge, prompts, range(len(prompts)), who, change)",
         "pass",
-        RUN_TESTS,
+        ASKED,
     ),
-    ("numbers of the answers taken for rows", BUILD, "{rows[number]:", "{number:", RUN_TESTS),
+    ("numbers of the answers taken for rows", BUILD, "{rows[number]:", "{number:", ASKED),
     (
         "prompts behind others count as others",
         RECORD,
         "fingerprint(texts, before.count) == before",
         "fingerprint(texts) == before",
-        RUN_TESTS,
+        RESUMED,
     ),
     (
         "the order of prompts may change",
         "vpo_engine/data/fingerprint.py",
         "for index in range(len(prompts) if count is None else count):",
         "for index in sorted(range(len(prompts) if count is None else count), key=lambda row: prompts[row]):",
-        RUN_TESTS,
+        RESUMED,
     ),
     ("no record of prompts", "vpo_engine/training.py", "write_record(run.root, texts)", "pass", RUN_TESTS),
     ("bounds of one clip", SUMMARY, "if len(before) == 1:", "if len(before) == 0:", RUN_TESTS),
