@@ -81,15 +81,10 @@ class Selector:
         scores = _stacked([[one.scores for one in choice.candidates[:count]] for choice in choices])
         tied = torch.tensor([choice.tied for choice in choices])
         means = {f"reward/{name}": value.mean() for name, value in scores.items()}
-        asked = (
-            {config.reward.dimensions}
-            if isinstance(config.reward.dimensions, str)
-            else set(config.reward.dimensions)
-        )
-        if scores and asked <= {
+        if scores and {*config.reward.dimensions} <= {
             *scores,
             "global",
-        }:  # pairs that people gave, or another reward scored, have others
+        }:  # pairs from elsewhere may have none, or others
             means["reward/selected"] = combine(scores, config.reward.dimensions).mean()
         if self._floor is not None and config.card.candidates:
             means["guards/still"] = self._floor.still(scores).float().mean()

@@ -18,6 +18,7 @@ from mutations import (
     rollout,
     runs,
     scores,
+    second_time,
     starting,
     state,
     step,
@@ -51,5 +52,6 @@ MUTATIONS = [
     *networks.MUTATIONS,
     *reports.MUTATIONS,
     *commands.MUTATIONS,
+    *second_time.MUTATIONS,
     *memory.MUTATIONS,
 ]

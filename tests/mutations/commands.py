@@ -99,7 +99,7 @@ MUTATIONS = [
     (
         "held-out clips are sampled 64 at once where a step makes fewer videos",
         "vpo_engine/metrics/held_out.py",
-        "return min(64, prompts * max(1, each))",
+        "return min(64, prompts * max(1, config.rollout.candidates // config.processes.sharers))",
         "return 64",
         ("tests/wiring/test_evaluation.py::test_no_more_clips_are_sampled_at_once_than_a_step_makes_videos",),
     ),

@@ -1,0 +1,147 @@
+"""Mistakes that show with another seed, in a resumed run, or with an option that is seldom on."""
+
+MUTATIONS = [
+    (
+        "prompts in the same order for every seed",
+        "vpo_engine/method.py",
+        "PromptStream(prompts, config.seed)",
+        "PromptStream(prompts, 0)",
+        ("tests/wiring/test_randomness.py::test_the_seed_orders_the_prompts_and_stands_beside_the_pairs",),
+    ),
+    (
+        "the dataset names another seed",
+        "vpo_engine/trainer.py",
+        "config.seed, self._run.preference_dataset",
+        "0, self._run.preference_dataset",
+        ("tests/wiring/test_randomness.py::test_the_seed_orders_the_prompts_and_stands_beside_the_pairs",),
+    ),
+    (
+        "a checkpoint names another seed",
+        "vpo_engine/run_state.py",
+        '"seed": config.seed,',
+        '"seed": 0,',
+        ("tests/wiring/test_randomness.py::test_the_seed_orders_the_prompts_and_stands_beside_the_pairs",),
+    ),
+    (
+        "pairs sampled once name another seed",
+        "vpo_engine/offline_dpo.py",
+        "PairRecorder(self.config.seed,",
+        "PairRecorder(0,",
+        ("tests/wiring/test_offline_pairs.py::test_pairs_that_are_sampled_once_name_their_seed",),
+    ),
+    (
+        "gradients: the same noise for every seed",
+        "vpo_engine/reward_gradient_method.py",
+        "normal(shape, self.config.seed, purpose, prompt.position)",
+        "normal(shape, 0, purpose, prompt.position)",
+        ("tests/wiring/test_methods.py::test_refl_draws_its_steps_and_its_noise_by_the_seed",),
+    ),
+    (
+        "gradients: ReFL draws the same steps for every seed",
+        "vpo_engine/refl.py",
+        'integer(last_steps, self.config.seed, "refl"',
+        'integer(last_steps, 0, "refl"',
+        ("tests/wiring/test_methods.py::test_refl_draws_its_steps_and_its_noise_by_the_seed",),
+    ),
+    (
+        "gradients: VADER draws the same K for every seed",
+        "vpo_engine/vader.py",
+        'integer(self.sampling.steps, self.config.seed, "vader", number)',
+        'integer(self.sampling.steps, 0, "vader", number)',
+        ("tests/wiring/test_methods.py::test_vader_draws_how_many_steps_it_trains_by_the_seed",),
+    ),
+    (
+        "gradients: given videos in the order of seed 0",
+        "vpo_engine/instructvideo.py",
+        "own.videos, prompts, config.seed, family)",
+        "own.videos, prompts, 0, family)",
+        ("tests/wiring/test_methods.py::test_videos_of_a_file_of_pairs_are_its_winners",),
+    ),
+    (
+        "gradients: frames of segments are the same for every seed",
+        "vpo_engine/instructvideo.py",
+        'self.config.seed, "segments"',
+        '0, "segments"',
+        ("tests/wiring/test_gradient_methods.py::test_instructvideo_scores_a_frame_of_each_segment",),
+    ),
+    (
+        "split_guidance makes no couples",
+        "vpo_engine/training.py",
+        "if own.split_guidance and not processes.is_reward_process:",
+        "if False:",
+        (
+            "tests/distributed/test_split_guidance.py::test_a_run_makes_couples_of_its_processes_only_when_it_is_told",
+        ),
+    ),
+    (
+        "a run's reference, optimizer and average always stay on the device",
+        "vpo_engine/training.py",
+        "processes, model.idle_offload, stream)",
+        "processes, None, stream)",
+        ("tests/wiring/test_what_moves.py",),
+    ),
+    (
+        "a run's reward always stays on the device",
+        "vpo_engine/training.py",
+        "_build_reward(config, processes, at_end, model.idle_offload)",
+        "_build_reward(config, processes, at_end)",
+        ("tests/wiring/test_what_moves.py",),
+    ),
+    (
+        "winners and losers always go through the networks together",
+        "vpo_engine/online_vpo.py",
+        "config.memory.sequential,",
+        "False,",
+        (
+            "tests/wiring/test_replay.py::test_winners_and_losers_go_through_the_networks_one_after_the_other_only_if_told",
+        ),
+    ),
+    (
+        "a reward that reads no prompt is checked for it",
+        "vpo_engine/trainer.py",
+        "exchange=reward_card(self._config.reward.kind).reads_prompt",
+        "exchange=True",
+        ("tests/wiring/test_evaluation.py::test_prompts_are_exchanged_only_for_a_reward_that_reads_them",),
+    ),
+    (
+        "measuring the device counts as training",
+        "vpo_engine/trainer.py",
+        "self._taken_at += time.perf_counter() - start",
+        "pass",
+        ("tests/wiring/test_evaluation.py::test_measuring_the_device_is_charged_to_no_step",),
+    ),
+    (
+        "an alarm of an evaluation after the save is forgotten",
+        "vpo_engine/trainer.py",
+        "self._monitor.recall(json.loads(text))",
+        "pass",
+        (
+            "tests/wiring/test_resume.py::test_a_longer_run_knows_the_alarm_of_the_evaluation_at_its_first_end",
+        ),
+    ),
+    (
+        "an alarm before the first step trains a step",
+        "vpo_engine/trainer.py",
+        "if self._alarmed and start < total:",
+        "if False:",
+        (
+            "tests/wiring/test_resume.py::test_an_alarm_of_an_evaluation_that_is_made_up_for_stops_before_another_step",
+        ),
+    ),
+    (
+        "methods without candidates evaluate all videos of a step at once",
+        "vpo_engine/metrics/held_out.py",
+        "return min(64, prompts, config.objective.micro_batch_size or prompts)",
+        "return min(64, prompts)",
+        (
+            "tests/wiring/test_evaluation.py::test_a_method_without_candidates_evaluates_no_more_clips_at_once_than_its_micro_batches",
+        ),
+    ),
+    (
+        "pairs that another reward scored end the run",
+        "vpo_engine/selection.py",
+        'if scores and {*config.reward.dimensions} <= {*scores, "global"}:',
+        "if scores:",
+        ("tests/wiring/test_offline_pairs.py::test_pairs_that_another_reward_has_scored_are_trained_on",),
+    ),
+]
