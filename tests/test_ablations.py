@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vpo_engine.config import Config, ObjectiveConfig
 from vpo_engine.config_file import load_config
 from vpo_engine.method import embed_prompts
-from vpo_engine.objectives.dpo import DPO, MicroBatch
+from vpo_engine.objectives.dpo import DPO, MicroBatch, _sums
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import Network, TextEmbedding
 from vpo_engine.reference.store import build_reference
@@ -155,3 +156,12 @@ def test_whole_targets_have_the_scales_of_their_own_samples() -> None:
         for row, share in enumerate((0.25, 0.75)):
             expected = share * clean[row] + (1 - 2 * share) * own[row]
             torch.testing.assert_close(found[f"target_{name}"][row], expected)
+
+
+def test_a_margin_of_zero_is_not_counted_as_right() -> None:
+    """It is that of a policy which is still the reference."""
+    others = ("winner_error_change", "loser_error_change", "reference_winner_error", "reference_loser_error")
+    found: Any = SimpleNamespace(margin=torch.tensor([0.0, 2.0, -1.0]), loss=torch.tensor(0.5))
+    for name in others:
+        setattr(found, name, torch.zeros(3))
+    assert _sums(found, 3)["implicit_accuracy"] == 1

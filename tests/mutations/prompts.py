@@ -105,7 +105,13 @@ MUTATIONS = [
         RESUMED,
     ),
     ("no record of prompts", "vpo_engine/training.py", "write_record(run.root, texts)", "pass", RUN_TESTS),
-    ("bounds of one clip", SUMMARY, "if len(before) == 1:", "if len(before) == 0:", RUN_TESTS),
+    (
+        "bounds of one clip",
+        SUMMARY,
+        "if len(before) == 1:",
+        "if len(before) == 0:",
+        ("tests/test_run_prompts.py::test_one_held_out_clip_has_values_and_no_bounds",),
+    ),
     (
         "a file of prompts that is as long as before counts as unchanged",
         PROMPTS,
