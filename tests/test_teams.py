@@ -238,12 +238,67 @@ def test_a_process_takes_the_gpu_of_its_number_on_its_machine(monkeypatch: pytes
     taken: list[torch.device] = []
     store = torch.distributed.HashStore()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("torch.cuda.set_device", taken.append)
     monkeypatch.setattr("torch.distributed.rendezvous", lambda url: iter([(store, 9, 16)]))
     monkeypatch.setattr("vpo_engine.distributed.processes.meet", lambda store, rank, count: store)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
     assert Processes.start("cuda").device == torch.device("cuda", 1)
     assert taken == [torch.device("cuda", 1)]
+
+
+def start_on(gpus: int, monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[torch.device]:
+    """Prepare for a process of a machine with so many GPUs; return the list of those that it takes."""
+    taken: list[torch.device] = []
+    store = torch.distributed.HashStore()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda url: iter([(store, 0, 1)]))
+    monkeypatch.setattr("vpo_engine.distributed.processes.meet", lambda store, rank, count: store)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    return taken
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:5"])
+def test_a_gpu_that_is_not_there_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_on(2, monkeypatch, WORLD_SIZE="8", RANK="5", LOCAL_RANK="5")
+    with pytest.raises(ValueError, match=r"this process takes cuda:5, but torch sees 2 CUDA devices; "):
+        Processes.start(device)
+
+
+def test_the_process_of_the_reward_needs_no_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With reward.device=cpu, or one that another process has, too."""
+    taken = start_on(2, monkeypatch, WORLD_SIZE="3", RANK="2", LOCAL_RANK="2")
+    assert Processes.start("auto", reward_process=True).is_reward_process
+    assert taken == []
+
+
+def test_processes_on_gpus_wait_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would take the GPU of the rank's number, which may be another one, for the first operation of a group."""
+    given: list[object] = []
+    monkeypatch.setattr("torch.distributed.barrier", lambda **named: given.append(named["device_ids"]))
+    for device in ("cuda:3", "cpu"):
+        Processes(0, 2, torch.device(device)).wait()
+    assert given == [[3], None]
+
+
+def test_what_all_processes_say_is_waited_for_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the wait is for the number, not for the call."""
+    processes, seen = Processes(0, 2, torch.device("cpu")), list[bool]()
+    item = Tensor.item
+
+    def asked(value: Tensor) -> float:
+        seen.append(processes.stages.now.waiting)
+        return item(value)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda value, op, group: None)
+    monkeypatch.setattr(Tensor, "item", asked)
+    assert processes.any(True)
+    assert processes.largest(7) == 7
+    assert seen == [True, True]
 
 
 def test_a_missing_gradient_counts_as_zero_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

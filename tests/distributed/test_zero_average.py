@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from process_group import run_in_group
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from zero_runs import HALF, LORA, divided_fully, make, make_steps, weights_of, zero
 
+from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.zero import ZeroOptimizer
 from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.protocols import at_hand
 from vpo_engine.run_state import average_writer, capture, restore
 
 # Not imported here: that takes seconds in every worker, also where these tests are left out.
@@ -128,3 +132,25 @@ def test_with_bfloat16_weights_the_average_is_of_their_masters(tmp_path: Path) -
     file = load_file(tmp_path / "saved/ema/model.safetensors")
     values = torch.cat([value.flatten() for value in file.values() if value.dtype == torch.float32])
     assert (values != values.bfloat16().float()).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cpu", None)])
+def test_deepspeed_works_on_the_device_of_the_run(
+    device: str, number: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the GPU that LOCAL_RANK numbers, which is 0 for a process that was started alone."""
+    given: list[int | None] = []
+
+    def initialize(args: SimpleNamespace | None = None, *_: object, **__: object) -> None:
+        given.append(None if args is None else args.device_rank)
+        raise KeyboardInterrupt
+
+    library = SimpleNamespace(initialize=initialize, ops=SimpleNamespace())
+    monkeypatch.setattr("vpo_engine.memory.zero._import_deepspeed", lambda: library)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = load_config(None, ["distributed.engine=deepspeed", "distributed.zero_stage=1"])
+    with pytest.raises(KeyboardInterrupt):
+        ZeroOptimizer(config, nn.Linear(2, 2), Processes(0, 1, torch.device(device)), at_hand)
+    assert given == [number]

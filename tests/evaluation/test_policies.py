@@ -282,3 +282,16 @@ def test_steps_that_are_asked_for_win_over_those_of_the_runs_evaluations(tmp_pat
     source = find_arm("policy", config, None, ["rollout.steps=5"]).source
     assert source is not None
     assert sampling_settings(source.config)["rollout.steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [(("cpu", "cuda:0"), "different kinds of devices"), (("cuda:1", "cuda:1"), "name each GPU once")],
+)
+def test_devices_whose_processes_could_not_meet_are_refused(
+    devices: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes on a CPU talk by gloo and those on GPUs by NCCL, which takes a GPU once: they would wait for a week."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"^--device {','.join(devices)}: .*{message}"):
+        plan_evaluation(Options(SPRITES, devices=devices))

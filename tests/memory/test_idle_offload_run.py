@@ -204,3 +204,20 @@ def test_videos_are_encoded_with_the_vae_on_the_device(small: Make, monkeypatch:
     with run.model.idle_offload.phase("rollout"):
         run.model.encode(torch.zeros(1, *run.model.video_size, 3, dtype=torch.uint8))
     assert "encoder" in run.used
+
+
+def test_a_text_encoder_has_the_device_to_itself(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a plan says, also after policy and reference were made there."""
+    device = FakeDevice()
+    run = Run(small(), monkeypatch, device)
+    network, reference = run.model.network, run.reference
+    assert device.has(module_tensors(network)), "policy and reference were made last"
+    there: list[bool] = []
+
+    def prepare(prompts: Sequence[str]) -> None:
+        there.extend(device.has([tensor]) for tensor in (*module_tensors(network), *reference.tensors()))
+
+    monkeypatch.setattr(run.model._text, "prepare", prepare)
+    run.model.prepare(PROMPTS)
+    assert there
+    assert not any(there)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,3 +221,37 @@ def test_parts_that_take_turns_cannot_overlap() -> None:
         ValueError, match=r"rollout\.overlap=true .* set rollout\.overlap=false, or memory\.offload_idle"
     ):
         load_config(None, ["rollout.overlap=true", "memory.offload_idle=true"])
+
+
+class OnThirdGpu(Tensor):
+    """A tensor that says it is on a GPU that is not the first."""
+
+    is_cuda = True  # type: ignore[assignment]
+    device = torch.device("cuda", 2)  # type: ignore[assignment]
+
+
+def test_the_thread_works_on_the_gpu_of_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread is on the first GPU, where every process would then have a context of half a GiB."""
+    taken: list[tuple[str, torch.device]] = []
+    stream = SimpleNamespace(
+        wait_event=lambda event: None, synchronize=lambda: None, record_event=lambda: None
+    )
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: taken.append((threading.current_thread().name, device))
+    )
+    scorer = VideoScorer(
+        lambda latents: torch.zeros(len(latents), 2, 4, 4, 3, dtype=torch.uint8),
+        lambda videos, texts: {"quality": torch.zeros(len(videos))},
+        ("quality",),
+        Batches(2),
+        overlap=True,
+    )
+    latents = torch.zeros(1, 2, 1, 1, 1, 1).as_subclass(OnThirdGpu)
+    for _ in range(2):
+        assert len(scorer.submit(latents, ["one"]).result()["quality"]) == 2
+    [(thread, device)] = taken
+    assert thread.startswith("scoring")
+    assert device == torch.device("cuda", 2)

@@ -67,7 +67,8 @@ class Processes:
             if not torch.cuda.is_available():
                 raise ValueError(f"model.device={device} needs a CUDA device, and torch sees none; use cpu")
             chosen = torch.device("cuda", chosen.index if chosen.index is not None else local_rank)
-            torch.cuda.set_device(chosen)
+            serves = reward_process and rank == count - 1  # its model may be on another device
+            _take(chosen, device, needed=not serves)
         store = None
         if count > 1 and not dist.is_initialized():
             store = meet(next(dist.rendezvous("env://"))[0], rank, count)
@@ -274,7 +275,7 @@ class Processes:
         value = torch.tensor(number, device=self.device)
         with self._together():
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
-        return int(value.item())
+            return int(value.item())
 
     def broadcast_text(self, text: str) -> str:
         """Return the text of the process with rank 0, in every process."""
@@ -287,7 +288,9 @@ class Processes:
     def wait(self) -> None:
         if self.count > 1:
             with self._together():
-                dist.barrier(group=self.group)
+                # Without a device, NCCL takes that of the rank's number where nothing was exchanged before.
+                ids = [self.device.index] if self.device.type == "cuda" else None
+                dist.barrier(group=self.group, device_ids=ids)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -307,3 +310,15 @@ class Processes:
     def stop(self) -> None:
         if not self.is_reward_process and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _take(chosen: torch.device, asked: str, needed: bool) -> None:
+    """Make a GPU this process's own. ValueError if there is no such GPU, unless it is not ``needed``."""
+    count = torch.cuda.device_count()
+    if chosen.index < count:
+        torch.cuda.set_device(chosen)
+    elif needed:
+        remedy = (
+            f"start at most {count} processes on a machine" if asked == "cuda" else "set another model.device"
+        )
+        raise ValueError(f"this process takes {chosen}, but torch sees {count} CUDA devices; {remedy}")

@@ -299,10 +299,17 @@ def _check_devices(devices: Sequence[str]) -> None:
             check_device(name)
         except ValueError as error:
             raise ValueError(f"--device {name}: {error}") from None
+    if len({name.partition(":")[0] for name in devices}) > 1:
+        raise ValueError(
+            f"--device {','.join(devices)}: processes on different kinds of devices cannot share the videos; give one, "
+            "or several GPUs"
+        )
     numbers = [int(name.partition(":")[2]) for name in devices if ":" in name]
     if numbers:
         import torch
 
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"--device {','.join(devices)}: name each GPU once")
         count = torch.cuda.device_count()
         if max(numbers) >= count:
             have = f"{count} GPUs, cuda:0 to cuda:{count - 1}" if count else "no GPU; give --device cpu"

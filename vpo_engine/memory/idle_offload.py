@@ -22,6 +22,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 PartName = Literal["policy", "reference", "optimizer", "ema", "vae", "reward", "judge"]
 Phase = Literal[
+    "text",
     "rollout",
     "evaluation",
     "decode",
@@ -32,7 +33,8 @@ Phase = Literal[
     "optimizer",
     "refresh",
 ]
-"""rollout: the model of rollout.source samples candidates; it needs the policy's embedding of the empty caption too.
+"""text: prompts are encoded, by an encoder that is no part; nothing else is needed.
+rollout: the model of rollout.source samples candidates; it needs the policy's embedding of the empty caption too.
 evaluation: the policy samples held-out videos. decode: the VAE decodes latents. reward: the reward model scores videos.
 judge: the held-out reward scores the videos of an evaluation. update: losses and gradients are computed.
 reward_gradient: the policy samples, the VAE decodes and the reward model scores, with gradients. optimizer: the

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -231,7 +232,9 @@ class ZeroOptimizer:
             _keep_frozen_whole(network)
         module = _Trained(self.parameters, network if self._stage == 3 else None)
         optimizer = self._moments.optimizer(self.parameters)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.settings)
+        # DeepSpeed would take the GPU whose number is LOCAL_RANK, whatever model.device says.
+        place = None if on_cpu else SimpleNamespace(device_rank=self._processes.device.index)
+        engine, *_ = deepspeed.initialize(place, module, optimizer, config=self.settings)
         self._zero = engine.optimizer
         self._library = optimizer if self._stage == 0 else engine.optimizer.optimizer
         if self._stage == 0:

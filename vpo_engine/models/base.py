@@ -108,7 +108,8 @@ class BaseModel(VideoModel):
     # --- text ----------------------------------------------------------------------------------------------
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        self._text.prepare(prompts)
+        with self.idle_offload.phase("text"):
+            self._text.prepare(prompts)
 
     def embed(self, prompts: Sequence[str]) -> TextEmbedding:
         text = self._text(prompts)

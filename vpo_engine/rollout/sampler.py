@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -280,7 +281,7 @@ class VideoScorer:
             self._stream = self._stream or torch.cuda.Stream(candidates.device)
             made = torch.cuda.current_stream(candidates.device).record_event()
         if candidates.is_cuda if self._threaded is None else self._threaded:
-            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="scoring")
+            self._thread = self._thread or _scoring_thread(candidates)
             return self._thread.submit(self._score_in_stream, candidates, texts, made)
         future: Future[Scores] = Future()
         future.set_result(self._score_in_stream(candidates, texts, made))
@@ -317,6 +318,16 @@ class VideoScorer:
         return self._batches.run(
             lambda batch: self._decode(candidates[batch.index].flatten(0, 1)), *candidates.shape[:2]
         )
+
+
+def _scoring_thread(candidates: Tensor) -> ThreadPoolExecutor:
+    """Return a thread that works on the GPU of the candidates, if they are on one.
+
+    A new thread is on the first GPU, and would come back to it after every batch: each process would then take memory
+    of that GPU for a context.
+    """
+    begin = partial(torch.cuda.set_device, candidates.device) if candidates.is_cuda else None
+    return ThreadPoolExecutor(1, thread_name_prefix="scoring", initializer=begin)
 
 
 def _by_candidate(scores: Scores) -> list[list[dict[str, float]]]:

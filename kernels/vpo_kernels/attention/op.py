@@ -16,6 +16,10 @@ from vpo_kernels.attention.text import TextPlan, plan_text
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """The kernels of torch that never hold a matrix of scores; the remaining one, MATH, holds it."""
+_GRID = 2**16 - 1
+"""A CUDA grid has at most so many blocks along y and z, where FlashAttention 2 and cuDNN have samples."""
+_SUMS = 2**31
+"""FlashAttention 2 counts its float32 sums of dq in int32: in the backward pass more of them are written elsewhere."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: BackendName = "sdpa") -> Tensor:
@@ -32,9 +36,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: BackendName = "sdpa") ->
     torch takes its fused kernel for every float dtype. Raise ValueError for a backend that was not chosen before.
     """
     q, k, v = _as_autocast(q, k, v)
-    if backend == "sdpa":
-        return _sdpa(q, k, v)
-    return kernels(backend).dense(q, k, v)
+    return _dense(q, k, v, backend)
 
 
 def text_attention(
@@ -68,7 +70,7 @@ def text_attention(
         return kernels(text.backend).packed(q, k, v, text.divider)
     if text.way == "dense":
         k, v = (tensor.unflatten(0, (q.shape[0], -1)) for tensor in (k, v))
-        return _sdpa(q, k, v) if text.backend == "sdpa" else kernels(text.backend).dense(q, k, v)
+        return _dense(q, k, v, text.backend)
     if text.way == "masked":
         assert text.places is not None
         k, v = (tensor.index_select(0, text.places).unflatten(0, (q.shape[0], -1)) for tensor in (k, v))
@@ -110,6 +112,29 @@ def _check_sizes(q: Tensor, k: Tensor, v: Tensor, text: TextPlan) -> None:
 def _without_scores(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Return a context in which torch does not take the kernel that holds scores."""
     return sdpa_kernel(_FUSED) if device.type == "cuda" and dtype != torch.float64 else nullcontext()
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, backend: BackendName) -> Tensor:
+    """Attend within each sample, on a GPU in as many calls as its kernels need, whose parts are as equal as can be."""
+    attend = _sdpa if backend == "sdpa" else kernels(backend).dense
+    most = _samples_at_once(q)
+    if most is None or len(q) <= most:
+        return attend(q, k, v)
+    calls = -(-len(q) // most)
+    parts = zip(*(x.tensor_split(calls) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*part) for part in parts])
+
+
+def _samples_at_once(q: Tensor) -> int | None:
+    """Return how many samples like those of q [B, N, heads, D] a kernel of its device takes; None sets no limit.
+
+    The backward pass of FlashAttention 2 rounds N up to 128 and D up to 32 (flash_api.cpp, mha_bwd).
+    """
+    if q.device.type == "cpu":
+        return None
+    tokens, heads, channels = q.shape[1:]
+    sums = heads * (-(-tokens // 128) * 128) * (-(-channels // 32) * 32)
+    return max(1, min(_GRID, _SUMS // sums))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None = None) -> Tensor:

@@ -304,3 +304,45 @@ def test_other_video_tokens_than_planned_are_refused(way: str) -> None:
         ValueError, match=r"q is \[\d, 6, 2, 8\], but the text is planned for \[\d, 7, heads, D\]"
     ):
         text_attention(q[:, :6], k, v, plan(WAYS[way]))
+
+
+# --- Limits of kernels on GPUs ---
+
+
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [
+        ((72_000, 20, 16, 72), 2**31 // (16 * 128 * 96)),
+        ((200, 3600, 16, 72), 2**31 // (16 * 3712 * 96)),
+        ((70_000, 1, 1, 8), 2**16 - 1),
+    ],
+    ids=["over time at 720p", "over space at 720p", "grid"],
+)
+def test_a_gpu_gets_no_more_samples_in_a_call_than_flash_attention_can_count(
+    shape: tuple[int, ...], most: int
+) -> None:
+    """It has samples along y of its grid, and counts the float32 sums of dq, padded to 128 x 32, in int32."""
+    with FakeTensorMode():
+        assert op._samples_at_once(torch.empty(shape, dtype=torch.bfloat16, device="cuda")) == most
+        assert op._samples_at_once(torch.empty(shape, dtype=torch.bfloat16)) is None
+
+
+@pytest.mark.parametrize("way", ["self", "text"])
+def test_more_samples_than_that_take_several_calls_of_about_equally_many(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = qkv(7, 5, 2, 8, grad=True)
+
+    def attend() -> Tensor:
+        if way == "self":
+            return attention(q, k, v)
+        return text_attention(q, k.flatten(0, 1), v.flatten(0, 1), [5] * 7)
+
+    whole = attend()
+    expected = torch.autograd.grad(whole.square().sum(), (q, k, v))
+    monkeypatch.setattr(op, "_samples_at_once", lambda q: 3)
+    with Operations() as seen:
+        found = attend()
+    assert [name for name in seen.names if "attention" in name] == [FLASH] * 3
+    assert torch.equal(found, whole)
+    assert all(map(torch.equal, torch.autograd.grad(found.square().sum(), (q, k, v)), expected))
