@@ -371,3 +371,16 @@ def test_every_process_of_a_finished_run_ends_at_once(
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     engine.train(engine.make_config(whole[0], *SETTINGS))
+
+
+def test_a_signal_in_the_second_update_of_a_step_waits_for_the_end_of_the_step(
+    whole: tuple[Path, int], tmp_path: Path, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one has changed the weights already."""
+    at(OnlineVPO, "_update", 2, terminate)
+    config = engine.make_config(whole[0], *SETTINGS, f"run_dir={tmp_path / 'run'}")
+    engine.train(config, exit_code=143)
+    monkeypatch.undo()
+    assert [row["step"] for row in engine.metrics_of(tmp_path / "run")] == [1]
+    engine.train(config)
+    assert_same(whole[0] / "run", tmp_path / "run", 4)
