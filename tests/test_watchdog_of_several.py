@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from test_watchdog import Clock, Member
+from test_watchdog import Clock, Member, assert_nobody_is_missed
 
 
 def members(clock: Clock, began: int, count: int) -> list[Member]:
@@ -19,10 +19,7 @@ def test_a_process_of_another_machine_is_not_looked_for_here(monkeypatch: pytest
     one, far = members(clock, 2, 2)
     monkeypatch.setattr(far.watchdog, "_place", "another machine")
     far.watchdog.look()
-    monkeypatch.setattr("vpo_engine.distributed.board.is_running", lambda pid: False)
-    for _ in range(3):
-        assert one.watchdog.look() is None
-        clock.now += 30
+    assert_nobody_is_missed(one, clock, monkeypatch)
 
 
 def test_two_that_wait_for_a_third_which_works_do_not_blame_each_other() -> None:
@@ -66,3 +63,15 @@ def test_a_process_says_where_it_is_as_soon_as_it_begins() -> None:
         while board._get("1") is None and time.monotonic() < until:
             time.sleep(0.01)
         assert board._get("1") is not None
+
+
+def test_a_process_that_fails_takes_no_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    one, failing = members(clock, 2, 2)
+    failing.watchdog.look()
+    with pytest.raises(KeyError), failing.watchdog:
+        raise KeyError("a mistake")
+    monkeypatch.setattr("vpo_engine.distributed.board.is_running", lambda pid: False)
+    assert one.watchdog.look() is None
+    clock.now += 11
+    assert "has ended; it was in " in (one.watchdog.look() or "")

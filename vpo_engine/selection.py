@@ -81,10 +81,11 @@ class Selector:
         scores = _stacked([[one.scores for one in choice.candidates[:count]] for choice in choices])
         tied = torch.tensor([choice.tied for choice in choices])
         means = {f"reward/{name}": value.mean() for name, value in scores.items()}
-        if scores and {*config.reward.dimensions} <= {
+        known = {
             *scores,
             "global",
-        }:  # pairs from elsewhere may have none, or others
+        }  # of pairs from elsewhere there may be no scores, or those of another reward
+        if scores and known.issuperset(config.reward.dimensions):
             means["reward/selected"] = combine(scores, config.reward.dimensions).mean()
         if self._floor is not None and config.card.candidates:
             means["guards/still"] = self._floor.still(scores).float().mean()

@@ -370,9 +370,8 @@ class Trainer:
             self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy, checkpoint.average
         )
         self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
-        known = (
-            read_alarms(self._run) or () if self._processes.first else ()
-        )  # also of evaluations after the save
+        # An evaluation after the save may have raised more.
+        known = (read_alarms(self._run) or ()) if self._processes.first else ()
         text = self._processes.broadcast_text(json.dumps([each for each in known if each["step"] <= step]))
         self._monitor.recall(json.loads(text))
         self._saved_at = self._resumed_at = step

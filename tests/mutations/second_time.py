@@ -140,7 +140,7 @@ MUTATIONS = [
     (
         "pairs that another reward scored end the run",
         "vpo_engine/selection.py",
-        'if scores and {*config.reward.dimensions} <= {*scores, "global"}:',
+        "if scores and known.issuperset(config.reward.dimensions):",
         "if scores:",
         ("tests/wiring/test_offline_pairs.py::test_pairs_that_another_reward_has_scored_are_trained_on",),
     ),

@@ -233,7 +233,7 @@ MUTATIONS = [
         "vpo_engine/distributed/watchdog.py",
         "and kind is None and not self._thread.is_alive()",
         "and not self._thread.is_alive()",
-        ("tests/test_watchdog.py::test_a_process_that_fails_takes_no_leave",),
+        ("tests/test_watchdog_of_several.py::test_a_process_that_fails_takes_no_leave",),
     ),
     (
         "the GPU is counted over all machines",

@@ -79,9 +79,8 @@ def _load(config: Config, **changed: Any) -> VideoModel:
     plain = {"device": "cpu", "dtype": "float32", "attention": "auto", "fused_ops": "auto"}
     plain |= small_size(config.model.kind) | changed
     settings = config.model.model_copy(update=plain)
-    rollout = config.rollout.model_copy(
-        update={"prune": None}
-    )  # its previews may be longer than a small video
+    # Previews may be longer than a small video.
+    rollout = config.rollout.model_copy(update={"prune": None})
     config = config.model_copy(update={"model": settings, "memory": MemoryConfig(), "rollout": rollout})
     return build_model(config, Processes.start("cpu"), say=lambda line: None)
 

@@ -117,7 +117,7 @@ def _without_scores(device: torch.device, dtype: torch.dtype) -> AbstractContext
 def _dense(q: Tensor, k: Tensor, v: Tensor, backend: BackendName) -> Tensor:
     """Attend within each sample, on a GPU in as many calls as its kernels need, whose parts are as equal as can be."""
     attend = _sdpa if backend == "sdpa" else kernels(backend).dense
-    most = _samples_at_once(q)
+    most = _samples_at_once(q, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
     if most is None or len(q) <= most:
         return attend(q, k, v)
     calls = -(-len(q) // most)
@@ -125,13 +125,16 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, backend: BackendName) -> Tensor:
     return torch.cat([attend(*part) for part in parts])
 
 
-def _samples_at_once(q: Tensor) -> int | None:
+def _samples_at_once(q: Tensor, backward: bool) -> int | None:
     """Return how many samples like those of q [B, N, heads, D] a kernel of its device takes; None sets no limit.
 
-    The backward pass of FlashAttention 2 rounds N up to 128 and D up to 32 (flash_api.cpp, mha_bwd).
+    The backward pass of FlashAttention 2 rounds N up to 128 and D up to 32 (flash_api.cpp, mha_bwd). Without one, as
+    in rollouts, only the grid sets a limit.
     """
     if q.device.type == "cpu":
         return None
+    if not backward:
+        return _GRID
     tokens, heads, channels = q.shape[1:]
     sums = heads * (-(-tokens // 128) * 128) * (-(-channels // 32) * 32)
     return max(1, min(_GRID, _SUMS // sums))

@@ -310,21 +310,22 @@ def test_other_video_tokens_than_planned_are_refused(way: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "most"),
+    ("shape", "backward", "most"),
     [
-        ((72_000, 20, 16, 72), 2**31 // (16 * 128 * 96)),
-        ((200, 3600, 16, 72), 2**31 // (16 * 3712 * 96)),
-        ((70_000, 1, 1, 8), 2**16 - 1),
+        ((72_000, 20, 16, 72), True, 2**31 // (16 * 128 * 96)),
+        ((200, 3600, 16, 72), True, 2**31 // (16 * 3712 * 96)),
+        ((70_000, 1, 1, 8), True, 2**16 - 1),
+        ((72_000, 20, 16, 72), False, 2**16 - 1),
     ],
-    ids=["over time at 720p", "over space at 720p", "grid"],
+    ids=["over time at 720p", "over space at 720p", "grid", "rollout"],
 )
 def test_a_gpu_gets_no_more_samples_in_a_call_than_flash_attention_can_count(
-    shape: tuple[int, ...], most: int
+    shape: tuple[int, ...], backward: bool, most: int
 ) -> None:
-    """It has samples along y of its grid, and counts the float32 sums of dq, padded to 128 x 32, in int32."""
+    """It has samples along y of its grid; its backward pass counts the sums of dq, padded to 128 x 32, in int32."""
     with FakeTensorMode():
-        assert op._samples_at_once(torch.empty(shape, dtype=torch.bfloat16, device="cuda")) == most
-        assert op._samples_at_once(torch.empty(shape, dtype=torch.bfloat16)) is None
+        assert op._samples_at_once(torch.empty(shape, dtype=torch.bfloat16, device="cuda"), backward) == most
+        assert op._samples_at_once(torch.empty(shape, dtype=torch.bfloat16), backward) is None
 
 
 @pytest.mark.parametrize("way", ["self", "text"])
@@ -340,9 +341,13 @@ def test_more_samples_than_that_take_several_calls_of_about_equally_many(
 
     whole = attend()
     expected = torch.autograd.grad(whole.square().sum(), (q, k, v))
-    monkeypatch.setattr(op, "_samples_at_once", lambda q: 3)
+    asked: list[bool] = []
+    monkeypatch.setattr(op, "_samples_at_once", lambda q, backward: asked.append(backward) or 3)
+    with torch.no_grad():
+        assert torch.equal(attend(), whole)
     with Operations() as seen:
         found = attend()
     assert [name for name in seen.names if "attention" in name] == [FLASH] * 3
     assert torch.equal(found, whole)
+    assert asked == [False, True]
     assert all(map(torch.equal, torch.autograd.grad(found.square().sum(), (q, k, v)), expected))
