@@ -397,6 +397,4 @@ class Trainer:
 
 def _logged(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what the log and the summary compare of an evaluation; the guards compare the style statistics."""
-    return {
-        name: value for name, value in measured.items() if name != "clips" and not name.startswith("style/")
-    }
+    return {name: value for name, value in measured.items() if not name.startswith(("clips", "style/"))}

@@ -144,4 +144,11 @@ MUTATIONS = [
         "if scores:",
         ("tests/wiring/test_offline_pairs.py::test_pairs_that_another_reward_has_scored_are_trained_on",),
     ),
+    (
+        "a margin of zero counts as right",
+        "vpo_engine/objectives/dpo.py",
+        "result.margin > 0",
+        "result.margin >= 0",
+        ("tests/test_ablations.py::test_a_margin_of_zero_is_not_counted_as_right",),
+    ),
 ]

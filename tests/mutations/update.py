@@ -276,13 +276,6 @@ MUTATIONS = [
     ),
     ("the scale left out, one member at a time", DPO, "scale=scale,", "scale=1.0,", REPLAY),
     (
-        "a margin of zero counts as right",
-        DPO,
-        "result.margin > 0",
-        "result.margin >= 0",
-        ("tests/test_ablations.py::test_a_margin_of_zero_is_not_counted_as_right",),
-    ),
-    (
         "winners' errors logged as losers'",
         DPO,
         '"loser_error_change": result.loser_error_change',
