@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.batches import Batches
 from vpo_engine.protocols import Network, TextEmbedding
-from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.sampler import CandidateSampler, Denoiser
 from vpo_engine.selection import extremes
 from vpo_engine.values import Candidate, Prompt

@@ -67,6 +67,19 @@ def test_a_soft_refresh_that_would_be_rounded_away_is_refused(words: tuple[str, 
         load_config(None, ["reference.refresh_share=0.5", *words])
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("reference.refresh_every=null",), "with reference.refresh_every=null there is none"),
+        (("method=offline_dpo",), "with offline_dpo.refresh_every=null there is none"),
+        (("method=t2v_turbo",), "has no meaning for method=t2v_turbo"),
+    ],
+)
+def test_a_share_of_a_refresh_that_never_comes_is_refused(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=r"reference\.refresh_share=0\.5 .*" + said):
+        load_config(None, ["reference.refresh_share=0.5", *words])
+
+
 @pytest.mark.parametrize("words", [("method=offline_dpo",), ("method=refl",)])
 def test_trajectory_noise_needs_pairs_that_are_sampled_in_every_step(words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=r"objective\.noise"):

@@ -12,6 +12,7 @@ from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
+from vpo_engine.data.sprites.world import withheld_captions
 from vpo_engine.disk_plan import DiskPart, check_run_fits, disk_parts, embedding_bytes
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.planning.disk import planned_disk
@@ -35,6 +36,21 @@ def test_a_model_without_weights_is_planned_as_the_loaded_one(small: Make) -> No
     assert (
         many - few == (6 * 2 - 3) * 32 * 32 * 4
     )  # 32 tokens of 32 float32 channels for each prompt that is drawn
+
+
+def test_all_held_out_prompts_are_encoded(small: Make, tmp_path: Path) -> None:
+    model = build_model(small(*SETTINGS), Processes.start("cpu"), lambda _: None)
+    file = tmp_path / "held_out.txt"
+    file.write_text("".join(f"prompt {number}\n" for number in range(9)))
+    sizes = [
+        embedding_bytes(small(*SETTINGS, *words), model, 3) / (32 * 32 * 4)
+        for words in (
+            ("evaluation.prompts=2",),
+            ("evaluation.prompts=null", f"prompts.held_out={file}"),
+            ("evaluation.prompts=null",),
+        )
+    ]
+    assert sizes == [3 + 2, 3 + 9, 3 + len(withheld_captions())]
 
 
 @pytest.mark.long

@@ -172,6 +172,12 @@ def test_only_a_finished_run_and_a_whole_name_are_taken(tmp_path, hub, capsys):
     assert hub.asked == []
 
 
+def test_a_base_is_refused_for_a_model_without_a_pipeline(tmp_path, hub, capsys):
+    run = finished(tmp_path / "run", [])
+    assert push.main([str(run.root), "ann/x", "--dry-run", "--base", str(tmp_path)]) == 1
+    assert f"--base {tmp_path} is for models with a diffusers pipeline" in capsys.readouterr().err
+
+
 def test_what_was_changed_since_it_was_saved_is_not_published(tmp_path, hub, capsys):
     run = finished(tmp_path / "run", [])
     file = run.checkpoints / "step_00000003/policy/model.safetensors"

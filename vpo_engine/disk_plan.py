@@ -9,6 +9,8 @@ from typing import Any
 
 from vpo_engine.checkpoint_size import checkpoint_bytes
 from vpo_engine.config import Config
+from vpo_engine.data.prompts import PromptFile
+from vpo_engine.data.sprites.world import withheld_captions
 from vpo_engine.full_disk import free_bytes
 from vpo_engine.run_gallery import MOST_CLIPS, MOST_PAIR_FILES, MOST_PAIRS
 from vpo_engine.runs.disk_use import SPARE_BYTES, bytes_of
@@ -61,8 +63,18 @@ def disk_parts(config: Config, model: VideoModel) -> list[DiskPart]:
 def embedding_bytes(config: Config, model: VideoModel, prompts: int) -> int:
     """Return the most bytes that the text embeddings of a run with so many training prompts can take."""
     rule, item = model.text_rule, 2 if config.model.dtype == "bfloat16" else 4
-    used = min(prompts, config.steps * config.pairs_per_step) + (config.evaluation.prompts or 0)
+    used = min(prompts, config.steps * config.pairs_per_step) + _held_out_prompts(config)
     return used * rule.max_tokens * rule.channels * item
+
+
+def _held_out_prompts(config: Config) -> int:
+    """Return the most held-out prompts that a run has; 0 if it takes all of a file that is not here."""
+    file = config.prompts.held_out
+    if config.evaluation.prompts is not None:
+        return config.evaluation.prompts
+    if file is None:
+        return len(withheld_captions())
+    return len(PromptFile(file, config.prompts.column)) if file.is_file() else 0
 
 
 def describe(config: Config, model: VideoModel, prompts: int) -> str:

@@ -32,6 +32,9 @@ from vpo_engine.command import Parser, report_errors, split_settings
 from vpo_engine.help_text import HelpFormatter
 from vpo_engine.texts import refuse_undecodable
 
+_OF_VIDEOS = ("baseline", "base", "metrics", "weights", "reference", "prompts", "samples", "out", "device")
+"""The options of videos that are sampled and measured."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -51,7 +54,11 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, words: Sequ
     if given.study is not None or given.votes:
         if given.study is None or paths:
             parser.error("give --study FOLDER, the folder of a comparison, and no WHAT")
+        _refuse(parser, given, _OF_VIDEOS, "--study FOLDER takes the videos of a comparison as they are")
+        if given.votes:
+            _refuse(parser, given, ("pairs", "seed"), "--votes FILE ... reads a study as it was written")
         return commands.study(given.study, given.votes, given.seed, given.pairs)
+    _refuse(parser, given, ("pairs",), "only a study has pairs (--study FOLDER)")
     if not paths:
         parser.error("give a run, a policy or a folder of videos before the options")
     options = commands.options_of(given, paths[0], overrides)
@@ -62,6 +69,15 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, words: Sequ
             f"give one WHAT with options, got {len(paths)}; the second of two is --baseline {paths[1]}"
         )
     return commands.evaluate(options, words)
+
+
+def _refuse(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, names: Sequence[str], reason: str
+) -> None:
+    """End the command if one of these options was given, which it would not follow."""
+    for name in names:
+        if getattr(given, name) != parser.get_default(name):
+            parser.error(f"{reason}; leave --{name} out")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -72,8 +72,13 @@ class OfflineDPO(OnlineVPO):
 
     def _sample_pairs(self, stream: SampledPairs, folder: Path, say: Callable[[str], None]) -> None:
         """Let the policy of the start sample, step by step as in OnlineVPO, what is not in ``folder`` yet."""
-        size, recorder = self.config.pairs_per_step, None
+        size, asked, recorder = self.config.pairs_per_step, len(stream), None
         done = stream.find(folder, size, started=self.optimizer_steps > 0, processes=self.processes)
+        if len(stream) < asked:
+            say(
+                f"note: {asked} pairs are asked for, but only the policy of the start may sample them, and it has been "
+                f"trained; the {len(stream)} that it sampled are taken again"
+            )
         if self.processes.first_of_team:
             recorder = PairRecorder(self.config.seed, folder, self.processes.rank, with_latents=True)
         if done * size < len(stream):

@@ -18,6 +18,7 @@ import torch
 from vpo_engine.config import Config
 from vpo_engine.data.prompts import Stream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.batches import Batches
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.method import Method, Step, Work
 from vpo_engine.metrics.candidate_statistics import WatchedReward, candidate_statistics
@@ -25,7 +26,6 @@ from vpo_engine.metrics.throughput import CountedRows
 from vpo_engine.objectives.dpo import DPO
 from vpo_engine.protocols import Network, ReferenceStore, Reward
 from vpo_engine.rewards.guards import WithMotion
-from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.quantised_copy import SamplingCopy
 from vpo_engine.rollout.sampler import CandidateSampler, Denoiser, VideoScorer
 from vpo_engine.rollout.shared_scores import SharedScorer

@@ -91,6 +91,11 @@ def write_folder(run: RunDirectory, repo: str, base: Path | None = None) -> Path
     if model_family(config.model.kind).card.pipelines:
         export(newest, folder, ExportOptions(ema=policy != newest / "policy", base=base))
     else:
+        if base is not None:
+            raise ValueError(
+                f"--base {base} is for models with a diffusers pipeline, and model.kind={config.model.kind} has none; "
+                "leave --base out"
+            )
         for file in sorted(item for item in policy.rglob("*") if item.is_file()):
             target = folder / file.relative_to(policy)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -370,14 +370,14 @@ class Trainer:
             self._algorithm, checkpoint.tensors, checkpoint.state, checkpoint.policy, checkpoint.average
         )
         self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
+        self._saved_at = self._resumed_at = step
         # An evaluation after the save may have raised more.
         known = (read_alarms(self._run) or ()) if self._processes.first else ()
-        text = self._processes.broadcast_text(json.dumps([each for each in known if each["step"] <= step]))
-        self._monitor.recall(json.loads(text))
-        self._saved_at = self._resumed_at = step
-        evaluated = self._log.resume(step, total)
+        later = [[each for each in known if each["step"] <= step], self._log.resume(step, total)]
+        alarms, evaluation = json.loads(self._processes.broadcast_text(json.dumps(later)))
         due = self._due(self._config.evaluation.every, step) and step < total
-        self._evaluation_missing = self._processes.any(due and not evaluated)
+        self._evaluation_missing = due and not evaluation
+        self._monitor.recall(alarms, evaluation if due else None)
         return step
 
     @staticmethod

@@ -31,7 +31,7 @@ from vpo_engine.memory.host_allocator import return_freed_memory
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.methods import method_class
 from vpo_engine.models.registry import check_model
-from vpo_engine.planning.parts import configurations_are_here
+from vpo_engine.planning.parts import check_preset, configurations_are_here
 from vpo_engine.planning.planner import available_memory, check_fits
 from vpo_engine.protocols import Reward
 from vpo_engine.reference.store import HeldReference, build_reference
@@ -75,6 +75,8 @@ def run_training(config: Config) -> int:
         planned = configurations_are_here(config)  # else building the model says which is missing
         if planned:
             config = _planned(config, processes, len(prompts))
+        else:
+            check_preset(config)
         model = build_model(config, processes)
         tensors = [tensor for part in model.parts.values() for tensor in part.parameters()]
         return_freed_memory(processes.device, sum(t.numel() * t.element_size() for t in tensors))

@@ -22,10 +22,10 @@ from vpo_engine.config_file import load_config
 from vpo_engine.distributed.couples import Couples
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StepAbandonedError
+from vpo_engine.memory.batches import Batches
 from vpo_engine.models.registry import check_model
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.trace import trace_step
-from vpo_engine.rollout.batches import Batches
 
 SPLIT = ("processes.split_guidance=true",)
 ROUNDING = 1e-5

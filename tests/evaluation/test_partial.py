@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from evaluation_case import PROMPTS, results_of, run, videos
 
+from vpo_engine.distributed.processes import Processes
+
 
 def test_a_pair_counts_only_if_both_of_its_videos_can_be_measured(tmp_path: Path) -> None:
     """Equal videos but for one damaged file differ by exactly nothing, though that file would change the mean."""
@@ -79,6 +81,14 @@ def test_a_metric_that_cannot_be_loaded_makes_the_results_partial(
     assert set(results["unloaded"]) == {"devil_flow"}
     assert results["measures"]["pixels/motion"]["policy"]["provenance"]["count"] == 2
     assert "devil_flow could not be loaded" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_other_processes_are_left_in_good_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(Processes, "stop", lambda processes: left.append(processes.rank))
+    folder, out = videos(tmp_path / "clips", 150, PROMPTS[:1], count=1), tmp_path / "out"
+    assert run(folder, "--metrics", "pixels", "--out", out) == 0
+    assert left == [0]
 
 
 def test_equal_videos_of_one_prompt_count_as_two(tmp_path: Path) -> None:

@@ -176,6 +176,28 @@ def test_studies_that_cannot_be_made_are_refused(folder: Path, capsys: pytest.Ca
     assert "evaluate with --baseline OTHER first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--study", "FOLDER", "--metrics", "fvd"), "as they are; leave --metrics out"),
+        (("--study", "FOLDER", "--baseline"), "as they are; leave --baseline out"),
+        (
+            ("--study", "FOLDER", "--votes", "votes.json", "--pairs", "3"),
+            "as it was written; leave --pairs out",
+        ),
+        (("FOLDER", "--pairs", "3"), "only a study has pairs (--study FOLDER); leave --pairs out"),
+    ],
+)
+def test_an_option_that_would_not_be_followed_is_refused(
+    folder: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*(str(folder) if word == "FOLDER" else word for word in words))
+    assert ended.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (folder / "study").exists()
+
+
 def test_the_share_of_left_videos_is_counted_without_ties(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

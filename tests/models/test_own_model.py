@@ -111,6 +111,16 @@ def test_what_it_does_not_support_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_preset_that_needs_a_plan_is_refused(
+    tmp_path: Path, in_the_repository: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its class has no blueprint, and nothing is chosen without saying so."""
+    assert entry.main(command(tmp_path / "run", "memory.preset=balanced", "model.device=cpu")) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "its class has no blueprint (see docs/models.md); set memory.preset=lean, or fast" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_page_names_everything_that_is_left_to_define() -> None:
     page = (ROOT / "docs" / "models.md").read_text()
     assert all(f"`{name}" in page or f"{name}(" in page for name in BaseModel.__abstractmethods__)

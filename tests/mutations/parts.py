@@ -3,7 +3,7 @@
 from mutations.tests_of import FAULTS, REPLAY, RESUME
 
 OPTIMIZER = "vpo_engine/memory/optimizer.py"
-BATCHES = "vpo_engine/rollout/batches.py"
+BATCHES = "vpo_engine/memory/batches.py"
 COPY = "vpo_engine/rollout/quantised_copy.py"
 WEIGHTS = "vpo_engine/reference/weights.py"
 NETWORK = "vpo_engine/reference/network.py"
@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     (
         "halved again and again",
-        "vpo_engine/rollout/batches.py",
+        "vpo_engine/memory/batches.py",
         "if self._halved or size == 1 or",
         "if size == 1 or",
         BATCH_TESTS,

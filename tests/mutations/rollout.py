@@ -3,7 +3,7 @@
 from mutations.tests_of import RANDOMNESS, REPLAY, SAMPLERS, TWO
 
 SAMPLER = "vpo_engine/rollout/sampler.py"
-BATCHES = "vpo_engine/rollout/batches.py"
+BATCHES = "vpo_engine/memory/batches.py"
 HELD_OUT = "vpo_engine/metrics/held_out.py"
 STORED = "vpo_engine/rollout/preference_dataset.py"
 

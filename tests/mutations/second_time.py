@@ -113,8 +113,8 @@ MUTATIONS = [
     (
         "an alarm of an evaluation after the save is forgotten",
         "vpo_engine/trainer.py",
-        "self._monitor.recall(json.loads(text))",
-        "pass",
+        "self._monitor.recall(alarms, evaluation if due else None)",
+        "self._monitor.recall([], evaluation if due else None)",
         (
             "tests/wiring/test_resume.py::test_a_longer_run_knows_the_alarm_of_the_evaluation_at_its_first_end",
         ),

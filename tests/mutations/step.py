@@ -223,8 +223,8 @@ MUTATIONS = [
     (
         "the log is not cut at a resume",
         TRAINER,
-        "evaluated = self._log.resume(step, total)",
-        "evaluated = True",
+        "self._log.resume(step, total)]",
+        "{}]",
         RESUME,
     ),
     (

@@ -27,13 +27,13 @@ from rollout_case import (
 from step_case import sample_candidates
 from torch import Tensor, nn
 
+from vpo_engine.memory.batches import Batch
 from vpo_engine.models.opensora.reuse import Reuse
 from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.reference.store import build_reference
 from vpo_engine.rewards.combine import combine
 from vpo_engine.rewards.sprites import SpritesReward
-from vpo_engine.rollout.batches import Batch
 from vpo_engine.selection import select_pairs
 
 

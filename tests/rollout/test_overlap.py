@@ -16,8 +16,8 @@ from torch import Tensor
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.batches import Batches
 from vpo_engine.rewards.sprites import SpritesReward
-from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.sampler import CandidateSampler, Denoiser, VideoScorer
 from vpo_engine.selection import extremes
 from vpo_engine.values import Prompt

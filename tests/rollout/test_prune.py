@@ -16,11 +16,11 @@ from torch import Tensor
 from vpo_engine.build import build_model
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.batches import Batches
 from vpo_engine.method import Step
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import SamplerSettings, SamplerState
 from vpo_engine.reference.store import build_reference
-from vpo_engine.rollout.batches import Batches
 from vpo_engine.rollout.sampler import Denoiser, Pass
 from vpo_engine.run_state import capture, restore
 from vpo_engine.seeding import normal

@@ -11,7 +11,7 @@ from step_case import sample_candidates
 from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
-from vpo_engine.rollout.batches import Batch, Batches
+from vpo_engine.memory.batches import Batch, Batches
 
 
 def sample(config: RolloutConfig, network: object, rows: Batches) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +118,14 @@ def test_the_look_of_an_evaluation_is_told_as_its_distance_from_the_base(run: Pa
     assert max(map(abs, expected.values())) > 0.5
 
 
-def make_held_out(reward: ToyReward, *more: str) -> tuple[HeldOut, VideoModel]:
+def make_held_out(
+    reward: ToyReward, *more: str, processes: Processes | None = None
+) -> tuple[HeldOut, VideoModel]:
     config = engine.load_config(None, [*engine.SETTINGS, *SETTINGS, *more])
-    processes = Processes.start("cpu")
+    alone = Processes.start("cpu")
     scorers = HeldOutScorers(reward, lambda videos, _: {})
-    model = build_model(config, processes)
-    return HeldOut(config, model, engine.HELD_OUT, scorers, processes), model
+    model = build_model(config, alone)
+    return HeldOut(config, model, engine.HELD_OUT, scorers, processes or alone), model
 
 
 def test_an_evaluation_says_that_latents_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,21 +174,72 @@ def test_the_gallery_shows_the_average_that_was_evaluated(tmp_path: Path) -> Non
         assert mean == pytest.approx(last[f"held_out/reward/{name}"], rel=1e-5), name
 
 
+def record_sizes(monkeypatch: pytest.MonkeyPatch, model: VideoModel) -> list[int]:
+    """Let the model return the noise as its samples, and return the list that will hold how many were asked for."""
+    sizes: list[int] = []
+
+    def sample(_: object, noise: Tensor, *__: object, **___: object) -> Tensor:
+        sizes.append(len(noise))
+        return noise
+
+    model.prepare(engine.HELD_OUT)
+    monkeypatch.setattr(model, "sample", sample)
+    return sizes
+
+
 def test_an_evaluation_samples_in_batches_of_the_rollout_and_keeps_four_videos(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     held_out, model = make_held_out(ToyReward())
-    model.prepare(engine.HELD_OUT)
-    sizes: list[int] = []
-
-    def sampled(network: Any, noise: Tensor, *_: Any, **__: Any) -> Tensor:
-        sizes.append(len(noise))
-        return noise
-
-    monkeypatch.setattr(model, "sample", sampled)
+    sizes = record_sizes(monkeypatch, model)
     held_out.evaluate(model.network, 3)
     assert sizes == [3, 3]
     assert len(held_out.kept) == 4
+
+
+class Full(ToyReward):
+    """A reward whose memory holds ``most`` videos."""
+
+    most = 100
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        if len(videos) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().score(videos, prompts)
+
+
+def test_clips_that_do_not_fit_in_memory_are_evaluated_in_halves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The batch of 4 that fails has left nothing behind, and later evaluations begin with batches of 2."""
+    reward = Full()
+    held_out, model = make_held_out(reward, "rollout.batch_size=4")
+    sizes = record_sizes(monkeypatch, model)
+    whole = held_out.evaluate(model.network, 3)
+    kept = torch.stack(held_out.kept)
+    assert sizes == [4, 2]
+    reward.most = 2
+    sizes.clear()
+    halved = held_out.evaluate(model.network, 3)
+    assert torch.equal(torch.stack(held_out.kept), kept)
+    assert halved.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(halved[name], value, msg=name)
+    assert "with a batch of 4 candidates: going on with 2" in capsys.readouterr().out
+    held_out.evaluate(model.network, 2)
+    held_out.videos(model.network, range(3))
+    assert sizes == [4, 2, 2, 2, 2, 2, 2, 1]
+
+
+def test_processes_that_hold_slices_of_the_same_clips_do_not_halve_their_batches() -> None:
+    """A process cannot do it alone, and the others do not know of it."""
+    reward = Full()
+    reward.most = 2
+    alone = Processes.start("cpu")
+    held_out, model = make_held_out(reward, processes=replace(alone, _sequence=replace(alone, count=2)))
+    model.prepare(engine.HELD_OUT)
+    with pytest.raises(torch.OutOfMemoryError, match="a batch of 3 candidates does not fit"):
+        held_out.evaluate(model.network, 2)
 
 
 @pytest.mark.parametrize(
@@ -213,22 +268,19 @@ def test_no_more_clips_are_sampled_at_once_than_a_step_makes_videos(
     size: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held_out, model = make_held_out(ToyReward(), f"rollout.batch_size={size}")
-    model.prepare(engine.HELD_OUT)
-    sizes: list[int] = []
-
-    def sample(_: object, noise: Tensor, *__: object, **___: object) -> Tensor:
-        sizes.append(len(noise))
-        return torch.zeros_like(noise)
-
-    monkeypatch.setattr(model, "sample", sample)
+    sizes = record_sizes(monkeypatch, model)
     held_out.evaluate(model.network, 20)
     assert (max(sizes), sum(sizes)) == (most, 40)
 
 
-def test_a_method_without_candidates_evaluates_no_more_clips_at_once_than_its_micro_batches() -> None:
+def test_a_method_without_candidates_evaluates_no_more_clips_at_once_than_its_micro_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     more = ("method=refl", *gradient_toy.SETTINGS, "rollout.batch_size=auto", "objective.micro_batch_size=2")
-    held_out, _ = make_held_out(ToyReward(), *more)
-    assert [len(chunk) for chunk in held_out._chunks(range(5))] == [2, 2, 1]
+    held_out, model = make_held_out(ToyReward(), *more)
+    sizes = record_sizes(monkeypatch, model)
+    held_out.videos(model.network, range(5))
+    assert sizes == [2, 2, 1]
 
 
 class Blind(ToyReward):

@@ -209,10 +209,16 @@ def test_a_resumed_run_reads_its_pairs_and_is_the_uninterrupted_one(tmp_path: Pa
     assert all(text in engine.HELD_OUT for _, text in resumed.scored)
 
 
-def test_a_longer_run_takes_its_pairs_again_and_samples_none_by_the_trained_policy(tmp_path: Path) -> None:
+def test_a_longer_run_takes_its_pairs_again_and_samples_none_by_the_trained_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine.train(engine.make_config(tmp_path, *SAMPLED, "steps=1"))
+    assert "taken again" not in str(capsys.readouterr())
     kept = [line for line in engine.lines_of(tmp_path / "run") if line.kept]
     rows = engine.train(engine.make_config(tmp_path, *SAMPLED, "steps=2")).rows
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "note: 8 pairs are asked for" in said
+    assert "the 4 that it sampled are taken again" in said
     assert len(engine.lines_of(tmp_path / "run")) == 4
     assert len(rows) == len(kept) > 0
     for row, line in zip(rows, kept, strict=True):

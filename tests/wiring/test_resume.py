@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 from toy import ToyReward
 
-from vpo_engine.metrics.held_out import HeldOut
+from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.online_vpo import OnlineVPO
 
 SETTINGS = (
@@ -68,7 +69,7 @@ def stops() -> Iterator[object]:
             yield pytest.param(storage, *place, id=f"{storage}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("whole", "step", "refreshed_at"), stops(), indirect=["whole"])
+@pytest.mark.parametrize(("whole", "step", "refreshed_at"), [*stops()], indirect=["whole"])
 def test_a_resumed_run_is_the_uninterrupted_one(
     whole: Whole, tmp_path: Path, step: int, refreshed_at: int
 ) -> None:
@@ -201,6 +202,22 @@ def test_a_longer_run_knows_the_alarm_of_the_evaluation_at_its_first_end(tmp_pat
     for steps in (2, 4):
         engine.train(engine.make_config(tmp_path, *LOOKS, f"steps={steps}"))
         assert style_alarms(tmp_path / "run") == [2]
+
+
+def test_a_longer_run_knows_the_rewards_of_the_evaluation_at_its_first_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps were saved when they were evaluated. Evaluations after one and three steps are in the checkpoints."""
+    judged = partial(HeldOutScorers, judge=ToyReward(power=-1.0))
+    monkeypatch.setattr(engine, "HeldOutScorers", judged)
+    settings = ("evaluation.every=1", "optimizer.warmup_steps=0", "optimizer.final_lr=1.0")
+    for steps, folder in ((2, "run"), (4, "run"), (4, "whole")):
+        engine.train(
+            engine.make_config(tmp_path, *settings, f"steps={steps}", f"run_dir={tmp_path / folder}")
+        )
+    seen = engine.state_of(tmp_path / "whole", 4)["guards"]
+    assert [step for step, *_ in seen["observations"]] == [0, 1, 2, 3]
+    assert engine.state_of(tmp_path / "run", 4)["guards"] == seen
 
 
 def test_the_alarm_of_an_evaluation_that_was_made_up_for_outlives_the_next_stop(tmp_path: Path) -> None:

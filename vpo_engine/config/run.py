@@ -44,7 +44,7 @@ class Config(Section):
 
     name: str = Field("run", pattern=r"[A-Za-z0-9]")
     """Name of the run; its directory under runs/ begins with it."""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**64)
     """Seed of all random numbers. Runs with the same seed on the same machine are the same."""
     steps: int = Field(1000, ge=1)
     """Steps of Algorithm 1. Each makes objective.updates_per_rollout optimizer steps, or none if all pairs are ties."""
@@ -346,6 +346,12 @@ class Config(Section):
 
     def _check_soft_refresh(self) -> None:
         storage, weights = self.reference.storage, self.optimizer_memory.weights
+        if self.refresh_every is None:
+            name = "reference" if self.offline_dpo is None else "offline_dpo"
+            raise ValueError(
+                f"reference.refresh_share={self.reference.refresh_share:g} is the share of a refresh, but with "
+                f"{name}.refresh_every=null there is none; set {name}.refresh_every, or reference.refresh_share=1"
+            )
         if storage not in ("copy", "adapter") or weights != "float32":
             raise ValueError(
                 f"reference.refresh_share={self.reference.refresh_share:g} moves the reference by small steps, which "

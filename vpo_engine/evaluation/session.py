@@ -140,6 +140,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any] | None:
         processes.first,
     )
     processes.wait()
+    processes.stop()
     if not processes.first:
         return None
     records.read(failures=[FACTS, METRIC])

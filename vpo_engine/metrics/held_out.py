@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.memory.batches import Batches, as_slice
 from vpo_engine.memory.idle_offload import IdleOffload
 from vpo_engine.metrics.appearance import appearance
 from vpo_engine.metrics.throughput import CountedRows
@@ -24,6 +26,7 @@ from vpo_engine.video_model import VideoModel
 
 _KEPT = 4
 """Videos of an evaluation that are kept for the log."""
+Result = TypeVar("Result")
 PixelMeasures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 
 
@@ -64,11 +67,13 @@ class HeldOut:
         """The first videos of the last evaluation on this process, at most four, uint8 [F, H, W, 3]."""
         self.stopping = StopPoints(processes)
         self.whole_policy: Callable[[], AbstractContextManager[None]] = nullcontext
+        size = config.rollout.batch_limit or self._videos_of_a_step()
+        self._batches = Batches(size, halved=processes.sequence.count == 1)
 
     def videos(self, network: Network, clips: Sequence[int]) -> Tensor:
         """Sample the given clips: uint8 [len(clips), F, H, W, 3]."""
         with self.stopping.stoppable(), self.whole_policy():
-            return torch.cat([self._sample(network, chunk) for chunk in self._chunks(clips)])
+            return torch.cat(self._in_batches(lambda chunk: self._sample(network, chunk), clips))
 
     def evaluate(self, network: Network, samples_per_prompt: int) -> dict[str, Tensor]:
         """Sample and measure all clips: {measure: float32 [prompts * samples_per_prompt]}, the same on every process.
@@ -84,7 +89,7 @@ class HeldOut:
         mine = [min(clip, total - 1) for clip in range(first, first + each)]
         self.kept = []
         with self.stopping.stoppable(), self.whole_policy():
-            parts = [self._measure_sampled(network, chunk) for chunk in self._chunks(mine)]
+            parts = self._in_batches(lambda chunk: self._measure_sampled(network, chunk), mine)
         names = list(parts[0])
         rows = torch.stack([torch.cat([part[name] for part in parts]) for name in names], dim=1)
         rows = self._processes.sequence.broadcast(rows.to(self._processes.device))
@@ -115,9 +120,9 @@ class HeldOut:
     def caption(self, clip: int) -> str:
         return self.prompts[clip % len(self.prompts)]
 
-    def _chunks(self, clips: Sequence[int]) -> list[Sequence[int]]:
-        size = self._config.rollout.batch_limit or self._videos_of_a_step()
-        return [clips[start : start + size] for start in range(0, len(clips), size)]
+    def _in_batches(self, work: Callable[[Sequence[int]], Result], clips: Sequence[int]) -> list[Result]:
+        """Return the results of ``work`` for batches of clips that fit in the memory of the device, in order."""
+        return list(self._batches.run(lambda batch: work(clips[as_slice(batch.prompts)]), len(clips), 1))
 
     def _videos_of_a_step(self) -> int:
         """Return how many videos this process makes in a step, which its memory is known to hold; at most 64."""
@@ -145,8 +150,9 @@ class HeldOut:
 
     def _measure_sampled(self, network: Network, clips: Sequence[int]) -> dict[str, Tensor]:
         videos = self._sample(network, clips)
+        measured = self._measure(videos, clips)
         self.kept.extend(videos[: _KEPT - len(self.kept)].cpu().unbind(0))
-        return self._measure(videos, clips)
+        return measured
 
     def _measure(self, videos: Tensor, clips: Sequence[int]) -> dict[str, Tensor]:
         captions = [self.caption(clip) for clip in clips]

@@ -116,10 +116,17 @@ class RewardMonitor:
         self.alarms.append(alarm)
         return [alarm]
 
-    def recall(self, alarms: Iterable[Mapping[str, Any]]) -> None:
-        """Take alarms for raised that were raised after the state was saved, {"step", "kind", "text", ...} each."""
+    def recall(self, alarms: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any] | None) -> None:
+        """Take alarms for raised that were raised after the state was saved, {"step", "kind", "text", ...} each.
+
+        evaluation: the log's row of the evaluation at the step of the state; it may have come after the save as well.
+        """
         for fields in alarms:
             self._raise(Alarm(**fields))
+        if evaluation is not None and "guards/held_out" in evaluation:
+            seen = (evaluation["step"], evaluation["guards/training"], evaluation["guards/held_out"])
+            if seen[0] not in [step for step, *_ in self._observations]:
+                self._remember(*seen)
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON data."""
@@ -136,10 +143,13 @@ class RewardMonitor:
         """
         self.alarms = [Alarm(**fields) for fields in state["alarms"]]
         for step, training, held_out in state["observations"]:
-            self._observations.append((step, training, held_out))
-            self._trend(step, training, held_out, math.inf)  # what was raised is among the alarms
+            self._remember(step, training, held_out)
         if self._watch is not None and "watch" in state:
             self._watch.load(state["watch"])
+
+    def _remember(self, step: int, training: float, held_out: float) -> None:
+        self._observations.append((step, training, held_out))
+        self._trend(step, training, held_out, math.inf)  # what was raised is among the alarms
 
 
 def _since_base(step: int, *sides: Tensor) -> str | None:

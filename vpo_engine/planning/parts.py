@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import Idefics2Config
 
 from vpo_engine.config import Config
+from vpo_engine.config.presets import MEMORY_PRESETS
 from vpo_engine.foreign_files import read_settings
 from vpo_engine.models.registry import check_model, model_family
 from vpo_engine.planning.tracker import Tracker
@@ -68,6 +69,16 @@ def configurations_are_here(config: Config) -> bool:
         return False
     assumed = Assumed()
     return family.blueprint(config.model, assumed.config, 1) is not None and not assumed.notes
+
+
+def check_preset(config: Config) -> None:
+    """Raise ValueError for a preset that a plan must resolve, of a family that cannot be planned."""
+    open_settings = [name for name in MEMORY_PRESETS["lean"] if config.memory.chooses(name)]
+    if open_settings and model_family(config.model.kind).blueprint(config.model, Assumed().config, 1) is None:
+        raise ValueError(
+            f"memory.preset=balanced takes its settings from a plan, but model.kind={config.model.kind} cannot be "
+            "planned: its class has no blueprint (see docs/models.md); set memory.preset=lean, or fast"
+        )
 
 
 def _is_described(folder: Path) -> bool:

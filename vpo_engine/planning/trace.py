@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpo_engine.config import Config
 from vpo_engine.distributed.sequence import planned
+from vpo_engine.memory.batches import Batch
 from vpo_engine.memory.ema import PolicyAverage
 from vpo_engine.memory.offload import OffloadedInputs
 from vpo_engine.memory.optimizer import PolicyOptimizer
@@ -43,7 +44,6 @@ from vpo_engine.planning.videoscore import PlannedVideoScore
 from vpo_engine.protocols import SamplerSettings, SamplerState, TextEmbedding, at_hand
 from vpo_engine.reference.store import HeldReference, build_reference
 from vpo_engine.reward_gradient_method import RewardGradientMethod
-from vpo_engine.rollout.batches import Batch
 from vpo_engine.rollout.quantised_copy import SamplingCopy
 from vpo_engine.values import Prompt
 from vpo_engine.video_model import repeating_blocks

@@ -168,7 +168,7 @@ class SampledPairs:
         """Return how many steps of ``size`` pairs are in ``folder``, and remove what comes behind them.
 
         Every process must call this. started: the policy has been trained already, so that what is not there cannot be
-        sampled any more; ValueError then, if there is nothing, or less than was asked for.
+        sampled any more; then the stream has the pairs that are there, and without any this is a ValueError.
         """
         done = _complete_steps(folder, size)
         processes.wait()

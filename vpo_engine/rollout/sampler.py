@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vpo_engine.config import RolloutConfig
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.memory.batches import Batch, Batches, as_slice
 from vpo_engine.protocols import Network, SamplerSettings, SamplerState, TextEmbedding
-from vpo_engine.rollout.batches import Batch, Batches, as_slice
 from vpo_engine.seeding import normal
 from vpo_engine.values import Candidate, Prompt, stacked_embeddings
 from vpo_engine.video_model import VideoModel

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.rollout.batches import as_slice
+from vpo_engine.memory.batches import as_slice
 from vpo_engine.rollout.sampler import OverlappedScores, Scores, VideoScorer
 
 

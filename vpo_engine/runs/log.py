@@ -102,12 +102,12 @@ class RunLog:
                     write_mp4(file, clips[name], fps)
                 self._wandb.write_videos(step, files, what)
 
-    def resume(self, step: int, last: int) -> bool:
+    def resume(self, step: int, last: int) -> Row | None:
         """Delete the rows that a run of ``last`` steps, resumed after ``step``, will write again.
 
         They are those of later steps and the evaluation at the end; of a run that had no checkpoint (step 0), all.
-        Files are replaced atomically. TensorBoard is told to hide its events from ``step + 1`` on. Return whether the
-        log has an evaluation of ``step``.
+        Files are replaced atomically. TensorBoard is told to hide its events from ``step + 1`` on. Return the
+        evaluation of ``step``, if the log has it.
         """
 
         def stays(line: Line) -> bool:
@@ -120,7 +120,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.resume(step)
         row = {} if newest is None else _row_of(newest)
-        return (row.get("step"), row.get("kind")) == (step, "eval")
+        return row if (row.get("step"), row.get("kind")) == (step, "eval") else None
 
     def close(self) -> None:
         self._file.close()
@@ -175,9 +175,9 @@ class NullLog:
     def write(self, step: int, kind: Kind, metrics: Mapping[str, float]) -> None:
         _checked_row(step, kind, metrics)
 
-    def resume(self, step: int, last: int) -> bool:
-        """Return that nothing is missing; the first process decides."""
-        return True
+    def resume(self, step: int, last: int) -> Row | None:
+        """Return None: the first process has the rows."""
+        return None
 
     def show_held_out(self, step: int) -> None: ...
 
