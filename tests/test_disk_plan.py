@@ -97,3 +97,44 @@ def test_pairs_that_offline_dpo_samples_before_its_first_step_are_planned() -> N
     assert size > 12 * 2 * 4 * numbers
     assert 3 * planned("offline_dpo.pairs=4")[0] == size
     assert planned("offline_dpo.dataset=runs/a")[0] == 0
+
+
+def test_a_checkpoint_holds_the_clips_of_the_base_policy(small: Make) -> None:
+    """The report shows sixteen of them; beside an adapter they are the larger part."""
+    config = small("model.lora.rank=1", "reference.storage=adapter", "checkpoint.keep=1")
+    model = build_model(config, Processes.start("cpu"), lambda _: None)
+    assert model.video_size is not None
+    clip = 3 * math.prod(model.video_size)
+
+    def planned(prompts: str, samples: int) -> float:
+        words = (f"evaluation.prompts={prompts}", f"evaluation.samples_per_prompt={samples}")
+        changed = config.model_copy(update={"evaluation": load_config(None, list(words)).evaluation})
+        (size,) = (part.bytes for part in disk_parts(changed, model) if part.name.startswith("checkpoints"))
+        return size / 2 / clip
+
+    few = planned("1", 2)
+    assert [round(planned(*given) - few) for given in (("2", 3), ("2", 8), ("null", 1))] == [4, 14, 14]
+
+
+def test_the_clips_that_tensorboard_gets_at_the_end_are_planned(small: Make) -> None:
+    """Sixteen, before and after side by side; of the evaluations at the start and at the end it gets four each."""
+    config = small("evaluation.every=null")
+    model = build_model(config, Processes.start("cpu"), lambda _: None)
+    assert model.video_size is not None
+    (planned,) = (part.bytes for part in disk_parts(config, model) if part.name == "clips in TensorBoard")
+    assert planned == (2 * 4 + 2 * 16) * math.prod(model.video_size)
+
+
+def test_pairs_that_were_sampled_before_the_first_step_need_no_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = DiskPart("preference dataset", 3 * 2**30, False, "lower offline_dpo.pairs=12")
+    monkeypatch.setattr("vpo_engine.disk_plan.disk_parts", lambda *_: [part])
+    monkeypatch.setattr("vpo_engine.disk_plan.free_bytes", lambda _: 2**30)
+    config = load_config(None, ["method=offline_dpo", "steps=6", "pairs_per_step=2"])
+    with pytest.raises(ValueError, match=r"this run writes 3\.06 GiB more"):
+        check_run_fits(config, None, tmp_path, 0)  # type: ignore[arg-type]
+    (tmp_path / "preference_dataset").mkdir()
+    with (tmp_path / "preference_dataset/all.bin").open("wb") as file:
+        file.truncate(3 * 2**30)
+    check_run_fits(config, None, tmp_path, 2)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from vpo_engine.models.opensora.stdit3 import STDiT3
 from vpo_engine.protocols import TextEmbedding
 from vpo_engine.runs.log import read_metrics
 from vpo_engine.train import train
+from vpo_engine.trainer import Trainer
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 64,
@@ -204,3 +206,33 @@ def test_a_run_logs_its_speed(small, small_policy: str, monkeypatch: pytest.Monk
         assert 0 <= row["speed/idle"] < 1
         assert row["speed/samples_per_second"] > 0
         assert row["speed/ceiling"] == rows[0]["speed/ceiling"] > 1e8
+
+
+def test_the_ceiling_is_measured_in_the_runs_arithmetic_and_some_prompts_stand_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def count(model: Any, text: Any) -> RowFlops:
+        asked.append(text)
+        return RowFlops(1.0, 3.0)
+
+    def rate(*given: Any) -> float:
+        asked.append(given)
+        return 1e12
+
+    monkeypatch.setattr("vpo_engine.trainer.count_row_flops", count)
+    monkeypatch.setattr("vpo_engine.trainer.matrix_rate", rate)
+    device = torch.device("cpu")
+    trainer: Any = SimpleNamespace(
+        _progress=SimpleNamespace(stage=lambda name: None),
+        _algorithm=SimpleNamespace(
+            model=SimpleNamespace(embed=list), optimizer=SimpleNamespace(whole=nullcontext)
+        ),
+        _held_out=SimpleNamespace(prompts=[str(number) for number in range(20)]),
+        _processes=SimpleNamespace(device=device),
+        _config=SimpleNamespace(model=SimpleNamespace(dtype="bfloat16")),
+        _taken_at=0.0,
+    )
+    assert Trainer._measure_device(trainer).ceiling == 1e12
+    assert asked == [[str(number) for number in range(16)], (device, torch.bfloat16)]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-
-from torch import nn
 
 from vpo_engine.config import Config
 from vpo_engine.full_disk import disk_of, free_bytes
 from vpo_engine.runs.disk_use import SPARE_BYTES
+from vpo_engine.runs.gallery import MOST_CLIPS
 from vpo_engine.texts import counted
+from vpo_engine.video_model import VideoModel
 
 _GIB = 2**30
 
 
-def checkpoint_bytes(config: Config, network: nn.Module) -> int:
-    """Estimate the bytes of one checkpoint: the policy (or its adapter), its average, optimizer state and reference."""
+def checkpoint_bytes(config: Config, model: VideoModel) -> int:
+    """Estimate the bytes of one checkpoint: the policy (or its adapter), its average, optimizer state, reference, and
+    the base policy's clips that the report shows."""
+    network = model.network
     trained = [p for p in network.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     weights = sum(p.numel() * p.element_size() for p in trained)
@@ -30,15 +33,22 @@ def checkpoint_bytes(config: Config, network: nn.Module) -> int:
     if not config.card.reference:
         reference = 0.0
     average = 0 if config.ema.decay is None else policy - weights + 4 * count
-    return int(policy + average + moments + master + reference)
+    return int(policy + average + moments + master + reference) + _clip_bytes(config, model)
 
 
-def check_disk(config: Config, network: nn.Module, root: Path) -> None:
+def _clip_bytes(config: Config, model: VideoModel) -> int:
+    """Return the bytes of the shown clips, uint8; 0 for a model that does not tell its size."""
+    prompts, samples = config.evaluation.prompts, config.evaluation.samples_per_prompt
+    clips = MOST_CLIPS if prompts is None else min(MOST_CLIPS, prompts * samples)
+    return 0 if model.video_size is None else clips * 3 * math.prod(model.video_size)
+
+
+def check_disk(config: Config, model: VideoModel, root: Path) -> None:
     """Raise ValueError if the disk of the run directory ``root`` cannot hold the checkpoints of the run.
 
     One more than checkpoint.keep is there while the newest is written; those that are there already need no more.
     """
-    size = checkpoint_bytes(config, network)
+    size = checkpoint_bytes(config, model)
     present = len(list((root / "checkpoints").glob("step_*"))) if root.exists() else 0
     number = max(1, config.checkpoint.keep + 1 - present)
     place = disk_of(root)
@@ -52,9 +62,9 @@ def check_disk(config: Config, network: nn.Module, root: Path) -> None:
         )
 
 
-def check_host_memory(config: Config, network: nn.Module, available: int) -> None:
+def check_host_memory(config: Config, model: VideoModel, available: int) -> None:
     """Raise ValueError if the copies of checkpoint.background=true do not fit into ``available`` bytes of the host."""
-    size = checkpoint_bytes(config, network)
+    size = checkpoint_bytes(config, model)
     if config.checkpoint.background and size > available:
         raise ValueError(
             f"checkpoint.background=true copies the run's state to host memory, which takes {size / _GIB:.2f} GiB, but "

@@ -12,8 +12,9 @@ from vpo_engine.config import Config
 from vpo_engine.data.prompts import PromptFile
 from vpo_engine.data.sprites.world import withheld_captions
 from vpo_engine.full_disk import free_bytes
-from vpo_engine.run_gallery import MOST_CLIPS, MOST_PAIR_FILES, MOST_PAIRS
+from vpo_engine.run_gallery import MOST_PAIR_FILES, MOST_PAIRS
 from vpo_engine.runs.disk_use import SPARE_BYTES, bytes_of
+from vpo_engine.runs.gallery import MOST_CLIPS
 from vpo_engine.runs.tensorboard_clips import LARGEST_SIDE
 from vpo_engine.texts import counted
 from vpo_engine.video_model import VideoModel
@@ -45,7 +46,7 @@ def disk_parts(config: Config, model: VideoModel) -> list[DiskPart]:
 
     ``model``: the configured one, also without weights. Latents and checkpoints are counted, the rest is estimated.
     """
-    one, keep = checkpoint_bytes(config, model.network), config.checkpoint.keep
+    one, keep = checkpoint_bytes(config, model), config.checkpoint.keep
     parts = [
         DiskPart(
             f"checkpoints ({keep + 1} of {_size(one)})",
@@ -158,15 +159,24 @@ def _videos(config: Config, model: VideoModel) -> list[DiskPart]:
     if model.video_size is None:
         return []
     frames, height, width = model.video_size
-    scale = min(1.0, LARGEST_SIDE / max(height, width))
     every = config.evaluation.every
     evaluations = 2 + (0 if every is None else config.steps // every)
-    clips = _SHOWN * evaluations * frames * math.ceil(height * scale) * math.ceil(width * scale)
+    single, beside = (
+        _animated(height, width),
+        _animated(height, 2 * width),
+    )  # at the end both sides of the gallery
+    clips = frames * (_SHOWN * evaluations * single + MOST_CLIPS * beside)
     gallery = (2 * MOST_CLIPS + 2 * MOST_PAIRS * MOST_PAIR_FILES) * 3 * frames * height * width
     return [
         DiskPart("clips in TensorBoard", clips, True, f"raise evaluation.every={every}"),
         DiskPart("galleries", gallery, False, "make smaller videos"),
     ]
+
+
+def _animated(height: int, width: int) -> int:
+    """Return the pixels of a frame in TensorBoard, where large ones are scaled down."""
+    scale = min(1.0, LARGEST_SIDE / max(height, width))
+    return math.ceil(height * scale) * math.ceil(width * scale)
 
 
 def _size(size: float) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ _MOST_STEPS_WITHOUT_PAIRS = 20
 class OnlineVPO(Method):
     """The policy, its reference, the reward and the optimizer, and how one step changes them."""
 
-    counters = ("refreshed_at",)
+    counters = ("refreshed_at", "steps_without_pairs")
     reference: ReferenceStore
 
     def __init__(
@@ -56,7 +57,7 @@ class OnlineVPO(Method):
         """Build the objective and the sampler of candidates, and what all methods have."""
         super().__init__(config, model, reward, reference, processes, idle_offload, stream)
         self.refreshed_at = 0
-        self._steps_without_pairs = 0
+        self.steps_without_pairs = 0
         self.selector = Selector(config, processes)
         self.sampler = self._build_sampler()
         self.objective = DPO(
@@ -147,6 +148,9 @@ class OnlineVPO(Method):
             metrics["grad_norm"] = self._end_update(metrics["loss"])
         return metrics
 
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state({"steps_without_pairs": 0, **state})  # earlier versions did not save it
+
     def _passes_behind(self, samples: int) -> int:
         """Return how many micro-batches fewer this process has than another one."""
         size = self.config.objective.micro_batch_size or max(1, samples)
@@ -163,8 +167,8 @@ class OnlineVPO(Method):
 
     def _check_learning(self, metrics: Mapping[str, float], choices: Sequence[Choice]) -> None:
         """Raise ValueError after so many steps without pairs that the reward cannot tell candidates apart."""
-        self._steps_without_pairs = 0 if metrics["pairs"] else self._steps_without_pairs + 1
-        if self._steps_without_pairs >= _MOST_STEPS_WITHOUT_PAIRS:
+        self.steps_without_pairs = 0 if metrics["pairs"] else self.steps_without_pairs + 1
+        if self.steps_without_pairs >= _MOST_STEPS_WITHOUT_PAIRS:
             step = 1 + choices[0].prompt.position // self.config.pairs_per_step
             raise ValueError(
                 f"every pair of the last {_MOST_STEPS_WITHOUT_PAIRS} steps (to step {step}) was a tie at "

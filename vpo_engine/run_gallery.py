@@ -11,11 +11,10 @@ from vpo_engine.config import Config
 from vpo_engine.method import Step
 from vpo_engine.metrics.held_out import HeldOut
 from vpo_engine.runs.directory import RunDirectory
-from vpo_engine.runs.gallery import HeldOutGallery, PairGallery, write_held_out, write_pairs
+from vpo_engine.runs.gallery import MOST_CLIPS, HeldOutGallery, PairGallery, write_held_out, write_pairs
 from vpo_engine.values import Candidate
 from vpo_engine.video_model import VideoModel
 
-MOST_CLIPS = 16
 _STEPS = 8
 MOST_PAIRS = 4
 MOST_PAIR_FILES = 2 * _STEPS

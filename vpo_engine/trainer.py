@@ -72,8 +72,7 @@ class Trainer:
         self._config, self._algorithm, self._stream = config, algorithm, stream
         self._held_out, self._run, self._processes = held_out, run, processes
         self._stop_elsewhere, self._start_from = stop_elsewhere, start_from
-        held_out.stopping = algorithm.stopping
-        held_out.whole_policy = algorithm.optimizer.whole
+        held_out.stopping, held_out.whole_policy = algorithm.stopping, algorithm.optimizer.whole
         self._mine = processes.team_range(config.pairs_per_step, "pairs_per_step")
         self._seconds: dict[str, float] = defaultdict(float)
         self._stage_seconds: dict[str, float] = {}
@@ -81,7 +80,8 @@ class Trainer:
         self._baseline: dict[str, Tensor] = {}
         samples = config.evaluation.samples_per_prompt
         samples = min(samples, config.evaluation.samples_between or samples)
-        size = checkpoint_bytes(config, algorithm.model.network)
+        with algorithm.optimizer.whole():
+            size = checkpoint_bytes(config, algorithm.model)
         self._disk = DiskWatch(run.root, size, config.disk.limit_gib, processes.count)
         self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts), StepWatch(config))
         self._alarmed = self._disk_is_full = False

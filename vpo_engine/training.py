@@ -90,6 +90,7 @@ def run_training(config: Config) -> int:
             _check_room(config, model, None if planned else len(prompts))
         run, checkpoint = _open_run(config, processes, at_end, texts)
         ending.run = run
+        at_end.enter_context(ending.noted())
         with model.idle_offload.phase("refresh"):
             reference = _build_reference(config, model)
             algorithm = method(config, model, reward, reference, processes, model.idle_offload, stream)
@@ -104,8 +105,7 @@ def run_training(config: Config) -> int:
             lambda: served is not None and served.stopping,
             start_from=checkpoint,
         )
-        with ending.noted():
-            outcome = trainer.run()
+        outcome = trainer.run()
         ending.ended(finished=outcome.stopped_by is None)
     if outcome.stopped_by and processes.first:
         say(_stopped_text(outcome.stopped_by, outcome.steps, run))
@@ -155,9 +155,9 @@ def _check_room(config: Config, model: VideoModel, prompts: int | None) -> None:
         print(wrap_for(sys.stdout, describe(config, model, prompts)), flush=True)
     start = find_start(config)
     root = start.root or Path("runs") / config.name
-    check_disk(config, model.network, root)
+    check_disk(config, model, root)
     check_run_fits(config, model, root, step_of(start.checkpoint))
-    check_host_memory(config, model.network, available_memory())
+    check_host_memory(config, model, available_memory())
 
 
 def _keep_settings(settings: dict[str, Any] | None, run: RunDirectory, processes: Processes) -> None:

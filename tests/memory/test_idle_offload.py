@@ -371,3 +371,10 @@ def test_the_teacher_is_there_while_the_gradient_of_the_reward_is_made(small: Ma
     needs = default_needs(small, "method=t2v_turbo", *unused)
     there = {name for name, part in needs.items() if "reward_gradient" in part.phases}
     assert there == {"policy", "reference", "vae", "reward"}
+
+
+def test_the_optimizers_tensors_are_copied_back_wherever_it_steps(small: Make) -> None:
+    """bitsandbytes' kernels write moments of 8 bits without telling torch, which then sees no change."""
+    early = default_needs(small, "memory.step_in_backward=true", "optimizer.clip=null")
+    for needs, phases in ((default_needs(small), {"optimizer"}), (early, {"optimizer", "update"})):
+        assert needs["optimizer"].changed == needs["optimizer"].phases == phases

@@ -189,7 +189,7 @@ MUTATIONS = [
     (
         "evaluations sample 64 clips at once whatever fits",
         "vpo_engine/metrics/held_out.py",
-        "self._config.rollout.batch_limit or self._videos_of_a_step()",
+        "config.rollout.batch_limit or self._videos_of_a_step()",
         "64",
         (
             "tests/wiring/test_evaluation.py::test_an_evaluation_samples_in_batches_of_the_rollout_and_keeps_four_videos",

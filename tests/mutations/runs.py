@@ -159,15 +159,15 @@ MUTATIONS = [
     (
         "steps without pairs never forgotten",
         "vpo_engine/online_vpo.py",
-        'self._steps_without_pairs = 0 if metrics["pairs"] else self._steps_without_pairs + 1',
-        'self._steps_without_pairs += not metrics["pairs"]',
+        'self.steps_without_pairs = 0 if metrics["pairs"] else self.steps_without_pairs + 1',
+        'self.steps_without_pairs += not metrics["pairs"]',
         FAULTS,
     ),
     (
         "one step without pairs too many",
         "vpo_engine/online_vpo.py",
-        "self._steps_without_pairs >= _MOST_STEPS_WITHOUT_PAIRS",
-        "self._steps_without_pairs > _MOST_STEPS_WITHOUT_PAIRS",
+        "self.steps_without_pairs >= _MOST_STEPS_WITHOUT_PAIRS",
+        "self.steps_without_pairs > _MOST_STEPS_WITHOUT_PAIRS",
         FAULTS,
     ),
     # What a resumed run takes up.

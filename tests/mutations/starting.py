@@ -62,7 +62,7 @@ MUTATIONS = [
         "if False:",
         STOPS,
     ),
-    ("an evaluation is made twice", TRAINER, "due and not evaluated", "due", STOPS),
+    ("an evaluation is made twice", TRAINER, "due and not evaluation", "due", STOPS),
     ("a stopped run ends with 0", SIGNALS, "return 128 + received", "return 0", STOPS),
     ("a second signal is ignored", SIGNALS, "raise KeyboardInterrupt(", "return  # (", STOPS),
     (

@@ -294,9 +294,11 @@ MUTATIONS = [
     (
         "one process alone makes the evaluation that is missing",
         "vpo_engine/trainer.py",
-        "self._processes.any(due and not evaluated)",
-        "due and not evaluated",
-        ("tests/wiring/test_two_processes.py::test_all_make_the_evaluation_that_one_of_them_misses",),
+        "json.loads(self._processes.broadcast_text(json.dumps(later)))",
+        "later",
+        (
+            "tests/wiring/test_two_processes.py::test_all_know_the_evaluation_that_the_first_one_has_logged_or_misses",
+        ),
     ),
     (
         "a process stops between steps without the others",

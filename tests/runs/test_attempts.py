@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vpo_engine.runs.attempts import begin_attempt, end_attempt, fail_attempt, was_cut_short
+from vpo_engine.runs.checkpoint import save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 
 
@@ -69,3 +70,22 @@ def test_only_the_last_attempt_tells_whether_the_run_came_to_its_end(run: RunDir
     assert not was_cut_short(run)
     begin_attempt(run, 4)
     assert was_cut_short(run), "it was made longer"
+
+
+def test_an_attempt_that_saved_is_not_said_to_have_saved_nothing_when_the_run_goes_back(
+    run: RunDirectory,
+) -> None:
+    begin_attempt(run, 4)
+    save_checkpoint(run.checkpoints, 6, tensors={}, state={}, write_policy=None, keep=9)
+    fail_attempt(run, 7, 0, "the policy has diverged in step 7")
+    assert begin_attempt(run, 4) is None
+    assert "saved nothing" in (begin_attempt(run, 4) or "")
+
+
+def test_of_several_processes_that_failed_the_first_is_told(run: RunDirectory) -> None:
+    begin_attempt(run, 4)
+    fail_attempt(run, 5, 1, "the reward failed")
+    fail_attempt(run, 5, 0, "a connection was closed")
+    note = begin_attempt(run, 4)
+    assert note is not None
+    assert note.endswith("the last ended in step 5 by an error of rank 1: the reward failed")

@@ -168,3 +168,16 @@ def test_held_out_clips_move_in_tensorboard(run):
     moving.seek(1)
     assert moving.convert("RGB").getpixel((5, 5)) == (255, 255, 255)
     assert moving.convert("RGB").getpixel((60, 5)) == (90, 90, 90)
+
+
+def test_a_run_that_begins_again_shows_nothing_of_its_first_attempt_in_tensorboard(run):
+    for loss in (1.0, 2.0):
+        with RunLog(run) as log:
+            log.resume(0, last=9)
+            log.write(0, "eval", {"held_out/reward/selected": loss})
+            for step in (1, 2):
+                log.write(step, "train", {"loss": loss})
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    assert [event.value for event in events.Scalars("held_out/reward/selected")] == [2.0]
+    assert [event.value for event in events.Scalars("train/loss")] == [2.0, 2.0]

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from vpo_engine.config_file import dump_config, load_config
-from vpo_engine.runs.checkpoint import save_checkpoint
+from vpo_engine.runs.attempts import begin_attempt
+from vpo_engine.runs.checkpoint import save_checkpoint, step_of
+from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.start import Start, check_same_run, find_start
 
 Make = Callable[..., Path]
@@ -238,3 +240,37 @@ def test_another_number_of_held_out_prompts_is_refused_by_its_setting(a_run: Mak
     assert "evaluation.prompts: null -> 3, and the base was evaluated so" in refused(
         a_run(20), "evaluation.prompts=3"
     )
+
+
+def test_what_torchrun_starts_again_keeps_what_it_has_saved_since_it_went_back(
+    a_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saves remove the checkpoint that was named; the next job, by the same command, goes back again."""
+    root = a_run(10, 20)
+    twentieth, run = root / "checkpoints/step_00000020", RunDirectory.open(root)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    for restart, saved, newest in ((0, 15, "15"), (1, None, "15"), (2, 17, "17")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+        chosen = start_of(root, "checkpoint.from=10").checkpoint
+        assert chosen == root / f"checkpoints/step_000000{'10' if restart == 0 else '15'}"
+        begin_attempt(run, step_of(chosen))
+        if saved is not None:
+            save_checkpoint(root / "checkpoints", saved, tensors={}, state={}, write_policy=None, keep=9)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart + 1))
+        found = start_of(root, "checkpoint.from=10").checkpoint
+        assert found == root / f"checkpoints/step_000000{newest}"
+    assert not twentieth.exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert start_of(root, "checkpoint.from=10").checkpoint == root / "checkpoints/step_00000010"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "9")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")
+    assert start_of(root, "checkpoint.from=10").checkpoint == root / "checkpoints/step_00000010"
+
+
+def test_what_torchrun_starts_again_goes_back_again_if_nothing_was_saved(
+    a_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = a_run(10, 20)
+    begin_attempt(RunDirectory.open(root), 10)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert start_of(root, "checkpoint.from=10").checkpoint == root / "checkpoints/step_00000010"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,33 @@ def test_a_resumed_run_is_planned_with_what_it_began_with(
     for steps in (1, 2):
         engine.train(engine.make_config(tmp_path, f"steps={steps}"))
     assert asked == ["auto", 6]
+
+
+@pytest.mark.parametrize(
+    ("error", "noted"),
+    [
+        (ValueError("it does not fit"), ("error", "it does not fit")),
+        (KeyboardInterrupt(), ("ended", "stopped")),
+    ],
+)
+def test_the_end_of_a_run_before_its_first_step_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, noted: tuple[str, str]
+) -> None:
+    """Else the next start would say that the system may have killed it."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("vpo_engine.training.build_reference", fail)
+    with pytest.raises(type(error)):
+        engine.train(engine.make_config(tmp_path))
+    last = json.loads((tmp_path / "run/attempts.jsonl").read_text().splitlines()[-1])
+    assert last.get(noted[0]) == noted[1]
+
+
+def test_steps_without_a_pair_are_counted_on_when_a_run_goes_on(tmp_path: Path) -> None:
+    """Twelve before the resume and eight after it are twenty."""
+    rare = ("checkpoint.every=null", "pairs.dataset=none", "pairs_per_step=1", "rollout.candidates=2")
+    engine.train(engine.make_config(tmp_path, "steps=12", *rare), ToyReward(0.0))
+    with pytest.raises(ValueError, match=r"every pair of the last 20 steps \(to step 20\) was a tie"):
+        engine.train(engine.make_config(tmp_path, "steps=25", *rare), ToyReward(0.0))

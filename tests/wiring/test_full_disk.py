@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -199,3 +200,27 @@ def test_the_latents_of_a_step_count_once(tmp_path: Path) -> None:
     for step in (1, 2):
         (latents / f"step_{step:08d}_0000.safetensors").write_bytes(bytes(3500))
         assert watch.exhausted(step) is None
+
+
+def test_the_room_for_a_checkpoint_is_that_of_all_weights_where_they_are_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's stage 3 leaves nothing in a weight outside of ``whole``."""
+    network, algorithm, sizes = torch.nn.Linear(100, 100), mock.MagicMock(), list[int]()
+    kept = [parameter.data for parameter in network.parameters()]
+
+    @contextmanager
+    def whole() -> Iterator[None]:
+        for parameter, data in zip(network.parameters(), kept, strict=True):
+            parameter.data = data
+        yield
+        for parameter in network.parameters():
+            parameter.data = torch.empty(0)
+
+    with whole():
+        pass
+    monkeypatch.setattr("vpo_engine.trainer.DiskWatch", lambda root, size, *_: sizes.append(size))
+    algorithm.model.network, algorithm.model.video_size, algorithm.optimizer.whole = network, None, whole
+    given = mock.MagicMock(), mock.MagicMock(), mock.MagicMock(root=tmp_path / "run")
+    Trainer(engine.make_config(tmp_path), algorithm, *given, Processes(0, 1, torch.device("cpu")))
+    assert sizes == [16 * 10_100]  # policy, both moments and the reference, of 10,100 float32 weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -140,10 +141,12 @@ def fingerprint(row: engine.Row | oracle.LossRow) -> tuple[float, ...]:
     return tuple(row.noise.flatten()[:4].tolist())
 
 
-def test_all_make_the_evaluation_that_one_of_them_misses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("evaluation", [None, {"step": 2, "kind": "eval", "guards/held_out": 1.0}])
+def test_all_know_the_evaluation_that_the_first_one_has_logged_or_misses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any] | None
 ) -> None:
     """The first process has the log, and the others hear from it."""
+    recalled: list[object] = []
     kept = SimpleNamespace(tensors={}, state={}, policy=tmp_path, average=tmp_path)
     monkeypatch.setattr("vpo_engine.trainer.load_checkpoint", lambda path: kept)
     monkeypatch.setattr("vpo_engine.trainer.restore", lambda *_: (2, {}))
@@ -152,12 +155,15 @@ def test_all_make_the_evaluation_that_one_of_them_misses(
         _start_from=tmp_path,
         _algorithm=None,
         _log=NullLog(),
-        _monitor=SimpleNamespace(load=lambda state: None, recall=lambda alarms: None),
-        _processes=SimpleNamespace(any=lambda flag: True, first=False, broadcast_text=lambda text: text),
+        _monitor=SimpleNamespace(load=lambda state: None, recall=lambda *given: recalled.extend(given)),
+        _processes=SimpleNamespace(
+            first=False, broadcast_text=lambda text: json.dumps([["alarm"], evaluation])
+        ),
         _due=Trainer._due,
     )
     assert Trainer._resume(trainer) == 2  # type: ignore[arg-type]
-    assert trainer._evaluation_missing
+    assert trainer._evaluation_missing == (evaluation is None)
+    assert recalled == [["alarm"], evaluation]
 
 
 @pytest.mark.parametrize(("heard", "full"), [(1, False), (2, True)])

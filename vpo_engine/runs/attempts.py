@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_engine.line_files import LineFile
+from vpo_engine.runs.checkpoint import newest_complete
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.texts import parse_json, read_text
 
@@ -26,7 +27,7 @@ _RESTART = "TORCHELASTIC_RESTART_COUNT"
 def begin_attempt(run: RunDirectory, step: int) -> str | None:
     """Note that the run begins after ``step`` steps.
 
-    Return a line if the attempt before began there too, and so made no progress that was saved; else None.
+    Return a line if the attempt before began there too, and made no progress that was saved; else None.
     """
     attempts: list[list[dict[str, Any]]] = []
     for line in _read(run.root / _NAME):
@@ -34,13 +35,28 @@ def begin_attempt(run: RunDirectory, step: int) -> str | None:
             attempts.append([])
         if attempts:
             attempts[-1].append(line)
-    _append(run.root / _NAME, {"from": step, "restart": int(os.environ.get(_RESTART, "0"))})
+    newest = _newest(run.checkpoints)
+    begun = {"from": step, "restart": int(os.environ.get(_RESTART, "0")), "newest": newest, "job": _job()}
+    _append(run.root / _NAME, begun)
     same: list[Mapping[str, Any]] = []
     for start, *ends in reversed(attempts):
-        if start["from"] != step or any("ended" in line for line in ends):
+        saved = start.get("newest", newest) != newest
+        if start["from"] != step or saved or any("ended" in line for line in ends):
             break
         same.append(ends[0] if ends else {})
     return _note(same, step) if same else None
+
+
+def has_saved(root: Path) -> bool:
+    """Return whether the job of torchrun that starts this process again has saved a checkpoint of the run."""
+    restart, first = int(os.environ.get(_RESTART, "0")), None
+    for line in reversed([line for line in _read(root / _NAME) if "from" in line]):
+        if (
+            line.get("job") != _job() or line["restart"] >= restart
+        ):  # a name may have been given to an earlier job, too
+            break
+        first, restart = line, line["restart"]
+    return first is not None and first["newest"] != _newest(RunDirectory.open(root).checkpoints)
 
 
 def fail_attempt(run: RunDirectory, step: int, rank: int, error: str) -> None:
@@ -77,6 +93,19 @@ def _note(ends: list[Mapping[str, Any]], step: int) -> str:
         f"{began} after step {step} as well, and saved nothing; {again} ended in step {newest['step']} by an error of "
         f"rank {newest['rank']}: {newest['error']}{advice}"
     )
+
+
+def _job() -> str:
+    """Return what tells this job of torchrun from others: its name, or else the process that started this one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    own = name if name != "none" else f"{socket.gethostname()}:{os.getppid()}"
+    return f"{own} {os.environ.get('SLURM_JOB_ID', '')}".strip()
+
+
+def _newest(checkpoints: Path) -> str | None:
+    """Return what tells the newest checkpoint from those that other attempts may write at the same step."""
+    newest = newest_complete(checkpoints)
+    return None if newest is None else f"{newest.name} {(newest / 'manifest.json').stat().st_mtime_ns}"
 
 
 def _without_numbers(error: str) -> str:

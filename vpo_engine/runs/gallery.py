@@ -18,6 +18,8 @@ from vpo_engine.texts import parse_json
 
 Scores = list[dict[str, float]]
 
+MOST_CLIPS = 16
+"""The most held-out clips that a report shows."""
 _KEY = "gallery"
 _LARGEST = 1e100
 

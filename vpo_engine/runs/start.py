@@ -13,7 +13,7 @@ from typing import Any
 from vpo_engine.config import Config, Section
 from vpo_engine.config.presets import MEMORY_PRESETS
 from vpo_engine.config_file import dump_config, load_config
-from vpo_engine.runs.attempts import was_cut_short
+from vpo_engine.runs.attempts import has_saved, was_cut_short
 from vpo_engine.runs.checkpoint import checkpoint_name, complete_checkpoints, unusable_checkpoints
 from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory, slug
 from vpo_engine.runs.lock import LOCK_NAME
@@ -210,9 +210,9 @@ def _nothing_there(root: Path | None, name: str) -> str:
 
 
 def _chosen(config: Config, saved: dict[int, Path], root: Path) -> Path:
-    """Return the checkpoint that checkpoint.from names, or the newest."""
+    """Return the checkpoint that checkpoint.from names; the newest without it, or once the run has gone on from it."""
     wanted = config.checkpoint.from_
-    if wanted is None:
+    if wanted is None or has_saved(root):
         return saved[max(saved)]
     for step, path in saved.items():
         if step == wanted or (isinstance(wanted, Path) and path.resolve() == wanted.resolve()):
