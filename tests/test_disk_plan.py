@@ -138,3 +138,17 @@ def test_pairs_that_were_sampled_before_the_first_step_need_no_room_again(
     with (tmp_path / "preference_dataset/all.bin").open("wb") as file:
         file.truncate(3 * 2**30)
     check_run_fits(config, None, tmp_path, 2)  # type: ignore[arg-type]
+
+
+def test_prompts_are_counted_as_a_run_reads_them(small: Make, tmp_path: Path) -> None:
+    """prompts.column is that of one of the files; the other one has no columns."""
+    texts, table = tmp_path / "texts.txt", tmp_path / "table.csv"
+    texts.write_text("".join(f"prompt {number}\n" for number in range(5)))
+    table.write_text("words\n" + "".join(f"prompt {number}\n" for number in range(7)))
+    other = tmp_path / "other.csv"
+    other.write_text("prompt\n" + "".join(f"prompt {number}\n" for number in range(3)))
+    for train, held_out, counts in ((texts, table, (5, 7)), (table, texts, (7, 5)), (table, other, (7, 3))):
+        files = (f"prompts.train={train}", f"prompts.held_out={held_out}", "prompts.column=words")
+        config = small(*SETTINGS, *files, "evaluation.prompts=null")
+        found = planned_disk(config, lambda *given: (given[2], embedding_bytes(*given)))
+        assert found == (counts[0], sum(counts) * 32 * 32 * 4)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,3 +259,19 @@ def test_every_video_has_noise_of_its_own_however_many_are_asked_for() -> None:
     drawn = [sample.starting_noise(model, seed, number, 2) for seed in (0, 1) for number in (0, 1, 2)]
     assert len({tuple(noise.flatten().tolist()) for both in drawn for noise in both}) == 2 * 3 * 2
     assert torch.equal(sample.starting_noise(model, 1, 2, 3)[:2], drawn[-1])
+
+
+def test_processes_that_sample_into_one_folder_write_their_rows_in_turn(tmp_path: Path) -> None:
+    """The other one has read the rows and will write them anew: a row that is added meanwhile would be lost."""
+    mine = PromptRecord(tmp_path)
+    mine.begin([])
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as thread:
+        adding = thread.submit(mine.add, "a.mp4", RED, Path.touch)
+        with pytest.raises(TimeoutError):
+            adding.result(0.3)
+        assert (tmp_path / "prompts.jsonl").read_text() == ""
+        os.close(other)
+        adding.result(60)
+    assert [row["prompt"] for row in record(tmp_path)] == [RED]

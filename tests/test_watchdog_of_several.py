@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch.distributed as dist
@@ -75,3 +77,53 @@ def test_a_process_that_fails_takes_no_leave(monkeypatch: pytest.MonkeyPatch) ->
     assert one.watchdog.look() is None
     clock.now += 11
     assert "has ended; it was in " in (one.watchdog.look() or "")
+
+
+def test_words_that_many_processes_say_seldom_are_not_too_old_to_tell_that_all_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of 512 processes says one every 17 seconds."""
+    clock = Clock()
+    one, other = members(clock, 2, 2)
+    for each in (one, other):
+        monkeypatch.setattr(each.watchdog, "_interval", 17.0)
+    with one.stages("update"), one.stages.waiting(), other.stages("update"), other.stages.waiting():
+        clock.now += 49
+        assert [each.watchdog.look() for each in (other, one)] == [None, None]
+        clock.now += 12
+        assert (one.watchdog.look() or "").startswith(
+            "all processes wait for each other and none works: rank 0 "
+        )
+
+
+class Gone:
+    """A store whose machine is gone."""
+
+    def set(self, *_: object) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    check = get = set
+
+
+def test_a_process_whose_store_is_gone_still_watches_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "PrefixStore", lambda name, store: Gone())
+    clock = Clock()
+    one, _ = members(clock, 2, 2)
+    with one.stages("rollout"):
+        clock.now += 61
+        assert "is in rollout of step 0 for 61 s, longer than its limit" in (one.watchdog.look() or "")
+
+
+def test_three_others_are_named_those_first_that_work_and_are_furthest_behind() -> None:
+    clock = Clock()
+    hung, *others = members(clock, 5, 5)
+    with ExitStack() as stack:
+        for other, (step, waits) in zip(others, ((7, False), (7, True), (6, False), (6, True)), strict=True):
+            other.stages.begin_step(step)
+            stack.enter_context(other.stages("rollout"))
+            if waits:
+                stack.enter_context(other.stages.waiting())
+            other.watchdog.look()
+        stack.enter_context(hung.stages("update"))
+        clock.now += 61
+        assert re.findall(r"; rank (\d) on ", hung.watchdog.look() or "") == ["3", "1", "4"]

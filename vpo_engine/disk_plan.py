@@ -9,7 +9,7 @@ from typing import Any
 
 from vpo_engine.checkpoint_size import checkpoint_bytes
 from vpo_engine.config import Config
-from vpo_engine.data.prompts import PromptFile
+from vpo_engine.data.prompt_settings import count_prompts
 from vpo_engine.data.sprites.world import withheld_captions
 from vpo_engine.full_disk import free_bytes
 from vpo_engine.run_gallery import MOST_PAIR_FILES, MOST_PAIRS
@@ -75,7 +75,7 @@ def _held_out_prompts(config: Config) -> int:
         return config.evaluation.prompts
     if file is None:
         return len(withheld_captions())
-    return len(PromptFile(file, config.prompts.column)) if file.is_file() else 0
+    return count_prompts(file, config.prompts.column) if file.is_file() else 0
 
 
 def describe(config: Config, model: VideoModel, prompts: int) -> str:

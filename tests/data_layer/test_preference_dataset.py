@@ -207,3 +207,13 @@ def test_winner_and_loser_of_a_stored_pair_have_their_own_scores(tmp_path: Path)
     assert choice.winner.scores == stored.score(5)
     assert choice.loser.scores == stored.score(0) != stored.score(5)
     assert choice.selected == (stored.selected[2], stored.selected[0])
+
+
+def test_a_line_without_a_selected_score_for_each_candidate_is_named(tmp_path: Path) -> None:
+    write(tmp_path, 1, ranks=1)
+    path = tmp_path / "preference_dataset/pairs_0000.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[1]["selected"][0]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"pairs_0000\.jsonl' line 2: selected is \["):
+        list(read_dataset(tmp_path))

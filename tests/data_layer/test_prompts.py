@@ -368,3 +368,13 @@ def test_stream_errors() -> None:
     for cursor, count in ((-1, 1), (0, -1)):
         with pytest.raises(ValueError, match=rf"cursor={cursor} and count={count} must not be negative"):
             stream.take(cursor, count)
+
+
+def test_places_are_told_in_any_order(tmp_path: Path) -> None:
+    """Lines are counted on from the last place that was asked for, or from the start if that lies behind."""
+    lines = [f"prompt {number}" if number % 3 else "" for number in range(1, 30)]
+    prompts = PromptFile(write(tmp_path / "p.txt", "\n".join(lines)))
+    expected = [number for number in range(1, 30) if number % 3]
+    for order in (range(len(prompts)), reversed(range(len(prompts))), (7, 7, 0, 19, 3)):
+        for index in order:
+            assert prompts.place(index) == f"{tmp_path / 'p.txt'}, line {expected[index]}"

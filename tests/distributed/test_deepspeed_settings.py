@@ -290,3 +290,9 @@ def test_the_file_alone_can_send_the_state_to_the_host(write: Callable[..., Conf
     assert offload({"device": "none"}) == {"device": "none"}
     automatic = {"device": "auto", "pin_memory": "auto"}
     assert offload(automatic, "distributed.offload_optimizer=true") == {"device": "cpu"}
+
+
+@pytest.mark.parametrize("value", ["true", 1])
+def test_overlap_is_true_or_false_and_nothing_like_it(write: Callable[..., Config], value: object) -> None:
+    with pytest.raises(ValueError, match=r"zero_optimization.overlap_comm=.* must be true, false or"):
+        resolve(write({"zero_optimization": {"overlap_comm": value}}), 2)

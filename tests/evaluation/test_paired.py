@@ -134,3 +134,12 @@ def test_krippendorff_against_its_published_example() -> None:
     assert krippendorff([{"a": "x", "b": "x"}, {"a": "y", "b": "y"}]) == 1.0
     assert krippendorff([{"a": "x"}, {"a": "y"}]) is None
     assert krippendorff([{"a": "x", "b": "x"}]) is None
+
+
+def test_the_bounds_of_the_win_rate_are_of_shares_and_lie_between_none_and_all() -> None:
+    pairs = {f"p{n}": [(0.0, 100.0 if n % 3 else -100.0)] for n in range(12)}
+    for better in (1, -1):
+        found, wins = compare_pairs(pairs, better), [float((n % 3 > 0) == (better > 0)) for n in range(12)]
+        assert (found.win_low, found.win_high) == bootstrap(wins)
+    few = compare_pairs({"a": [(0.0, 1.0)], "b": [(0.0, 1.0), (0.0, 0.0)]}, 1)
+    assert (few.win_low, few.win_high) == (0.0, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -295,3 +296,71 @@ def test_devices_whose_processes_could_not_meet_are_refused(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ValueError, match=f"^--device {','.join(devices)}: .*{message}"):
         plan_evaluation(Options(SPRITES, devices=devices))
+
+
+@pytest.mark.parametrize("part", ["policy", "vae", "text_encoder"])
+def test_other_parts_beside_a_checkpoint_make_other_videos(tmp_path: Path, part: str) -> None:
+    """The policy is the base of an adapter that a run has trained."""
+    checkpoint, config, found = tmp_path / "step_00000002", load_config(None), []
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("{}")
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+        model = config.model.model_copy(update={part: tmp_path / name})
+        own = config.model_copy(update={"model": model})
+        found.append(Arm("policy", "a run", PolicySource(own, checkpoint / "policy", checkpoint)).identity())
+    assert found[0] != found[1]
+
+
+def test_other_weights_of_the_same_size_are_another_policy(tmp_path: Path) -> None:
+    """As those of an adapter that was trained for longer, and of a run that was begun anew."""
+    adapter, checkpoint, found = tmp_path / "adapter.safetensors", tmp_path / "step_00000002", []
+    checkpoint.mkdir()
+    sources = [
+        PolicySource(load_config(None), adapter),
+        PolicySource(load_config(None), checkpoint=checkpoint),
+    ]
+    for second, content in enumerate(("one", "two"), start=1):
+        adapter.write_text(content)
+        os.utime(adapter, (second, second))
+        (checkpoint / "manifest.json").write_text(content)
+        found.append([Arm("policy", "it", source).identity() for source in sources])
+    assert all(before != after for before, after in zip(*found, strict=True))
+
+
+def test_a_base_is_refused_for_a_run_that_has_trained_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration names the base, and another one would not be used."""
+    source = PolicySource(load_config(None), tmp_path / "policy", tmp_path / "step_00000002")
+    arm = Arm("policy", "runs/a, step 2", source)
+    monkeypatch.setattr("vpo_engine.evaluation.session.find_arm", lambda *_: arm)
+    with pytest.raises(
+        ValueError, match=r"--base .* is for an adapter, but runs/a, step 2 is none; leave --base"
+    ):
+        plan_evaluation(Options(tmp_path / "run", base=tmp_path, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("start", [True, False], ids=["its start", "another one"])
+def test_settings_that_are_asked_for_hold_for_both_policies(a_run: Path, tmp_path: Path, start: bool) -> None:
+    """So those that are sampled otherwise can be compared, as the refusal says."""
+    other = tmp_path / "other.yaml"
+    text = (a_run / "config.yaml").read_text()
+    assert "steps: 2\n  guidance" in text
+    other.write_text(text.replace("steps: 2\n  guidance", "steps: 5\n  guidance"))
+    words = ("rollout.steps=3", "rollout.guidance=3")
+    baseline = True if start else str(other)
+    given = Options(a_run, baseline, overrides=words, metrics=("pixels",), out=tmp_path / "out")
+    asked = [sampling_settings(arm.source.config) for arm in plan_evaluation(given).arms if arm.source]
+    assert [(each["rollout.steps"], each["rollout.guidance"]) for each in asked] == [(3, 3.0)] * 2
+
+
+def test_a_prompt_of_which_the_model_reads_nothing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle moving left\n---\n")
+    assert run(SPRITES, "--prompts", prompts, "--metrics", "pixels", "--out", tmp_path / "out") == 1
+    assert "'---' has no letter or digit that the sprites world reads" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.mp4"))

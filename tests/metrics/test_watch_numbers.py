@@ -38,3 +38,24 @@ def test_a_falling_score_is_tolerated_down_to_below_its_first_mean() -> None:
     (alarm,) = [alarm for row in rows[1:] for alarm in monitor.step(row["step"], row)[1]]
     mean = statistics.fmean(row["reward/reading"] for row in rows[1:5])
     assert (alarm.metric, alarm.limit) == ("reward/reading", pytest.approx(mean - 0.2 * 0.04))
+
+
+@pytest.mark.parametrize(("bound", "raised"), [("2.0", False), ("0.5", True)])
+def test_looks_may_change_by_three_quarters_of_the_bound_that_is_set(bound: str, raised: bool) -> None:
+    """Clips become brighter by one deviation."""
+    watch, levels = StepWatch(load_config(None, [f"guards.style_bound={bound}"])), []
+    for step in range(1, 21):
+        row = {
+            "watch/brightness": 60 + 10 * (step > 6),
+            "watch/sd/brightness": 10.0,
+            "watch/se/brightness": 1.0,
+        }
+        levels.append(watch.observe(step, row)[0]["guards/level/style"])
+    assert (max(levels) >= 1) == raised
+
+
+def test_what_is_tolerated_of_the_winners_error_is_a_share_of_the_references() -> None:
+    rows = synthetic(6, 14, winner_error_change=lambda since: 0.05, loser_error_change=lambda since: 0.06)
+    monitor = monitor_of(rows)
+    (alarm,) = [alarm for row in rows[1:] for alarm in monitor.step(row["step"], row)[1]]
+    assert (alarm.kind, alarm.limit) == ("shortcut", pytest.approx(0.08 * 0.15))

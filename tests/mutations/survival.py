@@ -72,7 +72,7 @@ MUTATIONS = [
         "now = self.now\n        if True:",
         WATCHED,
     ),
-    ("the dead are missed at once", BOARD, "now - since > _NOTICE", "True", WATCHED),
+    ("the dead are missed at once", BOARD, "now - since > NOTICE", "True", WATCHED),
     ("who took leave is missed", BOARD, 'self._get(f"{_LEFT} {rank}") is None', "True", WATCHED),
     ("the word of a dead process counts", MEETING, "words[rank] == own", "True", MEETINGS),
     ("the first waits for nobody", MEETING, "if not missing:", "if True:", MEETINGS),

@@ -296,3 +296,8 @@ def test_seeds_with_different_measures():
         summarise_seeds([])
     with pytest.raises(ValueError, match="no group of seeds"):
         format_seeds({})
+
+
+def test_a_seed_that_got_worse_is_not_counted_as_improved():
+    seeds = [summarise(*measures(shift, seed), {}) for seed, shift in enumerate((0.3, -0.3))]
+    assert summarise_seeds(seeds)["measures"]["reward/selected"]["improved"] == 1

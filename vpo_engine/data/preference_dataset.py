@@ -215,7 +215,7 @@ def _wrong_value(values: dict[str, Any]) -> tuple[str, Any] | None:
             return name, values[name]
     if any(type(number) is not int for number in lists[0]):
         return "candidates", lists[0]
-    if any(type(number) not in (int, float) for number in lists[1]):
+    if len(lists[1]) != len(lists[0]) or any(type(number) not in (int, float) for number in lists[1]):
         return "selected", lists[1]
     for each in scores.values():
         if type(each) is not list or len(each) != len(lists[0]):

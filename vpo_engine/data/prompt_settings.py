@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vpo_engine.config import PromptsConfig
 from vpo_engine.data.prompts import ColumnError, PromptFile
 
@@ -26,6 +28,14 @@ def open_prompt_files(settings: PromptsConfig) -> Opened:
     if found is not None and all(file.is_the_file_at_its_path for file in found[0].values()):
         return found
     return _open(settings)
+
+
+def count_prompts(path: Path, column: str | None) -> int:
+    """Return the number of prompts of one of a run's files. ``column``: prompts.column, which the other may have."""
+    try:
+        return len(PromptFile(path, None if path.suffix.lower() == ".txt" else column))
+    except ColumnError:
+        return len(PromptFile(path))
 
 
 def _open(settings: PromptsConfig) -> Opened:

@@ -65,6 +65,7 @@ class _OnDisk:
             offsets.append(start)
             maker.add(prompt)
         self._offsets = np.frombuffer(offsets, dtype=np.uint64)
+        self._counted = (0, 1)  # a place in the file, and its line
 
     def text(self, index: int) -> str:
         start, end = int(self._offsets[index]), os.fstat(self._file.fileno()).st_size
@@ -73,11 +74,12 @@ class _OnDisk:
         return self._layout.parse(os.pread(self._file.fileno(), end - start, start))
 
     def line(self, index: int) -> int:
-        self._file.seek(0)
-        left, line = int(self._offsets[index]), 1
-        while left:
-            chunk = self._file.read(min(left, 1 << 20))
-            line, left = line + chunk.count(b"\n"), left - len(chunk)
+        wanted = int(self._offsets[index])
+        at, line = self._counted if self._counted[0] <= wanted else (0, 1)
+        self._file.seek(at)
+        while at < wanted and (chunk := self._file.read(min(wanted - at, 1 << 20))):
+            at, line = at + len(chunk), line + chunk.count(b"\n")
+        self._counted = at, line
         return line
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from vpo_engine.distributed.machine import is_running
 
-_NOTICE = 10.0
+NOTICE = 10.0
 """Seconds for a process to notice by itself that another one is gone; a word that is older is not fresh."""
 _LOST, _LEFT = "lost", "left"
 """Keys: what is said of a process that was lost; and, with its rank, that a process took its leave."""
@@ -36,7 +36,7 @@ class Word:
     @property
     def fresh(self) -> bool:
         """Return whether the process said this a moment ago."""
-        return self.silent < _NOTICE
+        return self.silent < NOTICE
 
     def __str__(self) -> str:
         doing = f"waits for other processes in {self.stage}" if self.waiting else f"is in {self.stage}"
@@ -83,7 +83,7 @@ class Board:
             if here is not None and word.place == here and not is_running(word.pid):
                 self._gone.setdefault(rank, now)
         for rank, since in self._gone.items():
-            if now - since > _NOTICE and self._get(f"{_LEFT} {rank}") is None:
+            if now - since > NOTICE and self._get(f"{_LEFT} {rank}") is None:
                 word = self._seen[rank][0]
                 where = f"it was in {word.stage} of step {word.step}"
                 self._set(_LOST, f"rank {rank} on {word.host} (process {word.pid}) has ended; {where}")

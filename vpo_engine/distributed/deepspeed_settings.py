@@ -169,6 +169,8 @@ def _zero(config: Config, given: Settings, where: str, stage: int) -> Settings:
         )
     own: Settings = {"stage": stage, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET}
     overlap = section.pop("overlap_comm", _AUTO)
+    if overlap != _AUTO and not isinstance(overlap, bool):
+        raise ValueError(f'{where}: zero_optimization.overlap_comm={overlap!r} must be true, false or "auto"')
     own["overlap_comm"] = overlap is True
     if overlap is True and stage != 2:
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from vpo_engine.distributed.board import Board, Word
+from vpo_engine.distributed.board import NOTICE, Board, Word
 from vpo_engine.distributed.machine import place
 from vpo_engine.distributed.stages import STARTING, Stages
 
@@ -144,7 +144,8 @@ class Watchdog:
             if not other.waiting and _over(other, grace):
                 return f"{other}, longer than its limit of {other.limit:.0f} s; {own}"
         everyone = [own, *others]
-        if len(everyone) < self._count or not all(word.waiting and word.fresh for word in everyone):
+        fresh = max(NOTICE, grace)  # many processes speak less often
+        if len(everyone) < self._count or not all(word.waiting and word.silent < fresh for word in everyone):
             return None
         if min(word.seconds for word in everyone) > limit:
             return f"all processes wait for each other and none works: {own}{_named(others)}"

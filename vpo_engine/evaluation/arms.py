@@ -132,13 +132,15 @@ def _as_evaluated(source: PolicySource, overrides: Sequence[str]) -> PolicySourc
 
 
 def _digest(source: PolicySource) -> str:
-    """Return a digest of a policy's files: of a checkpoint its list of hashes, else names, sizes and times."""
-    content: list[Any] = [source.config.model.kind]
-    if source.checkpoint is not None:
-        content.append((source.checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    for path in (source.config.model.policy, source.adapter):
-        if path is not None and source.checkpoint is None:
-            content += _listing(path)
+    """Return a digest of the files that videos come from: of a checkpoint its list of hashes, else names, sizes and
+    times."""
+    model, inside = source.config.model, source.checkpoint
+    content: list[Any] = [model.kind]
+    if inside is not None:
+        content.append((inside / "manifest.json").read_text(encoding="utf-8"))
+    for path in (model.policy, model.vae, model.text_encoder, source.adapter):
+        if path is not None and (inside is None or not path.is_relative_to(inside)):
+            content.append(_listing(path))
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

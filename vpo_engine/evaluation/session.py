@@ -25,6 +25,7 @@ from vpo_engine.evaluation.chosen_metrics import Choice, choose
 from vpo_engine.evaluation.folders import Video, read_folder, suite_of, write_prompts
 from vpo_engine.evaluation.output import OutputFolder, default_folder
 from vpo_engine.evaluation.suites import Suite, given_suite, read_suite
+from vpo_engine.policy_source import holds_adapter
 from vpo_engine.sample import MOST_VIDEOS
 from vpo_engine.texts import say
 
@@ -235,7 +236,8 @@ def _arms(options: Options) -> list[Arm]:
         arms = [policy, starting_policy(policy, options.overrides)]
     else:
         arms = [policy, find_arm("baseline", Path(options.baseline), options.base, options.overrides)]
-    if options.base is not None and not any(arm.source and arm.source.adapter for arm in arms):
+    given = [options.target, *([Path(options.baseline)] if isinstance(options.baseline, str) else [])]
+    if options.base is not None and not any(map(holds_adapter, given)):
         raise ValueError(
             f"--base {options.base} is for an adapter, but {' and '.join(arm.label for arm in arms)} is none; leave "
             "--base out"

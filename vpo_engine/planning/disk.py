@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from vpo_engine.config import Config
-from vpo_engine.data.prompts import PromptFile
+from vpo_engine.data.prompt_settings import count_prompts
 from vpo_engine.models.policy import prepare_policy
 from vpo_engine.planning.parts import Assumed, blueprint_of
 from vpo_engine.video_model import VideoModel
@@ -25,5 +25,5 @@ def planned_disk(
     prepare_policy(model.network, config, model.card, model.dtype)
     file, positions = config.prompts.train, config.steps * config.pairs_per_step
     if prompts is None and file is not None and file.is_file():
-        prompts = len(PromptFile(file, config.prompts.column))
+        prompts = count_prompts(file, config.prompts.column)
     return tell(config, model, positions if prompts is None else prompts)

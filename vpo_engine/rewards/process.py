@@ -74,7 +74,7 @@ class _Child:
         self._words = _LastWords(process)
 
     def obituary(self, doing: str) -> str:
-        code = self._process.returncode
+        code = self._process.wait()
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
             how += ", as the system kills when memory runs out"
