@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,10 @@ def _find(source: Path) -> Path:
 
 def _folder_text(folder: Path) -> str:
     if (folder / "config.yaml").is_file():
+        config, root = shlex.quote(str(folder / "config.yaml")), shlex.quote(str(folder))
         return (
             f"{folder} is a run directory, not a configuration file; to go on with that run give\n"
-            f"  {folder / 'config.yaml'} run_dir={folder} checkpoint.resume=true"
+            f"  {config} run_dir={root} checkpoint.resume=true"
         )
     return f"{folder} is a folder, not a configuration file; give the path of a .yaml file"
 

@@ -11,7 +11,7 @@ The reference is the policy that the run starts from, and stays so, unless offli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vpo_engine.config import Config
@@ -102,6 +102,9 @@ class OfflineDPO(OnlineVPO):
 
     def _choose(self, prompts: Sequence[Prompt]) -> list[Choice]:
         return self.stream.choices(prompts, self.model.latent_shape, self.processes.device)
+
+    def _check_learning(self, metrics: Mapping[str, float], choices: Sequence[Choice]) -> None:
+        """Do nothing: the number of ties was said before the first step, and not all pairs are."""
 
     @property
     def _videos(self) -> int:

@@ -186,8 +186,8 @@ class OnlineVPO(Method):
         objective, rollout = self.config.objective, self.config.rollout
         guided = objective.branch == "guided" and rollout.guidance != 1.0
         passes = objective.timesteps_per_pair * objective.updates_per_rollout * (2 if guided else 1)
-        rows = 2 * passes * len(pairs) / self.processes.team.count
-        sampled = sum(network.take() for network in self._networks)
+        rows = 2 * passes * len(pairs) / self.processes.team_size
+        sampled = sum(network.take() for network in self._networks) / self.processes.sequence.count
         return self._step_made(metrics, Work(sampled, rows, rows, self._videos), choices, pairs)
 
     @property

@@ -41,6 +41,7 @@ from vpo_engine.runs.attempts import begin_attempt
 from vpo_engine.runs.checkpoint import step_of
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.lock import RunLock
+from vpo_engine.runs.next_steps import going_on
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.signals import exit_code
 from vpo_engine.runs.start import Start, find_start, resolved_as_before
@@ -169,10 +170,7 @@ def _keep_settings(settings: dict[str, Any] | None, run: RunDirectory, processes
 def _stopped_text(by: str, step: int, run: RunDirectory) -> str:
     if step == 0:
         return f"stopped by {by} before the first step was finished; the same command starts the run again"
-    return (
-        f"stopped by {by} after step {step}, which is saved; go on with\n"
-        f"  torchrun -m vpo_engine.train {run.config} run_dir={run.root}"
-    )
+    return f"stopped by {by} after step {step}, which is saved; go on with\n  {going_on(run)}"
 
 
 def _serve_reward(config: Config, processes: Processes, at_end: ExitStack) -> int:

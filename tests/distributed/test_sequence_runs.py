@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from vpo_engine.distributed.sequence import SequenceGroup, planned
 from vpo_engine.distributed.sequence_traffic import sequence_traffic
 from vpo_engine.distributed.stopping import StepAbandonedError, StopPoints
 from vpo_engine.models.registry import check_model, model_family
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.planning.trace import trace_step
 from vpo_engine.rollout.shared_scores import SharedScorer
 from vpo_engine.runs.log import read_metrics
@@ -213,3 +215,29 @@ def test_a_model_refuses_more_processes_than_it_has_latent_frames(small: Callabl
         model.share_sequence(planned(6))
     model.share_sequence(planned(5))
     assert model.network.sequence.count == 5
+
+
+def test_a_process_with_a_slice_counts_its_part_of_each_input() -> None:
+    """What its device could have done is compared with what it computes itself."""
+
+    def work_of(processes: Processes) -> Any:
+        method: Any = SimpleNamespace(
+            config=load_config(None, []),
+            processes=processes,
+            selector=SimpleNamespace(metrics=lambda choices: {}),
+            watched=SimpleNamespace(take=lambda prompts, processes: {}),
+            reference=SimpleNamespace(numbers=dict),
+            optimizer_steps=0,
+            refreshed_at=0,
+            _networks=[SimpleNamespace(take=lambda: 8)],
+            _videos=4,
+            _step_made=lambda metrics, work, choices, pairs: work,
+        )
+        pairs: Any = [None, None]
+        return OnlineVPO._learned(method, [], pairs, {})
+
+    alone = Processes(0, 1, CPU)
+    whole, half = work_of(alone), work_of(replace(alone, _sequence=Processes(0, 2, CPU)))
+    for name in ("sampled", "compared", "trained"):
+        assert 2 * getattr(half, name) == getattr(whole, name) > 0, name
+    assert half.videos == whole.videos

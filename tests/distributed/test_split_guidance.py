@@ -22,6 +22,7 @@ from vpo_engine.config_file import load_config
 from vpo_engine.distributed.couples import Couples
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StepAbandonedError
+from vpo_engine.distributed.watchdog import group_limit
 from vpo_engine.memory.batches import Batches
 from vpo_engine.models.registry import check_model
 from vpo_engine.online_vpo import OnlineVPO
@@ -226,3 +227,25 @@ def test_a_run_makes_couples_of_its_processes_only_when_it_is_told(
     monkeypatch.setattr(Processes, "start", staticmethod(lambda *_: team))
     given = ["processes.per_prompt=2", "rollout.guidance=4", f"processes.split_guidance={split}"]
     assert (training._start_processes(load_config(None, given)).team.couple is not None) == split
+
+
+def test_the_groups_of_a_run_wait_longer_than_its_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[timedelta | None] = []
+    given: list[tuple[object, ...]] = []
+
+    def new_group(ranks: Sequence[int], timeout: timedelta | None) -> list[int]:
+        limits.append(timeout)
+        return list(ranks)
+
+    monkeypatch.setattr("torch.distributed.new_group", new_group)
+    team = Processes(1, 2, torch.device("cpu")).in_teams(2)
+
+    def start(*words: object) -> Processes:
+        given.append(words)
+        return team
+
+    monkeypatch.setattr(Processes, "start", staticmethod(start))
+    couples = ["processes.per_prompt=2", "rollout.guidance=4", *SPLIT]
+    training._start_processes(load_config(None, [*couples, "distributed.stage_minutes=3000.0"]))
+    assert given == [("auto", 2, False, group_limit(3000.0), 1)]
+    assert limits == [None, group_limit(3000.0)]

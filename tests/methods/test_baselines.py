@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from baselines import ARRAYS, RECORDED, double, opensora_of
+from torch import Tensor
 
 from vpo_engine.model_values import SamplerSettings, TextEmbedding
 from vpo_engine.objectives.consistency import (
@@ -15,6 +16,7 @@ from vpo_engine.objectives.consistency import (
     consistency_output,
     guidance_embedding,
     pseudo_huber,
+    split,
 )
 from vpo_engine.objectives.reward_losses import (
     AESTHETIC,
@@ -177,3 +179,26 @@ def test_vaders_goal_is_the_published_one_unless_another_is_given(
     reward: str, value: Any, scale: float | None, goal: Goal
 ) -> None:
     assert vader_goal(reward, value, scale) == goal
+
+
+@pytest.mark.parametrize("kind", ["velocity", "flow", "flow turned round", "noise"])
+def test_a_prediction_of_any_kind_splits_latents_into_what_they_were_made_of(kind: str) -> None:
+    kept = double([0.9, 0.3])
+    added = (1 - kept.square()).sqrt()
+    target: Any = {
+        "velocity": (-added, kept),
+        "flow": (1.0, -1.0),
+        "flow turned round": (-1.0, 1.0),
+        "noise": (0.0, 1.0),
+    }[kind]
+    clean, noise = torch.randn(2, 2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+
+    def made_of(*scales: Any) -> Tensor:
+        one, other = (torch.as_tensor(scale).double().expand(2).view(2, 1, 1, 1, 1) for scale in scales)
+        return one * clean + other * noise
+
+    found = split(made_of(kept, added), made_of(*target), (kept, added), target)
+    torch.testing.assert_close(found.clean, clean)
+    torch.testing.assert_close(found.noise, noise)
+    later = double([1.0, 0.6]), double([0.0, 0.8])
+    torch.testing.assert_close(found.at(*later), made_of(*later))

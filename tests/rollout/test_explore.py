@@ -258,3 +258,40 @@ def test_nonsense_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match="rollout") as refused:
         load_config(None, overrides)
     assert message in str(refused.value)
+
+
+class OnGpu:
+    """So many rows of codes, as far as the choice of a product looks at them."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "sides", "capability", "there"),
+    [
+        ("int8", 17, (48, 64), (8, 0), True),
+        ("int8", 16, (48, 64), (8, 0), False),
+        ("int8", 17, (44, 64), (8, 0), False),
+        ("int8", 17, (48, 60), (8, 0), False),
+        ("fp8", 1, (48, 64), (9, 0), True),
+        ("fp8", 1, (48, 64), (8, 9), False),
+        ("fp8", 1, (40, 64), (9, 0), False),
+        ("fp8", 1, (48, 40), (10, 0), False),
+    ],
+)
+def test_a_layer_multiplies_in_8_bits_where_there_is_such_a_product(
+    monkeypatch: pytest.MonkeyPatch,
+    bits: Bits,
+    rows: int,
+    sides: tuple[int, int],
+    capability: tuple[int, int],
+    there: bool,
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert weights._has_8_bit_product(bits, OnGpu(rows), torch.empty(sides)) == there  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.next_steps import closing_lines
 from vpo_engine.runs.start import check_same_run
+from vpo_engine.training import _stopped_text
 
 
 def test_created_runs_have_distinct_readable_names(tmp_path):
@@ -120,3 +121,23 @@ def test_the_closing_lines_are_commands_that_work(tmp_path, monkeypatch):
     check_same_run(config, run.config)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert "torchrun --nproc_per_node 8 -m vpo_engine.train" in closing_lines(run)
+
+
+def test_the_command_that_a_stopped_run_prints_works(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    run = RunDirectory.create_at(tmp_path / "my runs" / "one", dump_config(load_config(None, ["steps=5"])))
+    words = shlex.split(_stopped_text("SIGTERM", 2, run).splitlines()[-1])
+    assert words[:3] == ["torchrun", "-m", "vpo_engine.train"]
+    config = load_config(*split_words(words[3:]))
+    assert (config.run_dir, config.steps) == (run.root, 5)
+    check_same_run(config, run.config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert "torchrun --nproc_per_node 8 -m vpo_engine.train" in _stopped_text("SIGTERM", 2, run)
+
+
+def test_the_words_that_a_run_directory_is_answered_with_work(tmp_path):
+    run = RunDirectory.create_at(tmp_path / "my runs" / "one", dump_config(load_config(None, ["steps=5"])))
+    with pytest.raises(ValueError, match="is a run directory, not a configuration file") as refused:
+        load_config(run.root)
+    config = load_config(*split_words(shlex.split(str(refused.value).splitlines()[-1])))
+    assert (config.run_dir, config.steps, config.checkpoint.resume) == (run.root, 5, True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import engine
 import gradient_toy
@@ -16,9 +18,11 @@ from toy import SHAPE, ToyNetwork, caption_of, sampling_times, velocity
 from vpo_engine import train as entry
 from vpo_engine.build import build_model
 from vpo_engine.config import Config
+from vpo_engine.config.methods import SecondRewardConfig
 from vpo_engine.config_file import load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.rollout.second_reward import SecondReward
 from vpo_engine.seeding import generator, integer, normal
 
 REFL = ("method=refl", "refl.steps=5", "refl.last_steps=3", "refl.margin=3", "refl.scale=0.1")
@@ -225,6 +229,10 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path: Path, method: str) -> N
             "reference.refresh_every=3 has no meaning for method=t2v",
         ),
         (["method=instructvideo", "instructvideo.strength=1.5"], "instructvideo.strength"),
+        (
+            ["method=vader", "vader.second={kind: unified_reward, path: .}"],
+            "vader.second.kind=unified_reward passes no gradient; set another one, or vader.second=null",
+        ),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_at_the_start(
@@ -283,3 +291,24 @@ def test_vader_draws_how_many_steps_it_trains_by_the_seed(tmp_path: Path, seed: 
     config = make_config(tmp_path, *METHODS["vader, random"], "vader.steps=6", "steps=3", f"seed={seed}")
     stops = [stop.stop for _, own, stop, _ in train(config).sampled if own.steps == 6]
     assert stops == [6 - (1 + integer(6, seed, "vader", step)) for step in range(3)]
+
+
+class Timed(GradientReward):
+    """A reward that is made for one frame rate, and scores no videos of any size."""
+
+    def __init__(self, fps: float) -> None:
+        super().__init__()
+        self.rate = fps
+
+    def refuse_size(self, frames: int, height: int, width: int) -> str | None:
+        return f"at {self.rate:g} fps {frames} frames of {height} x {width} are too small"
+
+
+def test_a_second_reward_is_asked_for_the_size_and_told_the_rate_of_the_videos() -> None:
+    model: Any = SimpleNamespace(device=torch.device("cpu"), fps=8, video_size=(17, 32, 48))
+    message = (
+        r"vader\.second\.kind=test_methods:Timed does not score the model's videos: "
+        "at 8 fps 17 frames of 32 x 48 are too small"
+    )
+    with pytest.raises(ValueError, match=message):
+        SecondReward("vader.second", SecondRewardConfig(kind="test_methods:Timed"), model)

@@ -8,9 +8,15 @@ from pathlib import Path
 import engine
 import pytest
 import torch
-from toy import ToyReward
+from toy import ToyReward, toy_change, video_of
 
+from vpo_engine.build import build_model
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.distributed.stopping import StopPoints
+from vpo_engine.method import embed_prompts
+from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.protocols import SamplerSettings
+from vpo_engine.reference.store import build_reference
 
 BASE = (
     "steps=1",
@@ -131,3 +137,37 @@ def test_batches_are_scored_between_others_only_with_overlap(tmp_path: Path, ove
     engine.train(engine.make_config(tmp_path, *BASE, *batches, f"rollout.overlap={overlap}"), reward)
     last = max(reward.sampled)
     assert reward.sampled == ([last - 3, last - 2, last - 1, last] if overlap else [last] * 4)
+
+
+def test_every_pass_batch_and_micro_batch_follows_a_look_for_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four batches go half of the way and two to the end, two steps each; the watchdog hears of it there, too."""
+    seen: list[str] = []
+
+    class Noted(ToyReward):
+        def score(self, videos: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+            seen.append("score")
+            return super().score(videos, prompts)
+
+    def decode(self: object, latents: torch.Tensor) -> torch.Tensor:
+        seen.append("decode")
+        return video_of(latents)
+
+    monkeypatch.setattr(StopPoints, "check", lambda self: seen.append("look"))
+    monkeypatch.setattr(engine.RecordingModel, "to_video", decode)
+    monkeypatch.setattr("vpo_engine.metrics.candidate_statistics.motion", toy_change)
+    pruned = ("rollout.candidates=4", "rollout.prune={after: 0.5, keep: 2}", "rollout.batch_size=2")
+    config = engine.make_config(tmp_path, *pruned, "objective.micro_batch_size=1")
+    processes = Processes.start("cpu")
+    model = build_model(config, processes, lambda _: None)
+    model.prepare(engine.PROMPTS[:2])
+    algorithm = OnlineVPO(config, model, Noted(), build_reference("copy", model.network), processes)
+    model.network.register_forward_pre_hook(lambda *_: seen.append("predict"))
+    choices = algorithm._choose(embed_prompts(model, engine.PROMPTS[:2], [0, 1]))
+    assert [seen.count(name) for name in ("predict", "decode", "score", "look")] == [12, 6, 6, 24]
+    assert seen[::2] == ["look"] * 24
+    seen.clear()
+    pairs = algorithm.selector.pairs(choices)
+    algorithm.objective.backward(pairs, algorithm.reference)
+    assert seen.count("look") == len(pairs) > 0

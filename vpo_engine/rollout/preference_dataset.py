@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -66,13 +66,13 @@ class StoredPairs:
     pairs in the same steps, and with the same timesteps and noise, as the run that wrote them.
     """
 
-    def __init__(self, path: Path, min_gap: float = 0.0) -> None:
+    def __init__(self, path: Path, min_gap: float = 0.0, count: int | None = None) -> None:
         """Read a dataset; for ``path`` see ``read_dataset``. Pairs with gaps of at most ``min_gap`` are ties, and so
-        are those that were ties when they were stored.
+        are those that were ties when they were stored. count: how many pairs are taken, from the first; None: all.
 
         Raise ValueError for a dataset without any other, or without their latents.
         """
-        self._pairs = list(read_dataset(path))
+        self._pairs = list(islice(read_dataset(path), count))
         self._min_gap = min_gap
         untied = [pair for pair in self._pairs if not self._is_tied(pair)]
         self.ties = len(self._pairs) - len(untied)
@@ -170,7 +170,7 @@ class SampledPairs:
         Every process must call this. started: the policy has been trained already, so that what is not there cannot be
         sampled any more; then the stream has the pairs that are there, and without any this is a ValueError.
         """
-        done = _complete_steps(folder, size)
+        done = self._complete_steps(folder, size)
         processes.wait()
         if started:
             if not done:
@@ -186,7 +186,7 @@ class SampledPairs:
 
     def read(self, folder: Path, min_gap: float) -> None:
         """Take the pairs from ``folder``, once they are all there; for errors see ``StoredPairs``."""
-        self._stored = StoredPairs(folder, min_gap)
+        self._stored = StoredPairs(folder, min_gap, self._count)
 
     def choices(
         self, prompts: Sequence[Prompt], latent_shape: Sequence[int], device: torch.device
@@ -195,14 +195,18 @@ class SampledPairs:
         assert self._stored is not None, "the pairs have not been read"
         return self._stored.choices(prompts, latent_shape, device)
 
+    def _complete_steps(self, folder: Path, size: int) -> int:
+        """Return how many of the first steps have all of their ``size`` pairs, of the stream's prompts, in ``folder``.
 
-def _complete_steps(folder: Path, size: int) -> int:
-    """Return how many of the first steps have all of their ``size`` pairs in ``folder``."""
-    try:
-        counts = Counter(pair.step for pair in read_dataset(folder))
-    except FileNotFoundError:
-        return 0
-    return next(step for step in count(0) if counts[step + 1] < size)
+        A run that has saved no checkpoint may begin again with other prompts.
+        """
+        try:
+            pairs = list(read_dataset(folder))
+        except FileNotFoundError:
+            return 0
+        own = (pair for pair in pairs if self._stream.take(pair.position, 1)[0].text == pair.prompt)
+        counts = Counter(pair.step for pair in own)
+        return next(step for step in count(0) if counts[step + 1] < size)
 
 
 def _latents(stored: StoredPair, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

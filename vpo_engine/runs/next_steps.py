@@ -11,18 +11,24 @@ from vpo_engine.config_file import load_config
 from vpo_engine.runs.directory import RunDirectory
 
 
-def closing_lines(run: RunDirectory) -> str:
-    """Return the commands that open, sample, compare, follow and resume a run, a line each with what it is for."""
+def going_on(run: RunDirectory) -> str:
+    """Return the command that goes on with a run, on as many processes of this machine as now."""
     root, config = shlex.quote(str(run.root)), shlex.quote(str(run.config))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     launch = "torchrun" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    return f"{launch} -m vpo_engine.train {config} run_dir={root}"
+
+
+def closing_lines(run: RunDirectory) -> str:
+    """Return the commands that open, sample, compare, follow and resume a run, a line each with what it is for."""
+    root = shlex.quote(str(run.root))
     steps = load_config(run.config).steps
     commands = {
         "open its report": shlex.quote(str(run.report)),
         "sample from it": f"python -m vpo_engine.sample {root} --out clips",
         "compare it with other runs": f"python -m vpo_engine.evaluate {root} OTHER_RUN",
         "see its curves": f"tensorboard --logdir {shlex.quote(str(run.root.parent))}",
-        "go on to more steps": f"{launch} -m vpo_engine.train {config} run_dir={root} steps={2 * steps}",
+        "go on to more steps": f"{going_on(run)} steps={2 * steps}",
     }
     width = max(map(len, commands)) + 1
     return "\n".join(f"{f'{meaning}:':<{width}} {command}" for meaning, command in commands.items())
