@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import FOLDERS, LORA, PROMPT, run_config, sized, trained
 
 from vpo_engine import export, sample
-from vpo_engine.config_file import dump_config
+from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.data.clips import find_clips
 from vpo_engine.models.registry import model_family
-from vpo_engine.policy_source import find_source
+from vpo_engine.policy_source import PolicySource, find_source, record_text
 from vpo_engine.runs.checkpoint import save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.sample import SampleOptions, load_source, sample_frames, with_options
@@ -246,3 +248,62 @@ def test_a_run_keeps_the_parts_that_it_names(tmp_path: Path) -> None:
     model = find_source(run.root, None, []).config.model
     assert (model.vae, model.text_encoder) == (own, base)
     assert model.policy == run.checkpoints / "step_00000002" / "policy"
+
+
+def test_an_adapter_is_sampled_at_its_runs_frame_rate_also_where_that_is_the_default(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    config = run_config("ltx", base, tmp_path / "run", "model.num_frames=9", *LORA)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"fps": 24})})
+    for folder in (base, adapter):
+        folder.mkdir()
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "LTXPipeline"}))
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "vpo_export.json").write_text(record_text(PolicySource(config), "diffusers"))
+    assert config.model.fps == type(config.model).model_fields["fps"].default
+    assert config.model.fps != model_family("ltx").card.native["model.fps"]
+    found = find_source(adapter, base, []).config.model
+    assert (found.fps, found.num_frames) == (config.model.fps, 9)
+
+
+def test_a_configuration_whose_weights_a_plan_chooses_may_be_sampled() -> None:
+    config = load_config("opensora_v1_2_720p.yaml", ["memory.preset=balanced"])
+    assert sample.changed_config(config, SampleOptions(steps=7)).rollout.steps == 7
+
+
+def test_videos_may_be_shorter_than_the_previews_of_the_training(published: Path) -> None:
+    words = ["rollout.steps=2", "rollout.prune={after: 0.5, keep: 2, frames: 9}"]
+    source = with_options(find_source(published, None, words), SampleOptions(frames=5, size=(32, 48)))
+    assert load_source(source, lambda line: None).video_size == (5, 32, 48)
+
+
+def test_the_folders_of_a_checkpoint_are_the_weights_that_they_hold(tmp_path: Path) -> None:
+    """A checkpoint is its moving average, which its run has evaluated; a folder in it is what its name says."""
+    run = RunDirectory.create_at(tmp_path / "run", dump_config(run_config("sprites", None, tmp_path / "run")))
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+
+    saved = save_checkpoint(
+        run.checkpoints, 2, tensors={}, state={}, write_policy=write, write_average=write, keep=1
+    )
+    for place, expected in (("", "ema"), ("policy", "policy"), ("ema", "ema")):
+        assert find_source(saved / place, None, []).config.model.policy == saved / expected
+
+
+RATES = {"cogvideox": (49, 8), "wan": (81, 16), "ltx": (161, 25)}
+"""Frames, and frames a second, of the published examples; not every pipeline has them as defaults."""
+
+
+@pytest.mark.parametrize("kind", sorted(FOLDERS))
+def test_a_published_folder_is_sampled_as_its_pipeline_samples(kind: str) -> None:
+    card = model_family(kind).card
+    (name,) = card.pipelines
+    signature = inspect.signature(getattr(diffusers, name).__call__).parameters
+    asked = {"num_inference_steps": "rollout.steps", "guidance_scale": "rollout.guidance"}
+    assert {own: card.native[own] for own in asked.values()} == {
+        own: signature[theirs].default for theirs, own in asked.items()
+    }
+    assert (card.native["model.num_frames"], card.native["model.fps"]) == RATES[kind]
+    for theirs, own in (("num_frames", "model.num_frames"), ("frame_rate", "model.fps")):
+        default = signature[theirs].default if theirs in signature else None
+        assert default in (None, card.native[own])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vpo_engine.config import Config, ModelConfig
+from vpo_engine.config import Config
 from vpo_engine.config_file import load_config, parse_config, require_model_files
 from vpo_engine.foreign_files import read_object
 from vpo_engine.runs.checkpoint import (
@@ -71,13 +71,9 @@ def find_source(path: Path | None, base: Path | None, overrides: Sequence[str]) 
         )
     for given in filter(None, (path, base)):
         verify_if_of_checkpoint(given)
-    if (
-        path is not None
-        and path.name == _POLICY
-        and (path.parent / "manifest.json").is_file()
-        and base is None
-    ):
-        path = path.parent  # the folder of a checkpoint's policy stands for the checkpoint
+    average = None
+    if path is not None and base is None and _is_of_checkpoint(path):
+        path, average = path.parent, path.name == _AVERAGE
     adapter = path is not None and holds_adapter(path)
     if adapter and base is None:
         raise ValueError(
@@ -100,7 +96,7 @@ def find_source(path: Path | None, base: Path | None, overrides: Sequence[str]) 
         return PolicySource(config)
     if (path / RECORD).is_file() or is_published(path):
         return PolicySource(folder_config(path, overrides))
-    return run_source(path, None, overrides)
+    return run_source(path, None, overrides, average)
 
 
 def run_source(
@@ -190,13 +186,8 @@ def _kind_of(folder: Path) -> str:
 
 def record_text(source: PolicySource, form: str) -> str:
     """Return the content of an export's record; ``form`` says what the export holds."""
-    defaults = ModelConfig(kind=source.config.model.kind).model_dump(mode="json")
     values = source.config.model.model_dump(mode="json")
-    model = {
-        f"model.{name}": value
-        for name, value in values.items()
-        if name not in _OF_THE_VIDEO and value != defaults[name]
-    }
+    model = {f"model.{name}": value for name, value in values.items() if name not in _OF_THE_VIDEO}
     rollout = source.config.rollout
     record = {
         "made_by": "python -m vpo_engine.export",
@@ -223,6 +214,11 @@ def holds_adapter(path: Path) -> bool:
         return False
     files = [file.name for file in path.glob(f"*{_ADAPTER_ENDING}")]
     return (path / _PEFT_CONFIG).is_file() or any("lora" in name or "adapter" in name for name in files)
+
+
+def _is_of_checkpoint(path: Path) -> bool:
+    """Return whether a path is the folder of the policy, or of its moving average, in a checkpoint."""
+    return path.name in (_POLICY, _AVERAGE) and (path.parent / "manifest.json").is_file()
 
 
 def nearest(path: Path) -> str:

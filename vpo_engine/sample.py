@@ -285,7 +285,7 @@ def _validated(config: Config) -> Config:
     from vpo_engine.config.errors import explain
 
     try:
-        return type(config).model_validate(config.model_dump())
+        return type(config).model_validate(config.model_dump(exclude_unset=True))
     except ValidationError as error:
         raise ValueError(explain(error, type(config), {})) from error
 
@@ -299,7 +299,11 @@ def load_source(source: PolicySource, say: Callable[[str], None] = print) -> Vid
     from vpo_engine.distributed.processes import Processes
     from vpo_engine.models.lora import load_adapter
 
-    config, processes = source.config, Processes.start(source.config.model.device)
+    rollout = source.config.rollout.model_copy(
+        update={"prune": None}
+    )  # previews may be longer than these videos
+    config = source.config.model_copy(update={"rollout": rollout})
+    processes = Processes.start(config.model.device)
     if source.adapter is None or config.model.lora is not None:
         model = build_model(config, processes, say)
         if source.adapter is not None:

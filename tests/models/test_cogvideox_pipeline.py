@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,13 @@ def test_the_ends_of_what_the_text_encoder_reads(capsys: pytest.CaptureFixture[s
         ValueError, match=f"a folder gives the token {known}, and the text encoder has {known}"
     ):
         beyond.encode(["a"])
+
+
+def test_a_policy_trained_at_another_size_is_saved_with_the_models_own(folder: Path, tmp_path: Path) -> None:
+    model = load(settings(folder, "model.height=32", "model.width=64", frames=17))
+    assert model.video_size == (17, 32, 64)
+    model.save_policy(tmp_path / "policy")
+    names = ("sample_height", "sample_width", "sample_frames")
+    for place in (folder / "transformer", tmp_path / "policy"):
+        config = json.loads((place / "config.json").read_text())
+        assert [config[name] for name in names] == [8, 12, 9], place

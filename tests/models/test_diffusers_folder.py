@@ -226,3 +226,12 @@ def test_parts_of_another_pipeline_stand_beside_the_policys_own_schedule(
     assert (found.text_encoder, found.tokenizer) == (other / "text_encoder", other / "tokenizer")
     alone = find_parts(folder / "transformer", other, folder, pipelines, "cogvideox")
     assert alone.scheduler == other / schedule
+
+
+def test_a_folder_in_bfloat16_is_trained_in_float32(folder: Path) -> None:
+    file = folder / "transformer" / WEIGHTS
+    rounded = {name: weight.bfloat16() for name, weight in load_file(file).items()}
+    save_file(rounded, file, {"format": "pt"})
+    held = load(settings(folder)).network.state_dict()
+    assert {weight.dtype for weight in held.values()} == {torch.float32}
+    assert all(torch.equal(held[name], weight.float()) for name, weight in rounded.items())

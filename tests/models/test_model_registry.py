@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
-from vpo_engine.config import names
+from vpo_engine.config import ModelConfig, names
 from vpo_engine.config_file import load_config
 from vpo_engine.data.sprites.assets import Sprites
 from vpo_engine.models import registry
 from vpo_engine.models.opensora.model import OpenSora
 from vpo_engine.models.registry import check_loaded, check_model, model_family
-from vpo_engine.video_model import SizeRule, repeating_blocks
+from vpo_engine.video_model import Option, SizeRule, repeating_blocks
 
 MODULE = '''
 from vpo_engine.data.sprites.assets import Sprites
@@ -188,3 +190,59 @@ def test_a_setting_that_would_have_no_effect_is_refused(kind: str, setting: str)
     parts = [f"model.{name}=p" for name in ("policy", "vae", "text_encoder")]
     message = refused(f"model.kind={kind}", "model.num_frames=17", *parts, setting)
     assert f"{setting} is not supported by model.kind={kind}" in message
+
+
+def test_videos_too_short_for_open_soras_times_are_refused_before_a_file_is_read() -> None:
+    def settings(frames: int) -> ModelConfig:
+        parts = {name: Path("absent") for name in ("policy", "vae", "text_encoder")}
+        return ModelConfig(kind="opensora", num_frames=frames, **parts)
+
+    for frames in (1, 17, 18):
+        OpenSora.check(settings(frames))
+    for frames in (2, 16):
+        with pytest.raises(
+            ValueError, match=rf"model\.num_frames={frames}: .* set it to 1, or to 17 or more"
+        ):
+            OpenSora.check(settings(frames))
+
+
+ASKING: dict[Option, tuple[str, ...]] = {
+    "model.height": ("model.height=64",),
+    "model.width": ("model.width=64",),
+    "model.flow_shift": ("model.flow_shift=3",),
+    "model.negative_prompt": ("model.negative_prompt=dull",),
+    "model.attention": ("model.attention=sdpa",),
+    "model.fused_ops": ("model.fused_ops=reference",),
+    "memory.activation_checkpointing": ("memory.activation_checkpointing=block",),
+    "memory.offload_activations": ("memory.activation_checkpointing=block", "memory.offload_activations=true"),
+    "memory.mlp_chunks": ("memory.mlp_chunks=2",),
+    "memory.decode_frames": ("memory.decode_frames=1",),
+    "memory.decode_strip_height": ("memory.decode_strip_height=16",),
+    "rollout.guidance": ("rollout.guidance=3",),
+    "rollout.guidance_interval": ("rollout.guidance=3", "rollout.guidance_interval=[0.2, 0.8]"),
+    "rollout.cache": ("rollout.cache=0.1",),
+    "rollout.compile=blocks": ("rollout.compile=blocks",),
+    "rollout.compile=graphs": ("rollout.compile=graphs",),
+    "rollout.prune.frames": ("rollout.prune={after: 0.5, keep: 2, frames: 5}",),
+    "distributed.sequence_parallel": ("distributed.sequence_parallel=2",),
+    "processes.split_guidance": (
+        "processes.per_prompt=2", "rollout.guidance=4", "processes.split_guidance=true",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", sorted(set(get_args(Option)) - {"method=reward_gradient"}))
+def test_each_option_is_asked_of_the_family(option: Option, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family with all others refuses it; one with all takes it."""
+    config, name = load_config(None, list(ASKING[option])), option.partition("=")[0]
+    families = [
+        type(
+            "Own", (Sprites,), {"card": replace(Sprites.card, supports=frozenset(get_args(Option)) - without)}
+        )
+        for without in (frozenset(), {option})
+    ]
+    monkeypatch.setattr(registry, "model_family", lambda kind: families[0])
+    check_model(config)
+    monkeypatch.setattr(registry, "model_family", lambda kind: families[1])
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}=\S.* is not supported by model\.kind=sprites"):
+        check_model(config)

@@ -317,3 +317,19 @@ def test_a_policy_whose_config_asks_for_more_than_it_has_is_refused_by_its_weigh
     (folder / "config.json").write_text(json.dumps(config | sizes))
     with pytest.raises(ValueError, match=r"is not a checkpoint of STDiT3, .* weights disagree"):
         load_policy(folder)
+
+
+def test_two_indices_of_pickles_are_refused_too(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "part.bin")
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.bin.index.json").write_text(json.dumps({"weight_map": {"a": "part.bin"}}))
+    with pytest.raises(ValueError, match=r"several indices of shards \(first\.bin\.index\.json, second\."):
+        read_weights(tmp_path)
+
+
+def test_a_policy_in_bfloat16_is_trained_in_float32(tmp_path, state):
+    rounded = {name: tensor.bfloat16() for name, tensor in state.items()}
+    save_pretrained_layout(rounded, STDiT3.from_config(CONFIG).config, tmp_path)
+    held = load_stdit3(tmp_path).state_dict()
+    assert {tensor.dtype for tensor in held.values()} == {torch.float32}
+    assert all(torch.equal(held[name], tensor.float()) for name, tensor in rounded.items())

@@ -234,3 +234,18 @@ def test_the_step_cache_reuses_what_later_blocks_added(
 
     assert torch.equal(cached(1e-9), exact)
     assert not torch.equal(cached(1e9), exact)
+
+
+@pytest.mark.parametrize("more", [(), (*LORA, "reference.storage=adapter")], ids=["all weights", "adapter"])
+def test_a_run_holds_in_float32_what_its_family_needs_so(
+    folders: dict[str, Path], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """As diffusers keeps them (_keep_in_fp32_modules), beside bfloat16."""
+    given = overrides(folders, "wan", tmp_path / "run", *BF16, "memory.weights=fp32_master", *more)
+    network = build_model(load_config(None, given), Processes.start("cpu"), lambda text: None).network
+    held = {name: weight.dtype for name, weight in network.named_parameters() if ".lora_" not in name}
+    needed = {"time_embedder", "scale_shift_table", "norm2"}
+    kept = {name for name in held if needed & {*name.split(".")}}
+    assert needed == needed & {part for name in kept for part in name.split(".")}
+    assert {held[name] for name in kept} == {torch.float32}
+    assert {held[name] for name in held.keys() - kept} == {torch.bfloat16}

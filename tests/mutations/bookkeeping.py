@@ -286,7 +286,7 @@ MUTATIONS = [
     (
         "a team's inputs counted by each member",
         STEP,
-        "len(pairs) / self.processes.team.count",
+        "len(pairs) / self.processes.team_size",
         "len(pairs)",
         ("tests/test_teams.py::test_two_processes_share_the_candidates_of_a_prompt_and_train_as_one",),
     ),

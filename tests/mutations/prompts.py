@@ -49,8 +49,8 @@ MUTATIONS = [
     (
         "the line after that of a prompt",
         PROMPTS,
-        "left, line = int(self._offsets[index]), 1",
-        "left, line = int(self._offsets[index]), 2",
+        "self._counted = (0, 1)",
+        "self._counted = (0, 2)",
         LAYOUT_TESTS,
     ),
     ("captions cleaned to nothing taken", CHECKS, "if not _letters(left):", "if not left:", OPENSORA_TESTS),

@@ -51,9 +51,8 @@ def has_saved(root: Path) -> bool:
     """Return whether the job of torchrun that starts this process again has saved a checkpoint of the run."""
     restart, first = int(os.environ.get(_RESTART, "0")), None
     for line in reversed([line for line in _read(root / _NAME) if "from" in line]):
-        if (
-            line.get("job") != _job() or line["restart"] >= restart
-        ):  # a name may have been given to an earlier job, too
+        # An earlier job may have had the same name.
+        if line.get("job") != _job() or line["restart"] >= restart:
             break
         first, restart = line, line["restart"]
     return first is not None and first["newest"] != _newest(RunDirectory.open(root).checkpoints)

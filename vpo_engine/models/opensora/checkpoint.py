@@ -112,9 +112,11 @@ def _whole_or_sharded(folder: Path) -> list[Path]:
     """Return the weight files of a folder that have the usual names, or that an index names; [] if there are none."""
     if found := weights.weight_files(folder):
         return found
-    indices = sorted(folder.glob("*.index*.json"), key=lambda file: "safetensors" not in file.name)
+    indices = sorted(
+        folder.glob("*.index*.json"), key=lambda file: ("safetensors" not in file.name, file.name)
+    )
     indices = [index for index in indices if not _no_model(index)]
-    if len(indices) > 1 and "safetensors" in indices[1].name:
+    if len(indices) > 1 and ("safetensors" in indices[0].name) == ("safetensors" in indices[1].name):
         names = ", ".join(index.name for index in indices)
         raise ValueError(f"{folder} holds several indices of shards ({names}); give the path of one of them")
     return weights.shard_files(indices[0]) if indices else []

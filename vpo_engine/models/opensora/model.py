@@ -135,6 +135,11 @@ class OpenSora(BaseModel):
         """See ``VideoModel``; resolution and aspect must stand in the published table."""
         super().check(settings)
         pixel_size(settings.resolution, settings.aspect)
+        if 1 < settings.num_frames < CHUNK_FRAMES:
+            raise ValueError(
+                f"model.num_frames={settings.num_frames}: times are shifted by whole chunks of {CHUNK_FRAMES} frames; "
+                f"set it to 1, or to {CHUNK_FRAMES} or more"
+            )
 
     @classmethod
     def readable_part(cls, settings: ModelConfig, prompt: str) -> str:

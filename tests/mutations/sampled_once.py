@@ -1,0 +1,181 @@
+"""Mistakes in pairs that are sampled once, in what counts as work, and in places to stop."""
+
+MUTATIONS = [
+    (
+        "sampled pairs are kept for other prompts",
+        "vpo_engine/rollout/preference_dataset.py",
+        "self._stream.take(pair.position, 1)[0].text == pair.prompt",
+        "True",
+        ("tests/wiring/test_sampled_pairs.py::test_pairs_of_other_prompts_are_not_trained_on",),
+    ),
+    (
+        "what is left of a broken step is trained on",
+        "vpo_engine/rollout/preference_dataset.py",
+        "StoredPairs(folder, min_gap, self._count)",
+        "StoredPairs(folder, min_gap)",
+        (
+            "tests/wiring/test_sampled_pairs.py::test_what_is_left_of_a_step_whose_pairs_are_not_all_there_is_not_trained_on",
+        ),
+    ),
+    (
+        "stored ties end an offline run",
+        "vpo_engine/offline_dpo.py",
+        "def _check_learning(",
+        "def _unchecked(",
+        (
+            "tests/wiring/test_sampled_pairs.py::test_ties_among_stored_pairs_do_not_end_a_run_however_many_come_in_a_row",
+        ),
+    ),
+    (
+        "every team samples the pairs of the first",
+        "vpo_engine/offline_dpo.py",
+        "range(step * size + mine.start, step * size + mine.stop)",
+        "range(step * size, step * size + len(mine))",
+        ("tests/wiring/test_sampled_pairs.py::test_each_of_two_teams_samples_and_records_its_own_prompts",),
+    ),
+    (
+        "all teams record their pairs in one file",
+        "vpo_engine/offline_dpo.py",
+        "self.processes.rank, with_latents=True",
+        "self.processes.team.rank, with_latents=True",
+        ("tests/wiring/test_sampled_pairs.py::test_each_of_two_teams_samples_and_records_its_own_prompts",),
+    ),
+    (
+        "pairs are read before all teams have recorded theirs",
+        "vpo_engine/offline_dpo.py",
+        "self.processes.wait()",
+        "pass",
+        ("tests/wiring/test_sampled_pairs.py::test_each_of_two_teams_samples_and_records_its_own_prompts",),
+    ),
+    (
+        "pairs are sampled while weights are divided (ZeRO stage 3)",
+        "vpo_engine/offline_dpo.py",
+        "together=self.processes.team.count > 1), self.optimizer.whole():",
+        "together=self.processes.team.count > 1):",
+        ("tests/wiring/test_sampled_pairs.py::test_each_of_two_teams_samples_and_records_its_own_prompts",),
+    ),
+    (
+        "a signal while pairs are sampled once waits for all of them",
+        "vpo_engine/offline_dpo.py",
+        "with self.stopping.stoppable(together=self.processes.team.count > 1), self.optimizer.whole():",
+        "with self.optimizer.whole():",
+        (
+            "tests/wiring/test_sampled_pairs.py::test_a_signal_while_pairs_are_sampled_is_followed_at_the_next_look",
+        ),
+    ),
+    (
+        "the command of a stopped run breaks at a blank",
+        "vpo_engine/runs/next_steps.py",
+        "root, config = shlex.quote(str(run.root)), shlex.quote(str(run.config))",
+        "root, config = run.root, run.config",
+        ("tests/runs/test_directory.py::test_the_command_that_a_stopped_run_prints_works",),
+    ),
+    (
+        "a stopped run goes on with one process",
+        "vpo_engine/runs/next_steps.py",
+        'launch = "torchrun" if processes == 1 else',
+        'launch = "torchrun" if processes else',
+        ("tests/runs/test_directory.py::test_the_command_that_a_stopped_run_prints_works",),
+    ),
+    (
+        "a slice counts every input of the update whole",
+        "vpo_engine/online_vpo.py",
+        "len(pairs) / self.processes.team_size",
+        "len(pairs) / self.processes.team.count",
+        (
+            "tests/distributed/test_sequence_runs.py::test_a_process_with_a_slice_counts_its_part_of_each_input",
+        ),
+    ),
+    (
+        "a slice counts every input of the rollout whole",
+        "vpo_engine/online_vpo.py",
+        "for network in self._networks) / self.processes.sequence.count",
+        "for network in self._networks)",
+        (
+            "tests/distributed/test_sequence_runs.py::test_a_process_with_a_slice_counts_its_part_of_each_input",
+        ),
+    ),
+    (
+        "gradients: the noise in noisy latents as if every prediction held the clean latents once",
+        "vpo_engine/objectives/consistency.py",
+        "(a * prediction - p * latents) / determinant",
+        "(a * prediction - latents) / determinant",
+        (
+            "tests/methods/test_baselines.py::test_a_prediction_of_any_kind_splits_latents_into_what_they_were_made_of",
+        ),
+    ),
+    (
+        "nobody looks for a signal before a batch is decoded",
+        "vpo_engine/online_vpo.py",
+        "self.stopping.before(lambda latents: model.decode(check_latents(latents)))",
+        "lambda latents: model.decode(check_latents(latents))",
+        ("tests/wiring/test_samplers.py::test_every_pass_batch_and_micro_batch_follows_a_look_for_a_signal",),
+    ),
+    (
+        "nobody looks for a signal in the second pass of a rollout",
+        "vpo_engine/online_vpo.py",
+        'exact if config.weights == "policy" else first, check)',
+        'exact if config.weights == "policy" else first)',
+        ("tests/wiring/test_samplers.py::test_every_pass_batch_and_micro_batch_follows_a_look_for_a_signal",),
+    ),
+    (
+        "the groups of a run have torch's limit",
+        "vpo_engine/training.py",
+        "own.reward, limit, divided.sequence_parallel",
+        "own.reward, None, divided.sequence_parallel",
+        ("tests/distributed/test_split_guidance.py::test_the_groups_of_a_run_wait_longer_than_its_watchdog",),
+    ),
+    (
+        "the group of a couple has torch's limit",
+        "vpo_engine/training.py",
+        "return processes.in_couples(limit)",
+        "return processes.in_couples()",
+        ("tests/distributed/test_split_guidance.py::test_the_groups_of_a_run_wait_longer_than_its_watchdog",),
+    ),
+    (
+        "gradients: a second reward is not asked for the size of the videos",
+        "vpo_engine/rollout/second_reward.py",
+        "if model.video_size is not None and (reason := size_refusal(reward, *model.video_size)) is not None:",
+        "if False:",
+        (
+            "tests/wiring/test_methods.py::test_a_second_reward_is_asked_for_the_size_and_told_the_rate_of_the_videos",
+        ),
+    ),
+    (
+        "gradients: a second reward is not told the frame rate",
+        "vpo_engine/rollout/second_reward.py",
+        "dtype=dtype, fps=model.fps)",
+        "dtype=dtype)",
+        (
+            "tests/wiring/test_methods.py::test_a_second_reward_is_asked_for_the_size_and_told_the_rate_of_the_videos",
+        ),
+    ),
+    (
+        "gradients: a second reward without gradients is taken",
+        "vpo_engine/rollout/second_reward.py",
+        "if not reward_card(settings.kind).differentiable:",
+        "if False:",
+        ("tests/wiring/test_methods.py::test_what_a_method_cannot_do_is_refused_at_the_start",),
+    ),
+    (
+        "float8 products on GPUs before Hopper",
+        "vpo_engine/rollout/quantised_copy.py",
+        ">= (9, 0)",
+        ">= (8, 0)",
+        ("tests/rollout/test_explore.py::test_a_layer_multiplies_in_8_bits_where_there_is_such_a_product",),
+    ),
+    (
+        "int8 products of 16 rows",
+        "vpo_engine/rollout/quantised_copy.py",
+        "len(x) > 16",
+        "len(x) >= 16",
+        ("tests/rollout/test_explore.py::test_a_layer_multiplies_in_8_bits_where_there_is_such_a_product",),
+    ),
+    (
+        "float8 products of sides of 8",
+        "vpo_engine/rollout/quantised_copy.py",
+        "side % 16",
+        "side % 8",
+        ("tests/rollout/test_explore.py::test_a_layer_multiplies_in_8_bits_where_there_is_such_a_product",),
+    ),
+]
