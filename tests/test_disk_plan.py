@@ -118,11 +118,15 @@ def test_a_checkpoint_holds_the_clips_of_the_base_policy(small: Make) -> None:
 
 def test_the_clips_that_tensorboard_gets_at_the_end_are_planned(small: Make) -> None:
     """Sixteen, before and after side by side; of the evaluations at the start and at the end it gets four each."""
-    config = small("evaluation.every=null")
-    model = build_model(config, Processes.start("cpu"), lambda _: None)
+    many, few = (
+        small("evaluation.every=null", "evaluation.prompts=2", f"evaluation.samples_per_prompt={samples}")
+        for samples in (9, 1)
+    )
+    model = build_model(many, Processes.start("cpu"), lambda _: None)
     assert model.video_size is not None
-    (planned,) = (part.bytes for part in disk_parts(config, model) if part.name == "clips in TensorBoard")
-    assert planned == (2 * 4 + 2 * 16) * math.prod(model.video_size)
+    for config, frames in ((many, 2 * 4 + 2 * 16), (few, 2 * 2 + 2 * 2)):
+        (planned,) = (part.bytes for part in disk_parts(config, model) if part.name == "clips in TensorBoard")
+        assert planned == frames * math.prod(model.video_size)
 
 
 def test_pairs_that_were_sampled_before_the_first_step_need_no_room_again(

@@ -8,7 +8,7 @@ from pathlib import Path
 from vpo_engine.config import Config
 from vpo_engine.full_disk import disk_of, free_bytes
 from vpo_engine.runs.disk_use import SPARE_BYTES
-from vpo_engine.runs.gallery import MOST_CLIPS
+from vpo_engine.runs.gallery import most_clips
 from vpo_engine.texts import counted
 from vpo_engine.video_model import VideoModel
 
@@ -38,9 +38,7 @@ def checkpoint_bytes(config: Config, model: VideoModel) -> int:
 
 def _clip_bytes(config: Config, model: VideoModel) -> int:
     """Return the bytes of the shown clips, uint8; 0 for a model that does not tell its size."""
-    prompts, samples = config.evaluation.prompts, config.evaluation.samples_per_prompt
-    clips = MOST_CLIPS if prompts is None else min(MOST_CLIPS, prompts * samples)
-    return 0 if model.video_size is None else clips * 3 * math.prod(model.video_size)
+    return 0 if model.video_size is None else most_clips(config) * 3 * math.prod(model.video_size)
 
 
 def check_disk(config: Config, model: VideoModel, root: Path) -> None:

@@ -14,7 +14,7 @@ from vpo_engine.data.sprites.world import withheld_captions
 from vpo_engine.full_disk import free_bytes
 from vpo_engine.run_gallery import MOST_PAIR_FILES, MOST_PAIRS
 from vpo_engine.runs.disk_use import SPARE_BYTES, bytes_of
-from vpo_engine.runs.gallery import MOST_CLIPS
+from vpo_engine.runs.gallery import most_clips
 from vpo_engine.runs.tensorboard_clips import LARGEST_SIDE
 from vpo_engine.texts import counted
 from vpo_engine.video_model import VideoModel
@@ -165,8 +165,9 @@ def _videos(config: Config, model: VideoModel) -> list[DiskPart]:
         _animated(height, width),
         _animated(height, 2 * width),
     )  # at the end both sides of the gallery
-    clips = frames * (_SHOWN * evaluations * single + MOST_CLIPS * beside)
-    gallery = (2 * MOST_CLIPS + 2 * MOST_PAIRS * MOST_PAIR_FILES) * 3 * frames * height * width
+    shown = most_clips(config)
+    clips = frames * (min(_SHOWN, shown) * evaluations * single + shown * beside)
+    gallery = (2 * shown + 2 * MOST_PAIRS * MOST_PAIR_FILES) * 3 * frames * height * width
     return [
         DiskPart("clips in TensorBoard", clips, True, f"raise evaluation.every={every}"),
         DiskPart("galleries", gallery, False, "make smaller videos"),

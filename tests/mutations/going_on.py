@@ -107,7 +107,7 @@ MUTATIONS = [
     ),
     (
         "one clip of each prompt is planned in a checkpoint",
-        "vpo_engine/checkpoint_size.py",
+        "vpo_engine/runs/gallery.py",
         "min(MOST_CLIPS, prompts * samples)",
         "min(MOST_CLIPS, prompts)",
         ("tests/test_disk_plan.py::test_a_checkpoint_holds_the_clips_of_the_base_policy",),
@@ -188,8 +188,8 @@ MUTATIONS = [
     (
         "the clips at the end are not planned",
         "vpo_engine/disk_plan.py",
-        "_SHOWN * evaluations * single + MOST_CLIPS * beside",
-        "_SHOWN * evaluations * single",
+        "min(_SHOWN, shown) * evaluations * single + shown * beside",
+        "min(_SHOWN, shown) * evaluations * single",
         ("tests/test_disk_plan.py::test_the_clips_that_tensorboard_gets_at_the_end_are_planned",),
     ),
     (

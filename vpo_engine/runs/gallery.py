@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vpo_engine.config import Config
 from vpo_engine.full_disk import write_whole
 from vpo_engine.texts import parse_json
 
@@ -22,6 +23,12 @@ MOST_CLIPS = 16
 """The most held-out clips that a report shows."""
 _KEY = "gallery"
 _LARGEST = 1e100
+
+
+def most_clips(config: Config) -> int:
+    """Return the most held-out clips that the report of a run shows; it has fewer if its file has fewer prompts."""
+    prompts, samples = config.evaluation.prompts, config.evaluation.samples_per_prompt
+    return MOST_CLIPS if prompts is None else min(MOST_CLIPS, prompts * samples)
 
 
 @dataclass(frozen=True)
