@@ -108,7 +108,6 @@ def test_overrides_replace_and_scientific_notation_is_a_number() -> None:
         ),
         ("steps=60:00", "argument steps=60:00 must be a whole number"),
         ("steps=true", "argument steps=true must be a whole number"),
-        (f"seed={2**64}", f"argument seed={2**64} must be below {2**64}"),
         ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9, 1]: both must be at least 0 and below 1"),
         ("name=/", "argument name=/ must have a letter or a digit"),
         ("optimizer.lr=1,5", "argument optimizer.lr=1,5 must be a number"),

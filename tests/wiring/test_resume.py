@@ -218,6 +218,9 @@ def test_a_longer_run_knows_the_rewards_of_the_evaluation_at_its_first_end(
     seen = engine.state_of(tmp_path / "whole", 4)["guards"]
     assert [step for step, *_ in seen["observations"]] == [0, 1, 2, 3]
     assert engine.state_of(tmp_path / "run", 4)["guards"] == seen
+    engine.forget_after(tmp_path / "run", 3)  # which was evaluated before it was saved
+    engine.train(engine.make_config(tmp_path, *settings, "steps=4"))
+    assert engine.state_of(tmp_path / "run", 4)["guards"] == seen
 
 
 def test_the_alarm_of_an_evaluation_that_was_made_up_for_outlives_the_next_stop(tmp_path: Path) -> None:

@@ -111,8 +111,7 @@ def _constraint(item: dict[str, Any]) -> str:
     context, name = item.get("ctx", {}), item["type"]
     if name in _LIMITS:
         words, limit = _LIMITS[name]
-        value = context[limit]
-        return f"must be {words} {value if isinstance(value, int) else format(value, 'g')}"
+        return f"must be {words} {context[limit]:g}"
     if name == "literal_error":
         options = re.findall(r"'([^']*)'|(\d+)", context["expected"])
         known = [text or number for text, number in options]

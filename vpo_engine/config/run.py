@@ -44,7 +44,7 @@ class Config(Section):
 
     name: str = Field("run", pattern=r"[A-Za-z0-9]")
     """Name of the run; its directory under runs/ begins with it."""
-    seed: int = Field(0, ge=-(2**63), lt=2**64)
+    seed: int = 0
     """Seed of all random numbers. Runs with the same seed on the same machine are the same."""
     steps: int = Field(1000, ge=1)
     """Steps of Algorithm 1. Each makes objective.updates_per_rollout optimizer steps, or none if all pairs are ties."""
