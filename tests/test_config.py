@@ -324,3 +324,22 @@ def test_a_group_that_the_method_does_not_use_is_refused_with_its_values(
 def test_a_preset_does_not_hide_what_a_method_does_not_use(setting: str) -> None:
     with pytest.raises(ValueError, match=f"{re.escape(setting)} has no meaning for method=refl"):
         load_config(None, ["method=refl", "memory.preset=fast", "optimizer.clip=null", setting])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("rollout={candidates: 8}", "rollout.candidates=8"), ("pairs={min_gap: 0.5}", "pairs.min_gap=0.5")],
+)
+def test_a_group_that_an_argument_gives_is_not_left_out(given: str, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"{re.escape(said)} has no meaning for method=refl"):
+        load_config(None, ["method=refl", given])
+
+
+def test_a_reference_that_is_always_the_policy_is_noted_of_stored_pairs_too() -> None:
+    found = notes(load_config(None, ["method=offline_dpo", "offline_dpo.refresh_every=1"]))
+    assert [note for note in found if "the margin is always 0" in note]
+
+
+def test_teams_of_any_size_share_stored_pairs() -> None:
+    words = ["method=offline_dpo", "offline_dpo.dataset=runs/a", "processes.per_prompt=3"]
+    assert load_config(None, words).processes.per_prompt == 3

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vpo_engine import train as entry
 from vpo_engine.config import Config, GuardsConfig
+from vpo_engine.config_file import load_config
 from vpo_engine.data.sprites.damage import KINDS, damaged
 from vpo_engine.data.sprites.world import Attributes
 from vpo_engine.metrics.appearance import STATISTICS, appearance, style_distance
@@ -346,3 +347,10 @@ def test_a_reward_that_never_tells_candidates_apart_stops_the_run(
     rare = ("evaluation.every=null", "checkpoint.every=null")
     with pytest.raises(ValueError, match=r"every pair of the last 20 steps .* was a tie"):
         train(small(small_policy, "steps=30", "pairs_per_step=1", *rare))
+
+
+@pytest.mark.parametrize("method", ["vader", "t2v_turbo"])
+def test_the_held_out_reward_is_not_the_second_one_either(method: str) -> None:
+    second, judge = f"{method}.second={{kind: hpsv2, path: h}}", "guards.reward={kind: hpsv2, path: h}"
+    with pytest.raises(ValueError, match=r"guards\.reward is .*hpsv2"):
+        load_config(None, [f"method={method}", second, judge])

@@ -352,3 +352,18 @@ def test_so_many_held_out_prompts_of_a_file_are_used(small: Make, files: Callabl
     for count, expected in (("1", HELD_OUT[:1]), ("null", HELD_OUT)):
         _, held_out = build_prompts(small(*files(), f"evaluation.prompts={count}"))
         assert list(held_out) == expected
+
+
+@pytest.mark.usefixtures("unplanned")
+def test_the_prompts_of_given_videos_are_asked_about_too(small_policy: str, tmp_path: Path) -> None:
+    """They are known before any video is read."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("0.mp4", "1.mp4"):
+        (videos / name).write_bytes(b"no video")
+    (videos / "prompts.csv").write_text(f"video,prompt\n0.mp4,{TRAIN[0]}\n1.mp4,{STRANGE}\n")
+    own = ("method=instructvideo", f"instructvideo.videos={videos}", "steps=1", "pairs_per_step=2")
+    config = load_config(None, [small_policy, *own, "evaluation.prompts=2", f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(ValueError, match=f"does not score this prompt: .*'{STRANGE}'"):
+        train(config)
+    assert not (tmp_path / "run").exists()

@@ -18,7 +18,7 @@ from vpo_engine.data.prompt_checks import (
     rows_looked_at,
 )
 from vpo_engine.data.prompt_settings import open_prompt_files
-from vpo_engine.data.prompts import PromptList, Prompts
+from vpo_engine.data.prompts import PlacedPrompts, PromptList, Prompts, Stream
 from vpo_engine.data.sprites.assets import GEOMETRY
 from vpo_engine.data.sprites.measure import measure
 from vpo_engine.data.sprites.world import all_captions, withheld_captions
@@ -38,6 +38,8 @@ from vpo_engine.rewards.frames import counted_frames
 from vpo_engine.rewards.process import start_reward
 from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.sprites import SpritesJudge
+from vpo_engine.rollout.preference_dataset import StoredPairs
+from vpo_engine.rollout.preferred_files import FilePairs
 from vpo_engine.runs.checkpoint import verify_if_of_checkpoint
 from vpo_engine.video_model import Encoder, LoadContext, VideoModel
 
@@ -89,17 +91,39 @@ def check_prompts(config: Config, prompts: Prompts, rows: Sequence[int] | None =
     return check_readable(prompts, rows, partial(family.readable_part, config.model), family.card.name)
 
 
+def check_given(
+    config: Config, stream: Stream, say: Callable[[str], None] | None = None
+) -> PlacedPrompts | None:
+    """Return the prompts of given videos or pairs; None where prompts.train is trained on. ``say`` what is odd.
+
+    Raise ValueError, naming their places, for prompts of which the model would read nothing.
+    """
+    if not isinstance(stream, FilePairs | StoredPairs):
+        return None
+    for note in check_prompts(config, stream.prompts):
+        if say is not None:
+            say(note)
+    return stream.prompts
+
+
 def check_scored(
-    config: Config, model: VideoModel, reward: Reward, train: Prompts, held_out: Sequence[str]
+    config: Config,
+    model: VideoModel,
+    reward: Reward,
+    train: Prompts,
+    held_out: Sequence[str],
+    given: PlacedPrompts | None = None,
 ) -> None:
     """Raise ValueError for what the reward refuses, before a video is made: the size of the model's videos, or prompts,
-    whose places are named."""
+    whose places are named. given: see ``check_given``; a reward scores them whose gradient is followed."""
     who, change = f"reward.kind={config.reward.kind}", "set another reward.kind"
     _ask_size(reward, model, who, change)
     _ask_preview_size(config, model, reward, who)
     _ask(reward, held_out, range(len(held_out)), who, change)
     if config.card.prompts:
         _ask(reward, train, _rows_of(config, train), who, change)
+    if given is not None and config.card.reward_gradient:
+        _ask(reward, given, range(len(given)), who, change)
 
 
 def _ask_size(reward: Reward, model: VideoModel, who: str, change: str) -> None:

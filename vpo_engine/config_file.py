@@ -171,7 +171,9 @@ def _leave_out_unused(settings: Settings) -> list[str]:
 
     def is_argument(key: str) -> bool:
         return any(
-            place == ARGUMENT for name, place in settings.origins.items() if f"{name}.".startswith(f"{key}.")
+            place == ARGUMENT
+            for name, place in settings.origins.items()
+            if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
         )
 
     given = section if isinstance(section, dict) else {}

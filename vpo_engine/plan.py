@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from vpo_engine.command import Parser, report_errors, split_words
 from vpo_engine.config_file import load_config
 from vpo_engine.help_text import HelpFormatter
-from vpo_engine.planning.gpus import DEFAULT, GPUS, check_gpu_name, find_gpu
+from vpo_engine.planning.gpus import DEFAULT, GPUS, check_gpu_name, find_gpu, kind_of
 from vpo_engine.planning.links import BETWEEN, WITHIN, Cluster, make_cluster
 
 
@@ -54,12 +54,14 @@ def _plan(given: argparse.Namespace, unknown: Sequence[str]) -> int:
     source, overrides = split_words(given.words, unknown)
     config = load_config(source, overrides)
     check_gpu_name(given.gpu)
-    cluster = _cluster(given)
-    if cluster is not None:
+    if _cluster(given, DEFAULT) is not None:
         from vpo_engine.planning.answer import print_comparison
 
+        gpu = find_gpu(given.gpu)
+        cluster = _cluster(given, kind_of(gpu) or gpu.name)
+        assert cluster is not None
         words = [*([] if source is None else [str(source)]), *overrides]
-        print_comparison(config, find_gpu(given.gpu), cluster, given=words, machine=given.json)
+        print_comparison(config, gpu, cluster, given=words, machine=given.json)
         return 0
     from vpo_engine.planning.answer import print_plan
 
@@ -67,8 +69,8 @@ def _plan(given: argparse.Namespace, unknown: Sequence[str]) -> int:
     return 0
 
 
-def _cluster(given: argparse.Namespace) -> Cluster | None:
-    """Return the machines of the command line; None if it asks for one GPU."""
+def _cluster(given: argparse.Namespace, gpu: str) -> Cluster | None:
+    """Return the machines of the command line, of GPUs of kind ``gpu``; None if it asks for one GPU."""
     others = {"--nodes": given.nodes, "--link": given.link, "--network": given.network}
     if given.gpus is None:
         for name, value in others.items():
@@ -78,7 +80,7 @@ def _cluster(given: argparse.Namespace) -> Cluster | None:
                 )
         return None
     nodes = 1 if given.nodes is None else given.nodes
-    return make_cluster(given.gpus, nodes, given.gpu or DEFAULT, given.link, given.network)
+    return make_cluster(given.gpus, nodes, gpu, given.link, given.network)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,15 @@ class T2VTurbo(RewardGradientMethod):
         assert config.t2v_turbo is not None
         count = frames_of_step(config.reward.kind, config.t2v_turbo.frames, default=5)
         check_enough("t2v_turbo.frames", count, model)
+        second = config.t2v_turbo.second
+        if second is None or model.video_size is None:
+            return
+        count, frames = frames_of_step(second.kind, None, default=5), model.video_size[0]
+        if count is not None and count > frames:
+            raise ValueError(
+                f"t2v_turbo.second.kind={second.kind} scores {count} frames of every video, but the model's have "
+                f"{frames}; raise model.num_frames, or set t2v_turbo.second=null"
+            )
 
     def learn_from(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Mapping[str, Tensor]]:
         text, (t, before) = stacked_embeddings(prompts), self._times(prompts)

@@ -14,6 +14,7 @@ from vpo_engine.build import (
     build_model,
     build_prompts,
     build_reward,
+    check_given,
     check_reward,
     check_scored,
 )
@@ -71,6 +72,7 @@ def run_training(config: Config) -> int:
             method = method_class(config.method)
             prompts, held_out_prompts = build_prompts(config, say if processes.first else None)
             stream, texts = method.open_stream(config, prompts)
+            given = check_given(config, stream, say if processes.first else None)
         texts = {**texts, "prompts.held_out": held_out_prompts}
         config = _as_before(config, processes, texts)
         planned = configurations_are_here(config)  # else building the model says which is missing
@@ -84,7 +86,7 @@ def run_training(config: Config) -> int:
         reward = served or _build_reward(config, processes, at_end, model.idle_offload)
         if served is not None:
             served.wait_until_loaded()
-        check_scored(config, model, reward, prompts, held_out_prompts)
+        check_scored(config, model, reward, prompts, held_out_prompts, given)
         method.check(config, model)
         held_out = build_held_out(config, model, held_out_prompts, reward, processes)
         if processes.first:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gradient_of_reward import check_gradient
+from small_policy import shipped_policy_is_small
 
+from vpo_engine.build import build_model, build_reward
+from vpo_engine.config_file import load_config
 from vpo_engine.data.sprites.assets import Sprites
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.methods import method_class
 
 CASES = {
     "vader": ("vader.steps=3", "vader.last_steps=3", "vader.guidance=2"),
@@ -43,3 +50,17 @@ def test_the_world_draws_another_clip_at_every_place_of_the_stream() -> None:
     assert first.dtype == torch.uint8
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "count"),
+    [("vader", "frames", 1), ("instructvideo", "segments", 4), ("t2v_turbo", "frames", 5)],
+)
+def test_a_reward_of_single_frames_sees_as_many_as_published(method: Any, name: str, count: int) -> None:
+    config = load_config(None, [f"method={method}", "reward.kind=sprites_image", "reward.dimensions=image"])
+    processes = Processes.start("cpu")
+    with shipped_policy_is_small():
+        model = build_model(config, processes, lambda line: None)
+    reward = build_reward(config, processes.device)
+    found: Any = method_class(method)(config, model, reward, None, processes)
+    assert getattr(found, name) == count

@@ -4,6 +4,7 @@ from mutations import (
     adapters,
     bookkeeping,
     commands,
+    compared,
     evaluation,
     flow,
     going_on,
@@ -60,4 +61,5 @@ MUTATIONS = [
     *going_on.MUTATIONS,
     *sampled_once.MUTATIONS,
     *sources.MUTATIONS,
+    *compared.MUTATIONS,
 ]

@@ -272,7 +272,8 @@ class TestCommand:
         machines = cluster(8, 2)
         rows = [row("whole", 90, 1.0), replace(row("zero", 40, 3.0, "deepspeed"))]
         settings = {"distributed.engine": "deepspeed", "distributed.offload_optimizer": True}
-        rows[1] = replace(rows[1], strategy=Strategy("zero", settings))
+        words = "distributed.engine=deepspeed distributed.offload_optimizer=true"
+        rows[1] = replace(rows[1], strategy=Strategy("zero", settings), arguments=words)
         refused = [Refused(Strategy(name, {}), "because") for name in ("one", "two")]
         given = ["mine.yaml", "prompts.train=my prompts.txt"]
         said = comparison(machines, rows, refused, given)
@@ -287,8 +288,7 @@ class TestCommand:
         assert max(map(len, lines[:-1])) <= 118
         assert command == (
             "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-id=mine --rdzv-endpoint=FIRST_MACHINE:29500 "
-            "--nproc-per-node=8 -m vpo_engine.train mine.yaml 'prompts.train=my prompts.txt' "
-            "distributed.engine=deepspeed distributed.offload_optimizer=true"
+            "--nproc-per-node=8 -m vpo_engine.train mine.yaml 'prompts.train=my prompts.txt' " + words
         )
 
     @pytest.mark.long

@@ -22,8 +22,10 @@ from vpo_engine.config.methods import SecondRewardConfig
 from vpo_engine.config_file import load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.rollout.given_videos import FileVideos
 from vpo_engine.rollout.second_reward import SecondReward
 from vpo_engine.seeding import generator, integer, normal
+from vpo_engine.t2v_turbo import T2VTurbo
 
 REFL = ("method=refl", "refl.steps=5", "refl.last_steps=3", "refl.margin=3", "refl.scale=0.1")
 VIDEOS = "videos.csv"
@@ -312,3 +314,26 @@ def test_a_second_reward_is_asked_for_the_size_and_told_the_rate_of_the_videos()
     )
     with pytest.raises(ValueError, match=message):
         SecondReward("vader.second", SecondRewardConfig(kind="test_methods:Timed"), model)
+
+
+def test_a_second_reward_of_single_frames_needs_its_frames() -> None:
+    second = "t2v_turbo.second={kind: sprites_image, dimensions: [image]}"
+    model: Any = SimpleNamespace(video_size=(3, 32, 32))
+    config = load_config(None, ["method=t2v_turbo", second])
+    with pytest.raises(
+        ValueError, match=r"t2v_turbo\.second\.kind=sprites_image scores 5 frames .* have 3; raise"
+    ):
+        T2VTurbo.check(config, model)
+    model.video_size = (5, 32, 32)
+    T2VTurbo.check(config, model)
+
+
+@pytest.mark.parametrize("method", ["instructvideo", "t2v_turbo"])
+def test_given_videos_are_kept_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Other runs in the same folder find them there."""
+    folders: list[Path] = []
+    monkeypatch.setattr(FileVideos, "encode", lambda self, model, folder, *_: folders.append(folder))
+    train(make_config(tmp_path, *METHODS[method], "steps=1"))
+    assert folders == [tmp_path / "encoded_videos"]

@@ -20,9 +20,10 @@ def notes(config: Config) -> list[str]:
             f"method={config.method} ({config.card.title}) does not use these settings of the file, which are left "
             f"out: {', '.join(config.left_out)}"
         )
-    if config.reference.refresh_every == 1 and config.reference.refresh_share == 1:
+    if config.refresh_every == 1 and config.reference.refresh_share == 1:
+        section = "reference" if config.offline_dpo is None else "offline_dpo"
         found.append(
-            "reference.refresh_every=1 makes the reference the policy of every step: the margin is always 0, there is "
+            f"{section}.refresh_every=1 makes the reference the policy of every step: the margin is always 0, there is "
             "no margin accuracy to see, and nothing holds the policy near where it was; the paper has 200"
         )
     return found

@@ -202,7 +202,9 @@ class Config(Section):
                 f"model.dtype=bfloat16 does everywhere; set rollout.{name}=policy"
             )
         held_out = self.guards.reward
-        if held_out is not None and (held_out.kind, held_out.path) == (self.reward.kind, self.reward.path):
+        second = next((own.second for own in (self.vader, self.t2v_turbo) if own is not None), None)
+        trained = [(each.kind, each.path) for each in (self.reward, second) if each is not None]
+        if held_out is not None and (held_out.kind, held_out.path) in trained:
             raise ValueError(
                 f"guards.reward is the reward that is trained against ({held_out.kind}); name another reward model, "
                 "whose scores never select pairs, or leave it out"
@@ -224,7 +226,7 @@ class Config(Section):
         size, rollout, split = self.processes.per_prompt, self.rollout, self.processes.split_guidance
         if split:
             self._check_split_guidance()
-        shared = {"rollout.candidates": rollout.candidates}
+        shared = {"rollout.candidates": rollout.candidates} if self.card.candidates else {}
         if rollout.prune is not None:
             shared["rollout.prune.keep"] = rollout.prune.keep
         sharers, fits = self.processes.sharers, "4 or 2" if split else "2 or 1"

@@ -33,7 +33,7 @@ CHOOSE_COLUMN = "set prompts.column"
 
 def place_of(prompts: Prompts, index: int) -> str:
     """Return where a prompt stands, for errors: file and line, or its number in a list."""
-    if isinstance(prompts, PromptFile | PromptList):
+    if isinstance(prompts, PromptFile | PromptList | PlacedPrompts):
         return prompts.place(index)
     return f"prompt {index + 1}"
 
@@ -53,6 +53,18 @@ class PromptList(list[str]):
         if self._file is None or index < self._given:
             return f"prompt {index + 1}"
         return self._file.place(index - self._given)
+
+
+class PlacedPrompts(list[str]):
+    """Prompts that stand beside videos, each with its place."""
+
+    def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
+        """``rows``: prompt and place."""
+        prompts, self._places = zip(*rows, strict=True)
+        super().__init__(prompts)
+
+    def place(self, index: int) -> str:
+        return self._places[index]
 
 
 class _OnDisk:

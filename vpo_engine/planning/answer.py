@@ -23,7 +23,7 @@ from vpo_engine.planning.presets import resolve_presets
 from vpo_engine.planning.report import as_json, whole
 from vpo_engine.planning.scaling_report import as_json as comparison_as_json
 from vpo_engine.planning.scaling_report import comparison
-from vpo_engine.planning.strategies import compare
+from vpo_engine.planning.strategies import compare, recommended
 from vpo_engine.texts import say
 
 
@@ -60,8 +60,9 @@ def print_comparison(
 
     given: the words of the command line that ``config`` was made of.
     """
-    config, presets = resolve_presets(config, lambda changed: plan_run(changed, gpu).fits)
     rows, refused = compare(config, gpu, cluster)
+    chosen, _ = recommended(rows)
+    presets = "" if chosen is None else chosen.presets
     if machine:
         print(json.dumps(comparison_as_json(cluster, rows, refused) | {"gpu": gpu.name}, indent=1))
         return

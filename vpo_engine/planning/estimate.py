@@ -71,6 +71,8 @@ class Plan:
     limited_by: str
     gpu: Gpu | None
     notes: tuple[str, ...]
+    before: frozenset[PhaseName] = frozenset({"text"})
+    """The phases that are made once, before the first step."""
 
     @property
     def peak(self) -> PhasePlan:
@@ -83,7 +85,7 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Return the seconds of one step; None where rates are not known."""
-        each = [phase.seconds for phase in self.phases if phase.name != "text"]
+        each = [phase.seconds for phase in self.phases if phase.name not in self.before]
         return (
             None
             if any(value is None for value in each)
@@ -96,7 +98,10 @@ def estimate(
 ) -> Plan:
     """Return the plan of a traced step on ``gpu``; None is the CPU, which has no context of its own."""
     phases = tuple(_phase(config, trace, name, gpu, processes) for name in PHASES if name in trace.names)
-    return Plan(phases, limit, limited_by, gpu, tuple(trace.notes))
+    before: set[PhaseName] = {"text"}
+    if config.offline_dpo is not None and config.offline_dpo.given is None:  # pairs are sampled before
+        before |= {"rollout", "decode", "reward"}
+    return Plan(phases, limit, limited_by, gpu, tuple(trace.notes), frozenset(before))
 
 
 def _phase(config: Config, trace: Traced, name: PhaseName, gpu: Gpu | None, processes: int) -> PhasePlan:

@@ -14,18 +14,20 @@ from vpo_engine.planning.trace import PHASES
 Planner = Callable[[Config], Plan]
 
 _ROLLOUT, _UPDATE = ("rollout", "decode"), ("update",)
+_SAMPLED_OR_TRAINED = (*_ROLLOUT, *_UPDATE)
+"""Methods that follow the gradient of a reward sample in micro-batches, and decode in the update."""
 _EVERYWHERE = PHASES
-_PARTS = ("weights", "optimizer", "ema", "reference", "vae", "reward")
+_PARTS = ("weights", "optimizer", "ema", "reference", "vae", "reward", "judge")
 
 CHANGES: tuple[tuple[str, Any, Sequence[str], Sequence[str]], ...] = (
     ("memory.offload_idle", True, _EVERYWHERE, _PARTS),
     ("ema.on_host", True, _EVERYWHERE, ("ema",)),
     ("rollout.overlap", False, _ROLLOUT, COMPUTED),
-    ("objective.micro_batch_size", 1, _UPDATE, COMPUTED),
+    ("objective.micro_batch_size", 1, _SAMPLED_OR_TRAINED, COMPUTED),
     ("rollout.batch_size", 4, _ROLLOUT, COMPUTED),
     ("rollout.batch_size", 1, _ROLLOUT, COMPUTED),
     ("reward.batch_size", 1, ("rollout", "reward"), COMPUTED),
-    ("memory.decode_frames", 1, _ROLLOUT, COMPUTED),
+    ("memory.decode_frames", 1, _SAMPLED_OR_TRAINED, COMPUTED),
     ("memory.decode_strip_height", 16, _ROLLOUT, COMPUTED),
     ("memory.mlp_chunks", 4, ("rollout", "update"), COMPUTED),
     ("memory.sequential", True, _UPDATE, COMPUTED),

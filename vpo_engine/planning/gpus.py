@@ -45,14 +45,14 @@ GPUS = {
 Capacities are what torch.cuda reports on such devices; their labels are rounded up."""
 
 _NAMES = {
-    "A100": "a100-80g",
-    "H100": "h100-80g",
-    "H200": "h200",
-    "B200": "b200",
-    "L40S": "l40s",
-    "4090": "rtx4090",
+    "A100": ("a100-40g", "a100-80g"),
+    "H100": ("h100-80g",),
+    "H200": ("h200",),
+    "B200": ("b200",),
+    "L40S": ("l40s",),
+    "4090": ("rtx4090",),
 }
-"""Parts of the names that devices report."""
+"""Parts of the names that devices report, and the kinds with such a name, which differ in their memory."""
 
 
 def find_gpu(name: str | None) -> Gpu:
@@ -69,6 +69,14 @@ def check_gpu_name(name: str | None) -> None:
         raise ValueError(f"--gpu {name} is not known{hint} must be one of: {', '.join(GPUS)}")
 
 
+def kind_of(gpu: Gpu) -> str | None:
+    """Return the name in GPUS of a device's kind, by the name that it reports and its memory; None if it has none."""
+    if gpu.name in GPUS:
+        return gpu.name
+    kinds = next((kinds for part, kinds in _NAMES.items() if part in gpu.name), ())
+    return min(kinds, key=lambda kind: abs(GPUS[kind].capacity - gpu.capacity), default=None)
+
+
 def present_gpu() -> Gpu | None:
     """Return the CUDA device of this process, with the rates of its kind where they are known."""
     import torch  # late, so that a command line is checked without it
@@ -76,7 +84,8 @@ def present_gpu() -> Gpu | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    kind = next((GPUS[name] for part, name in _NAMES.items() if part in properties.name), None)
+    name = kind_of(Gpu(properties.name, properties.total_memory, None, None, ""))
+    kind = None if name is None else GPUS[name]
     if kind is None:
         return Gpu(properties.name, properties.total_memory, None, None, "rates of this device are not known")
     return Gpu(

@@ -34,7 +34,7 @@ def table(plan: Plan) -> str:
         columns = [_gib(sum(phase.bytes.get(name, 0) for name in names)) for names in _COLUMNS.values()]
         time = "?" if phase.seconds is None else duration(phase.seconds)
         share = ""
-        if phase.name != "text" and phase.seconds is not None and plan.seconds:
+        if phase.name not in plan.before and phase.seconds is not None and plan.seconds:
             share = f"{phase.seconds / plan.seconds:.1%}"
         lines.append([phase.name, _gib(phase.total), *columns, _operations(phase.flops), time, share])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -59,6 +59,10 @@ def provenance(plan: Plan) -> list[str]:
     lines = [*plan.notes]
     if any(phase.name == "text" for phase in plan.phases):
         lines.append("text is encoded once, before the first step, so that it has no share of a step")
+    if "rollout" in plan.before:
+        lines.append(
+            "pairs are sampled once, before the first step, so that rollout, decode and reward have no share"
+        )
     host = max(phase.host for phase in plan.phases)
     if host:
         lines.append(f"host memory for offloaded activations: {_gib(host)} GiB")

@@ -84,7 +84,7 @@ def started(row: Row, cluster: Cluster, given: Sequence[str]) -> str:
         )
     )
     command = f"torchrun {machines}--nproc-per-node={cluster.gpus} -m vpo_engine.train"
-    return " ".join(filter(None, [command, shlex.join(given), row.strategy.arguments]))
+    return " ".join(filter(None, [command, shlex.join(given), row.arguments]))
 
 
 def as_json(cluster: Cluster, rows: Sequence[Row], refused: Sequence[Refused]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from vpo_engine.config import Config
-from vpo_engine.config.errors import explain
+from vpo_engine.config.errors import explain, shown
 from vpo_engine.distributed.deepspeed_settings import check_deepspeed, offloads_optimizer
 from vpo_engine.distributed.shares import check_shares
 from vpo_engine.distributed.traffic import Division, Exchanged, Transfer, step_transfers
@@ -19,6 +20,7 @@ from vpo_engine.planning.exchanged import division, exchanged
 from vpo_engine.planning.gpus import Gpu
 from vpo_engine.planning.links import EFFICIENCY, WITHIN, Cluster
 from vpo_engine.planning.planner import plan_run
+from vpo_engine.planning.presets import resolve_presets
 
 HOST_RATE = 200e9
 """Bytes a second that a machine's processors read and write together. This is an estimate: eight channels of DDR4-3200
@@ -49,17 +51,12 @@ class Strategy:
     name: str
     settings: Settings
 
-    @property
-    def arguments(self) -> str:
-        """Return the settings as words of the command line."""
-        shown = {True: "true", False: "false"}
-        return " ".join(f"{name}={shown.get(value, value)}" for name, value in self.settings.items())
-
 
 @dataclass(frozen=True)
 class Row:
     """A strategy that can run. processes: those that train. sends: what a process sends in a step. waits: seconds that
-    a step takes beside what the plan of a process computes, by what for."""
+    a step takes beside what the plan of a process computes, by what for. arguments: the words of the command line that
+    make the given configuration this one. presets: what the configuration's presets set."""
 
     strategy: Strategy
     config: Config
@@ -67,6 +64,8 @@ class Row:
     plan: Plan
     sends: Sequence[Transfer]
     waits: Mapping[str, float]
+    arguments: str = ""
+    presets: str = ""
 
     @property
     def computing(self) -> float | None:
@@ -103,19 +102,37 @@ def compare(config: Config, gpu: Gpu, cluster: Cluster) -> tuple[list[Row], list
     for strategy in strategies(config, cluster.ranks):
         try:
             changed = divided(config, strategy.settings, cluster.ranks)
-            plan = plan_run(changed, gpu, cluster.ranks - changed.processes.reward)
+            processes = cluster.ranks - changed.processes.reward
+            fits = partial(_fits, gpu, processes)
+            changed, presets = resolve_presets(changed, fits)
+            plan = plan_run(changed, gpu, processes)
         except ValueError as error:
             refused.append(Refused(strategy, str(error)))
             continue
         kind = changed.distributed.engine == "deepspeed", changed.distributed.sequence_parallel
         if kind not in sizes:
             sizes[kind] = exchanged(changed)
-        processes = cluster.ranks - changed.processes.reward
         shared = division(changed, processes)
         sends = step_transfers(sizes[kind], shared)
         waits = _waits(changed, cluster, sizes[kind], shared, sends, rows)
-        rows.append(Row(strategy, changed, processes, plan, sends, waits))
+        words = _words(config, changed, strategy)
+        rows.append(Row(strategy, changed, processes, plan, sends, waits, words, presets))
     return rows, refused
+
+
+def _fits(gpu: Gpu, processes: int, config: Config) -> bool:
+    return plan_run(config, gpu, processes).fits
+
+
+def _words(given: Config, divided: Config, strategy: Strategy) -> str:
+    """Return the settings of the division in which a configuration differs from the given one, as words."""
+    found = []
+    for name in dict.fromkeys([*strategy.settings, *_PLAIN]):
+        section, key = name.split(".")
+        before, now = (getattr(getattr(config, section), key) for config in (given, divided))
+        if before != now:
+            found.append(f"{name}={shown(now)}")
+    return " ".join(found)
 
 
 def strategies(config: Config, ranks: int) -> Iterator[Strategy]:
@@ -151,12 +168,12 @@ def strategies(config: Config, ranks: int) -> Iterator[Strategy]:
 
 def divided(config: Config, settings: Settings, ranks: int) -> Config:
     """Return the configuration with a strategy's settings. Raise ValueError if ``ranks`` GPUs cannot run it."""
-    values = config.model_dump()
+    values = config.model_dump(exclude_unset=True)  # so that presets may still choose what is not set
     keeps_json = settings.get("distributed.engine") == "deepspeed"
     for name, value in {**_PLAIN, **settings}.items():
         section, key = name.split(".")
         if key != "deepspeed_config" or not keeps_json:
-            values[section][key] = value
+            values.setdefault(section, {})[key] = value
     try:
         changed = Config.model_validate(values)
     except ValidationError as error:

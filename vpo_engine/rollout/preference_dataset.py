@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vpo_engine.data.preference_dataset import DatasetWriter, StoredPair, read_dataset, truncate_dataset
-from vpo_engine.data.prompts import PromptItem, Stream
+from vpo_engine.data.prompts import PlacedPrompts, PromptItem, Stream
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.values import Candidate, Choice, Pair, Prompt
 
@@ -73,7 +73,7 @@ class StoredPairs:
         Raise ValueError for a dataset without any other, or without their latents.
         """
         self._pairs = list(islice(read_dataset(path), count))
-        self._min_gap = min_gap
+        self._path, self._min_gap = path, min_gap
         untied = [pair for pair in self._pairs if not self._is_tied(pair)]
         self.ties = len(self._pairs) - len(untied)
         if not untied:
@@ -88,6 +88,15 @@ class StoredPairs:
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    @property
+    def prompts(self) -> PlacedPrompts:
+        """Return the prompts of all pairs that are trained on."""
+        return PlacedPrompts(
+            (pair.prompt, f"{self._path}, step {pair.step}, position {pair.position}")
+            for pair in self._pairs
+            if not self._is_tied(pair)
+        )
 
     def texts(self) -> list[str]:
         """Return a text for each pair that tells it from any other, for the record of the run."""

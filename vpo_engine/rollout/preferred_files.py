@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vpo_engine.data.preference_file import LATENTS, PreferenceFile, PreferredFiles, content_hash
-from vpo_engine.data.prompts import PromptItem
+from vpo_engine.data.prompts import PlacedPrompts, PromptItem
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.values import Candidate, Choice, Prompt
 from vpo_engine.video_model import VideoModel
@@ -37,6 +37,10 @@ class FilePairs:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def prompts(self) -> PlacedPrompts:
+        return PlacedPrompts((row.prompt, row.place) for row in self.rows)
 
     def take(self, cursor: int, count: int) -> list[PromptItem]:
         """Return the prompts at ``cursor, ..., cursor + count - 1`` of the stream, as a ``PromptStream`` does."""
