@@ -18,6 +18,10 @@ from tiny_pipelines import FOLDERS
 from torch import Tensor
 
 from vpo_engine import check_model
+from vpo_engine.build import build_model
+from vpo_engine.config_file import load_config
+from vpo_engine.distributed.processes import Processes
+from vpo_engine.model_checks import own
 from vpo_engine.model_checks import pipeline as pipeline_checks
 from vpo_engine.model_checks.record import Recording, Sampling
 from vpo_engine.model_checks.table import Row
@@ -286,3 +290,34 @@ class TestRefusals:
         assert check_model.main([str(folder)]) == 1
         error = capsys.readouterr().err
         assert f"{folder / 'vae'} has neither diffusion_pytorch_model.safetensors" in error
+
+
+def test_a_size_that_is_given_as_a_setting_is_that_of_the_videos(
+    folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no word sets is small."""
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "vpo_engine.model_checks.table.all_rows", lambda config, folder: seen.append(config.model) or []
+    )
+    check_model.check_model(folders["wan"], overrides=["model.num_frames=9", "model.height=32"])
+    (found,) = seen
+    assert (found.num_frames, found.height, found.width) == (9, 32, 96)
+
+
+def test_a_family_that_contradicts_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its target is wrong in the last steps only, or its videos have another size than it says."""
+    config = load_config(None, ["model.device=cpu"])
+    model: Any = build_model(config, Processes.start("cpu"), say=lambda line: None)
+    exact, late = type(model).target_scales, model.solver(own.STEPS).times[2]
+    assert own._walk(model).error <= own.ROUNDING
+    assert own._video_size(model).error == 0.0
+
+    def wrong(self: Any, t: Tensor) -> tuple[Any, ...]:
+        scales = exact(self, t)
+        return scales if float(t) > late + 1e-3 else tuple(-scale for scale in scales)
+
+    monkeypatch.setattr(type(model), "target_scales", wrong)
+    assert own._walk(model).error > own.ROUNDING
+    monkeypatch.setattr(model, "video_size", (1, 2, 3))
+    assert own._video_size(model).error > 0.0

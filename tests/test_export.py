@@ -22,6 +22,7 @@ from torch import Tensor
 from vpo_engine import sample
 from vpo_engine.exporting import write
 from vpo_engine.exporting.options import ExportOptions
+from vpo_engine.memory.quantised_base import frozen_layers
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
 from vpo_engine.models.opensora.load import load_stdit3
 from vpo_engine.models.opensora.stdit3 import STDiT3
@@ -349,3 +350,29 @@ class TestParts:
         model = SimpleNamespace(lora=None, policy=tmp_path)
         source: Any = SimpleNamespace(config=SimpleNamespace(model=model))
         assert write._dtype(source, ExportOptions()) == dtype
+
+    @pytest.mark.parametrize("named", ["other", "other/text_encoder"])
+    def test_a_text_encoder_of_another_pipeline_brings_its_tokenizer(
+        self, tmp_path: Path, named: str
+    ) -> None:
+        """A run, too, reads prompts by the tokenizer beside its text encoder."""
+        base, other = tmp_path / "base", tmp_path / "other"
+        for folder in (base, other):
+            for part in ("vae", "text_encoder", "tokenizer"):
+                (folder / part).mkdir(parents=True)
+            (folder / "tokenizer" / "tokenizer.json").touch()
+            (folder / "model_index.json").touch()
+        config: Any = SimpleNamespace(model=SimpleNamespace(vae=None, text_encoder=tmp_path / named))
+        parts = write._parts(base, config)
+        assert parts["text_encoder"] == other / "text_encoder"
+        assert parts["tokenizer"] == other / "tokenizer"
+        assert parts["vae"] == base / "vae"
+
+    def test_the_base_is_the_published_one_in_float32(self, wan: Case, tmp_path: Path) -> None:
+        """Whatever the run held it and computed in."""
+        held = ("memory.base_bits=4", "model.dtype=bfloat16")
+        config = run_config("wan", wan.published, tmp_path / "run", *sized("wan"), *LORA, *held)
+        model = write._load(config)
+        assert frozen_layers(model.network) == []
+        assert model.dtype == torch.float32
+        assert {parameter.dtype for parameter in model.network.parameters()} == {torch.float32}

@@ -19,6 +19,7 @@ from vpo_engine.exporting.adapter import Adapter, find_adapter, read_adapter
 from vpo_engine.exporting.check import attached, sides
 from vpo_engine.models.lora import inject_adapter
 from vpo_engine.models.wan.names import original_name
+from vpo_engine.policy_source import holds_adapter
 
 RANK, ALPHA = 3, 7.0
 LAYERS = [
@@ -277,3 +278,10 @@ def test_a_pattern_may_be_the_end_of_a_name_and_the_first_that_fits_counts(
         for part, alpha in (("attn1", 12.0), ("attn2", 24.0)):
             expected[f"blocks.{block}.{part}.to_q"] = alpha / RANK
     assert scales == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["Style_LoRA.safetensors", "My_Adapter.safetensors"])
+def test_a_folder_holds_an_adapter_however_its_file_is_written(tmp_path: Path, name: str) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / name)
+    assert find_adapter(tmp_path) == tmp_path / name
+    assert holds_adapter(tmp_path)

@@ -6,16 +6,19 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from before_torch import call_each
-from export_case import Case, fails, make_case
+from export_case import Case, exported, fails, make_case
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from vpo_engine import export
-from vpo_engine.exporting import write
+from vpo_engine.exporting import folder, write
+from vpo_engine.exporting.folder import refuse_occupied, written_at
 from vpo_engine.models.diffusers_model import DiffusersModel
 from vpo_engine.runs.directory import RunDirectory
 
@@ -167,3 +170,54 @@ class TestRefusals:
             in error
         )
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [".", "link"])
+def test_an_empty_folder_is_filled_by_whatever_name_it_is_given(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not finished lies on the same disk as the folder."""
+    place = tmp_path / "disk" / "folder"
+    place.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(place)
+    monkeypatch.chdir(place if name == "." else tmp_path)
+    refuse_occupied(Path(name))
+    with written_at(Path(name)) as unfinished:
+        assert unfinished.parent == place.parent
+        (unfinished / "a").write_text("b")
+    assert (place / "a").read_text() == "b"
+    assert [path.name for path in place.parent.iterdir()] == ["folder"]
+    assert Path(name).samefile(place)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_parts_beside_the_policy_are_those_of_the_base_that_is_named(
+    wan: Case, tmp_path: Path, moved: bool
+) -> None:
+    """Also where the folder that the run started from is there no more."""
+    run = Path(shutil.copytree(wan.full, tmp_path / "run"))
+    base = Path(shutil.copytree(wan.published, tmp_path / "base"))
+    if moved:
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace(str(wan.published), str(tmp_path / "gone")))
+    out = exported(run, tmp_path / "out", "--base", str(base))
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        for file in (base / part).iterdir():
+            assert (out / part / file.name).samefile(file)
+
+
+@pytest.mark.parametrize(("elsewhere", "copied"), [(False, 0), (True, 5)])
+def test_the_room_is_that_of_what_is_written_and_of_parts_on_another_disk(
+    elsewhere: bool, copied: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part").write_bytes(bytes(5))
+    real = shutil.disk_usage(tmp_path)
+    needed = 1000 + copied + folder._SPARE
+    if elsewhere:
+        monkeypatch.setattr(folder, "os", SimpleNamespace(stat=lambda file: SimpleNamespace(st_dev=-1)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: real._replace(free=needed))
+    folder.check_space(tmp_path / "out", 1000, {"part": tmp_path / "part"})
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: real._replace(free=needed - 1))
+    with pytest.raises(ValueError, match="give an --out on another disk"):
+        folder.check_space(tmp_path / "out", 1000, {"part": tmp_path / "part"})
+    assert write._bytes(nn.Linear(3, 4), torch.bfloat16) == 2 * 16

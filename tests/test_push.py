@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,3 +208,54 @@ def test_the_weights_that_the_run_evaluated_are_exported_with_the_base(tmp_path,
     monkeypatch.setattr(push, "evaluated_policy", lambda newest: newest / ("ema" if average else "policy"))
     assert push.main([str(run.root), "ann/x", "--dry-run", "--base", str(base)]) == 0
     assert asked == [(run.checkpoints / "step_00000003", ExportOptions(ema=average, base=base))]
+
+
+def test_no_file_says_from_which_local_folder_it_was_loaded(tmp_path, hub, monkeypatch):
+    """diffusers keeps it in the settings that it saves; the base itself stays as it is."""
+    run, own = finished(tmp_path / "run", []), tmp_path / "own.json"
+    own.write_text(json.dumps({"_class_name": "AutoencoderKLWan", "_name_or_path": "/home/ann/wan/vae"}))
+    pipelines = SimpleNamespace(card=SimpleNamespace(pipelines=("WanPipeline",), resolutions=()))
+
+    def export(checkpoint: Path, out: Path, options: ExportOptions) -> None:
+        (out / "vae").mkdir(parents=True)
+        os.link(own, out / "vae" / "config.json")
+        (out / "model_index.json").write_text(json.dumps({"_name_or_path": "Wan-AI/Wan2.1"}))
+
+    monkeypatch.setattr(push, "export", export)
+    monkeypatch.setattr(push, "model_family", lambda kind: pipelines)
+    assert push.main([str(run.root), "ann/x", "--dry-run"]) == 0
+    published = json.loads((run.root / "hub" / "vae" / "config.json").read_text())
+    assert published == {"_class_name": "AutoencoderKLWan", "_name_or_path": "vae"}
+    assert json.loads((run.root / "hub/model_index.json").read_text()) == {"_name_or_path": "Wan-AI/Wan2.1"}
+    assert "/home/ann/wan/vae" in own.read_text()
+
+
+def test_the_card_tells_the_size_that_the_videos_have(tmp_path, hub, monkeypatch):
+    """Families of diffusers have a height and a width; the names of sizes are Open-Sora's."""
+    given = [
+        "model.kind=wan",
+        f"model.policy={tmp_path / 'Wan'}",
+        "reward.kind=builtin",
+        "model.num_frames=5",
+    ]
+    given += ["model.height=32", "model.width=48"]
+    given += [f"prompts.{name}={tmp_path / 'none.txt'}" for name in ("train", "held_out")]
+    run = finished(tmp_path / "run", given)
+    monkeypatch.setattr(push, "export", lambda checkpoint, out, options: out.mkdir())
+    assert push.main([str(run.root), "ann/x", "--dry-run"]) == 0
+    text = (run.root / "hub" / "README.md").read_text()
+    assert "240p" not in text
+    assert "| aspect |" not in text
+    for row in ("| height | 32 |", "| width | 48 |", "| frames | 5 |"):
+        assert row in text
+
+
+def test_the_card_of_a_method_without_pairs_tells_nothing_of_pairs(tmp_path, hub):
+    run = finished(tmp_path / "run", ["method=refl"])
+    assert push.main([str(run.root), "ann/x", "--dry-run"]) == 0
+    _, head, body = (run.root / "hub" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["tags"] == ["text-to-video", "reward-gradient"]
+    assert "12 prompts were drawn in 3 steps, with a video each" in body
+    assert "| method | ReFL |" in body
+    for unused in ("candidates per prompt", "| beta |", "between refreshes of the reference"):
+        assert unused not in body

@@ -307,3 +307,16 @@ def test_a_published_folder_is_sampled_as_its_pipeline_samples(kind: str) -> Non
     for theirs, own in (("num_frames", "model.num_frames"), ("frame_rate", "model.fps")):
         default = signature[theirs].default if theirs in signature else None
         assert default in (None, card.native[own])
+
+
+def test_a_folder_without_a_file_of_an_adapter_that_is_read_is_named(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As PEFT wrote adapters before it took safetensors."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.bin").touch()
+    error = fails(capsys, folder, "--base", published, *SMALL)
+    assert str(folder) in error
+    assert ".safetensors" in error

@@ -77,7 +77,7 @@ def check_model(
     from vpo_engine.model_checks.table import all_rows
 
     with tempfile.TemporaryDirectory() as cache:  # text embeddings of a check are not kept
-        return all_rows(_sized(config, frames, size, Path(cache)), folder)
+        return all_rows(_sized(config, frames, size, Path(cache), overrides), folder)
 
 
 def _check_kind(kind: str) -> None:
@@ -91,12 +91,20 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"--kind {kind}: {error}") from None
 
 
-def _sized(config: Config, frames: int | None, size: tuple[int, int] | None, cache: Path) -> Config:
-    """Return the configuration for videos of the asked size, or of a small one."""
+def _sized(
+    config: Config,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    cache: Path,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Return the configuration for videos of the asked size; what is not asked for, and no override sets, is small."""
     from vpo_engine.exporting.check import small_size
     from vpo_engine.sample import SampleOptions, changed_config
 
-    settings = config.model.model_copy(update=small_size(config.model.kind))
+    given = {word.partition("=")[0].removeprefix("model.") for word in overrides}
+    small = {name: value for name, value in small_size(config.model.kind).items() if name not in given}
+    settings = config.model.model_copy(update=small)
     config = config.model_copy(
         update={"model": settings, "prompts": config.prompts.model_copy(update={"cache": cache})}
     )

@@ -24,7 +24,8 @@ _SETTINGS = {
     "seed": "seed",
 }
 """{what the card calls a setting: its key}."""
-_SIZES = {"resolution": "model.resolution", "aspect": "model.aspect", "frames": "model.num_frames"}
+_NAMED = {"resolution": "model.resolution", "aspect": "model.aspect", "frames": "model.num_frames"}
+_SIZES = {"height": "model.height", "width": "model.width", "frames": "model.num_frames"}
 
 
 def card(run: RunDirectory, config: Config, repo: str, step: int) -> str:
@@ -76,7 +77,8 @@ def _data(run: RunDirectory, config: Config, step: int) -> str:
 
 
 def _settings(config: Config) -> list[tuple[str, str]]:
-    chosen = _SETTINGS if config.model.kind == "sprites" else _SIZES | _SETTINGS
+    named = bool(model_family(config.model.kind).card.resolutions)
+    chosen = _SETTINGS if config.model.kind == "sprites" else (_NAMED if named else _SIZES) | _SETTINGS
     unused = config.card.unused
     used = {label: key for label, key in chosen.items() if not {key, key.partition(".")[0]} & set(unused)}
     found = {"method": config.card.title, **{label: _value(config, key) for label, key in used.items()}}

@@ -212,7 +212,7 @@ def holds_adapter(path: Path) -> bool:
         return path.suffix == _ADAPTER_ENDING
     if is_published(path) or (path / CONFIG_NAME).is_file() or (path / _POLICY).is_dir():
         return False
-    files = [file.name for file in path.glob(f"*{_ADAPTER_ENDING}")]
+    files = [file.name.lower() for file in path.glob(f"*{_ADAPTER_ENDING}")]
     return (path / _PEFT_CONFIG).is_file() or any("lora" in name or "adapter" in name for name in files)
 
 

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vpo_engine.command import Parser, report_errors
 from vpo_engine.config_file import load_config
@@ -27,8 +28,6 @@ from vpo_engine.models.registry import model_family
 from vpo_engine.runs.checkpoint import evaluated_policy, newest_complete, verify_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.texts import read_json, say
-
-_ADAPTER = "adapter_config.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,20 +99,33 @@ def write_folder(run: RunDirectory, repo: str, base: Path | None = None) -> Path
             target = folder / file.relative_to(policy)
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(file, target)
-    if (folder / _ADAPTER).is_file():
-        _hide_base(folder / _ADAPTER)
+    for file in sorted(folder.rglob("*.json")):
+        _hide_paths(file)
     text = card(run, config, repo, int(newest.name.rpartition("_")[2]))
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 
-def _hide_base(file: Path) -> None:
-    """Replace the local path of an adapter's base by the name of its folder; the file must not change elsewhere."""
+def _hide_paths(file: Path) -> None:
+    """Replace the folders that libraries note what they loaded from by their names; the file must not change elsewhere.
+
+    These are an adapter's base, and what diffusers and transformers write into the settings that they save.
+    """
+    if b"name_or_path" not in file.read_bytes():
+        return
     fields = read_json(file)
-    base = fields.get("base_model_name_or_path")
-    fields["base_model_name_or_path"] = Path(base).name if base else None
-    file.unlink()
-    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    local = {name: value for name, value in fields.items() if _is_folder(name, value)}
+    if local:
+        file.unlink()  # it may be a hard link to the base's
+        shown = {name: Path(value).name for name, value in local.items()}
+        file.write_text(json.dumps(fields | shown, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_folder(name: str, value: Any) -> bool:
+    """Return whether a setting is the local path that something was loaded from; names of the Hub are none."""
+    if not name.endswith("name_or_path") or not isinstance(value, str) or not value:
+        return False
+    return name == "base_model_name_or_path" or Path(value).is_absolute()
 
 
 def _upload(folder: Path, repo: str, private: bool) -> str:

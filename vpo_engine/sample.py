@@ -313,7 +313,11 @@ def load_source(source: PolicySource, say: Callable[[str], None] = print) -> Vid
     from vpo_engine.models.registry import model_family
 
     family, file = model_family(config.model.kind), find_adapter(source.adapter)
-    assert file is not None
+    if file is None:
+        raise ValueError(
+            f"{source.adapter} has no .safetensors file of an adapter; convert its weights (PEFT's save_pretrained "
+            "writes such a file)"
+        )
     adapter = read_adapter(file, _network_without_weights(config), family.original_name, family.card.name)
     settings = config.model.model_copy(update={"lora": adapter.settings()})
     model = build_model(config.model_copy(update={"model": settings}), processes, say=lambda line: None)

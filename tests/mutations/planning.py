@@ -46,7 +46,7 @@ MUTATIONS = [
     (
         "the text is encoded in every planned step",
         "vpo_engine/planning/estimate.py",
-        '[phase.seconds for phase in self.phases if phase.name != "text"]',
+        "[phase.seconds for phase in self.phases if phase.name not in self.before]",
         "[phase.seconds for phase in self.phases]",
         (
             "tests/planning/test_plan.py::test_a_step_takes_the_seconds_of_its_products_and_bytes_without_the_text",

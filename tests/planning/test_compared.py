@@ -82,7 +82,10 @@ def test_a_preset_is_resolved_for_the_processes_of_each_division(
     for place in ("answer", "planner", "strategies"):
         monkeypatch.setattr(f"vpo_engine.planning.{place}.plan_run", planned)
     monkeypatch.setattr(strategies, "exchanged", lambda _: Exchanged(trained=1, weight_bytes=4))
-    assert plan.main(["memory.preset=balanced", "--gpus", "8", "--gpu", "a100-80g", "--json"]) == 0
+    words = ["memory.preset=balanced", "--gpus", "8", "--gpu", "a100-80g"]
+    assert plan.main(words) == 0
+    assert "memory.preset=balanced (step 0 of " in capsys.readouterr().out
+    assert plan.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not [reason for reason in found["left_out"].values() if "memory.offload_idle" in reason]
     assert any(row["name"].startswith("ZeRO") for row in found["strategies"])

@@ -40,7 +40,7 @@ def written_at(out: Path) -> Iterator[Path]:
     An error removes it, but for ``ExportMismatchError``, which leaves it where it is. OSError of a full disk becomes
     ValueError.
     """
-    unfinished = _unfinished(out)
+    out, unfinished = out.resolve(), _unfinished(out)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -52,14 +52,17 @@ def written_at(out: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(f"the disk of {out.absolute().parent} is full; nothing was exported") from error
         raise
-    if out.exists():  # an empty folder, see ``refuse_occupied``
-        out.rmdir()
-    unfinished.rename(out)
+    if out.exists():  # an empty folder, see ``refuse_occupied``; a shell may be in it
+        for path in unfinished.iterdir():
+            path.rename(out / path.name)
+        unfinished.rmdir()
+    else:
+        unfinished.rename(out)
 
 
 def check_space(out: Path, written: int, parts: Mapping[str, Path]) -> None:
     """Raise ValueError if the disk cannot hold ``written`` bytes, and the parts that cannot be linked there."""
-    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    place = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
     device = place.stat().st_dev
     copied = sum(file.stat().st_size for file in _files(parts).values() if os.stat(file).st_dev != device)
     needed, free = written + copied + _SPARE, shutil.disk_usage(place).free
@@ -116,7 +119,7 @@ def _files(parts: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _unfinished(out: Path) -> Path:
-    return out.absolute().with_name(f"{out.absolute().name}.unfinished")
+    return out.resolve().with_name(f"{out.resolve().name}.unfinished")
 
 
 def _sync(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Exported:
 
 def write_export(source: PolicySource, out: Path, options: ExportOptions) -> Exported:
     """See ``vpo_engine.export.export``; the options have been checked against the run."""
+    source = _beside(source, options.base)
     config, model = source.config, _load(source.config)
     base = _pipeline_folder(source, options, model)
     whole = config.model.lora is None or options.merge
@@ -72,6 +73,20 @@ def write_export(source: PolicySource, out: Path, options: ExportOptions) -> Exp
     assert form is not None
     with written_at(out) as folder:
         return _write_adapter(source, model, base, form, folder, out, dtype)
+
+
+def _beside(source: PolicySource, base: Path | None) -> PolicySource:
+    """Return a source whose parts beside the policy are those of ``base``, unless the run names others; None: as it is.
+
+    The folder that the run started from need not be there any more.
+    """
+    if base is None:
+        return source
+    model = source.config.model
+    own = {name: getattr(model, name) for name in ("vae", "text_encoder")}
+    changed = {name: base for name, path in own.items() if path in (None, source.base)}
+    config = source.config.model_copy(update={"model": model.model_copy(update=changed)})
+    return replace(source, config=config)
 
 
 def _load(config: Config, **changed: Any) -> VideoModel:
@@ -152,6 +167,9 @@ def _parts(base: Path, config: Config) -> dict[str, Path]:
         own = getattr(config.model, name)
         if own is not None and own != base:
             parts[name] = own / name if (own / INDEX).is_file() else own
+    tokenizer = parts["text_encoder"].parent / "tokenizer" if "text_encoder" in parts else base
+    if tokenizer.is_dir() and tokenizer.parent != base:  # a run reads prompts by it, too
+        parts["tokenizer"] = tokenizer
     return parts
 
 
@@ -185,8 +203,9 @@ def _write_whole(
     (folder / RECORD).write_text(record_text(source, "whole"), encoding="utf-8")
     if base is not None:
         linked, copied = add_parts(folder, parts)
-        names = ", ".join(name for name in parts if parts[name].is_dir())
-        lines.append(f"{names} are those of {base}: {linked} files were linked and {copied} copied")
+        names = ", ".join(name for name in parts if parts[name].is_dir() and parts[name].parent == base)
+        others = "".join(f"; {name} is {path}" for name, path in parts.items() if path.parent != base)
+        lines.append(f"{names} are those of {base}{others}: {linked} files were linked and {copied} copied")
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     loaded = _load(source.config, policy=folder, lora=None).network if base is None else None
     loaded = loaded or load_pipeline(folder).transformer
