@@ -15,8 +15,10 @@ import torch
 from reference import arrays, facts, recipe_weights, smooth_video, tensor
 from torch import Tensor
 
+from vpo_engine.metrics import fvd
 from vpo_engine.metrics.frechet import FeatureSums, frechet_distance
-from vpo_engine.metrics.fvd import Fvd, prepared_clip, videomae_pixels
+from vpo_engine.metrics.fvd import Fvd, prepared_clip, reference_files, videomae_pixels
+from vpo_engine.metrics.networks import i3d
 from vpo_engine.metrics.networks.vision_transformer import VideoMaeNetwork
 from vpo_engine.metrics.provenance import check_one_column
 from vpo_engine.metrics.registry import build_metric, metric_card
@@ -220,3 +222,50 @@ def test_packed_sums_that_would_fill_the_memory(tmp_path: Path) -> None:
     path.write_bytes(content[:place] + (3 << 30).to_bytes(4, "little") + content[place + 4 :])
     with pytest.raises(ValueError, match=r"bomb\.npz has \d+ bytes and says that it holds 3221225472"):
         FeatureSums.read(path)
+
+
+def test_hidden_copies_are_no_reference(tmp_path: Path) -> None:
+    """Those of notebooks would count twice, and a Mac's metadata is no video; the folder itself may be hidden."""
+    folder = tmp_path / ".cache"
+    for name in ("0.mp4", "1.mp4", ".ipynb_checkpoints/0-checkpoint.mp4", "__MACOSX/._1.mp4", "._0.mp4"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    assert [path.name for path in reference_files(folder)] == ["0.mp4", "1.mp4"]
+
+
+@pytest.mark.parametrize("count", [np.inf, np.nan, 50.5, "many"])
+def test_a_count_that_is_none_is_refused_with_its_file(tmp_path: Path, count: object) -> None:
+    np.savez(tmp_path / "sums.npz", raw_mean=np.zeros(2), raw_cov=np.zeros((2, 2)), num_items=count)
+    with pytest.raises(ValueError, match=r"sums\.npz"):
+        FeatureSums.read(tmp_path / "sums.npz")
+
+
+def test_a_network_sees_sixteen_frames_of_256_pixels_cut_off_to_bytes(npz: Path) -> None:
+    seen: list[Tensor] = []
+
+    def features(clip: Tensor) -> Tensor:
+        seen.append(clip)
+        return colours(clip)
+
+    made = Fvd(metric_card("fvd_videomae"), features, 2, npz, backbone="colours", weights={})
+    video = smooth_video(1, 20, 24, 32)
+    made.measure(video, "", 8.0)
+    exact = prepared_clip(video, 256, 16) * 255
+    assert exact.shape == (3, 16, 256, 256)
+    assert torch.equal(seen[0], exact.floor().to(torch.uint8).permute(1, 2, 3, 0))
+
+
+def test_i3d_sees_levels_from_minus_one_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def network(clips: Tensor) -> Tensor:
+        seen.append(clips)
+        return torch.zeros(1, 400)
+
+    monkeypatch.setattr(i3d.I3d, "from_weights", lambda *_, **__: network)
+    monkeypatch.setattr(fvd, "read_state", lambda *_: {})
+    (tmp_path / i3d.FILE).write_bytes(b"x")
+    features, width, _, _ = fvd._i3d(tmp_path, torch.device("cpu"))
+    assert features(torch.zeros(16, 32, 32, 3, dtype=torch.uint8)).shape == (width,) == (400,)
+    assert seen[0].shape == (1, 3, 16, 224, 224)
+    assert bool((seen[0] == -1).all())

@@ -21,6 +21,7 @@ from vpo_engine.metrics.networks.clip_vision import clip_from_folder, clip_from_
 from vpo_engine.metrics.networks.i3d import I3d
 from vpo_engine.metrics.networks.vision_transformer import DinoNetwork, VideoMaeNetwork, sinusoid_table
 from vpo_engine.metrics.registry import build_metric, metric_card
+from vpo_engine.metrics.vbench import dimensions
 from vpo_engine.metrics.vbench.dimensions import BackgroundConsistency, DynamicDegree, SubjectConsistency
 from vpo_engine.metrics.vbench.pixels import clip_pixels, dino_pixels
 from vpo_engine.metrics.weight_paths import find_weights
@@ -281,3 +282,32 @@ def test_a_card_names_the_files_that_are_looked_for() -> None:
     for metric, file in names.items():
         card: MetricCard = metric_card(metric)
         assert card.needs[0] == file
+
+
+@pytest.mark.parametrize(
+    ("name", "manifest"),
+    [
+        ("subject_consistency", "dino_vitb16"),
+        ("background_consistency", "clip_vit_b32_visual"),
+        ("aesthetic_quality", "clip_vit_l14_visual"),
+    ],
+)
+def test_published_sizes_are_vbenchs_and_every_file_is_hashed(
+    name: str, manifest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, network: str) -> dict[str, Tensor]:
+        head = {"weight": torch.zeros(1, 768), "bias": torch.zeros(1)}
+        return head if path.name == dimensions.HEAD_FILE else meta(manifest)
+
+    monkeypatch.setattr(dimensions, "read_state", read)
+    for needed in metric_card(name).needs:
+        (tmp_path / needed).write_bytes(b"x")
+    metric = build_metric(name, weights=tmp_path, device="meta")
+    assert metric.weights.keys() == set(metric_card(name).needs)
+
+
+def test_another_clip_is_no_vbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dimensions, "read_state", lambda path, network: meta("clip_vit_l14_visual"))
+    (tmp_path / "ViT-B-32.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"of another size \(width 1024, not 768, patch 14, not 32\)"):
+        build_metric("background_consistency", weights=tmp_path, device="meta")

@@ -16,6 +16,7 @@ from mutations import (
     parts,
     planning,
     prompts,
+    published,
     reports,
     rollout,
     runs,
@@ -62,4 +63,5 @@ MUTATIONS = [
     *sampled_once.MUTATIONS,
     *sources.MUTATIONS,
     *compared.MUTATIONS,
+    *published.MUTATIONS,
 ]

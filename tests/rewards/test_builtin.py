@@ -1,5 +1,6 @@
 """The builtin reward: BRISQUE and NIQE against the packages they come from, consistency and motion on known clips."""
 
+import functools
 import io
 import json
 import re
@@ -159,6 +160,16 @@ class TestPictures:
     def test_half_size_of_odd_sizes(self) -> None:
         odd = brisque(pixels(CLEAN[:287, :383])).item()
         assert abs(odd - brisque(pixels(CLEAN[:286, :382])).item()) < 2
+
+    def test_what_a_metric_has_measured_first_still_trains(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Metrics measure in inference mode, and the parameters that are read then stay."""
+        fresh = functools.cache(natural_scenes.parameters.__wrapped__)
+        monkeypatch.setattr(natural_scenes, "parameters", fresh)
+        with torch.inference_mode():
+            brisque(pixels(CLEAN[:32, :32]))
+        picture = pixels(CLEAN[:32, :32]).requires_grad_(True)
+        brisque(picture).sum().backward()
+        assert picture.grad is not None
 
 
 class TestTime:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vpo_engine.metrics.registry import metric_card
 from vpo_engine.metrics.rewards import _hashes
-from vpo_engine.rewards.registry import reward_card
+from vpo_engine.rewards.registry import build_reward, reward_card
 
 ATOL = {
     "videoscore": 1e-5,
@@ -217,3 +217,15 @@ def test_a_metric_of_it_tells_its_weights_from_others(tmp_path: Path, name: str)
     written = {path.name for path in folder.rglob("*") if path.suffix in kinds}
     found = _hashes(metric_card(f"reward:{name}"), folder)
     assert {Path(file).name for file in found} - {"model_config.json"} == written != set()
+
+
+@pytest.mark.parametrize("name", [name for name in ATOL if name not in ("videoscore", "videoalign")])
+def test_weights_go_to_the_device_that_is_asked_for(tmp_path: Path, name: str) -> None:
+    """The other two make tables when they are loaded, which the meta device cannot hold."""
+    made = PUBLISHED[name].load(PUBLISHED[name].write(tmp_path / "tiny"), device="meta")
+    assert {weight.device.type for weight in made.network.parameters()} == {"meta"}
+
+
+def test_the_builtin_reward_goes_to_the_device_that_is_asked_for() -> None:
+    made: Any = build_reward("builtin", device="meta")
+    assert made.device == torch.device("meta")

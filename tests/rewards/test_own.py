@@ -283,3 +283,21 @@ def test_the_judge_of_the_sprites_world_averages_all_where_it_has_no_such_dimens
     config = load_config(None, [f"reward.dimensions={dimensions}"])
     judge = SimpleNamespace(dimensions=("visual_quality", "temporal_consistency"))
     assert judged_dimensions(config, judge) == judged
+
+
+@pytest.mark.parametrize("name", ["motion", "selected", "gap"])
+def test_the_name_of_a_number_of_the_engine_is_no_dimension(write: Callable[[str], str], name: str) -> None:
+    """The motion would be left out of "global", and with guards.motion_floor replaced by the optical flow."""
+    source = scoring("{}").replace('("one", "two")', f'("{name}", "two")')
+    with pytest.raises(ValueError, match=rf"Mine\.dimensions has '{name}', which is the engine's name"):
+        reward_card(f"{write(source)}:Mine")
+
+
+def test_an_answer_about_a_size_is_a_text_or_none(write: Callable[[str], str]) -> None:
+    more = (
+        "\n    def refuse_size(self, frames, height, width):\n        return False if frames > 8 else None\n"
+    )
+    reward: Any = build_reward(f"{write(scoring('{}') + more)}:Mine")
+    assert reward.refuse_size(8, 32, 32) is None
+    with pytest.raises(ValueError, match=r"refuse_size\(17, 32, 32\) returned False, expected a text"):
+        reward.refuse_size(17, 32, 32)

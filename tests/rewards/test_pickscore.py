@@ -148,3 +148,11 @@ class TestLoading:
     def test_unknown_preprocessing(self, folder: Path) -> None:
         with pytest.raises(ValueError, match="preprocessing is 'pad', expected one of clip, clip_hf"):
             PickScore.from_pretrained(folder, preprocessing="pad")
+
+    def test_configurations_from_before_the_end_token_was_named(self, copy: Path) -> None:
+        """The published ones say 2; texts are then read at their highest id."""
+        fields = json.loads((copy / "config.json").read_text())
+        fields["text_config"]["eos_token_id"] = 2
+        (copy / "config.json").write_text(json.dumps(fields))
+        found = PickScore.from_pretrained(copy).scores(IO["pixel_values"], [PROMPTS[0]] * 3)
+        torch.testing.assert_close(found, IO["score_first_prompt"], rtol=0, atol=ATOL)

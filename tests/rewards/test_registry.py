@@ -172,7 +172,7 @@ def test_importing_registry_and_server_imports_no_reward_and_no_settings() -> No
         "vpo_engine.protocols",
         "vpo_engine.rewards",
     ]
-    names = ("card", "frames", "kinds", "own", "refusals", "registry", "server", "videos", "wire")
+    names = ("card", "combine", "frames", "kinds", "own", "refusals", "registry", "server", "videos", "wire")
     assert out.splitlines() == [
         " ".join([*rooms, *(f"vpo_engine.rewards.{name}" for name in names)]),
         "set()",

@@ -337,6 +337,24 @@ class TestLoading:
         with pytest.raises(ValueError, match=r"gives <\|VQ_reward\|> the id None, expected one"):
             VideoAlign.from_pretrained(copy)
 
+    def test_the_base_has_more_embeddings_than_the_checkpoint(self, copy: Path) -> None:
+        """Training cuts them to the tokenizer, of 151,936 to 151,660."""
+        fields = json.loads((copy / "config.json").read_text()) | {"vocab_size": 160}
+        (copy / "config.json").write_text(json.dumps(fields))
+        network = VideoAlign.from_pretrained(copy, dtype=torch.float32).network
+        assert network.config.text_config.vocab_size == 151
+
+    def test_the_rate_and_the_size_of_the_checkpoint_count(self, copy: Path) -> None:
+        data = SETTINGS["data_config"] | {"fps": 4.0, "max_frame_pixels": 120_000}
+        (copy / "model_config.json").write_text(json.dumps(SETTINGS | {"data_config": data}))
+        other = VideoAlign.from_pretrained(copy)
+        assert (other.sampled_fps, other.max_pixels) == (4.0, 120_000)
+
+    def test_the_tokenizer_may_lie_beside_the_weights(self, copy: Path) -> None:
+        place = copy / "checkpoint-11352"
+        shutil.move(place / "tokenizer" / "tokenizer.json", place / "tokenizer.json")
+        assert VideoAlign.from_pretrained(copy).tokenizer.token_to_id("<|VQ_reward|>") == 144
+
 
 @pytest.mark.parametrize(
     ("rope", "message"),

@@ -172,6 +172,14 @@ class TestJudge:
         with pytest.raises(ValueError, match="no token of VideoScore2's answer ends at character 3"):
             scorer.judge.step_of(answer, 3)
 
+    def test_the_folders_settings_of_generation_change_nothing(self, tmp_path: Path) -> None:
+        """Qwen's have a penalty for tokens that were there before, those of the question among them."""
+        folder = write_judge(tmp_path / "taught", ANSWER)
+        settings = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-6}
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        answer = VideoScore2.from_pretrained(folder, dtype=torch.float32).ask(clips(1)[0], CAT)
+        torch.testing.assert_close(answer.digits[2::2], torch.tensor(LOGITS), rtol=0, atol=1e-4)
+
 
 class TestLoading:
     def test_weights(self, scorer: VideoScore2, folder: Path) -> None:

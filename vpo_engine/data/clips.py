@@ -237,7 +237,7 @@ def _video_names(folder: Path) -> list[str]:
         )
     found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()]
     names = sorted(path.relative_to(folder).as_posix() for path in found)
-    seen = [name for name in names if not _is_hidden(name)]
+    seen = [name for name in names if not is_hidden(name)]
     if not seen:
         hidden = f" ({len(names)} hidden ones are left out)" if names else ""
         raise ValueError(f"{folder} holds no videos{hidden}; they must end in {', '.join(SUFFIXES)}")
@@ -256,7 +256,7 @@ def _video_names(folder: Path) -> list[str]:
     return seen
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Return whether a file, or a folder on the way to it, is one that people do not see, such as ``._a.mp4``."""
     return any(part.startswith(".") or part == _COPIED_METADATA for part in PurePosixPath(name).parts)
 

@@ -81,13 +81,12 @@ class FeatureSums:
         check_archive(path, _MOST_BYTES)
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                found = {key: arrays[key] for key in _KEYS}
+                total, products, count = (np.asarray(arrays[key], dtype=np.float64) for key in _KEYS)
         except Exception as error:  # damaged members can raise nearly anything
             raise ValueError(
                 f"{path} must hold {', '.join(_KEYS)}, sums over features as cd-fvd has them ({error}); write it from "
                 "the reference videos, or convert it again"
             ) from error
-        total, products, count = (np.asarray(found[key], dtype=np.float64) for key in _KEYS)
         if total.ndim != 1 or products.shape != (len(total), len(total)) or count.ndim != 0:
             raise ValueError(
                 f"{path} holds sums of shapes {list(total.shape)}, {list(products.shape)} and a count of shape "
@@ -95,6 +94,8 @@ class FeatureSums:
             )
         if not (np.isfinite(total).all() and np.isfinite(products).all()):
             raise ValueError(f"{path} holds numbers that are not finite; write it again")
+        if not float(count).is_integer():
+            raise ValueError(f"{path}: num_items={count} must be a whole number; write it again")
         return cls(total, products, int(count))
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vpo_engine.data.clips import is_hidden
 from vpo_engine.metrics.frechet import FeatureSums, frechet_distance
 from vpo_engine.metrics.metric_card import MetricCard
 from vpo_engine.metrics.networks.checkpoints import read_state
@@ -139,8 +140,9 @@ def _digest(sums: FeatureSums) -> str:
 
 
 def reference_files(folder: Path) -> list[Path]:
-    """Return the video files under a folder. Raise ValueError for fewer than two."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _VIDEOS)
+    """Return the video files under a folder, without hidden ones. Raise ValueError for fewer than two."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _VIDEOS)
+    files = [path for path in found if not is_hidden(path.relative_to(folder).as_posix())]
     if len(files) < 2:
         raise ValueError(
             f"{folder} has {len(files)} videos ({', '.join(_VIDEOS)}), and a Frechet distance needs at least 2 as the "

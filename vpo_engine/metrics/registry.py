@@ -74,15 +74,18 @@ def build_metric(
 def check_metric(name: str, weights: str | Path | None, reference: str | Path | None = None) -> None:
     """Raise what can be known before a weight is read: an unknown name, a path, file or package that is missing, a path
     that is not wanted."""
+    from vpo_engine.rewards.kinds import is_own
+
     card = metric_card(name)
     kind = name.removeprefix(REWARD)
-    if (
-        card.needs and weights is None and ":" not in kind
-    ):  # a reward of the user's own may do without its path
+    # A reward of the user's own may do without its path.
+    if card.needs and weights is None and not (card.group == "reward" and is_own(kind)):
         raise ValueError(
             f"{name} needs a local path to {' and '.join(card.needs)}, published at {card.source}; give the folder "
             "that holds it, or leave this metric out"
         )
+    if card.group != "fvd" and reference is not None:
+        raise ValueError(f"{name} compares with no reference; leave out {reference}")
     if card.group == "reward":
         from vpo_engine.rewards.registry import check_reward
 
@@ -94,8 +97,6 @@ def check_metric(name: str, weights: str | Path | None, reference: str | Path | 
         raise ValueError(
             f"{name} is a distance to other videos; give them as a reference, a folder of videos or an .npz file"
         )
-    if card.group != "fvd" and reference is not None:
-        raise ValueError(f"{name} compares with no reference; leave out {reference}")
     if weights is not None:
         check_weights_found(Path(weights).expanduser(), card.needs)
     if card.package and find_spec(card.package) is None:

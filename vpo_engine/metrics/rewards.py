@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vpo_engine.metrics.metric_card import MetricCard
 from vpo_engine.metrics.provenance import hash_file
 from vpo_engine.metrics.video_metric import Measurement, VideoMetric
 from vpo_engine.rewards.kinds import find_entry, is_own
-from vpo_engine.rewards.own import own_parameters
+from vpo_engine.rewards.own import own_class, own_parameters
 from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.registry import build_reward, knows_frame_rate, made_for_one_rate, reward_card
 from vpo_engine.rewards.videos import FileReward
@@ -68,7 +69,10 @@ class RewardMetric(VideoMetric):
     @classmethod
     def of_kind(cls, card: MetricCard, kind: str, folder: Path | None, device: torch.device) -> RewardMetric:
         """Make the metric of a reward; errors are those of ``build_reward``."""
-        return cls(card, kind, folder, device, _hashes(card, folder))
+        hashes = _hashes(card, folder)
+        if is_own(kind) and (code := inspect.getsourcefile(own_class(kind))) is not None:
+            hashes[Path(code).name] = hash_file(Path(code))
+        return cls(card, kind, folder, device, hashes)
 
     def _build(self, fps: float | None) -> FileReward:
         return build_reward(self._kind, self._folder, device=self._device, fps=fps)

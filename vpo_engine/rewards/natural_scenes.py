@@ -41,7 +41,10 @@ def parameters(device: torch.device) -> dict[str, Tensor]:
     features), niqe.mean [32], niqe.covariance [32, 32].
     """
     file = resources.files("vpo_engine.rewards") / "builtin_data" / "parameters.safetensors"
-    return {name: values.to(device, torch.float64) for name, values in load(file.read_bytes()).items()}
+    with torch.inference_mode(
+        False
+    ):  # a metric may be the first to ask, and what it makes passes no gradient
+        return {name: values.to(device, torch.float64) for name, values in load(file.read_bytes()).items()}
 
 
 def luminance(images: Tensor, weights: Sequence[float]) -> Tensor:

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from vpo_engine.protocols import Reward
 from vpo_engine.rewards.card import RewardCard
+from vpo_engine.rewards.combine import MOTION
 from vpo_engine.rewards.frames import check_video_pixels, check_videos
 from vpo_engine.rewards.kinds import ENTRY_POINTS
 from vpo_engine.rewards.refusals import refusals, size_refusal
 from vpo_engine.rewards.videos import FileReward, Videos, whole
 
 _HELP = "see docs/rewards.md"
+_TAKEN = {MOTION, "selected", "gap"}
+"""Names of numbers that the engine puts beside a reward's dimensions."""
 _MADE_WITH = ("path", "device", "dtype", "fps")
 """The values that a constructor may ask for by the name of a parameter, beside the reward's settings."""
 
@@ -69,6 +72,11 @@ def _check_class(kind: str, found: Any) -> None:
         raise ValueError(
             f"reward {kind!r}: {found.__name__}.dimensions is {names!r}, expected the different names of what it "
             f'scores, as a tuple in the class: dimensions = ("sharpness",); {_HELP}'
+        )
+    for name in _TAKEN & set(names):
+        raise ValueError(
+            f"reward {kind!r}: {found.__name__}.dimensions has {name!r}, which is the engine's name of a number of its "
+            "own; call that dimension otherwise"
         )
 
 
@@ -141,7 +149,14 @@ class _Checked:
         return found
 
     def refuse_size(self, frames: int, height: int, width: int) -> str | None:
-        return size_refusal(self._reward, frames, height, width)
+        """Return why the reward refuses a size. ValueError if it answers with anything but a text."""
+        reason: object = size_refusal(self._reward, frames, height, width)
+        if reason is None or isinstance(reason, str):
+            return reason
+        raise ValueError(
+            f"reward {self._kind!r}: refuse_size({frames}, {height}, {width}) returned {reason!r}, expected a text "
+            f"that says why videos of this size are refused, or None; {_HELP}"
+        )
 
     @torch.no_grad()
     def score(self, videos: Videos, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -203,4 +203,5 @@ def _read_network(
         raise ValueError(
             f"{folder} is not a checkpoint of {name}, {len(faults)} weights disagree: {'; '.join(faults[:4])}; {remedy}"
         )
+    network.generation_config = GenerationConfig()  # else ``generate`` takes what the folder sets for chats
     return network
