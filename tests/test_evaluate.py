@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from vpo_engine import evaluate
 from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.evaluation.commands import compares_finished_runs
+from vpo_engine.evaluation.session import Options
 
 Make = Callable[..., Path]
 
@@ -113,3 +116,20 @@ def test_runs_that_cannot_be_read_are_named(a_run: Make, capsys: pytest.CaptureF
     assert f"{two} has no summary.json, so the run has not finished" in refused(capsys, one, two)
     assert "there is no run directory at" in refused(capsys, one.parent / "gone")
     assert "is not a run directory: it has no config.yaml" in refused(capsys, one.parent)
+
+
+def test_any_option_evaluates_a_run_anew(a_run: Make) -> None:
+    root = a_run("one")
+    assert compares_finished_runs([root], Options(root))
+    for given in (Options(root, devices=("cpu",)), Options(root, samples=2), Options(root, seed=1)):
+        assert not compares_finished_runs([root], given)
+        assert not compares_finished_runs([root, root], given)
+
+
+def test_the_command_that_measures_anew_works_for_any_name(
+    a_run: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = a_run("my run")
+    assert evaluate.main([str(root)]) == 0
+    words = shlex.split(capsys.readouterr().err.rpartition(": ")[2])
+    assert words == ["vpo", "evaluate", str(root), "--baseline"]

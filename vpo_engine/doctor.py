@@ -121,7 +121,7 @@ def without_home(text: str) -> str:
     """Return the text with the home folder written as ~."""
     homes = {str(Path.home()), str(Path.home().resolve())} - {"/"}
     for home in sorted(homes, key=len, reverse=True):
-        text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
+        text = re.sub(r"(?<![\w.-])" + re.escape(home) + r"(?![\w.-])", "~", text)
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -96,3 +97,18 @@ def test_equal_videos_of_one_prompt_count_as_two(tmp_path: Path) -> None:
     shutil.copyfile(folder / f"{PROMPTS[0]}-0.mp4", folder / f"{PROMPTS[0]}-1.mp4")
     assert run(folder, "--metrics", "pixels", "--out", out) == 0
     assert results_of(out)["measures"]["pixels/motion"]["policy"]["provenance"]["count"] == 2
+
+
+def test_p_is_corrected_for_the_measures_that_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a broken table")
+
+    monkeypatch.setattr("vpo_engine.evaluation.engine_metrics.pixel_measures", fail)
+    one, other = (videos(tmp_path / str(light), light, PROMPTS[:2], count=1) for light in (150, 90))
+    out = tmp_path / "out"
+    assert run(one, "--baseline", other, "--metrics", "pixels,proxy_flicker", "--out", out) == 1
+    found = re.search(r"There \w+ (\d+) measure", results_of(out)["statistics"])
+    assert found is not None
+    assert found[1] == "1"

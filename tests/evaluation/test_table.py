@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from vpo_engine.evaluation.page import _header, _table
 from vpo_engine.evaluation.paired import compare_pairs
 from vpo_engine.evaluation.table import format_results
 
@@ -67,3 +70,27 @@ def test_long_labels_stand_above_their_numbers_in_eighty_columns() -> None:
 def test_few_numbers_stand_beside_their_label() -> None:
     lines = said(entry(WIDE, (0.5, 0.75), False), arms=["policy"])
     assert f" {WIDE}  0.7500       8" in lines
+
+
+def test_the_page_tells_baseline_and_policy_apart_and_counts_what_is_better() -> None:
+    pairs = {"A": (1.0, 2.0), "B": (1.0, 3.0), "C": (1.0, 0.5)}
+    settings = {
+        "prompts": {"count": 8},
+        "frames": 17,
+        "height": 32,
+        "width": 32,
+        "fps": 8,
+        "same_noise": True,
+    }
+    results = {
+        "arms": dict.fromkeys(("policy", "baseline"), {"label": "runs/a", "videos": 8}),
+        "settings": settings,
+        "measures": {name: entry(name, pair, True) | {"meaning": ""} for name, pair in pairs.items()},
+        "proxies": {"D": entry("D", (1.0, 2.0), True) | {"meaning": "", "group": "proxy"}},
+        "statistics": "",
+        "partial": False,
+    }
+    said = html.unescape(_header(results))
+    assert "2 of 3 measures are better than the baseline's, 1 worse" in said
+    cells = re.findall(r'data-head="(baseline|policy)">([\d.]+)<', _table(results))
+    assert [(head, float(value)) for head, value in cells[:2]] == [("baseline", 1.0), ("policy", 2.0)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_case import run, videos
+from evaluation_case import PROMPTS, run, videos
 
 from vpo_engine.evaluation.paired import wilson
 
@@ -209,3 +210,27 @@ def test_the_share_of_left_videos_is_counted_without_ties(
     left = json.loads((folder / "study_results.json").read_text())["left_chosen"]
     assert left == {"share": 2 / 3, "bounds": list(wilson(2, 3)), "votes": 3}
     assert "The left video was chosen in 67 % of the votes" in capsys.readouterr().out
+
+
+def test_nobody_votes_on_a_pair_whose_video_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bright = videos(tmp_path / "bright", 160, PROMPTS[:3], count=1)
+    dim = videos(tmp_path / "dim", 120, PROMPTS[:3], count=1)
+    (dim / f"{PROMPTS[1]}-0.mp4").write_bytes(b"no video")
+    out = tmp_path / "out"
+    assert run(bright, "--baseline", dim, "--metrics", "pixels", "--out", out) == 1
+    assert run("--study", out, "--pairs", "3") == 1
+    assert "the comparison has 2 pairs" in capsys.readouterr().err
+    assert run("--study", out) == 0
+    pairs = json.loads((out / "study_key.json").read_text())["pairs"].values()
+    assert {pair["prompt"] for pair in pairs} == {PROMPTS[0], PROMPTS[2]}
+
+
+def test_the_command_that_reads_votes_works_in_any_folder(
+    comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(comparison, tmp_path / "my evaluation"))
+    assert run("--study", folder) == 0
+    words = shlex.split(capsys.readouterr().out.partition("python -m ")[2])
+    assert words == ["vpo_engine.evaluate", "--study", str(folder), "--votes", "FILE", "..."]

@@ -23,6 +23,7 @@ from mutations import (
     sampled_once,
     scores,
     second_time,
+    shown,
     sources,
     starting,
     state,
@@ -64,4 +65,5 @@ MUTATIONS = [
     *sources.MUTATIONS,
     *compared.MUTATIONS,
     *published.MUTATIONS,
+    *shown.MUTATIONS,
 ]

@@ -32,8 +32,8 @@ MUTATIONS = [
     (
         "an export beside a link",
         "vpo_engine/exporting/folder.py",
-        "out, unfinished = out.resolve(), _unfinished(out)",
-        "unfinished = _unfinished(out)",
+        'out.resolve().with_name(f"{out.resolve().name}.unfinished")',
+        'out.absolute().with_name(f"{out.absolute().name}.unfinished")',
         ("tests/test_export_refusals.py::test_an_empty_folder_is_filled_by_whatever_name_it_is_given",),
     ),
     (

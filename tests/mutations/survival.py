@@ -280,8 +280,8 @@ MUTATIONS = [
     (
         "the latents of a step count twice",
         "vpo_engine/runs/disk_use.py",
-        "range(self._counted + 1, step + 1)",
-        "range(self._counted, step + 1)",
+        "range(self._counted + 1, step)",
+        "range(self._counted, step)",
         ("tests/wiring/test_full_disk.py::test_the_latents_of_a_step_count_once",),
     ),
     (

@@ -12,6 +12,7 @@ import pytest
 from fake_cells import CLIPS, FakeCells
 
 from vpo_engine import reproduce
+from vpo_engine.reproducing import cells as cells_module
 from vpo_engine.reproducing import estimating, making
 from vpo_engine.reproducing.cells import Cell
 from vpo_engine.reproducing.making import Asked, grid_of, make
@@ -252,3 +253,34 @@ def test_an_alarm_of_the_prompt_check_says_nothing_of_a_collapse() -> None:
     honest: Any = SimpleNamespace(curve=curve, alarms=[{"kind": "prompt", "step": 0}])
     found = _judge_alarms(AlarmClaim("guards", "row"), {0: honest})
     assert (found.verdict, found.here) == ("agrees", "seed 0: judge 3.00 -> 3.50, honest, no alarm")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_table_is_marked_if_only_its_base_policy_was_measured_by_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both tables compare with one base policy, and share no run."""
+    run(asked(tmp_path, "table4d", seeds=1), FakeCells())
+    assert "made by other code" not in (tmp_path / "table4d.md").read_text()
+    monkeypatch.setattr(cells_module, "code_version", lambda: "another")
+    fake = FakeCells()
+    run(asked(tmp_path, "figure5", seeds=1, old="keep"), fake)
+    assert {cell.kind for cell in fake.made} == {"run"}
+    assert (
+        "**Some cells were made by other code or other settings.**" in (tmp_path / "figure5.md").read_text()
+    )
+
+
+def test_steps_of_a_method_are_those_of_one_usual_length(tmp_path: Path) -> None:
+    cells = grid_of(asked(tmp_path, "overoptimisation", steps={"refl": 20}, seeds=1))["overoptimisation"]
+    configs = {label: cell.config() for (label, _), cell in cells.items()}
+    assert (configs["ReFL"].steps, configs["ReFL"].optimizer.warmup_steps) == (60, 7)
+    assert configs["OnlineVPO"].steps == 42
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_table_says_what_each_row_took_on_average(tmp_path: Path) -> None:
+    """The fake runs log two steps, of 16 prompts with four candidates, and take less than half a second."""
+    run(asked(tmp_path, "table4d"), FakeCells())
+    text = (tmp_path / "table4d.md").read_text()
+    assert "| offline DPO | equal samples | 128 | 0 | 0, 1 | none |" in text

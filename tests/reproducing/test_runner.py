@@ -186,3 +186,41 @@ def test_ctrl_c_lets_running_cells_save_and_ends_the_runner(tmp_path: Path, numb
     assert record is not None
     assert not record.finished
     assert record.took("train")[1] > 0
+
+
+def test_ctrl_c_while_a_cell_ends_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process cannot be waited for a second time."""
+    write = Record.write
+
+    def interrupted(record: Record, folder: Path) -> None:
+        write(record, folder)
+        if record.finished:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Record, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner(tmp_path, FakeCells()).run([Cell("base", (), 0)])
+
+
+def test_a_trained_cell_that_could_not_be_measured_keeps_its_training(tmp_path: Path) -> None:
+    def commands(*_: object) -> dict[str, list[str]]:
+        return {"train": ["-c", "pass"], "measure": ["-c", "import sys; sys.exit('error: no memory')"]}
+
+    found = Runner(tmp_path, 1, commands=commands, say=lambda _: None).run([ONE])
+    said = "measure failed with exit code 1 (error: no memory); the same command goes on with it"
+    assert found.failed[ONE] == said
+    assert (tmp_path / CELLS / ONE.name / RECORD).is_file()
+
+
+def test_an_unfinished_cell_of_other_code_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / CELLS / ONE.name
+    Record.of(ONE).write(folder)
+    (folder / "here").touch()
+    monkeypatch.setattr(cells_module, "code_version", lambda: "another")
+    runner(tmp_path, FakeCells()).run([ONE])
+    record = Record.read(folder)
+    assert record is not None
+    assert (record.code, (folder / "here").exists()) == ("another", False)
+    assert (tmp_path / REPLACED / f"{ONE.name}-1" / "here").exists()

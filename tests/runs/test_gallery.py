@@ -1,10 +1,14 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_run import clip, scores
 from safetensors.torch import save_file
 
+from vpo_engine.config_file import load_config
+from vpo_engine.run_gallery import keep_pairs
+from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import (
     HeldOutGallery,
     PairGallery,
@@ -78,3 +82,21 @@ def test_a_foreign_file_is_refused(tmp_path, held_out):
     save_file({"before": held_out.before}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="is not a gallery of before and after clips"):
         read_held_out(tmp_path / "foreign.safetensors")
+
+
+def test_few_pairs_of_about_eight_steps_are_kept_however_long_a_run_is(tmp_path, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(
+        "vpo_engine.run_gallery.write_pairs", lambda path, pairs: kept.update({path.stem: pairs})
+    )
+    monkeypatch.setattr("vpo_engine.run_gallery._decoded", lambda *_: None)
+    one, run = SimpleNamespace(scores={}), RunDirectory(tmp_path)
+    pairs = [
+        SimpleNamespace(gap=0.1 * number, winner=one, loser=one, prompt=SimpleNamespace(text=str(number)))
+        for number in range(6)
+    ]
+    config = load_config(None, ["steps=100"])
+    for step in range(1, 101):
+        keep_pairs(config, SimpleNamespace(fps=8), run, step, SimpleNamespace(pairs=pairs))
+    assert list(kept) == [f"step_{step:08d}" for step in (1, *range(12, 97, 12))]
+    assert all(gallery.prompts == ["5", "4", "3", "2"] for gallery in kept.values())

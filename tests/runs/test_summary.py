@@ -18,6 +18,8 @@ from vpo_engine.metrics.summary import (
     summarise_seeds,
     verdict,
 )
+from vpo_engine.runs.report_numbers import summary_section, tiles
+from vpo_engine.runs.report_rows import MetricRows
 
 # Two-sided 95 % and 99 % points of Student's t, as printed (Abramowitz and Stegun, table 26.10).
 T_TABLE = [
@@ -301,3 +303,12 @@ def test_seeds_with_different_measures():
 def test_a_seed_that_got_worse_is_not_counted_as_improved():
     seeds = [summarise(*measures(shift, seed), {}) for seed, shift in enumerate((0.3, -0.3))]
     assert summarise_seeds(seeds)["measures"]["reward/selected"]["improved"] == 1
+
+
+def test_the_report_tells_the_base_from_the_final_policy():
+    numbers = {"before": 1.0, "after": 3.0, "difference": 2.0, "low": 1.5, "high": 2.5}
+    summary = {"clips": 2, "measures": {"reward/selected": numbers}, "timings": {}}
+    cells = dict(re.findall(r'data-head="([^"]+)">([^<]*)<', summary_section(summary)))
+    assert (cells["base"], cells["final"], cells["change"]) == ("1.000", "3.000", "+2.000")
+    assert cells["95 % bounds"] == "[+1.500, +2.500]"
+    assert "1.00 → 3.00" in tiles(summary, MetricRows([]))

@@ -224,3 +224,26 @@ def test_the_room_for_a_checkpoint_is_that_of_all_weights_where_they_are_divided
     given = mock.MagicMock(), mock.MagicMock(), mock.MagicMock(root=tmp_path / "run")
     Trainer(engine.make_config(tmp_path), algorithm, *given, Processes(0, 1, torch.device("cpu")))
     assert sizes == [16 * 10_100]  # policy, both moments and the reference, of 10,100 float32 weights
+
+
+def test_latents_that_another_process_writes_late_are_counted(tmp_path: Path) -> None:
+    """The first process looks after its own step 2, before the other one has written its file of that step."""
+    latents = tmp_path / "preference_dataset" / "latents"
+    latents.mkdir(parents=True)
+    watch = DiskWatch(tmp_path, 1000, (SPARE_BYTES + 10_000) / 2**30, writers=2)
+    assert watch.exhausted(1) is None
+    (latents / "step_00000002_0000.safetensors").write_bytes(bytes(5000))
+    assert watch.exhausted(2) is None
+    (latents / "step_00000002_0001.safetensors").write_bytes(bytes(5000))
+    assert "most is taken by preference_dataset" in str(watch.exhausted(3))
+
+
+def test_lines_of_pairs_count_and_a_part_that_is_renamed_meanwhile_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "preference_dataset").mkdir()
+    (tmp_path / "preference_dataset" / "pairs_0000.jsonl").write_bytes(bytes(10_000))
+    listed = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda at, pattern: [*listed(at, pattern), at / "pairs_0001.jsonl"])
+    watch = DiskWatch(tmp_path, 1000, (SPARE_BYTES + 10_000) / 2**30, writers=2)
+    assert "most is taken by preference_dataset" in str(watch.exhausted(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def options_of(given: argparse.Namespace, target: Path, overrides: Sequence[str]
 
 def compares_finished_runs(paths: Sequence[Path], options: Options) -> bool:
     """Return whether runs were given and no option: then what they measured themselves is compared."""
-    if options != Options(target=options.target, overrides=options.overrides, devices=options.devices):
+    if options != Options(target=options.target, overrides=options.overrides):
         return False
     if len(paths) > 1:
         return not options.overrides
@@ -50,10 +51,8 @@ def compare_finished_runs(paths: Sequence[Path]) -> int:
 
     say(compare(paths))
     if len(paths) == 1:
-        say(
-            f"\nThese are the run's own numbers. To sample and measure anew: vpo evaluate {paths[0]} --baseline",
-            sys.stderr,
-        )
+        anew = f"vpo evaluate {shlex.quote(str(paths[0]))} --baseline"
+        say(f"\nThese are the run's own numbers. To sample and measure anew: {anew}", sys.stderr)
     return 0
 
 
@@ -114,7 +113,7 @@ def study(folder: Path, votes: Sequence[Path], seed: int, pairs: int | None) -> 
     page = write_study(folder, seed, pairs)
     say(
         f"{page} is the study: send its folder {page.parent} to the people who vote. Each saves a file of votes; read "
-        f"them by: python -m vpo_engine.evaluate --study {folder} --votes FILE ..."
+        f"them by: python -m vpo_engine.evaluate --study {shlex.quote(str(folder))} --votes FILE ..."
     )
     return 0
 

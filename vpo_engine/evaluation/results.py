@@ -73,7 +73,9 @@ def make_results(
         "vbench_quality_score": quality_scores(measures, [side.arm.role for side in sides]),
         "problems": problems,
         "unloaded": dict(records.unloaded),
-        "statistics": _statistics_text(len(measures)) if len(sides) > 1 else "",
+        "statistics": _statistics_text(sum("comparison" in entry for entry in measures.values()))
+        if len(sides) > 1
+        else "",
         "videos": _rows(sides, planned, measures, root),
     }
 
@@ -220,6 +222,8 @@ def _rows(
                     "sha256": side.hashes[prompt, index],
                     "values": by_arm[side.arm.role].get((prompt, index), {}),
                 }
+                if video.name in side.problems:
+                    row[side.arm.role]["problem"] = side.problems[video.name]
                 if (prompt, index) in published[side.arm.role]:
                     row[side.arm.role]["video_results"] = published[side.arm.role][prompt, index]
         rows.append(row)

@@ -11,6 +11,7 @@ import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
@@ -90,7 +91,7 @@ def write_study(root: Path, seed: int, pairs: int | None) -> Path:
         )
     draw = random.Random(f"study {seed}")
     rows = _chosen(
-        [row for row in results["videos"] if all(role in row for role in _ROLES)], pairs, draw, root
+        [row for row in results["videos"] if all(map(partial(_is_measured, row), _ROLES))], pairs, draw, root
     )
     lefts = [_ROLES[number % 2] for number in range(len(rows))]
     draw.shuffle(lefts)
@@ -119,6 +120,11 @@ def write_study(root: Path, seed: int, pairs: int | None) -> Path:
     write_whole(files.key, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_whole(files.page, _page(study, shown, results["settings"]))
     return files.page
+
+
+def _is_measured(row: Mapping[str, Any], role: str) -> bool:
+    """Return whether the row of a pair has this side's video, and it could be measured."""
+    return role in row and "problem" not in row[role]
 
 
 def _chosen(

@@ -82,16 +82,20 @@ def grid_of(asked: Asked) -> dict[str, dict[tuple[str, int], Cell]]:
 def _runs(table: Table, asked: Asked) -> dict[tuple[str, int], Cell]:
     from vpo_engine.reproducing.results import cells_of
 
-    more = {row.label: (*_steps(row, asked.steps), *asked.settings) for row in table.rows}
+    more = {row.label: (*_steps(row, asked.steps, table.length), *asked.settings) for row in table.rows}
     return cells_of(table, asked.seed_numbers, asked.quick, more)
 
 
-def _steps(row: Row, steps: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the row's settings for --steps. Runs of equal samples are counted, and keep their steps."""
+def _steps(row: Row, steps: Mapping[str, int], length: int) -> tuple[str, ...]:
+    """Return the row's settings for --steps, which are those of the usual length, in a table of ``length`` times that.
+
+    Runs of equal samples are counted, and keep their steps.
+    """
     method = dict(word.partition("=")[::2] for word in row.settings).get("method", "online_vpo")
     if method not in steps or row.budget == "equal samples":
         return ()
-    return f"steps={steps[method]}", f"optimizer.warmup_steps={steps[method] // 8}"
+    count = steps[method] * length
+    return f"steps={count}", f"optimizer.warmup_steps={count // 8}"
 
 
 def _check(cell: Cell) -> None:
@@ -171,7 +175,7 @@ def write(
     asked.out.mkdir(parents=True, exist_ok=True)
     for name, cells in grids.items():
         text = _written(asked, TABLES[name], cells, found)
-        if any(cell in found.old for cell in cells.values()):
+        if any(cell in found.old for cell in with_bases(list(cells.values()))):
             text += "\n\n**Some cells were made by other code or other settings.**"
         (asked.out / f"{name}{asked.suffix}.md").write_text(
             f"# {TABLES[name].title}\n\n{text}\n", encoding="utf-8"

@@ -183,9 +183,8 @@ class _Work:
         pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
         if pid == 0:
             return False
+        self._process.returncode = code = os.waitstatus_to_exitcode(status)
         self._account(usage.ru_utime + usage.ru_stime)
-        code = os.waitstatus_to_exitcode(status)
-        self._process.returncode = code
         if code != 0:
             self._fail(code)
             return True
@@ -201,6 +200,8 @@ class _Work:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the running command and to what it started."""
+        if self._process.returncode is not None:
+            return
         try:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
@@ -208,6 +209,8 @@ class _Work:
 
     def wait(self) -> None:
         """Wait until the running command has ended, and record what it took."""
+        if self._process.returncode is not None:  # Ctrl-C came just then
+            return
         _, status, usage = os.wait4(self._process.pid, 0)
         self._process.returncode = os.waitstatus_to_exitcode(status)
         self._account(usage.ru_utime + usage.ru_stime)

@@ -54,23 +54,24 @@ class DiskWatch:
 
     def _parts(self, step: int) -> dict[str, int]:
         """Return the bytes of the run directory by its entries, after ``step``."""
+        newest = self._latents_of(step)  # others may still be writing it
         if self._counted < 0:
-            self._latents = bytes_of(self._root / _LATENTS)
+            self._latents = bytes_of(self._root / _LATENTS) - newest
         else:
-            steps = range(self._counted + 1, step + 1)
-            names = (
-                f"step_{one:08d}_{rank:04d}.safetensors" for one in steps for rank in range(self._writers)
-            )
-            self._latents += sum(bytes_of(self._root / _LATENTS / name) for name in names)
-        self._counted, found = step, {}
+            self._latents += sum(map(self._latents_of, range(self._counted + 1, step)))
+        self._counted, found = step - 1, {}
         for entry in os.scandir(self._root):
             path = Path(entry.path)
             if path.name == _LATENTS.parts[0]:
-                lines = sum(each.stat().st_size for each in path.glob("*.jsonl"))
-                found[path.name] = self._latents + lines
+                lines = sum(map(bytes_of, path.glob("*.jsonl")))
+                found[path.name] = self._latents + newest + lines
             else:
                 found[path.name] = bytes_of(path)
         return found
+
+    def _latents_of(self, step: int) -> int:
+        names = (f"step_{step:08d}_{rank:04d}.safetensors" for rank in range(self._writers))
+        return sum(bytes_of(self._root / _LATENTS / name) for name in names)
 
 
 def _sizes(path: Path) -> Iterator[int]:
