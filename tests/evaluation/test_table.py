@@ -83,7 +83,7 @@ def test_the_page_tells_baseline_and_policy_apart_and_counts_what_is_better() ->
         "same_noise": True,
     }
     results = {
-        "arms": dict.fromkeys(("policy", "baseline"), {"label": "runs/a", "videos": 8}),
+        "arms": {role: {"label": "runs/a", "videos": 8} for role in ("policy", "baseline")},
         "settings": settings,
         "measures": {name: entry(name, pair, True) | {"meaning": ""} for name, pair in pairs.items()},
         "proxies": {"D": entry("D", (1.0, 2.0), True) | {"meaning": "", "group": "proxy"}},
