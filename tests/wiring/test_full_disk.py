@@ -197,8 +197,8 @@ def test_the_latents_of_a_step_count_once(tmp_path: Path) -> None:
     latents = tmp_path / "preference_dataset" / "latents"
     latents.mkdir(parents=True)
     watch = DiskWatch(tmp_path, 1000, (SPARE_BYTES + 10_000) / 2**30, writers=1)
-    for step in (1, 2):
-        (latents / f"step_{step:08d}_0000.safetensors").write_bytes(bytes(3500))
+    for step in range(1, 7):
+        (latents / f"step_{step:08d}_0000.safetensors").write_bytes(bytes(1400))
         assert watch.exhausted(step) is None
 
 
