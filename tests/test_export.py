@@ -20,7 +20,7 @@ from tiny_pipelines import FOLDERS, LORA, NEGATIVE, PROMPT, run_config, sized, t
 from torch import Tensor
 
 from vpo_engine import sample
-from vpo_engine.exporting import write
+from vpo_engine.exporting import folder, write
 from vpo_engine.exporting.options import ExportOptions
 from vpo_engine.memory.quantised_base import frozen_layers
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
@@ -367,6 +367,17 @@ class TestParts:
         assert parts["text_encoder"] == other / "text_encoder"
         assert parts["tokenizer"] == other / "tokenizer"
         assert parts["vae"] == base / "vae"
+
+    def test_a_text_encoder_that_holds_its_tokenizer_brings_it(self, tmp_path: Path) -> None:
+        base, own = tmp_path / "base", tmp_path / "umt5"
+        for part in ("vae", "text_encoder", "tokenizer"):
+            (base / part).mkdir(parents=True)
+        own.mkdir()
+        for file in (base / "tokenizer/tokenizer.json", base / "model_index.json", own / "tokenizer.json"):
+            file.touch()
+        config: Any = SimpleNamespace(model=SimpleNamespace(vae=None, text_encoder=own))
+        files = folder._files(write._parts(base, config))
+        assert files["tokenizer/tokenizer.json"] == own / "tokenizer.json"
 
     def test_the_base_is_the_published_one_in_float32(self, wan: Case, tmp_path: Path) -> None:
         """Whatever the run held it and computed in."""

@@ -221,3 +221,13 @@ def test_the_room_is_that_of_what_is_written_and_of_parts_on_another_disk(
     with pytest.raises(ValueError, match="give an --out on another disk"):
         folder.check_space(tmp_path / "out", 1000, {"part": tmp_path / "part"})
     assert write._bytes(nn.Linear(3, 4), torch.bfloat16) == 2 * 16
+
+
+def test_an_adapter_is_exported_by_the_base_that_is_named_where_its_own_is_gone(
+    wan: Case, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(wan.lora, tmp_path / "run"))
+    base = Path(shutil.copytree(wan.published, tmp_path / "base"))
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace(str(wan.published), str(tmp_path / "gone")))
+    assert (exported(run, tmp_path / "out", "--base", str(base)) / write.DIFFUSERS_FILE).is_file()

@@ -259,3 +259,14 @@ def test_the_card_of_a_method_without_pairs_tells_nothing_of_pairs(tmp_path, hub
     assert "| method | ReFL |" in body
     for unused in ("candidates per prompt", "| beta |", "between refreshes of the reference"):
         assert unused not in body
+
+
+def test_the_card_says_where_the_size_is_the_models_own(tmp_path, hub, monkeypatch):
+    given = ["model.kind=cogvideox", f"model.policy={tmp_path / 'Cog'}", "reward.kind=builtin"]
+    given += [f"prompts.{name}={tmp_path / 'none.txt'}" for name in ("train", "held_out")]
+    run = finished(tmp_path / "run", given)
+    monkeypatch.setattr(push, "export", lambda checkpoint, out, options: out.mkdir())
+    assert push.main([str(run.root), "ann/x", "--dry-run"]) == 0
+    text = (run.root / "hub" / "README.md").read_text()
+    assert "| height | the model's own |" in text
+    assert "| height | none |" not in text

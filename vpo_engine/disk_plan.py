@@ -161,10 +161,8 @@ def _videos(config: Config, model: VideoModel) -> list[DiskPart]:
     frames, height, width = model.video_size
     every = config.evaluation.every
     evaluations = 2 + (0 if every is None else config.steps // every)
-    single, beside = (
-        _animated(height, width),
-        _animated(height, 2 * width),
-    )  # at the end both sides of the gallery
+    # At the end both sides of the gallery stand beside each other.
+    single, beside = _animated(height, width), _animated(height, 2 * width)
     shown = most_clips(config)
     clips = frames * (min(_SHOWN, shown) * evaluations * single + shown * beside)
     gallery = (2 * shown + 2 * MOST_PAIRS * MOST_PAIR_FILES) * 3 * frames * height * width

@@ -52,8 +52,8 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, words: Sequ
     if given.list:
         return commands.list_metrics()
     if given.study is not None or given.votes:
-        if given.study is None or paths:
-            parser.error("give --study FOLDER, the folder of a comparison, and no WHAT")
+        if given.study is None or paths or overrides:
+            parser.error("give --study FOLDER, the folder of a comparison, and neither WHAT nor settings")
         _refuse(parser, given, _OF_VIDEOS, "--study FOLDER takes the videos of a comparison as they are")
         if given.votes:
             _refuse(parser, given, ("pairs", "seed"), "--votes FILE ... reads a study as it was written")

@@ -82,7 +82,9 @@ def _settings(config: Config) -> list[tuple[str, str]]:
     unused = config.card.unused
     used = {label: key for label, key in chosen.items() if not {key, key.partition(".")[0]} & set(unused)}
     found = {"method": config.card.title, **{label: _value(config, key) for label, key in used.items()}}
-    rows = [(label, "none" if value is None else markdown(str(value))) for label, value in found.items()]
+    unset = dict.fromkeys(("height", "width"), "the model's own")
+    shown = {key: unset.get(key, "none") if value is None else str(value) for key, value in found.items()}
+    rows = [(label, markdown(text)) for label, text in shown.items()]
     if config.model.lora is not None:
         rows.append(("LoRA", f"rank {config.model.lora.rank}, scale {config.model.lora.scale:g}"))
     return rows

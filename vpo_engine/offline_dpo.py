@@ -104,7 +104,7 @@ class OfflineDPO(OnlineVPO):
         return self.stream.choices(prompts, self.model.latent_shape, self.processes.device)
 
     def _check_learning(self, metrics: Mapping[str, float], choices: Sequence[Choice]) -> None:
-        """Do nothing: the number of ties was said before the first step, and not all pairs are."""
+        """Do nothing: the run has said how many pairs are ties, and was refused if all of them are."""
 
     @property
     def _videos(self) -> int:

@@ -299,9 +299,8 @@ def load_source(source: PolicySource, say: Callable[[str], None] = print) -> Vid
     from vpo_engine.distributed.processes import Processes
     from vpo_engine.models.lora import load_adapter
 
-    rollout = source.config.rollout.model_copy(
-        update={"prune": None}
-    )  # previews may be longer than these videos
+    # Previews may be longer than these videos.
+    rollout = source.config.rollout.model_copy(update={"prune": None})
     config = source.config.model_copy(update={"rollout": rollout})
     processes = Processes.start(config.model.device)
     if source.adapter is None or config.model.lora is not None:

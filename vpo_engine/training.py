@@ -75,11 +75,7 @@ def run_training(config: Config) -> int:
             given = check_given(config, stream, say if processes.first else None)
         texts = {**texts, "prompts.held_out": held_out_prompts}
         config = _as_before(config, processes, texts)
-        planned = configurations_are_here(config)  # else building the model says which is missing
-        if planned:
-            config = _planned(config, processes, len(prompts))
-        else:
-            check_preset(config)
+        config, planned = _planned(config, processes, len(prompts))
         model = build_model(config, processes)
         tensors = [tensor for part in model.parts.values() for tensor in part.parameters()]
         return_freed_memory(processes.device, sum(t.numel() * t.element_size() for t in tensors))
@@ -133,13 +129,19 @@ def _say_note(note: str | None) -> None:
         print(wrap_for(sys.stderr, f"note: {note}"), file=sys.stderr, flush=True)
 
 
-def _planned(config: Config, processes: Processes, prompts: int) -> Config:
-    """Plan the run, print the plan, and return the configuration with what its presets set."""
+def _planned(config: Config, processes: Processes, prompts: int) -> tuple[Config, bool]:
+    """Plan the run, print the plan, and return the configuration with what its presets set, and whether it was planned.
+
+    It is not where a size would have to be assumed; building the model says which file is missing.
+    """
+    if not configurations_are_here(config):
+        check_preset(config)
+        return config, False
     agree = processes.broadcast_text
     config, plan = check_fits(config, processes.device, processes.count, agree, prompts)
     if processes.first:
         say(wrap_for(sys.stdout, str(plan)))
-    return config
+    return config, True
 
 
 def _build_reference(config: Config, model: VideoModel) -> HeldReference | None:

@@ -10,6 +10,7 @@ import pytest
 from evaluation_case import PROMPTS, results_of, run, videos
 
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.evaluation.results import _statistics_text
 
 
 def test_a_pair_counts_only_if_both_of_its_videos_can_be_measured(tmp_path: Path) -> None:
@@ -112,3 +113,8 @@ def test_p_is_corrected_for_the_measures_that_are_compared(
     found = re.search(r"There \w+ (\d+) measure", results_of(out)["statistics"])
     assert found is not None
     assert found[1] == "1"
+
+
+def test_nothing_is_said_of_bounds_where_nothing_is_compared() -> None:
+    assert _statistics_text(0) == ""
+    assert "There is 1 measure," in _statistics_text(1)

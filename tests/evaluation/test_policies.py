@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from evaluation_case import results_of, run
 
 from vpo_engine import train
 from vpo_engine.config_file import load_config
+from vpo_engine.evaluation import arms
 from vpo_engine.evaluation.arms import Arm, find_arm, sampling_settings
 from vpo_engine.evaluation.generate import _at_once, _batches
 from vpo_engine.evaluation.output import OutputFolder
@@ -364,3 +366,12 @@ def test_a_prompt_of_which_the_model_reads_nothing_is_named(
     assert run(SPRITES, "--prompts", prompts, "--metrics", "pixels", "--out", tmp_path / "out") == 1
     assert "'---' has no letter or digit that the sprites world reads" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_policy_of_one_folder_is_the_one_of_earlier_versions(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    config = load_config(None)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"policy": tmp_path})})
+    before = json.dumps(["sprites", *arms._listing(tmp_path)])
+    found = Arm("policy", "it", PolicySource(config)).identity()["policy"]
+    assert found == hashlib.sha256(before.encode()).hexdigest()

@@ -186,6 +186,7 @@ def test_studies_that_cannot_be_made_are_refused(folder: Path, capsys: pytest.Ca
             ("--study", "FOLDER", "--votes", "votes.json", "--pairs", "3"),
             "as it was written; leave --pairs out",
         ),
+        (("--study", "FOLDER", "rollout.steps=3"), "neither WHAT nor settings"),
         (("FOLDER", "--pairs", "3"), "only a study has pairs (--study FOLDER); leave --pairs out"),
     ],
 )

@@ -16,6 +16,20 @@ MUTATIONS = [
         ("tests/planning/test_compared.py",),
     ),
     (
+        "divisions have each other's exchanges",
+        "vpo_engine/planning/strategies.py",
+        "kind = deepspeed, changed.distributed.sequence_parallel, changed.memory",
+        "kind = deepspeed, changed.distributed.sequence_parallel, config.memory",
+        ("tests/planning/test_compared.py",),
+    ),
+    (
+        "sampling once is exchanged in every step",
+        "vpo_engine/planning/exchanged.py",
+        "samples = config.card.candidates and config.offline_dpo is None",
+        "samples = config.card.candidates",
+        ("tests/planning/test_method_plans.py",),
+    ),
+    (
         "links are those of an A100, whatever GPU is here",
         "vpo_engine/plan.py",
         "_cluster(given, kind_of(gpu) or gpu.name)",

@@ -57,9 +57,25 @@ MUTATIONS = [
     (
         "an export has the base's tokenizer beside another text encoder",
         "vpo_engine/exporting/write.py",
-        'parts["tokenizer"] = tokenizer',
-        "pass",
+        'return parts | {"tokenizer": found}',
+        "return parts",
         ("tests/test_export.py::TestParts::test_a_text_encoder_of_another_pipeline_brings_its_tokenizer",),
+    ),
+    (
+        "an export leaves out the tokenizer in a text encoder",
+        "vpo_engine/exporting/write.py",
+        'return parts | {f"tokenizer/{file.name}": file for file in own}',
+        "return parts",
+        ("tests/test_export.py::TestParts::test_a_text_encoder_that_holds_its_tokenizer_brings_it",),
+    ),
+    (
+        "an adapter is not exported by the named base",
+        "vpo_engine/exporting/write.py",
+        'changed["policy"] = base',
+        "pass",
+        (
+            "tests/test_export_refusals.py::test_an_adapter_is_exported_by_the_base_that_is_named_where_its_own_is_gone",
+        ),
     ),
     (
         "check_model: a size that a word sets is not checked",

@@ -150,8 +150,8 @@ MUTATIONS = [
     (
         "videos of another decoder are the same",
         "vpo_engine/evaluation/arms.py",
-        "(model.policy, model.vae, model.text_encoder, source.adapter)",
-        "(model.policy, model.text_encoder, source.adapter)",
+        '{"vae": model.vae, "text_encoder": model.text_encoder}',
+        '{"text_encoder": model.text_encoder}',
         ("tests/evaluation/test_policies.py::test_other_parts_beside_a_checkpoint_make_other_videos",),
     ),
     (

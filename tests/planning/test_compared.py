@@ -15,10 +15,12 @@ from vpo_engine import plan
 from vpo_engine.command import split_words
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
-from vpo_engine.distributed.traffic import Exchanged
+from vpo_engine.distributed.traffic import Exchanged, step_transfers
 from vpo_engine.planning import planner, strategies
 from vpo_engine.planning.estimate import PhasePlan, Plan
+from vpo_engine.planning.exchanged import division
 from vpo_engine.planning.gpus import GIB, GPUS, present_gpu
+from vpo_engine.planning.links import make_cluster
 from vpo_engine.planning.planner import plan_run
 from vpo_engine.planning.trace import Trace, trace_step
 from vpo_engine.planning.tracker import Tracker
@@ -116,3 +118,25 @@ def test_what_is_traced_has_the_held_out_reward(monkeypatch: pytest.MonkeyPatch)
     config = load_config(None, words)
     plan_run(config, A100)
     assert [(one.guards.reward, one.ema) for one in asked] == [(config.guards.reward, config.ema)]
+
+
+def test_each_division_exchanges_what_its_own_preset_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(config: Config, gpu: object, processes: int = 1) -> Plan:
+        fits = config.memory.weights == "fp32_master" or config.distributed.zero_stage == 3
+        return plan_of(1 if fits else 8)
+
+    def sizes(config: Config) -> Exchanged:
+        return Exchanged(trained=10**9, weight_bytes=2 if config.memory.weights == "fp32_master" else 4)
+
+    monkeypatch.setattr(strategies, "plan_run", planned)
+    monkeypatch.setattr(strategies, "exchanged", sizes)
+    config, cluster = (
+        load_config(None, ["memory.preset=balanced"]),
+        make_cluster(8, 1, "a100-80g", None, None),
+    )
+    rows, _ = strategies.compare(config, A100, cluster)
+    assert {row.config.distributed.zero_stage for row in rows} >= {1, 3}
+    for row in rows:
+        assert row.sends == step_transfers(sizes(row.config), division(row.config, row.processes)), (
+            row.strategy
+        )

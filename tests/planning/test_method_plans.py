@@ -10,6 +10,7 @@ from real_trace import assert_traced_as_real
 from vpo_engine.config import Config
 from vpo_engine.config_file import load_config
 from vpo_engine.planning.estimate import PhasePlan, Plan, estimate
+from vpo_engine.planning.exchanged import exchanged
 from vpo_engine.planning.fit import fitting_changes
 from vpo_engine.planning.gpus import GIB, GPUS
 from vpo_engine.planning.report import whole
@@ -111,3 +112,8 @@ def test_micro_batches_of_a_gradient_cost_what_the_whole_does() -> None:
     one, four = (traced(*REFL, "pairs_per_step=4", f"objective.micro_batch_size={size}") for size in (1, 4))
     for name in ("rollout", "update"):
         assert one.flops(name) == pytest.approx(four.flops(name), rel=0.02), name
+
+
+def test_pairs_that_are_sampled_once_are_exchanged_in_no_step() -> None:
+    found = exchanged(load_config(None, ["method=offline_dpo"]))
+    assert (found.sampled, found.guided, found.predicted) == (0, 0, 0)

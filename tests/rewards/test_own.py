@@ -301,3 +301,11 @@ def test_an_answer_about_a_size_is_a_text_or_none(write: Callable[[str], str]) -
     assert reward.refuse_size(8, 32, 32) is None
     with pytest.raises(ValueError, match=r"refuse_size\(17, 32, 32\) returned False, expected a text"):
         reward.refuse_size(17, 32, 32)
+
+
+def test_the_page_names_no_dimension_that_is_refused() -> None:
+    page = (ROOT / "docs/how_to/own_reward.md").read_text()
+    groups = re.findall(r"reward\.dimensions=\{([^}]*)\}", page)
+    names = {name for group in groups for name in re.findall(r"(\w+):", group)}
+    assert names
+    assert not names & own._TAKEN

@@ -310,3 +310,17 @@ def test_measuring_the_device_is_charged_to_no_step(tmp_path: Path, monkeypatch:
     row = next(row for row in rows if row["kind"] == "train")
     stages = ("text", "evaluate", "rollout", "update", "checkpoint")
     assert row["seconds/step"] - sum(row.get(f"seconds/{name}", 0.0) for name in stages) < 0.4
+
+
+def test_what_fits_is_told_by_a_setting_that_the_method_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = Full()
+    reward.most = 2
+    more = ("method=refl", *gradient_toy.SETTINGS, "rollout.batch_size=auto", "objective.micro_batch_size=4")
+    held_out, model = make_held_out(reward, *more)
+    record_sizes(monkeypatch, model)
+    held_out.evaluate(model.network, 2)
+    said = capsys.readouterr().out
+    assert "objective.micro_batch_size=2" in said
+    assert "rollout.batch_size" not in said

@@ -247,3 +247,12 @@ def test_lines_of_pairs_count_and_a_part_that_is_renamed_meanwhile_ends_no_run(
     monkeypatch.setattr(Path, "glob", lambda at, pattern: [*listed(at, pattern), at / "pairs_0001.jsonl"])
     watch = DiskWatch(tmp_path, 1000, (SPARE_BYTES + 10_000) / 2**30, writers=2)
     assert "most is taken by preference_dataset" in str(watch.exhausted(1))
+
+
+def test_pairs_that_were_sampled_before_the_first_step_count_once(tmp_path: Path) -> None:
+    latents = tmp_path / "preference_dataset" / "latents"
+    latents.mkdir(parents=True)
+    for step in range(1, 5):
+        (latents / f"step_{step:08d}_0000.safetensors").write_bytes(bytes(2000))
+    watch = DiskWatch(tmp_path, 1000, (SPARE_BYTES + 10_000) / 2**30, writers=1)
+    assert [watch.exhausted(step) for step in range(1, 5)] == [None] * 4

@@ -116,7 +116,7 @@ CARDS: dict[MethodName, MethodCard] = {
         reward_gradient=True,
         seen="{prompts:,} given videos were learned from in {steps:,} steps, with the policy of the start as the "
         "teacher; the gradient of a reward was followed.",
-        unused=(*_OF_CANDIDATES, *_OF_PAIRS, "reference.refresh_every", "reference.refresh_share"),
+        unused=(*_OF_CANDIDATES, *_OF_PAIRS, "reference.refresh_every"),
     ),
 }
 

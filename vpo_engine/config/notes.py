@@ -26,4 +26,8 @@ def notes(config: Config) -> list[str]:
             f"{section}.refresh_every=1 makes the reference the policy of every step: the margin is always 0, there is "
             "no margin accuracy to see, and nothing holds the policy near where it was; the paper has 200"
         )
+    share = config.reference.refresh_share
+    never = config.refresh_every is None or config.method == "t2v_turbo"
+    if config.card.reference and never and share < 1:
+        found.append(f"reference.refresh_share={share:g} is not used: the reference is never refreshed")
     return found

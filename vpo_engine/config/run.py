@@ -348,12 +348,6 @@ class Config(Section):
 
     def _check_soft_refresh(self) -> None:
         storage, weights = self.reference.storage, self.optimizer_memory.weights
-        if self.refresh_every is None:
-            name = "reference" if self.offline_dpo is None else "offline_dpo"
-            raise ValueError(
-                f"reference.refresh_share={self.reference.refresh_share:g} is the share of a refresh, but with "
-                f"{name}.refresh_every=null there is none; set {name}.refresh_every, or reference.refresh_share=1"
-            )
         if storage not in ("copy", "adapter") or weights != "float32":
             raise ValueError(
                 f"reference.refresh_share={self.reference.refresh_share:g} moves the reference by small steps, which "

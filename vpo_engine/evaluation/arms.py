@@ -138,9 +138,11 @@ def _digest(source: PolicySource) -> str:
     content: list[Any] = [model.kind]
     if inside is not None:
         content.append((inside / "manifest.json").read_text(encoding="utf-8"))
-    for path in (model.policy, model.vae, model.text_encoder, source.adapter):
+    for path in (model.policy, source.adapter):
         if path is not None and (inside is None or not path.is_relative_to(inside)):
-            content.append(_listing(path))
+            content += _listing(path)
+    beside = {"vae": model.vae, "text_encoder": model.text_encoder}
+    content += [[name, _listing(path)] for name, path in beside.items() if path is not None]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

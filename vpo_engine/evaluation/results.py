@@ -15,6 +15,7 @@ from vpo_engine.evaluation.vbench_form import quality_scores
 from vpo_engine.metrics.provenance import check_one_column
 from vpo_engine.metrics.vbench.dimensions import VbenchDimension
 from vpo_engine.metrics.video_metric import Record, Summary, VideoMetric, output_name
+from vpo_engine.texts import counted
 
 VERSION = 1
 Key = tuple[str, int]
@@ -73,9 +74,7 @@ def make_results(
         "vbench_quality_score": quality_scores(measures, [side.arm.role for side in sides]),
         "problems": problems,
         "unloaded": dict(records.unloaded),
-        "statistics": _statistics_text(sum("comparison" in entry for entry in measures.values()))
-        if len(sides) > 1
-        else "",
+        "statistics": _statistics_text(sum("comparison" in entry for entry in measures.values())),
         "videos": _rows(sides, planned, measures, root),
     }
 
@@ -231,11 +230,14 @@ def _rows(
 
 
 def _statistics_text(count: int) -> str:
-    """Say how the bounds and p values were made, and what to make of several of them."""
+    """Say how the bounds and p values were made, and what to make of several of them; "" where there are none."""
+    if not count:
+        return ""
+    are = "is" if count == 1 else "are"
     return (
         f"Bounds are {100 * CONFIDENCE:.0f} % bounds of a percentile bootstrap over prompts ({RESAMPLES} resamples), "
         f"widened for few prompts; of fewer than {FEWEST} they are Student's t. The win rate counts ties as half. "
         "p: exact sign test over prompts, two-sided. "
-        f"There are {count} measures, of which one in twenty would look clear by chance, so p is corrected for "
-        "their number by Holm's method, and the bounds are not."
+        f"There {are} {counted(count, 'measure')}, of which one in twenty would look clear by chance, so p is "
+        "corrected for their number by Holm's method, and the bounds are not."
     )

@@ -147,8 +147,9 @@ def _chosen(
         by_prompt.setdefault(row["prompt"], []).append(row)
     if not rows:
         raise ValueError(
-            f"{root} has no prompt with a video of both policies, so there is nothing to vote on; start the evaluation "
-            "again, which makes missing videos"
+            f"{root} has no prompt with a video of both policies that could be read, so there is nothing to vote on; "
+            "repair the files that results.json names under problems, and start the evaluation again, which makes "
+            "missing ones"
         )
     for same in by_prompt.values():
         draw.shuffle(same)

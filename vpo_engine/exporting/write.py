@@ -36,6 +36,7 @@ from vpo_engine.exporting.check import (
 from vpo_engine.exporting.folder import ExportMismatchError, add_parts, check_space, written_at
 from vpo_engine.exporting.options import ExportOptions, Format
 from vpo_engine.foreign_files import file_inside
+from vpo_engine.models.diffusers_folder import tokenizer_of
 from vpo_engine.models.lora import WEIGHTS, adapter_parameters, load_adapter, save_adapter
 from vpo_engine.policy_source import INDEX, RECORD, PolicySource, record_text
 from vpo_engine.video_model import VideoModel
@@ -85,6 +86,8 @@ def _beside(source: PolicySource, base: Path | None) -> PolicySource:
     model = source.config.model
     own = {name: getattr(model, name) for name in ("vae", "text_encoder")}
     changed = {name: base for name, path in own.items() if path in (None, source.base)}
+    if source.adapter is not None and model.policy is not None and not model.policy.exists():
+        changed["policy"] = base
     config = source.config.model_copy(update={"model": model.model_copy(update=changed)})
     return replace(source, config=config)
 
@@ -167,10 +170,16 @@ def _parts(base: Path, config: Config) -> dict[str, Path]:
         own = getattr(config.model, name)
         if own is not None and own != base:
             parts[name] = own / name if (own / INDEX).is_file() else own
-    tokenizer = parts["text_encoder"].parent / "tokenizer" if "text_encoder" in parts else base
-    if tokenizer.is_dir() and tokenizer.parent != base:  # a run reads prompts by it, too
-        parts["tokenizer"] = tokenizer
-    return parts
+    encoder = parts.get("text_encoder")
+    found = None if encoder is None else tokenizer_of(encoder)  # a run reads prompts by it, too
+    if found is None or found.parent == base:
+        return parts
+    if found != encoder:
+        return parts | {"tokenizer": found}
+    parts.pop("tokenizer", None)
+    files = [file for file in sorted(found.iterdir()) if file.is_file()]
+    own = [file for file in files if file.suffix not in (".safetensors", ".bin")]
+    return parts | {f"tokenizer/{file.name}": file for file in own}
 
 
 def _bytes(network: nn.Module, dtype: torch.dtype) -> int:
@@ -204,7 +213,9 @@ def _write_whole(
     if base is not None:
         linked, copied = add_parts(folder, parts)
         names = ", ".join(name for name in parts if parts[name].is_dir() and parts[name].parent == base)
-        others = "".join(f"; {name} is {path}" for name, path in parts.items() if path.parent != base)
+        others = "".join(
+            f"; {name} is {path}" for name, path in parts.items() if path.is_dir() and path.parent != base
+        )
         lines.append(f"{names} are those of {base}{others}: {linked} files were linked and {copied} copied")
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     loaded = _load(source.config, policy=folder, lora=None).network if base is None else None

@@ -53,21 +53,28 @@ class Batches:
     call ``run`` at the same time.
     """
 
-    def __init__(self, size: int | None, say: Callable[[str], None] = print, *, halved: bool = True) -> None:
+    def __init__(
+        self,
+        size: int | None,
+        say: Callable[[str], None] = print,
+        *,
+        halved: bool = True,
+        setting: str = "rollout.batch_size",
+    ) -> None:
         """Set the limit; None computes all candidates of a step at once. ``say`` is told when the size is halved.
 
         ``halved``: whether a batch that does not fit is computed again in halves, which processes that compute it
-        together cannot do: the others do not know of it.
+        together cannot do: the others do not know of it. ``setting``: the name of what sets the size, for messages.
         """
         self.size = size
-        self._say, self._may_halve = say, halved
+        self._say, self._may_halve, self._setting = say, halved, setting
         self._halved = False
         self._lock = threading.Lock()
 
     def run(self, work: Callable[[Batch], Result], prompts: int, candidates: int) -> Iterator[Result]:
         """Yield the result of ``work`` for every batch of [prompts, candidates], in order.
 
-        torch.OutOfMemoryError, naming rollout.batch_size, if half of a batch does not fit either.
+        torch.OutOfMemoryError, naming the setting, if half of a batch does not fit either.
         """
         waiting = [Batch(range(prompts), range(candidates))]
         while waiting:
@@ -94,7 +101,7 @@ class Batches:
             raise torch.OutOfMemoryError(
                 f"a batch of {size} candidates does not fit in the memory of the device"
                 f"{' either' if self._halved else ''}; set "
-                f"rollout.batch_size to {max(1, size // 2)}, or let "
+                f"{self._setting} to {max(1, size // 2)}, or let "
                 f"the model share the device less (memory.offload_idle=true): {error}"
             ) from error
         self._halved, self.size = True, size // 2
@@ -104,7 +111,7 @@ class Batches:
             torch.cuda.empty_cache()
         self._say(
             f"out of memory with a batch of {size} candidates: going on with {self.size}, with the same samples; set "
-            f"rollout.batch_size={self.size} to start so"
+            f"{self._setting}={self.size} to start so"
         )
 
 

@@ -110,13 +110,17 @@ def _part(folder: Path, name: str) -> Path:
     return folder / name if (folder / INDEX).is_file() else folder
 
 
-def _tokenizer(text_encoder: Path) -> Path:
+def tokenizer_of(text_encoder: Path) -> Path | None:
+    """Return the folder of a text encoder's tokenizer: beside it, or its own; None where neither has one."""
     places = (text_encoder.parent / "tokenizer", text_encoder)
-    for place in places:
-        if any((place / name).is_file() for name in _TOKENIZERS):
-            return place
+    return next((place for place in places if any((place / name).is_file() for name in _TOKENIZERS)), None)
+
+
+def _tokenizer(text_encoder: Path) -> Path:
+    if (found := tokenizer_of(text_encoder)) is not None:
+        return found
     raise FileNotFoundError(
-        f"there is no tokenizer for {text_encoder}: neither {places[0]} nor {places[1]} has "
+        f"there is no tokenizer for {text_encoder}: neither {text_encoder.parent / 'tokenizer'} nor {text_encoder} has "
         f"{' or '.join(_TOKENIZERS)}; fetch the folder tokenizer of the pipeline"
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vpo_engine.config import Config
+from vpo_engine.config import Config, MemoryConfig
 from vpo_engine.config.errors import explain, shown
 from vpo_engine.distributed.deepspeed_settings import check_deepspeed, offloads_optimizer
 from vpo_engine.distributed.shares import check_shares
@@ -98,18 +98,20 @@ def compare(config: Config, gpu: Gpu, cluster: Cluster) -> tuple[list[Row], list
     """Plan a run on a cluster in every way that its settings allow. Times are those of steps without evaluation."""
     rows: list[Row] = []
     refused: list[Refused] = []
-    sizes: dict[tuple[bool, int], Exchanged] = {}
+    sizes: dict[tuple[bool, int, MemoryConfig], Exchanged] = {}
     for strategy in strategies(config, cluster.ranks):
         try:
             changed = divided(config, strategy.settings, cluster.ranks)
             processes = cluster.ranks - changed.processes.reward
             fits = partial(_fits, gpu, processes)
             changed, presets = resolve_presets(changed, fits)
+            check_deepspeed(changed, processes)
             plan = plan_run(changed, gpu, processes)
         except ValueError as error:
             refused.append(Refused(strategy, str(error)))
             continue
-        kind = changed.distributed.engine == "deepspeed", changed.distributed.sequence_parallel
+        deepspeed = changed.distributed.engine == "deepspeed"
+        kind = deepspeed, changed.distributed.sequence_parallel, changed.memory  # presets differ by division
         if kind not in sizes:
             sizes[kind] = exchanged(changed)
         shared = division(changed, processes)
@@ -237,7 +239,7 @@ def _waits(
         each = step.updates * step.trained / shared.ranks
         waits["host"] = each * _HOST_BYTES * cluster.gpus / HOST_RATE
         waits["host"] += each * (4 + step.weight_bytes) / (EFFICIENCY * WITHIN["pcie4"].rate)
-    if config.processes.reward and rows:
+    if config.processes.reward and rows and "reward" not in rows[0].plan.before:
         known = rows[0]
         scoring = sum(phase.seconds or 0.0 for phase in known.plan.phases if phase.name == "reward")
         hidden = 0.0

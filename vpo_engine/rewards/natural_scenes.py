@@ -41,9 +41,8 @@ def parameters(device: torch.device) -> dict[str, Tensor]:
     features), niqe.mean [32], niqe.covariance [32, 32].
     """
     file = resources.files("vpo_engine.rewards") / "builtin_data" / "parameters.safetensors"
-    with torch.inference_mode(
-        False
-    ):  # a metric may be the first to ask, and what it makes passes no gradient
+    # A metric may be the first to ask, and what inference mode makes passes no gradient.
+    with torch.inference_mode(False):
         return {name: values.to(device, torch.float64) for name, values in load(file.read_bytes()).items()}
 
 

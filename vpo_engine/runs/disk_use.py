@@ -54,6 +54,8 @@ class DiskWatch:
 
     def _parts(self, step: int) -> dict[str, int]:
         """Return the bytes of the run directory by its entries, after ``step``."""
+        if self._counted < 0 and self._latents_of(step + 1):
+            self._writers = 0  # all pairs were sampled before the first step
         newest = self._latents_of(step)  # others may still be writing it
         if self._counted < 0:
             self._latents = bytes_of(self._root / _LATENTS) - newest
