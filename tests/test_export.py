@@ -20,7 +20,8 @@ from tiny_pipelines import FOLDERS, LORA, NEGATIVE, PROMPT, run_config, sized, t
 from torch import Tensor
 
 from vpo_engine import sample
-from vpo_engine.exporting import folder, write
+from vpo_engine.exporting import write
+from vpo_engine.exporting.folder import _files
 from vpo_engine.exporting.options import ExportOptions
 from vpo_engine.memory.quantised_base import frozen_layers
 from vpo_engine.models.opensora.checkpoint import save_pretrained_layout
@@ -376,7 +377,7 @@ class TestParts:
         for file in (base / "tokenizer/tokenizer.json", base / "model_index.json", own / "tokenizer.json"):
             file.touch()
         config: Any = SimpleNamespace(model=SimpleNamespace(vae=None, text_encoder=own))
-        files = folder._files(write._parts(base, config))
+        files = _files(write._parts(base, config))
         assert files["tokenizer/tokenizer.json"] == own / "tokenizer.json"
 
     def test_the_base_is_the_published_one_in_float32(self, wan: Case, tmp_path: Path) -> None:
