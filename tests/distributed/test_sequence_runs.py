@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -241,3 +242,33 @@ def test_a_process_with_a_slice_counts_its_part_of_each_input() -> None:
     for name in ("sampled", "compared", "trained"):
         assert 2 * getattr(half, name) == getattr(whole, name) > 0, name
     assert half.videos == whole.videos
+
+
+def test_a_process_with_a_slice_does_not_leave_a_share_of_its_team_either() -> None:
+    """Two units share the candidates; the other process of this one's unit waits for its part of every layer."""
+    two = Processes(0, 2, CPU)
+    points = StopPoints(replace(Processes.start("cpu"), _sequence=two))
+    points.requested = lambda: True
+    layers: list[str] = []
+    compute = points.before(layers.append)
+    with pytest.raises(StepAbandonedError), points.stoppable(together=True), points.share(two):
+        compute("the only one")
+    assert layers
+
+
+def test_processes_wait_for_their_team_and_unit_as_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog sees that they wait, and every group has the limit that the run gives."""
+    limits: list[timedelta | None] = []
+
+    def new_group(ranks: Sequence[int], timeout: timedelta | None) -> list[int]:
+        limits.append(timeout)
+        return list(ranks)
+
+    monkeypatch.setattr("torch.distributed.new_group", new_group)
+    given = timedelta(hours=30)
+    one = Processes(0, 4, CPU).in_teams(2, 2, given)
+    other = Processes(0, 2, CPU).in_teams(2, 1, given).in_couples(given)
+    assert all(part.stages is one.stages for part in (one.team, one.sequence, one.units))
+    assert other.team.couple is not None
+    assert other.team.couple.pair.stages is other.team.stages is other.stages
+    assert set(limits) == {given}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,8 +32,10 @@ from zero_runs import (
     zero,
 )
 
+from vpo_engine.config import OptimizerConfig
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.errors import NotFiniteError
+from vpo_engine.memory.moments import WideMoments
 from vpo_engine.memory.optimizer_state import STEP, StateFormat
 from vpo_engine.memory.zero import ZeroOptimizer
 
@@ -302,3 +305,25 @@ def test_weights_that_were_stepped_at_different_times_are_refused() -> None:
     ):
         optimizer.load_state_dict(state)
     assert optimizer.steps == 0
+
+
+def test_a_process_that_steps_no_part_of_a_weight_joins_in_gathering_the_moments() -> None:
+    """A small adapter leaves nothing for the last of many processes; the others have made three steps."""
+    gathered: list[torch.Tensor] = []
+
+    def add(values: torch.Tensor) -> torch.Tensor:
+        gathered.append(values)
+        return values
+
+    optimizer: Any = object.__new__(ZeroOptimizer)
+    optimizer._format, optimizer.steps = StateFormat("float32", 32, [(2,)]), 3
+    optimizer.parameters, optimizer._shapes = [nn.Parameter(torch.zeros(2))], [(2,)]
+    optimizer._masters, optimizer._stage = False, 1
+    optimizer._moments = WideMoments(OptimizerConfig(), fused=False)
+    optimizer._pieces, optimizer._shards, optimizer._places = [None], [], {}
+    optimizer._library = SimpleNamespace(state={})
+    optimizer._processes = SimpleNamespace(
+        first=False, device=torch.device("cpu"), sum=add, largest=lambda number: max(number, 3)
+    )
+    optimizer.state_dict()
+    assert [tuple(values.shape) for values in gathered] == [(2,), (2,)], "both moments"

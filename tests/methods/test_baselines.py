@@ -31,6 +31,7 @@ from vpo_engine.objectives.reward_losses import (
 from vpo_engine.rewards.frames import segment_weights
 from vpo_engine.rollout.reward_gradient import denoise_with_gradients, first_of_partial
 from vpo_engine.rollout.scored_frames import frame_of_each_segment, random_frames
+from vpo_engine.t2v_turbo import T2VTurbo
 
 VADER = RECORDED["vader_truncated_backprop_rflow"]
 TURBO = RECORDED["t2v_turbo"]
@@ -202,3 +203,15 @@ def test_a_prediction_of_any_kind_splits_latents_into_what_they_were_made_of(kin
     torch.testing.assert_close(found.noise, noise)
     later = double([1.0, 0.6]), double([0.0, 0.8])
     torch.testing.assert_close(found.at(*later), made_of(*later))
+
+
+def test_t2v_turbo_draws_the_frames_of_each_step_by_the_seed() -> None:
+    """They are the same for both halves of a step: here twenty steps of four videos each, for two seeds."""
+    method: Any = object.__new__(T2VTurbo)
+    method.model = SimpleNamespace(video_size=(17, 32, 32))
+    drawn: list[Any] = []
+    for seed in (0, 1):
+        method.config = SimpleNamespace(seed=seed, pairs_per_step=4)
+        drawn += [method._frames(4, [SimpleNamespace(position=place)]) for place in range(0, 80, 2)]
+    assert drawn[::2] == drawn[1::2]
+    assert len({tuple(frames) for frames in drawn}) > 30

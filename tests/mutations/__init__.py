@@ -30,6 +30,7 @@ from mutations import (
     step,
     strangers,
     survival,
+    together,
     update,
     watch,
 )
@@ -66,4 +67,5 @@ MUTATIONS = [
     *compared.MUTATIONS,
     *published.MUTATIONS,
     *shown.MUTATIONS,
+    *together.MUTATIONS,
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vpo_engine.distributed.processes import Processes
 from vpo_engine.errors import NotFiniteError
 from vpo_engine.metrics.appearance import appearance, style_distance
 from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
+from vpo_engine.rewards.guards import Shuffled
 from vpo_engine.seeding import normal
 from vpo_engine.video_model import VideoModel
 
@@ -324,3 +325,19 @@ def test_what_fits_is_told_by_a_setting_that_the_method_has(
     said = capsys.readouterr().out
     assert "objective.micro_batch_size=2" in said
     assert "rollout.batch_size" not in said
+
+
+def test_what_the_first_process_finds_of_the_reward_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another kind of GPU may round otherwise, and what is found decides which alarms may stop the run."""
+    held_out, _ = make_held_out(ToyReward())
+    said: list[str] = []
+    first = {name: Shuffled(8, 0, 8) for name in WEIGHTS}
+
+    def broadcast(self: Processes, text: str) -> str:
+        said.append(text)
+        return json.dumps({name: asdict(each) for name, each in first.items()})
+
+    monkeypatch.setattr(Processes, "broadcast_text", broadcast)
+    videos = torch.zeros(2, 3, 4, 4, 3, dtype=torch.uint8)
+    assert held_out.check_reward(videos, range(2), exchange=True) == first
+    assert {each["clips"] for each in json.loads(said[0]).values()} == {2}

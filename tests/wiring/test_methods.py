@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from vpo_engine.config.methods import SecondRewardConfig
 from vpo_engine.config_file import load_config
 from vpo_engine.data.prompts import PromptStream
 from vpo_engine.distributed.processes import Processes
+from vpo_engine.refl import ReFL
 from vpo_engine.rollout.given_videos import FileVideos
 from vpo_engine.rollout.second_reward import SecondReward
 from vpo_engine.seeding import generator, integer, normal
@@ -337,3 +339,24 @@ def test_given_videos_are_kept_beside_the_run(
     monkeypatch.setattr(FileVideos, "encode", lambda self, model, folder, *_: folders.append(folder))
     train(make_config(tmp_path, *METHODS[method], "steps=1"))
     assert folders == [tmp_path / "encoded_videos"]
+
+
+@pytest.mark.parametrize(("method", "kind"), [("refl", ReFL), ("t2v_turbo", T2VTurbo)])
+def test_a_signal_is_followed_before_the_next_micro_batch_and_the_step_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, kind: Any
+) -> None:
+    """Of four videos, one after the other, two have been learned from when it comes."""
+    learn, calls = kind.learn_from, list[Any]()
+
+    def asked(self: Any, prompts: Any) -> Any:
+        calls.append(prompts)
+        found = learn(self, prompts)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(kind, "learn_from", asked)
+    config = make_config(tmp_path, *METHODS[method], "steps=2", "objective.micro_batch_size=1")
+    engine.train(config, GradientReward(), exit_code=143)
+    assert len(calls) == 2
+    assert not engine.metrics_of(tmp_path / "run")

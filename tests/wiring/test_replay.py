@@ -10,7 +10,9 @@ import engine
 import pytest
 import torch
 from checks import CASES, check_lines, check_metrics, check_policies, check_rows, config_of, expected_of
-from toy import caption_of, scores_of
+from toy import ToyNetwork, caption_of, scores_of
+
+from vpo_engine.objectives.dpo import DPO
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -214,3 +216,33 @@ def test_winners_and_losers_go_through_the_networks_one_after_the_other_only_if_
     run = engine.train(engine.make_config(tmp_path, "steps=1", f"memory.sequential={sequential}"))
     assert len(run.rows) > 1
     assert len(run.asked[-1]["inputs"]) == len(run.rows) * (1 if sequential else 2)
+
+
+def test_the_average_takes_in_the_weights_that_a_step_has_made(tmp_path: Path) -> None:
+    """The first update keeps a tenth of what was there, the second 2 / 11."""
+    engine.train(engine.make_config(tmp_path, "steps=2", "ema.decay=0.9"))
+    run = tmp_path / "run"
+    assert [row["optimizer_steps"] for row in engine.metrics_of(run)] == [1, 2]
+    expected = ToyNetwork().state_dict()
+    for step, kept in ((1, 1 / 10), (2, 2 / 11)):
+        policy, saved = engine.policy_of(run, step), engine.saved_tensors(run, step)
+        expected = {name: kept * value + (1 - kept) * policy[name] for name, value in expected.items()}
+        for name, value in expected.items():
+            torch.testing.assert_close(saved[f"ema/model.safetensors/{name}"], value)
+
+
+def test_the_error_of_a_mean_counts_pairs_and_not_their_timesteps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samples of a pair resemble each other, so that they count as one."""
+    means, counted = DPO.means, list[tuple[float, int]]()
+
+    def noted(sums: list[float], samples: float, pairs: int) -> dict[str, float]:
+        counted.append((samples, pairs))
+        return means(sums, samples, pairs)
+
+    monkeypatch.setattr(DPO, "means", staticmethod(noted))
+    engine.train(engine.make_config(tmp_path, "steps=2", "objective.timesteps_per_pair=3"))
+    pairs = [row["pairs"] for row in engine.metrics_of(tmp_path / "run") if row["pairs"]]
+    assert counted == [(3 * number, number) for number in pairs]
+    assert counted

@@ -160,3 +160,45 @@ def test_a_signal_while_pairs_are_sampled_is_followed_at_the_next_look(
     monkeypatch.setattr(StopPoints, "check", counted)
     engine.train(engine.make_config(tmp_path, *SAMPLED), exit_code=143)
     assert len(looks) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_member_of_a_team_leaves_the_others_while_pairs_are_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """The two of a couple wait for each other in every step of the sampling."""
+    given: list[bool] = []
+
+    class Sampled:
+        def __len__(self) -> int:
+            return 4
+
+        def find(self, *_: object, **__: object) -> int:
+            return 0
+
+        def take(self, cursor: int, count: int) -> list[PromptItem]:
+            return [PromptItem(place, "red") for place in range(cursor, cursor + count)]
+
+        def read(self, *_: object) -> None: ...
+
+    @contextmanager
+    def stoppable(together: bool) -> Iterator[None]:
+        given.append(together)
+        yield
+
+    recorder = SimpleNamespace(record=lambda *_: None)
+    monkeypatch.setattr(OnlineVPO, "_choose", lambda self, prompts: [])
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    monkeypatch.setattr("vpo_engine.offline_dpo.PairRecorder", lambda *_, **__: recorder)
+    monkeypatch.setattr("vpo_engine.offline_dpo.embed_prompts", lambda *_: [])
+    here = torch.device("cpu")
+    method: Any = object.__new__(OfflineDPO)
+    method.config = engine.make_config(tmp_path, *SAMPLED)
+    method.processes = Processes(0, 2, here, _team=Processes(0, size, here))
+    method.optimizer = SimpleNamespace(steps=0, whole=nullcontext)
+    method.model = SimpleNamespace(prepare=lambda texts: None)
+    method.stopping = SimpleNamespace(stoppable=stoppable)
+    method.watched = SimpleNamespace(forget=lambda: None)
+    method.selector = SimpleNamespace(pairs=lambda choices: [])
+    method._sample_pairs(Sampled(), tmp_path, lambda text: None)
+    assert given == [size > 1]

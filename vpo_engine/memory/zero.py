@@ -172,6 +172,7 @@ class ZeroOptimizer:
         state = self._format.header(self.steps)
         moments = self._read_moments()
         step = max((int(self._library.state[flat][STEP]) for flat in moments), default=0)
+        step = self._processes.largest(step)  # of many processes the last may have no part of small weights
         read = {name: [moments[flat][name] for flat in moments] for name in self._moments.names}
         for number in range(len(self.parameters)):
             entry = {}

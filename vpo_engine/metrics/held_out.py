@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import torch
@@ -116,7 +117,11 @@ class HeldOut:
             check_deterministic(reward, videos[0], captions[0])
             if not exchange or len(set(captions)) < 2:
                 return {}
-            return prompt_shuffle(reward, videos, captions, self._config.seed)
+            found = prompt_shuffle(reward, videos, captions, self._config.seed)
+        # The first process's counts are those of all: others may round otherwise, and alarms follow from them.
+        said = json.dumps({name: asdict(each) for name, each in found.items()})
+        counts = json.loads(self._processes.broadcast_text(said))
+        return {name: Shuffled(**each) for name, each in counts.items()}
 
     def caption(self, clip: int) -> str:
         return self.prompts[clip % len(self.prompts)]
