@@ -114,6 +114,18 @@ class TestDivergenceOfEvaluations:
             assert [second.observe(step, base, nows[step]) for step in range(cut, 6)] == expected[cut:]
             assert second.alarms == whole.alarms
 
+    def test_evaluations_of_other_clips_than_before_a_resume_are_not_compared(self) -> None:
+        """evaluation.samples_between may change when a run goes on. Here the policy never does."""
+        base = evaluation(2.0, 3.0)
+        few, more = (RewardMonitor(GuardsConfig(window=4), clips) for clips in (4, 12))
+        for step in (0, 2):
+            few.observe(step, base, base)
+        more.load(json.loads(json.dumps(few.state())))
+        row = {"step": 3, "guards/training": 2.0, "guards/held_out": 3.0}
+        more.recall([], row)
+        assert not more.state()["observations"]
+        assert [more.observe(step, base, base)[1] for step in (4, 6)] == [[], []]
+
 
 class TestStyle:
     @staticmethod

@@ -13,7 +13,7 @@ from vpo_engine.config import Config
 from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.watchdog import EXIT_CODE, Watchdog
 from vpo_engine.errors import DiskFullError, LostProcessError
-from vpo_engine.runs.attempts import end_attempt, fail_attempt
+from vpo_engine.runs.attempts import End, end_attempt, fail_attempt
 from vpo_engine.runs.directory import RunDirectory
 
 
@@ -23,12 +23,18 @@ class Outcome:
 
     steps: how many steps were made. summary: of the evaluation at the end; None if the run was stopped before.
     stopped_by: what stopped it; a checkpoint holds the last step then, if there was one. exit_code: of the command.
+    alarmed: an alarm stopped it.
     """
 
     steps: int
     summary: dict[str, object] | None
     stopped_by: str | None = None
     exit_code: int = 0
+    alarmed: bool = False
+
+    @property
+    def how(self) -> End:
+        return "finished" if self.stopped_by is None else "alarm" if self.alarmed else "stopped"
 
 
 class Ending:
@@ -53,13 +59,13 @@ class Ending:
             )
             raise
         except KeyboardInterrupt:
-            self.ended(finished=False)
+            self.ended("stopped")
             raise
 
-    def ended(self, finished: bool) -> None:
-        """Note that the run ended as it was meant to, at its last step or because it was to stop."""
+    def ended(self, how: End) -> None:
+        """Note that the run ended as it was meant to; see ``end_attempt``."""
         if self.run is not None and self._processes.first:
-            end_attempt(self.run, finished)
+            end_attempt(self.run, how)
 
     def watchdog(self, config: Config) -> Watchdog:
         """Return the watchdog of this process, which ends it at once."""

@@ -40,14 +40,19 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that is complete or, after an error, as it was before. DiskFullError if the disk is full."""
+def write_whole(path: Path, content: str | bytes, *, sync: bool = False) -> None:
+    """Write a file that is complete or, after an error, as it was before. DiskFullError if the disk is full.
+
+    sync: see ``write_by``.
+    """
     data = content.encode() if isinstance(content, str) else content
-    write_by(path, lambda unfinished: unfinished.write_bytes(data))
+    write_by(path, lambda unfinished: unfinished.write_bytes(data), sync=sync)
 
 
-def write_by(path: Path, write: Callable[[Path], object]) -> None:
+def write_by(path: Path, write: Callable[[Path], object], *, sync: bool = False) -> None:
     """Let ``write`` write a file under another name, and rename it to ``path``; errors are as for ``write_whole``.
+
+    sync: bring the content to the disk first, so that a power cut leaves the file as it was or whole.
 
     Nothing is written through a link that lies under either name.
     """
@@ -57,10 +62,21 @@ def write_by(path: Path, write: Callable[[Path], object]) -> None:
             unfinished.unlink()
         try:
             write(unfinished)
+            if sync:
+                sync_file(unfinished)
             unfinished.replace(path)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def disk_of(path: Path) -> Path:

@@ -72,6 +72,10 @@ class LineFile:
                     part.unlink()
             self._file = _open(self.path)
 
+    def sync(self) -> None:
+        """Bring all lines to the disk, where they outlive a power cut."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)

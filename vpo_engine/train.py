@@ -32,6 +32,7 @@ from vpo_engine.config_file import load_config, require_files
 from vpo_engine.distributed.deepspeed_settings import check_deepspeed
 from vpo_engine.distributed.shares import check_shares
 from vpo_engine.help_text import HelpFormatter
+from vpo_engine.runs.attempts import stopped_by_alarm
 from vpo_engine.runs.lock import refuse_held
 from vpo_engine.runs.progress import wrap_for
 from vpo_engine.runs.start import find_start
@@ -92,23 +93,31 @@ def train(config: Config) -> int:
                 f"the run at {start.root} is finished: step {config.steps} is its last; raise steps to go on with it"
             )
             return 0
+        if start.root is not None and stopped_by_alarm(start.root):
+            say(
+                f"an alarm has stopped the run at {start.root}; look at its report, and start it again yourself"
+            )
+            return 1
         if config.log.wandb is not None:
             check_wandb(config.log.wandb)
         for note in notes(config):
             say(wrap_for(sys.stderr, f"note: {note}"), sys.stderr)
-    elif _is_finished(config):
-        return 0
+    elif (code := _code_at_once(config)) is not None:
+        return code
     from vpo_engine.training import run_training
 
     return run_training(config)
 
 
-def _is_finished(config: Config) -> bool:
-    """Return whether the run is finished, in a process that says nothing: the first one tells what is wrong."""
+def _code_at_once(config: Config) -> int | None:
+    """Return the exit code of a process of a run that does not go on; None if it does. The first one says why."""
     try:
-        return find_start(config).finished
+        start = find_start(config)
     except USER_ERRORS:
-        return False
+        return None
+    if start.finished:
+        return 0
+    return 1 if start.root is not None and stopped_by_alarm(start.root) else None
 
 
 def _check_peft(config: Config) -> None:

@@ -24,7 +24,7 @@ from vpo_engine.ending import Outcome
 from vpo_engine.errors import NotFiniteError
 from vpo_engine.full_disk import write_whole
 from vpo_engine.method import Method, Step, embed_prompts
-from vpo_engine.metrics.held_out import HeldOut
+from vpo_engine.metrics.held_out import HeldOut, logged
 from vpo_engine.metrics.reward_monitor import RewardMonitor, describe_shuffle
 from vpo_engine.metrics.step_watch import Alarm, StepWatch
 from vpo_engine.metrics.summary import format_summary, summarise
@@ -172,7 +172,7 @@ class Trainer:
             return Outcome(step, None, name, exit_code=exit_code(stop.signal or signal.SIGTERM))
         if self._processes.first:
             self._progress.note(f"report: {write_report(self._run)}")
-        return Outcome(step, None, "an alarm (guards.on_alarm=stop)", exit_code=1)
+        return Outcome(step, None, "an alarm (guards.on_alarm=stop)", exit_code=1, alarmed=True)
 
     def _diverged(self, error: NotFiniteError) -> str:
         """Return what is known about a policy that has diverged."""
@@ -319,7 +319,7 @@ class Trainer:
         self._take_seconds()
         self._log_evaluation(step, final)
         self._saver.wait()
-        summary = summarise(_logged(self._baseline), _logged(final), self._timings(), self._config.ema.decay)
+        summary = summarise(logged(self._baseline), logged(final), self._timings(), self._config.ema.decay)
         if self._processes.first:
             write_whole(self._run.summary, json.dumps(summary, indent=1))
             before, model = self._baseline["clips"], self._algorithm.model
@@ -334,13 +334,13 @@ class Trainer:
     def _log_evaluation(
         self, step: int, measured: dict[str, Tensor], more: Mapping[str, float] | None = None
     ) -> None:
-        means = {f"held_out/{name}": float(value.mean()) for name, value in _logged(measured).items()}
+        means = {f"held_out/{name}": float(value.mean()) for name, value in logged(measured).items()}
         numbers, alarms = self._monitor.observe(step, self._baseline, measured)
         if self._algorithm.average is not None:  # these numbers are the average's
             numbers = {**numbers, "ema/decay": self._algorithm.average.decay}
+        self._raise_alarms(alarms)  # before the row, by which the next start takes the evaluation for made
         self._log.write(step, "eval", means | numbers | dict(more or {}))
         self._log.show_samples(step, self._held_out.prompts, self._held_out.kept, self._algorithm.model.fps)
-        self._raise_alarms(alarms)
 
     def _sample_shown(self) -> Tensor:
         """Sample the held-out clips that the report shows."""
@@ -349,6 +349,10 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self._saved_at = step
+        self._log.sync()  # a power cut must not leave the checkpoint without the rows and pairs before it
+        if self._recorder is not None:
+            self._recorder.sync()
+        self._processes.wait()
         with self._algorithm.optimizer.whole():
             copies = self._saver.begin(step) if self._processes.first else None
             snapshot = capture(self._algorithm, step, self._baseline)
@@ -371,11 +375,12 @@ class Trainer:
         )
         self._monitor.load(checkpoint.state.get("guards", RewardMonitor.NOTHING))
         self._saved_at = self._resumed_at = step
-        # An evaluation after the save may have raised more.
-        known = (read_alarms(self._run) or ()) if self._processes.first else ()
-        later = [[each for each in known if each["step"] <= step], self._log.resume(step, total)]
-        alarms, evaluation = json.loads(self._processes.broadcast_text(json.dumps(later)))
         due = self._due(self._config.evaluation.every, step) and step < total
+        made = self._log.resume(step, total)
+        # An evaluation after the save may have raised more; one that is made again raises its own again.
+        known = (read_alarms(self._run) or ()) if self._processes.first else ()
+        later = [[each for each in known if each["step"] <= step - (due and not made)], made]
+        alarms, evaluation = json.loads(self._processes.broadcast_text(json.dumps(later)))
         self._evaluation_missing = due and not evaluation
         self._monitor.recall(alarms, evaluation if due else None)
         return step
@@ -393,8 +398,3 @@ class Trainer:
             if self._processes.device.type == "cuda":
                 torch.cuda.synchronize(self._processes.device)
         self._stage_seconds[name] = self._stage_seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _logged(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what the log and the summary compare of an evaluation; the guards compare the style statistics."""
-    return {name: value for name, value in measured.items() if not name.startswith(("clips", "style/"))}

@@ -39,7 +39,7 @@ from vpo_engine.reference.store import HeldReference, build_reference
 from vpo_engine.rewards.remote import RemoteReward
 from vpo_engine.rewards.served import find_reward, serve
 from vpo_engine.runs.attempts import begin_attempt
-from vpo_engine.runs.checkpoint import step_of
+from vpo_engine.runs.checkpoint import step_of, verify_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.lock import RunLock
 from vpo_engine.runs.next_steps import going_on
@@ -105,7 +105,7 @@ def run_training(config: Config) -> int:
             start_from=checkpoint,
         )
         outcome = trainer.run()
-        ending.ended(finished=outcome.stopped_by is None)
+        ending.ended(outcome.how)
     if outcome.stopped_by and processes.first:
         say(_stopped_text(outcome.stopped_by, outcome.steps, run))
     return outcome.exit_code
@@ -221,8 +221,11 @@ def _open_run(
             start.root.mkdir(parents=True, exist_ok=True)
             at_end.enter_context(RunLock(start.root))
             start = find_start(config)  # another process may have ended meanwhile
+        if start.checkpoint is not None:
+            verify_checkpoint(start.checkpoint)  # before anything of the run is changed
         run = start.open(config)
-        run.summary.unlink(missing_ok=True)  # the result of an earlier end, which the run goes beyond now
+        for result in (run.summary, run.held_out_gallery):  # of an earlier end, which the run goes beyond now
+            result.unlink(missing_ok=True)
         if start.checkpoint is None:
             write_record(run.root, texts)
         if start.root is None:

@@ -147,8 +147,8 @@ MUTATIONS = [
     (
         "a restart forgets what earlier restarts have saved",
         "vpo_engine/runs/attempts.py",
-        'first, restart = line, line["restart"]',
-        "first, restart = line, -1",
+        "first, now = line, then",
+        "first, now = line, (-1, -1)",
         (
             "tests/runs/test_start.py::test_what_torchrun_starts_again_keeps_what_it_has_saved_since_it_went_back",
         ),
@@ -156,8 +156,8 @@ MUTATIONS = [
     (
         "another job goes on from what this one has saved",
         "vpo_engine/runs/attempts.py",
-        'if line.get("job") != _job() or line["restart"] >= restart:',
-        'if line["restart"] >= restart:',
+        'if line.get("job") != _job() or then >= now:',
+        "if then >= now:",
         (
             "tests/runs/test_start.py::test_what_torchrun_starts_again_keeps_what_it_has_saved_since_it_went_back",
         ),
@@ -165,8 +165,8 @@ MUTATIONS = [
     (
         "a restart that has saved nothing does not go back",
         "vpo_engine/runs/attempts.py",
-        'first is not None and first["newest"] != _newest',
-        "first is not None or _newest",
+        'newest[0] > first["from"] and newest != first["newest"]',
+        "True",
         ("tests/runs/test_start.py::test_what_torchrun_starts_again_goes_back_again_if_nothing_was_saved",),
     ),
     (
@@ -188,7 +188,7 @@ MUTATIONS = [
     (
         "Ctrl-C counts as a process that the system killed",
         "vpo_engine/ending.py",
-        "self.ended(finished=False)",
+        'self.ended("stopped")',
         "pass",
         ("tests/wiring/test_faults.py::test_the_end_of_a_run_before_its_first_step_is_noted",),
     ),

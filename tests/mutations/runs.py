@@ -94,8 +94,8 @@ MUTATIONS = [
     (
         "before and after exchanged in the summary",
         TRAINER,
-        "summarise(_logged(self._baseline), _logged(final),",
-        "summarise(_logged(final), _logged(self._baseline),",
+        "summarise(logged(self._baseline), logged(final),",
+        "summarise(logged(final), logged(self._baseline),",
         EVALUATION,
     ),
     (
@@ -234,7 +234,7 @@ MUTATIONS = [
         'root.glob("*") if item.is_file()',
         DISK,
     ),
-    ("nothing synced", CHECKPOINT, "os.fsync(descriptor)", "pass", DISK),
+    ("nothing synced", "vpo_engine/full_disk.py", "os.fsync(descriptor)", "pass", DISK),
     (
         "reading deletes an unfinished save",
         CHECKPOINT,

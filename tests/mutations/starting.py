@@ -90,9 +90,9 @@ MUTATIONS = [
     ),
     (
         "a run that was stopped counts as finished",
-        TRAINING,
-        "finished=outcome.stopped_by is None",
-        "finished=True",
+        "vpo_engine/ending.py",
+        '"finished" if self.stopped_by is None else',
+        '"finished" if True else',
         (f"{STOPS[0]}::test_a_longer_run_that_is_stopped_in_its_last_evaluation_is_not_finished",),
     ),
     (

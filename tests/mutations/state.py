@@ -121,8 +121,8 @@ MUTATIONS = [
         REPLAY,
     ),
     ("other settings resumed", START, "if different:", "if False:", FAULTS),
-    ("files not synced", CHECKPOINT, "path.chmod(mode) _sync(path)", "path.chmod(mode)", DISK),
-    ("the manifest not synced", CHECKPOINT, "_sync(manifest)", "pass", DISK),
+    ("files not synced", CHECKPOINT, "path.chmod(mode) sync_file(path)", "path.chmod(mode)", DISK),
+    ("the manifest not synced", CHECKPOINT, "sync_file(manifest)", "pass", DISK),
     (
         "folders not synced",
         CHECKPOINT,
@@ -140,15 +140,15 @@ MUTATIONS = [
     (
         "the rename not synced",
         CHECKPOINT,
-        "unfinished.rename(final) _sync(final.parent)",
+        "unfinished.rename(final) sync_file(final.parent)",
         "unfinished.rename(final)",
         DISK,
     ),
     (
         "synced before the rename",
         CHECKPOINT,
-        "unfinished.rename(final) _sync(final.parent)",
-        "_sync(final.parent)\n    unfinished.rename(final)",
+        "unfinished.rename(final) sync_file(final.parent)",
+        "sync_file(final.parent)\n    unfinished.rename(final)",
         DISK,
     ),
     (

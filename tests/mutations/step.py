@@ -223,8 +223,8 @@ MUTATIONS = [
     (
         "the log is not cut at a resume",
         TRAINER,
-        "self._log.resume(step, total)]",
-        "{}]",
+        "made = self._log.resume(step, total)",
+        "made = {}",
         RESUME,
     ),
     (

@@ -55,7 +55,7 @@ def test_an_attempt_that_was_killed_leaves_no_word(run: RunDirectory) -> None:
 
 def test_a_run_that_was_asked_to_stop_is_no_failure(run: RunDirectory) -> None:
     begin_attempt(run, 0)
-    end_attempt(run, finished=False)
+    end_attempt(run, "stopped")
     assert begin_attempt(run, 0) is None
 
 
@@ -63,10 +63,10 @@ def test_only_the_last_attempt_tells_whether_the_run_came_to_its_end(run: RunDir
     assert not was_cut_short(run), "an older run, of which nothing is known"
     begin_attempt(run, 0)
     assert was_cut_short(run)
-    end_attempt(run, finished=False)
+    end_attempt(run, "stopped")
     assert was_cut_short(run)
     begin_attempt(run, 2)
-    end_attempt(run, finished=True)
+    end_attempt(run, "finished")
     assert not was_cut_short(run)
     begin_attempt(run, 4)
     assert was_cut_short(run), "it was made longer"

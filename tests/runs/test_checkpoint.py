@@ -172,7 +172,7 @@ def test_a_full_disk(tmp_path, monkeypatch, where):
     options = {"write_policy": full} if where == "policy" else {}
     if where != "policy":
         monkeypatch.setattr(
-            *{"tensors": (safetensors.torch, "save_file"), "sync": (module, "_sync")}[where], full
+            *{"tensors": (safetensors.torch, "save_file"), "sync": (module, "sync_file")}[where], full
         )
     with pytest.raises(CheckpointError) as caught:
         save(tmp_path, 24, keep=1, **options)

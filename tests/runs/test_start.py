@@ -274,3 +274,27 @@ def test_what_torchrun_starts_again_goes_back_again_if_nothing_was_saved(
     begin_attempt(RunDirectory.open(root), 10)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert start_of(root, "checkpoint.from=10").checkpoint == root / "checkpoints/step_00000010"
+
+
+def test_a_job_that_slurm_requeues_keeps_what_it_has_saved_since_it_went_back(
+    a_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun counts from 0 again, and the checkpoint that the command names is gone."""
+    root = a_run(10, 20)
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "17")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    begin_attempt(RunDirectory.open(root), 10)
+    for step in (15, 25):
+        save_checkpoint(root / "checkpoints", step, tensors={}, state={}, write_policy=None, keep=2)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert start_of(root, "checkpoint.from=10").checkpoint == root / "checkpoints/step_00000025"
+
+
+def test_what_was_killed_before_its_configuration_was_in_place_starts_again(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    for name in ("run.lock", ".config.yaml.tmp"):
+        (root / name).touch()
+    start_of(root).open(load_config(None))
+    assert (root / "config.yaml").is_file()

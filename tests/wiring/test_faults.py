@@ -249,3 +249,16 @@ def test_steps_without_a_pair_are_counted_on_when_a_run_goes_on(tmp_path: Path) 
     engine.train(engine.make_config(tmp_path, "steps=12", *rare), ToyReward(0.0))
     with pytest.raises(ValueError, match=r"every pair of the last 20 steps \(to step 20\) was a tie"):
         engine.train(engine.make_config(tmp_path, "steps=25", *rare), ToyReward(0.0))
+
+
+def test_a_run_that_is_refused_to_go_on_keeps_its_result(tmp_path: Path) -> None:
+    engine.train(engine.make_config(tmp_path, "steps=1"))
+    kept = [tmp_path / "run" / name for name in ("summary.json", "config.yaml")]
+    before = [path.read_bytes() for path in kept]
+    file = engine.checkpoint(tmp_path / "run", 1) / "reference.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="was altered after it was saved"):
+        engine.train(engine.make_config(tmp_path, "steps=2"))
+    assert [path.read_bytes() for path in kept] == before

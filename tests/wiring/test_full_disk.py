@@ -23,6 +23,7 @@ from vpo_engine.trainer import Trainer
 
 SETTINGS = ("steps=3", "evaluation.every=2", "checkpoint.keep=9")
 WRITERS = {
+    "config.yaml": 0,
     "metrics.jsonl": 2,
     "pairs_0000.jsonl": 2,
     "step_00000003_0000.safetensors": 2,

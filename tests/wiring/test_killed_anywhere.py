@@ -105,3 +105,26 @@ def test_kill_9_at_eighteen_places(background: str, storage: tuple[str, ...], tm
     assert run_once(tmp_path / "again", settings) == 0
     assert_same(tmp_path / "whole/run", run, STEPS)
     assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_rows_and_pairs_are_on_the_disk_before_the_checkpoint_of_their_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut leaves the checkpoint alone, and nobody makes that step again."""
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        done.append(name.removeprefix(".").removesuffix(".tmp"))
+        fsync(descriptor)
+
+    def renamed(source: Any, target: Any, **options: Any) -> None:
+        done.append(Path(source).name)
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    engine.train(engine.make_config(tmp_path, "steps=1"))
+    before = set(done[: done.index(".step_00000001.unfinished")])
+    assert {"config.yaml", "metrics.jsonl", "pairs_0000.jsonl", "step_00000001_0000.safetensors"} <= before

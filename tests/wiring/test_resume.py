@@ -17,8 +17,10 @@ import pytest
 import torch
 from toy import ToyReward
 
+from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.online_vpo import OnlineVPO
+from vpo_engine.runs.log import RunLog
 
 SETTINGS = (
     "steps=7",
@@ -240,3 +242,77 @@ def test_an_alarm_of_an_evaluation_that_is_made_up_for_stops_before_another_step
     assert [row["step"] for row in engine.metrics_of(tmp_path / "run")] == [1, 2]
     engine.train(config)
     assert [row["step"] for row in engine.metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("end", ["a signal", "a kill"])
+def test_a_run_that_went_back_and_ended_before_its_next_save_goes_on_from_there(
+    tmp_path: Path, end: str
+) -> None:
+    """Not from the checkpoints of the steps that it gave up, whose rows and pairs are gone."""
+    engine.train(engine.make_config(tmp_path, "steps=4"))
+    run, again = tmp_path / "run", tmp_path / "again"
+    shutil.copytree(run, again)
+    own = ("steps=4", f"run_dir={again}")
+    back = engine.make_config(tmp_path, *own, "checkpoint.from=2")
+    if end == "a signal":
+        stopped_at(back, StopPoints, "check", 1)
+    else:
+        with pytest.raises(RuntimeError, match="power cut"):
+            engine.train(back, DyingReward(2))  # the check of the reward scores two
+    engine.train(engine.make_config(tmp_path, *own))
+    assert_same(run, again, 4)
+
+
+def test_what_torchrun_starts_again_after_an_alarm_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit code is 1, which torchrun takes for a failure. A person's next start goes on."""
+    config = engine.make_config(tmp_path, *LOOKS, "guards.on_alarm=stop")
+    engine.train(config, exit_code=1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        engine.train(config, exit_code=1)
+    monkeypatch.delenv("RANK")
+    assert [row["step"] for row in engine.metrics_of(tmp_path / "run")] == [1, 2]
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    engine.train(config)
+    assert [row["step"] for row in engine.metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_clips_that_a_run_gives_up_are_not_shown(tmp_path: Path) -> None:
+    """Pairs of a step behind the checkpoint that it goes back to, and clips after an end that it goes beyond."""
+    run = tmp_path / "run"
+    engine.train(engine.make_config(tmp_path, "steps=4"))
+    assert max(engine.galleries_of(run)) == 4
+    engine.train(engine.make_config(tmp_path, "steps=3", "checkpoint.from=2"))
+    assert max(engine.galleries_of(run)) < 4
+    assert (run / "gallery/held_out.safetensors").is_file()
+    stopped_at(engine.make_config(tmp_path, "steps=4"), StopPoints, "check", 1)
+    assert not (run / "gallery/held_out.safetensors").exists()
+
+
+def test_an_alarm_outlives_a_kill_while_the_clips_of_its_evaluation_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation after step 2 is made up for, and its row is written, or about to be."""
+    config = engine.make_config(tmp_path, *LOOKS)
+
+    def dies(*_: object) -> None:
+        raise RuntimeError("power cut")
+
+    stopped_at(config, HeldOut, "evaluate", 2)
+    for name in ("show_samples", "write"):
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, name, dies)
+            with pytest.raises(RuntimeError, match="power cut"):
+                engine.train(config)
+    engine.train(config)
+    assert style_alarms(tmp_path / "run") == [2]
+
+
+def test_a_run_that_goes_back_behind_an_alarm_is_stopped_by_it_again(tmp_path: Path) -> None:
+    settings = (*LOOKS, "guards.on_alarm=stop")
+    engine.train(engine.make_config(tmp_path, *settings), exit_code=1)
+    engine.train(engine.make_config(tmp_path, *settings, "checkpoint.from=1"), exit_code=1)
+    assert style_alarms(tmp_path / "run") == [2]

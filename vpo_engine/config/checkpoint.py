@@ -27,5 +27,5 @@ class CheckpointConfig(Section):
     there must be a run to go on with (without run_dir, the newest of this name under runs/). false: refuse a run
     directory that is not empty."""
     from_: int | Path | None = Field(None, alias="from")
-    """Checkpoint to go on from: its step, or its folder. Later checkpoints are removed when the next one is saved;
-    what torchrun starts again goes on from that one. null: the newest complete one."""
+    """Checkpoint to go on from: its step, or its folder. Later checkpoints are removed when the run goes on; what
+    torchrun or Slurm starts again goes on from what was saved since. null: the newest complete one."""

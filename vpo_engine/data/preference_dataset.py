@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vpo_engine.full_disk import write_by
+from vpo_engine.full_disk import sync_file, write_by
 from vpo_engine.line_files import Line, LineFile, read_lines
 from vpo_engine.texts import parse_json, shortened
 
@@ -103,6 +103,7 @@ class DatasetWriter:
         """Make ``folder``, the run's preference dataset, if it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._rank = folder, rank
+        self._unsynced: list[Path] = []
 
     def write(
         self, step: int, pairs: Sequence[StoredPair], latents: tuple[Tensor, Tensor] | None = None
@@ -113,10 +114,19 @@ class DatasetWriter:
             path.parent.mkdir(exist_ok=True)
             winner, loser = (part.detach().cpu().contiguous() for part in latents)
             write_by(path, lambda unfinished: save_file({"winner": winner, "loser": loser}, unfinished))
+            self._unsynced.append(path)
         lines = (json.dumps(_line(pair), ensure_ascii=False, allow_nan=False) + "\n" for pair in pairs)
         data = "".join(lines).encode()
         with closing(LineFile(_pairs_file(self._folder, self._rank))) as file:
             file.append(data)
+
+    def sync(self) -> None:
+        """Bring all pairs and latents to the disk, where they outlive a power cut."""
+        lines, latents = _pairs_file(self._folder, self._rank), self._folder / "latents"
+        for path in (*self._unsynced, lines, self._folder, latents):
+            if path.exists():
+                sync_file(path)
+        self._unsynced.clear()
 
 
 def read_dataset(path: str | Path) -> Iterator[StoredPair]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -181,3 +181,8 @@ class HeldOut:
         ):
             found |= {f"{name}/{key}": value.float().cpu() for key, value in measures.items()}
         return found
+
+
+def logged(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the log and the summary compare of an evaluation; the guards compare the style statistics."""
+    return {name: value for name, value in measured.items() if not name.startswith(("clips", "style/"))}

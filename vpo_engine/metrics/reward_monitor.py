@@ -37,6 +37,7 @@ class RewardMonitor:
 
     def __init__(self, settings: GuardsConfig, clips: int, watch: StepWatch | None = None) -> None:
         self._settings, self._clips, self._watch = settings, clips, watch
+        self._comparable = True  # what a state has observed with what comes
         self._trend = DivergenceAlarm(settings.window)
         self._observations: deque[tuple[int, float, float]] = deque(maxlen=settings.window)
         self.alarms: list[Alarm] = []
@@ -123,7 +124,7 @@ class RewardMonitor:
         """
         for fields in alarms:
             self._raise(Alarm(**fields))
-        if evaluation is not None and "guards/held_out" in evaluation:
+        if evaluation is not None and self._comparable and "guards/held_out" in evaluation:
             seen = (evaluation["step"], evaluation["guards/training"], evaluation["guards/held_out"])
             if seen[0] not in [step for step, *_ in self._observations]:
                 self._remember(*seen)
@@ -131,6 +132,7 @@ class RewardMonitor:
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON data."""
         return {
+            "clips": self._clips,
             "observations": [list(seen) for seen in self._observations],
             "alarms": [asdict(alarm) for alarm in self.alarms],
             **({} if self._watch is None else {"watch": self._watch.state()}),
@@ -139,10 +141,12 @@ class RewardMonitor:
     def load(self, state: Mapping[str, Any]) -> None:
         """Load a saved state into a new monitor, which then continues as if the run had never stopped.
 
-        A state without a watch is one of an earlier version: the watch learns from the next steps what is normal.
+        A state without a watch is one of an earlier version: the watch learns from the next steps what is normal. What
+        was observed on another number of clips (evaluation.samples_between may change) is not compared with.
         """
         self.alarms = [Alarm(**fields) for fields in state["alarms"]]
-        for step, training, held_out in state["observations"]:
+        self._comparable = state.get("clips", self._clips) == self._clips
+        for step, training, held_out in state["observations"] if self._comparable else ():
             self._remember(step, training, held_out)
         if self._watch is not None and "watch" in state:
             self._watch.load(state["watch"])

@@ -54,6 +54,10 @@ class PairRecorder:
             )
         self._writer.write(step, lines, latents)
 
+    def sync(self) -> None:
+        """Bring what was recorded to the disk."""
+        self._writer.sync()
+
 
 def _by_dimension(candidates: Sequence[Candidate]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(each.scores[name] for each in candidates) for name in candidates[0].scores}

@@ -13,15 +13,16 @@ from collections.abc import Mapping
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vpo_engine.line_files import LineFile
-from vpo_engine.runs.checkpoint import newest_complete
+from vpo_engine.runs.checkpoint import newest_complete, step_of
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.texts import parse_json, read_text
 
 _NAME = "attempts.jsonl"
 _RESTART = "TORCHELASTIC_RESTART_COUNT"
+End = Literal["finished", "stopped", "alarm"]
 
 
 def begin_attempt(run: RunDirectory, step: int) -> str | None:
@@ -35,12 +36,12 @@ def begin_attempt(run: RunDirectory, step: int) -> str | None:
             attempts.append([])
         if attempts:
             attempts[-1].append(line)
-    newest = _newest(run.checkpoints)
-    begun = {"from": step, "restart": int(os.environ.get(_RESTART, "0")), "newest": newest, "job": _job()}
+    newest, (requeued, restart) = _newest(run.checkpoints), _restarts()
+    begun = {"from": step, "restart": restart, "requeued": requeued, "newest": newest, "job": _job()}
     _append(run.root / _NAME, begun)
     same: list[Mapping[str, Any]] = []
     for start, *ends in reversed(attempts):
-        saved = start.get("newest", newest) != newest
+        saved = newest is not None and newest[0] > step and start.get("newest", newest) != newest
         if start["from"] != step or saved or any("ended" in line for line in ends):
             break
         same.append(ends[0] if ends else {})
@@ -48,14 +49,20 @@ def begin_attempt(run: RunDirectory, step: int) -> str | None:
 
 
 def has_saved(root: Path) -> bool:
-    """Return whether the job of torchrun that starts this process again has saved a checkpoint of the run."""
-    restart, first = int(os.environ.get(_RESTART, "0")), None
+    """Return whether the job that starts this process again has saved a checkpoint of the run.
+
+    torchrun starts processes again after an error, and Slurm a job that it has preempted.
+    """
+    now, first = _restarts(), None
     for line in reversed([line for line in _read(root / _NAME) if "from" in line]):
-        # An earlier job may have had the same name.
-        if line.get("job") != _job() or line["restart"] >= restart:
+        then = (line.get("requeued", 0), line["restart"])
+        if line.get("job") != _job() or then >= now:  # an earlier job may have had the same name
             break
-        first, restart = line, line["restart"]
-    return first is not None and first["newest"] != _newest(RunDirectory.open(root).checkpoints)
+        first, now = line, then
+    newest = _newest(RunDirectory.open(root).checkpoints)
+    return (
+        first is not None and newest is not None and newest[0] > first["from"] and newest != first["newest"]
+    )
 
 
 def fail_attempt(run: RunDirectory, step: int, rank: int, error: str) -> None:
@@ -63,9 +70,15 @@ def fail_attempt(run: RunDirectory, step: int, rank: int, error: str) -> None:
     _append(run.root / _NAME, {"step": step, "rank": rank, "host": socket.gethostname(), "error": error})
 
 
-def end_attempt(run: RunDirectory, finished: bool) -> None:
-    """Note that the run ended as it was meant to: at its last step, or, not ``finished``, because it was to stop."""
-    _append(run.root / _NAME, {"ended": "finished" if finished else "stopped"})
+def end_attempt(run: RunDirectory, how: End) -> None:
+    """Note that the run ended as it was meant to: at its last step, because it was to stop, or by an alarm."""
+    _append(run.root / _NAME, {"ended": how})
+
+
+def stopped_by_alarm(root: Path) -> bool:
+    """Return whether torchrun starts a run again that an alarm has stopped, which torchrun takes for an error."""
+    lines = _read(root / _NAME)
+    return _restarts()[1] > 0 and bool(lines) and lines[-1].get("ended") == "alarm"
 
 
 def was_cut_short(run: RunDirectory) -> bool:
@@ -97,14 +110,20 @@ def _note(ends: list[Mapping[str, Any]], step: int) -> str:
 def _job() -> str:
     """Return what tells this job of torchrun from others: its name, or else the process that started this one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    own = name if name != "none" else f"{socket.gethostname()}:{os.getppid()}"
-    return f"{own} {os.environ.get('SLURM_JOB_ID', '')}".strip()
+    slurm = os.environ.get("SLURM_JOB_ID")
+    own = name if name != "none" or slurm else f"{socket.gethostname()}:{os.getppid()}"
+    return own if slurm is None else f"{own} {slurm}"
 
 
-def _newest(checkpoints: Path) -> str | None:
-    """Return what tells the newest checkpoint from those that other attempts may write at the same step."""
+def _restarts() -> tuple[int, int]:
+    """Return how often Slurm has put the job into its queue again, and torchrun has started its processes again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")), int(os.environ.get(_RESTART, "0"))
+
+
+def _newest(checkpoints: Path) -> list[int] | None:
+    """Return the step of the newest checkpoint and the time by which it differs from others of that step."""
     newest = newest_complete(checkpoints)
-    return None if newest is None else f"{newest.name} {(newest / 'manifest.json').stat().st_mtime_ns}"
+    return None if newest is None else [step_of(newest), (newest / "manifest.json").stat().st_mtime_ns]
 
 
 def _without_numbers(error: str) -> str:

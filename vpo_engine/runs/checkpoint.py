@@ -11,7 +11,6 @@ import bisect
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpo_engine.errors import CheckpointError
 from vpo_engine.foreign_files import file_inside, read_object
-from vpo_engine.full_disk import is_disk_full, tensor_writer_says
+from vpo_engine.full_disk import is_disk_full, sync_file, tensor_writer_says
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -237,13 +236,13 @@ def _write_manifest(root: Path, step: int) -> None:
     for path in sorted(item for item in root.rglob("*") if item.is_file()):
         # The safetensors writer makes files that only their owner may read; give them the mode of the other files.
         path.chmod(mode)
-        _sync(path)
+        sync_file(path)
         files[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = root / _MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
-    _sync(manifest)
+    sync_file(manifest)
     for folder in [root, *(item for item in root.rglob("*") if item.is_dir())]:
-        _sync(folder)
+        sync_file(folder)
 
 
 def _put_in_place(unfinished: Path, final: Path) -> None:
@@ -252,7 +251,7 @@ def _put_in_place(unfinished: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     unfinished.rename(final)
-    _sync(final.parent)
+    sync_file(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -275,9 +274,20 @@ def _delete_superseded(folder: Path, step: int, keep: int) -> None:
     complete = [s for s in sorted(saved, reverse=True) if s <= step and (saved[s] / _MANIFEST).is_file()]
     for other, path in saved.items():
         if other not in complete[:keep]:
-            # Delete the manifest first, so that a half-deleted checkpoint counts as incomplete.
-            (path / _MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            _delete(path)
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete all checkpoints of later steps than ``step``, which a run that goes back to it gives up."""
+    for other, path in _all_saved(folder).items():
+        if other > step:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint, its manifest first, so that a half-deleted one counts as incomplete."""
+    (path / _MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def _all_saved(folder: Path) -> dict[int, Path]:
@@ -356,14 +366,6 @@ def _remedy(path: Path) -> str:
     if earlier is None:
         return "There is no earlier complete checkpoint: start the run again"
     return f"Use the earlier checkpoint '{earlier}'"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _known_sha256(path: Path) -> str:

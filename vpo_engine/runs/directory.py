@@ -48,8 +48,6 @@ class RunDirectory:
             cls.refuse_occupied(root)
         root.mkdir(parents=True, exist_ok=True)
         run = cls(root)
-        for folder in (run.checkpoints, run.pairs_gallery, run.tensorboard):
-            folder.mkdir(parents=True, exist_ok=True)
         run.write_config(config_yaml)
         if root.absolute().parent.name == RUNS:
             _point_to_latest(root.absolute())
@@ -68,12 +66,12 @@ class RunDirectory:
 
     @staticmethod
     def refuse_occupied(root: Path) -> None:
-        """Raise ValueError if ``root`` is a file, or a directory with anything but a lock in it."""
+        """Raise ValueError if ``root`` is a file, or a directory with anything in it that a start does not leave."""
         if not root.is_dir():
             raise ValueError(
                 f"cannot start a run at '{root}': there is a file with that name; choose another name"
             )
-        if all(item.name == LOCK_NAME for item in root.iterdir()):
+        if holds_nothing(root):
             return
         if (root / CONFIG_NAME).is_file():
             raise ValueError(
@@ -86,8 +84,10 @@ class RunDirectory:
         )
 
     def write_config(self, text: str) -> None:
-        """Write the resolved configuration; an earlier one is replaced atomically."""
-        write_whole(self.config, text)
+        """Write the resolved configuration, which makes the folder a run's; an earlier one is replaced atomically."""
+        write_whole(self.config, text, sync=True)
+        for folder in (self.checkpoints, self.pairs_gallery, self.tensorboard):
+            folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def preference_dataset(self) -> Path:
@@ -152,6 +152,11 @@ def _point_to_latest(root: Path) -> None:
         unfinished.replace(link)
     except OSError:
         unfinished.unlink(missing_ok=True)
+
+
+def holds_nothing(root: Path) -> bool:
+    """Return whether a folder has at most what a start leaves that ended before its configuration was in place."""
+    return all(item.name in (LOCK_NAME, f".{CONFIG_NAME}.tmp") for item in root.iterdir())
 
 
 def slug(label: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from vpo_engine import line_files
 from vpo_engine.full_disk import writing
 from vpo_engine.line_files import Line, LineFile, read_lines
+from vpo_engine.runs.checkpoint import delete_after
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import read_held_out
 from vpo_engine.runs.log_rows import Row, parse_row
@@ -103,9 +104,11 @@ class RunLog:
                 self._wandb.write_videos(step, files, what)
 
     def resume(self, step: int, last: int) -> Row | None:
-        """Delete the rows that a run of ``last`` steps, resumed after ``step``, will write again.
+        """Delete what a run of ``last`` steps, resumed after ``step``, gives up and will write again.
 
-        They are those of later steps and the evaluation at the end; of a run that had no checkpoint (step 0), all.
+        This is checkpoints, clips of pairs and rows of later steps, and the row of the evaluation at the end; of a run
+        that had no checkpoint (step 0), all. Checkpoints go first: no other start may go on from a step whose rows are
+        gone.
         Files are replaced atomically. TensorBoard is told to hide its events from ``step + 1`` on. Return the
         evaluation of ``step``, if the log has it.
         """
@@ -114,6 +117,10 @@ class RunLog:
             row = _row_of(line)
             return step > 0 and int(row["step"]) <= step and (row["step"], row["kind"]) != (dropped, "eval")
 
+        delete_after(self._run.checkpoints, step)
+        for clips in self._run.pairs_gallery.glob("step_*.safetensors"):
+            if clips > self._run.pairs_file(step):
+                clips.unlink()
         dropped = last if step == last else None
         newest = self._file.cut(stays)
         self._purge_step = step + 1 if step else 0
@@ -121,6 +128,10 @@ class RunLog:
             self._wandb.resume(step)
         row = {} if newest is None else _row_of(newest)
         return row if (row.get("step"), row.get("kind")) == (step, "eval") else None
+
+    def sync(self) -> None:
+        """Bring all rows to the disk."""
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
@@ -178,6 +189,8 @@ class NullLog:
     def resume(self, step: int, last: int) -> Row | None:
         """Return None: the first process has the rows."""
         return None
+
+    def sync(self) -> None: ...
 
     def show_held_out(self, step: int) -> None: ...
 

@@ -15,8 +15,7 @@ from vpo_engine.config.presets import MEMORY_PRESETS
 from vpo_engine.config_file import dump_config, load_config
 from vpo_engine.runs.attempts import has_saved, was_cut_short
 from vpo_engine.runs.checkpoint import checkpoint_name, complete_checkpoints, unusable_checkpoints
-from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory, slug
-from vpo_engine.runs.lock import LOCK_NAME
+from vpo_engine.runs.directory import CONFIG_NAME, RunDirectory, holds_nothing, slug
 
 _FREE_TO_CHANGE = (
     "name",
@@ -193,7 +192,7 @@ def _root(config: Config, asked: bool) -> Path | None:
 
 
 def _is_empty(root: Path) -> bool:
-    return not root.exists() or (root.is_dir() and all(item.name == LOCK_NAME for item in root.iterdir()))
+    return not root.exists() or (root.is_dir() and holds_nothing(root))
 
 
 def _nothing_there(root: Path | None, name: str) -> str:
