@@ -259,6 +259,7 @@ def test_a_run_that_went_back_and_ended_before_its_next_save_goes_on_from_there(
     else:
         with pytest.raises(RuntimeError, match="power cut"):
             engine.train(back, DyingReward(2))  # the check of the reward scores two
+    assert [engine.checkpoint(again, step).is_dir() for step in (2, 3, 4)] == [True, False, False]
     engine.train(engine.make_config(tmp_path, *own))
     assert_same(run, again, 4)
 
@@ -296,19 +297,21 @@ def test_an_alarm_outlives_a_kill_while_the_clips_of_its_evaluation_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The evaluation after step 2 is made up for, and its row is written, or about to be."""
-    config = engine.make_config(tmp_path, *LOOKS)
 
     def dies(*_: object) -> None:
         raise RuntimeError("power cut")
 
-    stopped_at(config, HeldOut, "evaluate", 2)
     for name in ("show_samples", "write"):
+        own = tmp_path / name
+        config = engine.make_config(own, *LOOKS, "guards.on_alarm=stop")
+        stopped_at(config, HeldOut, "evaluate", 2)
         with monkeypatch.context() as patch:
             patch.setattr(RunLog, name, dies)
             with pytest.raises(RuntimeError, match="power cut"):
                 engine.train(config)
-    engine.train(config)
-    assert style_alarms(tmp_path / "run") == [2]
+        assert style_alarms(own / "run") == [2]
+        engine.train(config, exit_code=int(name == "write"))  # it is made again, and its alarm stops the run
+        assert style_alarms(own / "run") == [2]
 
 
 def test_a_run_that_goes_back_behind_an_alarm_is_stopped_by_it_again(tmp_path: Path) -> None:
