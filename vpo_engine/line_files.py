@@ -74,7 +74,8 @@ class LineFile:
 
     def sync(self) -> None:
         """Bring all lines to the disk, where they outlive a power cut."""
-        os.fsync(self._file)
+        with writing(self.path):
+            os.fsync(self._file)
 
     def close(self) -> None:
         if self._file >= 0:

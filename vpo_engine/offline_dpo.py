@@ -97,6 +97,8 @@ class OfflineDPO(OnlineVPO):
             pairs = self.selector.pairs(choices)
             if recorder is not None:
                 recorder.record(step + 1, choices, pairs)
+        if recorder is not None:
+            recorder.sync()  # a policy that a checkpoint has trained cannot sample them again
         self.processes.wait()
         stream.read(folder, self.config.pairs.min_gap)
 

@@ -172,6 +172,8 @@ class Trainer:
             return Outcome(step, None, name, exit_code=exit_code(stop.signal or signal.SIGTERM))
         if self._processes.first:
             self._progress.note(f"report: {write_report(self._run)}")
+        self._saver.wait()
+        self._processes.wait()  # torchrun ends all processes, the first too, when one ends with an error
         return Outcome(step, None, "an alarm (guards.on_alarm=stop)", exit_code=1, alarmed=True)
 
     def _diverged(self, error: NotFiniteError) -> str:
@@ -288,10 +290,8 @@ class Trainer:
         self._log_evaluation(0, self._baseline, shares)
 
     def _check_reward(self, exchange: bool) -> dict[str, float]:
-        """Check the reward on clips of the base policy, and return the shares that prefer their own prompts.
-
-        ``exchange``: whether prompts are exchanged between clips; without it nothing is returned.
-        """
+        """Check the reward on clips of the base policy. With ``exchange`` of prompts between them, return the shares
+        that prefer their own."""
         clips = shown_clips(self._config, self._held_out)
         found = self._held_out.check_reward(self._baseline["clips"], clips, exchange)
         if not found:

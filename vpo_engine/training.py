@@ -132,7 +132,7 @@ def _say_note(note: str | None) -> None:
 def _planned(config: Config, processes: Processes, prompts: int) -> tuple[Config, bool]:
     """Plan the run, print the plan, and return the configuration with what its presets set, and whether it was planned.
 
-    It is not where a size would have to be assumed; building the model says which file is missing.
+    A run is not planned where a size would have to be assumed; building the model then says which file is missing.
     """
     if not configurations_are_here(config):
         check_preset(config)
@@ -148,7 +148,8 @@ def _build_reference(config: Config, model: VideoModel) -> HeldReference | None:
     """Make the reference of the policy as it is now; None for a method that has none."""
     if not config.card.reference:
         return None
-    return build_reference(config.reference.storage, model.network, config.reference.refresh_share)
+    share = config.reference.refresh_share if config.refreshes else 1.0
+    return build_reference(config.reference.storage, model.network, share)
 
 
 def _check_room(config: Config, model: VideoModel, prompts: int | None) -> None:
@@ -221,18 +222,20 @@ def _open_run(
             start.root.mkdir(parents=True, exist_ok=True)
             at_end.enter_context(RunLock(start.root))
             start = find_start(config)  # another process may have ended meanwhile
-        if start.checkpoint is not None:
-            verify_checkpoint(start.checkpoint)  # before anything of the run is changed
+        found[1] = str(start.checkpoint or "")
+    if checkpoint := processes.broadcast_text(found[1]):
+        verify_checkpoint(
+            Path(checkpoint)
+        )  # in all processes at once, and before anything of the run is changed
+    if processes.first:
         run = start.open(config)
-        for result in (run.summary, run.held_out_gallery):  # of an earlier end, which the run goes beyond now
-            result.unlink(missing_ok=True)
         if start.checkpoint is None:
             write_record(run.root, texts)
         if start.root is None:
             at_end.enter_context(RunLock(run.root))
         _say(start, run)
-        found = [str(run.root), str(start.checkpoint or "")]
-    root, checkpoint = json.loads(processes.broadcast_text(json.dumps(found)))
+        found[0] = str(run.root)
+    root = processes.broadcast_text(found[0])
     return RunDirectory.open(Path(root)), Path(checkpoint) if checkpoint else None
 
 

@@ -47,9 +47,9 @@ MUTATIONS = [
     ),
     (
         "a run that was made longer keeps the result of its shorter self",
-        "vpo_engine/training.py",
-        "for result in (run.summary, run.held_out_gallery):",
-        "for result in (run.held_out_gallery,):",
+        "vpo_engine/runs/log.py",
+        "for result in (self._run.summary, self._run.held_out_gallery):",
+        "for result in (self._run.held_out_gallery,):",
         ("tests/wiring/test_stopping.py::test_a_run_that_was_made_longer_has_no_result_until_it_ends_again",),
     ),
     (

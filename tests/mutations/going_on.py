@@ -57,7 +57,7 @@ MUTATIONS = [
     (
         "a share of a refresh that never comes is not noted",
         "vpo_engine/config/notes.py",
-        "if config.card.reference and never and share < 1:",
+        "if config.card.reference and not config.refreshes and share < 1:",
         "if False:",
         ("tests/test_ablations.py::test_a_share_of_a_refresh_that_never_comes_is_noted",),
     ),
@@ -156,7 +156,7 @@ MUTATIONS = [
     (
         "another job goes on from what this one has saved",
         "vpo_engine/runs/attempts.py",
-        'if line.get("job") != _job() or then >= now:',
+        "if not _is_ours(line) or then >= now:",
         "if then >= now:",
         (
             "tests/runs/test_start.py::test_what_torchrun_starts_again_keeps_what_it_has_saved_since_it_went_back",

@@ -115,9 +115,9 @@ MUTATIONS = [
     ),
     (
         "clips of an earlier end stay",
-        "vpo_engine/training.py",
-        "for result in (run.summary, run.held_out_gallery):",
-        "for result in (run.summary,):",
+        "vpo_engine/runs/log.py",
+        "for result in (self._run.summary, self._run.held_out_gallery):",
+        "for result in (self._run.summary,):",
         ("tests/wiring/test_resume.py::test_clips_that_a_run_gives_up_are_not_shown",),
     ),
     (
@@ -153,8 +153,8 @@ MUTATIONS = [
     (
         "a person cannot go on after an alarm",
         "vpo_engine/runs/attempts.py",
-        "return _restarts()[1] > 0 and bool(lines)",
-        "return bool(lines)",
+        "return _restarts()[1] > 0 and bool(lines) and lines[-1]",
+        "return bool(lines) and lines[-1]",
         ("tests/wiring/test_resume.py::test_what_torchrun_starts_again_after_an_alarm_does_not_go_on",),
     ),
     (
@@ -244,8 +244,58 @@ MUTATIONS = [
     (
         "a damaged checkpoint is noticed when the result is gone",
         "vpo_engine/training.py",
-        "verify_checkpoint(start.checkpoint)",
-        "pass",
+        "verify_checkpoint(Path(checkpoint))  # in",
+        "pass  # in",
         ("tests/wiring/test_faults.py::test_a_run_that_is_refused_to_go_on_keeps_its_result",),
+    ),
+    (
+        "the newest checkpoint goes first",
+        "vpo_engine/runs/checkpoint.py",
+        "sorted(_all_saved(folder).items()):",
+        "_all_saved(folder).items():",
+        (
+            "tests/runs/test_start.py::test_a_kill_among_the_deletions_of_a_run_that_goes_back_does_not_turn_it_round",
+        ),
+    ),
+    (
+        "an alarm of an earlier job ends a later one",
+        "vpo_engine/runs/attempts.py",
+        'lines[-1].get("ended") == "alarm" and _is_ours(begun)',
+        'lines[-1].get("ended") == "alarm"',
+        ("tests/runs/test_attempts.py",),
+    ),
+    (
+        "commands of one Slurm job are the same",
+        "vpo_engine/runs/attempts.py",
+        'name != "none" else f"{socket.gethostname()}:{os.getppid()}"',
+        'True else ""',
+        (
+            "tests/runs/test_start.py::test_another_command_of_a_slurm_job_goes_back_though_its_first_attempt_left_no_word",
+        ),
+    ),
+    (
+        "pairs that are sampled once are not on the disk",
+        "vpo_engine/offline_dpo.py",
+        "recorder.sync()",
+        "pass",
+        (
+            "tests/wiring/test_sampled_pairs.py::test_sampled_pairs_are_on_the_disk_before_the_first_checkpoint",
+        ),
+    ),
+    (
+        "a process ends with an error while the report is written",
+        "vpo_engine/trainer.py",
+        "self._processes.wait()  # torchrun ends",
+        "pass  # torchrun ends",
+        (
+            "tests/wiring/test_resume.py::test_no_process_ends_with_an_error_before_the_report_of_an_alarm_is_written",
+        ),
+    ),
+    (
+        "a disk that is full when rows are synced is not named",
+        "vpo_engine/line_files.py",
+        "with writing(self.path): os.fsync(self._file) def close",
+        "os.fsync(self._file)\n\n    def close",
+        ("tests/runs/test_log.py",),
     ),
 ]

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from vpo_engine.runs.attempts import begin_attempt, end_attempt, fail_attempt, was_cut_short
+from vpo_engine.runs.attempts import (
+    begin_attempt,
+    end_attempt,
+    fail_attempt,
+    stopped_by_alarm,
+    was_cut_short,
+)
 from vpo_engine.runs.checkpoint import save_checkpoint
 from vpo_engine.runs.directory import RunDirectory
 
@@ -89,3 +95,15 @@ def test_of_several_processes_that_failed_the_first_is_told(run: RunDirectory) -
     note = begin_attempt(run, 4)
     assert note is not None
     assert note.endswith("the last ended in step 5 by an error of rank 1: the reward failed")
+
+
+def test_an_alarm_of_an_earlier_job_does_not_end_the_restarts_of_a_later_one(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    begin_attempt(run, 0)
+    end_attempt(run, "alarm")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert stopped_by_alarm(run.root)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")  # whose first attempt died while it loaded the model
+    assert not stopped_by_alarm(run.root)

@@ -294,6 +294,7 @@ def test_a_log_is_cut_by_a_synced_file_that_is_renamed(tmp_path: Path) -> None:
             log.write(step, "train", {"loss": float(step)})
     with watched(run.root) as disk, RunLog(run) as log:
         log.resume(2, 9)
-    assert disk.names() == ["fsync .metrics.jsonl.tmp", "rename .metrics.jsonl.tmp"]
-    assert disk.events[0].content == _content(run.metrics)
+    results = ["unlink summary.json", "unlink gallery/held_out.safetensors"]
+    assert disk.names() == [*results, "fsync .metrics.jsonl.tmp", "rename .metrics.jsonl.tmp"]
+    assert disk.events[2].content == _content(run.metrics)
     assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2]

@@ -1,12 +1,15 @@
+import errno
 import io
 import json
 import math
+import os
 
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vpo_engine.errors import DiskFullError
 from vpo_engine.runs.directory import RunDirectory
 from vpo_engine.runs.gallery import HeldOutGallery, write_held_out
 from vpo_engine.runs.log import NullLog, RunLog, read_metrics
@@ -181,3 +184,15 @@ def test_a_run_that_begins_again_shows_nothing_of_its_first_attempt_in_tensorboa
     events.Reload()
     assert [event.value for event in events.Scalars("held_out/reward/selected")] == [2.0]
     assert [event.value for event in events.Scalars("train/loss")] == [2.0, 2.0]
+
+
+def test_a_disk_that_is_full_when_rows_are_synced_is_named(run, monkeypatch):
+    log = RunLog(run)
+    log.write(1, "train", {"loss": 1.0})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFullError, match=r"metrics\.jsonl"):
+        log.sync()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vpo_engine.config_file import dump_config, load_config
+from vpo_engine.runs import checkpoint as saved
 from vpo_engine.runs.attempts import begin_attempt
 from vpo_engine.runs.checkpoint import save_checkpoint, step_of
 from vpo_engine.runs.directory import RunDirectory
@@ -249,13 +250,13 @@ def test_what_torchrun_starts_again_keeps_what_it_has_saved_since_it_went_back(
     root = a_run(10, 20)
     twentieth, run = root / "checkpoints/step_00000020", RunDirectory.open(root)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    for restart, saved, newest in ((0, 15, "15"), (1, None, "15"), (2, 17, "17")):
+    for restart, made, newest in ((0, 15, "15"), (1, None, "15"), (2, 17, "17")):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
         chosen = start_of(root, "checkpoint.from=10").checkpoint
         assert chosen == root / f"checkpoints/step_000000{'10' if restart == 0 else '15'}"
         begin_attempt(run, step_of(chosen))
-        if saved is not None:
-            save_checkpoint(root / "checkpoints", saved, tensors={}, state={}, write_policy=None, keep=9)
+        if made is not None:
+            save_checkpoint(root / "checkpoints", made, tensors={}, state={}, write_policy=None, keep=9)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart + 1))
         found = start_of(root, "checkpoint.from=10").checkpoint
         assert found == root / f"checkpoints/step_000000{newest}"
@@ -298,3 +299,38 @@ def test_what_was_killed_before_its_configuration_was_in_place_starts_again(tmp_
         (root / name).touch()
     start_of(root).open(load_config(None))
     assert (root / "config.yaml").is_file()
+
+
+def test_another_command_of_a_slurm_job_goes_back_though_its_first_attempt_left_no_word(
+    a_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = a_run(10, 20)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    begin_attempt(RunDirectory.open(root), 0)
+    save_checkpoint(root / "checkpoints", 30, tensors={}, state={}, write_policy=None, keep=9)
+    monkeypatch.setattr(os, "getppid", lambda: 2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert start_of(root, "checkpoint.from=10").checkpoint == root / "checkpoints/step_00000010"
+
+
+def test_a_kill_among_the_deletions_of_a_run_that_goes_back_does_not_turn_it_round(
+    a_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = a_run(10, 20, 30)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "17")
+    begin_attempt(RunDirectory.open(root), 10)
+    found, delete = saved._all_saved, saved._delete
+
+    def dies(path: Path) -> None:
+        delete(path)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "_all_saved", lambda folder: dict(sorted(found(folder).items(), reverse=True)))
+        patch.setattr(saved, "_delete", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            saved.delete_after(root / "checkpoints", 10)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert start_of(root, "checkpoint.from=10").checkpoint == root / "checkpoints/step_00000010"

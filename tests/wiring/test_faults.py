@@ -262,3 +262,17 @@ def test_a_run_that_is_refused_to_go_on_keeps_its_result(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="was altered after it was saved"):
         engine.train(engine.make_config(tmp_path, "steps=2"))
     assert [path.read_bytes() for path in kept] == before
+
+
+def test_a_start_that_fails_before_it_has_taken_over_the_checkpoint_keeps_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise ValueError("the optimizer state is of another setup")
+
+    engine.train(engine.make_config(tmp_path, "steps=1"))
+    monkeypatch.setattr("vpo_engine.trainer.restore", refuses)
+    with pytest.raises(ValueError, match="another setup"):
+        engine.train(engine.make_config(tmp_path, "steps=2"))
+    for name in ("summary.json", "gallery/held_out.safetensors"):
+        assert (tmp_path / "run" / name).is_file()

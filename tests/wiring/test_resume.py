@@ -17,10 +17,12 @@ import pytest
 import torch
 from toy import ToyReward
 
+from vpo_engine.distributed.processes import Processes
 from vpo_engine.distributed.stopping import StopPoints
 from vpo_engine.metrics.held_out import HeldOut, HeldOutScorers
 from vpo_engine.online_vpo import OnlineVPO
 from vpo_engine.runs.log import RunLog
+from vpo_engine.runs.progress import Progress
 
 SETTINGS = (
     "steps=7",
@@ -319,3 +321,14 @@ def test_a_run_that_goes_back_behind_an_alarm_is_stopped_by_it_again(tmp_path: P
     engine.train(engine.make_config(tmp_path, *settings), exit_code=1)
     engine.train(engine.make_config(tmp_path, *settings, "checkpoint.from=1"), exit_code=1)
     assert style_alarms(tmp_path / "run") == [2]
+
+
+def test_no_process_ends_with_an_error_before_the_report_of_an_alarm_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun would end the first one at it."""
+    calls: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: calls.append(text.partition(":")[0]))
+    monkeypatch.setattr(Processes, "wait", lambda self: calls.append("wait"))
+    engine.train(engine.make_config(tmp_path, *LOOKS, "guards.on_alarm=stop"), exit_code=1)
+    assert calls[-2:] == ["report", "wait"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -115,6 +116,9 @@ def test_each_of_two_teams_samples_and_records_its_own_prompts(
         def record(self, step: int, choices: object, pairs: object) -> None:
             seen.append((self.rank, step, choices))
 
+        def sync(self) -> None:
+            seen.append("sync")
+
     @contextmanager
     def gathered() -> Iterator[None]:
         whole.append(True)
@@ -142,7 +146,7 @@ def test_each_of_two_teams_samples_and_records_its_own_prompts(
     method.selector = SimpleNamespace(pairs=lambda choices: [])
     method._sample_pairs(Sampled(), tmp_path, print)
     own = [(f"prompt {place}", place) for place in (4 + 2 * rank, 5 + 2 * rank)]
-    assert seen == [(rank, 2, own), "wait", "read"]
+    assert seen == [(rank, 2, own), "sync", "wait", "read"]
 
 
 def test_a_signal_while_pairs_are_sampled_is_followed_at_the_next_look(
@@ -186,7 +190,7 @@ def test_no_member_of_a_team_leaves_the_others_while_pairs_are_sampled(
         given.append(together)
         yield
 
-    recorder = SimpleNamespace(record=lambda *_: None)
+    recorder = SimpleNamespace(record=lambda *_: None, sync=lambda: None)
     monkeypatch.setattr(OnlineVPO, "_choose", lambda self, prompts: [])
     monkeypatch.setattr(Processes, "wait", lambda self: None)
     monkeypatch.setattr("vpo_engine.offline_dpo.PairRecorder", lambda *_, **__: recorder)
@@ -202,3 +206,24 @@ def test_no_member_of_a_team_leaves_the_others_while_pairs_are_sampled(
     method.selector = SimpleNamespace(pairs=lambda choices: [])
     method._sample_pairs(Sampled(), tmp_path, lambda text: None)
     assert given == [size > 1]
+
+
+def test_sampled_pairs_are_on_the_disk_before_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(source: Any, target: Any, **options: Any) -> None:
+        done.append(Path(source).name)
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    engine.train(engine.make_config(tmp_path, *SAMPLED, "checkpoint.every=1"))
+    before = set(done[: done.index(".step_00000001.unfinished")])
+    assert {"pairs_0000.jsonl", "step_00000001_0000.safetensors", "step_00000003_0000.safetensors"} <= before

@@ -27,7 +27,6 @@ def notes(config: Config) -> list[str]:
             "no margin accuracy to see, and nothing holds the policy near where it was; the paper has 200"
         )
     share = config.reference.refresh_share
-    never = config.refresh_every is None or config.method == "t2v_turbo"
-    if config.card.reference and never and share < 1:
+    if config.card.reference and not config.refreshes and share < 1:
         found.append(f"reference.refresh_share={share:g} is not used: the reference is never refreshed")
     return found

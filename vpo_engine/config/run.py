@@ -114,6 +114,11 @@ class Config(Section):
         return self.reference.refresh_every if self.offline_dpo is None else self.offline_dpo.refresh_every
 
     @property
+    def refreshes(self) -> bool:
+        """Return whether the reference is ever refreshed; that of T2V-Turbo, its teacher, is not."""
+        return self.refresh_every is not None and self.method != "t2v_turbo"
+
+    @property
     def optimizer_steps(self) -> int:
         """Return the number of optimizer steps of a run in which every step has pairs."""
         return self.steps * self.objective.updates_per_rollout
@@ -321,7 +326,7 @@ class Config(Section):
                 "reference.storage=exact8 keeps differences from bfloat16 weights, but memory.weights=float32; set "
                 "memory.weights=fp32_master or stochastic_rounding, or use reference.storage=int8"
             )
-        if self.reference.refresh_share < 1:
+        if self.reference.refresh_share < 1 and self.refreshes:
             self._check_soft_refresh()
         if self.card.reference and (storage == "adapter") != (lora is not None):
             raise ValueError(

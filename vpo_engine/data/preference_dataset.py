@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vpo_engine.full_disk import sync_file, write_by
+from vpo_engine.full_disk import sync_file, write_by, writing
 from vpo_engine.line_files import Line, LineFile, read_lines
 from vpo_engine.texts import parse_json, shortened
 
@@ -125,7 +125,8 @@ class DatasetWriter:
         lines, latents = _pairs_file(self._folder, self._rank), self._folder / "latents"
         for path in (*self._unsynced, lines, self._folder, latents):
             if path.exists():
-                sync_file(path)
+                with writing(path):
+                    sync_file(path)
         self._unsynced.clear()
 
 

@@ -59,12 +59,13 @@ class Batches:
         say: Callable[[str], None] = print,
         *,
         halved: bool = True,
-        setting: str = "rollout.batch_size",
+        setting: str | None = "rollout.batch_size",
     ) -> None:
         """Set the limit; None computes all candidates of a step at once. ``say`` is told when the size is halved.
 
         ``halved``: whether a batch that does not fit is computed again in halves, which processes that compute it
-        together cannot do: the others do not know of it. ``setting``: the name of what sets the size, for messages.
+        together cannot do: the others do not know of it. ``setting``: the name of what sets the size, for messages;
+        None where nothing does.
         """
         self.size = size
         self._say, self._may_halve, self._setting = say, halved, setting
@@ -97,21 +98,22 @@ class Batches:
                 del result
 
     def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
+        half = max(1, size // 2)
         if self._halved or size == 1 or not self._may_halve:
+            setting = "" if self._setting is None else f"set {self._setting} to {half}, or "
             raise torch.OutOfMemoryError(
                 f"a batch of {size} candidates does not fit in the memory of the device"
-                f"{' either' if self._halved else ''}; set "
-                f"{self._setting} to {max(1, size // 2)}, or let "
+                f"{' either' if self._halved else ''}; {setting}let "
                 f"the model share the device less (memory.offload_idle=true): {error}"
             ) from error
-        self._halved, self.size = True, size // 2
+        self._halved, self.size = True, half
         # The frames of the failed work hold what it had computed.
         error.__traceback__ = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        setting = "" if self._setting is None else f"; set {self._setting}={half} to start so"
         self._say(
-            f"out of memory with a batch of {size} candidates: going on with {self.size}, with the same samples; set "
-            f"{self._setting}={self.size} to start so"
+            f"out of memory with a batch of {size} candidates: going on with {half}, with the same samples{setting}"
         )
 
 

@@ -70,7 +70,10 @@ class HeldOut:
         self.whole_policy: Callable[[], AbstractContextManager[None]] = nullcontext
         size = config.rollout.batch_limit or self._videos_of_a_step()
         setting = "rollout.batch_size" if config.card.candidates else "objective.micro_batch_size"
-        self._batches = Batches(size, halved=processes.sequence.count == 1, setting=setting)
+        settable = config.card.candidates or not config.memory.step_in_backward
+        self._batches = Batches(
+            size, halved=processes.sequence.count == 1, setting=setting if settable else None
+        )
 
     def videos(self, network: Network, clips: Sequence[int]) -> Tensor:
         """Sample the given clips: uint8 [len(clips), F, H, W, 3]."""

@@ -37,7 +37,7 @@ class RewardMonitor:
 
     def __init__(self, settings: GuardsConfig, clips: int, watch: StepWatch | None = None) -> None:
         self._settings, self._clips, self._watch = settings, clips, watch
-        self._comparable = True  # what a state has observed with what comes
+        self._comparable = True  # whether earlier evaluations, of a state that was loaded, had as many clips
         self._trend = DivergenceAlarm(settings.window)
         self._observations: deque[tuple[int, float, float]] = deque(maxlen=settings.window)
         self.alarms: list[Alarm] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from vpo_engine.data.preference_file import LATENTS, PreferenceFile, PreferredFiles, content_hash
 from vpo_engine.data.prompts import PlacedPrompts, PromptItem
 from vpo_engine.distributed.processes import Processes
-from vpo_engine.full_disk import sync_file
+from vpo_engine.full_disk import sync_file, writing
 from vpo_engine.values import Candidate, Choice, Prompt
 from vpo_engine.video_model import VideoModel
 from vpo_engine.weights import read_files
@@ -150,7 +150,8 @@ def _as_made(frames: Tensor, size: tuple[int, int, int]) -> Tensor:
 def _keep(path: Path, latents: Tensor) -> None:
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     save_file({_NAME: latents.contiguous()}, unfinished)
-    sync_file(unfinished)
+    with writing(path):
+        sync_file(unfinished)
     unfinished.replace(path)
 
 

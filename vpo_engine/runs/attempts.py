@@ -56,7 +56,7 @@ def has_saved(root: Path) -> bool:
     now, first = _restarts(), None
     for line in reversed([line for line in _read(root / _NAME) if "from" in line]):
         then = (line.get("requeued", 0), line["restart"])
-        if line.get("job") != _job() or then >= now:  # an earlier job may have had the same name
+        if not _is_ours(line) or then >= now:  # an earlier job may have had the same name
             break
         first, now = line, then
     newest = _newest(RunDirectory.open(root).checkpoints)
@@ -78,7 +78,8 @@ def end_attempt(run: RunDirectory, how: End) -> None:
 def stopped_by_alarm(root: Path) -> bool:
     """Return whether torchrun starts a run again that an alarm has stopped, which torchrun takes for an error."""
     lines = _read(root / _NAME)
-    return _restarts()[1] > 0 and bool(lines) and lines[-1].get("ended") == "alarm"
+    begun: Mapping[str, Any] = next((line for line in reversed(lines) if "from" in line), {})
+    return _restarts()[1] > 0 and bool(lines) and lines[-1].get("ended") == "alarm" and _is_ours(begun)
 
 
 def was_cut_short(run: RunDirectory) -> bool:
@@ -108,11 +109,19 @@ def _note(ends: list[Mapping[str, Any]], step: int) -> str:
 
 
 def _job() -> str:
-    """Return what tells this job of torchrun from others: its name, or else the process that started this one."""
+    """Return what tells this job of torchrun from others: its name, or else the process that started this one; and
+    Slurm's number."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    slurm = os.environ.get("SLURM_JOB_ID")
-    own = name if name != "none" or slurm else f"{socket.gethostname()}:{os.getppid()}"
-    return own if slurm is None else f"{own} {slurm}"
+    own = name if name != "none" else f"{socket.gethostname()}:{os.getppid()}"
+    return f"{own} {os.environ.get('SLURM_JOB_ID', '')}".strip()
+
+
+def _is_ours(line: Mapping[str, Any]) -> bool:
+    """Return whether this job began an attempt, perhaps before Slurm requeued it, which changes its processes."""
+    job, slurm = str(line.get("job", "")), os.environ.get("SLURM_JOB_ID")
+    if slurm and line.get("requeued", 0) < _restarts()[0]:
+        return job.endswith(f" {slurm}")
+    return job == _job()
 
 
 def _restarts() -> tuple[int, int]:

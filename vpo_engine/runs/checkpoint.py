@@ -278,8 +278,11 @@ def _delete_superseded(folder: Path, step: int, keep: int) -> None:
 
 
 def delete_after(folder: Path, step: int) -> None:
-    """Delete all checkpoints of later steps than ``step``, which a run that goes back to it gives up."""
-    for other, path in _all_saved(folder).items():
+    """Delete all checkpoints of later steps than ``step``, which a run that goes back to it gives up.
+
+    The newest goes last: as long as it is there, a restart knows that nothing was saved since (``attempts.has_saved``).
+    """
+    for other, path in sorted(_all_saved(folder).items()):
         if other > step:
             _delete(path)
 

@@ -106,9 +106,9 @@ class RunLog:
     def resume(self, step: int, last: int) -> Row | None:
         """Delete what a run of ``last`` steps, resumed after ``step``, gives up and will write again.
 
-        This is checkpoints, clips of pairs and rows of later steps, and the row of the evaluation at the end; of a run
-        that had no checkpoint (step 0), all. Checkpoints go first: no other start may go on from a step whose rows are
-        gone.
+        These are the checkpoints, the clips of pairs and the rows of later steps, and the result of an earlier end; for
+        a run that had no checkpoint (step 0), all. Checkpoints go first: no other start may go on from a step whose
+        rows are gone.
         Files are replaced atomically. TensorBoard is told to hide its events from ``step + 1`` on. Return the
         evaluation of ``step``, if the log has it.
         """
@@ -118,6 +118,8 @@ class RunLog:
             return step > 0 and int(row["step"]) <= step and (row["step"], row["kind"]) != (dropped, "eval")
 
         delete_after(self._run.checkpoints, step)
+        for result in (self._run.summary, self._run.held_out_gallery):
+            result.unlink(missing_ok=True)
         for clips in self._run.pairs_gallery.glob("step_*.safetensors"):
             if clips > self._run.pairs_file(step):
                 clips.unlink()
