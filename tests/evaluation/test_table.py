@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vpo_engine.evaluation.page import _header, _table
+from vpo_engine.evaluation.page import _header, _shown, _table
 from vpo_engine.evaluation.paired import compare_pairs
 from vpo_engine.evaluation.table import format_results
 
@@ -94,3 +94,15 @@ def test_the_page_tells_baseline_and_policy_apart_and_counts_what_is_better() ->
     assert "2 of 3 measures are better than the baseline's, 1 worse" in said
     cells = re.findall(r'data-head="(baseline|policy)">([\d.]+)<', _table(results))
     assert [(head, float(value)) for head, value in cells[:2]] == [("baseline", 1.0), ("policy", 2.0)]
+
+
+def test_rows_are_spread_over_the_first_measure_that_single_videos_have() -> None:
+    """FVD is one number of all videos, and would tell no row from another."""
+    rows = [
+        {"prompt": "a", "index": number, "policy": {"values": {"sharpness": float(number % 200)}}}
+        for number in range(400)
+    ]
+    results = {"arms": {"policy": {}}, "measures": {"fvd": {}, "sharpness": {}}, "proxies": {}}
+    shown = [row["policy"]["values"]["sharpness"] for row in _shown(rows, results)]
+    assert (min(shown), max(shown)) == (0.0, 199.0)
+    assert len(shown) == len({*shown}) == 120

@@ -255,3 +255,9 @@ class TestDivergence:
     def test_rewards_are_finite(self) -> None:
         with pytest.raises(ValueError, match="the held_out reward is nan after step 7"):
             DivergenceAlarm()(7, 1.0, float("nan"))
+
+
+def test_the_sign_test_holds_for_thousands_of_clips() -> None:
+    """Their number of outcomes is larger than any float."""
+    assert Shuffled(1100, 100, 1200).reads()
+    assert not Shuffled(600, 600, 1200).reads()

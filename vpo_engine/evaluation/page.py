@@ -128,8 +128,8 @@ def _videos(results: Mapping[str, Any], root: Path) -> str:
     chosen = (
         f"All {len(rows)} rows of videos."
         if len(shown) == len(rows)
-        else f"{len(shown)} of {len(rows)} rows of videos, spread evenly over the differences of the first measure, "
-        "from the largest loss to the largest gain."
+        else f"{len(shown)} of {len(rows)} rows of videos, spread evenly over the differences of the first measure "
+        "of single videos, from the largest loss to the largest gain."
     )
     sides = "The baseline is on the left, the policy on the right. " if len(roles) > 1 else ""
     return (
@@ -220,10 +220,14 @@ def _values(data: Mapping[str, Sequence[float | None]], measures: Mapping[str, A
 
 
 def _shown(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the rows that are shown: all, or some spread evenly over the differences of the first measure."""
+    """Return the rows that are shown: all, or some spread evenly over the differences of the first measure that single
+    videos have."""
     if len(rows) <= _MOST_CARDS:
         return list(rows)
-    name = next(iter(all_measures(results)), "")
+    of_videos = {
+        name for row in rows for role in results["arms"] for name in row.get(role, {}).get("values", {})
+    }
+    name = next((name for name in all_measures(results) if name in of_videos), "")
 
     def place(row: Mapping[str, Any]) -> float:
         values = [row.get(role, {}).get("values", {}).get(name, 0.0) for role in ("policy", "baseline")]

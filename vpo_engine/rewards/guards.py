@@ -58,7 +58,7 @@ class Shuffled:
     def reads(self, level: float = 0.05) -> bool:
         """Return whether clips prefer their own prompts by more than chance, in a one-sided sign test without ties."""
         count = self.higher + self.lower
-        return sum(math.comb(count, k) for k in range(self.higher, count + 1)) < level * 2**count
+        return sum(math.comb(count, k) for k in range(self.higher, count + 1)) / 2**count < level
 
 
 def prompt_shuffle(

@@ -19,7 +19,8 @@ def square_clips(
 ) -> Tensor:
     """Turn float frames [B, T, 3, H, W] in 0..1 into normalised float32 frames [B, T, 3, side, side], with gradients.
 
-    The aspect ratio is kept; resizing is antialiased and clamps nothing. The middle of the longer side is kept, or a
+    The aspect ratio is kept; resizing is antialiased and clamps nothing. The length of the longer side is rounded;
+    torchvision's Resize cuts it off. The middle of the longer side is kept, or a
     place that ``generator`` (on the CPU) draws once for all frames.
     """
     height, width = frames.shape[-2:]
