@@ -298,8 +298,7 @@ def finish(
             winner += anchor * push
         if SCALED:
             scale = _loser_scale(sums, pair, exist, mu, SUMS)
-            loser *= scale
-            loser_slope *= scale
+            loser, loser_slope = loser * scale, loser_slope * scale
         losses += tl.where(exist, pair_weight * loss_of_pair, 0.0)
         _store_results(per_pair, sums, pair, pairs, exist, z, change_w, change_l, divisor, SUMS, ARITHMETIC)
         tl.store(coefficient + pair, winner, mask=exist)
