@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +38,25 @@ def copy_cut(run: Path, copy: Path, step: int) -> None:
         if int(checkpoint.name.removeprefix("step_")) > step:
             shutil.rmtree(checkpoint)
     (copy / "summary.json").unlink()
+
+
+def disk_events(patch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list that will hold the names of what is synced or renamed, in order.
+
+    A name on the way to a file's own counts as that one.
+    """
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        done.append(name.removeprefix(".").removesuffix(".tmp"))
+        fsync(descriptor)
+
+    def renamed(source: Any, target: Any, **options: Any) -> None:
+        done.append(Path(source).name)
+        rename(source, target, **options)
+
+    patch.setattr(os, "fsync", synced)
+    patch.setattr(os, "rename", renamed)
+    return done

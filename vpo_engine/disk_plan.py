@@ -109,7 +109,7 @@ def check_run_fits(config: Config, model: VideoModel, root: Path, done: int) -> 
         for part in disk_parts(config, model)
     ]
     fixed = sum(part.bytes for part in parts if not part.grows)
-    early = ("checkpoints", "gallery", *(("preference_dataset",) if _samples_before(config) else ()))
+    early = ("checkpoints", "gallery", *(("preference_dataset",) if config.samples_before else ()))
     fixed_here = sum(bytes_of(root / name) for name in early)
     more = sum(part.bytes for part in parts if part.grows) + max(0, fixed - fixed_here) + SPARE_BYTES
     free, limit = free_bytes(root), config.disk.limit_gib
@@ -134,7 +134,7 @@ def _refuse(room: str, more: int, parts: list[DiskPart], remedy: str) -> None:
 
 def _dataset(config: Config, model: VideoModel) -> list[DiskPart]:
     """Return the preference dataset's part, [] if the run keeps none."""
-    kept, pairs, early = config.pairs.dataset, config.steps * config.pairs_per_step, _samples_before(config)
+    kept, pairs, early = config.pairs.dataset, config.steps * config.pairs_per_step, config.samples_before
     if early:
         assert config.offline_dpo is not None
         kept, pairs = "latents", config.offline_dpo.pairs or pairs
@@ -147,11 +147,6 @@ def _dataset(config: Config, model: VideoModel) -> list[DiskPart]:
     less = "scores" if kept == "latents" else "none"
     remedy = f"lower offline_dpo.pairs={pairs}" if early else f"set pairs.dataset={less}"
     return [DiskPart("preference dataset", pairs * each, not early, remedy)]
-
-
-def _samples_before(config: Config) -> bool:
-    """Return whether the run samples all of its pairs before the first step, and keeps them."""
-    return config.offline_dpo is not None and config.offline_dpo.given is None
 
 
 def _videos(config: Config, model: VideoModel) -> list[DiskPart]:

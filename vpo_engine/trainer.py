@@ -82,11 +82,11 @@ class Trainer:
         samples = min(samples, config.evaluation.samples_between or samples)
         with algorithm.optimizer.whole():
             size = checkpoint_bytes(config, algorithm.model)
-        self._disk = DiskWatch(run.root, size, config.disk.limit_gib, processes.count)
+        writers = processes.count if config.pairs.dataset == "latents" else 0
+        self._disk = DiskWatch(run.root, size, config.disk.limit_gib, writers)
         self._monitor = RewardMonitor(config.guards, samples * len(held_out.prompts), StepWatch(config))
-        self._alarmed = self._disk_is_full = False
+        self._alarmed = self._disk_is_full = self._evaluation_missing = False
         self._done = self._saved_at = self._resumed_at = 0
-        self._evaluation_missing = False
         self._where = "before the first step"
         self._last_metrics: Mapping[str, float] = {}
 

@@ -215,18 +215,17 @@ def _open_run(
 
     The first process makes or opens the directory and holds its lock until the end; it tells the others.
     """
-    found = ["", ""]
+    place = chosen = ""
     if processes.first:
         start = find_start(config)
         if start.root is not None:
             start.root.mkdir(parents=True, exist_ok=True)
             at_end.enter_context(RunLock(start.root))
             start = find_start(config)  # another process may have ended meanwhile
-        found[1] = str(start.checkpoint or "")
-    if checkpoint := processes.broadcast_text(found[1]):
-        verify_checkpoint(
-            Path(checkpoint)
-        )  # in all processes at once, and before anything of the run is changed
+        chosen = str(start.checkpoint or "")
+    checkpoint = Path(found) if (found := processes.broadcast_text(chosen)) else None
+    if checkpoint is not None:  # in all processes at once, and before anything of the run is changed
+        verify_checkpoint(checkpoint)
     if processes.first:
         run = start.open(config)
         if start.checkpoint is None:
@@ -234,9 +233,8 @@ def _open_run(
         if start.root is None:
             at_end.enter_context(RunLock(run.root))
         _say(start, run)
-        found[0] = str(run.root)
-    root = processes.broadcast_text(found[0])
-    return RunDirectory.open(Path(root)), Path(checkpoint) if checkpoint else None
+        place = str(run.root)
+    return RunDirectory.open(Path(processes.broadcast_text(place))), checkpoint
 
 
 def _say(start: Start, run: RunDirectory) -> None:

@@ -15,6 +15,9 @@ from vpo_engine.evaluation.table import format_results
 WIDE = "Temporal consistency of a reward with a long name"
 
 
+SETTINGS = {"prompts": {"count": 8}, "frames": 17, "height": 32, "width": 32, "fps": 8, "same_noise": True}
+
+
 def entry(label: str, numbers: tuple[float, float], compared: bool) -> dict[str, Any]:
     """Return a measure whose change is nearly the same for all of eight prompts, or one of all videos together."""
     base, policy = numbers
@@ -35,18 +38,10 @@ def entry(label: str, numbers: tuple[float, float], compared: bool) -> dict[str,
 
 def said(*entries: dict[str, Any], arms: Sequence[str] = ("policy", "baseline")) -> list[str]:
     arm = {"label": "runs/a", "videos": 8}
-    settings = {
-        "prompts": {"count": 8},
-        "frames": 17,
-        "height": 32,
-        "width": 32,
-        "fps": 8,
-        "same_noise": True,
-    }
     return format_results(
         {
             "arms": dict.fromkeys(arms, arm),
-            "settings": settings,
+            "settings": SETTINGS,
             "measures": {str(number): one for number, one in enumerate(entries)},
             "proxies": {},
             "statistics": "",
@@ -74,17 +69,9 @@ def test_few_numbers_stand_beside_their_label() -> None:
 
 def test_the_page_tells_baseline_and_policy_apart_and_counts_what_is_better() -> None:
     pairs = {"A": (1.0, 2.0), "B": (1.0, 3.0), "C": (1.0, 0.5)}
-    settings = {
-        "prompts": {"count": 8},
-        "frames": 17,
-        "height": 32,
-        "width": 32,
-        "fps": 8,
-        "same_noise": True,
-    }
     results = {
         "arms": {role: {"label": "runs/a", "videos": 8} for role in ("policy", "baseline")},
-        "settings": settings,
+        "settings": SETTINGS,
         "measures": {name: entry(name, pair, True) | {"meaning": ""} for name, pair in pairs.items()},
         "proxies": {"D": entry("D", (1.0, 2.0), True) | {"meaning": "", "group": "proxy"}},
         "statistics": "",

@@ -265,8 +265,8 @@ MUTATIONS = [
     (
         "latents of other processes take no room",
         TRAINER,
-        "config.disk.limit_gib, processes.count)",
-        "config.disk.limit_gib, 1)",
+        "writers = processes.count if",
+        "writers = 1 if",
         ("tests/wiring/test_full_disk.py::test_latents_of_all_processes_are_counted",),
     ),
     (

@@ -85,7 +85,7 @@ MUTATIONS = [
     (
         "pairs that are sampled before the first step need no room",
         "vpo_engine/disk_plan.py",
-        "config.steps * config.pairs_per_step, _samples_before(config)",
+        "config.steps * config.pairs_per_step, config.samples_before",
         "config.steps * config.pairs_per_step, False",
         ("tests/test_disk_plan.py",),
     ),

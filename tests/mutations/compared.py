@@ -25,7 +25,7 @@ MUTATIONS = [
     (
         "sampling once is exchanged in every step",
         "vpo_engine/planning/exchanged.py",
-        "samples = config.card.candidates and config.offline_dpo is None",
+        "samples = config.card.candidates and not config.samples_before",
         "samples = config.card.candidates",
         ("tests/planning/test_method_plans.py",),
     ),

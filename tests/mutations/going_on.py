@@ -70,9 +70,9 @@ MUTATIONS = [
     ),
     (
         "pairs that were sampled first count twice",
-        "vpo_engine/runs/disk_use.py",
-        "self._writers = 0",
-        "pass",
+        "vpo_engine/trainer.py",
+        'if config.pairs.dataset == "latents" else 0',
+        "",
         ("tests/wiring/test_full_disk.py",),
     ),
     (
@@ -237,7 +237,7 @@ MUTATIONS = [
     (
         "pairs that were sampled before the first step need their room again",
         "vpo_engine/disk_plan.py",
-        'early = ("checkpoints", "gallery", *(("preference_dataset",) if _samples_before(config) else ()))',
+        'early = ("checkpoints", "gallery", *(("preference_dataset",) if config.samples_before else ()))',
         'early = ("checkpoints", "gallery")',
         ("tests/test_disk_plan.py",),
     ),

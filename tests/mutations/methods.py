@@ -192,8 +192,8 @@ MUTATIONS = [
     (
         "latents are written where scores were asked for",
         "vpo_engine/trainer.py",
-        'config.pairs.dataset == "latents"',
-        'config.pairs.dataset != "none"',
+        'rank, config.pairs.dataset == "latents"',
+        'rank, config.pairs.dataset != "none"',
         ("tests/wiring/test_replay.py::test_a_dataset_of_scores_holds_no_latents",),
     ),
     (

@@ -250,10 +250,19 @@ def test_lines_of_pairs_count_and_a_part_that_is_renamed_meanwhile_ends_no_run(
     assert "most is taken by preference_dataset" in str(watch.exhausted(1))
 
 
-def test_pairs_that_were_sampled_before_the_first_step_count_once(tmp_path: Path) -> None:
-    latents = tmp_path / "preference_dataset" / "latents"
+def test_pairs_that_were_sampled_before_the_first_step_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps of the training write no latents, though they have the numbers of those that did."""
+    latents = tmp_path / "run/preference_dataset/latents"
     latents.mkdir(parents=True)
     for step in range(1, 5):
         (latents / f"step_{step:08d}_0000.safetensors").write_bytes(bytes(2000))
-    watch = DiskWatch(tmp_path, 1000, (SPARE_BYTES + 10_000) / 2**30, writers=1)
+    monkeypatch.setattr("vpo_engine.trainer.checkpoint_bytes", lambda *_: 1000)
+    limit = f"disk.limit_gib={(SPARE_BYTES + 10_000) / 2**30}"
+    config = engine.make_config(
+        tmp_path, "method=offline_dpo", "pairs.dataset=none", "reference.refresh_every=200", limit
+    )
+    given = (mock.MagicMock(), mock.MagicMock(), mock.MagicMock(), mock.MagicMock(root=tmp_path / "run"))
+    watch = Trainer(config, *given, Processes(0, 1, torch.device("cpu")))._disk
     assert [watch.exhausted(step) for step in range(1, 5)] == [None] * 4

@@ -13,6 +13,7 @@ import engine
 import pytest
 import safetensors.torch
 import torch
+from power_cut import disk_events
 from process_group import fork_server
 from test_resume import assert_same
 
@@ -111,20 +112,7 @@ def test_rows_and_pairs_are_on_the_disk_before_the_checkpoint_of_their_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a power cut leaves the checkpoint alone, and nobody makes that step again."""
-    done: list[str] = []
-    fsync, rename = os.fsync, os.rename
-
-    def synced(descriptor: int) -> None:
-        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
-        done.append(name.removeprefix(".").removesuffix(".tmp"))
-        fsync(descriptor)
-
-    def renamed(source: Any, target: Any, **options: Any) -> None:
-        done.append(Path(source).name)
-        rename(source, target, **options)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "rename", renamed)
+    done = disk_events(monkeypatch)
     engine.train(engine.make_config(tmp_path, "steps=1"))
     before = set(done[: done.index(".step_00000001.unfinished")])
     assert {"config.yaml", "metrics.jsonl", "pairs_0000.jsonl", "step_00000001_0000.safetensors"} <= before

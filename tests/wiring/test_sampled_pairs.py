@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import engine
 import oracle
 import pytest
 import torch
+from power_cut import disk_events
 
 from vpo_engine.data.preference_dataset import StoredPair
 from vpo_engine.data.prompts import PromptItem
@@ -88,6 +88,37 @@ def test_ties_among_stored_pairs_do_not_end_a_run_however_many_come_in_a_row(tmp
     assert [row["pairs"] for row in rows] == 2 * [int(line["kept"]) for line in lines]
 
 
+class Sampled:
+    """A stream of ``count`` prompts, of which ``done`` steps of pairs are there."""
+
+    def __init__(self, count: int, done: int, read: Callable[[], object] = lambda: None) -> None:
+        self.count, self.done, self.when_read = count, done, read
+
+    def __len__(self) -> int:
+        return self.count
+
+    def find(self, *_: object, **__: object) -> int:
+        return self.done
+
+    def take(self, cursor: int, count: int) -> list[PromptItem]:
+        return [PromptItem(place, f"prompt {place}") for place in range(cursor, cursor + count)]
+
+    def read(self, *_: object) -> None:
+        self.when_read()
+
+
+def sampling(folder: Path, processes: Processes, whole: Any, stoppable: Any) -> Any:
+    """Return the method, as far as sampling before the first step looks at it."""
+    method: Any = object.__new__(OfflineDPO)
+    method.config, method.processes = engine.make_config(folder, *SAMPLED), processes
+    method.optimizer = SimpleNamespace(steps=0, whole=whole)
+    method.model = SimpleNamespace(prepare=lambda texts: None)
+    method.stopping = SimpleNamespace(stoppable=stoppable)
+    method.watched = SimpleNamespace(forget=lambda: None)
+    method.selector = SimpleNamespace(pairs=lambda choices: [])
+    return method
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_teams_samples_and_records_its_own_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
@@ -95,19 +126,6 @@ def test_each_of_two_teams_samples_and_records_its_own_prompts(
     """It has the whole policy while it samples, and reads the pairs when the other one has recorded its own."""
     seen: list[Any] = []
     whole: list[bool] = []
-
-    class Sampled:
-        def __len__(self) -> int:
-            return 8
-
-        def find(self, *_: object, **__: object) -> int:
-            return 1
-
-        def take(self, cursor: int, count: int) -> list[PromptItem]:
-            return [PromptItem(place, f"prompt {place}") for place in range(cursor, cursor + count)]
-
-        def read(self, *_: object) -> None:
-            seen.append("read")
 
     class Recorder:
         def __init__(self, seed: int, folder: Path, rank: int, with_latents: bool) -> None:
@@ -136,15 +154,9 @@ def test_each_of_two_teams_samples_and_records_its_own_prompts(
         "vpo_engine.offline_dpo.embed_prompts",
         lambda model, texts, positions: list(zip(texts, positions, strict=True)),
     )
-    method: Any = object.__new__(OfflineDPO)
-    method.config = engine.make_config(tmp_path, *SAMPLED)
-    method.processes = Processes(rank, 2, torch.device("cpu"))
-    method.optimizer = SimpleNamespace(steps=0, whole=gathered)
-    method.model = SimpleNamespace(prepare=lambda texts: None)
-    method.stopping = SimpleNamespace(stoppable=lambda together: nullcontext())
-    method.watched = SimpleNamespace(forget=lambda: None)
-    method.selector = SimpleNamespace(pairs=lambda choices: [])
-    method._sample_pairs(Sampled(), tmp_path, print)
+    processes = Processes(rank, 2, torch.device("cpu"))
+    method = sampling(tmp_path, processes, gathered, lambda together: nullcontext())
+    method._sample_pairs(Sampled(8, 1, lambda: seen.append("read")), tmp_path, print)
     own = [(f"prompt {place}", place) for place in (4 + 2 * rank, 5 + 2 * rank)]
     assert seen == [(rank, 2, own), "sync", "wait", "read"]
 
@@ -173,18 +185,6 @@ def test_no_member_of_a_team_leaves_the_others_while_pairs_are_sampled(
     """The two of a couple wait for each other in every step of the sampling."""
     given: list[bool] = []
 
-    class Sampled:
-        def __len__(self) -> int:
-            return 4
-
-        def find(self, *_: object, **__: object) -> int:
-            return 0
-
-        def take(self, cursor: int, count: int) -> list[PromptItem]:
-            return [PromptItem(place, "red") for place in range(cursor, cursor + count)]
-
-        def read(self, *_: object) -> None: ...
-
     @contextmanager
     def stoppable(together: bool) -> Iterator[None]:
         given.append(together)
@@ -196,34 +196,15 @@ def test_no_member_of_a_team_leaves_the_others_while_pairs_are_sampled(
     monkeypatch.setattr("vpo_engine.offline_dpo.PairRecorder", lambda *_, **__: recorder)
     monkeypatch.setattr("vpo_engine.offline_dpo.embed_prompts", lambda *_: [])
     here = torch.device("cpu")
-    method: Any = object.__new__(OfflineDPO)
-    method.config = engine.make_config(tmp_path, *SAMPLED)
-    method.processes = Processes(0, 2, here, _team=Processes(0, size, here))
-    method.optimizer = SimpleNamespace(steps=0, whole=nullcontext)
-    method.model = SimpleNamespace(prepare=lambda texts: None)
-    method.stopping = SimpleNamespace(stoppable=stoppable)
-    method.watched = SimpleNamespace(forget=lambda: None)
-    method.selector = SimpleNamespace(pairs=lambda choices: [])
-    method._sample_pairs(Sampled(), tmp_path, lambda text: None)
+    processes = Processes(0, 2, here, _team=Processes(0, size, here))
+    sampling(tmp_path, processes, nullcontext, stoppable)._sample_pairs(Sampled(4, 0), tmp_path, print)
     assert given == [size > 1]
 
 
 def test_sampled_pairs_are_on_the_disk_before_the_first_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[str] = []
-    fsync, rename = os.fsync, os.rename
-
-    def synced(descriptor: int) -> None:
-        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        fsync(descriptor)
-
-    def renamed(source: Any, target: Any, **options: Any) -> None:
-        done.append(Path(source).name)
-        rename(source, target, **options)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "rename", renamed)
+    done = disk_events(monkeypatch)
     engine.train(engine.make_config(tmp_path, *SAMPLED, "checkpoint.every=1"))
     before = set(done[: done.index(".step_00000001.unfinished")])
     assert {"pairs_0000.jsonl", "step_00000001_0000.safetensors", "step_00000003_0000.safetensors"} <= before

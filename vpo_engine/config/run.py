@@ -114,6 +114,11 @@ class Config(Section):
         return self.reference.refresh_every if self.offline_dpo is None else self.offline_dpo.refresh_every
 
     @property
+    def samples_before(self) -> bool:
+        """Return whether all pairs are sampled before the first step, and kept."""
+        return self.offline_dpo is not None and self.offline_dpo.given is None
+
+    @property
     def refreshes(self) -> bool:
         """Return whether the reference is ever refreshed; that of T2V-Turbo, its teacher, is not."""
         return self.refresh_every is not None and self.method != "t2v_turbo"

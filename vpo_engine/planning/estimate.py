@@ -99,7 +99,7 @@ def estimate(
     """Return the plan of a traced step on ``gpu``; None is the CPU, which has no context of its own."""
     phases = tuple(_phase(config, trace, name, gpu, processes) for name in PHASES if name in trace.names)
     before: set[PhaseName] = {"text"}
-    if config.offline_dpo is not None and config.offline_dpo.given is None:  # pairs are sampled before
+    if config.samples_before:
         before |= {"rollout", "decode", "reward"}
     return Plan(phases, limit, limited_by, gpu, tuple(trace.notes), frozenset(before))
 

@@ -32,7 +32,7 @@ def exchanged(config: Config) -> Exchanged:
     weights = config.optimizer_memory.weights
     rollout, updates = config.rollout, config.objective.updates_per_rollout
     every = config.refresh_every if config.card.reference else None
-    samples = config.card.candidates and config.offline_dpo is None  # offline DPO samples once
+    samples = config.card.candidates and not config.samples_before
     smallest = _persistent(config)
     guided, predicted = _predictions(config, model) if samples else (0, 0)
     forward, backward = sequence_bytes(config) if config.distributed.sequence_parallel > 1 else (0.0, 0.0)

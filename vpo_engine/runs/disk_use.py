@@ -26,7 +26,7 @@ class DiskWatch:
     """
 
     def __init__(self, root: Path, checkpoint: int, limit_gib: float | None, writers: int) -> None:
-        """``checkpoint``: the bytes of one. ``writers``: the processes that may write latents, by rank."""
+        """``checkpoint``: the bytes of one. ``writers``: how many processes write latents in steps, from rank 0 on."""
         self._root, self._limit_gib, self._writers = root, limit_gib, writers
         self._need = checkpoint + SPARE_BYTES
         self._latents, self._counted = 0, -1
@@ -54,8 +54,6 @@ class DiskWatch:
 
     def _parts(self, step: int) -> dict[str, int]:
         """Return the bytes of the run directory by its entries, after ``step``."""
-        if self._counted < 0 and self._latents_of(step + 1):
-            self._writers = 0  # all pairs were sampled before the first step
         newest = self._latents_of(step)  # others may still be writing it
         if self._counted < 0:
             self._latents = bytes_of(self._root / _LATENTS) - newest
